@@ -1,0 +1,60 @@
+# Every target sets up what it needs, so any of them may come first; the second time the set-up is a matter of milliseconds.
+# The logic is in scripts/, because make splits paths at spaces.
+
+SHELL := bash
+VENV ?= .venv
+WORKERS ?= 2
+export PYTHON GPU VENV WORKERS
+
+python = "$(VENV)/bin/python"
+
+.PHONY: help setup quickstart test test-slow test-reduced lint types format clean
+
+help:
+	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
+	@echo "make test         run the test suite (under 20 minutes on 2 cores)"
+	@echo "make test-slow    run the tests that take minutes each (under 30 minutes on 2 cores)"
+	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
+	@echo "make setup        only make $(VENV) and install;  make clean  removes it"
+	@echo
+	@echo "Options: PYTHON=/path/to/python3.12  (default: the newest of 3.13, 3.12, 3.11 that works)"
+	@echo "         GPU=cuda12 or GPU=cuda13    (default: JAX for the CPU; remembered by $(VENV))"
+	@echo "         VENV=folder  WORKERS=n      (default: .venv, 2 test processes)"
+
+setup:
+	@scripts/setup.sh base
+
+quickstart:
+	@scripts/setup.sh base
+	@scripts/quickstart.sh
+
+test:
+	@scripts/setup.sh test
+	@scripts/test.sh test -m "not slow"
+
+test-slow:
+	@scripts/setup.sh test
+	@scripts/test.sh slow -m slow
+
+# What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, XLA path, parity, training smoke, quickstart.
+test-reduced:
+	@scripts/setup.sh test
+	@scripts/test.sh reduced -m "not slow" tests/test_package.py tests/pallas_kernels tests/parity tests/training
+	@scripts/quickstart.sh
+
+lint:
+	@scripts/setup.sh dev
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+types:
+	@scripts/setup.sh dev
+	$(python) -m mypy
+
+format:
+	@scripts/setup.sh dev
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+clean:
+	rm -rf "$(VENV)" "$(VENV).lock" build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,91 @@
+"""Settings of every test run; they must be made before JAX and the packages are first imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import zlib
+from typing import Any
+
+# One XLA thread per worker: the suite runs in parallel processes, and its arrays are small.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+if "xla_cpu_multi_thread_eigen" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    ).strip()
+
+# Drawn once by the first process; the parallel workers inherit it.
+RUN_SEED = int(os.environ.setdefault("FASTVIM_TEST_SEED", str(secrets.randbelow(2**31))))
+
+import jaxtyping  # noqa: E402
+
+# Every annotated shape and dtype of both packages is checked at every call, inside NNX modules too.
+jaxtyping.install_import_hook(["fastvim_jax", "pallas_kernels"], "beartype.beartype")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "fastvim",
+    deadline=None,  # the first example compiles
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastvim")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis draw from the run's seed."""
+    if config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = str(RUN_SEED)
+
+
+def pytest_report_header() -> list[str]:
+    """Say what a failure needs to be seen again."""
+    return [
+        f"seed: FASTVIM_TEST_SEED={RUN_SEED}",
+        f"jax {jax.__version__}, numpy {np.__version__}",
+    ]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own: another one each run, the same one under the same FASTVIM_TEST_SEED."""
+    return zlib.crc32(f"{RUN_SEED} {request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A NumPy generator drawing from this test's seed."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def key(seed: int) -> jax.Array:
+    """A JAX key made of this test's seed."""
+    return jax.random.key(seed)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests recorded with `record_property`, also when they ran in parallel workers."""
+    recorded: dict[str, list[Any]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    recorded.setdefault(name, []).append(value)
+    lines = [str(line) for line in recorded.get("summary", [])]
+    if "parity" in recorded and importlib.util.find_spec("tests.parity.report"):
+        from tests.parity.report import summary_lines
+
+        lines += summary_lines(recorded["parity"])
+    if lines:
+        terminalreporter.section("summary")
+        for line in lines:
+            terminalreporter.write_line(line)

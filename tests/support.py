@@ -1,0 +1,69 @@
+"""What several test files share: float64, the folders of golden numbers and data, and how arrays are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def x64() -> contextlib.AbstractContextManager[None]:
+    """Double precision inside a `with` block only. Functions jitted outside are compiled again inside."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # JAX 0.10 has it only here
+
+    return enable_x64()
+
+
+def _shared(variable: str, name: str) -> Path | None:
+    """The folder that `variable` names, else `../shared/<name>`; None when it is not there."""
+    named = os.environ.get(variable)
+    folder = Path(named) if named else ROOT.parent / "shared" / name
+    if named and not folder.is_dir():
+        raise FileNotFoundError(f"{variable}={named} is not a folder")
+    return folder if folder.is_dir() else None
+
+
+def parity_dir() -> Path | None:
+    """The golden numbers: $FASTVIM_PARITY_DIR, default ../shared/parity, None when absent."""
+    return _shared("FASTVIM_PARITY_DIR", "parity")
+
+
+def data_dir() -> Path | None:
+    """The small real data sets: $FASTVIM_DATA_DIR, default ../shared/data, None when absent."""
+    return _shared("FASTVIM_DATA_DIR", "data")
+
+
+def relative_error(actual: ArrayLike, expected: ArrayLike, name: str = "array") -> float:
+    """Largest absolute difference over the largest entry of `expected` (the plain difference where that is all zeros).
+
+    Raises:
+        AssertionError: the shapes differ, or an entry of `actual` or `expected` is not finite.
+    """
+    actual = np.asarray(actual).astype(np.float64)
+    expected = np.asarray(expected).astype(np.float64)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    assert np.isfinite(expected).all(), f"{name}: the expected values are not finite"
+    assert np.isfinite(actual).all(), f"{name}: {(~np.isfinite(actual)).sum()} entries not finite"
+    if actual.size == 0:
+        return 0.0
+    largest = np.abs(expected).max()
+    return float(np.abs(actual - expected).max() / (largest if largest > 0 else 1.0))
+
+
+def assert_close(
+    actual: ArrayLike, expected: ArrayLike, rtol_of_max: float, name: str = "array"
+) -> float:
+    """Assert `relative_error(actual, expected) <= rtol_of_max`, and return it."""
+    error = relative_error(actual, expected, name)
+    assert error <= rtol_of_max, (
+        f"{name}: off by {error:.2e} of the largest entry, more than {rtol_of_max:.0e}"
+    )
+    return error
