@@ -1,0 +1,303 @@
+"""Batches from a source: grain pipelines that shuffle, decode, augment and batch records by index.
+
+Everything up to the finished batch is random access (`grain.MapDataset`), so batch number i of a seed is
+the same for any number of workers or processes and after any restart, and the iterator's state is little
+more than the number of batches taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.sources import open_source
+from fastvim_jax.data.transforms import eval_transform, normalise, train_transform
+from fastvim_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+_REPLACEMENTS = 100
+
+
+class Batch(TypedDict, total=False):
+    """What an iterator yields: NumPy arrays of this process's share of a batch."""
+
+    image: Float[np.ndarray, "b h w c"]
+    """float32, normalised with the config's mean and std."""
+    label: Int32[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]
+    """Evaluation only: False where the record is padding (or undecodable) and must not be counted."""
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterate over a pipeline's batches; remembers where it is and which records were undecodable.
+
+    Attributes:
+        source: where the records come from; `len(source)`, `source.class_names`.
+        steps_per_epoch: batches in one pass over the source.
+        corrupt: indices of the undecodable records met so far.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        source: Source,
+        config: DataConfig,
+        *,
+        steps_per_epoch: int,
+        identity: Mapping[str, int | str],
+    ) -> None:
+        self.source = source
+        self.steps_per_epoch = steps_per_epoch
+        self.corrupt: set[int] = set()
+        self._batches = batches
+        self._config = config
+        self._identity = dict(identity)
+        self._taken = 0
+        self._running: Iterator[dict[str, np.ndarray]] | None = None
+
+    def __next__(self) -> Batch:
+        if self._running is None:
+            self._running = _start(self._batches[self._taken :], self._config.workers)
+        # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
+        batch = {key: np.array(value) for key, value in next(self._running).items()}
+        self._taken += 1
+        self._note_corrupt(batch.pop("corrupt"))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position as JSON-able values; it also names the seed, data and batch size it belongs to."""
+        return {**self._identity, "batches": self._taken, "corrupt": sorted(self.corrupt)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with any number of workers.
+
+        Raises:
+            UserError: when the state belongs to another seed, data set or batch size.
+        """
+        for key, ours in self._identity.items():
+            if state.get(key) != ours:
+                raise UserError(
+                    f"The saved data position belongs to {key} = {state.get(key)!r}, but this run has "
+                    f"{ours!r}: resume with the same data settings or start a new run."
+                )
+        self.close()
+        self._taken = int(state["batches"])
+        self.corrupt = {int(index) for index in state["corrupt"]}
+
+    def close(self) -> None:
+        """Stop prefetching and end the worker processes; the next batch starts them again."""
+        if self._running is not None:
+            close = getattr(self._running, "close", None)
+            if close is not None:
+                close()
+        self._running = None
+
+    def _note_corrupt(self, indices: np.ndarray) -> None:
+        for index in map(int, indices):
+            if index in self.corrupt:
+                continue
+            self.corrupt.add(index)
+            try:
+                _decode(self.source, index, self._config.channels)
+                reason = f"record {index} could not be decoded once, but can be now."
+            except DecodeError as error:
+                reason = str(error)
+            if len(self.corrupt) > self._config.max_corrupt:
+                raise DecodeError(
+                    f"{reason}\n{len(self.corrupt)} undecodable record(s); data.max_corrupt allows "
+                    f"{self._config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
+                )
+            _log.warning("Undecodable record left out: %s", reason)
+
+
+def make_train_iterator(
+    config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Return an endless iterator over augmented training batches, reshuffled each epoch.
+
+    Each epoch takes every record at most once and drops the remainder that fills no batch. With several
+    processes, each gets its contiguous share of every global batch.
+
+    Args:
+        config: what to read and how to augment it.
+        seed: decides order and augmentation, from 0 to 2**32 - 1.
+        process_index: this process's number.
+        process_count: how many processes share a batch.
+
+    Raises:
+        UserError: when the data cannot be found or hold less than one batch.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"The data seed is {seed}, but must lie within 0 and 2**32 - 1.")
+    source = open_source(
+        config.source, config.train_split, path=config.path, class_list=config.class_list
+    )
+    local = _local_batch(config.batch_size, process_count, "batch_size")
+    steps = len(source) // config.batch_size
+    if steps == 0:
+        raise UserError(
+            f"data.batch_size is {config.batch_size}, but {config.source} {config.train_split} holds only "
+            f"{len(source)} images: use a batch size of at most {len(source)}."
+        )
+    records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+    images = records.random_map(_LoadForTraining(source, config))
+    whole_batches = images[: steps * config.batch_size].batch(local, batch_fn=_stack)
+    return BatchIterator(
+        whole_batches.repeat(None)[process_index::process_count],
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"seed": seed, "records": len(source), "batch_size": config.batch_size},
+    )
+
+
+def make_eval_iterator(
+    config: DataConfig,
+    *,
+    split: str | None = None,
+    batch_size: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Return an iterator over one pass in the source's order, without augmentation.
+
+    Every batch is full: the last is padded with zero images whose `valid` is False, so counts over
+    `valid` are exact and every process takes the same number of steps.
+
+    Args:
+        config: what to read.
+        split: defaults to `config.eval_split`.
+        batch_size: images a step over all processes; defaults to `config.eval_batch_size` or `batch_size`.
+        process_index: this process's number.
+        process_count: how many processes share a batch.
+
+    Raises:
+        UserError: when the data cannot be found.
+    """
+    split = split or config.eval_split
+    source = open_source(config.source, split, path=config.path, class_list=config.class_list)
+    size = batch_size or config.eval_batch_size or config.batch_size
+    local = _local_batch(size, process_count, "eval_batch_size")
+    steps = -(-len(source) // size)
+    positions = grain.MapDataset.source(range(steps * size))
+    batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
+    return BatchIterator(
+        batches[process_index::process_count],
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"split": split, "records": len(source), "batch_size": size},
+    )
+
+
+def load_image(file: str | Path, config: DataConfig) -> Float[np.ndarray, "h w c"]:
+    """Read one image file the way evaluation does: decode, resize, centre crop, normalise; float32.
+
+    Raises:
+        DecodeError: when the file cannot be read or is no image.
+    """
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise DecodeError(f"{file}: {error.strerror or error}.") from None
+    image = decode_image(data, channels=config.channels, name=str(file))
+    return normalise(eval_transform(image, config), config.mean, config.std)
+
+
+@dataclasses.dataclass
+class _LoadForTraining(grain.transforms.RandomMap):
+    """Decode and augment a record; an undecodable one is replaced by another, drawn at random."""
+
+    source: Source
+    config: DataConfig
+
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        corrupt: list[int] = []
+        while len(corrupt) < _REPLACEMENTS:
+            try:
+                record, image = _decode(self.source, index, self.config.channels)
+            except DecodeError:
+                corrupt.append(index)
+                index = int(rng.integers(len(self.source)))
+                continue
+            pixels = train_transform(image, self.config, rng)
+            pixels = normalise(pixels, self.config.mean, self.config.std)
+            return {"image": pixels, "label": record.label, "corrupt": corrupt}
+        raise UserError(
+            f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
+            f"among them {self.source[corrupt[0]].name}: is data.path the right folder?"
+        )
+
+
+@dataclasses.dataclass
+class _LoadForEvaluation(grain.transforms.Map):
+    """Decode a record; positions past the end, and undecodable records, become zeros that do not count."""
+
+    source: Source
+    config: DataConfig
+
+    def map(self, index: int) -> dict[str, Any]:
+        corrupt: list[int] = []
+        if index < len(self.source):
+            try:
+                record, image = _decode(self.source, index, self.config.channels)
+                pixels = normalise(
+                    eval_transform(image, self.config), self.config.mean, self.config.std
+                )
+                return {"image": pixels, "label": record.label, "valid": True, "corrupt": corrupt}
+            except DecodeError:
+                corrupt.append(index)
+        zeros = np.zeros((*self.config.height_width, self.config.channels), np.float32)
+        return {"image": zeros, "label": 0, "valid": False, "corrupt": corrupt}
+
+
+def _decode(source: Source, index: int, channels: int) -> tuple[Record, Any]:
+    try:
+        record = source[index]
+    except OSError as error:
+        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+    return record, decode_image(record.image, channels=channels, name=record.name)
+
+
+def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Stack a batch; the undecodable records' indices are listed, whatever their number."""
+    batch = {
+        "image": np.stack([e["image"] for e in elements]),
+        "label": np.asarray([e["label"] for e in elements], np.int32),
+        "corrupt": np.asarray([index for e in elements for index in e["corrupt"]], np.int64),
+    }
+    if "valid" in elements[0]:
+        batch["valid"] = np.asarray([e["valid"] for e in elements], np.bool_)
+    return batch
+
+
+def _local_batch(batch_size: int, process_count: int, name: str) -> int:
+    if batch_size % process_count:
+        raise UserError(f"data.{name} is {batch_size}: not divisible by {process_count} processes.")
+    return batch_size // process_count
+
+
+def _start(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    """Start reading ahead: in two threads of this process, or in worker processes."""
+    if workers == 0:
+        return iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        )
+    from absl import flags
+
+    # grain's workers inherit absl's flags and refuse to start when nobody parsed them.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(dataset.mp_prefetch(options))

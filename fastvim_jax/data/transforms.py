@@ -1,0 +1,148 @@
+"""Image transforms on Pillow images, each drawing from an explicit generator.
+
+A record's generator is seeded by the run's seed and the record's position in the endless sequence of
+epochs, so the number of workers and restarts change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from fastvim_jax.data.config import DataConfig
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Crop a random box and resize it (bicubic) to `size` = (height, width).
+
+    The box's share of the area is uniform in `scale`, its width over height log-uniform in `aspect`
+    (Szegedy et al., Going deeper with convolutions, section 6). After ten boxes that do not fit: the
+    largest centred box whose aspect lies within the bounds.
+    """
+    left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
+    return _resized(image.crop((left, top, left + width, top + height)), size)
+
+
+def _random_box(
+    full_width: int,
+    full_height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Return left, top, width, height of the random resized crop's box."""
+    log_aspect = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(10):
+        area = full_width * full_height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(*log_aspect))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= full_width and 0 < height <= full_height:
+            left = int(rng.integers(0, full_width - width + 1))
+            top = int(rng.integers(0, full_height - height + 1))
+            return left, top, width, height
+    ratio = min(max(full_width / full_height, aspect[0]), aspect[1])
+    width = max(1, min(full_width, round(full_height * ratio)))
+    height = max(1, min(full_height, round(full_width / ratio)))
+    return (full_width - width) // 2, (full_height - height) // 2, width, height
+
+
+def pad_and_shift(
+    image: Image.Image, size: tuple[int, int], rng: np.random.Generator, *, pad: int
+) -> Image.Image:
+    """Resize to `size`, add `pad` zero pixels on each side, crop `size` at a random offset."""
+    image = _resized(image, size)
+    left, top = (int(v) for v in rng.integers(0, 2 * pad + 1, size=2))
+    # A crop box beyond the image is filled with zeros by Pillow.
+    return image.crop((left - pad, top - pad, left - pad + size[1], top - pad + size[0]))
+
+
+def horizontal_flip(
+    image: Image.Image, rng: np.random.Generator, *, probability: float
+) -> Image.Image:
+    """Mirror left and right with the given probability."""
+    if rng.random() < probability:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def resize_and_centre_crop(
+    image: Image.Image, size: tuple[int, int], *, ratio: float
+) -> Image.Image:
+    """Resize (bicubic, aspect kept) so that `size` / `ratio` is covered, then crop `size` at the centre."""
+    height, width = size
+    # The resized image covers floor(size / ratio): 224 at 0.875 gives a shorter side of 256.
+    factor = max(
+        math.floor(height / ratio + 1e-9) / image.height,
+        math.floor(width / ratio + 1e-9) / image.width,
+    )
+    new = max(height, round(image.height * factor)), max(width, round(image.width * factor))
+    image = _resized(image, new)
+    left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (height, width), bicubic; nothing to do at the right size."""
+    if (image.height, image.width) == size:
+        return image
+    return image.resize((size[1], size[0]), _BICUBIC)
+
+
+def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+    """Return the pixels channels-last; a greyscale image has c = 1."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def normalise(
+    pixels: UInt8[np.ndarray, "*b h w c"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[np.ndarray, "*b h w c"]:
+    """Scale uint8 pixels to 0-1, subtract `mean`, divide by `std` (one number per channel each); float32."""
+    scale = 1.0 / (255.0 * np.asarray(std))
+    shift = -np.asarray(mean) / np.asarray(std)
+    return pixels * scale.astype(np.float32) + shift.astype(np.float32)
+
+
+def denormalise(
+    images: Float[np.ndarray, "*b h w c"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> UInt8[np.ndarray, "*b h w c"]:
+    """Undo `normalise`, for plots: float images back to uint8 pixels."""
+    unit = np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(
+        mean, np.float32
+    )
+    return np.round(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+
+
+def train_transform(
+    image: Image.Image, config: DataConfig, rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w c"]:
+    """Apply the configured training augmentation; pixels stay uint8."""
+    size = config.height_width
+    if config.crop == "random_resized":
+        image = random_resized_crop(
+            image, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
+        )
+    elif config.crop == "pad_shift":
+        image = pad_and_shift(image, size, rng, pad=config.pad)
+    else:
+        image = _resized(image, size)
+    if config.flip:
+        image = horizontal_flip(image, rng, probability=config.flip)
+    return to_array(image)
+
+
+def eval_transform(image: Image.Image, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
+    """Apply the evaluation transform: resize, centre crop; pixels stay uint8."""
+    return to_array(resize_and_centre_crop(image, config.height_width, ratio=config.eval_crop))
