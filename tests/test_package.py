@@ -1,0 +1,207 @@
+"""The package as a whole: what it exports, what may import what, and that the checks of the suite are on."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.resources
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import fastvim_jax
+import pallas_kernels
+from tests.support import ROOT
+
+# Which rooms a room may import from, besides itself. Arrows point down only.
+BASE = {"errors", "typing", "precision"}
+ROOMS: dict[str, set[str]] = {
+    "pallas_kernels": set(),
+    "errors": set(),
+    "typing": set(),
+    "precision": BASE,
+    "layers": {"pallas_kernels", *BASE},
+    "models": {"layers", "pallas_kernels", *BASE},
+    "data": BASE,
+    "interop": {"models", "layers", *BASE},
+    "analysis": {"models", "layers", "pallas_kernels", *BASE},
+    "training": {"models", "data", "interop", "analysis", *BASE},
+    "cli": {"training", "data", "interop", "analysis", "models", "pallas_kernels", *BASE},
+    "__main__": {"cli"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of both packages by its dotted name."""
+    found = {}
+    for package in ("fastvim_jax", "pallas_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room(module: str) -> str:
+    """The room that a module belongs to; the package's own face has none."""
+    package, *rest = module.split(".")
+    return package if package == "pallas_kernels" else (rest or [""])[0]
+
+
+def imports(path: Path, known: set[str]) -> Iterator[tuple[str, bool]]:
+    """The project's modules that a file imports, and whether it does so as soon as it is imported itself."""
+
+    def visit(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_once) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known:
+                    yield inner, at_once
+                elif node.module in known:
+                    yield node.module, at_once
+        inside = at_once and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+def test_arrows_point_down_only() -> None:
+    known = modules()
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in known.items()
+        if room(name)
+        for target, _ in imports(path, set(known))
+        if room(target) != room(name) and room(target) not in ROOMS[room(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    known = modules()
+    graph = {
+        name: {target for target, at_once in imports(path, set(known)) if at_once}
+        for name, path in known.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for target in graph[name]:
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+    assert done == set(known)
+
+
+@pytest.mark.parametrize("package", [fastvim_jax, pallas_kernels], ids=lambda p: p.__name__)
+def test_public_names_are_listed_importable_and_documented(package) -> None:
+    assert len(package.__all__) == len(set(package.__all__)) > 0
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        value = getattr(package, name)
+        if callable(value):
+            assert value.__doc__, f"{package.__name__}.{name} has no docstring"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = package.no_such_name
+
+
+@pytest.mark.parametrize("package", ["fastvim_jax", "pallas_kernels"])
+def test_types_are_published(package: str) -> None:
+    assert importlib.resources.files(package).joinpath("py.typed").is_file()
+
+
+def test_every_module_imports_without_a_warning() -> None:
+    optional = {"jax_triton", "torch", "tensorflow_datasets", "tensorflow"}
+    for name in modules():
+        if name == "fastvim_jax.__main__":
+            continue
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            assert error.name in optional, name
+
+
+def test_a_wrong_shape_raises_inside_a_module() -> None:
+    from flax import nnx
+
+    from fastvim_jax.layers.patch_embed import PatchEmbed
+
+    create = fastvim_jax.create_model(
+        "fastvim_tiny_patch16_224",
+        num_classes=3,
+        rngs=nnx.Rngs(0),
+        image_size=32,
+        embed_dim=8,
+        depth=2,
+    )
+    embed = create.patch_embed
+    assert isinstance(embed, PatchEmbed)
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    embed(images)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        embed(images[0])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        embed(images.astype(np.int32))
+
+
+def project() -> dict:
+    """The [project] table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_version_is_the_installed_one() -> None:
+    assert importlib.metadata.version("fastvim-jax") == fastvim_jax.__version__
+    assert Version(fastvim_jax.__version__).release
+
+
+def allowed(requirements: list[str], name: str, version: str, python: str) -> bool:
+    """Whether `version` of `name` may be installed on `python`."""
+    applying = [
+        requirement
+        for requirement in map(Requirement, requirements)
+        if requirement.name == name
+        and (not requirement.marker or requirement.marker.evaluate({"python_version": python}))
+    ]
+    assert len(applying) == 1, f"{name} on Python {python}: {applying}"
+    return applying[0].specifier.contains(version)
+
+
+def test_no_mixed_pair_of_jax_and_flax_can_be_installed() -> None:
+    older = {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+    newer = {"jax": "0.11.1", "jaxlib": "0.11.1", "flax": "0.12.10"}
+    requirements = project()["dependencies"]
+    for name in older:
+        for python in ("3.12", "3.13"):
+            assert allowed(requirements, name, newer[name], python)
+            assert not allowed(requirements, name, older[name], python)
+        assert allowed(requirements, name, older[name], "3.11")
+        assert not allowed(requirements, name, newer[name], "3.11")
+    for extra in ("cuda12", "cuda13"):
+        for python in ("3.11", "3.12", "3.13"):
+            same = [(v, allowed(requirements, "jax", v, python)) for v in ("0.10.2", "0.11.1", "0.13.0")]
+            gpu = project()["optional-dependencies"][extra]
+            assert same == [(v, allowed(gpu, "jax", v, python)) for v, _ in same]
+
+
+def test_this_environment_is_one_of_the_two_sets() -> None:
+    python = "{}.{}".format(*sys.version_info)
+    for name in ("jax", "jaxlib", "flax"):
+        installed = importlib.metadata.version(name)
+        assert allowed(project()["dependencies"], name, installed, python), f"{name} {installed}"
