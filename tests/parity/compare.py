@@ -1,0 +1,106 @@
+"""How far an array may be from its golden value, and the record of how far it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tests.support import relative_error
+
+# (outputs, gradients), relative to the largest entry of each array.
+BOUNDS = {"float64": (1e-7, 1e-6), "float32": (5e-5, 5e-4), "bfloat16": (2e-2, 5e-2)}
+DTYPES = tuple(BOUNDS)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The arrays of one fixture in one dtype; `close` raises if any is off, naming all of them.
+
+    `mode` tells the comparisons of one fixture and dtype apart ("scan", "unroll", ...).
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    mode: str = ""
+    errors: dict[str, dict[str, float]] = dataclasses.field(
+        default_factory=lambda: {"output": {}, "grad": {}}
+    )
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def output(
+        self, name: str, actual: ArrayLike, expected: ArrayLike, bound: float | None = None
+    ) -> None:
+        """Compare one output; `bound` replaces the dtype's own."""
+        self._compare(
+            "output", name, actual, expected, BOUNDS[self.dtype][0] if bound is None else bound
+        )
+
+    def grad(self, name: str, actual: ArrayLike, expected: ArrayLike) -> None:
+        """Compare one gradient."""
+        self._compare("grad", name, actual, expected, BOUNDS[self.dtype][1])
+
+    def zero_grad(self, name: str, actual: ArrayLike) -> None:
+        """A parameter that the outputs do not depend on has a gradient of exactly zero."""
+        if np.any(np.asarray(actual) != 0):
+            self.problems.append(
+                f"gradient of {name}: not zero, although the outputs do not depend on it"
+            )
+
+    def missing(self, what: str) -> None:
+        """Something that had to be compared is not there."""
+        self.problems.append(f"missing: {what}")
+
+    def _compare(
+        self, what: str, name: str, actual: ArrayLike, expected: ArrayLike, bound: float
+    ) -> None:
+        try:
+            error = relative_error(actual, expected, name)
+        except AssertionError as failure:
+            self.problems.append(f"{what} {failure}")
+            return
+        self.errors[what][name] = error
+        if not error <= bound:
+            self.problems.append(
+                f"{what} {name}: off by {error:.2e} of its largest entry, bound {bound:.0e}"
+            )
+
+    def worst(self, what: str) -> tuple[float, str]:
+        """The largest error of the outputs or of the gradients, and whose it is."""
+        errors = self.errors[what]
+        name = max(errors, key=errors.__getitem__, default="")
+        return errors.get(name, 0.0), name
+
+    def record(self) -> dict[str, Any]:
+        """What the summary needs, in plain types."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "arrays": [len(self.errors["output"]), len(self.errors["grad"])],
+            "worst": [self.worst("output"), self.worst("grad")],
+            "passed": not self.problems,
+        }
+
+    def lines(self) -> list[str]:
+        """One line per problem."""
+        label = " ".join(part for part in (self.name, self.dtype, self.mode) if part)
+        return [f"{label}: {problem}" for problem in self.problems]
+
+
+def close(comparisons: list[Comparison], record_property: Any) -> None:
+    """Record every comparison for the summary, then raise if any of them saw a problem or compared nothing."""
+    for comparison in comparisons:
+        record_property("parity", comparison.record())
+    problems = [line for comparison in comparisons for line in comparison.lines()]
+    problems += [
+        f"{c.name} {c.dtype}: nothing was compared"
+        for c in comparisons
+        if not sum(c.record()["arrays"])
+    ]
+    assert comparisons, "nothing was compared"
+    assert not problems, "\n  ".join([f"{len(problems)} problems:", *problems])

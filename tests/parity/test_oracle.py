@@ -1,0 +1,173 @@
+"""The oracle itself, held to the golden numbers, so that what it says of random models can be believed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.oracle.mixer import mixer
+from tests.oracle.ops import (
+    causal_conv1d,
+    layer_norm,
+    resize_bicubic,
+    rms_norm,
+    selective_scan,
+    silu,
+    sincos_table,
+)
+from tests.oracle.pooling import rows_of
+from tests.oracle.vision_mamba import embed, run_blocks, vision_mamba
+from tests.oracle.vit import vit
+from tests.parity.arguments import mixer_fields, model_fields
+from tests.parity.golden import Golden, fixture_paths, kind_of, read
+from tests.parity.oracle_names import convert_mixer, oracle_parameters
+from tests.support import assert_close
+
+# Blocks are stored in float32, whose rounding alone is up to 2^-24 of the largest entry.
+BLOCKS = 6e-8
+MAMBA_DEFAULTS = {
+    "post_norm": "layer",
+    "class_token": "none",
+    "unpool": "before_skip",
+    "pool_scale": 1.0,
+    "pos_embed": True,
+    "drop_path": 0.0,
+    "head_pool": "mean",
+    "out_indices": (),
+    "norm_eps": 1e-5,
+    "token_order": "row",
+    "pool_axes": "alternate",
+}
+VIT_DEFAULTS = {"drop_path": 0.0, "norm_eps": 1e-6, "pooling": "none", "conv_width": 0}
+
+
+def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v, np.float64) if v.dtype.kind == "f" else v for k, v in arrays.items()}
+
+
+def model_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """What the oracle says of a whole model."""
+    fields = model_fields(golden.kind, golden.kwargs)
+    params, inputs = oracle_parameters(golden.state), double(golden.inputs)
+    images, keep = inputs["x"].transpose(0, 2, 3, 1), inputs.get("drop_path_keep")
+    if golden.kind == "ViT":
+        out = vit(params, SimpleNamespace(**VIT_DEFAULTS | fields), images, drop_path_keep=keep)
+        return {"logits" if fields["num_classes"] else "features": out}
+    config = SimpleNamespace(**MAMBA_DEFAULTS | fields)
+    if config.out_indices:
+        features = vision_mamba(params, config, images, drop_path_keep=keep)
+        return {f"feature{j}": f.transpose(0, 3, 1, 2) for j, f in enumerate(features)}
+    outputs = {
+        "logits": vision_mamba(params, config, images, drop_path_keep=keep),
+        "features": vision_mamba(params, config, images, drop_path_keep=keep, features_only=True),
+    }
+    _, trace = run_blocks(params, config, *embed(params, config, images), keep)
+    for i, (residual, hidden) in enumerate(trace):
+        outputs |= {f"block{i}_residual": residual, f"block{i}_hidden": hidden}
+    return outputs
+
+
+def mixer_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """One mixer with the inner values of both branches, laid out as in the fixture."""
+    fields = mixer_fields(golden.kwargs)
+    params = dict(convert_mixer(k, np.asarray(v, np.float64)) for k, v in golden.state.items())
+    config = SimpleNamespace(**{**MAMBA_DEFAULTS, **fields})
+    out, branches = mixer(
+        params, config, golden.inputs["hidden"].astype(np.float64), rows_of(fields["grid"])
+    )
+    outputs = {"out": out}
+    names = {
+        "conv": "conv_silu",
+        "u": "scan_u",
+        "delta": "scan_delta",
+        "B": "scan_B",
+        "C": "scan_C",
+        "y_scan": "scan_y",
+    }
+    for prefix, inner in zip(("fwd", "bwd"), branches.values(), strict=True):
+        outputs |= {f"{prefix}_{name}": inner[ours].swapaxes(1, 2) for ours, name in names.items()}
+        outputs[f"{prefix}_scan_A"] = inner["A"]
+    return outputs
+
+
+def function_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """The functions that the oracle has."""
+    x = double(golden.inputs)
+    if golden.kind == "selective_scan":
+        last_axis = lambda a: np.moveaxis(a, -1, 1)  # noqa: E731
+        sequences = {k: last_axis(x[k]) for k in ("u", "delta", "B", "C", "z") if k in x}
+        rest = {k: x[k] for k in ("A", "D", "delta_bias") if k in x}
+        y, state = selective_scan(**sequences, **rest, **golden.kwargs)
+        return {"y": y.swapaxes(1, 2), "last_state": state}
+    if golden.kind == "causal_conv1d_silu":
+        y = silu(causal_conv1d(x["x"].swapaxes(1, 2), x["weight"].T, x.get("bias")))
+        return {"y": y.swapaxes(1, 2)}
+    if golden.kind in ("add_rms_norm", "add_layer_norm"):
+        total, eps = x["x"] + x["residual"], golden.kwargs["eps"]
+        if golden.kind == "add_rms_norm":
+            return {"normed": rms_norm(total, x["weight"], eps), "residual_out": total}
+        return {"normed": layer_norm(total, x["weight"], x["bias"], eps), "residual_out": total}
+    if golden.kind == "sincos_pos_embed":
+        return {name: sincos_table(**spec) for name, spec in sincos_specs(golden).items()}
+    return {name: resized(x[name][0], x[f"{name}_spec"]) for name in golden.outputs}
+
+
+def resized(table: np.ndarray, spec: np.ndarray) -> np.ndarray:
+    """One case of the resizing fixture: a column-major table is resized transposed, as its notes say."""
+    source, target, column_major = tuple(spec[:2]), tuple(spec[2:4]), bool(spec[4])
+    grid = table.reshape(*source, -1)
+    if column_major:
+        return (
+            resize_bicubic(grid.transpose(1, 0, 2), target)
+            .transpose(1, 0, 2)
+            .reshape(1, -1, table.shape[-1])
+        )
+    return resize_bicubic(grid, target).reshape(1, -1, table.shape[-1])
+
+
+def sincos_specs(golden: Golden) -> dict[str, dict]:
+    """Width, grid and class row of each table, out of its name."""
+    specs = {}
+    for name in golden.outputs:
+        width, grid, *class_row = name.split("_")
+        side = int(grid[1:])
+        specs[name] = {
+            "grid": (side, side),
+            "width": int(width[1:]),
+            "class_token": class_row == ["cls"],
+        }
+    return specs
+
+
+ORACLE = {
+    **dict.fromkeys(("FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"), model_outputs),
+    "FastVimMixer": mixer_outputs,
+    **dict.fromkeys(
+        (
+            "selective_scan",
+            "causal_conv1d_silu",
+            "add_rms_norm",
+            "add_layer_norm",
+            "pos_embed_resize",
+        ),
+        function_outputs,
+    ),
+    "sincos_pos_embed": function_outputs,
+}
+PATHS = [path for path in fixture_paths() if kind_of(path) in ORACLE]
+
+
+@pytest.mark.skipif(not PATHS, reason="no golden numbers: set FASTVIM_PARITY_DIR")
+@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+def test_oracle_agrees_with_the_golden_outputs(path):
+    golden = read(path)
+    if golden.quirk:
+        pytest.skip("a path of the reference that no released recipe uses")
+    outputs = ORACLE[golden.kind](golden)
+    for name, expected in golden.outputs.items():
+        bound = {"block": BLOCKS}.get(name[:5], 1e-9)
+        if golden.kind == "sincos_pos_embed":
+            bound = 1e-5  # computed in float32, where another order of products moves the argument of the sine
+        assert_close(outputs[name], expected, bound, f"{golden.name} {name}")
