@@ -1,54 +1,53 @@
-"""FastVim and its relatives in JAX: models, training, weights in and out.
+"""FastVim: vision Mamba models whose scan runs over pooled tokens, in JAX and Flax NNX.
 
-The names below are the public interface. They are imported when first used, so that data-loading processes, which import
-`fastvim_jax.data` only, start without JAX's models.
+The names below are the public API; they are imported on first use, so that `import fastvim_jax` is cheap.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-from fastvim_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from fastvim_jax.models import (
-        VisionMambaConfig,
-        ViTConfig,
-        build_model,
-        create_model,
-        list_models,
-        model_config,
-    )
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOMES = {
+    "UserError": "fastvim_jax.errors",
     "VisionMambaConfig": "fastvim_jax.models",
     "ViTConfig": "fastvim_jax.models",
     "build_model": "fastvim_jax.models",
     "create_model": "fastvim_jax.models",
     "list_models": "fastvim_jax.models",
     "model_config": "fastvim_jax.models",
+    "from_torch_state_dict": "fastvim_jax.interop",
+    "to_torch_state_dict": "fastvim_jax.interop",
+    "TrainConfig": "fastvim_jax.training",
+    "evaluate": "fastvim_jax.training",
+    "load_experiment": "fastvim_jax.training",
+    "load_run": "fastvim_jax.training",
+    "train": "fastvim_jax.training",
 }
 
-__all__ = [
-    "UserError",
-    "ViTConfig",
-    "VisionMambaConfig",
-    "__version__",
-    "build_model",
-    "create_model",
-    "list_models",
-    "model_config",
-]
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from fastvim_jax.errors import UserError
+    from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
+    from fastvim_jax.models import (
+        ViTConfig,
+        VisionMambaConfig,
+        build_model,
+        create_model,
+        list_models,
+        model_config,
+    )
+    from fastvim_jax.training import TrainConfig, evaluate, load_experiment, load_run, train
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastvim_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

@@ -1,7 +1,4 @@
-"""Adds up the counts of several pytest runs from their JUnit files; the total is the last line.
-
-    python scripts/count_tests.py build/tests/*.xml
-"""
+"""Adds up the counts of the pytest runs whose JUnit files are given; the total is the last line."""
 
 from __future__ import annotations
 

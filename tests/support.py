@@ -49,7 +49,9 @@ def relative_error(actual: ArrayLike, expected: ArrayLike, name: str = "array") 
     """
     actual = np.asarray(actual).astype(np.float64)
     expected = np.asarray(expected).astype(np.float64)
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, expected {expected.shape}"
+    )
     assert np.isfinite(expected).all(), f"{name}: the expected values are not finite"
     assert np.isfinite(actual).all(), f"{name}: {(~np.isfinite(actual)).sum()} entries not finite"
     if actual.size == 0:

@@ -71,7 +71,9 @@ def imports(path: Path, known: set[str]) -> Iterator[tuple[str, bool]]:
                     yield inner, at_once
                 elif node.module in known:
                     yield node.module, at_once
-        inside = at_once and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        inside = at_once and not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        )
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
@@ -195,7 +197,9 @@ def test_no_mixed_pair_of_jax_and_flax_can_be_installed() -> None:
         assert not allowed(requirements, name, newer[name], "3.11")
     for extra in ("cuda12", "cuda13"):
         for python in ("3.11", "3.12", "3.13"):
-            same = [(v, allowed(requirements, "jax", v, python)) for v in ("0.10.2", "0.11.1", "0.13.0")]
+            same = [
+                (v, allowed(requirements, "jax", v, python)) for v in ("0.10.2", "0.11.1", "0.13.0")
+            ]
             gpu = project()["optional-dependencies"][extra]
             assert same == [(v, allowed(gpu, "jax", v, python)) for v, _ in same]
 
