@@ -1,0 +1,89 @@
+"""Weights in and out, under the authors' PyTorch state-dict names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.interop.torch_names import MIXER, VISION_MAMBA, VISION_TRANSFORMER, NameTable
+from fastvim_jax.layers.mixer import Mixer
+from fastvim_jax.models.parameters import (
+    list_mismatches,
+    named_parameters,
+    parameter_infos,
+    replace_parameters,
+)
+from fastvim_jax.models.vision_mamba import VisionMamba
+from fastvim_jax.models.vit import VisionTransformer
+
+TABLES = {
+    VisionMamba: NameTable(tuple(VISION_MAMBA)),
+    VisionTransformer: NameTable(tuple(VISION_TRANSFORMER)),
+    Mixer: NameTable(tuple(MIXER)),
+}
+
+
+def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None:
+    """Load weights into `model`, in place.
+
+    Args:
+        model: A FastVim, Vim or ViT model (or a single `Mixer`).
+        mapping: The authors' state-dict names to NumPy arrays (anything `numpy.asarray` takes). Never a pickle: load
+            a `.pth` file with `torch.load(..., weights_only=True)` and convert its tensors, or use safetensors.
+
+    Raises:
+        UserError: one error that lists every missing, unexpected and misshapen entry by its own name.
+    """
+    table = _table(model)
+    params = nnx.state(model)
+    # Expected shapes are told in the authors' layout, in which the reader has the arrays.
+    expected = {}
+    for info in parameter_infos(params):
+        for name in info.unstacked_names():
+            torch_name, convert = _torch_entry(table, name)
+            expected[torch_name] = convert(np.broadcast_to(0.0, info.shape)).shape
+    arrays = {name: np.asarray(value) for name, value in mapping.items()}
+    problems = list_mismatches(expected, {name: a.shape for name, a in arrays.items()})
+    if problems:
+        raise UserError(
+            f"the weights do not fit this {type(model).__name__}:\n  " + "\n  ".join(problems)
+        )
+    flat = {}
+    for torch_name, array in arrays.items():
+        name, convert = table.to_ours(torch_name)
+        flat[name] = convert(array)
+    nnx.update(model, replace_parameters(params, flat))
+
+
+def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """The model's weights as NumPy arrays under the authors' names and in their layouts."""
+    return {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
+
+
+def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, jax.Array]:
+    """As `to_torch_state_dict` for any pytree with the structure of the model's parameters, such as gradients."""
+    table = _table(model)
+    named = {}
+    for name, value in named_parameters(tree).items():
+        torch_name, convert = _torch_entry(table, name)
+        named[torch_name] = convert(value)
+    return named
+
+
+def _table(model: nnx.Module) -> NameTable:
+    if type(model) not in TABLES:
+        known = ", ".join(cls.__name__ for cls in TABLES)
+        raise UserError(f"no name table for {type(model).__name__}; there is one for {known}.")
+    return TABLES[type(model)]
+
+
+def _torch_entry(table: NameTable, name: str):
+    entry = table.to_torch(name)
+    if entry is None:
+        raise UserError(f"parameter {name} has no entry in the table of PyTorch names.")
+    return entry

@@ -1,0 +1,83 @@
+"""Multi-head self-attention and the MLP of a Vision Transformer, with the pooled form of the paper's Table 7."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import truncated_normal, zeros
+
+from fastvim_jax.layers.mixer import DepthwiseConv
+from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.precision import Precision
+from fastvim_jax.typing import Tokens
+
+
+def dense(features_in: int, features_out: int, *, bias: bool, precision: Precision, rngs: nnx.Rngs):
+    """A linear layer initialised as in DeiT: truncated normal 0.02, bias 0."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=bias,
+        kernel_init=truncated_normal(0.02),
+        bias_init=zeros,
+        dtype=precision.compute,
+        param_dtype=precision.params,
+        precision=precision.lax,
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Self-attention over the tokens that `pooling` leaves; its output is repeated for every token."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        conv_width: int,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.precision = heads, precision
+        self.conv = (
+            DepthwiseConv(width, conv_width, bias=True, dtype=precision.params, rngs=rngs)
+            if conv_width
+            else nnx.data(None)
+        )
+        self.qkv = dense(width, 3 * width, bias=qkv_bias, precision=precision, rngs=rngs)
+        self.proj = dense(width, width, bias=True, precision=precision, rngs=rngs)
+
+    def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
+        """h `b l d` in stored order → `b l d`."""
+        x = pooling.to_scan_order(h)
+        if self.conv is not None:
+            x = self.conv(x, reverse=False)
+        qkv = self.qkv(pooling.pool(x))
+        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
+        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.precision)
+        y = pooling.from_scan_order(pooling.unpool(attended.reshape(*attended.shape[:2], -1)))
+        return self.proj(y)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.fc1 = dense(width, hidden, bias=True, precision=precision, rngs=rngs)
+        self.fc2 = dense(hidden, width, bias=True, precision=precision, rngs=rngs)
+
+    def __call__(self, h: Tokens) -> Tokens:
+        return self.fc2(jax.nn.gelu(self.fc1(h), approximate=False))
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
+    """Softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
+
+    In half precision on a GPU this is cuDNN's fused kernel; elsewhere XLA, with the softmax in float32 or wider.
+    """
+    fused = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+    with jax.default_matmul_precision("highest" if precision.matmul == "highest" else "default"):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")

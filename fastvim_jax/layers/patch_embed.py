@@ -1,0 +1,79 @@
+"""Images to a grid of patch embeddings."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.nn.initializers import zeros
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers import initializers as init
+from fastvim_jax.precision import Precision
+from fastvim_jax.typing import Grid, Images
+
+
+class PatchProjection(nnx.Module):
+    """Kernel `p q c d` and bias `d` of the patch embedding; truncated normal (two sigma), std fan_in^-0.5."""
+
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        channels: int,
+        width: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        fan_in = patch[0] * patch[1] * channels
+        kernel_init = init.truncated_normal(fan_in**-0.5, 2 * fan_in**-0.5)
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (*patch, channels, width), precision.params)
+        )
+        self.bias = nnx.Param(zeros(rngs.params(), (width,), precision.params))
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches, each projected to `width`; the image is zero-padded at the bottom and right."""
+
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        channels: int,
+        width: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        self.patch, self.channels, self.precision = patch, channels, precision
+        self.proj = PatchProjection(patch, channels, width, precision=precision, rngs=rngs)
+
+    def __call__(self, images: Images) -> Grid:
+        """Images `b h w c` → `b rows columns d` in the compute dtype, rows = ceil(h / p).
+
+        Raises:
+            UserError: wrong channel count, or an image smaller than one patch.
+        """
+        _, height, width, channels = images.shape
+        (p, q), dtype = self.patch, self.precision.compute
+        if channels != self.channels:
+            raise UserError(
+                f"images have {channels} channels (shape {images.shape}, read as batch, height, width, channels) "
+                f"but the model was built for {self.channels}."
+            )
+        if height < p or width < q:
+            raise UserError(
+                f"an image of {height}x{width} pixels is smaller than one {p}x{q} patch; resize it first."
+            )
+        padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
+        patches = rearrange(
+            jnp.pad(images.astype(dtype), padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q
+        )
+        kernel = rearrange(self.proj.kernel[...].astype(dtype), "p q c d -> (p q c) d")
+        projected = jnp.matmul(patches, kernel, precision=self.precision.lax)
+        return projected + self.proj.bias[...].astype(dtype)
+
+
+def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches that cover an image of `size` (height, width)."""
+    return -(-size[0] // patch[0]), -(-size[1] // patch[1])

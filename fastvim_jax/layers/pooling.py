@@ -1,0 +1,163 @@
+"""Pooling strategies: which tokens the scan sees, in which order, and how its result is handed back.
+
+A mixer works on any object with this protocol, so a new variant of the family is a new pooling and not a new
+mixer. Tokens are stored in one order throughout the model; a pooling says in which order the mixer scans them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fastvim_jax.typing import Inner, Pooled, Scores
+
+
+class Pooling(Protocol):
+    """What a mixer needs to know about the token grid of its block."""
+
+    @property
+    def scan_length(self) -> int:
+        """Number of steps of the scan (`s`)."""
+        ...
+
+    def to_scan_order(self, x: Inner) -> Inner:
+        """Stored order → the order in which the convolution and the scan visit the tokens."""
+        ...
+
+    def from_scan_order(self, y: Inner) -> Inner:
+        """Inverse of `to_scan_order`."""
+        ...
+
+    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
+        """Tokens in scan order → what the scan reads, in float32 or wider if anything is averaged."""
+        ...
+
+    def unpool(self, y: Pooled) -> Inner:
+        """Results of the scan → one result for each token in scan order."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoPooling:
+    """Vim: every token is a step of the scan."""
+
+    tokens: int
+
+    @property
+    def scan_length(self) -> int:
+        return self.tokens
+
+    def to_scan_order(self, x: Inner) -> Inner:
+        return x
+
+    def from_scan_order(self, y: Inner) -> Inner:
+        return y
+
+    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
+        return x
+
+    def unpool(self, y: Pooled) -> Inner:
+        return y
+
+
+@dataclass(frozen=True)
+class GridPooling:
+    """FastVim: one step per row of a grid; where `transposed`, one step per column.
+
+    Args:
+        rows, columns: The *stored* grid: token i lies at (i // columns, i % columns).
+        transposed: Visit the tokens column by column and pool along the rows' axis (every other block).
+        method: "mean", "max" or "attention" (softmax of `scores` over the pooled tokens), or "none": the order
+            of visits without any pooling.
+        scale: Factor on the pooled mean (0.25 after masked pre-training of ratio 0.75).
+        class_index: Place of a class token in the sequence, if there is one. It is a step of its own, is never
+            pooled, and the grid transposes around it. Where that place lies inside a row, its step comes just
+            before that row's.
+    """
+
+    rows: int
+    columns: int
+    transposed: bool = False
+    method: str = "mean"
+    scale: float = 1.0
+    class_index: int | None = None
+
+    @property
+    def scan_rows(self) -> int:
+        """Rows of the grid in scan order."""
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def scan_columns(self) -> int:
+        """Tokens pooled into one step."""
+        return self.rows if self.transposed else self.columns
+
+    @property
+    def scan_length(self) -> int:
+        if self.method == "none":
+            return self.rows * self.columns + (self.class_index is not None)
+        return self.scan_rows + (self.class_index is not None)
+
+    @property
+    def class_step(self) -> int | None:
+        """The class token's place among the pooled steps."""
+        return None if self.class_index is None else self.class_index // self.scan_columns
+
+    def to_scan_order(self, x: Inner) -> Inner:
+        return self._transpose(x, self.rows, self.columns)
+
+    def from_scan_order(self, y: Inner) -> Inner:
+        return self._transpose(y, self.columns, self.rows)
+
+    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
+        if self.method == "none":
+            return x
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        x, class_token = _take_out(x, self.class_index)
+        grid = x.reshape(x.shape[0], self.scan_rows, self.scan_columns, x.shape[-1])
+        if self.method == "mean":
+            pooled = jnp.mean(grid, axis=2, dtype=wide) * self.scale
+        elif self.method == "max":
+            pooled = jnp.max(grid, axis=2)
+        else:
+            scores, _ = _take_out(scores, self.class_index)
+            weights = jax.nn.softmax(scores.astype(wide).reshape(*grid.shape[:3], 1), axis=2)
+            pooled = jnp.sum(weights * grid, axis=2)
+        return _put_in(pooled.astype(wide), class_token, self.class_step)
+
+    def unpool(self, y: Pooled) -> Inner:
+        if self.method == "none":
+            return y
+        y, class_token = _take_out(y, self.class_step)
+        shape = (y.shape[0], self.scan_rows, self.scan_columns, y.shape[-1])
+        tokens = jnp.broadcast_to(y[:, :, None, :], shape)
+        return _put_in(tokens.reshape(shape[0], -1, shape[-1]), class_token, self.class_index)
+
+    def _transpose(self, x: Inner, rows: int, columns: int) -> Inner:
+        if not self.transposed:
+            return x
+        x, class_token = _take_out(x, self.class_index)
+        grid = x.reshape(x.shape[0], rows, columns, x.shape[-1]).swapaxes(1, 2)
+        return _put_in(grid.reshape(x.shape), class_token, self.class_index)
+
+
+def parallel_steps(scan_length: int) -> int:
+    """Dependent steps of a parallel scan over `scan_length` elements: ceil(log2(length))."""
+    return math.ceil(math.log2(scan_length)) if scan_length > 1 else 0
+
+
+def _take_out(x: jax.Array, index: int | None) -> tuple[jax.Array, jax.Array | None]:
+    if index is None:
+        return x, None
+    rest = jnp.concatenate([x[:, :index], x[:, index + 1 :]], axis=1)
+    return rest, x[:, index : index + 1]
+
+
+def _put_in(x: jax.Array, token: jax.Array | None, index: int | None) -> jax.Array:
+    if token is None:
+        return x
+    return jnp.concatenate([x[:, :index], token.astype(x.dtype), x[:, index:]], axis=1)

@@ -1,0 +1,77 @@
+"""Learned position embeddings: bicubic resampling to another grid, and the fixed sin-cos table."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+CUBIC_A = -0.75
+
+
+@lru_cache(maxsize=64)
+def cubic_matrix(source: int, target: int) -> np.ndarray:
+    """Weights `target source` of bicubic resampling along one axis.
+
+    Cubic convolution with a = -0.75, half-pixel centres, taps clamped at the borders, no antialiasing.
+    """
+    position = (np.arange(target) + 0.5) * source / target - 0.5
+    base = np.floor(position).astype(int)
+    weights = np.zeros((target, source))
+    for tap in range(-1, 3):
+        x = np.abs(position - (base + tap))
+        near = (CUBIC_A + 2) * x**3 - (CUBIC_A + 3) * x**2 + 1
+        far = CUBIC_A * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(
+            weights,
+            (np.arange(target), np.clip(base + tap, 0, source - 1)),
+            np.where(x <= 1, near, far),
+        )
+    return weights
+
+
+def resize_pos_embed(
+    table: Float[Array, "1 l d"], source: tuple[int, int], target: tuple[int, int]
+) -> Float[Array, "1 m d"]:
+    """Resample a table over a `source` grid (axes in the order in which it is flattened) to a `target` grid."""
+    if source == target:
+        return table
+    rows, columns = (
+        jnp.asarray(cubic_matrix(s, t), table.dtype) for s, t in zip(source, target, strict=True)
+    )
+    grid = table.reshape(*source, table.shape[-1])
+    resized = jnp.einsum("ij,kl,jld->ikd", rows, columns, grid, precision="highest")
+    return resized.reshape(1, -1, table.shape[-1])
+
+
+def resize_with_class_row(
+    table: Float[Array, "1 l d"],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    source_index: int,
+    target_index: int,
+) -> Float[Array, "1 m d"]:
+    """As `resize_pos_embed` for a table that also holds the class token's row, which is carried over."""
+    if source == target:
+        return table
+    row = table[:, source_index : source_index + 1]
+    rest = jnp.concatenate([table[:, :source_index], table[:, source_index + 1 :]], axis=1)
+    rest = resize_pos_embed(rest, source, target)
+    return jnp.concatenate([rest[:, :target_index], row, rest[:, target_index:]], axis=1)
+
+
+def sincos_pos_embed(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Fixed table `(rows * columns) width`, float32, row-major (He et al., Masked Autoencoders).
+
+    The first half of the channels encodes the column, the second the row; each is sines, then cosines, of
+    frequency 10000^(-k / (width / 4)). `width` must be a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"a sin-cos table needs a width that is a multiple of 4, not {width}")
+    quarter = np.arange(width // 4, dtype=np.float32) / np.float32(width / 4)
+    frequency = (1.0 / np.float32(10000) ** quarter).astype(np.float32)
+    row, column = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)

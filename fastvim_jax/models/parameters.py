@@ -1,0 +1,122 @@
+"""Parameters by name. What is defined per parameter is defined on the unstacked one.
+
+Blocks are stored stacked: the leaf `blocks.mixer.D` of shape `depth e` stands for the parameters
+`blocks.0.mixer.D`, `blocks.1.mixer.D`, ... of shape `e`. These functions work on the parameters and on every pytree
+of the same structure: gradients, Adam's moments, averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastvim_jax.errors import UserError
+
+STACK = "blocks"
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What a rule may know of a stored leaf.
+
+    Attributes:
+        name: Dotted stored name, for example `blocks.mixer.in_proj.kernel`.
+        shape: Shape of the unstacked parameter.
+        depth: Number of blocks stacked in this leaf, or None for a leaf outside the blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    depth: int | None
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the unstacked parameter."""
+        return len(self.shape)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf has a leading axis of blocks."""
+        return self.depth is not None
+
+    def unstacked_names(self) -> list[str]:
+        """Names of the parameters this leaf holds."""
+        if self.depth is None:
+            return [self.name]
+        rest = self.name.removeprefix(STACK + ".")
+        return [f"{STACK}.{i}.{rest}" for i in range(self.depth)]
+
+
+def map_parameters(fn: Callable[[ParameterInfo, Any], Any], params: Any) -> Any:
+    """Map `fn(info, leaf)` over the stored leaves; the result has the structure of `params`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_info(path, leaf), leaf), params)
+
+
+def parameter_infos(params: Any) -> list[ParameterInfo]:
+    """`ParameterInfo` of every stored leaf, in the order of `jax.tree.leaves`."""
+    return [_info(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def named_parameters(params: Any) -> dict[str, Any]:
+    """Unstacked parameters by dotted name, for example `blocks.3.mixer.in_proj.kernel`."""
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        info = _info(path, leaf)
+        parts = [leaf] if info.depth is None else list(leaf)
+        flat.update(zip(info.unstacked_names(), parts, strict=True))
+    return flat
+
+
+def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
+    """Inverse of `named_parameters`: `params` with every leaf taken from `flat`, in the leaf's own dtype.
+
+    Raises:
+        UserError: listing every missing, unexpected and misshapen entry.
+    """
+    problems = list_mismatches(
+        {name: info.shape for info in parameter_infos(params) for name in info.unstacked_names()},
+        {name: jnp.shape(value) for name, value in flat.items()},
+    )
+    if problems:
+        raise UserError("parameters do not fit the model:\n  " + "\n  ".join(problems))
+
+    def fill(info: ParameterInfo, leaf):
+        parts = [jnp.asarray(flat[name], leaf.dtype) for name in info.unstacked_names()]
+        return jnp.stack(parts) if info.stacked else parts[0]
+
+    return map_parameters(fill, params)
+
+
+def list_mismatches(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """One line for each name missing, unexpected, or given with another shape."""
+    lines = [f"missing: {name} {expected[name]}" for name in expected if name not in given]
+    lines += [f"unexpected: {name} {given[name]}" for name in given if name not in expected]
+    lines += [
+        f"shape of {name}: expected {expected[name]}, given {given[name]}"
+        for name in expected
+        if name in given and tuple(given[name]) != tuple(expected[name])
+    ]
+    return lines
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in `params`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _info(path, leaf) -> ParameterInfo:
+    # A Variable adds an attribute step ("value") of its own below its path in the state.
+    keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+    shape = tuple(leaf.shape)
+    stacked = keys[0] == STACK
+    return ParameterInfo(
+        name=".".join(keys),
+        shape=shape[1:] if stacked else shape,
+        depth=shape[0] if stacked else None,
+    )

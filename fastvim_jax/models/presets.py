@@ -1,0 +1,28 @@
+"""The named architectures of the paper: sizes only, everything else is a default or an option."""
+
+from __future__ import annotations
+
+from fastvim_jax.models.config import ModelConfig, ViTConfig, VisionMambaConfig
+
+MAMBA_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 24},
+    "small": {"embed_dim": 384, "depth": 24},
+    "base": {"embed_dim": 768, "depth": 24},
+    "large": {"embed_dim": 1024, "depth": 48},
+}
+VIT_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+PRESETS: dict[str, ModelConfig] = {
+    **{f"fastvim_{name}_patch16_224": VisionMambaConfig(**size) for name, size in MAMBA_SIZES.items()},
+    "fastvim_huge_patch14_224": VisionMambaConfig(embed_dim=1280, depth=64, patch_size=14),
+    **{
+        f"vim_{name}_patch16_224": VisionMambaConfig(pooling="none", class_token="middle", **size)
+        for name, size in MAMBA_SIZES.items()
+    },
+    **{f"vit_{name}_patch16_224": ViTConfig(**size) for name, size in VIT_SIZES.items()},
+}

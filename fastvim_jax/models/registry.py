@@ -1,0 +1,56 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from flax import nnx
+
+from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.models.config import ModelConfig, ViTConfig, VisionMambaConfig, replace_options
+from fastvim_jax.models.presets import PRESETS
+from fastvim_jax.models.vision_mamba import VisionMamba
+from fastvim_jax.models.vit import VisionTransformer
+
+MODEL_CLASSES = {VisionMambaConfig: VisionMamba, ViTConfig: VisionTransformer}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the registered models that match a shell-style `pattern` (or contain it, if it has no wildcard)."""
+    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return [name for name in PRESETS if fnmatch.fnmatchcase(name, wanted)]
+
+
+def model_config(name: str, **options) -> ModelConfig:
+    """Configuration of the model called `name`, with `options` (fields of its config class) replaced.
+
+    Raises:
+        UserError: unknown name or option (nearest names suggested), or an impossible value.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"unknown model {name!r}.{suggest(name, PRESETS)} `fastvim models` lists all names."
+        )
+    return replace_options(PRESETS[name], **options)
+
+
+def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> VisionMamba | VisionTransformer:
+    """Build a freshly initialised model from its configuration."""
+    return MODEL_CLASSES[type(config)](config, rngs=rngs)
+
+
+def create_model(
+    name: str, *, num_classes: int = 1000, rngs: nnx.Rngs, **options
+) -> VisionMamba | VisionTransformer:
+    """Build the model called `name` with fresh parameters.
+
+    Args:
+        name: One of `list_models()`.
+        num_classes: Classes of the head; 0 for none.
+        rngs: Source of the parameters' randomness, for example `nnx.Rngs(0)`.
+        **options: Fields of `VisionMambaConfig` or `ViTConfig` to change.
+
+    Raises:
+        UserError: unknown name or option (nearest names suggested), or an impossible value.
+    """
+    return build_model(model_config(name, num_classes=num_classes, **options), rngs=rngs)

@@ -1,0 +1,104 @@
+"""Running a stack of equal blocks whose parameters are stored with a leading `depth` axis.
+
+One program per pooling pattern instead of one per block: `scan` runs `lax.scan` over periods of the pattern,
+`unroll` writes every block out. Both read the same stacked parameters, so names, masks and checkpoints agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fastvim_jax.layers.pooling import Pooling
+
+REMAT_POLICIES: dict[str, Any] = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Build `depth` independently initialised blocks as one module whose parameters have a leading axis."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), depth)
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def run_blocks(
+    blocks: nnx.Module,
+    residual: jax.Array,
+    poolings: Sequence[Pooling],
+    *,
+    depth: int,
+    keep: jax.Array | None,
+    mode: str,
+    remat: str,
+    taps: Sequence[int] = (),
+) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
+    """Run the blocks over the residual stream.
+
+    Args:
+        blocks: Module from `stack_blocks`; called as `block(residual, pooling, keep)`, returning the new residual
+            and the block's own output.
+        residual: `b l d`, float32 or wider.
+        poolings: One period of the pattern; block i uses `poolings[i % len(poolings)]`.
+        depth: Number of blocks.
+        keep: Drop-path factors with leading axis `depth`, or None.
+        mode: "scan" or "unroll".
+        remat: "none", or what the backward pass recomputes: "block" (all of a block) or "dots" (all but products).
+        taps: Blocks whose (residual before, own output) are returned.
+
+    Returns:
+        The last residual, and the tapped pairs by block index.
+    """
+    graphdef, stacked = nnx.split(blocks)
+    period = len(poolings)
+
+    def apply(index_in_period: int, params, keep_i, residual):
+        return nnx.merge(graphdef, params)(residual, poolings[index_in_period], keep_i)
+
+    if remat != "none":
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))
+
+    def one(i: int, residual):
+        params, keep_i = jax.tree.map(lambda leaf: leaf[i], (stacked, keep))
+        return apply(i % period, params, keep_i, residual)
+
+    def segment(start: int, stop: int, residual):
+        periods = (stop - start) // period if mode == "scan" else 0
+        if periods > 1:
+            end = start + periods * period
+
+            def body(residual, xs):
+                for j in range(period):
+                    params, keep_i = jax.tree.map(lambda leaf: leaf[j], xs)  # noqa: B023
+                    residual, _ = apply((start + j) % period, params, keep_i, residual)
+                return residual, None
+
+            xs = jax.tree.map(
+                lambda leaf: leaf[start:end].reshape(periods, period, *leaf.shape[1:]),
+                (stacked, keep),
+            )
+            residual, _ = jax.lax.scan(body, residual, xs)
+            start = end
+        for i in range(start, stop):
+            residual, _ = one(i, residual)
+        return residual
+
+    outputs = {}
+    start = 0
+    for tap in sorted(set(taps)):
+        before = segment(start, tap, residual)
+        residual, hidden = one(tap, before)
+        outputs[tap] = (before, hidden)
+        start = tap + 1
+    return segment(start, depth, residual), outputs
+
+
+def broadcast_keep(keep: jax.Array, like: jax.Array) -> jax.Array:
+    """Per-sample factors `b` shaped to multiply `like` (`b ...`)."""
+    return jnp.reshape(keep, (-1,) + (1,) * (like.ndim - 1))

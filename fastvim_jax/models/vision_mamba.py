@@ -1,0 +1,234 @@
+"""FastVim and Vim: patch embedding, a stack of bidirectional scan mixers, a head. There is no MLP.
+
+    residual = patches + position embedding                 (float32, as is everything that adds to it)
+    residual = residual + drop_path(mixer(norm(residual)))  for every block
+    logits   = head(pool(norm(residual)))
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal, zeros
+from jaxtyping import Array, Float
+
+from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
+from fastvim_jax.layers.mixer import Mixer
+from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.patch_embed import PatchEmbed, grid_of
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.layers.pos_embed import resize_pos_embed, resize_with_class_row
+from fastvim_jax.models.config import VisionMambaConfig
+from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
+from fastvim_jax.typing import Images, Keep, Tokens
+
+
+class Block(nnx.Module):
+    """Input norm, mixer and residual sum of one block."""
+
+    def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
+        p = config.precision
+        self.dtype = p.compute
+        self.norm = make_norm(
+            config.norm, config.embed_dim, eps=config.norm_eps, precision=p, rngs=rngs
+        )
+        self.mixer = Mixer(config.mixer, rngs=rngs)
+
+    def __call__(
+        self, residual: Tokens, pooling: Pooling, keep: Keep | None
+    ) -> tuple[Tokens, Tokens]:
+        """Return the new residual stream and the mixer's own output, both `b l d`."""
+        hidden = self.mixer(self.norm(residual).astype(self.dtype), pooling)
+        update = hidden.astype(residual.dtype)
+        if keep is not None:
+            update = update * broadcast_keep(keep, update)
+        return residual + update, hidden
+
+
+class VisionMamba(nnx.Module):
+    """The FastVim / Vim family. Build it through `fastvim_jax.create_model`.
+
+    All parameters are `nnx.Param`; those of the blocks (`blocks...`) carry a leading `depth` axis.
+    """
+
+    def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
+        p, d = config.precision, config.embed_dim
+        self.config = config
+        self.patch_embed = PatchEmbed(
+            config.patch_size, config.channels, d, precision=p, rngs=rngs
+        )
+        tokens = config.grid[0] * config.grid[1] + (config.class_token != "none")
+        small = normal(0.02)
+        self.class_token = (
+            nnx.data(None)
+            if config.class_token == "none"
+            else nnx.Param(small(rngs.params(), (1, 1, d), p.params))
+        )
+        self.pos_embed = (
+            nnx.Param(small(rngs.params(), (1, tokens, d), p.params))
+            if config.pos_embed
+            else nnx.data(None)
+        )
+        self.blocks = stack_blocks(
+            lambda block_rngs: Block(config, rngs=block_rngs), config.depth, rngs
+        )
+        dense_features = bool(config.out_indices)
+        self.out_norms = nnx.List(
+            make_norm("layer", d, eps=config.norm_eps, precision=p, rngs=rngs)
+            for _ in config.out_indices
+        )
+        self.norm = (
+            nnx.data(None)
+            if dense_features
+            else make_norm(config.norm, d, eps=config.norm_eps, precision=p, rngs=rngs)
+        )
+        self.head = (
+            nnx.Linear(
+                d,
+                config.num_classes,
+                kernel_init=small,
+                bias_init=zeros,
+                dtype=p.wide,
+                param_dtype=p.params,
+                precision=p.lax,
+                rngs=rngs,
+            )
+            if config.num_classes and not dense_features
+            else nnx.data(None)
+        )
+
+    def __call__(
+        self,
+        images: Images,
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth b"] | None = None,
+    ):
+        """Classify images, or extract dense features where `out_indices` are set.
+
+        Args:
+            images: `b h w c`, normalised, any float dtype; any size of at least one patch.
+            key: PRNG key of this step's drop path (training), or None (evaluation).
+            drop_path_keep: 0/1 masks `depth b` to use instead of drawing them from `key`.
+
+        Returns:
+            Logits `b classes` (`b l classes` for head_pool="all") in float32 or wider; pooled features `b d` if
+            num_classes is 0; or the tuple of dense features `b rows columns d`.
+
+        Raises:
+            UserError: wrong channel count, or an image smaller than a patch.
+        """
+        residual, outputs, grid = self._run(
+            images, key, drop_path_keep, taps=self.config.out_indices
+        )
+        if self.config.out_indices:
+            return self._dense_features([outputs[i][1] for i in self.config.out_indices], grid)
+        features = self._pool(self.norm(residual))
+        if self.head is None:
+            return features
+        logits = self.head(features)
+        return jnp.max(logits, axis=1) if self._reads_all("max") else logits
+
+    def features(self, images: Images) -> Array:
+        """What the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
+        residual, _, _ = self._run(images, None, None)
+        return self._pool(self.norm(residual))
+
+    def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
+        """(residual stream before the block, the block's mixer output) of every block, in stored token order."""
+        _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
+        return [outputs[i] for i in range(self.config.depth)]
+
+    def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
+        """One period of the stack's poolings over a stored `grid`."""
+        config = self.config
+        if config.pooling == "none":
+            return (NoPooling(grid[0] * grid[1] + (self.class_token is not None)),)
+        orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
+        return tuple(
+            GridPooling(
+                *grid,
+                transposed=transposed,
+                method=config.pooling,
+                scale=config.pool_scale,
+                class_index=self._class_index(grid),
+            )
+            for transposed in orders[config.pool_axes]
+        )
+
+    def _run(self, images, key, drop_path_keep, taps=()):
+        config = self.config
+        residual, grid = self._embed(images)
+        rates = drop_path_rates(config.drop_path, config.depth)
+        keep = drop_path_keep
+        if keep is None and key is not None and config.drop_path > 0:
+            keep = draw_keep(key, rates, images.shape[:1])
+        if keep is not None:
+            keep = scale_keep(keep, rates, residual.dtype)
+        residual, outputs = run_blocks(
+            self.blocks,
+            residual,
+            self.poolings(grid),
+            depth=config.depth,
+            keep=keep,
+            mode=config.blocks,
+            remat=config.remat,
+            taps=taps,
+        )
+        return residual, outputs, grid
+
+    def _embed(self, images: Images) -> tuple[Tokens, tuple[int, int]]:
+        """Tokens with class token and position embedding, wide, and the stored grid."""
+        wide = self.config.precision.wide
+        patches = self.patch_embed(images)
+        if self.config.token_order == "column":
+            patches = patches.swapaxes(1, 2)
+        grid = patches.shape[1:3]
+        tokens = patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(wide)
+        index = self._class_index(grid)
+        if index is not None:
+            token = jnp.broadcast_to(
+                self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
+            )
+            tokens = jnp.concatenate([tokens[:, :index], token, tokens[:, index:]], axis=1)
+        if self.pos_embed is not None:
+            tokens = tokens + self._position_table(grid).astype(wide)
+        return tokens, grid
+
+    def _position_table(self, grid: tuple[int, int]) -> Float[Array, "1 l d"]:
+        built_for = grid_of(self.config.image_size, self.config.patch_size)
+        if self.config.token_order == "column":
+            built_for = built_for[::-1]
+        table = self.pos_embed[...]
+        if self.class_token is None:
+            return resize_pos_embed(table, built_for, grid)
+        return resize_with_class_row(
+            table, built_for, grid, self._class_index(built_for), self._class_index(grid)
+        )
+
+    def _class_index(self, grid: tuple[int, int]) -> int | None:
+        return {"none": None, "middle": grid[0] * grid[1] // 2, "head": 0}[self.config.class_token]
+
+    def _reads_all(self, *head_pools: str) -> bool:
+        return self.class_token is None and self.config.head_pool in head_pools
+
+    def _pool(self, tokens: Tokens) -> Array:
+        if self.class_token is not None:
+            grid_tokens = tokens.shape[1] - 1
+            return tokens[:, 0 if self.config.class_token == "head" else grid_tokens // 2]
+        if self._reads_all("max", "all"):
+            return tokens
+        return tokens[:, -1] if self.config.head_pool == "last" else jnp.mean(tokens, axis=1)
+
+    def _dense_features(self, hidden: list[Tokens], grid: tuple[int, int]) -> tuple[Array, ...]:
+        index = self._class_index(grid)
+        features = []
+        for norm, tokens in zip(self.out_norms, hidden, strict=True):
+            if index is not None:
+                tokens = jnp.delete(tokens, index, axis=1, assume_unique_indices=True)
+            image = norm(tokens).reshape(tokens.shape[0], *grid, -1)
+            features.append(
+                image.swapaxes(1, 2) if self.config.token_order == "column" else image
+            )
+        return tuple(features)

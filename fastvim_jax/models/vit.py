@@ -1,0 +1,175 @@
+"""Vision Transformer (the DeiT architecture), the paper's baseline, and its pooled ablations (Table 7)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import truncated_normal, zeros
+from jaxtyping import Array, Float
+
+from fastvim_jax.layers.attention import Attention, Mlp
+from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
+from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.patch_embed import PatchEmbed
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.layers.pos_embed import resize_with_class_row
+from fastvim_jax.models.config import ViTConfig
+from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
+from fastvim_jax.typing import Images, Tokens
+
+
+class ViTBlock(nnx.Module):
+    """Pre-norm attention and MLP, each with its own drop path."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        p, d = config.precision, config.embed_dim
+        self.dtype = p.compute
+        norm = {"eps": config.norm_eps, "precision": p, "rngs": rngs}
+        self.norm1 = make_norm("layer", d, **norm)
+        self.attn = Attention(
+            d,
+            config.num_heads,
+            qkv_bias=config.qkv_bias,
+            conv_width=config.conv_width,
+            precision=p,
+            rngs=rngs,
+        )
+        self.norm2 = make_norm("layer", d, **norm)
+        self.mlp = Mlp(d, int(d * config.mlp_ratio), precision=p, rngs=rngs)
+
+    def __call__(
+        self, residual: Tokens, pooling: Pooling, keep: Float[Array, "2 b"] | None
+    ) -> tuple[Tokens, Tokens]:
+        """Return the new residual stream twice (it is also what dense features read), `b l d`."""
+        for branch, update in enumerate(
+            (
+                lambda x: self.attn(self.norm1(x).astype(self.dtype), pooling),
+                lambda x: self.mlp(self.norm2(x).astype(self.dtype)),
+            )
+        ):
+            y = update(residual).astype(residual.dtype)
+            residual = residual + (y if keep is None else y * broadcast_keep(keep[branch], y))
+        return residual, residual
+
+
+class VisionTransformer(nnx.Module):
+    """ViT / DeiT with the class token first. Build it through `fastvim_jax.create_model`."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        p, d = config.precision, config.embed_dim
+        self.config = config
+        self.patch_embed = PatchEmbed(
+            config.patch_size, config.channels, d, precision=p, rngs=rngs
+        )
+        small = truncated_normal(0.02)
+        self.class_token = nnx.Param(small(rngs.params(), (1, 1, d), p.params))
+        tokens = config.grid[0] * config.grid[1] + 1
+        self.pos_embed = nnx.Param(small(rngs.params(), (1, tokens, d), p.params))
+        self.blocks = stack_blocks(
+            lambda block_rngs: ViTBlock(config, rngs=block_rngs), config.depth, rngs
+        )
+        self.out_norms = nnx.List(self._norm(rngs) for _ in config.out_indices)
+        classify = not config.out_indices
+        # With mean pooling the norm follows the pooling, under a name of its own as in the reference.
+        self.norm = (
+            self._norm(rngs) if classify and config.head_pool == "token" else nnx.data(None)
+        )
+        self.fc_norm = (
+            self._norm(rngs) if classify and config.head_pool == "mean" else nnx.data(None)
+        )
+        self.head = (
+            nnx.Linear(
+                d,
+                config.num_classes,
+                kernel_init=small,
+                bias_init=zeros,
+                dtype=p.wide,
+                param_dtype=p.params,
+                precision=p.lax,
+                rngs=rngs,
+            )
+            if config.num_classes and classify
+            else nnx.data(None)
+        )
+
+    def __call__(
+        self,
+        images: Images,
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth 2 b"] | None = None,
+    ):
+        """Classify images `b h w c`; arguments and results as `VisionMamba.__call__`.
+
+        `drop_path_keep` has one mask for the attention and one for the MLP of each block.
+        """
+        residual, outputs, grid = self._run(
+            images, key, drop_path_keep, taps=self.config.out_indices
+        )
+        if self.config.out_indices:
+            return tuple(
+                norm(outputs[i][1][:, 1:]).reshape(images.shape[0], *grid, -1)
+                for norm, i in zip(self.out_norms, self.config.out_indices, strict=True)
+            )
+        features = self._pool(residual)
+        return features if self.head is None else self.head(features)
+
+    def features(self, images: Images) -> Float[Array, "b d"]:
+        """What the head reads."""
+        return self._pool(self._run(images, None, None)[0])
+
+    def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
+        """(residual stream before the block, after the block) of every block."""
+        _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
+        return [outputs[i] for i in range(self.config.depth)]
+
+    def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
+        """One period of the stack's poolings over `grid`; the class token, first, is never pooled."""
+        if self.config.pooling == "none":
+            return (NoPooling(grid[0] * grid[1] + 1),)
+        orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
+        return tuple(
+            GridPooling(*grid, transposed=transposed, class_index=0)
+            for transposed in orders[self.config.pool_axes]
+        )
+
+    def _norm(self, rngs: nnx.Rngs):
+        config = self.config
+        return make_norm(
+            "layer", config.embed_dim, eps=config.norm_eps, precision=config.precision, rngs=rngs
+        )
+
+    def _run(self, images, key, drop_path_keep, taps=()):
+        config = self.config
+        wide = config.precision.wide
+        patches = self.patch_embed(images)
+        grid = patches.shape[1:3]
+        tokens = patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(wide)
+        token = jnp.broadcast_to(
+            self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
+        )
+        table = resize_with_class_row(self.pos_embed[...], config.grid, grid, 0, 0)
+        residual = jnp.concatenate([token, tokens], axis=1) + table.astype(wide)
+        rates = drop_path_rates(config.drop_path, config.depth)
+        keep = drop_path_keep
+        if keep is None and key is not None and config.drop_path > 0:
+            keep = draw_keep(key, rates, (2, images.shape[0]))
+        if keep is not None:
+            keep = scale_keep(keep, rates, wide)
+        residual, outputs = run_blocks(
+            self.blocks,
+            residual,
+            self.poolings(grid),
+            depth=config.depth,
+            keep=keep,
+            mode=config.blocks,
+            remat=config.remat,
+            taps=taps,
+        )
+        return residual, outputs, grid
+
+    def _pool(self, tokens: Tokens) -> Float[Array, "b d"]:
+        if self.config.head_pool == "token":
+            return self.norm(tokens)[:, 0]
+        return self.fc_norm(jnp.mean(tokens[:, 1:], axis=1))

@@ -1,0 +1,61 @@
+"""The dtype policy, in one place.
+
+Parameters are kept in `param_dtype` (float32; float64 in tests), products and activations in `dtype`.
+Wide islands — norm statistics, the residual stream, A, D, the step bias, scan states, pooled sums, head and
+losses — are held in `wide`, that is float32 or more. `matmul` says how float32 products are carried out on a
+GPU, whose default would be TF32: "highest" is true float32, "tf32" gives 10 mantissa bits and more speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from fastvim_jax.errors import UserError, suggest
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+MATMUL_PRECISIONS = {"highest": jax.lax.Precision.HIGHEST, "tf32": jax.lax.Precision.DEFAULT}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Names of the compute and parameter dtypes and of the float32 matmul mode; see the module docstring."""
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    matmul: str = "highest"
+
+    def __post_init__(self) -> None:
+        for field, choices in (
+            ("dtype", DTYPES),
+            ("param_dtype", ("float32", "float64")),
+            ("matmul", MATMUL_PRECISIONS),
+        ):
+            value = getattr(self, field)
+            if value not in choices:
+                name = "matmul_precision" if field == "matmul" else field
+                raise UserError(
+                    f"{name}={value!r} is not one of {', '.join(choices)}.{suggest(value, choices)}"
+                )
+
+    @property
+    def compute(self) -> jnp.dtype:
+        """Dtype of activations and of the operands of products."""
+        return jnp.dtype(DTYPES[self.dtype])
+
+    @property
+    def params(self) -> jnp.dtype:
+        """Dtype in which parameters are stored."""
+        return jnp.dtype(DTYPES[self.param_dtype])
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """Dtype of the wide islands: float32, or the compute dtype where that is wider."""
+        return jnp.promote_types(jnp.float32, self.compute)
+
+    @property
+    def lax(self) -> jax.lax.Precision:
+        """The `precision=` argument of every product."""
+        return MATMUL_PRECISIONS[self.matmul]
