@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.resources
+import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -113,13 +114,19 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("package", [fastvim_jax, pallas_kernels], ids=lambda p: p.__name__)
-def test_public_names_are_listed_importable_and_documented(package) -> None:
+def test_public_names_are_listed_importable_documented_and_typed(package) -> None:
     assert len(package.__all__) == len(set(package.__all__)) > 0
     assert set(package.__all__) <= set(dir(package))
     for name in package.__all__:
         value = getattr(package, name)
         if callable(value):
             assert value.__doc__, f"{package.__name__}.{name} has no docstring"
+            signature = inspect.signature(value)
+            for parameter in signature.parameters.values():
+                assert parameter.annotation is not parameter.empty, f"{name}: {parameter}"
+            assert inspect.isclass(value) or signature.return_annotation is not signature.empty, (
+                name
+            )
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = package.no_such_name
 
