@@ -1,0 +1,75 @@
+"""The public function: checks its arguments, picks an implementation and runs it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.causal_conv1d import reference, xla
+
+IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "pallas", "reference")
+"""Every name that `causal_conv1d(..., implementation=...)` takes."""
+
+
+def causal_conv1d(
+    x: Float[Array, "b l e"],
+    kernel: Float[Array, "k e"],
+    bias: Float[Array, " e"] | None = None,
+    *,
+    activation: str | None = "silu",
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "b l e"]:
+    """Depthwise causal convolution along l, channels last, zeros before the first token.
+
+        y_t = act(bias + sum over j < k of kernel_j x_{t - (k-1) + j})
+
+    Differentiable with respect to every array. Sums are in float32, or in x's or kernel's dtype if wider.
+
+    Args:
+        x: tokens, float of any width.
+        kernel: taps; the last one multiplies the current token, in both directions.
+        bias: added before the activation.
+        activation: "silu", or None for none.
+        reverse: look ahead instead of back. Equal to flipping x and y along l.
+        implementation: "auto" or "xla"; "pallas"; "reference".
+
+    Returns:
+        y in x's dtype.
+
+    Raises:
+        ValueError: a shape, rank, dtype or name does not fit.
+        NotImplementedError: the implementation asked for by name cannot take this call.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    bias = None if bias is None else jnp.asarray(bias)
+    for name, array in (("x", x), ("kernel", kernel), ("bias", bias)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"causal_conv1d: {name} must be floating point, got {array.dtype}")
+    if x.ndim != 3:
+        raise ValueError(f"causal_conv1d: x must have 3 dimensions (b l e), got shape {x.shape}")
+    channels = x.shape[2]
+    if kernel.ndim != 2 or kernel.shape[1] != channels or kernel.shape[0] < 1:
+        raise ValueError(
+            f"causal_conv1d: kernel must have shape (width >= 1, {channels}) (k e) "
+            f"to go with x {x.shape}, got {kernel.shape}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(
+            f"causal_conv1d: bias must have shape ({channels},) (e) "
+            f"to go with x {x.shape}, got {bias.shape}"
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f"causal_conv1d: activation must be 'silu' or None, got {activation!r}")
+    if implementation not in IMPLEMENTATIONS:
+        choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
+        raise ValueError(
+            f"causal_conv1d: implementation must be one of {choices}; got {implementation!r}"
+        )
+    if implementation == "pallas":
+        raise NotImplementedError(
+            "causal_conv1d: there is no 'pallas' implementation in this version; "
+            "use implementation='auto', which picks the fastest one there is"
+        )
+    run = reference.conv if implementation == "reference" else xla.conv
+    return run(x, kernel, bias, activation=activation, reverse=bool(reverse))

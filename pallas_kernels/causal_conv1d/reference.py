@@ -1,0 +1,31 @@
+"""The definition of the causal convolution, tap by tap."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def conv(
+    x: Float[Array, "b l e"],
+    kernel: Float[Array, "k e"],
+    bias: Float[Array, " e"] | None,
+    *,
+    activation: str | None,
+    reverse: bool,
+) -> Float[Array, "b l e"]:
+    """y_t = act(bias + sum over j of kernel_j x_{t - (k-1) + j}), with t + (k-1) - j when reversed."""
+    wide = jnp.promote_types(jnp.float32, jnp.result_type(x, kernel))
+    width, length = kernel.shape[0], x.shape[1]
+    if reverse:
+        x = jnp.flip(x, 1)
+    padded = jnp.pad(x.astype(wide), ((0, 0), (width - 1, 0), (0, 0)))
+    y = sum(padded[:, j : j + length] * kernel[j].astype(wide) for j in range(width))
+    if bias is not None:
+        y = y + bias.astype(wide)
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    if reverse:
+        y = jnp.flip(y, 1)
+    return y.astype(x.dtype)

@@ -1,0 +1,34 @@
+"""The causal convolution as shifted multiply-adds, which XLA fuses into one pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def conv(
+    x: Float[Array, "b l e"],
+    kernel: Float[Array, "k e"],
+    bias: Float[Array, " e"] | None,
+    *,
+    activation: str | None,
+    reverse: bool,
+) -> Float[Array, "b l e"]:
+    """See `reference.conv`. Reversed, the window looks ahead: padded at the end, taps in opposite order."""
+    wide = jnp.promote_types(jnp.float32, jnp.result_type(x, kernel))
+    width, length = kernel.shape[0], x.shape[1]
+    padding = (0, width - 1) if reverse else (width - 1, 0)
+    padded = jnp.pad(x, ((0, 0), padding, (0, 0)))
+    y = None
+    for j in range(width):
+        start = width - 1 - j if reverse else j
+        tap = lax.slice_in_dim(padded, start, start + length, axis=1).astype(wide)
+        term = tap * kernel[j].astype(wide)
+        y = term if y is None else y + term
+    if bias is not None:
+        y = y + bias.astype(wide)
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    return y.astype(x.dtype)

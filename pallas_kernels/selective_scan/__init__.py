@@ -1,0 +1,11 @@
+"""The selective scan (Mamba's S6 recurrence), channels last.
+
+`api` is the public function, `reference` the definition, `xla_sequential` and `xla_associative` the
+backends for any platform, `chunks` the chunk-by-chunk driver they share, `vjp` the derivative rule,
+`implementations` the names and the rule behind `"auto"`, `arg_specs` the shapes that tests and bench use.
+"""
+
+from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.selective_scan.implementations import IMPLEMENTATIONS
+
+__all__ = ["IMPLEMENTATIONS", "selective_scan"]

@@ -1,0 +1,128 @@
+"""The public function: checks its arguments, picks an implementation and runs it."""
+
+from __future__ import annotations
+
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.selective_scan import implementations
+from pallas_kernels.selective_scan.chunks import chunk_length
+from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+
+def selective_scan(
+    u: Float[Array, "b l e"],
+    delta: Float[Array, "b l e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b l *g n"],
+    C: Float[Array, "b l *g n"],
+    *,
+    D: Float[Array, " e"] | None = None,
+    z: Float[Array, "b l e"] | None = None,
+    delta_bias: Float[Array, " e"] | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    return_last_state: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "b l e"] | tuple[Float[Array, "b l e"], Float[Array, "b e n"]]:
+    """The selective state-space recurrence of Mamba (Gu and Dao 2023, equations 2-4), channels last.
+
+    Per batch entry, channel and state, over the steps t in the order visited:
+
+        step_t = softplus(delta_t + delta_bias)
+        h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = 0
+        y_t    = (sum over n of C_t h_t  +  D u_t) SiLU(z_t)
+
+    Differentiable (reverse mode) with respect to every array. The backward pass keeps the inputs and one
+    state per chunk of time and computes the rest again; `b l e n` never exists as a whole. State,
+    steps, A and every sum are in float32, or in the widest input dtype if that is wider.
+
+    Args:
+        u: inputs, float of any width.
+        delta: step sizes before bias and softplus.
+        A: state matrix diagonals; negative for a decaying state.
+        B: input weights, `b l n`, or `b l g n` with channels [i e/g, (i+1) e/g) in group i.
+        C: output weights, shaped like B.
+        D: skip weights; no skip if None.
+        z: gate; no gate if None.
+        delta_bias: added to delta.
+        delta_softplus: whether steps are softplus(delta + delta_bias) or delta + delta_bias.
+        reverse: visit the steps from last to first. Equal to flipping u, delta, B, C, z and y along l.
+        return_last_state: also return the state after the last visited step.
+        implementation: "auto" (the fastest where the program is lowered for), "xla" (the fastest of the next two),
+            "xla_associative", "xla_sequential", "pallas", or "reference".
+
+    Returns:
+        y in u's dtype; with `return_last_state`, (y, last state), the latter float32 or wider.
+
+    Raises:
+        ValueError: a shape, rank or dtype does not fit, or the implementation's name is unknown.
+        NotImplementedError: the implementation asked for by name cannot take this call.
+    """
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    run = implementations.get(implementation, inputs)
+    options = ScanOptions(
+        delta_softplus=bool(delta_softplus),
+        reverse=bool(reverse),
+        return_last_state=bool(return_last_state),
+        chunk=chunk_length(u.shape[1]),
+    )
+    y, last_state = run(inputs, options)
+    return (y, last_state) if return_last_state else y
+
+
+def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
+    """Check ranks, shapes and dtypes; give B and C a group axis."""
+    given = {
+        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias
+    }  # fmt: skip
+    arrays = {k: None if x is None else jnp.asarray(x) for k, x in given.items()}
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"selective_scan: {name} must be floating point, got {x.dtype}")
+    u, A, B = arrays["u"], arrays["A"], arrays["B"]
+    _expect_rank("u", u, "b l e", 3)
+    _expect_rank("A", A, "e n", 2)
+    b, l, e = u.shape
+    n = A.shape[1]
+    if min(b, l, e, n) < 1:
+        raise ValueError(
+            f"selective_scan: no axis may be empty, got u {u.shape} (b l e) and A {A.shape} (e n)"
+        )
+    if B.ndim not in (3, 4):
+        raise ValueError(f"selective_scan: B must be `b l n` or `b l g n`, got shape {B.shape}")
+    groups = B.shape[2] if B.ndim == 4 else 1
+    if groups < 1 or e % groups:
+        raise ValueError(
+            f"selective_scan: the {e} channels of u do not split evenly into the {groups} groups "
+            f"of B {B.shape} (b l g n)"
+        )
+    weights = (b, l, n) if B.ndim == 3 else (b, l, groups, n)
+    letters = "b l n" if B.ndim == 3 else "b l g n"
+    for name, letter, shape in (
+        ("delta", "b l e", (b, l, e)),
+        ("A", "e n", (e, n)),
+        ("B", letters, weights),
+        ("C", letters, weights),
+        ("D", "e", (e,)),
+        ("z", "b l e", (b, l, e)),
+        ("delta_bias", "e", (e,)),
+    ):
+        x = arrays[name]
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f"selective_scan: {name} must have shape {shape} ({letter}) "
+                f"to go with u {u.shape} and A {A.shape}, got {x.shape}"
+            )
+    if B.ndim == 3:
+        arrays["B"], arrays["C"] = B[:, :, None, :], arrays["C"][:, :, None, :]
+    return ScanInputs(**arrays)
+
+
+def _expect_rank(name: str, x: jax.Array, letters: str, rank: int) -> None:
+    if x.ndim != rank:
+        raise ValueError(
+            f"selective_scan: {name} must have {rank} dimensions ({letters}), got shape {x.shape}"
+        )

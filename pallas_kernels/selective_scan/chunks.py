@@ -1,0 +1,277 @@
+"""Runs a scan chunk by chunk, forward and backward, for backends that know how to do one chunk.
+
+Only the inputs and the state entering each chunk outlive the forward pass; the backward pass visits
+the chunks in the opposite order and recomputes the states of one chunk at a time. So `b l e n` never
+exists as a whole: the peak is the states of one chunk plus one state per chunk.
+
+Inside, arrays are time-major, in the wide dtype, with channels split as groups `g` times `k` channels a group, and
+the state is `b g n k`: channels last, so that the sum over n runs over vectors of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
+
+
+@runtime_checkable
+class Core(Protocol):
+    """One chunk of t steps of  h <- exp(step A) h + v B,  s = sum over n of C h."""
+
+    def forward(
+        self,
+        step: Float[Array, "t b g k"],
+        v: Float[Array, "t b g k"],
+        A: Float[Array, "g n k"],
+        B: Float[Array, "t b g n"],
+        C: Float[Array, "t b g n"],
+        h: Float[Array, "b g n k"],
+        *,
+        reverse: bool,
+        every: int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return s `t b g k`, the state left behind, and the states entering each run of `every` steps."""
+        ...
+
+    def backward(
+        self,
+        step: Float[Array, "t b g k"],
+        v: Float[Array, "t b g k"],
+        A: Float[Array, "g n k"],
+        B: Float[Array, "t b g n"],
+        C: Float[Array, "t b g n"],
+        h: Float[Array, "b g n k"],
+        s_bar_of,
+        h_bar: Float[Array, "b g n k"],
+        *,
+        reverse: bool,
+    ) -> tuple[jax.Array, ...]:
+        """Return gradients (step, v, A, B, C, h) and whatever `s_bar_of(s)` returned beside s_bar."""
+        ...
+
+
+class Steps(NamedTuple):
+    """The inputs that have a time axis, as the caller's dtype, time-major: `t b g k` or `t b g n`."""
+
+    u: jax.Array
+    delta: jax.Array
+    B: jax.Array
+    C: jax.Array
+    z: jax.Array | None
+    valid: jax.Array | None  # t: False on padding; None when there is none
+
+
+class Weights(NamedTuple):
+    """The inputs without a time axis, wide: A `g n k`, D and delta_bias `g k`."""
+
+    A: jax.Array
+    D: jax.Array | None
+    delta_bias: jax.Array | None
+
+
+def chunk_length(length: int) -> int:
+    """Steps per chunk: all of a short scan, then 64, then about the square root.
+
+    Chunks are made equal (196 steps are 4 of 49), so that little is padded. At 64 the states
+    entering the chunks hold n / 64 of what u holds; beyond 4096 steps the square root balances them
+    against the states of the chunk in work.
+    """
+    limit = max(64, math.isqrt(length))
+    return math.ceil(length / math.ceil(length / limit))
+
+
+def _split(x: jax.Array, groups: int) -> jax.Array:
+    # Not a reshape for one group: adding an axis keeps the sharding of the channels.
+    return x[..., None, :] if groups == 1 else x.reshape(*x.shape[:-1], groups, -1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    return x[..., 0, :] if x.shape[-2] == 1 else x.reshape(*x.shape[:-2], -1)
+
+
+class Layout(NamedTuple):
+    """How one call is cut: `runs` runs, each of `group` chunks of `chunk` steps (the last one padded)."""
+
+    length: int
+    chunk: int
+    group: int
+    runs: int
+    groups: int
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.length / self.chunk)
+
+    def steps(self, x: jax.Array) -> jax.Array:
+        """`b l ...` to `runs t b ...`."""
+        padding = self.runs * self.group * self.chunk - self.length
+        if padding:
+            x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.moveaxis(x, 1, 0)
+        return x.reshape(self.runs, self.group * self.chunk, *x.shape[1:])
+
+    def sequence(self, x: jax.Array) -> jax.Array:
+        """`runs t b ...` to `b l ...`."""
+        x = x.reshape(-1, *x.shape[2:])[: self.length]
+        return jnp.moveaxis(x, 0, 1)
+
+
+def _layout(inputs: ScanInputs, options: ScanOptions, group: int) -> Layout:
+    length = inputs.u.shape[1]
+    chunks = math.ceil(length / options.chunk)
+    runs = math.ceil(chunks / group)
+    group = math.ceil(chunks / runs)
+    return Layout(length, options.chunk, group, math.ceil(chunks / group), inputs.B.shape[2])
+
+
+def _prepare(inputs: ScanInputs, layout: Layout) -> tuple[Steps, Weights]:
+    wide = inputs.wide_dtype
+    g = layout.groups
+    total = layout.runs * layout.group * layout.chunk
+    valid = None
+    if total != layout.length:
+        valid = (jnp.arange(total) < layout.length).reshape(layout.runs, -1)
+    steps = Steps(
+        layout.steps(_split(inputs.u, g)),
+        layout.steps(_split(inputs.delta, g)),
+        layout.steps(inputs.B),
+        layout.steps(inputs.C),
+        None if inputs.z is None else layout.steps(_split(inputs.z, g)),
+        valid,
+    )
+    weights = Weights(
+        jnp.moveaxis(_split(inputs.A.T, g), -2, 0).astype(wide),
+        None if inputs.D is None else _split(inputs.D, g).astype(wide),
+        None if inputs.delta_bias is None else _split(inputs.delta_bias, g).astype(wide),
+    )
+    return steps, weights
+
+
+def _before(u, delta, delta_bias, valid, softplus: bool):
+    """Step sizes and v = step u."""
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    step = jax.nn.softplus(delta) if softplus else delta
+    if valid is not None:  # a step of zero leaves the state as it is
+        step = jnp.where(valid[:, None, None, None], step, 0)
+    return step, step * u
+
+
+def _after(s, u, z, D):
+    if D is not None:
+        s = s + D * u
+    return s if z is None else s * jax.nn.silu(z)
+
+
+def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+    """The scan by `core`, on runs of `group` chunks."""
+    wide = inputs.wide_dtype
+    layout = _layout(inputs, options, group)
+    steps, weights = _prepare(inputs, layout)
+
+    def run(h, x: Steps):
+        u, delta, B, C, z = (None if a is None else a.astype(wide) for a in x[:5])
+        step, v = _before(u, delta, weights.delta_bias, x.valid, options.delta_softplus)
+        s, h, entering = core.forward(
+            step, v, weights.A, B, C, h, reverse=options.reverse, every=options.chunk
+        )
+        return h, (_after(s, u, z, weights.D).astype(inputs.u.dtype), entering)
+
+    h, (y, boundaries) = _scan_runs(run, _zero_state(steps, weights), steps, options.reverse)
+    y = _join(layout.sequence(y))
+    last_state = _state_out(h) if options.return_last_state else None
+    if layout.chunks == 1:
+        return y, last_state, None
+    return y, last_state, boundaries.reshape(-1, *boundaries.shape[2:])[: layout.chunks]
+
+
+def backward(
+    core: Core,
+    group: int,
+    inputs: ScanInputs,
+    options: ScanOptions,
+    boundaries: jax.Array | None,
+    y_bar: jax.Array,
+    last_state_bar: jax.Array | None,
+) -> ScanInputs:
+    """The gradients of `forward`."""
+    wide = inputs.wide_dtype
+    layout = _layout(inputs, options, group)
+    steps, weights = _prepare(inputs, layout)
+    zero_state = _zero_state(steps, weights)
+    y_bar = layout.steps(_split(y_bar, layout.groups))
+    if boundaries is None:
+        entering = zero_state[None]
+    else:  # of each run, the state entering the chunk that is visited first
+        padding = layout.runs * layout.group - layout.chunks
+        entering = jnp.pad(boundaries, [(0, padding)] + [(0, 0)] * (boundaries.ndim - 1))
+        entering = entering.reshape(layout.runs, layout.group, *boundaries.shape[1:])
+        entering = entering[:, -1 if options.reverse else 0]
+    if last_state_bar is None:
+        h_bar = zero_state
+    else:
+        h_bar = jnp.moveaxis(_split(jnp.swapaxes(last_state_bar, 1, 2), layout.groups), -2, 1)
+
+    def run(carry, x):
+        h_bar, weights_bar = carry
+        x, h, y_bar = x
+        u, delta, B, C, z = (None if a is None else a.astype(wide) for a in x[:5])
+
+        def before(u, delta, delta_bias):
+            return _before(u, delta, delta_bias, x.valid, options.delta_softplus)
+
+        def s_bar_of(s):
+            _, pull = jax.vjp(_after, s, u, z, weights.D)
+            return pull(y_bar.astype(wide))
+
+        (step, v), pull_before = jax.vjp(before, u, delta, weights.delta_bias)
+        step_bar, v_bar, A_bar, B_bar, C_bar, h_bar, (u_bar, z_bar, D_bar) = core.backward(
+            step, v, weights.A, B, C, h, s_bar_of, h_bar, reverse=options.reverse
+        )
+        u_bar_before, delta_bar, bias_bar = pull_before((step_bar, v_bar))
+        steps_bar = (u_bar + u_bar_before, delta_bar, B_bar, C_bar, z_bar)
+        steps_bar = jax.tree.map(lambda g, a: g.astype(a.dtype), steps_bar, tuple(x[:5]))
+        weights_bar = jax.tree.map(jnp.add, weights_bar, Weights(A_bar, D_bar, bias_bar))
+        return (h_bar, weights_bar), steps_bar
+
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    (_, weights_bar), steps_bar = _scan_runs(
+        run, (h_bar, zeros), (steps, entering, y_bar), not options.reverse
+    )
+    u_bar, delta_bar, B_bar, C_bar, z_bar = jax.tree.map(layout.sequence, steps_bar)
+    gradients = ScanInputs(
+        u=_join(u_bar),
+        delta=_join(delta_bar),
+        A=_join(jnp.moveaxis(weights_bar.A, 0, -2)).T,
+        B=B_bar,
+        C=C_bar,
+        D=None if inputs.D is None else _join(weights_bar.D),
+        z=None if inputs.z is None else _join(z_bar),
+        delta_bias=None if inputs.delta_bias is None else _join(weights_bar.delta_bias),
+    )
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+
+
+def _zero_state(steps: Steps, weights: Weights) -> jax.Array:
+    # Made from the operands, so that under a mesh it has the sharding the scan's carry will have.
+    return jnp.zeros_like(steps.delta[0, 0, :, :, None, :] * weights.A)
+
+
+def _state_out(h: jax.Array) -> jax.Array:
+    """`b g n k` to `b e n`."""
+    return jnp.swapaxes(_join(jnp.moveaxis(h, 1, -2)), 1, 2)
+
+
+def _scan_runs(run, carry, xs, reverse: bool):
+    # One run needs no loop around it: XLA then fuses it with what surrounds the scan.
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return lax.scan(run, carry, xs, reverse=reverse)
+    carry, ys = run(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)

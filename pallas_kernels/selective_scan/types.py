@@ -1,0 +1,70 @@
+"""What passes between the public function, the derivative rule and the backends."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class ScanInputs(NamedTuple):
+    """Every array of one scan, as the caller gave it (its own dtype), except that B and C always have groups.
+
+    Also carries the gradients, entry by entry; absent inputs are None in both.
+    """
+
+    u: Float[Array, "b l e"]
+    delta: Float[Array, "b l e"]
+    A: Float[Array, "e n"]
+    B: Float[Array, "b l g n"]
+    C: Float[Array, "b l g n"]
+    D: Float[Array, " e"] | None
+    z: Float[Array, "b l e"] | None
+    delta_bias: Float[Array, " e"] | None
+
+    @property
+    def wide_dtype(self) -> jnp.dtype:
+        """The dtype of the state and of all inner arithmetic: float32 or wider."""
+        return jnp.promote_types(jnp.float32, jnp.result_type(*jax.tree.leaves(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanOptions:
+    """The static half of a call.
+
+    chunk: number of steps between the states a forward pass leaves for the backward pass. It is part of
+    the call, not of a backend, so that backends can be exchanged at lowering time.
+    """
+
+    delta_softplus: bool
+    reverse: bool
+    return_last_state: bool
+    chunk: int
+
+
+# Output, state after the last visited step (None unless asked for), and the state entering each chunk
+# (None when the scan is one chunk, which starts from zero): `chunks b g n k`, k = e / g channels a group.
+ScanForward = tuple[jax.Array, jax.Array | None, jax.Array | None]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A module with these two functions is an implementation; see `implementations`."""
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+        """Run the scan, leaving the state that enters each chunk for `backward`."""
+        ...
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        boundaries: jax.Array | None,
+        y_bar: Float[Array, "b l e"],
+        last_state_bar: Float[Array, "b e n"] | None,
+    ) -> ScanInputs:
+        """Gradients with respect to every input, each in its input's dtype."""
+        ...

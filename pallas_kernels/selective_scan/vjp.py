@@ -1,0 +1,36 @@
+"""The derivative rule: inputs and chunk-boundary states are kept, everything else is computed again.
+
+It is outermost, around the choice of a backend, so that forward and backward are each chosen at
+lowering time and no residual of a backend that does not run is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scan(
+    backend: Backend, options: ScanOptions, inputs: ScanInputs
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return y `b l e` and, when `options` ask for it, the last state `b e n`."""
+    y, last_state, _ = backend.forward(inputs, options)
+    return y, last_state
+
+
+def _forward(backend, options, inputs):
+    y, last_state, boundaries = backend.forward(inputs, options)
+    return (y, last_state), (inputs, boundaries)
+
+
+def _backward(backend, options, residuals, cotangents):
+    inputs, boundaries = residuals
+    y_bar, last_state_bar = cotangents
+    return (backend.backward(inputs, options, boundaries, y_bar, last_state_bar),)
+
+
+scan.defvjp(_forward, _backward)
