@@ -66,7 +66,7 @@ class PackedNpzSource:
 def _read_members(file: Path) -> dict[str, np.ndarray]:
     """Read each member once: indexing an npz object again would decompress it again."""
     try:
-        with np.load(file, allow_pickle=False) as packed:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as packed:
             missing = [name for name in _MEMBERS if name not in packed.files]
             if missing:
                 raise UserError(

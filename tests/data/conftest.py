@@ -1,0 +1,44 @@
+"""Images made here, and the real ones where they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support import data_dir
+
+
+@pytest.fixture
+def real_data() -> Path:
+    folder = data_dir()
+    if folder is None:
+        pytest.skip("no real images: set FASTVIM_DATA_DIR, or put them in ../shared/data")
+    return folder
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Three classes, 23 + 7 + 0 training images of several sizes; the test split lacks the first class."""
+    for split, counts in {"train": (23, 7, 0), "test": (0, 4, 2)}.items():
+        for name, count in zip(("ant", "bee", "cat"), counts, strict=True):
+            if split == "test" and count == 0:
+                continue
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                shape = (*rng.integers(9, 40, size=2), 3)
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                (tmp_path / split / name / f"{i:02}.png").write_bytes(
+                    encode(Image.fromarray(pixels), "PNG")
+                )
+    return tmp_path

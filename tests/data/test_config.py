@@ -1,0 +1,60 @@
+"""Impossible values are refused when the config is made, by the field's name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from fastvim_jax.data import DataConfig
+from fastvim_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", "digitz"),
+        ("channels", 2),
+        ("crop", "random"),
+        ("image_size", 0),
+        ("image_size", (1, 2, 3)),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("eval_batch_size", 0),
+        ("workers", -1),
+        ("pad", -1),
+        ("max_corrupt", -1),
+        ("flip", 1.5),
+        ("eval_crop", 0.0),
+        ("crop_scale", (0.5, 0.1)),
+        ("crop_aspect", (0.0, 1.0)),
+        ("mean", (0.5,)),
+        ("std", (0.5, 0.5, 0.0)),
+        ("mean", (0.5, 0.5, float("nan"))),
+    ],
+)
+def test_bad_values_name_their_field(field: str, value: Any) -> None:
+    config = copy.copy(DataConfig())
+    # Set behind the constructor, whose annotations the test run checks before __post_init__ could.
+    object.__setattr__(config, field, value)
+    with pytest.raises(UserError, match=rf"data\.{field}"):
+        config.__post_init__()
+
+
+def test_a_folder_source_needs_its_folder() -> None:
+    with pytest.raises(UserError, match=r"data.path is empty"):
+        DataConfig(source="image_folder")
+
+
+def test_height_and_width() -> None:
+    assert DataConfig(image_size=32).height_width == (32, 32)
+    assert DataConfig(image_size=(32, 48)).height_width == (32, 48)
+
+
+def test_json_and_back() -> None:
+    from fastvim_jax.training import serialise
+
+    config = DataConfig(image_size=(8, 12), channels=1, mean=(0.5,), std=(0.25,), crop="pad_shift")
+    again = serialise.from_json(DataConfig, serialise.to_json(config))
+    assert again == config
