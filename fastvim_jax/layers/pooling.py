@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fastvim_jax.typing import Inner, Pooled, Scores
 
 
+@runtime_checkable
 class Pooling(Protocol):
     """What a mixer needs to know about the token grid of its block."""
 
