@@ -53,6 +53,7 @@ class VisionMambaConfig:
         head_pool: "mean" of the tokens, "last" token, "max" of all tokens' logits, or "all" tokens' logits.
         out_indices: Blocks whose outputs are returned as dense features `b rows columns d`, each through its own
             LayerNorm, instead of logits.
+        norm_eps: ε of the input norms and the final norm; the norms after the scan and of dense features keep 1e-5.
 
     Execution:
         dtype, param_dtype, matmul_precision: see `fastvim_jax.precision`.
@@ -130,7 +131,6 @@ class VisionMambaConfig:
             proj_bias=self.proj_bias,
             conv_bias=self.conv_bias,
             post_norm=self.post_norm,
-            norm_eps=self.norm_eps,
             unpool=self.unpool,
             attention_pooling=self.pooling == "attention",
             layer_scale=self.layer_scale,

@@ -75,8 +75,7 @@ class VisionMamba(nnx.Module):
         )
         dense_features = bool(config.out_indices)
         self.out_norms = nnx.List(
-            make_norm("layer", d, eps=config.norm_eps, precision=p, rngs=rngs)
-            for _ in config.out_indices
+            make_norm("layer", d, eps=1e-5, precision=p, rngs=rngs) for _ in config.out_indices
         )
         self.norm = (
             nnx.data(None)
