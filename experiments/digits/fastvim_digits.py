@@ -1,0 +1,36 @@
+"""A small FastVim on scikit-learn's handwritten digits: 8 x 8 pixels, 1,437 to train on, the last 360 held out."""
+
+from fastvim_jax.data import DataConfig
+from fastvim_jax.models import VisionMambaConfig
+from fastvim_jax.training import OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    model=VisionMambaConfig(
+        image_size=8,
+        patch_size=2,
+        channels=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        drop_path=0.05,
+    ),
+    data=DataConfig(
+        source="digits",
+        image_size=8,
+        channels=1,
+        batch_size=32,
+        crop="pad_shift",
+        pad=1,
+        flip=0.0,
+        eval_crop=1.0,
+        mean=(0.305,),
+        std=(0.376,),
+    ),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=2, final_learning_rate=1e-5
+    ),
+    epochs=30,
+    ema_decay=0.99,
+    evaluate_every_epochs=5,
+    log_every_steps=11,
+)

@@ -1,0 +1,167 @@
+"""The configuration of a supervised run: what an experiment file builds and the command line overrides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.errors import UserError
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
+from fastvim_jax.training import serialise
+
+DecayGroups = Literal["supervised", "pretrain", "finetune", "cell"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedules; the defaults are the supervised ImageNet recipe.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    learning_rate: float = 1e-3
+    """Base learning rate, before scaling to the batch size."""
+    learning_rate_scaling: Literal["deit", "linear", "sqrt", "none"] = "deit"
+    """Peak rate: deit: × batch/512; linear: × batch/256; sqrt: × √(batch/1024); none: as given."""
+    schedule: Literal["warmup_cosine", "epoch_cosine", "constant"] = "warmup_cosine"
+    """warmup_cosine counts steps, its warm-up includes both ends; epoch_cosine counts fractional epochs from 0."""
+    warmup_epochs: float = 5.0
+    """Length of the linear warm-up."""
+    warmup_start: float = 1e-6
+    """Rate of the first step (warmup_cosine)."""
+    final_learning_rate: float = 1e-5
+    """Floor of the cosine."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the decayed parameters."""
+    weight_decay_end: float | None = None
+    """Weight decay that a half cosine over the whole run leads to; None: constant."""
+    decay_groups: DecayGroups = "supervised"
+    """Which parameters decay. supervised, cell: all but one-dimensional ones and biases; finetune: all but
+    one-dimensional ones, position embedding and class token; pretrain: all."""
+    layer_decay: float | None = None
+    """Layer-wise factor of the learning rate, one step every two blocks below the head; None: none."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of the corrected second moment."""
+    clip_grad_norm: float | None = None
+    """Largest global gradient norm; None: not clipped."""
+
+    def __post_init__(self) -> None:
+        where = "optimizer."
+        _positive(where, self, "learning_rate", "eps")
+        _not_negative(
+            where, self, "warmup_epochs", "warmup_start", "final_learning_rate", "weight_decay"
+        )
+        _choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
+        _choice(where, self, "schedule", ("warmup_cosine", "epoch_cosine", "constant"))
+        _choice(where, self, "decay_groups", ("supervised", "pretrain", "finetune", "cell"))
+        if self.weight_decay_end is not None:
+            _not_negative(where, self, "weight_decay_end")
+        if self.clip_grad_norm is not None:
+            _positive(where, self, "clip_grad_norm")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            _refuse(where, self, "layer_decay", "within 0 (excluded) and 1, or None")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                _refuse(where, self, name, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a supervised run; two runs of one config on one machine end in the same weights.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    model: VisionMambaConfig | ViTConfig
+    """The backbone and its head; model.num_classes must be the data's number of classes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images come from, how they are batched and augmented."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, its groups and its schedules."""
+    epochs: int = 300
+    """Passes over the training images; the schedules end with the last."""
+    label_smoothing: float = 0.1
+    """Mass of each target spread evenly over all classes."""
+    ema_decay: float | None = 0.9999
+    """Decay of the average of the weights that is evaluated beside them; None: no average."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images, their augmentation and drop path."""
+    evaluate_every_epochs: int = 1
+    """Epochs between evaluations; 0: only after the last."""
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints; None: one after every epoch. The last step is always saved."""
+    keep_checkpoints: int = 3
+    """Latest checkpoints kept."""
+    log_every_steps: int = 50
+    """Steps between lines of the log; only there the loop waits for the device."""
+
+    def __post_init__(self) -> None:
+        _integer("", self, 1, "epochs", "keep_checkpoints", "log_every_steps")
+        _integer("", self, 0, "evaluate_every_epochs", "seed")
+        if self.checkpoint_every_steps is not None:
+            _integer("", self, 1, "checkpoint_every_steps")
+        if not 0 <= self.label_smoothing < 1:
+            _refuse("", self, "label_smoothing", "at least 0 and below 1")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            _refuse("", self, "ema_decay", "at least 0 and below 1, or None for no average")
+        if self.optimizer.schedule != "constant" and self.optimizer.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} leaves nothing of epochs={self.epochs} "
+                "to decay over: shorten the warm-up or train longer."
+            )
+        if self.model.num_classes < 1 or self.model.out_indices:
+            raise UserError(
+                f"model.num_classes={self.model.num_classes}, model.out_indices={self.model.out_indices}: "
+                "supervised training needs a classifier; set num_classes and leave out_indices empty."
+            )
+        if self.model.channels != self.data.channels:
+            raise UserError(
+                f"model.channels={self.model.channels}, but data.channels={self.data.channels}: make them equal."
+            )
+
+    def to_json(self) -> str:
+        """The config as JSON text; `TrainConfig.from_json` gives it back exactly."""
+        return serialise.to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> TrainConfig:
+        """The inverse of `to_json`; unknown, missing and mistyped fields raise a UserError that names them."""
+        return serialise.from_json(TrainConfig, text)
+
+
+def _refuse(where: str, config: Any, name: str, expected: str) -> None:
+    raise UserError(f"{where}{name} is {getattr(config, name)!r}, but must be {expected}.")
+
+
+def _choice(where: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        _refuse(where, config, name, f"one of {', '.join(choices)}")
+
+
+def _positive(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            _refuse(where, config, name, "a positive number")
+
+
+def _not_negative(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            _refuse(where, config, name, "zero or a positive number")
+
+
+def _integer(where: str, config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            _refuse(where, config, name, f"a whole number of at least {least}")

@@ -1,0 +1,76 @@
+"""Experiment files by name: `digits/fastvim_digits` or a path to a Python file that sets `config`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.training.config import TrainConfig
+
+
+def experiments_folder() -> Path:
+    """The folder of the experiments that ship: inside the package when installed, beside it in a checkout.
+
+    Raises:
+        UserError: when neither exists.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "experiments", package.parent / "experiments"):
+        if folder.is_dir():
+            return folder
+    raise UserError("the experiments did not come with this installation: give the path of a file.")
+
+
+def list_experiments() -> list[str]:
+    """Names of the experiments that ship, e.g. `digits/fastvim_digits`."""
+    folder = experiments_folder()
+    files = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
+    return sorted(name.as_posix() for name in files if not name.name.startswith("_"))
+
+
+def load_experiment(name: str | Path) -> TrainConfig:
+    """The config of an experiment.
+
+    Args:
+        name: a name of `list_experiments`, or the path of a Python file.
+
+    Raises:
+        UserError: no such experiment (the nearest names are suggested), or the file sets no `config`.
+    """
+    return _config_of(_find(str(name)))
+
+
+def experiment_docs(name: str | Path) -> str:
+    """The docstring of an experiment file: expected result and cost."""
+    return (_load(_find(str(name))).__doc__ or "").strip()
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix == ".py":
+        if path.is_file():
+            return path
+        raise UserError(f"there is no experiment file {name}.")
+    names = list_experiments()
+    if name in names:
+        return experiments_folder() / f"{name}.py"
+    short = [known for known in names if known.rsplit("/", 1)[-1] == name]
+    hint = f" Did you mean {short[0]!r}?" if short else suggest(name, names)
+    raise UserError(f"unknown experiment {name!r}.{hint} Known are: {', '.join(names)}.")
+
+
+def _load(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(f"fastvim_experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config_of(path: Path) -> TrainConfig:
+    config = getattr(_load(path), "config", None)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path} must set `config` to a TrainConfig; it holds {config!r}.")
+    return config

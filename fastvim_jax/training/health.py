@@ -1,0 +1,117 @@
+"""Watching a run: losses are fetched in windows, and the first one that is not finite stops the run.
+
+Fetching every step would leave the device idle while the host reads a number, so metrics stay on the device
+until the window is logged or saved; the step at fault is still known exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from statistics import fmean, median
+from typing import Any
+
+import jax
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.steps import Metrics
+
+_WATCHED = ("loss", "grad_norm", "update_norm")
+_IN_FLIGHT = 4
+
+
+class NonFiniteError(UserError):
+    """Training stopped at a loss, gradient or update that is NaN or infinite.
+
+    Attributes:
+        step: the update at fault, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Window:
+    """The metrics of the steps since the last line of the log.
+
+    Args:
+        config: the run's config, for the explanation of a failure.
+        records: metrics of the window's earlier steps, from a checkpoint taken within it.
+    """
+
+    def __init__(self, config: TrainConfig, records: Iterable[dict[str, Any]] = ()) -> None:
+        self._config = config
+        self._fetched: list[dict[str, Any]] = list(records)
+        self._waiting: list[tuple[int, Metrics]] = []
+        self._recent: deque[dict[str, Any]] = deque(self._fetched, maxlen=50)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take in the metrics of update `step`, without waiting for it."""
+        self._waiting.append((step, metrics))
+        if len(self._waiting) > _IN_FLIGHT:
+            # Wait for a step well behind: the queue never runs empty, and batches do not pile up on the device.
+            jax.block_until_ready(self._waiting[-_IN_FLIGHT][1]["loss"])
+
+    def fetch(self, last_checkpoint: str) -> list[dict[str, Any]]:
+        """The window's records, as numbers, the waiting ones fetched and checked.
+
+        Raises:
+            NonFiniteError: naming the first step at fault, `last_checkpoint` and the likely cause.
+        """
+        steps = [step for step, _ in self._waiting]
+        for step, metrics in zip(steps, jax.device_get([m for _, m in self._waiting]), strict=True):
+            record = {"step": step, **{key: value.item() for key, value in metrics.items()}}
+            if not all(math.isfinite(record[key]) for key in _WATCHED):
+                raise NonFiniteError(
+                    _message(record, list(self._recent), self._config, last_checkpoint), step
+                )
+            self._fetched.append(record)
+            self._recent.append(record)
+        self._waiting.clear()
+        return list(self._fetched)
+
+    def summarise(self, last_checkpoint: str) -> dict[str, float]:
+        """Means over the window, which then starts anew. Raises as `fetch` does."""
+        records = self.fetch(last_checkpoint)
+        self._fetched.clear()
+        return {key: fmean(record[key] for record in records) for key in _WATCHED}
+
+
+def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: TrainConfig) -> str:
+    """What probably made `record` non-finite, judged by it and the steps `before` it."""
+    if not record["finite_input"]:
+        return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
+    if record["step"] == 1 or (not before and not math.isfinite(record["loss"])):
+        return (
+            f"the first loss is already not finite: the model's numbers overflow in model.dtype="
+            f"{config.model.dtype}; try float32, or check weights that were loaded"
+        )
+    norms = [r["grad_norm"] for r in before]
+    remedy = "lower optimizer.learning_rate, lengthen optimizer.warmup_epochs or set optimizer.clip_grad_norm"
+    if len(norms) >= 2 and norms[-1] > 10 * median(norms[:-1]):
+        return (
+            f"gradients grew from a norm of {median(norms[:-1]):.3g} to {norms[-1]:.3g} just before, so the "
+            f"learning rate is too high: {remedy}"
+        )
+    if math.isfinite(record["loss"]):
+        what = "gradient" if not math.isfinite(record["grad_norm"]) else "update"
+        other = ", or use model.dtype=float32" if config.model.dtype == "bfloat16" else ""
+        return f"the loss is finite but its {what} overflowed: {remedy}{other}"
+    return f"the weights went astray, most often because the learning rate is too high: {remedy}"
+
+
+def _message(
+    record: dict[str, Any],
+    before: list[dict[str, Any]],
+    config: TrainConfig,
+    last_checkpoint: str,
+) -> str:
+    numbers = ", ".join(f"{key} {record[key]:.4g}" for key in _WATCHED)
+    return (
+        f"Training stopped at step {record['step']}: {numbers}. "
+        f"Last good checkpoint: {last_checkpoint}. "
+        f"Likely cause: {likely_cause(record, before, config)}."
+    )

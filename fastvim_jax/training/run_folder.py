@@ -1,0 +1,229 @@
+"""The run folder: all that evaluation, prediction and a resumed run need, and where the numbers came from.
+
+config.json        the TrainConfig, model included        classes.json      class names, in order
+environment.json   versions, devices, git commit of each start
+checkpoints/ checksums/                                    metrics.jsonl tensorboard/
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+import fastvim_jax
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import build_model
+from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.serialise import to_dict
+
+CONFIG_FILE = "config.json"
+CLASSES_FILE = "classes.json"
+ENVIRONMENT_FILE = "environment.json"
+CHECKPOINTS = "checkpoints"
+
+# What may change between an interrupted run and its continuation without changing a single weight.
+_FREE = frozenset({"data.workers", "data.path", "keep_checkpoints"})
+_PACKAGES = (
+    "fastvim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model as loaded from its run folder.
+
+    Attributes:
+        model: the NNX model, holding the chosen weights.
+        config: the run's configuration.
+        class_names: names of the classes, by number.
+        step: the checkpoint's step.
+        weights: `raw` or `ema`.
+    """
+
+    model: nnx.Module
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    step: int
+    weights: Literal["raw", "ema"]
+
+
+def load_run(
+    run_dir: Path | str, *, weights: Literal["raw", "ema"] | None = None, step: int | None = None
+) -> Run:
+    """Load a model from a run folder alone.
+
+    Args:
+        run_dir: the run folder.
+        weights: `raw`, or the average `ema`; by default the average if the run kept one.
+        step: which checkpoint, by default the latest.
+
+    Raises:
+        UserError: the folder is no run folder, or the checkpoint is missing, damaged or of another model.
+    """
+    config = read_config(run_dir)
+    class_names = read_class_names(run_dir)
+    if weights is None:
+        weights = "raw" if config.ema_decay is None else "ema"
+    if weights not in ("raw", "ema"):
+        raise UserError(f"weights={weights!r}: use 'raw' or 'ema'.")
+    checkpoints = Checkpoints(Path(run_dir) / CHECKPOINTS, read_only=True)
+    try:
+        # Only shapes: the weights come from the checkpoint, so none are drawn.
+        shapes = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(shapes)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), params
+        )
+        meta = checkpoints.read_meta(step)
+        params = checkpoints.restore_weights(params, weights=weights, step=meta["step"])
+    finally:
+        checkpoints.close()
+    return Run(nnx.merge(graphdef, params), config, class_names, meta["step"], weights)
+
+
+def start_run(run_dir: Path | str, config: TrainConfig, class_names: Sequence[str]) -> Path:
+    """Make the run folder, or check that an existing one is of the same run, and record this start.
+
+    Raises:
+        UserError: the folder holds a run with another config, or other classes.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG_FILE).is_file():
+        _refuse_other_run(folder, config)
+        if tuple(class_names) != read_class_names(folder):
+            raise UserError(
+                f"{folder} was trained on other classes than data.source={config.data.source!r} has now: "
+                "use its data, or another run folder."
+            )
+    elif any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty and holds no {CONFIG_FILE}: choose another run folder."
+        )
+    _write(folder / CLASSES_FILE, json.dumps(list(class_names), indent=1, ensure_ascii=False))
+    _write(folder / CONFIG_FILE, config.to_json())
+    starts = []
+    if (folder / ENVIRONMENT_FILE).is_file():
+        starts = json.loads((folder / ENVIRONMENT_FILE).read_text())["starts"]
+    _write(folder / ENVIRONMENT_FILE, json.dumps({"starts": [*starts, environment()]}, indent=1))
+    return folder
+
+
+def read_config(run_dir: Path | str) -> TrainConfig:
+    """The config saved in a run folder.
+
+    Raises:
+        UserError: the folder is no run folder, or its config is damaged.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote."
+        )
+    return TrainConfig.from_json(path.read_text())
+
+
+def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
+    """The class names saved in a run folder.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = Path(run_dir) / CLASSES_FILE
+    try:
+        return tuple(map(str, json.loads(path.read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the class names in {path}: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and git commit: what a number of this run depends on besides its config."""
+    devices = jax.devices()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "device": {"kind": devices[0].device_kind, "count": len(devices)},
+        "cpu_count": os.cpu_count(),
+        "git": git_commit(Path(fastvim_jax.__file__).parent),
+    }
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """The commit that `folder` is checked out at and whether it was edited since; None outside a checkout."""
+    try:
+        top = _git(folder, "rev-parse", "--show-toplevel")
+        # A virtual environment inside somebody's repository is not a checkout of this package.
+        if Path(top).resolve() != folder.resolve().parent:
+            return None
+        commit = _git(folder, "rev-parse", "HEAD")
+        edited = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "edited": edited}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    run = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    return run.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse_other_run(folder: Path, config: TrainConfig) -> None:
+    saved, given = _leaves(to_dict(read_config(folder))), _leaves(to_dict(config))
+    changed = [
+        f"{name}: {saved.get(name)!r} there, {given.get(name)!r} now"
+        for name in sorted(saved.keys() | given.keys())
+        if name not in _FREE and saved.get(name) != given.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nResume it with its own config, or choose another run folder."
+        )
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a crash leaves the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

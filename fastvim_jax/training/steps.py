@@ -1,0 +1,133 @@
+"""The train state and the compiled steps: plain `jax.jit` over split state.
+
+Nothing here waits for the device: metrics come back as device scalars, to be fetched when they are logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fastvim_jax.training.ema import init_ema, update_ema
+from fastvim_jax.training.losses import classification_loss
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes, and a checkpoint holds.
+
+    Attributes:
+        step: number of updates made, int32.
+        params: the model's parameters, an `nnx.State`.
+        optimizer: optax's state.
+        ema: the average of the parameters, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    ema: Any
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, *, ema: bool = True
+) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=jax.jit(optimizer.init)(params),
+        ema=init_ema(params) if ema else None,
+    )
+
+
+def drop_path_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of one step's drop-path masks; the model folds in the block, and draws for every sample."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    ema_decay: float | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A compiled `step(state, batch) -> (state, metrics)`; the given state's buffers are reused.
+
+    A batch holds `image` `b h w c` and `label`: class numbers `b`, or soft targets `b classes`.
+    The metrics are scalars on the device: `loss`, `grad_norm` (before clipping), `update_norm`,
+    `finite_input`.
+    The average of the weights, if kept, takes in the weights before the update.
+    """
+
+    def loss_of(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(batch["image"], key=key)
+        return classification_loss(logits, batch["label"], label_smoothing=label_smoothing)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = drop_path_key(seed, state.step)
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+        ema = None if state.ema is None else update_ema(state.ema, state.params, ema_decay or 0.0)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer_state,
+            ema=ema,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "finite_input": jnp.isfinite(batch["image"]).all(),
+        }
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
+    """A compiled `step(params, batch) -> counts` of one evaluation batch.
+
+    A batch holds `image` `b h w c`, `label` `b` and `valid` `b`, false for padding. The counts are sums over
+    the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider).
+    """
+
+    @jax.jit
+    def step(params: Any, batch: Batch) -> Metrics:
+        logits = nnx.merge(graphdef, params)(batch["image"])
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        label, valid = batch["label"], batch["valid"]
+        rank = label_rank(logits, label)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return {
+            "count": valid.sum(dtype=jnp.int32),
+            "top1": (valid & (rank < 1)).sum(dtype=jnp.int32),
+            "top5": (valid & (rank < 5)).sum(dtype=jnp.int32),
+            "loss": jnp.where(valid, loss, 0.0).sum(),
+        }
+
+    return step
+
+
+def label_rank(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """How many classes come before the label: `b classes`, `b` → `b`. Equal logits rank by class number.
+
+    A row that holds a NaN ranks last, so that a broken model is never counted as right.
+    """
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    before = jnp.arange(logits.shape[-1]) < label[:, None]
+    rank = ((logits > own) | ((logits == own) & before)).sum(-1)
+    return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], rank)

@@ -1,0 +1,225 @@
+"""Supervised training, from top to bottom: data, model, optimizer, step, checkpoint, loop, evaluation.
+
+A run is decided by its config alone. It resumes from its latest checkpoint, which holds the weights, their
+average, the optimizer, the position in the data and the metrics of the log's open window; on a CPU the resumed
+run ends in the same bits as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fastvim_jax.data import BatchIterator, make_eval_iterator, make_train_iterator
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import build_model
+from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.evaluation import evaluate_weights
+from fastvim_jax.training.health import Window
+from fastvim_jax.training.metrics import RunLog, read_metrics
+from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
+from fastvim_jax.training.steps import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run_dir: the run folder.
+        step: updates made.
+        metrics: the last evaluation's record: `raw_top1`, `ema_top1`, ... as shares from 0 to 1.
+        seconds: duration of this process's part.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, Any]
+    seconds: float
+
+
+def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) -> RunResult:
+    """Train, or go on training, in a run folder.
+
+    Args:
+        config: the run.
+        run_dir: a new folder, or one that holds an unfinished or finished run of the same config.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: bad input, found before any compute; a damaged checkpoint.
+        NonFiniteError: a loss, gradient or update that is not finite.
+    """
+    started = time.perf_counter()
+
+    # Data
+    batches = make_train_iterator(config.data, seed=config.seed)
+    class_names = batches.source.class_names
+    _check_classes(config, class_names)
+    steps_per_epoch = batches.steps_per_epoch
+    total_steps = config.epochs * steps_per_epoch
+
+    # Run folder
+    folder = start_run(run_dir, config, class_names)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+
+    # Model
+    graphdef, params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)))
+
+    # Optimizer
+    learning_rate = learning_rate_schedule(
+        config.optimizer,
+        batch_size=config.data.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+    )
+    optimizer = make_optimizer(
+        config.optimizer, params, learning_rate=learning_rate, total_steps=total_steps
+    )
+
+    # Step
+    train_step = make_train_step(
+        graphdef,
+        optimizer,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+    )
+    eval_step = make_eval_step(graphdef)
+
+    # Checkpoint
+    state = init_state(params, optimizer, ema=config.ema_decay is not None)
+    del params  # The train step reuses these buffers.
+    window = Window(config)
+    if checkpoints.latest() is not None:
+        meta = checkpoints.read_meta()
+        state = checkpoints.restore_state(state)
+        batches.set_state(meta["data"])
+        window = Window(config, meta["window"])
+    first_step = int(state.step)
+
+    # Loop
+    clock = _Clock(config.data.batch_size)
+    with RunLog(folder, step=first_step, total_steps=total_steps, progress=progress) as log:
+        if first_step:
+            log.say(f"Resuming at step {first_step} of {total_steps}.")
+        for step in range(first_step + 1, total_steps + 1):
+            with clock.waiting_for_data():
+                batch = jax.device_put(next(batches))
+            state, metrics = train_step(state, batch)
+            window.add(step, metrics)
+            log.advance()
+            last = step == total_steps
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)  # Compilation is no part of the throughput.
+                clock.restart()
+            if step % config.log_every_steps == 0 or last:
+                scalars = window.summarise(_describe(checkpoints))
+                scalars |= {"epoch": step / steps_per_epoch}
+                scalars |= {"learning_rate": float(learning_rate(step - 1))}
+                if batches.corrupt:
+                    scalars["corrupt_records"] = len(batches.corrupt)
+                log.write("train", step, scalars | clock.lap())
+                log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
+            if last or (step_in_epoch == 0 and _due(epoch, config.evaluate_every_epochs)):
+                window.fetch(_describe(checkpoints))
+                scores = _evaluate(config, eval_step, state)
+                log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
+                log.say(_summary(step / steps_per_epoch, scores))
+                clock.restart()
+            if last or _due(step, config.checkpoint_every_steps or steps_per_epoch):
+                records = window.fetch(_describe(checkpoints))
+                checkpoints.save(state, {"data": batches.get_state(), "window": records})
+                clock.restart()
+    batches.close()
+    checkpoints.close()
+    scores = read_metrics(folder, "eval")[-1]
+    return RunResult(folder, total_steps, scores, time.perf_counter() - started)
+
+
+def _check_classes(config: TrainConfig, class_names: tuple[str, ...]) -> None:
+    if config.model.num_classes != len(class_names):
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes}, but data.source={config.data.source!r} has "
+            f"{len(class_names)} classes: set model.num_classes={len(class_names)}."
+        )
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
+
+
+def _evaluate(config: TrainConfig, eval_step: Any, state: TrainState) -> dict[str, Any]:
+    """Scores of the raw weights and, if kept, of their average."""
+    weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
+    batches: BatchIterator = make_eval_iterator(config.data)
+    scores = evaluate_weights(eval_step, weights, batches)
+    batches.close()
+    return {"count": scores["raw"]["count"]} | {
+        f"{name}_{key}": score[key]
+        for name, score in scores.items()
+        for key in ("top1", "top5", "loss")
+    }
+
+
+def _summary(epoch: float, scores: dict[str, Any]) -> str:
+    parts = [
+        f"{name} top-1 {100 * scores[f'{name}_top1']:.2f} %, loss {scores[f'{name}_loss']:.4f}"
+        for name in ("raw", "ema")
+        if f"{name}_top1" in scores
+    ]
+    return f"epoch {epoch:g}: {'; '.join(parts)} on {scores['count']} images"
+
+
+def _describe(checkpoints: Checkpoints) -> str:
+    step = checkpoints.latest()
+    return "none yet" if step is None else f"step {step} in {checkpoints.directory / str(step)}"
+
+
+class _Clock:
+    """Throughput and the share of time spent waiting for data, since the last lap."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._begin = time.perf_counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a lap, leaving out what came since the last one: compilation, evaluation, saving."""
+        self._lap = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside, and one step."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+        self._steps += 1
+
+    def lap(self) -> dict[str, float]:
+        """The lap's numbers, and a new lap."""
+        now = time.perf_counter()
+        numbers = {"seconds": now - self._begin}
+        if self._steps:
+            numbers["images_per_second"] = self._steps * self._batch_size / (now - self._lap)
+            numbers["data_wait"] = self._waited / (now - self._lap)
+        self.restart()
+        return numbers
