@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 Images = Float[Array, "b h w c"]
-Grid = Float[Array, "b h w d"]
+Grid = Float[Array, "b rows columns d"]
 Tokens = Float[Array, "b l d"]
 Inner = Float[Array, "b l e"]
 Pooled = Float[Array, "b s e"]

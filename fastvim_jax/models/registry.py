@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from typing import Any
 
 from flax import nnx
 
 from fastvim_jax.errors import UserError, suggest
-from fastvim_jax.models.config import ModelConfig, ViTConfig, VisionMambaConfig, replace_options
+from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.models.presets import PRESETS
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
@@ -21,7 +22,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in PRESETS if fnmatch.fnmatchcase(name, wanted)]
 
 
-def model_config(name: str, **options) -> ModelConfig:
+def model_config(name: str, **options: Any) -> ModelConfig:
     """Configuration of the model called `name`, with `options` (fields of its config class) replaced.
 
     Raises:
@@ -40,7 +41,7 @@ def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> VisionMamba | VisionT
 
 
 def create_model(
-    name: str, *, num_classes: int = 1000, rngs: nnx.Rngs, **options
+    name: str, *, num_classes: int = 1000, rngs: nnx.Rngs, **options: Any
 ) -> VisionMamba | VisionTransformer:
     """Build the model called `name` with fresh parameters.
 
