@@ -6,7 +6,7 @@ The names below are the public API; they are imported on first use, so that `imp
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -27,14 +27,30 @@ _HOMES = {
     "train": "fastvim_jax.training",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "TrainConfig",
+    "UserError",
+    "ViTConfig",
+    "VisionMambaConfig",
+    "__version__",
+    "build_model",
+    "create_model",
+    "evaluate",
+    "from_torch_state_dict",
+    "list_models",
+    "load_experiment",
+    "load_run",
+    "model_config",
+    "to_torch_state_dict",
+    "train",
+]
 
 if TYPE_CHECKING:
     from fastvim_jax.errors import UserError
     from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
     from fastvim_jax.models import (
-        ViTConfig,
         VisionMambaConfig,
+        ViTConfig,
         build_model,
         create_model,
         list_models,
@@ -43,7 +59,7 @@ if TYPE_CHECKING:
     from fastvim_jax.training import TrainConfig, evaluate, load_experiment, load_run, train
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fastvim_jax' has no attribute {name!r}")
