@@ -1,0 +1,214 @@
+"""Every registered name, and every option: builds, runs forward and backward, at several resolutions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax import UserError, create_model, list_models, model_config
+from fastvim_jax.models import ViTConfig, VisionMambaConfig, build_model
+from fastvim_jax.models.parameters import count_parameters
+from tests.support import assert_close
+
+PARAMETERS = {
+    "fastvim_tiny_patch16_224": 7_166_056,
+    "fastvim_small_patch16_224": 25_832_680,
+    "fastvim_base_patch16_224": 97_670_632,
+    "fastvim_large_patch16_224": 340_229_096,
+    "fastvim_huge_patch14_224": 702_370_280,
+    "vim_tiny_patch16_224": 7_166_440,
+    "vim_small_patch16_224": 25_833_448,
+    "vim_base_patch16_224": 97_672_168,
+    "vim_large_patch16_224": 340_231_144,
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_large_patch16_224": 304_326_632,
+}
+
+MAMBA_OPTIONS = [
+    {},
+    {"pooling": "max"},
+    {"pooling": "attention"},
+    {"pooling": "none"},
+    {"pool_axes": "columns"},
+    {"pool_axes": "rows"},
+    {"token_order": "column"},
+    {"post_norm": "none"},
+    {"post_norm": "rms", "norm": "layer"},
+    {"class_token": "middle"},
+    {"class_token": "head", "pooling": "max"},
+    {"class_token": "middle", "pooling": "none"},
+    {"conv_width": 0},
+    {"unpool": "after_skip"},
+    {"pool_scale": 0.25},
+    {"layer_scale": 0.1},
+    {"state_size": 8, "expand": 1, "conv_width": 3, "dt_rank": 5, "proj_bias": True},
+    {"pos_embed": False, "conv_bias": False},
+    {"head_pool": "last"},
+    {"head_pool": "max"},
+    {"dtype": "bfloat16"},
+]
+
+
+def small(config, **options):
+    """The same architecture, small enough for a test; depth 5 leaves a remainder of the period."""
+    sizes = {"image_size": (24, 16), "patch_size": 4, "embed_dim": 16, "depth": 5, "num_classes": 7}
+    if isinstance(config, ViTConfig):
+        sizes["num_heads"] = 4
+    return dataclasses.replace(config, **{**sizes, **options})
+
+
+def loss_and_gradient(config, params, images, **kwargs):
+    """A jitted scalar of the model's output, and its gradient."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+
+    def loss(params):
+        return jnp.sum(jnp.square(nnx.merge(graphdef, params)(images, **kwargs)))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_parameter_counts_and_a_training_pass_of_every_registered_model(name, key):
+    full = nnx.state(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0))))
+    assert count_parameters(full) == PARAMETERS[name]
+
+    config = small(model_config(name))
+    params = nnx.state(build_model(config, rngs=nnx.Rngs(key)))
+    images = jax.random.normal(key, (2, 22, 15, 3))
+    value, gradient = loss_and_gradient(config, params, images)
+    assert np.isfinite(value) and value > 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        assert np.any(leaf != 0), f"{jax.tree_util.keystr(path)} gets no gradient"
+
+
+def test_no_model_is_missing_from_the_counts():
+    assert set(list_models()) == set(PARAMETERS)
+    assert list_models("vit_*") == list_models("vit") and len(list_models("vit_*")) == 4
+
+
+@pytest.mark.parametrize("options", MAMBA_OPTIONS, ids=str)
+def test_every_option_trains_and_scan_equals_unroll(options, key):
+    config = small(VisionMambaConfig(), drop_path=0.3, **options)
+    params = nnx.state(build_model(config, rngs=nnx.Rngs(key)))
+    images = jax.random.normal(key, (3, 24, 16, 3))
+    scanned = loss_and_gradient(config, params, images, key=key)
+    unrolled = loss_and_gradient(
+        dataclasses.replace(config, blocks="unroll", remat="block"), params, images, key=key
+    )
+    tolerance = 3e-2 if config.dtype == "bfloat16" else 2e-5
+    flat = jax.tree_util.tree_leaves_with_path
+    for (path, a), (_, b) in zip(flat(scanned), flat(unrolled), strict=True):
+        assert_close(a, b, tolerance, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+@pytest.mark.parametrize("pooling", ["none", "mean"])
+def test_vit_options_agree_between_modes(pooling, remat, key):
+    config = small(ViTConfig(), pooling=pooling, conv_width=4, drop_path=0.2, remat=remat)
+    params = nnx.state(build_model(config, rngs=nnx.Rngs(key)))
+    images = jax.random.normal(key, (2, 24, 16, 3))
+    scanned = loss_and_gradient(config, params, images, key=key)
+    unrolled = loss_and_gradient(
+        dataclasses.replace(config, blocks="unroll", remat="none"), params, images, key=key
+    )
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(unrolled), strict=True):
+        assert_close(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224", "vit_tiny_patch16_224"])
+def test_any_size_at_call_time(name, key):
+    config = small(model_config(name))
+    model = build_model(config, rngs=nnx.Rngs(key))
+    for size in [(24, 16), (23, 13), (8, 36), (4, 4)]:
+        assert model(jax.random.normal(key, (2, *size, 3))).shape == (2, 7)
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("class_token", ["none", "middle"])
+def test_dense_features_are_images_of_the_block_outputs(order, class_token, key):
+    options = {"token_order": order, "class_token": class_token}
+    config = small(VisionMambaConfig(), out_indices=(0, 3), **options)
+    model = build_model(config, rngs=nnx.Rngs(key))
+    images = jax.random.normal(key, (2, 24, 16, 3))
+    features = model(images)
+    assert [f.shape for f in features] == [(2, 6, 4, 16)] * 2
+    hidden = model.intermediates(images)[3][1]
+    if class_token == "middle":
+        hidden = jnp.concatenate([hidden[:, :12], hidden[:, 13:]], axis=1)
+    grid = hidden.reshape(2, *((6, 4) if order == "row" else (4, 6)), 16)
+    if order == "column":
+        grid = grid.swapaxes(1, 2)
+    mean, var = grid.mean(-1, keepdims=True), grid.var(-1, keepdims=True)
+    assert_close(features[1], (grid - mean) / jnp.sqrt(var + 1e-5), 1e-4)
+
+
+def test_no_head_returns_the_pooled_features(key):
+    model = build_model(small(VisionMambaConfig(), num_classes=0), rngs=nnx.Rngs(key))
+    images = jax.random.normal(key, (2, 24, 16, 3))
+    np.testing.assert_array_equal(model(images), model.features(images))
+
+
+def test_drop_path_differs_by_key_and_is_off_without_one(key):
+    model = build_model(small(VisionMambaConfig(), drop_path=0.5), rngs=nnx.Rngs(key))
+    images = jax.random.normal(key, (4, 24, 16, 3))
+    first, again, other, off = (
+        model(images, key=k) for k in (key, key, jax.random.fold_in(key, 1), None)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    np.testing.assert_array_equal(off, model(images))
+    assert not np.allclose(first, off)
+
+
+def test_compute_dtype_is_what_the_blocks_work_in(key):
+    model = build_model(small(VisionMambaConfig(), dtype="bfloat16"), rngs=nnx.Rngs(key))
+    images = jax.random.normal(key, (2, 24, 16, 3))
+    residual, hidden = model.intermediates(images)[1]
+    assert residual.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16
+    assert model(images).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"poolin": "mean"}, "Did you mean 'pooling'"),
+        ({"pooling": "men"}, "Did you mean 'mean'"),
+        ({"image_size": 8}, "smaller than patch_size"),
+        ({"image_size": "224"}, "image_size='224'"),
+        ({"depth": 0}, "depth=0 must be a positive integer"),
+        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"matmul_precision": "tf23"}, "Did you mean 'tf32'"),
+        ({"pooling": "max", "pool_scale": 0.25}, "pool_scale=0.25 only acts"),
+        ({"out_indices": (24,)}, "outside the model's blocks 0..23"),
+        ({"dt_rank": 0}, "dt_rank=0"),
+        ({"conv_width": -1}, "conv_width=-1"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        model_config("fastvim_tiny_patch16_224", **options)
+
+
+def test_unknown_names_are_met_with_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'fastvim_tiny_patch16_224'"):
+        create_model("fastvim_tini_patch16_224", rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="num_heads=5 does not divide"):
+        model_config("vit_tiny_patch16_224", num_heads=5)
+
+
+def test_bad_images_are_refused_with_the_shapes(key):
+    model = build_model(small(VisionMambaConfig()), rngs=nnx.Rngs(key))
+    with pytest.raises(UserError, match="4 channels .* built for 3"):
+        model(jnp.ones((2, 24, 16, 4)))
+    with pytest.raises(UserError, match="3x16 pixels is smaller than one 4x4 patch"):
+        model(jnp.ones((2, 3, 16, 3)))
