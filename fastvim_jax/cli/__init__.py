@@ -1,0 +1,1 @@
+"""The `fastvim` command: one module a subcommand, each thin over public functions."""

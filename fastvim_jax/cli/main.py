@@ -1,0 +1,104 @@
+"""Entry of the `fastvim` command: finds the subcommand, and turns errors into messages and exit statuses.
+
+Subcommands are imported when they are called, so that help does not wait for JAX. A module `cli/<name>.py`
+has a function `run(arguments) -> int`, the exit status.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from fastvim_jax import __version__
+from fastvim_jax.cli.usage import UsageError
+from fastvim_jax.errors import UserError, suggest
+
+COMMANDS = {
+    "models": "list the models: parameters, multiply-adds, scan steps",
+    "train": "train an experiment, or go on with an unfinished run",
+    "eval": "evaluate a trained run on its data",
+    "predict": "classify image files with a trained run",
+    "quickstart-report": "what `make quickstart` shows of the run it trained",
+}
+
+HELP = f"""\
+fastvim {__version__}: vision Mamba models whose scan runs over pooled tokens
+
+Usage: fastvim COMMAND [ARGUMENTS]
+
+Commands:
+{"".join(f"  {name:<18} {text}{chr(10)}" for name, text in COMMANDS.items())}
+Options of every command:
+  --help                     describe the command and its options
+  --traceback                on an error, show where in the code it arose
+  --no-compilation-cache     do not keep compiled programs between runs; otherwise they are
+                             kept in $JAX_COMPILATION_CACHE_DIR, or your cache folder
+                             (FASTVIM_COMPILATION_CACHE=off does the same)
+
+Examples:
+  fastvim models 'fastvim_*'
+  fastvim train digits/fastvim_digits --help
+  fastvim train digits/fastvim_digits --run-dir runs/mine --epochs 10 --data.batch-size 64
+  fastvim eval runs/mine
+  fastvim predict runs/mine some.png other.jpg --json
+
+Exit status: 0 done, 1 failed, 2 wrong usage.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = _take(arguments, "--traceback")
+    cache = not _take(arguments, "--no-compilation-cache")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastvim {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        hint = suggest(name, COMMANDS) or f" Commands: {', '.join(COMMANDS)}."
+        _complain(f"unknown command {name!r}.{hint}")
+        return 2
+    if cache and os.environ.get("FASTVIM_COMPILATION_CACHE", "").lower() not in ("off", "0", "no"):
+        from fastvim_jax.cli.compilation_cache import keep_compiled_programs
+
+        keep_compiled_programs()
+    # Orbax and TensorStore report their routine through absl.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        command = importlib.import_module(f"fastvim_jax.cli.{name.replace('-', '_')}")
+        return command.run(rest)
+    except SystemExit as stop:  # tyro has printed help, or what is wrong with the arguments.
+        return int(stop.code or 0)
+    except UserError as error:
+        if show_traceback:
+            raise
+        _complain(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, `head` perhaps, has gone; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _take(arguments: list[str], flag: str) -> bool:
+    """Remove a flag wherever it stands before a `--`, and say whether it was there."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found = flag in arguments[:end]
+    arguments[:end] = [a for a in arguments[:end] if a != flag]
+    return found
+
+
+def _complain(message: str) -> None:
+    print(f"fastvim: {message}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""`fastvim models [PATTERN]`: what there is, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+from fastvim_jax.errors import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to list."""
+
+    pattern: Annotated[str, tyro.conf.Positional] = "*"
+    """Names to list: a part of a name, or a pattern with * and ?."""
+    image_size: int | tuple[int, int] | None = None
+    """Cost at this side, or height and width, in pixels; by default at the model's own size."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List models with their parameters, multiply-adds, scan steps and parallel steps per block."""
+    chosen = parse(Arguments, "models", arguments, f"{run.__doc__}")
+    from fastvim_jax.analysis import model_cost
+    from fastvim_jax.models import list_models, model_config
+
+    names = list_models(chosen.pattern)
+    if not names:
+        raise UsageError(
+            f"no model matches {chosen.pattern!r}.{suggest(chosen.pattern, _stems(list_models()))} "
+            "`fastvim models` lists all."
+        )
+    with as_usage_error():
+        costs = {name: model_cost(model_config(name), chosen.image_size) for name in names}
+    if chosen.json:
+        print(
+            json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()}, indent=2)
+        )
+        return 0
+    width = max(map(len, [*names, "model"]))
+    print(
+        f"{'model':<{width}}  {'parameters':>11}  {'GMACs':>7}  {'scan steps':>10}  parallel steps"
+    )
+    for name, cost in costs.items():
+        print(
+            f"{name:<{width}}  {cost.parameters:>11,}  {cost.gmacs:>7.2f}  "
+            f"{_steps(cost.scan_steps):>10}  {_steps(cost.parallel_steps):>14}"
+        )
+    size = chosen.image_size or "each model's own size"
+    print(
+        f"\nGMACs: billions of multiply-adds an image, at {size}. Steps: of each direction's scan in a block "
+        "(even/odd blocks where they differ), one after the other, and as a parallel scan."
+    )
+    return 0
+
+
+def _stems(names: Sequence[str]) -> list[str]:
+    """The names and what they begin with: `vim`, `vim_tiny`, ..., since a pattern need not be a whole name."""
+    parts = (name.split("_") for name in names)
+    return list(dict.fromkeys("_".join(p[:i]) for p in parts for i in range(1, len(p) + 1)))
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    return "/".join(str(s) for s in dict.fromkeys(steps)) or "-"

@@ -1,0 +1,42 @@
+"""`fastvim quickstart-report RUN`: restore the run in a process of its own, and show what it learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastvim_jax.cli.usage import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to report on."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    picture: Path | None = None
+    """Where to write the picture; by default quickstart.png in the run's folder."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Restore a trained run, classify its held-out images and draw its curves and some predictions."""
+    chosen = parse(Arguments, "quickstart-report", arguments, f"{run.__doc__}")
+    from fastvim_jax.training import load_run
+    from fastvim_jax.training.report import report_run
+
+    loaded = load_run(chosen.run)
+    picture = chosen.picture or chosen.run / "quickstart.png"
+    report = report_run(loaded, chosen.run, picture)
+    print(
+        f"Restored step {loaded.step} ({loaded.weights} weights): {report.correct} of {report.count} held-out "
+        f"images right, accuracy {report.accuracy:.2%}."
+    )
+    print(
+        f"Everything is in {chosen.run} (curves and predictions: {picture}). Try next: "
+        f"fastvim predict {chosen.run} IMAGE... · fastvim models · fastvim train digits/fastvim_digits --help"
+    )
+    return 0

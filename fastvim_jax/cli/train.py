@@ -1,0 +1,69 @@
+"""`fastvim train EXPERIMENT [--overrides]`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, parse
+
+_RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there is continued."
+
+HELP = """\
+Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
+
+Trains an experiment: one of the names below, or a Python file that sets `config` to a TrainConfig. Every field
+of the config can be overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
+The run goes to FOLDER, by default runs/EXPERIMENT; an unfinished run of the same config there is continued.
+
+Experiments:
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train an experiment, or go on with an unfinished run of it."""
+    from fastvim_jax.training import experiment_docs, list_experiments, load_experiment, train
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP + "".join(f"  {name}\n" for name in list_experiments()), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    with as_usage_error():
+        config = load_experiment(name)
+        description = f"{experiment_docs(name)}\n\nEvery field of the config can be overridden:"
+    default = Path("runs") / Path(name).with_suffix("")
+    chosen = parse(_arguments(config, default), f"train {name}", rest, description)
+    result = train(chosen.config, chosen.run_dir, progress=chosen.progress)
+    scores = [
+        f"{weights} top-1 {100 * result.metrics[f'{weights}_top1']:.2f} %"
+        for weights in ("raw", "ema")
+        if f"{weights}_top1" in result.metrics
+    ]
+    print(f"Finished at step {result.step} after {result.seconds:.0f} s: {', '.join(scores)}.")
+    print(f"Everything is in {result.run_dir}. Next: fastvim eval {result.run_dir}")
+    return 0
+
+
+def _arguments(config: Any, run_dir: Path) -> type:
+    """The arguments of this experiment: its config's fields at the top level, their values being the defaults."""
+    from fastvim_jax.training import TrainConfig
+
+    # A config holds one kind of model: other kinds are other experiments, not subcommands.
+    fields = tyro.conf.AvoidSubcommands[TrainConfig]
+    return dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("run_dir", Annotated[Path, tyro.conf.arg(help=_RUN_DIR_HELP)], run_dir),
+            ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
+            (
+                "config",
+                Annotated[fields, tyro.conf.arg(name="")],
+                dataclasses.field(default=config),
+            ),
+        ],
+        frozen=True,
+    )

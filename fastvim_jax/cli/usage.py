@@ -1,0 +1,39 @@
+"""Reading a subcommand's arguments with tyro, and telling wrong usage from failure."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+from fastvim_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class UsageError(UserError):
+    """Wrong arguments: exit status 2, where other errors of the user's exit with 1."""
+
+
+@contextlib.contextmanager
+def as_usage_error() -> Iterator[None]:
+    """Make a UserError raised inside one about the arguments."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UserError as error:
+        raise UsageError(str(error)) from error
+
+
+def parse(kind: Callable[..., T], prog: str, arguments: Sequence[str], description: str) -> T:
+    """Read `arguments` into the dataclass `kind`; tyro prints help or names the wrong field, and exits.
+
+    Raises:
+        UsageError: when the dataclass refuses a value.
+        SystemExit: with status 0 after help, 2 after an error.
+    """
+    with as_usage_error():
+        return tyro.cli(kind, prog=f"fastvim {prog}", args=list(arguments), description=description)

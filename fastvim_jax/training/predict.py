@@ -1,0 +1,142 @@
+"""Class probabilities of images: files by name, or batches of a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fastvim_jax.data import Batch, DecodeError, load_image
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.run_folder import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says about one image file.
+
+    Attributes:
+        file: the file as it was named.
+        labels: the most probable classes' numbers, best first; empty where the file could not be read.
+        class_names: their names.
+        probabilities: their probabilities, from 0 to 1.
+        error: why there is no prediction, or None.
+    """
+
+    file: str
+    labels: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values: `file`, and either `predictions`, best first, or `error`."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        ranked = zip(self.class_names, self.labels, self.probabilities, strict=True)
+        return {
+            "file": self.file,
+            "predictions": [
+                {"class": name, "label": label, "probability": probability}
+                for name, label, probability in ranked
+            ],
+        }
+
+
+def predict_files(
+    run: Run, files: Sequence[str | Path], *, top_k: int = 5, batch_size: int = 32
+) -> list[Prediction]:
+    """Classify image files. One that cannot be read has its `error` set; the others are classified.
+
+    Args:
+        run: a trained model, from `load_run`.
+        files: image files of any size and kind that Pillow reads.
+        top_k: classes to return for each, best first; all of them if there are fewer.
+        batch_size: images at a time.
+
+    Returns:
+        One prediction a file, in the order given.
+
+    Raises:
+        UserError: for a `top_k` or `batch_size` below 1.
+    """
+    if top_k < 1 or batch_size < 1:
+        raise UserError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
+    probabilities_of = _make_classifier(run.model)
+    size = min(batch_size, max(1, len(files)))
+    predictions: list[Prediction] = []
+    for start in range(0, len(files), size):
+        chunk = [str(file) for file in files[start : start + size]]
+        height, width = run.config.data.height_width
+        # Every batch has the same shape, so that the model is compiled once.
+        images = np.zeros((size, height, width, run.config.data.channels), np.float32)
+        errors: dict[int, str] = {}
+        for i, file in enumerate(chunk):
+            try:
+                images[i] = load_image(file, run.config.data)
+            except DecodeError as error:
+                errors[i] = str(error)
+        probabilities = np.asarray(probabilities_of(images))
+        for i, file in enumerate(chunk):
+            if i in errors:
+                predictions.append(Prediction(file, error=errors[i]))
+            else:
+                predictions.append(_ranked(file, probabilities[i], run.class_names, top_k))
+    return predictions
+
+
+def predict_batches(
+    model: nnx.Module, batches: Iterable[Batch]
+) -> tuple[Float[np.ndarray, "n classes"], Int[np.ndarray, " n"]]:
+    """Classify all valid images of a pass over the data.
+
+    Args:
+        model: a classifier.
+        batches: batches of `image`, `label` and `valid`, as `make_eval_iterator` makes them.
+
+    Returns:
+        The class probabilities and the true labels of the n valid images, in order.
+
+    Raises:
+        UserError: when there is no valid image.
+    """
+    probabilities_of = _make_classifier(model)
+    probabilities, labels = [], []
+    for batch in batches:
+        valid = np.asarray(batch["valid"])
+        probabilities.append(np.asarray(probabilities_of(batch["image"]))[valid])
+        labels.append(np.asarray(batch["label"])[valid])
+    if not sum(map(len, labels)):
+        raise UserError("There is no valid image to classify: check data.eval_split and data.path.")
+    return np.concatenate(probabilities), np.concatenate(labels)
+
+
+def _make_classifier(model: nnx.Module) -> Callable[[np.ndarray], Array]:
+    """The jitted map from images `b h w c` to probabilities `b classes`, float32 or wider."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def classify(params: Any, images: Array) -> Array:
+        logits = nnx.merge(graphdef, params)(images)
+        return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+    return lambda images: classify(params, images)
+
+
+def _ranked(
+    file: str, probabilities: np.ndarray, class_names: Sequence[str], top_k: int
+) -> Prediction:
+    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    return Prediction(
+        file,
+        tuple(int(i) for i in best),
+        tuple(class_names[i] for i in best),
+        tuple(float(probabilities[i]) for i in best),
+    )
