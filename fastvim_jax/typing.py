@@ -1,7 +1,7 @@
 """One glossary of dimension letters, as jaxtyping aliases used in every signature.
 
-    b batch   h w image or grid height and width   c image channels   l tokens   s scan length
-    d model width   e inner width (expand * d)   n state size   k convolution width   r dt rank
+b batch   h w image or grid height and width   c image channels   l tokens   s scan length
+d model width   e inner width (expand * d)   n state size   k convolution width   r dt rank
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ def drop_path_rates(rate: float, depth: int) -> np.ndarray:
     return np.linspace(0.0, rate, depth)
 
 
-def draw_keep(key: jax.Array, rates: np.ndarray, shape: tuple[int, ...]) -> Float[Array, "depth ..."]:
+def draw_keep(
+    key: jax.Array, rates: np.ndarray, shape: tuple[int, ...]
+) -> Float[Array, "depth ..."]:
     """Draw 0/1 keep masks `depth *shape`; block i draws from `fold_in(key, i)`.
 
     The caller folds seed and step into `key`, so that masks differ by step, block and sample and a resumed run
@@ -23,10 +25,14 @@ def draw_keep(key: jax.Array, rates: np.ndarray, shape: tuple[int, ...]) -> Floa
     def one(block, rate):
         return jax.random.bernoulli(jax.random.fold_in(key, block), 1.0 - rate, shape)
 
-    return jax.vmap(one)(jnp.arange(len(rates)), jnp.asarray(rates, jnp.float32)).astype(jnp.float32)
+    return jax.vmap(one)(jnp.arange(len(rates)), jnp.asarray(rates, jnp.float32)).astype(
+        jnp.float32
+    )
 
 
-def scale_keep(keep: Float[Array, "depth ..."], rates: np.ndarray, dtype) -> Float[Array, "depth ..."]:
+def scale_keep(
+    keep: Float[Array, "depth ..."], rates: np.ndarray, dtype
+) -> Float[Array, "depth ..."]:
     """Kept outputs divided by (1 - rate): the factor by which each output joins the residual."""
     survive = (1.0 - rates).reshape(-1, *(1,) * (keep.ndim - 1))
     return keep.astype(dtype) / jnp.asarray(np.where(survive > 0, survive, 1.0), dtype)

@@ -66,7 +66,9 @@ class DepthwiseConv(nnx.Module):
     def __init__(self, channels: int, width: int, *, bias: bool, dtype, rngs: nnx.Rngs):
         uniform = init.fan_in_uniform(width)
         self.kernel = nnx.Param(uniform(rngs.params(), (width, channels), dtype))
-        self.bias = nnx.Param(uniform(rngs.params(), (channels,), dtype)) if bias else nnx.data(None)
+        self.bias = (
+            nnx.Param(uniform(rngs.params(), (channels,), dtype)) if bias else nnx.data(None)
+        )
 
     def __call__(self, x: Inner, *, reverse: bool) -> Inner:
         bias = None if self.bias is None else self.bias[...]

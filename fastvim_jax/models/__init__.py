@@ -1,6 +1,6 @@
 """Backbones, their configurations, and models by name."""
 
-from fastvim_jax.models.config import ModelConfig, ViTConfig, VisionMambaConfig
+from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
 from fastvim_jax.models.registry import build_model, create_model, list_models, model_config
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer

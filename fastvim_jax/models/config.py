@@ -102,7 +102,9 @@ class VisionMambaConfig:
         if self.conv_width < 0:
             raise UserError(f"conv_width={self.conv_width}: use 0 to leave the convolution out.")
         if self.dt_rank is not None and self.dt_rank < 1:
-            raise UserError(f"dt_rank={self.dt_rank} must be at least 1, or None for ceil(embed_dim / 16).")
+            raise UserError(
+                f"dt_rank={self.dt_rank} must be at least 1, or None for ceil(embed_dim / 16)."
+            )
         if self.pool_scale != 1.0 and self.pooling != "mean":
             raise UserError(
                 f"pool_scale={self.pool_scale} only acts on pooling='mean', not {self.pooling!r}."
@@ -259,6 +261,4 @@ def _check_common(config) -> None:
         raise UserError(f"drop_path={config.drop_path} must be in [0, 1).")
     bad = [i for i in config.out_indices if not 0 <= i < config.depth]
     if bad:
-        raise UserError(
-            f"out_indices {bad} are outside the model's blocks 0..{config.depth - 1}."
-        )
+        raise UserError(f"out_indices {bad} are outside the model's blocks 0..{config.depth - 1}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvim_jax.models.config import ModelConfig, ViTConfig, VisionMambaConfig
+from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
 
 MAMBA_SIZES = {
     "tiny": {"embed_dim": 192, "depth": 24},
@@ -18,7 +18,10 @@ VIT_SIZES = {
 }
 
 PRESETS: dict[str, ModelConfig] = {
-    **{f"fastvim_{name}_patch16_224": VisionMambaConfig(**size) for name, size in MAMBA_SIZES.items()},
+    **{
+        f"fastvim_{name}_patch16_224": VisionMambaConfig(**size)
+        for name, size in MAMBA_SIZES.items()
+    },
     "fastvim_huge_patch14_224": VisionMambaConfig(embed_dim=1280, depth=64, patch_size=14),
     **{
         f"vim_{name}_patch16_224": VisionMambaConfig(pooling="none", class_token="middle", **size)

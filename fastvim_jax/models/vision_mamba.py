@@ -1,8 +1,8 @@
 """FastVim and Vim: patch embedding, a stack of bidirectional scan mixers, a head. There is no MLP.
 
-    residual = patches + position embedding                 (float32, as is everything that adds to it)
-    residual = residual + drop_path(mixer(norm(residual)))  for every block
-    logits   = head(pool(norm(residual)))
+residual = patches + position embedding                 (float32, as is everything that adds to it)
+residual = residual + drop_path(mixer(norm(residual)))  for every block
+logits   = head(pool(norm(residual)))
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class VisionMamba(nnx.Module):
     def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(
-            config.patch_size, config.channels, d, precision=p, rngs=rngs
-        )
+        self.patch_embed = PatchEmbed(config.patch_size, config.channels, d, precision=p, rngs=rngs)
         tokens = config.grid[0] * config.grid[1] + (config.class_token != "none")
         small = normal(0.02)
         self.class_token = (
@@ -227,7 +225,5 @@ class VisionMamba(nnx.Module):
             if index is not None:
                 tokens = jnp.delete(tokens, index, axis=1, assume_unique_indices=True)
             image = norm(tokens).reshape(tokens.shape[0], *grid, -1)
-            features.append(
-                image.swapaxes(1, 2) if self.config.token_order == "column" else image
-            )
+            features.append(image.swapaxes(1, 2) if self.config.token_order == "column" else image)
         return tuple(features)

@@ -59,9 +59,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(
-            config.patch_size, config.channels, d, precision=p, rngs=rngs
-        )
+        self.patch_embed = PatchEmbed(config.patch_size, config.channels, d, precision=p, rngs=rngs)
         small = truncated_normal(0.02)
         self.class_token = nnx.Param(small(rngs.params(), (1, 1, d), p.params))
         tokens = config.grid[0] * config.grid[1] + 1
@@ -72,9 +70,7 @@ class VisionTransformer(nnx.Module):
         self.out_norms = nnx.List(self._norm(rngs) for _ in config.out_indices)
         classify = not config.out_indices
         # With mean pooling the norm follows the pooling, under a name of its own as in the reference.
-        self.norm = (
-            self._norm(rngs) if classify and config.head_pool == "token" else nnx.data(None)
-        )
+        self.norm = self._norm(rngs) if classify and config.head_pool == "token" else nnx.data(None)
         self.fc_norm = (
             self._norm(rngs) if classify and config.head_pool == "mean" else nnx.data(None)
         )

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax import UserError, from_torch_state_dict, to_torch_state_dict
-from fastvim_jax.models import ViTConfig, VisionMambaConfig, build_model
+from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 
 SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 3, "num_classes": 2}
 CONFIGS = [
@@ -29,7 +29,9 @@ def test_weights_go_out_and_come_back(config, key):
     assert all(isinstance(w, np.ndarray) for w in weights.values())
     other = build_model(config, rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
     from_torch_state_dict(other, weights)
-    for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(other)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(other)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     images = jax.random.normal(key, (2, 8, 8, 3))
     for a, b in zip(jax.tree.leaves(model(images)), jax.tree.leaves(other(images)), strict=True):

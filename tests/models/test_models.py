@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax import UserError, create_model, list_models, model_config
-from fastvim_jax.models import ViTConfig, VisionMambaConfig, build_model
+from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 from fastvim_jax.models.parameters import count_parameters
 from tests.support import assert_close
 
@@ -123,7 +123,9 @@ def test_vit_options_agree_between_modes(pooling, remat, key):
         assert_close(a, b, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224", "vit_tiny_patch16_224"]
+)
 def test_any_size_at_call_time(name, key):
     config = small(model_config(name))
     model = build_model(config, rngs=nnx.Rngs(key))

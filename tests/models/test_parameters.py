@@ -32,7 +32,9 @@ def test_names_and_values_round_trip(params, rng):
     assert flat["blocks.2.mixer.forward.D"].shape == (16,)
     assert flat["pos_embed"].shape == (1, 4, 8)
     assert not any(name.startswith("blocks.mixer") for name in flat)
-    fresh = {name: jnp.asarray(rng.normal(size=value.shape), jnp.float32) for name, value in flat.items()}
+    fresh = {
+        name: jnp.asarray(rng.normal(size=value.shape), jnp.float32) for name, value in flat.items()
+    }
     again = named_parameters(replace_parameters(params, fresh))
     for name, value in fresh.items():
         np.testing.assert_array_equal(again[name], value)
@@ -48,7 +50,9 @@ def test_blocks_start_from_different_values(params):
 def test_rules_see_the_unstacked_rank_in_both_modes(params):
     ranks = map_parameters(lambda info, leaf: info.ndim, params)
     by_name = {info.name: info for info in parameter_infos(params)}
-    assert by_name["blocks.mixer.forward.D"].ndim == 1 and by_name["blocks.mixer.forward.D"].depth == 3
+    assert (
+        by_name["blocks.mixer.forward.D"].ndim == 1 and by_name["blocks.mixer.forward.D"].depth == 3
+    )
     assert by_name["blocks.mixer.in_proj.kernel"].ndim == 2
     assert by_name["pos_embed"].ndim == 3 and not by_name["pos_embed"].stacked
     unrolled = nnx.state(
@@ -65,5 +69,9 @@ def test_one_error_lists_everything_that_does_not_fit(params):
     flat["head.bias"] = jnp.zeros(5)
     with pytest.raises(UserError) as caught:
         replace_parameters(params, flat)
-    for part in ("missing: blocks.1.norm.scale (8,)", "unexpected: surplus (3,)", "head.bias: expected (2,), given (5,)"):
+    for part in (
+        "missing: blocks.1.norm.scale (8,)",
+        "unexpected: surplus (3,)",
+        "head.bias: expected (2,), given (5,)",
+    ):
         assert part in str(caught.value)
