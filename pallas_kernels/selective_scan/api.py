@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -85,9 +84,9 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
     u, A, B = arrays["u"], arrays["A"], arrays["B"]
     _expect_rank("u", u, "b l e", 3)
     _expect_rank("A", A, "e n", 2)
-    b, l, e = u.shape
+    b, length, e = u.shape
     n = A.shape[1]
-    if min(b, l, e, n) < 1:
+    if min(b, length, e, n) < 1:
         raise ValueError(
             f"selective_scan: no axis may be empty, got u {u.shape} (b l e) and A {A.shape} (e n)"
         )
@@ -99,15 +98,15 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
             f"selective_scan: the {e} channels of u do not split evenly into the {groups} groups "
             f"of B {B.shape} (b l g n)"
         )
-    weights = (b, l, n) if B.ndim == 3 else (b, l, groups, n)
+    weights = (b, length, n) if B.ndim == 3 else (b, length, groups, n)
     letters = "b l n" if B.ndim == 3 else "b l g n"
     for name, letter, shape in (
-        ("delta", "b l e", (b, l, e)),
+        ("delta", "b l e", (b, length, e)),
         ("A", "e n", (e, n)),
         ("B", letters, weights),
         ("C", letters, weights),
         ("D", "e", (e,)),
-        ("z", "b l e", (b, l, e)),
+        ("z", "b l e", (b, length, e)),
         ("delta_bias", "e", (e,)),
     ):
         x = arrays[name]

@@ -10,6 +10,7 @@ the state is `b g n k`: channels last, so that the sum over n runs over vectors 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -48,12 +49,13 @@ class Core(Protocol):
         B: Float[Array, "t b g n"],
         C: Float[Array, "t b g n"],
         h: Float[Array, "b g n k"],
-        s_bar_of,
+        s_bar: Float[Array, "t b g k"],
         h_bar: Float[Array, "b g n k"],
         *,
         reverse: bool,
-    ) -> tuple[jax.Array, ...]:
-        """Return gradients (step, v, A, B, C, h) and whatever `s_bar_of(s)` returned beside s_bar."""
+        want_s: bool,
+    ) -> tuple[jax.Array | None, ...]:
+        """Return the gradients of step, v, A, B, C and h, and s if wanted (else None)."""
         ...
 
 
@@ -227,14 +229,17 @@ def backward(
         def before(u, delta, delta_bias):
             return _before(u, delta, delta_bias, x.valid, options.delta_softplus)
 
-        def s_bar_of(s):
-            _, pull = jax.vjp(_after, s, u, z, weights.D)
-            return pull(y_bar.astype(wide))
-
         (step, v), pull_before = jax.vjp(before, u, delta, weights.delta_bias)
-        step_bar, v_bar, A_bar, B_bar, C_bar, h_bar, (u_bar, z_bar, D_bar) = core.backward(
-            step, v, weights.A, B, C, h, s_bar_of, h_bar, reverse=options.reverse
-        )
+        y_bar = y_bar.astype(wide)
+        s_bar = y_bar if z is None else y_bar * jax.nn.silu(z)
+        step_bar, v_bar, A_bar, B_bar, C_bar, h_bar, s = core.backward(
+            step, v, weights.A, B, C, h, s_bar, h_bar,
+            reverse=options.reverse, want_s=z is not None,
+        )  # fmt: skip
+        # Without a gate the output is linear in s, and its value does not matter.
+        s = jnp.zeros_like(s_bar) if s is None else s
+        _, pull_after = jax.vjp(functools.partial(_after, s), u, z, weights.D)
+        u_bar, z_bar, D_bar = pull_after(y_bar)
         u_bar_before, delta_bar, bias_bar = pull_before((step_bar, v_bar))
         steps_bar = (u_bar + u_bar_before, delta_bar, B_bar, C_bar, z_bar)
         steps_bar = jax.tree.map(lambda g, a: g.astype(a.dtype), steps_bar, tuple(x[:5]))

@@ -37,12 +37,14 @@ class ScanOptions:
 
     chunk: number of steps between the states a forward pass leaves for the backward pass. It is part of
     the call, not of a backend, so that backends can be exchanged at lowering time.
+    keep_boundaries: whether a gradient will follow, so that those states are wanted at all.
     """
 
     delta_softplus: bool
     reverse: bool
     return_last_state: bool
     chunk: int
+    keep_boundaries: bool = True
 
 
 # Output, state after the last visited step (None unless asked for), and the state entering each chunk

@@ -6,6 +6,7 @@ lowering time and no residual of a backend that does not run is kept.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ def scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return y `b l e` and, when `options` ask for it, the last state `b e n`."""
+    options = dataclasses.replace(options, keep_boundaries=False)
     y, last_state, _ = backend.forward(inputs, options)
     return y, last_state
 

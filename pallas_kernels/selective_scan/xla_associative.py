@@ -45,10 +45,9 @@ class _Associative:
             return s, states[0], jnp.concatenate([states[every::every], h[None]])
         return s, states[-1], jnp.concatenate([h[None], states[every - 1 : -1 : every]])
 
-    def backward(self, step, v, A, B, C, h, s_bar_of, h_bar, *, reverse):
+    def backward(self, step, v, A, B, C, h, s_bar, h_bar, *, reverse, want_s):
         decay = jnp.exp(step[..., None, :] * A)
         states = _recurrence(decay, v[..., None, :] * B[..., None], h, reverse)
-        s_bar, *others = s_bar_of(jnp.sum(states * C[..., None], axis=-2))
         # h_bar_t = C_t s_bar_t + decay_{t+1} h_bar_{t+1}, entered with decay 1.
         next_decay = _shift(decay, jnp.ones_like(h_bar), not reverse)
         states_bar = _recurrence(next_decay, s_bar[..., None, :] * C[..., None], h_bar, not reverse)
@@ -61,7 +60,7 @@ class _Associative:
             jnp.sum(states_bar * v[..., None, :], axis=-1),
             jnp.sum(states * s_bar[..., None, :], axis=-1),
             decay[first] * states_bar[first],
-            others,
+            jnp.sum(states * C[..., None], axis=-2) if want_s else None,
         )
 
 
