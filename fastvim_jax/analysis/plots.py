@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 # Tells apart also for colour-blind readers, and in print.
 _TRAIN, _RAW, _EMA = "#8a94a6", "#1f6fb4", "#e07b39"
 _RIGHT, _WRONG, _INK = "#2a7f62", "#c0392b", "#2b2f36"
 _COLUMNS = 6
+_Corner = Literal["upper right", "lower right"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +66,11 @@ def plot_run(
         title: the headline.
         mistakes_in_all: how many mistakes there were; by default `len(mistakes)`.
     """
-    figure = Figure(figsize=(13, 7), dpi=110, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(13, 7), dpi=110, facecolor="white", layout=layout)
     figure.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold", color=_INK)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.02)
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.02)
+    left, right = halves
     loss, accuracy = left.subplots(2, 1, sharex=True)
     _draw_loss(loss, records)
     _draw_accuracy(accuracy, records)
@@ -80,7 +89,9 @@ def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     values = [r["loss"] for r in train] + [v for _, _, ys in lines.values() for v in ys]
     if values and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     _dress(axes, "cross entropy", "Loss")
 
 
@@ -120,7 +131,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[str, list[float], list[flo
         )
 
 
-def _dress(axes: Axes, unit: str, title: str, legend: str = "upper right") -> None:
+def _dress(axes: Axes, unit: str, title: str, legend: _Corner = "upper right") -> None:
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_ylabel(unit)
     axes.grid(axis="y", color="#e6e8ec")
@@ -138,7 +149,8 @@ def _draw_samples(
     if not mistakes:
         _draw_rows(figure, samples[: 4 * _COLUMNS], 4, "Held-out images, drawn at random")
         return
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1.25))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3, 1.25))
+    upper, lower = halves
     _draw_rows(upper, samples[: 3 * _COLUMNS], 3, "Held-out images, drawn at random")
     shown = min(len(mistakes), _COLUMNS)
     which = "All" if shown == in_all else f"{shown} of the"

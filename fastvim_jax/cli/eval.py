@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -47,11 +47,10 @@ def run(arguments: Sequence[str]) -> int:
     runs = {first.weights: first}
     if chosen.weights == "all" and first.weights == "ema":
         runs = {"raw": load_run(chosen.run, weights="raw", step=first.step), "ema": first}
-    changes = {"path": chosen.path, "workers": chosen.workers}
+    given = {"path": chosen.path, "workers": chosen.workers}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with as_usage_error():
-        data = dataclasses.replace(
-            first.config.data, **{k: v for k, v in changes.items() if v is not None}
-        )
+        data = dataclasses.replace(first.config.data, **changes)
     scores = {}
     for weights, loaded in runs.items():
         batches = make_eval_iterator(data, split=chosen.split, batch_size=chosen.batch_size)

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import tyro
-
 from fastvim_jax.errors import UserError
 
 T = TypeVar("T")
@@ -35,5 +33,8 @@ def parse(kind: Callable[..., T], prog: str, arguments: Sequence[str], descripti
         UsageError: when the dataclass refuses a value.
         SystemExit: with status 0 after help, 2 after an error.
     """
+    # Imported here: the list of commands must not wait for it.
+    import tyro
+
     with as_usage_error():
         return tyro.cli(kind, prog=f"fastvim {prog}", args=list(arguments), description=description)

@@ -69,7 +69,7 @@ class BatchIterator(Iterator[Batch]):
         if self._running is None:
             self._running = _start(self._batches[self._taken :], self._config.workers)
         # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
-        batch = {key: np.array(value) for key, value in next(self._running).items()}
+        batch: Any = {key: np.array(value) for key, value in next(self._running).items()}
         self._taken += 1
         self._note_corrupt(batch.pop("corrupt"))
         return batch

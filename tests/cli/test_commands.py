@@ -1,0 +1,171 @@
+"""Every command does what it says, on a run trained by the command itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.analysis import model_cost
+from fastvim_jax.data import make_eval_iterator
+from fastvim_jax.models import list_models, model_config
+from fastvim_jax.training import evaluate, load_run, read_metrics
+from fastvim_jax.training.predict import predict_batches
+from tests.cli.conftest import Cli
+
+
+def test_models_lists_what_they_cost(fastvim: Cli) -> None:
+    status, out, _ = fastvim("models", "fastvim_[ts]*")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith("fastvim_")]
+    assert [row[0] for row in rows] == ["fastvim_tiny_patch16_224", "fastvim_small_patch16_224"]
+    assert rows[0][1:] == ["7,166,056", "1.14", "14", "4"]
+    status, out, _ = fastvim("models", "vim_tiny", "--image-size", "32", "64", "--json")
+    costs = json.loads(out)
+    assert status == 0
+    assert set(costs) == {"vim_tiny_patch16_224", "fastvim_tiny_patch16_224"}
+    assert costs["vim_tiny_patch16_224"]["scan_steps"] == [9]
+    assert costs["fastvim_tiny_patch16_224"]["scan_steps"] == [2, 4]
+    expected = model_cost(model_config("vim_tiny_patch16_224"), (32, 64))
+    assert costs["vim_tiny_patch16_224"]["gmacs"] == expected.gmacs
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_has_a_cost(name: str) -> None:
+    cost = model_cost(model_config(name))
+    assert cost.parameters > 5e6 and cost.gmacs > 1
+
+
+def test_train_wrote_its_run(run_dir: Path) -> None:
+    assert [r["epoch"] for r in read_metrics(run_dir, "eval")] == [1, 2]
+    assert json.loads((run_dir / "config.json").read_text())["epochs"] == 2
+    assert json.loads((run_dir / "classes.json").read_text()) == [str(i) for i in range(10)]
+
+
+def test_train_takes_typed_overrides(fastvim: Cli, experiment: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    status, out, _ = fastvim(
+        "train", experiment, "--run-dir", folder, "--no-progress", "--epochs", "1",
+        "--model.embed-dim", "12", "--data.batch-size", "479", "--ema-decay", "None",
+    )  # fmt: skip
+    assert status == 0
+    config = load_run(folder).config
+    assert (config.epochs, config.model.embed_dim, config.data.batch_size) == (1, 12, 479)
+    assert config.ema_decay is None
+    assert str(folder) in out.splitlines()[-1] and "Finished at step 3" in out
+
+
+def test_training_again_goes_on_where_it_stopped(
+    fastvim: Cli, experiment: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    before = read_metrics(copy)
+    status, out, _ = fastvim("train", experiment, "--run-dir", copy, "--no-progress")
+    assert status == 0 and "Finished at step 22" in out
+    assert read_metrics(copy) == before
+
+
+def test_train_help_lists_the_experiments_and_the_fields(fastvim: Cli, experiment: Path) -> None:
+    status, out, _ = fastvim("train", "--help")
+    assert status == 0 and "digits/fastvim_digits" in out
+    status, out, _ = fastvim("train", experiment, "--help")
+    assert status == 0
+    for piece in ("A tiny FastVim on the digits", "--data.batch-size INT", "--model.pool-axes",
+                  "--optimizer.learning-rate FLOAT", "--run-dir", "(default: 0.9)"):  # fmt: skip
+        assert piece in out, piece
+
+
+def test_eval_counts_every_held_out_image(fastvim: Cli, run_dir: Path) -> None:
+    status, out, _ = fastvim("eval", run_dir, "--json", "--batch-size", "100")
+    report = json.loads(out)
+    assert status == 0 and report["step"] == 22 and report["split"] == "test"
+    last = read_metrics(run_dir, "eval")[-1]
+    for weights in ("raw", "ema"):
+        scores = report["scores"][weights]
+        assert scores["count"] == 360
+        assert scores["top1"] == last[f"{weights}_top1"]
+        run = load_run(run_dir, weights=weights)
+        assert scores["top1"] == evaluate(run.model, make_eval_iterator(run.config.data))["top1"]
+    status, out, _ = fastvim("eval", run_dir, "--weights", "raw", "--split", "train")
+    assert status == 0 and "1437 images of digits train" in out
+    assert re.search(r"^raw +\d+\.\d\d%", out, re.M) and not re.search("^ema", out, re.M)
+    status, out, _ = fastvim("eval", run_dir, "--step", "11", "--json")
+    assert status == 0 and json.loads(out)["step"] == 11
+
+
+def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: list[Path]) -> None:
+    run = load_run(run_dir)
+    probabilities, _ = predict_batches(run.model, make_eval_iterator(run.config.data))
+    status, out, err = fastvim("predict", run_dir, *digit_files, "--json", "--top-k", "3")
+    assert status == 0 and err == ""
+    report = json.loads(out)
+    assert [entry["file"] for entry in report] == [str(file) for file in digit_files]
+    for entry, expected in zip(report, probabilities, strict=False):
+        found = entry["predictions"]
+        assert [p["label"] for p in found] == np.argsort(-expected)[:3].tolist()
+        assert [p["class"] for p in found] == [str(p["label"]) for p in found]
+        np.testing.assert_allclose([p["probability"] for p in found], -np.sort(-expected)[:3], 1e-4)
+    status, out, _ = fastvim("predict", run_dir, digit_files[0])
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == str(digit_files[0]) and len(lines) == 6
+    assert lines[1].split()[1] == report[0]["predictions"][0]["class"]
+
+
+def test_predict_takes_images_of_any_kind(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.jpg"
+    Image.new("CMYK", (300, 40), (10, 200, 30, 0)).save(wide)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((50, 20), 40_000, np.uint16)).save(deep)
+    status, out, _ = fastvim("predict", run_dir, wide, deep, "--json", "--batch-size", "1")
+    assert status == 0 and len(json.loads(out)) == 2
+
+
+def test_predict_reports_a_bad_file_and_classifies_the_others(
+    fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "notes.jpg"
+    text.write_text("no image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(digit_files[2].read_bytes()[:50])
+    absent = tmp_path / "absent.png"
+    files = [digit_files[0], text, cut, digit_files[1], absent]
+    status, out, err = fastvim("predict", run_dir, *files, "--json", "--batch-size", "2")
+    assert status == 1
+    report = json.loads(out)
+    assert ["predictions" in entry for entry in report] == [True, False, False, True, False]
+    clean = json.loads(
+        fastvim("predict", run_dir, *digit_files[:2], "--json", "--batch-size", "2")[1]
+    )
+    for bad, good in ((report[0], clean[0]), (report[3], clean[1])):
+        assert [p["label"] for p in bad["predictions"]] == [p["label"] for p in good["predictions"]]
+    assert len(err.splitlines()) == 3
+    for file, reason in ((text, "not an image"), (cut, "damaged"), (absent, "No such file")):
+        assert any(str(file) in line and reason in line for line in err.splitlines())
+    status, out, _ = fastvim("predict", run_dir, *files)
+    assert status == 1 and str(digit_files[1]) in out and "Traceback" not in out
+
+
+def test_predict_needs_only_the_run_folder(
+    fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(run_dir, tmp_path / "elsewhere")
+    expected = fastvim("predict", run_dir, *digit_files)
+    assert fastvim("predict", moved, *digit_files) == expected
+
+
+def test_quickstart_report_draws_the_run(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new folder" / "report.png"
+    status, out, _ = fastvim("quickstart-report", run_dir, "--picture", picture)
+    assert status == 0
+    run = load_run(run_dir)
+    top1 = evaluate(run.model, make_eval_iterator(run.config.data))["top1"]
+    assert f"accuracy {top1:.2%}" in out and f"{round(360 * top1)} of 360" in out
+    last = out.splitlines()[-1]
+    assert str(picture) in last and f"fastvim predict {run_dir}" in last
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert min(pixels.shape[:2]) > 600 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

@@ -1,0 +1,156 @@
+"""Help is quick; bad input is answered in a sentence with the right status; tracebacks only when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvim_jax.cli import compilation_cache
+from fastvim_jax.cli.main import COMMANDS
+from fastvim_jax.errors import UserError
+from tests.cli.conftest import Cli
+
+
+def _shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastvim_jax", *arguments],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_help_needs_no_jax() -> None:
+    program = (
+        "import sys; from fastvim_jax.cli.main import main; status = main(['--help'])\n"
+        "heavy = [m for m in ('jax', 'flax', 'grain', 'tyro', 'numpy') if m in sys.modules]\n"
+        "sys.exit(f'imported {heavy}' if heavy or status else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_the_module_is_the_command() -> None:
+    done = _shell("--version")
+    assert done.returncode == 0 and done.stdout.startswith("fastvim ")
+    done = _shell("modles")
+    assert done.returncode == 2 and "Did you mean 'models'?" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(fastvim: Cli, command: str) -> None:
+    status, out, _ = fastvim(command, "--help")
+    assert status == 0 and f"fastvim {command}" in out
+
+
+WRONG_USAGE = [
+    ((), "Usage: fastvim COMMAND"),
+    (("evla", "x"), "unknown command 'evla'. Did you mean 'eval'"),
+    (("models", "fastvm"), "no model matches 'fastvm'. Did you mean 'fastvim'"),
+    (("models", "vim_tiny", "--image-size", "4"), "4x4 pixels is smaller than a patch of 16x16"),
+    (("models", "--imagesize", "4"), "--image-size"),
+    (("train",), "Usage: fastvim train EXPERIMENT"),
+    (("train", "digits/fastvim_digts"), "Did you mean 'digits/fastvim_digits'"),
+    (("train", "nowhere.py"), "no experiment file nowhere.py"),
+    (("train", "digits/fastvim_digits", "--data.bach-size", "3"), "--data.batch-size INT"),
+    (("train", "digits/fastvim_digits", "--epochs", "many"), "--epochs"),
+    (("train", "digits/fastvim_digits", "--data.flip", "3"), "data.flip is 3.0"),
+    (("train", "digits/fastvim_digits", "--model.pooling", "maen"), "Did you mean 'mean'"),
+    (("eval",), "run"),
+    (("eval", "x", "--weights", "best"), "ema"),
+    (("predict", "x"), "name at least one image file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WRONG_USAGE, ids=lambda v: str(v)[:40])
+def test_wrong_usage_exits_with_2(fastvim: Cli, arguments: tuple[str, ...], expected: str) -> None:
+    status, out, err = fastvim(*arguments)
+    text = out + err
+    assert status == 2
+    # Messages in a frame are broken into lines.
+    flat = " ".join(text.replace("│", " ").split())
+    assert expected in flat and "Traceback" not in text
+
+
+def test_failures_exit_with_1(
+    fastvim: Cli, run_dir: Path, experiment: Path, tmp_path: Path
+) -> None:
+    digit = tmp_path / "x.png"
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["model"]["embed_dim"] = 12
+    (other / "config.json").write_text(json.dumps(config))
+    for arguments, expected in [
+        (("eval", tmp_path), "is no run folder"),
+        (("predict", tmp_path / "nowhere", digit), "is no run folder"),
+        (("eval", run_dir, "--step", "7"), "finished are 11, 22"),
+        (("eval", run_dir, "--split", "validation"), "no split 'validation'"),
+        (("eval", other), "is of another model"),
+        (("train", experiment, "--run-dir", run_dir, "--epochs", "3"), "another config"),
+        (("quickstart-report", tmp_path), "is no run folder"),
+    ]:
+        status, out, err = fastvim(*arguments)
+        assert status == 1, (arguments, out, err)
+        assert err.startswith("fastvim: ") and expected in err, err
+        assert "Traceback" not in err
+
+
+def test_a_damaged_checkpoint_offers_the_one_before(
+    fastvim: Cli, run_dir: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(run_dir, tmp_path / "damaged")
+    largest = max((damaged / "checkpoints" / "22").rglob("*"), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    status, _, err = fastvim("eval", damaged)
+    assert status == 1 and "checkpoints/22 is damaged" in err and "step 11" in err
+    status, _, _ = fastvim("eval", damaged, "--step", "11")
+    assert status == 0
+
+
+def test_traceback_on_request(fastvim: Cli, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        fastvim("eval", tmp_path, "--traceback")
+    with pytest.raises(UserError, match="is no run folder"):
+        fastvim("--traceback", "eval", tmp_path)
+
+
+def test_a_folder_without_classes_is_refused(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    (copy / "classes.json").unlink()
+    status, _, err = fastvim("predict", copy, tmp_path / "x.png")
+    assert status == 1 and "class names" in err
+
+
+def test_compiled_programs_are_kept(run_dir: Path, digit_files: list[Path], tmp_path: Path) -> None:
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "FASTVIM_COMPILATION_CACHE": "",
+    }
+    kept = tmp_path / "cache" / "fastvim-jax" / "xla"
+    arguments = ("predict", str(run_dir), str(digit_files[0]))
+    off = _shell(*arguments, "--no-compilation-cache", **environment)
+    assert off.returncode == 0 and not kept.exists(), off.stderr
+    on = _shell(*arguments, **environment)
+    assert on.returncode == 0 and any(kept.iterdir()), on.stderr
+    assert on.stdout == off.stdout and on.stderr == off.stderr == ""
+
+
+def test_the_cache_respects_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    compilation_cache.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "mine")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    compilation_cache.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
