@@ -6,16 +6,23 @@ of a channel are cut into ``warps`` groups, one a warp; a lane owns a channel an
 keeps the ``rest`` states of its group in registers, as one vector.  What depends on
 the channel alone is then replicated over warps, what depends on the state alone over
 lanes, and one shared-memory vector load brings a lane its B (or C) of a step.
+
+Neighbouring lanes own channels 0 2 1 3, 4 6 5 7, ...: with lanes in plain order
+Mosaic moves single words by ldmatrix, and then also loads what a store overwrites.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -28,16 +35,15 @@ def _tiled(tiles, warp_dims, lane_dims, vector_dim):
     layout = mgpu.TiledLayout(
         plgpu.Tiling(tiles), warp_dims, lane_dims, vector_dim, _check_canonical=False
     ).canonicalize()
-    return layout, plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
+    return layout, _public(layout)
+
+
+def _public(layout) -> Any:
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
 def _reduced(layout, axes):
-    layout = layout.reduce(axes)
-    return plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
+    return _public(layout.reduce(axes))
 
 
 class StateLayouts:
@@ -45,25 +51,32 @@ class StateLayouts:
 
     def __init__(self, warps: int, rest: int):
         across = WARPS // warps  # warps side by side along the channels
-        base, self.state = _tiled(
-            ((warps, across * LANES, rest), (1, LANES, rest), (1, 1, rest)),
-            (-9, -8),
-            (-5,),
-            -1,
+        tiles = (
+            (warps, across * LANES, rest),
+            (1, LANES, rest),
+            *((1, k, rest) for k in (4, 2, 1)),
         )
-        self.base = base
+        base, self.state = _tiled(tiles, (-15, -14), (-11, -5, -8), -1)
         self.channel = _reduced(base, (0, 2))  # (channels,)
         self.step = _reduced(base, (1,))  # (warps, rest)
         self.partial = _reduced(base, (2,))  # (warps, channels)
-        # (warps, values): one value a lane, the pattern repeated when values < 32.
-        values = 2 * rest
-        self.values = values
-        if values <= LANES and warps == WARPS:
-            lanes = (-3,) if values == LANES else (plgpu.Replicated(LANES // values), -3)
-            _, self.sums = _tiled(((WARPS, values), (1, 1)), (-4,), lanes, -1)
+        # The same values in the same registers, as (channels, warps, rest): how memory holds them.
+        tiles = (
+            (across * LANES, warps, rest),
+            (LANES, 1, rest),
+            *((k, 1, rest) for k in (4, 2, 1)),
+        )
+        _, self.stored = _tiled(tiles, (-14, -15), (-12, -6, -9), -1)
+        # (warps, values): one value a group of lanes.
+        self.values = 2 * rest
+        if self.values <= LANES and warps == WARPS:
+            copies = LANES // self.values
+            lanes = (-3, plgpu.Replicated(copies)) if copies > 1 else (-3,)
+            _, self.sums = _tiled(((WARPS, self.values), (1, 1)), (-4,), lanes, -1)
 
 
-def tile_layout(rows: int) -> plgpu.Layout:
+@functools.cache
+def tile_layout(rows: int) -> Any:
     """Layout of a ``(rows, channels)`` tile for the elementwise phases."""
     if rows % 16 == 0:  # a lane holds 4 neighbours: 8 lanes a row, 16 rows a register
         tiles = ((16, 32), (4, 32), (1, 4))
@@ -74,35 +87,76 @@ def tile_layout(rows: int) -> plgpu.Layout:
     return _tiled(tiles, (-6,), (-4, -3), -1)[1]
 
 
-def tile_channel_layout(rows: int) -> plgpu.Layout:
+@functools.cache
+def tile_channel_layout(rows: int) -> Any:
     """Layout of a ``(channels,)`` vector that broadcasts along a tile's rows."""
-    layout = tile_layout(rows).to_mgpu()
-    return _reduced(layout, (0,))
+    return _reduced(tile_layout(rows).to_mgpu(), (0,))
 
 
-def softplus(x: jax.Array) -> jax.Array:
+def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """1 / x to about one rounding, in one instruction."""
+    if interpret:
+        return 1.0 / x
+    return plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+    )(_reciprocal)(x)
+
+
+def _reciprocal(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    del ctx
+
+    def one(value):
+        return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+
+    return x._pointwise(x._lift_fast_instr(one))
+
+
+def softplus(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
     """log(1 + exp(x)) to float32 rounding, also where it is tiny.
 
     With e = exp(-|x|) and s = e / (2 + e) in (0, 1/3], log1p(e) = 2 atanh(s).
     """
     e = lax.exp2(lax.abs(x) * -LOG2E)
-    s = e / (e + 2.0)
+    s = e * reciprocal(e + 2.0, layout, interpret)
     q = s * s
-    p = q * (1 / 15) + 1 / 13
-    for k in (11, 9, 7, 5, 3):
-        p = p * q + 1 / k
-    p = p * q + 1.0
-    return lax.max(x, lax.full_like(x, 0.0)) + (s + s) * p
+    p = q * (2 / 13) + 2 / 11
+    for k in (9, 7, 5, 3):
+        p = p * q + 2 / k
+    p = p * q + 2.0
+    return lax.max(x, lax.full_like(x, 0.0)) + s * p
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
+def sigmoid(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
     """1 / (1 + exp(-x)), with no overflow for large |x|."""
     e = lax.exp2(lax.abs(x) * -LOG2E)
-    r = 1.0 / (e + 1.0)
+    r = reciprocal(e + 1.0, layout, interpret)
     return jnp.where(x >= 0.0, r, e * r)
 
 
-def lane_sums(first: jax.Array, second: jax.Array, layouts: StateLayouts, interpret: bool):
+def relabel(
+    x: jax.Array, axes: tuple[int, ...], source: Any, target: Any, interpret: bool
+) -> jax.Array:
+    """Transposes without moving anything: ``target`` keeps every value where ``source`` has it."""
+    if interpret:
+        return jnp.transpose(x, axes)
+    shape = tuple(x.shape[a] for a in axes)
+
+    def keep(ctx, x):
+        del ctx
+        layout = target.to_mgpu()
+        registers = x.registers.reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=x.is_signed)
+
+    return plgpu.inline_mgpu(
+        arg_types=(source,),
+        return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=target),
+    )(keep)(x)
+
+
+def lane_sums(
+    first: jax.Array, second: jax.Array, layouts: StateLayouts, interpret: bool
+) -> jax.Array:
     """Sums of two states over their channels: ``(warps, 2 * rest)``.
 
     On the device the lanes halve the list of values at every exchange, so that
@@ -111,58 +165,48 @@ def lane_sums(first: jax.Array, second: jax.Array, layouts: StateLayouts, interp
     """
     if interpret:
         return jnp.concatenate([jnp.sum(first, axis=1), jnp.sum(second, axis=1)], axis=1)
-    warps, _, rest = first.shape
+    shape = (first.shape[0], layouts.values)
     return plgpu.inline_mgpu(
         arg_types=(layouts.state, layouts.state),
-        return_type=plgpu.ShapeDtypeStruct((warps, 2 * rest), jnp.float32, layout=layouts.sums),
-    )(functools.partial(_lane_sums, out_layout=layouts.sums.to_mgpu()))(first, second)
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layouts.sums),
+    )(functools.partial(_lane_sums, shape=shape, layout=layouts.sums.to_mgpu()))(first, second)
 
 
-def _lane_sums(ctx, first, second, *, out_layout):
+def _lane_sums(ctx, first, second, *, shape, layout):
     del ctx
-    import numpy as np
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import arith, vector
-
     utils = mgpu.utils
     i32 = ir.IntegerType.get_signless(32)
-    f32 = ir.F32Type.get()
-    add = lambda a, b: arith.addf(a, b)  # noqa: E731
 
     def items(array):
-        total = None
-        for reg in array.registers.flat:  # blocks of channels that one lane holds
-            total = reg if total is None else add(total, reg)
-        count = ir.VectorType(total.type).shape[0]
+        total = functools.reduce(arith.addf, array.registers.flat)  # blocks one lane holds
         return [
             vector.extract(
                 total, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
             )
-            for i in range(count)
+            for i in range(ir.VectorType(total.type).shape[0])
         ]
 
     values = items(first) + items(second)
     lane = arith.remui(utils.thread_idx(), utils.c(LANES, i32))
-    stride = len(values) // 2
-    while stride:
+    stride = LANES // 2
+    while len(values) > 1:
+        half = len(values) // 2
         bit = arith.andi(lane, utils.c(stride, i32))
         upper = arith.cmpi(arith.CmpIPredicate.ne, bit, utils.c(0, i32))
         merged = []
-        for low, high in zip(values[:stride], values[stride:], strict=True):
+        for low, high in zip(values[:half], values[half:], strict=True):
             keep = arith.select(upper, high, low)
             send = arith.select(upper, low, high)
-            merged.append(add(keep, utils.shfl_bfly(send, stride)))
+            merged.append(arith.addf(keep, utils.shfl_bfly(send, stride)))
         values = merged
         stride //= 2
     (value,) = values
-    stride = len(items(first)) * 2
-    while stride < LANES:
-        value = add(value, utils.shfl_bfly(value, stride))
-        stride *= 2
-    reg = vector.broadcast(ir.VectorType.get((1,), f32), value)
-    registers = np.empty(out_layout.registers_shape((WARPS, 2 * len(items(first)))), dtype=object)
-    registers.flat[0] = reg
-    return mgpu.FragmentedArray(_registers=registers, _layout=out_layout, _is_signed=None)
+    while stride:
+        value = arith.addf(value, utils.shfl_bfly(value, stride))
+        stride //= 2
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), value)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def compiler_params() -> plgpu.CompilerParams:
@@ -174,5 +218,6 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def interpret_params(interpret: bool):
+def interpret_params(interpret: bool) -> Any:
+    """Parameters for the CPU interpreter, where it is asked for."""
     return plgpu.InterpretGPUParams() if interpret else None

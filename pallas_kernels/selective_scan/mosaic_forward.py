@@ -23,9 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan.mosaic_common import (
+    LOG2E,
     StateLayouts,
     compiler_params,
     interpret_params,
+    relabel,
     sigmoid,
     softplus,
     tile_channel_layout,
@@ -81,9 +83,17 @@ class Plan:
     def state_shape(self) -> tuple[int, int, int]:
         return (self.warps, self.channels, self.rest)
 
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        return (self.padded_width, self.warps, self.rest)
+
+    def place(self, index: Any) -> Any:
+        """Where in time the chunk visited as number ``index`` lies."""
+        return self.chunks - 1 - index if self.reverse else index
+
     def start(self, index: Any) -> Any:
         """First step of the chunk visited as number ``index``."""
-        return (self.chunks - 1 - index if self.reverse else index) * self.chunk
+        return self.place(index) * self.chunk
 
     def steps(self) -> range:
         return range(self.chunk)
@@ -92,19 +102,19 @@ class Plan:
         return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
 
 
-def tile_rows(start: Any, plan: Plan, layout: plgpu.Layout) -> jax.Array:
+def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:
     """The step numbers of a tile, for masking what lies past the end."""
     shape = (plan.chunk, plan.channels)
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), layout) + start
 
 
-def along_channels(vector: jax.Array, plan: Plan, layout: plgpu.Layout) -> jax.Array:
+def along_channels(vector: jax.Array, plan: Plan, layout: Any) -> jax.Array:
     """A ``(channels,)`` vector repeated over a tile's rows."""
     shape = (plan.chunk, plan.channels)
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (1,)), layout)
 
 
-def raw_steps(delta_tile: Any, bias: jax.Array | None, plan: Plan, layout: plgpu.Layout):
+def raw_steps(delta_tile: Any, bias: jax.Array | None, plan: Plan, layout: Any):
     """delta + bias of a tile, float32."""
     raw = plgpu.load(delta_tile, layout=layout, optimized=False).astype(jnp.float32)
     return raw if bias is None else raw + along_channels(bias, plan, layout)
@@ -119,12 +129,13 @@ def prepare_tile(
     start: Any,
     plan: Plan,
     scaled: bool,
+    interpret: bool,
 ) -> None:
     """Fills the steps and the (scaled) inputs of one tile, both float32, in shared memory."""
     layout = tile_layout(plan.chunk)
     steps = raw_steps(delta_tile, bias, plan, layout)
     if plan.softplus:
-        steps = softplus(steps)
+        steps = softplus(steps, layout, interpret)
     if plan.ragged:  # past the end nothing decays
         steps = jnp.where(tile_rows(start, plan, layout) < plan.length, steps, 0.0)
     x = plgpu.load(x_tile, layout=layout, optimized=False).astype(jnp.float32)
@@ -135,8 +146,8 @@ def prepare_tile(
 class StepReader:
     """Reads what one step needs, spread over the state's registers."""
 
-    def __init__(self, plan: Plan, layouts: StateLayouts):
-        self.plan, self.layouts = plan, layouts
+    def __init__(self, plan: Plan, layouts: StateLayouts, interpret: bool):
+        self.plan, self.layouts, self.interpret = plan, layouts, interpret
 
     def channel(self, ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=self.layouts.channel, optimized=False)
@@ -151,20 +162,34 @@ class StepReader:
         return plgpu.layout_cast(spread, self.layouts.state)
 
     def state(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref, layout=self.layouts.state, optimized=False)
+        """A state that memory holds as ``(channels, warps, rest)``."""
+        layouts = self.layouts
+        stored = plgpu.load(ref, layout=layouts.stored, optimized=False)
+        return relabel(stored, (1, 0, 2), layouts.stored, layouts.state, self.interpret)
+
+    def to_store(self, state: jax.Array) -> jax.Array:
+        """The inverse of :meth:`state`, for writing."""
+        layouts = self.layouts
+        return relabel(state, (1, 0, 2), layouts.state, layouts.stored, self.interpret)
+
+    def decays(self, a_ref: Any) -> jax.Array:
+        """A · log2(e), so that a step's factor is one exp2."""
+        return self.state(a_ref) * LOG2E
 
     def zeros(self) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(self.plan.state_shape, jnp.float32), self.layouts.state)
 
 
-def entering_state(reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any):
+def entering_state(
+    reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any, initial: jax.Array
+) -> jax.Array:
     """State before split ``split``: the earlier splits' ends, each decayed onwards."""
 
     def absorb(i, state):
         total = reader.over_state(reader.channel(totals.at[i]))
         return state * lax.exp2(decay * total) + reader.state(ends.at[i])
 
-    return lax.fori_loop(0, split, absorb, reader.zeros())
+    return lax.fori_loop(0, split, absorb, initial)
 
 
 def _inputs(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any]:
@@ -225,17 +250,17 @@ def _channel_vectors(refs: list[Any], block: Any, plan: Plan) -> list[jax.Array]
     return [plgpu.load(ref.at[columns], layout=layout, optimized=False) for ref in refs]
 
 
-def split_ends(x, delta, coefficients, decay, bias, plan, *, scaled, post_decay, interpret):
+def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
     """What each split makes of a zero state.
 
     Args:
         x, delta: ``b l e``; coefficients: ``b l g w r`` float32 (B, or C for the
-            gradients' way back); decay: ``w e r``, A · log2(e), padded; bias: ``e`` or None.
+            gradients' way back); A: ``e w r`` and bias: ``e`` (or None), float32, padded.
         scaled: the input of a step is step · x rather than x.
         post_decay: a step decays what it has added too (the gradients' way back).
 
     Returns:
-        ends ``b s w e r``, and the sum of a split's steps ``b s e``, both float32.
+        ends ``b s e w r``, and the sum of a split's steps ``b s e``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": x, "delta": delta, "b": coefficients}
@@ -245,14 +270,14 @@ def split_ends(x, delta, coefficients, decay, bias, plan, *, scaled, post_decay,
     def body(*refs):
         stream_refs = dict(zip(names, refs[:3], strict=True))
         rest = list(refs[3:])
-        decay_ref = rest.pop(0)
+        a_ref = rest.pop(0)
         bias_ref = rest.pop(0) if has_bias else None
         ends_ref, totals_ref, tiles, steps_ref, inputs_ref, barrier = rest
-        reader = StepReader(plan, layouts)
+        reader = StepReader(plan, layouts, interpret)
         stream = Stream(plan, stream_refs, tiles, barrier)
         columns = pl.ds(stream.block * plan.channels, plan.channels)
         stream.begin()
-        decays = reader.state(decay_ref.at[:, columns])
+        decays = reader.decays(a_ref.at[columns])
         bias_vector = _channel_vectors([bias_ref], stream.block, plan)[0] if has_bias else None
 
         def chunk(k, carry):
@@ -267,6 +292,7 @@ def split_ends(x, delta, coefficients, decay, bias, plan, *, scaled, post_decay,
                 start,
                 plan,
                 scaled,
+                interpret,
             )
             plgpu.commit_smem()
 
@@ -291,16 +317,16 @@ def split_ends(x, delta, coefficients, decay, bias, plan, *, scaled, post_decay,
         no_steps = plgpu.layout_cast(jnp.zeros((plan.channels,), jnp.float32), layouts.channel)
         state, total = lax.fori_loop(0, plan.per_split, chunk, (reader.zeros(), no_steps))
         split = lax.axis_index("split")
-        ends_ref[stream.batch, split, :, columns] = state
+        ends_ref[stream.batch, split, columns] = reader.to_store(state)
         totals_ref[stream.batch, split, columns] = total
 
     shape = (plan.batch, plan.splits)
     tile = (plan.chunk, plan.channels)
-    operands = [x, delta, coefficients, decay] + ([bias] if has_bias else [])
+    operands = [x, delta, coefficients, A] + ([bias] if has_bias else [])
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((*shape, plan.warps, plan.padded_width, plan.rest), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, *plan.stored_shape), jnp.float32),
             jax.ShapeDtypeStruct((*shape, plan.padded_width), jnp.float32),
         ],
         scratch_types=[
@@ -316,19 +342,19 @@ def split_ends(x, delta, coefficients, decay, bias, plan, *, scaled, post_decay,
     )(*operands)
 
 
-def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last_state, interpret):
+def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, interpret):
     """The scan itself.
 
     Args:
-        u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; decay:
-            ``w e r``, A · log2(e), padded; D, bias: ``e`` float32, padded, or None.
+        u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; A:
+            ``e w r``, and D, bias: ``e`` (or None), float32, padded.
         entering: what :func:`split_ends` returned, when ``plan.splits > 1``.
         save_states: also return the state entering every chunk.
         last_state: also return the state after the last step.
 
     Returns:
         y ``b l e`` in u's dtype; then, where asked for, the entering states
-        ``b k w e r`` in visiting order and the last state ``b w e r``, both float32.
+        ``b k e w r`` and the last state ``b e w r``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": u, "delta": delta, "b": B, "c": C} | ({} if z is None else {"z": z})
@@ -341,39 +367,39 @@ def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last
     def body(*refs):
         queue = list(refs)
         stream_refs = {name: queue.pop(0) for name in names}
-        decay_ref = queue.pop(0)
+        a_ref = queue.pop(0)
         extra = {name: queue.pop(0) for name in extras}
         y_ref = queue.pop(0)
         states_ref = queue.pop(0) if save_states else None
         last_ref = queue.pop(0) if last_state else None
         tiles, steps_ref, inputs_ref, shares_ref, y_tile, barrier = queue
 
-        reader = StepReader(plan, layouts)
+        reader = StepReader(plan, layouts, interpret)
         stream = Stream(plan, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
         block, batch, split = stream.block, stream.batch, lax.axis_index("split")
         columns = pl.ds(block * plan.channels, plan.channels)
         stream.begin()
-        decays = reader.state(decay_ref.at[:, columns])
+        decays = reader.decays(a_ref.at[columns])
         vectors = {
             n: _channel_vectors([extra[n]], block, plan)[0] for n in ("D", "bias") if n in extra
         }
+        state = reader.zeros()
         if plan.splits > 1:
             state = entering_state(
                 reader,
                 decays,
-                extra["ends"].at[batch, :, :, columns],
+                extra["ends"].at[batch, :, columns],
                 extra["totals"].at[batch, :, columns],
                 split,
+                state,
             )
-        else:
-            state = reader.zeros()
 
         def chunk(k, state):
             slot = stream.wait(k)
             start = plan.start(stream.first + k)
             if save_states:
-                states_ref[batch, stream.first + k, :, columns] = state
+                states_ref[batch, plan.place(stream.first + k), columns] = reader.to_store(state)
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles["x"].at[slot],
@@ -383,6 +409,7 @@ def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last
                 start,
                 plan,
                 True,
+                interpret,
             )
             plgpu.commit_smem()
 
@@ -411,7 +438,7 @@ def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last
             if z is not None:
                 gate = plgpu.load(tiles["z"].at[slot], layout=layout, optimized=False)
                 gate = gate.astype(jnp.float32)
-                y = y * gate * sigmoid(gate)
+                y = y * gate * sigmoid(gate, layout, interpret)
             y_tile[...] = y.astype(u.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_tile, y_ref.at[batch, pl.ds(start, plan.chunk), columns])
@@ -423,12 +450,12 @@ def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last
 
             @pl.when(split == plan.splits - 1)
             def _():
-                last_ref[batch, :, columns] = state
+                last_ref[batch, columns] = reader.to_store(state)
 
         plgpu.wait_smem_to_gmem(0)
 
     tile = (plan.chunk, plan.channels)
-    states = (plan.warps, plan.padded_width, plan.rest)
+    states = plan.stored_shape
     out = [jax.ShapeDtypeStruct(u.shape, u.dtype)]
     if save_states:
         out.append(jax.ShapeDtypeStruct((plan.batch, plan.chunks, *states), jnp.float32))
@@ -449,4 +476,4 @@ def scan(u, delta, B, C, decay, D, z, bias, entering, plan, *, save_states, last
         interpret=interpret_params(interpret),
         kernel_name="selective_scan",
         **_mesh(plan),
-    )(*sources.values(), decay, *extras.values())
+    )(*sources.values(), A, *extras.values())

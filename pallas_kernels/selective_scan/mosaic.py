@@ -1,0 +1,253 @@
+"""The selective scan on Hopper and newer GPUs: prepares arrays for the Mosaic GPU kernels.
+
+What a call saves for its gradient is its inputs and, every 16 steps, the state
+(n float32 a channel); nothing if the scan is no longer than that.  See
+`mosaic_forward` and `mosaic_backward` for the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward
+from pallas_kernels.selective_scan.mosaic_common import WARPS
+from pallas_kernels.selective_scan.mosaic_forward import Plan
+from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
+
+MAX_STATES = 64
+ENOUGH_BLOCKS = 384  # of 128 threads: about three for each processor of an H100
+_interpret = False
+
+
+def interpret(on: bool) -> None:
+    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
+    global _interpret
+    _interpret = on
+
+
+def unsupported(inputs: ScanInputs) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    for name, x in inputs._asdict().items():
+        if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, and the kernels compute in float32"
+    states = inputs.A.shape[1]
+    if states > MAX_STATES:
+        return f"it has {states} states, and the kernels hold at most {MAX_STATES}"
+    width, groups = inputs.u.shape[2], inputs.B.shape[2]
+    if groups > 1 and (width // groups) % 32:
+        return f"groups of {width // groups} channels are not made of whole blocks of 32"
+    return None
+
+
+def chunk_length(length: int, states: int) -> int:
+    """Steps between the states kept for the gradient: what the backward kernel holds in registers."""
+    return 8 if length <= 8 or states > 16 else 16
+
+
+def forward_chunk(length: int) -> int:
+    """Steps of a tile where nothing is kept: little padding first, then few tiles."""
+    sizes = (8, 16, 24, 32, 40)
+    return min(sizes, key=lambda size: (math.ceil(length / size) * size * (1 + 0.8 / size), size))
+
+
+def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
+    """Cuts a scan into blocks."""
+    batch, length, width = inputs.u.shape
+    groups, states = inputs.B.shape[2], inputs.A.shape[1]
+    channels = 32
+    rest = max(1, 2 ** math.ceil(math.log2(states / WARPS)))
+    chunks = math.ceil(length / chunk)
+    blocks = math.ceil(width / channels) * batch
+    splits = 1
+    if 2 * blocks <= ENOUGH_BLOCKS:  # and no split shorter than 8 tiles
+        splits = max(1, min(ENOUGH_BLOCKS // blocks, chunks // 8))
+    return Plan(
+        batch=batch,
+        length=length,
+        width=width,
+        groups=groups,
+        channels=channels,
+        chunk=chunk,
+        splits=splits,
+        warps=WARPS,
+        rest=rest,
+        unroll=8 if rest <= 4 else 2,
+        slots=min(2, math.ceil(chunks / splits)),
+        reverse=options.reverse,
+        softplus=options.delta_softplus,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """The inputs as the kernels want them."""
+
+    plan: Plan
+    u: jax.Array
+    delta: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    z: jax.Array | None
+    bias: jax.Array | None
+
+
+def _pad_to(x: jax.Array, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+
+def _streamed_shape(inputs: ScanInputs, chunk: int) -> tuple[int, int]:
+    """Length and width that the copy engine can address: rows of whole 16 bytes.
+
+    A tile as wide as the array leaves by a plain bulk copy, which knows no end of a
+    sequence: there the length is made of whole tiles as well.
+    """
+    _, length, width = inputs.u.shape
+    width = max(32, math.ceil(width / 8) * 8)
+    return (math.ceil(length / chunk) * chunk if width == 32 else length), width
+
+
+def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands:
+    reason = unsupported(inputs)
+    if reason is not None:
+        raise NotImplementedError(f"selective_scan: implementation 'pallas' cannot run: {reason}")
+    cut = plan(inputs, options, chunk)
+    length, width = _streamed_shape(inputs, chunk)
+    cut = dataclasses.replace(cut, width=width)
+    states = cut.warps * cut.rest
+
+    def streamed(x):
+        return None if x is None else _pad_to(_pad_to(x, 1, length), 2, width)
+
+    def per_step(x):
+        x = _pad_to(_pad_to(x.astype(jnp.float32), 1, length), 3, states)
+        return x.reshape(*x.shape[:3], cut.warps, cut.rest)
+
+    def per_channel(x):
+        return None if x is None else _pad_to(x.astype(jnp.float32), 0, cut.padded_width)
+
+    return _Operands(
+        plan=cut,
+        u=streamed(inputs.u),
+        delta=streamed(inputs.delta),
+        A=_state_in(inputs.A, cut),
+        B=per_step(inputs.B),
+        C=per_step(inputs.C),
+        D=per_channel(inputs.D),
+        z=streamed(inputs.z),
+        bias=per_channel(inputs.delta_bias),
+    )
+
+
+def _state_in(x: jax.Array, cut: Plan) -> jax.Array:
+    """``... e n`` to ``... e w r``, padded, float32."""
+    x = _pad_to(x.astype(jnp.float32), x.ndim - 1, cut.warps * cut.rest)
+    x = _pad_to(x, x.ndim - 2, cut.padded_width)
+    return x.reshape(*x.shape[:-1], cut.warps, cut.rest)
+
+
+def _state_out(x: jax.Array, width: int, states: int) -> jax.Array:
+    """The inverse of :func:`_state_in`."""
+    return x.reshape(*x.shape[:-2], -1)[..., :width, :states]
+
+
+def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[jax.Array]:
+    entering = None
+    if o.plan.splits > 1:
+        entering = mosaic_forward.split_ends(
+            o.u, o.delta, o.B, o.A, o.bias, o.plan,
+            scaled=True, post_decay=False, interpret=_interpret,
+        )  # fmt: skip
+    return mosaic_forward.scan(
+        o.u, o.delta, o.B, o.C, o.A, o.D, z, o.bias, entering, o.plan,
+        save_states=save_states, last_state=last_state, interpret=_interpret,
+    )  # fmt: skip
+
+
+def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+    """See `types.Backend`; the states entering the chunks are ``b chunks e w r``, padded."""
+    _, length, width = inputs.u.shape
+    chunk = options.chunk if options.keep_boundaries else forward_chunk(length)
+    o = _operands(inputs, options, chunk)
+    save = options.keep_boundaries and o.plan.chunks > 1
+    y, *more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
+    boundaries = more.pop(0) if save else None
+    last_state = None
+    if options.return_last_state:
+        last_state = _state_out(more.pop(0), width, inputs.A.shape[1])
+    return y[:, :length, :width], last_state, boundaries
+
+
+def backward(
+    inputs: ScanInputs,
+    options: ScanOptions,
+    boundaries: jax.Array | None,
+    y_bar: jax.Array,
+    last_state_bar: jax.Array | None,
+) -> ScanInputs:
+    """See `types.Backend`."""
+    batch, length, width = inputs.u.shape
+    groups, states = inputs.B.shape[2], inputs.A.shape[1]
+    z_bar = None
+    if inputs.z is not None:
+        y_bar, z_bar = _through_gate(inputs, options, y_bar)
+    o = _operands(inputs._replace(z=None), options, options.chunk)
+    cut = o.plan
+    y_bar = _pad_to(_pad_to(y_bar.astype(inputs.u.dtype), 1, o.u.shape[1]), 2, o.u.shape[2])
+    if last_state_bar is not None:
+        last_state_bar = _state_in(last_state_bar, cut)
+    leaving = None
+    if cut.splits > 1:
+        leaving = mosaic_forward.split_ends(
+            y_bar, o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
+            scaled=False, post_decay=True, interpret=_interpret,
+        )  # fmt: skip
+    shares = mosaic_backward.scan_gradients(
+        o.u, o.delta, o.B, o.C, o.A, o.D, o.bias, boundaries, y_bar, leaving, last_state_bar, cut,
+        interpret=_interpret,
+    )  # fmt: skip
+
+    bc = shares["bc"][:, :, :length]
+    bc = bc.reshape(groups, -1, batch, length, cut.warps, 2, cut.rest).sum(1)
+    bc = jnp.moveaxis(bc, 0, 2)  # b l g w 2 r
+    B_bar, C_bar = (bc[..., i, :].reshape(*bc.shape[:3], -1)[..., :states] for i in (0, 1))
+    of_channels = {name: shares[name].sum((0, 1))[:width] for name in ("D", "bias") if name in shares}
+    gradients = ScanInputs(
+        u=shares["u"][:, :length, :width],
+        delta=shares["delta"][:, :length, :width],
+        A=_state_out(shares["A"].sum((0, 1)), width, states),
+        B=B_bar,
+        C=C_bar,
+        D=of_channels.get("D"),
+        z=z_bar,
+        delta_bias=of_channels.get("bias"),
+    )
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+
+
+def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):
+    """Gradients of the ungated output and of z; the output is computed again, ungated."""
+    options = dataclasses.replace(options, keep_boundaries=False, return_last_state=False)
+    y, _, _ = forward(inputs._replace(z=None), options)
+    gated = lambda y, z: y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))  # noqa: E731
+    _, pull = jax.vjp(gated, y, inputs.z)
+    return pull(y_bar.astype(jnp.float32))
+
+
+@functools.cache
+def hopper_or_newer() -> bool:
+    """Whether this process has an NVIDIA GPU that the kernels run on."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return False
+    return all(float(d.compute_capability) >= 9.0 for d in devices)

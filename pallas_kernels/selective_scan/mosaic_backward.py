@@ -1,0 +1,273 @@
+"""Backward selective scan as a Mosaic GPU kernel (Hopper and newer).
+
+The blocks are those of the forward kernel, visiting the chunks from last to first.
+For a chunk, the states are recomputed from the one that entered it and kept in
+registers; then the recurrence of the gradients runs back over its steps:
+
+    G_t  = C_t dy_t + c_t            c_t: what flows back from step t + 1
+    dB_t = sum over channels of G_t step_t u_t       dC_t likewise of dy_t h_t
+    S1_t = sum over n of G_t B_t                     S2_t likewise of A a_t h_{t-1} G_t
+    du   = step S1 + D dy       dstep = u S1 + S2    dA += step_t a_t h_{t-1} G_t
+    c_{t-1} = a_t G_t
+
+Nothing is accumulated by atomics: each block writes its own share of dB, dC, dA, dD and
+d(bias), and the caller adds the shares, so that the gradients are the same every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.selective_scan.mosaic_common import (
+    StateLayouts,
+    compiler_params,
+    interpret_params,
+    lane_sums,
+    sigmoid,
+    tile_layout,
+)
+from pallas_kernels.selective_scan.mosaic_forward import (
+    StepReader,
+    Stream,
+    _channel_vectors,
+    _inputs,
+    _mesh,
+    along_channels,
+    entering_state,
+    prepare_tile,
+    raw_steps,
+    tile_rows,
+)
+
+
+class _BackwardStream(Stream):
+    """The chunks of a split from last to first, with the states that entered them."""
+
+    def fetch(self, k, slot):
+        self.fetch_chunk(self.chunk(k), slot)
+
+    def chunk(self, k):
+        return self.first + self.plan.per_split - 1 - k
+
+    def fetch_chunk(self, index, slot):
+        sources = self.sources
+        self.sources = {name: s for name, s in sources.items() if name != "h"}
+        super().fetch(index - self.first, slot)
+        self.sources = sources
+        if "h" in sources:
+            columns = pl.ds(self.block * self.plan.channels, self.plan.channels)
+            part = sources["h"].at[self.batch, self.plan.place(index), columns]
+            plgpu.copy_gmem_to_smem(part, self.tiles["h"].at[slot], self.barrier.at[slot])
+
+
+def scan_gradients(
+    u, delta, B, C, A, D, bias, states, y_bar, leaving, last_state_bar, plan, *, interpret
+):
+    """Gradients of :func:`mosaic_forward.scan` without its gate.
+
+    Args:
+        states: the state entering every chunk, ``b k e w r``; None if there is one chunk.
+        y_bar: gradient of y, ``b l e``.
+        leaving: what ``split_ends`` of the way back returned, when ``plan.splits > 1``.
+        last_state_bar: gradient of the last state ``b e w r``, or None.
+
+    Returns:
+        A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l w 2r``, dB then dC, of
+        whole chunks, and A ``b s e w r``, D and bias ``b s e``: float32 shares still to be added up.
+    """
+    layouts = StateLayouts(plan.warps, plan.rest)
+    sources = {"x": u, "delta": delta, "g": y_bar, "b": B, "c": C}
+    if states is not None:
+        sources["h"] = states
+    names = list(sources)
+    extras = {"D": D, "bias": bias, "last": last_state_bar}
+    extras = {name: value for name, value in extras.items() if value is not None}
+    if plan.splits > 1:
+        extras |= {"ends": leaving[0], "totals": leaving[1]}
+    sums_of = [name for name in ("D", "bias") if name in extras]
+    base_rows = 16 if plan.chunk % 16 == 0 else 8
+
+    def body(*refs):
+        queue = list(refs)
+        stream_refs = {name: queue.pop(0) for name in names}
+        a_ref = queue.pop(0)
+        extra = {name: queue.pop(0) for name in extras}
+        du_ref, ddelta_ref, dbc_ref, dA_ref = (queue.pop(0) for _ in range(4))
+        sum_refs = {name: queue.pop(0) for name in sums_of}
+        (
+            tiles,
+            steps_ref,
+            inputs_ref,
+            shares,
+            du_tile,
+            ddelta_tile,
+            dbc_tile,
+            barrier,
+        ) = queue
+
+        reader = StepReader(plan, layouts, interpret)
+        stream = _BackwardStream(plan, stream_refs, tiles, barrier)
+        layout = tile_layout(plan.chunk)
+        block, batch, split = stream.block, stream.batch, lax.axis_index("split")
+        columns = pl.ds(block * plan.channels, plan.channels)
+        stream.begin()
+        decays = reader.decays(a_ref.at[columns])
+        vectors = {
+            n: _channel_vectors([extra[n]], block, plan)[0] for n in ("D", "bias") if n in extra
+        }
+        last_bar = reader.state(extra["last"].at[batch, columns]) if "last" in extra else None
+        carry = reader.zeros() if last_bar is None else last_bar
+        if plan.splits > 1:
+            carry = entering_state(
+                reader,
+                decays,
+                extra["ends"].at[batch, :, columns],
+                extra["totals"].at[batch, :, columns],
+                plan.splits - 1 - split,
+                carry,
+            )
+
+        # The steps of a chunk in the order of the way back.
+        visits = list(plan.steps() if plan.reverse else reversed(plan.steps()))
+
+        def chunk(k, carry):
+            carry, dA, *sums = carry
+            slot = stream.wait(k)
+            index = stream.chunk(k)
+            start = plan.start(index)
+            prepare_tile(
+                tiles["delta"].at[slot],
+                tiles["x"].at[slot],
+                steps_ref,
+                inputs_ref,
+                vectors.get("bias"),
+                start,
+                plan,
+                True,
+                interpret,
+            )
+            plgpu.commit_smem()
+
+            # Unrolled, so that the states of the whole chunk stay in registers.
+            state = reader.state(tiles["h"].at[slot]) if "h" in sources else reader.zeros()
+            history = []
+            for t in reversed(visits):
+                history.append(state)
+                step = reader.over_state(reader.channel(steps_ref.at[t]))
+                added = reader.over_state(reader.channel(inputs_ref.at[t]))
+                added = added * reader.coefficients(tiles["b"].at[slot, t])
+                state = lax.exp2(step * decays) * state + added
+
+            # The tiles sent out last time must have left before they are written again.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            for t in visits:
+                before = history.pop()
+                step = reader.over_state(reader.channel(steps_ref.at[t]))
+                x = reader.over_state(reader.channel(inputs_ref.at[t]))
+                dy = reader.channel(tiles["g"].at[slot, t]).astype(jnp.float32)
+                dy = reader.over_state(dy)
+                factor = lax.exp2(step * decays)
+                gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
+                dbc_tile[t] = lane_sums(gradient * x, dy * state, layouts, interpret)
+                share = jnp.sum(gradient * reader.coefficients(tiles["b"].at[slot, t]), axis=2)
+                shares[0, :, t, :] = share
+                decayed = gradient * (factor * before)
+                shares[1, :, t, :] = jnp.sum(decayed * decays, axis=2)
+                dA = dA + decayed * step
+                carry = factor * gradient
+                state = before
+            plgpu.commit_smem()
+
+            def shared(kind):
+                total = plgpu.load(shares.at[kind, 0], layout=layout, optimized=False)
+                for w in range(1, plan.warps):
+                    total = total + plgpu.load(shares.at[kind, w], layout=layout, optimized=False)
+                return total
+
+            def tile(ref):
+                return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+            through_b, through_decay = shared(0), shared(1) * math.log(2.0)
+            x, dy, step = tile(tiles["x"].at[slot]), tile(tiles["g"].at[slot]), tile(steps_ref)
+            du = step * through_b
+            if "D" in vectors:
+                du = du + dy * along_channels(vectors["D"], plan, layout)
+            dstep = x * through_b + through_decay
+            if plan.softplus:
+                raw = raw_steps(tiles["delta"].at[slot], vectors.get("bias"), plan, layout)
+                dstep = dstep * sigmoid(raw, layout, interpret)
+            if plan.ragged:
+                dstep = jnp.where(tile_rows(start, plan, layout) < plan.length, dstep, 0.0)
+            du_tile[...] = du.astype(u.dtype)
+            ddelta_tile[...] = dstep.astype(delta.dtype)
+            terms = {"D": lambda: x * dy, "bias": lambda: dstep}
+            sums = [
+                total + _fold_rows(terms[name](), base_rows)
+                for name, total in zip(sums_of, sums, strict=True)
+            ]
+            plgpu.commit_smem()
+            rows = pl.ds(start, plan.chunk)
+            plgpu.copy_smem_to_gmem(du_tile, du_ref.at[batch, rows, columns])
+            plgpu.copy_smem_to_gmem(ddelta_tile, ddelta_ref.at[batch, rows, columns])
+            plgpu.copy_smem_to_gmem(dbc_tile, dbc_ref.at[block, batch, rows])
+            stream.refill(k, slot)
+            return (carry, dA, *sums)
+
+        no_sum = plgpu.layout_cast(jnp.zeros((base_rows, plan.channels), jnp.float32), layout)
+        result = lax.fori_loop(
+            0, plan.per_split, chunk, (carry, reader.zeros(), *[no_sum] * len(sums_of))
+        )
+        dA_ref[batch, split, columns] = reader.to_store(result[1])
+        for name, total in zip(sums_of, result[2:], strict=True):
+            sum_refs[name][batch, split, columns] = jnp.sum(total, axis=0)
+        plgpu.wait_smem_to_gmem(0)
+
+    tile = (plan.chunk, plan.channels)
+    parts = (plan.batch, plan.splits)
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    tiles = _inputs(plan, plan.slots, {n: s.dtype for n, s in sources.items() if n != "h"})
+    if states is not None:
+        stored = (plan.channels, plan.warps, plan.rest)
+        tiles["h"] = plgpu.SMEM((plan.slots, *stored), jnp.float32)
+    outputs = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct(u.shape, u.dtype),
+            jax.ShapeDtypeStruct(delta.shape, delta.dtype),
+            # Of whole chunks: contiguous tiles leave by plain bulk copies, which are not
+            # clipped at the end of a sequence.
+            float32(plan.blocks, plan.batch, plan.chunks * plan.chunk, plan.warps, layouts.values),
+            float32(*parts, *plan.stored_shape),
+            *[float32(*parts, plan.padded_width) for _ in sums_of],
+        ],
+        scratch_types=[
+            tiles,
+            plgpu.SMEM(tile, jnp.float32),
+            plgpu.SMEM(tile, jnp.float32),
+            plgpu.SMEM((2, plan.warps, *tile), jnp.float32),
+            plgpu.SMEM(tile, u.dtype),
+            plgpu.SMEM(tile, delta.dtype),
+            plgpu.SMEM((plan.chunk, plan.warps, 2 * plan.rest), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
+        ],
+        compiler_params=dataclasses.replace(compiler_params(), reduction_scratch_bytes=2048),
+        interpret=interpret_params(interpret),
+        kernel_name="selective_scan_gradients",
+        **_mesh(plan),
+    )(*sources.values(), A, *extras.values())
+    return dict(zip(["u", "delta", "bc", "A", *sums_of], outputs, strict=True))
+
+
+def _fold_rows(tile: jax.Array, rows: int) -> jax.Array:
+    """Adds the groups of ``rows`` rows of a tile: what a thread holds, without exchange."""
+    if tile.shape[0] == rows:
+        return tile
+    return jnp.sum(tile.reshape(-1, rows, tile.shape[1]), axis=0)
