@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,9 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
 
 
-def dense(features_in: int, features_out: int, *, bias: bool, precision: Precision, rngs: nnx.Rngs):
+def dense(
+    features_in: int, features_out: int, *, bias: bool, precision: Precision, rngs: nnx.Rngs
+) -> nnx.Linear:
     """A linear layer initialised as in DeiT: truncated normal 0.02, bias 0."""
     return nnx.Linear(
         features_in,
@@ -78,6 +82,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
 
     In half precision on a GPU this is cuDNN's fused kernel; elsewhere XLA, with the softmax in float32 or wider.
     """
+    if q.dtype == jnp.float64:  # the library's attention would go through float32
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
     fused = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     with jax.default_matmul_precision("highest" if precision.matmul == "highest" else "default"):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
