@@ -10,6 +10,7 @@ from types import ModuleType
 
 import jax
 
+from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
 
@@ -48,6 +49,47 @@ class ByPlatform:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelOnCuda:
+    """The Mosaic kernels where the program is lowered for CUDA, XLA elsewhere.
+
+    The states kept for the gradient have the kernels' form in both.
+    """
+
+    kernel: ModuleType
+    other: Backend
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+        """See `types.Backend`."""
+
+        def other(x):
+            y, last_state, boundaries = self.other.forward(x, options)
+            if not options.keep_boundaries:
+                boundaries = None
+            if boundaries is not None:
+                boundaries = self.kernel.boundaries_in(boundaries, x, options)
+            return y, last_state, boundaries
+
+        return jax.lax.platform_dependent(
+            inputs, cuda=lambda x: self.kernel.forward(x, options), default=other
+        )
+
+    def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
+        """See `types.Backend`."""
+
+        def other(x):
+            inputs, boundaries, *cotangents = x
+            if boundaries is not None:
+                boundaries = self.kernel.boundaries_out(boundaries, inputs, options)
+            return self.other.backward(inputs, options, boundaries, *cotangents)
+
+        return jax.lax.platform_dependent(
+            (inputs, boundaries, y_bar, last_state_bar),
+            cuda=lambda x: self.kernel.backward(x[0], options, *x[1:]),
+            default=other,
+        )
+
+
 def xla_backend(batch: int, length: int, channels: int, states: int) -> Backend:
     """The faster of the two XLA backends for a scan of this size, on the platform lowered for."""
     return ByPlatform(cpu=_module("xla_sequential"), default=_module("xla_associative"))
@@ -65,10 +107,22 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
         raise ValueError(f"selective_scan: implementation must be one of {choices}; got {name!r}")
     if name == "reference":
         return _module(name).scan
-    if name in ("auto", "xla"):
-        backend = xla_backend(*inputs.u.shape, inputs.A.shape[1])
-    else:
-        backend = _module(name)
+    xla = xla_backend(*inputs.u.shape, inputs.A.shape[1])
+    if name in ("auto", "pallas"):
+        missing = gpu.kernels_missing()
+        kernel = None if missing else _module("pallas")
+        reason = missing or kernel.unsupported(inputs)
+        if reason is None:
+            backend = kernel if name == "pallas" else KernelOnCuda(kernel, xla)
+            chunk = kernel.chunk_length(inputs.u.shape[1], inputs.A.shape[1])
+            return lambda inputs, options: vjp.scan(
+                backend, dataclasses.replace(options, chunk=chunk), inputs
+            )
+        if name == "pallas":
+            raise NotImplementedError(f"selective_scan: 'pallas' cannot run here: {reason}")
+        if missing != "there is no GPU":
+            gpu.log_once(f"selective_scan: using XLA and not the GPU kernels, since {reason}")
+    backend = xla if name in ("auto", "xla") else _module(name)
     return lambda inputs, options: vjp.scan(backend, options, inputs)
 
 

@@ -8,7 +8,6 @@ What a call saves for its gradient is its inputs and, every 16 steps, the state
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -61,7 +60,7 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     batch, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[1]
     channels = 32
-    rest = max(1, 2 ** math.ceil(math.log2(states / WARPS)))
+    rest = max(4, 2 ** math.ceil(math.log2(states / WARPS)))  # whole 16 bytes
     chunks = math.ceil(length / chunk)
     blocks = math.ceil(width / channels) * batch
     splits = 1
@@ -116,13 +115,17 @@ def _streamed_shape(inputs: ScanInputs, chunk: int) -> tuple[int, int]:
     return (math.ceil(length / chunk) * chunk if width == 32 else length), width
 
 
+def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
+    width = _streamed_shape(inputs, chunk)[1]
+    return dataclasses.replace(plan(inputs, options, chunk), width=width)
+
+
 def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands:
     reason = unsupported(inputs)
     if reason is not None:
         raise NotImplementedError(f"selective_scan: implementation 'pallas' cannot run: {reason}")
-    cut = plan(inputs, options, chunk)
+    cut = _cut(inputs, options, chunk)
     length, width = _streamed_shape(inputs, chunk)
-    cut = dataclasses.replace(cut, width=width)
     states = cut.warps * cut.rest
 
     def streamed(x):
@@ -217,16 +220,15 @@ def backward(
     )  # fmt: skip
 
     bc = shares["bc"][:, :, :length]
-    bc = bc.reshape(groups, -1, batch, length, cut.warps, 2, cut.rest).sum(1)
-    bc = jnp.moveaxis(bc, 0, 2)  # b l g w 2 r
-    B_bar, C_bar = (bc[..., i, :].reshape(*bc.shape[:3], -1)[..., :states] for i in (0, 1))
+    bc = bc.reshape(groups, -1, batch, length, 2, cut.warps * cut.rest).sum(1)
+    bc = jnp.moveaxis(bc, 0, 2)[..., :states]  # b l g 2 n
     of_channels = {name: shares[name].sum((0, 1))[:width] for name in ("D", "bias") if name in shares}
     gradients = ScanInputs(
         u=shares["u"][:, :length, :width],
         delta=shares["delta"][:, :length, :width],
         A=_state_out(shares["A"].sum((0, 1)), width, states),
-        B=B_bar,
-        C=C_bar,
+        B=bc[..., 0, :],
+        C=bc[..., 1, :],
         D=of_channels.get("D"),
         z=z_bar,
         delta_bias=of_channels.get("bias"),
@@ -243,11 +245,17 @@ def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):
     return pull(y_bar.astype(jnp.float32))
 
 
-@functools.cache
-def hopper_or_newer() -> bool:
-    """Whether this process has an NVIDIA GPU that the kernels run on."""
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return False
-    return all(float(d.compute_capability) >= 9.0 for d in devices)
+def boundaries_in(boundaries: jax.Array, inputs: ScanInputs, options: ScanOptions) -> jax.Array:
+    """The XLA backends' states entering the chunks, `chunks b g n k`, as these kernels have them."""
+    cut = _cut(inputs, options, options.chunk)
+    x = jnp.transpose(boundaries, (1, 0, 2, 4, 3))  # b chunks g k n
+    x = _state_in(x.reshape(*x.shape[:2], -1, x.shape[-1]), cut)
+    return _pad_to(x, 1, cut.chunks)
+
+
+def boundaries_out(boundaries: jax.Array, inputs: ScanInputs, options: ScanOptions) -> jax.Array:
+    """The inverse of :func:`boundaries_in`."""
+    _, length, width = inputs.u.shape
+    x = _state_out(boundaries, width, inputs.A.shape[1])[:, : math.ceil(length / options.chunk)]
+    x = x.reshape(*x.shape[:2], inputs.B.shape[2], -1, x.shape[-1])
+    return jnp.transpose(x, (1, 0, 2, 4, 3))

@@ -79,7 +79,7 @@ def scan_gradients(
         last_state_bar: gradient of the last state ``b e w r``, or None.
 
     Returns:
-        A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l w 2r``, dB then dC, of
+        A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l 2 w r``, dB and dC, of
         whole chunks, and A ``b s e w r``, D and bias ``b s e``: float32 shares still to be added up.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
@@ -244,7 +244,7 @@ def scan_gradients(
             jax.ShapeDtypeStruct(delta.shape, delta.dtype),
             # Of whole chunks: contiguous tiles leave by plain bulk copies, which are not
             # clipped at the end of a sequence.
-            float32(plan.blocks, plan.batch, plan.chunks * plan.chunk, plan.warps, layouts.values),
+            float32(plan.blocks, plan.batch, plan.chunks * plan.chunk, 2, plan.warps, plan.rest),
             float32(*parts, *plan.stored_shape),
             *[float32(*parts, plan.padded_width) for _ in sums_of],
         ],
@@ -255,7 +255,7 @@ def scan_gradients(
             plgpu.SMEM((2, plan.warps, *tile), jnp.float32),
             plgpu.SMEM(tile, u.dtype),
             plgpu.SMEM(tile, delta.dtype),
-            plgpu.SMEM((plan.chunk, plan.warps, 2 * plan.rest), jnp.float32),
+            plgpu.SMEM((plan.chunk, 2, plan.warps, plan.rest), jnp.float32),
             plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
         ],
         compiler_params=dataclasses.replace(compiler_params(), reduction_scratch_bytes=2048),

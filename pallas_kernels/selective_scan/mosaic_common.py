@@ -67,12 +67,11 @@ class StateLayouts:
             *((k, 1, rest) for k in (4, 2, 1)),
         )
         _, self.stored = _tiled(tiles, (-14, -15), (-12, -6, -9), -1)
-        # (warps, values): one value a group of lanes.
-        self.values = 2 * rest
-        if self.values <= LANES and warps == WARPS:
-            copies = LANES // self.values
-            lanes = (-3, plgpu.Replicated(copies)) if copies > 1 else (-3,)
-            _, self.sums = _tiled(((WARPS, self.values), (1, 1)), (-4,), lanes, -1)
+        # (2, warps, rest): one value a group of lanes.
+        if 2 * rest <= LANES and warps == WARPS:
+            copies = LANES // (2 * rest)
+            lanes = (-6, -4, plgpu.Replicated(copies)) if copies > 1 else (-6, -4)
+            _, self.sums = _tiled(((2, WARPS, rest), (1, 1, 1)), (-5,), lanes, -1)
 
 
 @functools.cache
@@ -157,15 +156,15 @@ def relabel(
 def lane_sums(
     first: jax.Array, second: jax.Array, layouts: StateLayouts, interpret: bool
 ) -> jax.Array:
-    """Sums of two states over their channels: ``(warps, 2 * rest)``.
+    """Sums of two states over their channels: ``(2, warps, rest)``.
 
     On the device the lanes halve the list of values at every exchange, so that
     2·rest values cost 2·rest − 1 shuffles and a few more, not 5 each.  The order of
     the additions is fixed: the result is deterministic.
     """
     if interpret:
-        return jnp.concatenate([jnp.sum(first, axis=1), jnp.sum(second, axis=1)], axis=1)
-    shape = (first.shape[0], layouts.values)
+        return jnp.stack([jnp.sum(first, axis=1), jnp.sum(second, axis=1)])
+    shape = (2, first.shape[0], first.shape[2])
     return plgpu.inline_mgpu(
         arg_types=(layouts.state, layouts.state),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layouts.sums),

@@ -1,0 +1,51 @@
+"""Whether the Mosaic GPU kernels can run, found out without importing any of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+
+logger = logging.getLogger("pallas_kernels")
+
+OLDEST_JAX = (0, 11, 1)
+
+
+def kernels_missing() -> str | None:
+    """Why programs traced now cannot hold Mosaic GPU kernels; None if they can.
+
+    They can on NVIDIA GPUs from Hopper on.  On a machine without one, trace under
+    `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
+    """
+    if jax.__version_info__ < OLDEST_JAX:
+        oldest = ".".join(map(str, OLDEST_JAX))
+        return f"JAX {jax.__version__} is older than {oldest}"
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.platform in ("gpu", "cuda"):
+        old = ("K", "M", "P", "V", "T", "A", "L", "RTX", "GeForce", "Quadro", "Tesla")
+        name = device.device_kind.removeprefix("NVIDIA ")
+        return f"the abstract device is an {device.device_kind}" if name.startswith(old) else None
+    return _no_device()
+
+
+@functools.cache
+def _no_device() -> str | None:
+    devices = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
+    if not devices:
+        return "there is no GPU"
+    for device in devices:
+        capability = getattr(device, "compute_capability", None)
+        try:
+            recent = float(capability) >= 9.0
+        except (TypeError, ValueError):  # not NVIDIA's
+            recent = False
+        if not recent:
+            return f"{device.device_kind} (compute capability {capability}) is older than Hopper"
+    return None
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Say something once per process."""
+    logger.warning(message)
