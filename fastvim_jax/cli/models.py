@@ -53,12 +53,18 @@ def run(arguments: Sequence[str]) -> int:
             f"{name:<{width}}  {cost.parameters:>11,}  {cost.gmacs:>7.2f}  "
             f"{_steps(cost.scan_steps):>10}  {_steps(cost.parallel_steps):>14}"
         )
-    size = chosen.image_size or "each model's own size"
+    size = f"images of {_size(chosen.image_size)}" if chosen.image_size else "each model's own size"
     print(
-        f"\nGMACs: billions of multiply-adds an image, at {size}. Steps: of each direction's scan in a block "
-        "(even/odd blocks where they differ), one after the other, and as a parallel scan."
+        f"\nGMACs: billions of multiply-adds an image, at {size}.\n"
+        "Steps: of each direction's scan in a block (even/odd blocks where they differ), one after the\n"
+        "other, and as a parallel scan."
     )
     return 0
+
+
+def _size(size: int | tuple[int, int]) -> str:
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height} x {width} pixels"
 
 
 def _stems(names: Sequence[str]) -> list[str]:

@@ -35,8 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     with as_usage_error():
         config = load_experiment(name)
         description = f"{experiment_docs(name)}\n\nEvery field of the config can be overridden:"
-    default = Path("runs") / Path(name).with_suffix("")
-    chosen = parse(_arguments(config, default), f"train {name}", rest, description)
+    run_dir = Path("runs") / (Path(name).stem if name.endswith(".py") else name)
+    chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     result = train(chosen.config, chosen.run_dir, progress=chosen.progress)
     scores = [
         f"{weights} top-1 {100 * result.metrics[f'{weights}_top1']:.2f} %"
