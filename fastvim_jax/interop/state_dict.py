@@ -55,7 +55,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
         )
     flat = {}
     for torch_name, array in arrays.items():
-        name, convert = table.to_ours(torch_name)
+        name, convert = table.to_ours(torch_name)  # type: ignore[misc]  # unknown names are listed above
         flat[name] = convert(array)
     nnx.update(model, replace_parameters(params, flat))
 

@@ -97,11 +97,13 @@ class NameTable:
         """The authors' name for ours and the function that turns our array into theirs, if there is one."""
         return self._translate(name, 1, 0)
 
-    def _translate(self, name: str, source: int, target: int):
-        for entry in self.entries:
-            pattern = re.escape(entry[source]).replace(r"\{i\}", r"(\d+)")
+    def _translate(
+        self, name: str, source: int, target: int
+    ) -> tuple[str, Callable[[Any], Any]] | None:
+        for *patterns, layout in self.entries:
+            pattern = re.escape(patterns[source]).replace(r"\{i\}", r"(\d+)")
             match = re.fullmatch(pattern, name)
             if match:
                 index = match.group(1) if match.groups() else ""
-                return entry[target].replace("{i}", index), entry[2][source]
+                return patterns[target].replace("{i}", index), layout[source]
         return None

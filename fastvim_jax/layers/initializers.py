@@ -44,6 +44,6 @@ def step_bias(low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Ini
     return init
 
 
-def log_range(key, shape, dtype=jnp.float32, out_sharding=None):
+def log_range(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
     """log(1..n) along the last axis: the S4D-real initialisation of A_log."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)

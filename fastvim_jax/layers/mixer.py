@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,12 @@ class ScanDirection(nnx.Module):
             if config.conv_width
             else nnx.data(None)
         )
-        dense = {"dtype": p.compute, "param_dtype": p.params, "precision": p.lax, "rngs": rngs}
+        dense: dict[str, Any] = {
+            "dtype": p.compute,
+            "param_dtype": p.params,
+            "precision": p.lax,
+            "rngs": rngs,
+        }
         self.x_proj = nnx.Linear(
             e, r + 2 * n, use_bias=False, kernel_init=init.fan_in_uniform(e), **dense
         )
@@ -153,7 +159,7 @@ class Mixer(nnx.Module):
         p = config.precision
         d, e = config.width, config.inner
         self.config = config
-        dense = {
+        dense: dict[str, Any] = {
             "use_bias": config.proj_bias,
             "dtype": p.compute,
             "param_dtype": p.params,

@@ -7,7 +7,9 @@ from flax import nnx
 from fastvim_jax.precision import Precision
 
 
-def make_norm(kind: str, features: int, *, eps: float, precision: Precision, rngs: nnx.Rngs):
+def make_norm(
+    kind: str, features: int, *, eps: float, precision: Precision, rngs: nnx.Rngs
+) -> nnx.RMSNorm | nnx.LayerNorm:
     """Build the norm called `kind`: "rms" (scale only) or "layer" (scale and bias), over the last axis.
 
     Statistics are two-pass and held in `precision.wide`, which is also the dtype of the output.

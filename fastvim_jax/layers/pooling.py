@@ -125,6 +125,7 @@ class GridPooling:
         elif self.method == "max":
             pooled = jnp.max(grid, axis=2)
         else:
+            assert scores is not None, "attention pooling reads scores"
             scores, _ = _take_out(scores, self.class_index)
             weights = jax.nn.softmax(scores.astype(wide).reshape(*grid.shape[:3], 1), axis=2)
             pooled = jnp.sum(weights * grid, axis=2)

@@ -118,7 +118,12 @@ class VisionMambaConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
-        return grid_of(self.image_size, self.patch_size)
+        return grid_of(_pair(self.image_size), self.patch)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return _pair(self.patch_size)
 
     @property
     def mixer(self) -> MixerConfig:
@@ -198,7 +203,12 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
-        return grid_of(self.image_size, self.patch_size)
+        return grid_of(_pair(self.image_size), self.patch)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return _pair(self.patch_size)
 
 
 ModelConfig = VisionMambaConfig | ViTConfig
@@ -218,6 +228,10 @@ def replace_options(config: ModelConfig, **options) -> ModelConfig:
                 f"Options: {', '.join(names)}."
             )
     return dataclasses.replace(config, **options)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _normalise_sizes(config) -> None:

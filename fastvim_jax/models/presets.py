@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
 
-MAMBA_SIZES = {
+MAMBA_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "depth": 24},
     "small": {"embed_dim": 384, "depth": 24},
     "base": {"embed_dim": 768, "depth": 24},
     "large": {"embed_dim": 1024, "depth": 48},
 }
-VIT_SIZES = {
+VIT_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import make_norm
-from fastvim_jax.layers.patch_embed import PatchEmbed, grid_of
+from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import resize_pos_embed, resize_with_class_row
 from fastvim_jax.models.config import VisionMambaConfig
@@ -55,7 +55,7 @@ class VisionMamba(nnx.Module):
     def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch_size, config.channels, d, precision=p, rngs=rngs)
+        self.patch_embed = PatchEmbed(config.patch, config.channels, d, precision=p, rngs=rngs)
         tokens = config.grid[0] * config.grid[1] + (config.class_token != "none")
         small = normal(0.02)
         self.class_token = (
@@ -181,7 +181,7 @@ class VisionMamba(nnx.Module):
         patches = self.patch_embed(images)
         if self.config.token_order == "column":
             patches = patches.swapaxes(1, 2)
-        grid = patches.shape[1:3]
+        grid = (patches.shape[1], patches.shape[2])
         tokens = patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(wide)
         index = self._class_index(grid)
         if index is not None:
@@ -194,15 +194,14 @@ class VisionMamba(nnx.Module):
         return tokens, grid
 
     def _position_table(self, grid: tuple[int, int]) -> Float[Array, "1 l d"]:
-        built_for = grid_of(self.config.image_size, self.config.patch_size)
+        built_for = self.config.grid
         if self.config.token_order == "column":
             built_for = built_for[::-1]
         table = self.pos_embed[...]
-        if self.class_token is None:
+        source, target = self._class_index(built_for), self._class_index(grid)
+        if source is None or target is None:
             return resize_pos_embed(table, built_for, grid)
-        return resize_with_class_row(
-            table, built_for, grid, self._class_index(built_for), self._class_index(grid)
-        )
+        return resize_with_class_row(table, built_for, grid, source, target)
 
     def _class_index(self, grid: tuple[int, int]) -> int | None:
         return {"none": None, "middle": grid[0] * grid[1] // 2, "head": 0}[self.config.class_token]

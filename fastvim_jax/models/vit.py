@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,7 +27,7 @@ class ViTBlock(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.dtype = p.compute
-        norm = {"eps": config.norm_eps, "precision": p, "rngs": rngs}
+        norm: dict[str, Any] = {"eps": config.norm_eps, "precision": p, "rngs": rngs}
         self.norm1 = make_norm("layer", d, **norm)
         self.attn = Attention(
             d,
@@ -59,7 +61,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch_size, config.channels, d, precision=p, rngs=rngs)
+        self.patch_embed = PatchEmbed(config.patch, config.channels, d, precision=p, rngs=rngs)
         small = truncated_normal(0.02)
         self.class_token = nnx.Param(small(rngs.params(), (1, 1, d), p.params))
         tokens = config.grid[0] * config.grid[1] + 1
@@ -140,7 +142,7 @@ class VisionTransformer(nnx.Module):
         config = self.config
         wide = config.precision.wide
         patches = self.patch_embed(images)
-        grid = patches.shape[1:3]
+        grid = (patches.shape[1], patches.shape[2])
         tokens = patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(wide)
         token = jnp.broadcast_to(
             self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
