@@ -27,7 +27,7 @@ config = TrainConfig(
         std=(0.376,),
     ),
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=2, final_learning_rate=1e-5
+        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=2.0, final_learning_rate=1e-5
     ),
     epochs=30,
     ema_decay=0.99,

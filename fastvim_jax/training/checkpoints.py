@@ -224,12 +224,12 @@ class Checkpoints:
                 raise self._damaged(step, f"the file {name} has changed since it was written")
 
 
-def flatten(tree: Any) -> dict[str, jax.Array]:
+def flatten(tree: Any) -> dict[str, Any]:
     """The arrays of a pytree under dotted names, e.g. `blocks.mixer.in_proj.kernel`."""
     return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def unflatten(template: Any, flat: Mapping[str, jax.Array]) -> Any:
+def unflatten(template: Any, flat: Mapping[str, Any]) -> Any:
     """The inverse of `flatten`, in the structure of `template`."""
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     return jax.tree_util.tree_unflatten(structure, [flat[_dotted(path)] for path, _ in paths])
@@ -243,7 +243,7 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, parts))
 
 
-def _abstract(flat: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract(flat: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in flat.items()

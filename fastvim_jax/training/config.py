@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from fastvim_jax.data.config import DataConfig
@@ -54,6 +54,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         where = "optimizer."
+        _whole_to_float(self)
         _positive(where, self, "learning_rate", "eps")
         _not_negative(
             where, self, "warmup_epochs", "warmup_start", "final_learning_rate", "weight_decay"
@@ -104,6 +105,7 @@ class TrainConfig:
     """Steps between lines of the log; only there the loop waits for the device."""
 
     def __post_init__(self) -> None:
+        _whole_to_float(self)
         _integer("", self, 1, "epochs", "keep_checkpoints", "log_every_steps")
         _integer("", self, 0, "evaluate_every_epochs", "seed")
         if self.checkpoint_every_steps is not None:
@@ -135,6 +137,14 @@ class TrainConfig:
     def from_json(text: str) -> TrainConfig:
         """The inverse of `to_json`; unknown, missing and mistyped fields raise a UserError that names them."""
         return serialise.from_json(TrainConfig, text)
+
+
+def _whole_to_float(config: Any) -> None:
+    """Let `warmup_epochs=5` be 5.0, so that equal configs are equal as JSON too."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if "float" in str(each.type) and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, each.name, float(value))
 
 
 def _refuse(where: str, config: Any, name: str, expected: str) -> None:

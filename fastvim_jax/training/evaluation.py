@@ -11,8 +11,10 @@ from flax import nnx
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.steps import Batch, Metrics, make_eval_step
 
+Scores = dict[str, int | float]
 
-def evaluate(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, float]:
+
+def evaluate(model: nnx.Module, batches: Iterable[Batch]) -> Scores:
     """Evaluate a model over one pass.
 
     Args:
@@ -31,7 +33,7 @@ def evaluate(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, float]:
 
 def evaluate_weights(
     eval_step: Any, weights: Mapping[str, Any], batches: Iterable[Batch]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Scores]:
     """Evaluate several sets of weights of one model in a single pass over the data; see `evaluate`.
 
     Args:
@@ -57,7 +59,7 @@ def _add(totals: dict[str, Metrics], counts: dict[str, Metrics]) -> None:
             totals[name][key] = totals[name].get(key, 0) + value.item()
 
 
-def _shares(total: Metrics) -> dict[str, float]:
+def _shares(total: Metrics) -> Scores:
     if not total.get("count"):
         raise UserError("there is no valid image to evaluate: check data.eval_split and data.path.")
     count = total["count"]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -57,12 +57,10 @@ class Run:
     config: TrainConfig
     class_names: tuple[str, ...]
     step: int
-    weights: Literal["raw", "ema"]
+    weights: str
 
 
-def load_run(
-    run_dir: Path | str, *, weights: Literal["raw", "ema"] | None = None, step: int | None = None
-) -> Run:
+def load_run(run_dir: Path | str, *, weights: str | None = None, step: int | None = None) -> Run:
     """Load a model from a run folder alone.
 
     Args:

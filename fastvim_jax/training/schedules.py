@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Schedule = Callable[[Any], Any]
-ScalingRule = Literal["deit", "linear", "sqrt", "none"]
+Number = int | float
 
 _REFERENCE_BATCH = {"deit": 512, "linear": 256, "sqrt": 1024}
 
 
-def scaled_learning_rate(base: float, batch_size: int, rule: ScalingRule) -> float:
+def scaled_learning_rate(base: Number, batch_size: int, rule: str) -> Number:
     """The peak learning rate for an effective batch of `batch_size` images.
 
     `deit`: base · batch/512; `linear`: base · batch/256; `sqrt`: base · √(batch/1024); `none`: base.
@@ -40,7 +40,12 @@ def scaled_learning_rate(base: float, batch_size: int, rule: ScalingRule) -> flo
 
 
 def warmup_cosine(
-    *, peak: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0, final: float = 0.0
+    *,
+    peak: Number,
+    total_steps: int,
+    warmup_steps: int = 0,
+    start: Number = 0.0,
+    final: Number = 0.0,
 ) -> Schedule:
     """Linear warm-up from `start` to `peak`, both included, then half a cosine towards `final`.
 
@@ -64,11 +69,11 @@ def warmup_cosine(
 
 def epoch_cosine(
     *,
-    peak: float,
-    epochs: float,
+    peak: Number,
+    epochs: Number,
     steps_per_epoch: int,
-    warmup_epochs: float = 0.0,
-    final: float = 0.0,
+    warmup_epochs: Number = 0.0,
+    final: Number = 0.0,
     accumulation: int = 1,
 ) -> Schedule:
     """Linear warm-up from zero, then half a cosine to `final`, over the fractional epoch of each batch.
@@ -93,7 +98,7 @@ def epoch_cosine(
     return schedule
 
 
-def constant(value: float) -> Schedule:
+def constant(value: Number) -> Schedule:
     """The same value at every step."""
 
     def schedule(step: Any) -> Any:
@@ -103,7 +108,7 @@ def constant(value: float) -> Schedule:
     return schedule
 
 
-def _half_cosine(xp: ModuleType, first: float, last: float, phase: Any) -> Any:
+def _half_cosine(xp: ModuleType, first: Number, last: Number, phase: Any) -> Any:
     return last + (first - last) * (1.0 + xp.cos(np.pi * phase)) / 2.0
 
 

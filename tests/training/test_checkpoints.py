@@ -1,0 +1,222 @@
+"""Checkpoints: bits in, bits out; and every way of being damaged is refused by name."""
+
+import gc
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints, flatten, unflatten
+from fastvim_jax.training.steps import TrainState, init_state
+
+
+class Net(nnx.Module):
+    def __init__(self, width: int = 5, names: tuple[str, ...] = ("kernel", "bias")):
+        for i, name in enumerate(names):
+            setattr(self, name, nnx.Param(jnp.arange(width) / 3 + i))
+
+
+OPTIMIZER = optax.chain(
+    optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1 / (step + 1))
+)
+
+
+def make_state(rng=None, *, step=0, ema=True, **net) -> TrainState:
+    state = init_state(nnx.split(Net(**net))[1], OPTIMIZER, ema=ema)
+    if rng is None:
+        return state
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) * 10, leaf.dtype)
+
+    drawn = jax.tree.map(draw, state)
+    return TrainState(jnp.asarray(step, jnp.int32), drawn.params, drawn.optimizer, drawn.ema)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture
+def run(tmp_path, rng):
+    """A run folder with checkpoints at 10 and 20, and the states they hold."""
+    store = Checkpoints(tmp_path / "checkpoints")
+    states = {step: make_state(rng, step=step) for step in (10, 20)}
+    for step, state in states.items():
+        assert store.save(state, {"data": {"batches": step}, "window": [{"loss": 1 / 3}]}) == step
+    store.close()
+    return tmp_path, states
+
+
+def reopen(path, **options):
+    return Checkpoints(path / "checkpoints", **options)
+
+
+def big_file(path, step):
+    files = [p for p in (path / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+    return max((p for p in files if "params" in p.parts), key=lambda p: p.stat().st_size)
+
+
+def test_a_restored_state_has_the_same_bits(run):
+    path, states = run
+    store = reopen(path)
+    assert store.steps() == [10, 20] and store.latest() == 20
+    assert_same_bits(store.restore_state(make_state()), states[20])
+    assert_same_bits(store.restore_state(make_state(), step=10), states[10])
+    meta = store.read_meta()
+    assert meta["step"] == 20
+    assert meta["data"] == {"batches": 20} and meta["window"] == [{"loss": 1 / 3}]
+
+
+def test_weights_alone(run):
+    path, states = run
+    store = reopen(path, read_only=True)
+    params = make_state().params
+    assert_same_bits(store.restore_weights(params, weights="raw"), states[20].params)
+    assert_same_bits(store.restore_weights(params, weights="ema", step=10), states[10].ema)
+
+
+def test_no_average_was_kept(tmp_path, rng):
+    store = reopen(tmp_path)
+    state = make_state(rng, step=3, ema=False)
+    store.save(state, {})
+    assert_same_bits(store.restore_state(make_state(ema=False)), state)
+    with pytest.raises(CheckpointError, match="holds no average of the weights"):
+        store.restore_weights(state.params, weights="ema")
+
+
+def test_names_are_the_stored_parameters(rng):
+    state = make_state(rng)
+    assert set(flatten(state.params)) == {"kernel", "bias"}
+    moments = {f"0.{moment}.{name}" for moment in ("mu", "nu") for name in ("kernel", "bias")}
+    assert set(flatten(state.optimizer)) == {"0.count", "1.count"} | moments
+    assert_same_bits(unflatten(state.optimizer, flatten(state.optimizer)), state.optimizer)
+
+
+def test_only_the_latest_are_kept(tmp_path, rng):
+    store = reopen(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(make_state(rng, step=step), {})
+    assert store.steps() == [2, 3]
+    assert sorted(p.name for p in (tmp_path / "checksums").iterdir()) == ["2.json", "3.json"]
+
+
+def test_nothing_is_pickled(run):
+    path, _ = run
+    for file in (path / "checkpoints").rglob("*"):
+        assert file.suffix not in {".pkl", ".pickle", ".msgpack"}
+        if file.is_file():
+            assert not file.read_bytes().startswith((b"\x80\x04", b"\x80\x05"))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (truncate, "bytes"),
+        (flip, "has changed since it was written"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(run, harm, reason):
+    path, states = run
+    harm(big_file(path, 20))
+    store = reopen(path)
+    with pytest.raises(CheckpointError) as caught:
+        store.restore_state(make_state())
+    message = str(caught.value)
+    assert f"checkpoint {path / 'checkpoints' / '20'} is damaged" in message and reason in message
+    assert "The previous one is step 10" in message
+    assert isinstance(caught.value, UserError)
+    assert_same_bits(store.restore_state(make_state(), step=10), states[10])
+    harm(big_file(path, 10))
+    with pytest.raises(CheckpointError, match="There is no earlier one"):
+        store.restore_weights(make_state().params, weights="raw", step=10)
+
+
+# Orbax drops a coroutine of a read that failed, and Python notes it when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_is_seen_without_the_record_too(run):
+    """Killed between the checkpoint and its record: what Orbax cannot read is refused the same way."""
+    path, states = run
+    (path / "checksums" / "20.json").unlink()
+    assert_same_bits(reopen(path).restore_state(make_state()), states[20])
+    shutil.rmtree(path / "checkpoints" / "20" / "params" / "d")
+    with pytest.raises(CheckpointError, match="20 is damaged.*The previous one is step 10"):
+        reopen(path).restore_state(make_state())
+    gc.collect()
+
+
+def test_an_unfinished_checkpoint_is_never_taken(run):
+    path, _ = run
+    whole = path / "checkpoints" / "20"
+    whole.rename(path / "checkpoints" / "20.orbax-checkpoint-tmp-0")
+    store = reopen(path, read_only=True)
+    assert store.latest() == 10
+    with pytest.raises(CheckpointError, match="20 was never finished; finished are 10"):
+        store.read_meta(20)
+    with pytest.raises(CheckpointError, match="5 does not exist; finished are 10"):
+        store.read_meta(5)
+
+
+def test_a_run_without_checkpoints(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist: this run has no checkpoint yet"):
+        reopen(tmp_path, read_only=True)
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        reopen(tmp_path).read_meta()
+
+
+@pytest.mark.parametrize(
+    ("net", "difference"),
+    [
+        ({"width": 6}, "kernel: checkpoint float32[5], this model float32[6]"),
+        ({"names": ("kernel", "scale")}, "scale: not in the checkpoint"),
+        ({"names": ("kernel",)}, "bias: this model has none"),
+    ],
+)
+def test_another_model_is_refused_by_its_parameters(run, net, difference):
+    path, _ = run
+    store = reopen(path)
+    other = make_state(**net)
+    for restore in (
+        lambda: store.restore_state(other),
+        lambda: store.restore_weights(other.params, weights="ema"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            restore()
+        assert "20 is of another model" in str(caught.value)
+        assert difference in str(caught.value)
+
+
+def test_another_format_is_refused(run, monkeypatch):
+    path, _ = run
+    monkeypatch.setattr("fastvim_jax.training.checkpoints.FORMAT", 2)
+    with pytest.raises(CheckpointError, match="has format 1; this version reads 2"):
+        reopen(path).read_meta()
+
+
+def test_reading_writes_nothing(run):
+    path, _ = run
+    before = sorted(p.relative_to(path) for p in path.rglob("*"))
+    store = reopen(path, read_only=True)
+    store.restore_weights(make_state().params, weights="raw")
+    store.close()
+    assert sorted(p.relative_to(path) for p in path.rglob("*")) == before
+    assert json.loads((path / "checksums" / "20.json").read_text())

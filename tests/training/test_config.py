@@ -1,0 +1,147 @@
+"""Configs: exact JSON, overrides from the command line, and what they refuse, by field."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import tyro
+
+from fastvim_jax.data import DataConfig
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import ViTConfig
+from fastvim_jax.training import OptimizerConfig, TrainConfig
+from tests.training.tiny import tiny_config
+
+VIT = ViTConfig(image_size=(8, 12), patch_size=4, channels=1, num_classes=10, embed_dim=12, depth=2)
+CONFIGS = [
+    tiny_config(),
+    tiny_config(model=VIT, ema_decay=None, checkpoint_every_steps=None),
+    tiny_config(
+        optimizer=OptimizerConfig(learning_rate=1 / 3, layer_decay=0.65, warmup_epochs=1.0)
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_json_round_trip_is_exact(config):
+    again = TrainConfig.from_json(config.to_json())
+    assert again == config
+    assert again.to_json() == config.to_json()
+    assert type(again.model) is type(config.model)
+
+
+def test_every_field_is_in_the_json():
+    values = json.loads(tiny_config().to_json())
+    assert set(values) == {"class"} | {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(values["data"]) == {"class"} | {f.name for f in dataclasses.fields(DataConfig)}
+    assert values["model"]["class"] == "VisionMambaConfig"
+
+
+def checked(config, **changes):
+    """The config's own check of values set behind the constructor, whose annotations this test run checks first."""
+    config = copy.copy(config)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
+
+
+def test_whole_numbers_become_floats():
+    config = checked(OptimizerConfig(), warmup_epochs=5)
+    assert config == OptimizerConfig(warmup_epochs=5.0)
+    assert isinstance(config.warmup_epochs, float)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("epoch",), 3, "has no field 'epoch'. Did you mean 'epochs'"),
+        (("optimizer", "learning_rat"), 1.0, "'learning_rat'. Did you mean 'learning_rate'"),
+        (("model", "class"), "VisionMamba", "Did you mean 'VisionMambaConfig'"),
+        (("epochs",), "3", "epochs: expected int, got '3'"),
+        (("epochs",), True, "epochs: expected int, got True"),
+        (("data", "mean"), 0.5, "data.mean: expected a list, got 0.5"),
+        (("optimizer", "schedule"), "warmup_cosin", "Did you mean 'warmup_cosine'"),
+        (("optimizer",), [], "optimizer: expected the fields of OptimizerConfig"),
+    ],
+)
+def test_wrong_json_names_the_field(path, value, message):
+    values = json.loads(tiny_config().to_json())
+    inner = values
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    with pytest.raises(UserError) as caught:
+        TrainConfig.from_json(json.dumps(values))
+    assert message in str(caught.value)
+
+
+def test_a_missing_field_without_default_is_named():
+    values = json.loads(tiny_config().to_json())
+    del values["model"]
+    with pytest.raises(UserError, match="the field 'model' of TrainConfig is missing"):
+        TrainConfig.from_json(json.dumps(values))
+    with pytest.raises(UserError, match="not valid JSON"):
+        TrainConfig.from_json(tiny_config().to_json()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0, but must be a whole number of at least 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but must be"),
+        ({"ema_decay": 1.5}, "ema_decay is 1.5"),
+        ({"log_every_steps": 0}, "log_every_steps is 0"),
+        ({"checkpoint_every_steps": 0}, "checkpoint_every_steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"model": dataclasses.replace(VIT, channels=3)}, "data.channels=1: make them equal"),
+        ({"model": dataclasses.replace(VIT, num_classes=0)}, "needs a classifier"),
+        ({"optimizer": OptimizerConfig(warmup_epochs=2.0)}, "optimizer.warmup_epochs=2.0 leaves"),
+    ],
+)
+def test_impossible_runs_are_refused_by_field(changes, message):
+    with pytest.raises(UserError) as caught:
+        checked(tiny_config(), **changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("eps", -1e-8),
+        ("weight_decay", -0.1),
+        ("beta2", 1.0),
+        ("layer_decay", 1.5),
+        ("clip_grad_norm", 0.0),
+        ("schedule", "cosine"),
+        ("decay_groups", "all"),
+        ("warmup_epochs", float("inf")),
+    ],
+)
+def test_impossible_optimizers_are_refused_by_field(field, value):
+    with pytest.raises(UserError, match=f"optimizer.{field} is {value!r}, but must be"):
+        checked(OptimizerConfig(), **{field: value})
+
+
+def test_the_command_line_overrides_any_field():
+    arguments = (
+        "--epochs 7 --model.depth 3 --ema-decay None --optimizer.clip-grad-norm 3"
+        " --model.image-size 8 16 --data.batch-size 64"
+    )
+    config = tyro.cli(
+        TrainConfig,
+        default=tiny_config(),
+        args=arguments.split(),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    expected = tiny_config(
+        epochs=7,
+        ema_decay=None,
+        model=dataclasses.replace(tiny_config().model, depth=3, image_size=(8, 16)),
+        optimizer=dataclasses.replace(tiny_config().optimizer, clip_grad_norm=3.0),
+    )
+    expected = dataclasses.replace(expected, data=dataclasses.replace(expected.data, batch_size=64))
+    assert config == expected

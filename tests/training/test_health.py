@@ -1,0 +1,61 @@
+"""A run that goes wrong stops at the right step and says why."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastvim_jax.training.health import NonFiniteError, Window, likely_cause
+from tests.training.tiny import tiny_config, tiny_model
+
+GOOD = {"loss": 2.0, "grad_norm": 1.0, "update_norm": 0.1, "finite_input": True}
+
+
+def metrics(**changes):
+    return {key: jnp.asarray(value) for key, value in {**GOOD, **changes}.items()}
+
+
+def record(step=20, **changes):
+    return {"step": step, **GOOD, **changes}
+
+
+def test_a_window_means_what_it_took_in():
+    window = Window(tiny_config(), [record(1, loss=4.0)])
+    for step in (2, 3, 4, 5, 6, 7, 8):
+        window.add(step, metrics(loss=2.0))
+    assert [r["step"] for r in window.fetch("none")] == list(range(1, 9))
+    assert window.summarise("none")["loss"] == (4 + 7 * 2) / 8
+    assert window.fetch("none") == []
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "update_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_first_step_at_fault_is_named(name, value):
+    window = Window(tiny_config())
+    for step in range(1, 9):
+        window.add(step, metrics(**({name: value} if step >= 6 else {})))
+    with pytest.raises(NonFiniteError) as caught:
+        window.summarise("step 4 in run/checkpoints/4")
+    assert caught.value.step == 6
+    assert "stopped at step 6" in str(caught.value)
+    assert "Last good checkpoint: step 4 in run/checkpoints/4" in str(caught.value)
+
+
+CALM = [record(step, grad_norm=1.0) for step in range(1, 20)]
+WILD = [*CALM[:-1], record(19, grad_norm=500.0)]
+HALF = tiny_config(model=tiny_model(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("at_fault", "before", "config", "cause"),
+    [
+        (record(loss=np.nan, finite_input=False), CALM, tiny_config(), "batch itself holds NaN"),
+        (record(1, loss=np.inf), [], HALF, "overflow in model.dtype=bfloat16"),
+        (record(loss=np.nan), WILD, tiny_config(), "gradients grew from a norm of 1 to 500"),
+        (record(grad_norm=np.inf), CALM, HALF, "its gradient overflowed"),
+        (record(grad_norm=np.inf), CALM, HALF, "or use model.dtype=float32"),
+        (record(update_norm=np.inf), CALM, tiny_config(), "its update overflowed"),
+        (record(loss=np.nan), CALM, tiny_config(), "lower optimizer.learning_rate"),
+    ],
+)
+def test_likely_causes(at_fault, before, config, cause):
+    assert cause in likely_cause(at_fault, before, config)

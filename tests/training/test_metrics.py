@@ -1,0 +1,69 @@
+"""The run's numbers: JSON lines that survive a crash, event files that TensorBoard reads."""
+
+import json
+
+from fastvim_jax.training.metrics import RunLog, read_metrics
+
+
+def write_run(folder, steps, *, start=0):
+    with RunLog(folder, step=start, total_steps=20, progress=False) as log:
+        for step in steps:
+            log.advance()
+            log.write("train", step, {"epoch": step / 10, "loss": 1 / step})
+        log.write("eval", steps[-1], {"epoch": steps[-1] / 10, "raw_top1": 0.5})
+
+
+def test_lines_are_json_and_floats_exact(tmp_path):
+    write_run(tmp_path, [3, 6, 9])
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records] == [3, 6, 9, 9]
+    assert records[0] == {"kind": "train", "step": 3, "epoch": 0.3, "loss": 1 / 3}
+    assert read_metrics(tmp_path, "eval") == [records[-1]]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+
+
+def test_what_was_written_past_the_checkpoint_is_dropped_on_resume(tmp_path):
+    write_run(tmp_path, [3, 6, 9])
+    write_run(tmp_path, [9, 12], start=6)
+    assert [r["step"] for r in read_metrics(tmp_path, "train")] == [3, 6, 9, 12]
+    assert [r["step"] for r in read_metrics(tmp_path, "eval")] == [12]
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    write_run(tmp_path, [3, 6])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6]
+    write_run(tmp_path, [9], start=6)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6, 9, 9]
+
+
+def test_no_folder_no_records(tmp_path):
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_event_files_hold_the_same_numbers(tmp_path):
+    write_run(tmp_path, [3, 6])
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = list((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 1
+    found = {}
+    for event in EventFileLoader(str(files[0])).Load():
+        for value in event.summary.value:
+            number = value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+            found[value.tag, event.step] = number
+    assert abs(found["train/loss", 3] - 1 / 3) < 1e-6
+    assert abs(found["eval/raw_top1", 6] - 0.5) < 1e-6
+
+
+def test_progress_goes_to_standard_error_and_can_be_silenced(tmp_path, capsys):
+    for shown in (True, False):
+        with RunLog(tmp_path, step=0, total_steps=5, progress=shown) as log:
+            log.advance()
+            log.show(loss=0.25)
+            log.say("epoch 1: done [not markup]")
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert ("epoch 1: done [not markup]" in printed.err) == shown

@@ -1,0 +1,206 @@
+"""The trainer on the digits: what a run leaves behind, how it resumes, and when it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from fastvim_jax.data import make_eval_iterator
+from fastvim_jax.errors import UserError
+from fastvim_jax.models.parameters import named_parameters
+from fastvim_jax.training import (
+    CheckpointError,
+    NonFiniteError,
+    evaluate,
+    load_run,
+    read_metrics,
+    supervised,
+    train,
+)
+from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.metrics import RunLog
+from tests.training.compare_runs import assert_same_run
+from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH, tiny_config, tiny_model
+
+CONFIG = tiny_config()
+TOTAL = 2 * STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run and what `train` returned."""
+    folder = tmp_path_factory.mktemp("runs") / "finished run"
+    return folder, train(CONFIG, folder, progress=False)
+
+
+def test_the_run_folder_holds_everything(finished):
+    folder, result = finished
+    assert (result.run_dir, result.step) == (folder, TOTAL)
+    assert json.loads((folder / "classes.json").read_text()) == [str(i) for i in range(10)]
+    (start,) = json.loads((folder / "environment.json").read_text())["starts"]
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["device"] == {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())}
+    assert {"started", "python", "git"} <= set(start)
+    assert list((folder / "tensorboard").iterdir())
+    assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [16, 20, 22]
+
+
+def test_the_log(finished):
+    folder, result = finished
+    lines = read_metrics(folder, "train")
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 21, 22]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[1]["learning_rate"] == pytest.approx(2e-3)
+    assert lines[-1]["epoch"] == 2.0
+    assert all(0 <= line["data_wait"] <= 1 for line in lines)
+    scores = read_metrics(folder, "eval")
+    assert [line["step"] for line in scores] == [STEPS_PER_EPOCH, TOTAL]
+    assert scores[-1] == result.metrics and scores[-1]["count"] == EVAL_IMAGES
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema", None])
+def test_a_loaded_run_scores_what_the_log_says(finished, weights):
+    folder, result = finished
+    run = load_run(folder, weights=weights)
+    assert (run.step, run.weights, run.config) == (TOTAL, weights or "ema", CONFIG)
+    assert run.class_names == tuple(str(i) for i in range(10))
+    scores = evaluate(run.model, make_eval_iterator(CONFIG.data, batch_size=7))
+    assert scores["count"] == EVAL_IMAGES
+    for key in ("top1", "top5"):
+        assert scores[key] == result.metrics[f"{run.weights}_{key}"]
+    assert scores["loss"] == pytest.approx(result.metrics[f"{run.weights}_loss"], rel=1e-5)
+
+
+def test_raw_and_average_differ_and_steps_can_be_chosen(finished):
+    folder, _ = finished
+    heads = [
+        np.asarray(load_run(folder, weights=weights, step=step).model.head.kernel[...])
+        for weights, step in (("raw", None), ("ema", None), ("raw", 20))
+    ]
+    for i, j in ((0, 1), (0, 2)):
+        assert np.abs(heads[i] - heads[j]).max() > 1e-5
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run stopped after step 7, past the checkpoint of step 4 and within a window of the log."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        advance, count = RunLog.advance, iter(range(1, TOTAL + 1))
+
+        def stop(log):
+            advance(log)
+            if next(count) == 7:
+                raise KeyboardInterrupt
+
+        patch.setattr(RunLog, "advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(CONFIG, folder, progress=False)
+    assert [line["step"] for line in read_metrics(folder)] == [3, 6]
+    return folder
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, interrupted):
+    uninterrupted, _ = finished
+    train(CONFIG, interrupted, progress=False)
+    assert_same_run(interrupted, uninterrupted)
+    starts = json.loads((interrupted / "environment.json").read_text())["starts"]
+    assert len(starts) == 2
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    folder, result = finished
+    before = (folder / "metrics.jsonl").read_text()
+    again = train(dataclasses.replace(CONFIG, keep_checkpoints=2), folder, progress=False)
+    assert again.metrics == result.metrics
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_another_run_in_the_folder_is_refused_by_field(finished):
+    folder, _ = finished
+    other = dataclasses.replace(
+        CONFIG, seed=5, optimizer=dataclasses.replace(CONFIG.optimizer, eps=1e-7)
+    )
+    with pytest.raises(UserError) as caught:
+        train(other, folder, progress=False)
+    assert "optimizer.eps: 1e-08 there, 1e-07 now" in str(caught.value)
+    assert "seed: 0 there, 5 now" in str(caught.value)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty and holds no config.json"):
+        train(CONFIG, tmp_path, progress=False)
+    with pytest.raises(UserError, match="is no run folder: it has no config.json"):
+        load_run(tmp_path)
+
+
+def test_a_wrong_number_of_classes_is_refused_before_any_file_is_written(tmp_path):
+    config = tiny_config(model=tiny_model(num_classes=11))
+    with pytest.raises(UserError, match="num_classes is 11.*has 10 classes.*num_classes=10"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    folder, _ = finished
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_previous_one_works(copied):
+    files = [p for p in (copied / "checkpoints" / "22").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    for use in (lambda: load_run(copied), lambda: train(CONFIG, copied, progress=False)):
+        with pytest.raises(CheckpointError, match="22 is damaged.*The previous one is step 20"):
+            use()
+    assert load_run(copied, step=20).step == 20
+
+
+def test_a_checkpoint_of_another_model_is_refused(copied):
+    values = json.loads((copied / "config.json").read_text())
+    values["model"]["embed_dim"] = 16
+    (copied / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="(?s)is of another model.*mixer.backward.A_log"):
+        load_run(copied)
+
+
+def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
+    folder, _ = finished
+    with pytest.raises(UserError, match="weights='best': use 'raw' or 'ema'"):
+        load_run(folder, weights="best")
+
+
+def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
+    """NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
+    make = supervised.make_train_iterator
+
+    def poisoned(*args, **kwargs):
+        batches = make(*args, **kwargs)
+        taken = type(batches).__next__
+
+        class Poisoned(type(batches)):
+            def __next__(self):
+                batch = taken(self)
+                if self.get_state()["batches"] == 6:
+                    batch["image"][0, 0, 0, 0] = np.nan
+                return batch
+
+        batches.__class__ = Poisoned
+        return batches
+
+    monkeypatch.setattr(supervised, "make_train_iterator", poisoned)
+    with pytest.raises(NonFiniteError) as caught:
+        train(CONFIG, tmp_path / "run", progress=False)
+    message = str(caught.value)
+    assert caught.value.step == 6 and "stopped at step 6" in message
+    assert f"step 4 in {tmp_path / 'run' / 'checkpoints' / '4'}" in message
+    assert "the batch itself holds NaN or infinite pixels" in message
+    run = load_run(tmp_path / "run", weights="raw")
+    assert run.step == 4
+    flat = named_parameters(jax.tree.map(np.asarray, supervised.nnx.split(run.model)[1]))
+    assert all(np.isfinite(value).all() for value in flat.values())
