@@ -51,6 +51,12 @@ class DataConfig:
     """pad_shift: zero pixels added on each side before a crop of the input size is taken at random."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    rand_augment: float | None = None
+    """RandAugment's magnitude, from 0 to 10 (the recipes use 9); None: off."""
+    rand_augment_std: float = 0.5
+    """Standard deviation of the magnitude of each of RandAugment's operations."""
+    colour_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation (0.3 in the recipes, without RandAugment)."""
     eval_crop: float = 0.875
     """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -85,6 +91,10 @@ class DataConfig:
             _is_int(self.max_corrupt) and self.max_corrupt >= 0, "max_corrupt", self, "0 or more"
         )
         _require(0 <= self.flip <= 1, "flip", self, "a probability from 0 to 1")
+        ok = self.rand_augment is None or 0 <= self.rand_augment <= 10
+        _require(ok, "rand_augment", self, "a magnitude from 0 to 10, or None")
+        _require(self.rand_augment_std >= 0, "rand_augment_std", self, "0 or more")
+        _require(self.colour_jitter >= 0, "colour_jitter", self, "0 or more")
         _require(0 < self.eval_crop <= 1, "eval_crop", self, "more than 0 and at most 1")
         ordered = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         _require(ordered, "crop_scale", self, "lowest and highest share, within 0 to 1")

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.randaugment import colour_jitter, rand_augment
 
 _BICUBIC = Image.Resampling.BICUBIC
 
@@ -140,6 +141,10 @@ def train_transform(
         image = _resized(image, size)
     if config.flip:
         image = horizontal_flip(image, rng, probability=config.flip)
+    if config.rand_augment is not None:
+        image = rand_augment(image, rng, magnitude=config.rand_augment, std=config.rand_augment_std)
+    if config.colour_jitter:
+        image = colour_jitter(image, rng, strength=config.colour_jitter)
     return to_array(image)
 
 
