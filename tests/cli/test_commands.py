@@ -77,7 +77,7 @@ def test_train_help_lists_the_experiments_and_the_fields(fastvim: Cli, experimen
     assert status == 0
     flat = " ".join(out.replace("│", " ").split())
     for piece in ("A tiny FastVim on the digits", "--data.batch-size INT", "--model.pool-axes",
-                  "--optimizer.learning-rate FLOAT", "(default: 0.9)", "(default: runs/tiny digits)"):  # fmt: skip
+                  "--optimizer.learning-rate FLOAT", "(default: 0.9)", "runs/tiny digits"):  # fmt: skip
         assert piece in flat, piece
 
 
@@ -167,6 +167,8 @@ def test_quickstart_report_draws_the_run(fastvim: Cli, run_dir: Path, tmp_path: 
     top1 = evaluate(run.model, make_eval_iterator(run.config.data))["top1"]
     assert f"accuracy {top1:.2%}" in out and f"{round(360 * top1)} of 360" in out
     last = out.splitlines()[-1]
-    assert str(picture) in last and f"fastvim predict {run_dir}" in last
+    assert str(picture) in last and f"eval {run_dir}`" in last
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert min(pixels.shape[:2]) > 600 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    status, _, err = fastvim("quickstart-report", run_dir, "--at-least", f"{top1 + 0.001}")
+    assert status == 1 and "is below" in err
