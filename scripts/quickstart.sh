@@ -7,4 +7,4 @@ run=${RUN:-runs/quickstart}
 
 rm -rf "$run"
 "$python" -m fastvim_jax train digits/fastvim_digits --run-dir "$run"
-"$python" -m fastvim_jax quickstart-report "$run"
+"$python" -m fastvim_jax quickstart-report "$run" --at-least 0.97

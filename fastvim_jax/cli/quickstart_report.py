@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from fastvim_jax.cli.usage import parse
+from fastvim_jax.cli.usage import command, parse
+from fastvim_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Arguments:
     """The run's folder."""
     picture: Path | None = None
     """Where to write the picture; by default quickstart.png in the run's folder."""
+    at_least: float = 0.0
+    """Exit with status 1 if the accuracy is lower."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,7 +39,10 @@ def run(arguments: Sequence[str]) -> int:
         f"images right, accuracy {report.accuracy:.2%}."
     )
     print(
-        f"Everything is in {chosen.run} (curves and predictions: {picture}). Try next: "
-        f"fastvim predict {chosen.run} IMAGE... · fastvim models · fastvim train digits/fastvim_digits --help"
+        f"Everything is in {chosen.run}; curves and predictions: {picture}. Try next: "
+        f"`{command()} eval {chosen.run}`, or `models`, `predict {chosen.run} IMAGE...`, "
+        f"`train digits/fastvim_digits --help` in its place."
     )
+    if report.accuracy < chosen.at_least:
+        raise UserError(f"accuracy {report.accuracy:.2%} is below {chosen.at_least:.2%}.")
     return 0

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastvim_jax.cli.usage import as_usage_error, parse
+from fastvim_jax.cli.usage import as_usage_error, command, parse
 
 _RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there is continued."
 
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         if f"{weights}_top1" in result.metrics
     ]
     print(f"Finished at step {result.step} after {result.seconds:.0f} s: {', '.join(scores)}.")
-    print(f"Everything is in {result.run_dir}. Next: fastvim eval {result.run_dir}")
+    print(f"Everything is in {result.run_dir}. Next: {command()} eval {result.run_dir}")
     return 0
 
 

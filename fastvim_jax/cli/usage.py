@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from fastvim_jax.errors import UserError
@@ -24,6 +29,16 @@ def as_usage_error() -> Iterator[None]:
         raise
     except UserError as error:
         raise UsageError(str(error)) from error
+
+
+def command() -> str:
+    """How to call this program from where its user is: `fastvim` if the shell finds it, or else through Python."""
+    beside = Path(sys.executable).with_name("fastvim")
+    found = shutil.which("fastvim")
+    if found and Path(found).absolute() == beside.absolute():
+        return "fastvim"
+    python = os.path.relpath(sys.executable)
+    return f"{shlex.quote(sys.executable if python.startswith('..') else python)} -m fastvim_jax"
 
 
 def parse(kind: Callable[..., T], prog: str, arguments: Sequence[str], description: str) -> T:
