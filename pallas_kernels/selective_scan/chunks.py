@@ -177,6 +177,7 @@ def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) ->
     wide = inputs.wide_dtype
     layout = _layout(inputs, options, group)
     steps, weights = _prepare(inputs, layout)
+    keep = options.keep_boundaries and layout.chunks > 1
 
     def run(h, x: Steps):
         u, delta, B, C, z = (None if a is None else a.astype(wide) for a in x[:5])
@@ -184,12 +185,13 @@ def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) ->
         s, h, entering = core.forward(
             step, v, weights.A, B, C, h, reverse=options.reverse, every=options.chunk
         )
-        return h, (_after(s, u, z, weights.D).astype(inputs.u.dtype), entering)
+        y = _after(s, u, z, weights.D).astype(inputs.u.dtype)
+        return h, (y, entering if keep else None)
 
     h, (y, boundaries) = _scan_runs(run, _zero_state(steps, weights), steps, options.reverse)
     y = _join(layout.sequence(y))
     last_state = _state_out(h) if options.return_last_state else None
-    if layout.chunks == 1:
+    if not keep:
         return y, last_state, None
     return y, last_state, boundaries.reshape(-1, *boundaries.shape[2:])[: layout.chunks]
 

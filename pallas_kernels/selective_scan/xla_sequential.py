@@ -16,9 +16,17 @@ from jax import lax
 from pallas_kernels.selective_scan import chunks
 
 
-def _dot(subscripts: str, *operands: jax.Array) -> jax.Array:
+def _dot(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """The einsum of a state and weights that lack some of its axes."""
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        # A mesh with explicit axes: a sum over a sharded axis says by itself what it gives, a product does not.
+        operands, out = subscripts.split("->")
+        of_x, of_weights = operands.split(",")
+        missing = [i for i, letter in enumerate(of_x) if letter not in of_weights]
+        summed = [i for i, letter in enumerate(of_x) if letter not in out]
+        return jnp.sum(x * jnp.expand_dims(weights, missing), axis=summed)
     # On GPUs the default precision of float32 products is TF32.
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST)
+    return jnp.einsum(subscripts, x, weights, precision=lax.Precision.HIGHEST)
 
 
 def _decay(step: jax.Array, A: jax.Array) -> jax.Array:
@@ -53,14 +61,14 @@ class _Sequential:
             B_bar = _dot("bgnk,bgk->bgn", h_bar, v)
             h_bar = h_bar * _decay(step, A)
             exponent_bar = h_bar * h
-            step_bar = _dot("bgnk,n->bgk", exponent_bar * A, jnp.ones_like(A[0, :, 0]))
+            step_bar = _dot("bgnk,n->bgk", exponent_bar * A, jnp.ones(A.shape[1], A.dtype))
             A_bar = A_bar + exponent_bar * step[..., None, :]  # summed over b after the loop
             return (h_bar, A_bar), (step_bar, v_bar, B_bar)
 
         (h_bar, A_bar), (step_bar, v_bar, B_bar) = lax.scan(
             unvisit, (h_bar, jnp.zeros_like(h[0])), (step, v, B, C, h, s_bar), reverse=not reverse
         )
-        A_bar = _dot("bgnk,b->gnk", A_bar, jnp.ones_like(A_bar[:, 0, 0, 0]))
+        A_bar = _dot("bgnk,b->gnk", A_bar, jnp.ones(A_bar.shape[0], A.dtype))
         return step_bar, v_bar, A_bar, B_bar, C_bar, h_bar, s
 
 
