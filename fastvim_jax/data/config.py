@@ -22,11 +22,12 @@ class DataConfig:
     """
 
     source: str = "digits"
-    """Where records come from: digits, packed_npz or image_folder."""
+    """Where records come from: digits, packed_npz, image_folder or webdataset."""
     path: str = ""
     """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. Unused by digits."""
     train_split: str = "train"
-    """Split to train on: `<split>.npz` (packed_npz) or the sub-folder `<split>` (image_folder)."""
+    """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder) or the shards
+    `<split>*.tar` (webdataset)."""
     eval_split: str = "test"
     """Split to evaluate on."""
     class_list: str = ""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.packed_npz import PackedNpzSource
+from fastvim_jax.data.sources.webdataset import WebDatasetSource
 from fastvim_jax.errors import UserError, suggest
 
-SOURCES: tuple[str, ...] = ("digits", "packed_npz", "image_folder")
+SOURCES: tuple[str, ...] = ("digits", "packed_npz", "image_folder", "webdataset")
 
 
 def open_source(name: str, split: str, *, path: str = "", class_list: str = "") -> Source:
@@ -37,9 +39,12 @@ def open_source(name: str, split: str, *, path: str = "", class_list: str = "") 
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
     classes = expand_path(class_list) if class_list else None
-    if name == "packed_npz":
-        return PackedNpzSource(root, split, class_list=classes)
-    return ImageFolderSource(root, split, class_list=classes)
+    kinds: dict[str, Callable[..., Source]] = {
+        "packed_npz": PackedNpzSource,
+        "image_folder": ImageFolderSource,
+        "webdataset": WebDatasetSource,
+    }
+    return kinds[name](root, split, class_list=classes)
 
 
 def expand_path(path: str) -> Path:

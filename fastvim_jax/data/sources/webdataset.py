@@ -1,0 +1,101 @@
+"""Tar shards in the WebDataset layout: `<root>/<split>*.tar`, members `key.jpg` beside `key.cls` or `key.json`.
+
+The shards' headers are read once; images are then read by their place in a shard, so that access is random and
+shards may differ in length.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from fastvim_jax.data.records import Record
+from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
+from fastvim_jax.data.sources.image_folder import EXTENSIONS
+from fastvim_jax.errors import UserError, suggest
+
+
+class WebDatasetSource:
+    """One split: the shards whose names begin with it. Labels are whole numbers, in `.cls` or as `label` in `.json`."""
+
+    def __init__(self, root: Path, split: str, *, class_list: Path | None = None) -> None:
+        self._shards = sorted(root.glob(f"{split}*.tar"))
+        if not self._shards:
+            names = sorted({file.stem.rstrip("0123456789-_.") for file in root.glob("*.tar")})
+            raise UserError(
+                f"No shards {split}*.tar in {str(root)!r}; splits found there: {', '.join(names) or 'none'}."
+                + suggest(split, names)
+            )
+        self._keys: list[str] = []
+        places: list[tuple[int, int, int, int]] = []
+        for number, shard in enumerate(self._shards):
+            for key, (offset, size, label) in _index(shard).items():
+                self._keys.append(key)
+                places.append((number, offset, size, label))
+        if not places:
+            raise UserError(f"The shards {split}*.tar in {str(root)!r} hold no labelled image.")
+        self._places = np.asarray(places, np.int64)
+        classes = read_class_list(class_list) if class_list else find_class_list(root)
+        found = int(self._places[:, 3].max()) + 1
+        self.class_names = classes.names if classes else tuple(str(i) for i in range(found))
+        if found > len(self.class_names):
+            raise UserError(
+                f"The shards {split}*.tar hold the label {found - 1}, "
+                f"but the class list names only {len(self.class_names)} classes."
+            )
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Record:
+        number, offset, size, label = (int(v) for v in self._places[index])
+        shard = self._shards[number]
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return Record(file.read(size), label, f"{shard}/{self._keys[index]}")
+
+
+def _index(shard: Path) -> dict[str, tuple[int, int, int]]:
+    """Offset, size and label of each image of a shard, by its file name, in the shard's order."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                # A key ends at the first dot of the file's name, not of its folder's.
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
+                if extension in EXTENSIONS:
+                    images[key] = (member.name, member.offset_data, member.size)
+                elif extension in (".cls", ".json"):
+                    content = tar.extractfile(member)
+                    label = _label(content.read() if content else b"", extension)
+                    if label is not None:
+                        labels[key] = label
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{str(shard)!r} cannot be read as a tar file: {error}") from None
+    missing = [name for key, (name, _, _) in images.items() if key not in labels]
+    if missing:
+        raise UserError(
+            f"{str(shard)!r}: {len(missing)} images have no label in a .cls or .json file beside them, "
+            f"among them {missing[0]}."
+        )
+    return {name: (offset, size, labels[key]) for key, (name, offset, size) in images.items()}
+
+
+def _label(content: bytes, extension: str) -> int | None:
+    """The label as a whole number, or None where a JSON holds other things."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    if extension == ".json":
+        value = value.get("label") if isinstance(value, dict) else None
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return value if valid else None
