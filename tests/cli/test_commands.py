@@ -168,10 +168,6 @@ def test_quickstart_report_draws_the_run(fastvim: Cli, run_dir: Path, tmp_path: 
     assert f"accuracy {top1:.2%}" in out and f"{round(360 * top1)} of 360" in out
     last = out.splitlines()[-1]
     assert str(picture) in last and f"eval {run_dir}`" in last
-    status, _, err = fastvim(
-        "quickstart-report", run_dir, "--picture", picture, "--at-least", "1.0"
-    )
-    assert status == 1 and "is below 100.00%" in err
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert min(pixels.shape[:2]) > 600 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     status, _, err = fastvim("quickstart-report", run_dir, "--at-least", f"{top1 + 0.001}")
