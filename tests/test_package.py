@@ -7,8 +7,12 @@ import importlib
 import importlib.metadata
 import importlib.resources
 import inspect
+import os
+import re
+import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +213,46 @@ def test_this_environment_is_one_of_the_two_sets() -> None:
     for name in ("jax", "jaxlib", "flax"):
         installed = importlib.metadata.version(name)
         assert allowed(project()["dependencies"], name, installed, python), f"{name} {installed}"
+
+
+def test_the_wheel_is_complete_and_runs_outside_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory"]
+    subprocess.run([*build, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(installed)
+    for name, path in modules().items():
+        assert path.relative_to(ROOT).as_posix() in names, name
+    assert {"fastvim_jax/py.typed", "pallas_kernels/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "experiments/", "docs/"))]
+    listed = subprocess.run(
+        [sys.executable, "-m", "fastvim_jax", "train", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for path in (ROOT / "experiments").rglob("*.py"):
+        name = path.relative_to(ROOT / "experiments").with_suffix("").as_posix()
+        assert f"fastvim_jax/experiments/{name}.py" in names
+        assert name in listed
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_readme_s_first_example_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (8, 10) and jnp.isfinite(names["logits"]).all()
+    assert names["wide"].config.pooling == "max"
