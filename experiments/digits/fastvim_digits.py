@@ -1,4 +1,9 @@
-"""A small FastVim on scikit-learn's handwritten digits: 8 x 8 pixels, 1,437 to train on, the last 360 held out."""
+"""A small FastVim on scikit-learn's handwritten digits: 8 x 8 pixels, 1,437 to train on, the last 360 held out.
+
+4 blocks, 64 wide, patches of 2 pixels (a grid of 4 x 4), 166,154 parameters.
+Expected: about 98 % of the held-out images by the weights after the last epoch, raw or averaged; chance is 10 %.
+Cost: 1,320 steps, under 3 minutes on two CPU cores, some 20 seconds of it compilation.
+"""
 
 from fastvim_jax.data import DataConfig
 from fastvim_jax.models import VisionMambaConfig
@@ -12,7 +17,7 @@ config = TrainConfig(
         num_classes=10,
         embed_dim=64,
         depth=4,
-        drop_path=0.05,
+        drop_path=0.1,
     ),
     data=DataConfig(
         source="digits",
@@ -21,16 +26,20 @@ config = TrainConfig(
         batch_size=32,
         crop="pad_shift",
         pad=1,
-        flip=0.0,
+        flip=0.0,  # a mirrored digit is another sign
         eval_crop=1.0,
         mean=(0.305,),
         std=(0.376,),
     ),
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=2.0, final_learning_rate=1e-5
+        learning_rate=3e-3,
+        learning_rate_scaling="none",
+        warmup_epochs=2.0,
+        final_learning_rate=1e-5,
     ),
     epochs=30,
     ema_decay=0.99,
-    evaluate_every_epochs=5,
+    evaluate_every_epochs=3,
+    checkpoint_every_steps=220,
     log_every_steps=11,
 )
