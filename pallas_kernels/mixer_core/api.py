@@ -1,0 +1,152 @@
+"""The public function: checks its arguments, picks kernels or XLA, and holds the derivative rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import xla
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+
+
+def mixer_core(
+    xz: Float[Array, "b l e2"],
+    directions: Directions,
+    norm: Norm,
+    middle_params: Any,
+    *,
+    middle: Callable[[Any, jax.Array], jax.Array],
+    rows: int,
+    columns: int,
+    transposed: bool = False,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    implementation: str = "auto",
+) -> Float[Array, "b l e"]:
+    """Everything of a bidirectional FastVim mixer between its two projections.
+
+        x, z = halves of xz;   c_d = silu(conv_d(x));   u_d = mean of c_d over each line · scale
+        y = middle(middle_params, u)                    the projections of u and the scans
+        out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
+
+    with d the two directions; the second one's window looks ahead. On Hopper GPUs, xz is read twice and
+    out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode); kept
+    for the gradient are xz and tensors of the size of u.
+
+    Args:
+        xz: tokens row by row, x and z one after the other on the channel axis; bfloat16 to float64.
+        directions: convolutions and skips, last tap on the current token.
+        norm: LayerNorm over the channels.
+        middle_params: pytree handed to `middle`, differentiated.
+        middle: maps (middle_params, u `2 b s e` float32 or wider) to y `2 b s e`. Closes over no tracer.
+        rows, columns: the grid of tokens.
+        transposed: visit column by column, so that lines are columns; rows otherwise.
+        scale: factor on the pooled mean.
+        eps: of the LayerNorm.
+        implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
+
+    Returns:
+        `b l e` in xz's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+        NotImplementedError: "pallas" asked for where it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"mixer_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
+        )
+    if xz.shape[1] != rows * columns:
+        raise ValueError(
+            f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens"
+        )
+    if 2 * directions.D.shape[1] != xz.shape[2]:
+        raise ValueError(
+            f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
+        )
+    options = CoreOptions(rows, columns, transposed, float(scale), float(eps))
+    stages = _stages(implementation, xz, directions, options)
+    if stages is None:
+        u = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, options)
+        return xla.back(xz, middle(middle_params, u), directions, norm, options)
+    return _core(stages, middle, options, xz, directions, norm, middle_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """The four stages, as kernels where lowered for CUDA (always, when asked for by name)."""
+
+    always: bool
+
+    def __getattr__(self, name: str) -> Callable:
+        from pallas_kernels.mixer_core import mosaic
+
+        kernel = getattr(mosaic, name)
+        if self.always:
+            return kernel
+
+        def run(*args):
+            *arrays, options = args
+            other = getattr(xla, name)
+            if name == "front":  # the kernel reads x in place
+                other = lambda xz, *rest: xla.front(jnp.split(xz, 2, axis=-1)[0], *rest)  # noqa: E731
+            return jax.lax.platform_dependent(
+                *arrays,
+                cuda=lambda *arrays: kernel(*arrays, options),
+                default=lambda *arrays: other(*arrays, options),
+            )
+
+        return run
+
+
+def _stages(name: str, xz, directions, options) -> _Stages | None:
+    """None for plain XLA."""
+    if name == "xla":
+        return None
+    reason = missing = gpu.kernels_missing()
+    if missing is None:
+        from pallas_kernels.mixer_core import mosaic
+
+        reason = mosaic.unsupported(xz, directions, options)
+    if reason is None:
+        return _Stages(always=name == "pallas")
+    if name == "pallas":
+        raise NotImplementedError(f"mixer_core: 'pallas' cannot run here: {reason}")
+    if missing != "there is no GPU":
+        gpu.log_once(f"mixer_core: using XLA and not the GPU kernels, since {reason}")
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _core(stages, middle, options, xz, directions, norm, middle_params):
+    y = middle(middle_params, stages.front(xz, directions, options))
+    return stages.back(xz, y, directions, norm, options)
+
+
+def _forward(stages, middle, options, xz, directions, norm, middle_params):
+    u = stages.front(xz, directions, options)
+    y, pull = jax.vjp(middle, middle_params, u)
+    out = stages.back(xz, y, directions, norm, options)
+    return out, (xz, y, pull, directions, norm)
+
+
+def _backward(stages, middle, options, residuals, out_bar):
+    xz, y, pull, directions, norm = residuals
+    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(
+        xz, y, directions, norm, out_bar, options
+    )
+    middle_bar, u_bar = pull(jnp.stack([y_bar, y_bar]).astype(y.dtype))
+    x_bar, directions_bar = stages.front_gradients(xz, s_bar, u_bar, directions, options)
+    return jnp.concatenate([x_bar, z_bar], axis=-1), directions_bar, norm_bar, middle_bar
+
+
+_core.defvjp(_forward, _backward)

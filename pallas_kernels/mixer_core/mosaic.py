@@ -1,0 +1,157 @@
+"""The mixer core's kernels behind the interface of `xla`, and how they are cut into blocks.
+
+Kept for the gradient: xz and the small tensors (pooled tokens and what follows from
+them).  Between the two halves of the way back, the gradient of s exists once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mixer_core import mosaic_back, mosaic_front, mosaic_front_gradients
+from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+
+PROCESSORS = 132
+SHARED_MEMORY = 227 * 1024  # bytes a processor can give to blocks
+START = 1.5  # what starting a block costs, in segments
+_interpret = False
+
+
+def interpret(on: bool) -> None:
+    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
+    global _interpret
+    _interpret = on
+
+
+def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
+    """Shared memory of a block."""
+    halo = segment + 2 * (taps - 1)
+    padded = math.ceil(segment / 4) * 4
+    if kind == "front":
+        return 2 * halo * 128 * size
+    if kind == "front_gradients":
+        return (4 * halo + segment) * 128 * size
+    tiles = 1 if kind == "back" else 2
+    return width * (size * (halo + tiles * padded) + 4 * padded)
+
+
+def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | None:
+    """Segments and lines per block for one of the four kernels; None if none fits.
+
+    Of the segments that divide a line and leave room for two blocks a processor, the
+    longest (their halos are read twice); then the lines per block that take the fewest
+    waves times segments, a block's start counted.
+    """
+    batch, _, width = xz.shape
+    width //= 2
+    size = xz.dtype.itemsize
+    fitting = [
+        s
+        for s in range(1, min(options.tokens, 32) + 1)
+        if options.tokens % s == 0
+        and _bytes(kind, s, taps, width, size) <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
+    ]
+    limit = 16 if any(4 <= s <= 16 for s in fitting) else 32
+    segment = max((s for s in fitting if s <= limit), default=0)
+    if segment < min(4, options.tokens):
+        return None
+    resident = min(8, SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024))
+    slots = PROCESSORS * resident
+    others = batch * (width // 128 if kind.startswith("front") else 1)
+    segments = options.tokens // segment
+
+    def cost(per_block):
+        waves = math.ceil(others * options.lines / per_block / slots)
+        return waves * (per_block * segments + START)
+
+    divisors = [d for d in range(1, options.lines + 1) if options.lines % d == 0]
+    return Grid(
+        batch=batch,
+        rows=options.rows,
+        columns=options.columns,
+        width=width,
+        transposed=options.transposed,
+        taps=taps,
+        segment=segment,
+        per_block=min(divisors, key=lambda d: (cost(d), d)),
+    )
+
+
+def unsupported(xz: jax.Array, directions: Directions, options: CoreOptions) -> str | None:
+    """Why the kernels cannot take this call, or None."""
+    if xz.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"xz is {xz.dtype}, and the kernels compute in float32"
+    width, taps = xz.shape[-1] // 2, directions.kernels.shape[1]
+    if width % 128:
+        return f"{width} channels are not made of whole blocks of 128"
+    if not 2 <= taps <= 8:
+        return f"convolutions of width {taps} are not between 2 and 8"
+    if options.tokens < taps - 1:
+        return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
+    for kind in ("front", "back", "front_gradients", "back_gradients"):
+        if cut(kind, xz, taps, options) is None:
+            return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
+    return None
+
+
+def _on_grid(x: jax.Array, options: CoreOptions) -> jax.Array:
+    return x.reshape(x.shape[0], options.rows, options.columns, x.shape[-1])
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def front(xz: jax.Array, directions: Directions, options: CoreOptions) -> jax.Array:
+    """See `xla.front`; reads x out of xz in place."""
+    grid = cut("front", xz, directions.kernels.shape[1], options)
+    d = _float32(directions)
+    return mosaic_front.front(
+        _on_grid(xz, options), d.kernels, d.biases, grid,
+        method="mean", scale=options.scale, interpret=_interpret,
+    )  # fmt: skip
+
+
+def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax.Array:
+    """See `xla.back`."""
+    grid = cut("back", xz, directions.kernels.shape[1], options)
+    d, n = _float32((directions, norm))
+    out = mosaic_back.back(
+        _on_grid(xz, options), y.astype(jnp.float32), *d, *n, grid,
+        eps=options.eps, interpret=_interpret,
+    )  # fmt: skip
+    return _flat(out)
+
+
+def back_gradients(xz, y, directions: Directions, norm: Norm, out_bar, options: CoreOptions):
+    """See `xla.back_gradients`."""
+    grid = cut("back_gradients", xz, directions.kernels.shape[1], options)
+    d, n = _float32((directions, norm))
+    s_bar, z_bar, y_bar, norm_bar = mosaic_back.back_gradients(
+        _on_grid(xz, options), y.astype(jnp.float32), *d, *n, _on_grid(out_bar, options), grid,
+        eps=options.eps, interpret=_interpret,
+    )  # fmt: skip
+    norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
+    return _flat(s_bar), _flat(z_bar), y_bar, norm_bar
+
+
+def front_gradients(xz, s_bar, pooled_bar, directions: Directions, options: CoreOptions):
+    """See `xla.front_gradients`."""
+    taps = directions.kernels.shape[1]
+    grid = cut("front_gradients", xz, taps, options)
+    d = _float32(directions)
+    x_bar, shares = mosaic_front_gradients.front_gradients(
+        _on_grid(xz, options), _on_grid(s_bar, options), pooled_bar.astype(jnp.float32), *d, grid,
+        scale=options.scale, interpret=_interpret,
+    )  # fmt: skip
+    sums = shares.sum(0)
+    directions_bar = Directions(sums[:, :taps], sums[:, taps], sums[:, taps + 1])
+    return _flat(x_bar), jax.tree.map(lambda g, p: g.astype(p.dtype), directions_bar, directions)

@@ -1,0 +1,373 @@
+"""Back of the mixer as one Mosaic GPU kernel: repeat, skip, average, LayerNorm and gate.
+
+    s   = (y_f + y_b of the line)/2 + (D_f c_f + D_b c_b)/2,   c = silu(convolution of x), recomputed
+    out = LayerNorm(s) · silu(z)
+
+A segment of tokens is worked on twice: first a thread owns channels and walks the tokens
+(convolutions, s), then a warp owns a token (LayerNorm, gate).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.mosaic_front import convolve, read_row, row_layout, silu
+from pallas_kernels.selective_scan.mosaic_common import (
+    LOG2E,
+    _reduced,
+    _tiled,
+    compiler_params,
+    interpret_params,
+    reciprocal,
+)
+
+
+BLOCK = 128  # channels; the copy engine moves at most 256 along an axis
+
+
+class TokenLayouts:
+    """Layouts of ``(at_once, blocks, 128)``, a few whole tokens: each over one or more warps."""
+
+    def __init__(self, blocks: int):
+        self.blocks = blocks
+        self.at_once = 4 if blocks <= 4 or blocks % 2 else 2 if blocks <= 8 or blocks % 4 else 1
+        base, self.tokens = _tiled(
+            ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)), (-9, -8), (-4,), -1
+        )
+        self.channels = _reduced(base, (0,))
+        self.statistic = _reduced(base, (1, 2))
+
+    def over_tokens(self, vector: jax.Array) -> jax.Array:
+        spread = lax.broadcast_in_dim(vector, (self.at_once, *vector.shape), (1, 2))
+        return plgpu.layout_cast(spread, self.tokens)
+
+    def over_channels(self, statistic: jax.Array) -> jax.Array:
+        spread = lax.broadcast_in_dim(statistic, (self.at_once, self.blocks, BLOCK), (0,))
+        return plgpu.layout_cast(spread, self.tokens)
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        if self.at_once == 4:  # a warp holds whole tokens: add up its registers first
+            total = jnp.sum(jnp.sum(x, axis=1), axis=1)
+        else:
+            total = jnp.sum(jnp.sum(x, axis=2), axis=1)
+        return total * (1.0 / (self.blocks * BLOCK))
+
+
+def owned_blocks(blocks: int) -> int:
+    """Blocks of channels the threads own at a time: up to three."""
+    return next(n for n in (3, 2, 1) if blocks % n == 0)
+
+
+class Segments:
+    """What both kernels of the back do with a segment: fetch it and mix the directions."""
+
+    def __init__(self, grid: Grid, interpret: bool):
+        self.grid, self.interpret = grid, interpret
+        self.blocks = grid.width // BLOCK
+        self.owned = owned_blocks(self.blocks)
+        self.row = row_layout(self.owned, BLOCK)
+        self.layouts = TokenLayouts(self.blocks)
+        at_once = self.layouts.at_once
+        self.padded = pl.cdiv(grid.segment, at_once) * at_once
+        self.whole = self.owned == self.blocks  # parameters are then read once
+
+    @property
+    def items(self) -> int:
+        return self.grid.per_block * self.grid.segments
+
+    def tile(self, dtype, rows: int | None = None):
+        return plgpu.SMEM((rows or self.padded, self.blocks, BLOCK), dtype)
+
+    def halo_tile(self, dtype):
+        return self.tile(dtype, self.grid.segment + 2 * self.grid.halo)
+
+    def place(self, item):
+        """Line and first token of the block's segment number ``item``."""
+        grid = self.grid
+        line = lax.axis_index("group") * grid.per_block + lax.div(item, grid.segments)
+        return line, lax.rem(item, grid.segments) * grid.segment
+
+    def fetch(self, ref, tile, barrier, item, half: int = 0):
+        line, start = self.place(item)
+        channels = pl.ds(half * self.blocks, self.blocks)
+        size = self.grid.segment
+        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, channels)
+        plgpu.copy_gmem_to_smem(part, tile.at[pl.ds(0, size)], barrier)
+
+    def fetch_with_halo(self, ref, tile, barrier, item):
+        line, start = self.place(item)
+        channels = pl.ds(0, self.blocks)
+        batch = lax.axis_index("batch")
+        self.grid.fetch_with_halo(ref, tile, barrier, batch, line, start, channels)
+
+    def send(self, tile, ref, item):
+        line, start = self.place(item)
+        size = self.grid.segment
+        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, pl.ds(0, self.blocks))
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
+
+    def each_group(self, run):
+        """``run(blocks of channels)`` for all that the threads own one after another."""
+
+        def step(index, _):
+            run(pl.ds(index * self.owned, self.owned))
+            return ()
+
+        if self.whole:
+            step(0, ())
+        else:
+            lax.fori_loop(0, self.blocks // self.owned, step, ())
+
+    def parameters(self, kernels, biases, D, channels):
+        row = lambda ref: read_row(ref, self.row)  # noqa: E731
+        kernel = [[row(kernels.at[d, j, channels]) for j in range(self.grid.taps)] for d in (0, 1)]
+        return (
+            kernel,
+            [row(biases.at[d, channels]) for d in (0, 1)],
+            [row(D.at[d, channels]) * 0.5 for d in (0, 1)],
+        )
+
+    def mix(self, x_tile, y, line, s_tile, parameters):
+        """Writes s of the segment; ``parameters(channels)`` gives kernels, biases and D / 2."""
+        grid, batch = self.grid, lax.axis_index("batch")
+
+        def run(channels):
+            kernel, bias, skip = parameters(channels)
+            sides = [read_row(y.at[d, batch, line, channels], self.row) for d in (0, 1)]
+            repeated = (sides[0] + sides[1]) * 0.5
+            window = [read_row(x_tile.at[j, channels], self.row) for j in range(2 * grid.halo)]
+            for t in range(grid.segment):
+                window.append(read_row(x_tile.at[t + 2 * grid.halo, channels], self.row))
+                s = repeated
+                for d in (0, 1):
+                    c = convolve(window, kernel[d], bias[d], bool(d))
+                    s = s + skip[d] * silu(c, self.row, self.interpret)
+                s_tile[t, channels] = s
+                window.pop(0)
+
+        self.each_group(run)
+
+    def normalise(self, s, eps):
+        """s without its mean over the channels, and 1 / its standard deviation, per token."""
+        layouts = self.layouts
+        s = s - layouts.over_channels(layouts.mean(s))
+        return s, lax.rsqrt(layouts.mean(s * s) + eps)
+
+    def vector(self, ref):
+        return plgpu.load(ref, layout=self.layouts.channels, optimized=False)
+
+    def tokens(self, ref):
+        return plgpu.load(ref, layout=self.layouts.tokens, optimized=False).astype(jnp.float32)
+
+    def each_token(self, run, carry=()):
+        at_once = self.layouts.at_once
+        step = lambda i, carry: run(pl.ds(i * at_once, at_once), carry)  # noqa: E731
+        return lax.fori_loop(0, self.padded // at_once, step, carry)
+
+
+def blocked(x: jax.Array) -> jax.Array:
+    """``... channels`` to ``... blocks 128``."""
+    return x.reshape(*x.shape[:-1], -1, BLOCK)
+
+
+def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
+    """Args:
+        xz: ``b rows columns 2e``, x then z.
+        y: scan outputs ``2 b lines e`` float32, forward then backward.
+        kernels: ``2 k e``; biases, D: ``2 e``; scale, shift of the LayerNorm: ``e``; float32.
+
+    Returns:
+        ``b rows columns e`` in xz's dtype.
+    """
+    work = Segments(grid, interpret)
+    layouts = work.layouts
+
+    def body(xz_ref, y_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref, x_tile, z_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+        work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
+        work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
+        parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
+        norm = lambda: (work.vector(scale_ref), work.vector(shift_ref))  # noqa: E731
+        if work.whole:
+            held, held_norm = parameters(pl.ds(0, work.owned)), norm()
+            parameters, norm = (lambda channels: held), (lambda: held_norm)
+
+        def item_of(item, _):
+            line, _start = work.place(item)
+            plgpu.barrier_wait(x_barrier)
+            work.mix(x_tile, y_ref, line, s_tile, parameters)
+            plgpu.commit_smem()
+
+            @pl.when(item + 1 < work.items)
+            def _():
+                work.fetch_with_halo(xz_ref, x_tile, x_barrier, item + 1)
+
+            plgpu.barrier_wait(z_barrier)
+
+            def finish(rows, _):
+                s, deviation = work.normalise(work.tokens(s_tile.at[rows]), eps)
+                gamma, beta = norm()
+                s = s * layouts.over_channels(deviation) * layouts.over_tokens(gamma)
+                s = s + layouts.over_tokens(beta)
+                # In place: the thread that read a value of z writes the output there.
+                z = work.tokens(z_tile.at[rows])
+                z_tile[rows] = (s * silu(z, layouts.tokens, interpret)).astype(xz.dtype)
+                return ()
+
+            work.each_token(finish)
+            plgpu.commit_smem()
+            work.send(z_tile, out_ref, item)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(item + 1 < work.items)
+            def _():
+                work.fetch(xz_ref, z_tile, z_barrier, item + 1, 1)
+
+            return ()
+
+        lax.fori_loop(0, work.items, item_of, ())
+        plgpu.wait_smem_to_gmem(0)
+
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((*xz.shape[:3], work.blocks, BLOCK), xz.dtype),
+        scratch_types=[
+            work.halo_tile(xz.dtype),
+            work.tile(xz.dtype),
+            work.tile(jnp.float32),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=1),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_back",
+        grid=(grid.groups, grid.batch),
+        grid_names=("group", "batch"),
+    )(*map(blocked, (xz, y, kernels, biases, D, scale, shift)))
+    return out.reshape(*out.shape[:3], grid.width)
+
+
+def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret):
+    """First half of the core's way back: through gate, LayerNorm and repeat.
+
+    Args:
+        out_bar: gradient of :func:`back`'s output; the others as there.
+
+    Returns:
+        The gradients of s and of z, ``b rows columns e`` in xz's dtype; of each y
+        ``b lines e`` float32; and shares of those of scale and shift ``2 parts e``.
+    """
+    work = Segments(grid, interpret)
+    layouts = work.layouts
+
+    def body(xz_ref, y_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref, ds_ref, dz_ref, dy_ref, norm_ref, x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+        batch, group = lax.axis_index("batch"), lax.axis_index("group")
+        work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
+
+        def fetch_rest(item):
+            work.fetch(xz_ref, z_tile, z_barrier, item, 1)
+            work.fetch(g_ref, g_tile, z_barrier, item)
+
+        fetch_rest(jnp.int32(0))
+        parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
+        norm = lambda: (work.vector(scale_ref), work.vector(shift_ref))  # noqa: E731
+        if work.whole:
+            held, held_norm = parameters(pl.ds(0, work.owned)), norm()
+            parameters, norm = (lambda channels: held), (lambda: held_norm)
+
+        def item_of(item, sums):
+            line, start = work.place(item)
+            plgpu.barrier_wait(x_barrier)
+            work.mix(x_tile, y_ref, line, s_tile, parameters)
+            plgpu.commit_smem()
+
+            @pl.when(item + 1 < work.items)
+            def _():
+                work.fetch_with_halo(xz_ref, x_tile, x_barrier, item + 1)
+
+            plgpu.barrier_wait(z_barrier)
+
+            def finish(rows, sums):
+                s, deviation = work.normalise(work.tokens(s_tile.at[rows]), eps)
+                deviation = layouts.over_channels(deviation)
+                s = s * deviation
+                gamma, beta = (layouts.over_tokens(v) for v in norm())
+                z, g = work.tokens(z_tile.at[rows]), work.tokens(g_tile.at[rows])
+                sigma = reciprocal(lax.exp2(z * -LOG2E) + 1.0, layouts.tokens, interpret)
+                dz = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
+                g = g * z * sigma
+                if work.padded != grid.segment:  # rows past the segment hold anything
+                    row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                    row = plgpu.layout_cast(row, layouts.tokens) + rows.start
+                    dz = jnp.where(row < grid.segment, dz, 0.0)
+                    g = jnp.where(row < grid.segment, g, 0.0)
+                    s = jnp.where(row < grid.segment, s, 0.0)
+                sums = (sums[0] + g * s, sums[1] + g)
+                g = g * gamma
+                g = g - layouts.over_channels(layouts.mean(g))
+                g = g - s * layouts.over_channels(layouts.mean(g * s))
+                ds = g * deviation
+                s_tile[rows] = ds
+                g_tile[rows] = ds.astype(xz.dtype)
+                z_tile[rows] = dz.astype(xz.dtype)
+                return sums
+
+            sums = work.each_token(finish, sums)
+            plgpu.commit_smem()
+            work.send(g_tile, ds_ref, item)
+            work.send(z_tile, dz_ref, item)
+
+            def add_up(channels):
+                total = read_row(s_tile.at[0, channels], work.row)
+                for t in range(1, grid.segment):
+                    total = total + read_row(s_tile.at[t, channels], work.row)
+                dy_ref[batch, line, lax.div(start, grid.segment), channels] = total * 0.5
+
+            work.each_group(add_up)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+
+            @pl.when(item + 1 < work.items)
+            def _():
+                fetch_rest(item + 1)
+
+            return sums
+
+        zeros = jnp.zeros((layouts.at_once, work.blocks, BLOCK), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, layouts.tokens)
+        sums = lax.fori_loop(0, work.items, item_of, (zeros, zeros))
+        for i in (0, 1):
+            norm_ref[i, batch, group] = sums[i]
+        plgpu.wait_smem_to_gmem(0)
+
+    streamed = jax.ShapeDtypeStruct((*xz.shape[:3], work.blocks, BLOCK), xz.dtype)
+    float32 = lambda *shape: jax.ShapeDtypeStruct((*shape, work.blocks, BLOCK), jnp.float32)  # noqa: E731
+    ds, dz, dy, norm = plgpu.kernel(
+        body,
+        out_type=[
+            streamed,
+            streamed,
+            float32(grid.batch, grid.lines, grid.segments),
+            float32(2, grid.batch, grid.groups, layouts.at_once),
+        ],
+        scratch_types=[
+            work.halo_tile(xz.dtype),
+            work.tile(xz.dtype),
+            work.tile(xz.dtype),
+            work.tile(jnp.float32),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_back_gradients",
+        grid=(grid.groups, grid.batch),
+        grid_names=("group", "batch"),
+    )(*map(blocked, (xz, y, kernels, biases, D, scale, shift, out_bar)))
+    ds, dz = (x.reshape(*x.shape[:3], grid.width) for x in (ds, dz))
+    dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
+    return ds, dz, dy, norm.reshape(2, -1, grid.width)

@@ -1,0 +1,132 @@
+"""Front of the mixer: both causal convolutions with SiLU and the pooling, as one Mosaic GPU kernel.
+
+A thread owns a channel and walks the tokens of its lines with the convolutions' window in
+registers, so that every token is read once for both directions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.selective_scan.mosaic_common import (
+    LOG2E,
+    compiler_params,
+    interpret_params,
+    reciprocal,
+)
+
+CHANNELS = 128
+
+
+def silu(x: jax.Array, layout, interpret: bool) -> jax.Array:
+    """x / (1 + exp(-x)); for large -x the reciprocal is 0."""
+    return x * reciprocal(lax.exp2(x * -LOG2E) + 1.0, layout, interpret)
+
+
+def row_layout(*shape: int):
+    """One channel of every 128 a thread."""
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+
+
+def read_row(ref, layout) -> jax.Array:
+    return plgpu.load(ref, layout=layout).astype(jnp.float32)
+
+
+def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, backward: bool):
+    """The convolution at the window's middle token; backward, the window looks ahead.
+
+    The last tap meets the middle token in both directions.
+    """
+    middle = len(kernel) - 1
+    total = bias
+    for j, tap in enumerate(kernel):
+        offset = middle - j if backward else j - middle
+        total = total + tap * window[middle + offset]
+    return total
+
+
+def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpret: bool):
+    """Pooled tokens of both directions.
+
+    Args:
+        x: ``b rows columns ≥e``; channels beyond e are not read.
+        kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
+        method: "mean" (times ``scale``) or "max".
+
+    Returns:
+        ``2 b lines e`` float32.
+    """
+    layout = row_layout(CHANNELS)
+    rows = grid.segment + 2 * grid.halo
+
+    def body(x_ref, kernels_ref, biases_ref, out_ref, tiles, barrier):
+        batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
+        columns = pl.ds(block * CHANNELS, CHANNELS)
+        first = group * grid.per_block
+        items = grid.per_block * grid.segments
+
+        def fetch(item, slot):
+            line = first + lax.div(item, grid.segments)
+            start = lax.rem(item, grid.segments) * grid.segment
+            grid.fetch_with_halo(
+                x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, columns
+            )
+
+        for slot in range(min(2, items)):
+            fetch(jnp.int32(slot), slot)
+        kernel = [
+            [read_row(kernels_ref.at[d, j, columns], layout) for j in range(grid.taps)]
+            for d in range(2)
+        ]
+        bias = [read_row(biases_ref.at[d, columns], layout) for d in range(2)]
+
+        def line_of(index, _):
+            def segment(part, pooled):
+                item = index * grid.segments + part
+                slot = lax.rem(item, 2)
+                plgpu.barrier_wait(barrier.at[slot])
+                window = [read_row(tiles.at[slot, j], layout) for j in range(2 * grid.halo)]
+                pooled = list(pooled)
+                for t in range(grid.segment):
+                    window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
+                    for d in range(2):
+                        c = convolve(window, kernel[d], bias[d], bool(d))
+                        c = silu(c, layout, interpret)
+                        pooled[d] = lax.max(pooled[d], c) if method == "max" else pooled[d] + c
+                    window.pop(0)
+                plgpu.commit_smem()
+
+                @pl.when(item + 2 < items)
+                def _():
+                    fetch(item + 2, slot)
+
+                return tuple(pooled)
+
+            start = -jnp.inf if method == "max" else 0.0
+            start = plgpu.layout_cast(jnp.full((CHANNELS,), start, jnp.float32), layout)
+            pooled = lax.fori_loop(0, grid.segments, segment, (start, start))
+            for d in range(2):
+                value = pooled[d] if method == "max" else pooled[d] * (scale / grid.tokens)
+                out_ref[d, batch, first + index, columns] = value
+            return ()
+
+        lax.fori_loop(0, grid.per_block, line_of, ())
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((2, grid.batch, grid.lines, grid.width), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((2, rows, CHANNELS), x.dtype),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_front",
+        grid=(grid.width // CHANNELS, grid.groups, grid.batch),
+        grid_names=("block", "group", "batch"),
+    )(x, kernels, biases)

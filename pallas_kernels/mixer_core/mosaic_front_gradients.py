@@ -1,0 +1,158 @@
+"""Second half of the mixer core's way back, as one Mosaic GPU kernel.
+
+From the gradient of s (the mix of both directions) and of the pooled tokens, through
+skip, pooling, SiLU and both convolutions, which are computed again, to x:
+
+    dc_d   = D_d ds / 2 + dpooled_d of the line / tokens        dp_d = dc_d silu'(p_d)
+    dx_t   = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]
+
+As in the forward kernel, a thread owns a channel and walks the tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.mosaic_front import CHANNELS, convolve, read_row, row_layout
+from pallas_kernels.selective_scan.mosaic_common import (
+    LOG2E,
+    compiler_params,
+    interpret_params,
+    reciprocal,
+)
+
+
+def front_gradients(
+    x, ds, pooled_bar, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
+):
+    """Args:
+        x: ``b rows columns ≥e``; ds: ``b rows columns e``; pooled_bar: ``2 b lines e``
+            float32; kernels ``2 k e``, biases and D ``2 e`` float32.
+        scale: factor on the pooled mean.
+
+    Returns:
+        dx ``b rows columns e`` in x's dtype, and shares of the gradients of kernels, biases
+        and D, ``parts 2 (k + 2) e`` float32.
+    """
+    layout = row_layout(CHANNELS)
+    halo, segment, taps = grid.halo, grid.segment, grid.taps
+    rows = segment + 2 * halo
+    items = grid.per_block * grid.segments
+
+    def body(x_ref, ds_ref, pooled_ref, k_ref, b_ref, D_ref, dx_ref, sums_ref, x_tiles, ds_tiles, dx_tile, barrier):  # fmt: skip
+        batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
+        channels = pl.ds(block * CHANNELS, CHANNELS)
+        first = group * grid.per_block
+
+        def place(item):
+            line = first + lax.div(item, grid.segments)
+            return line, lax.rem(item, grid.segments) * segment
+
+        def fetch(item, slot):
+            line, start = place(item)
+            for ref, tiles in ((x_ref, x_tiles), (ds_ref, ds_tiles)):
+                grid.fetch_with_halo(
+                    ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
+                )
+
+        for slot in range(min(2, items)):
+            fetch(jnp.int32(slot), slot)
+        row = lambda ref: read_row(ref, layout)  # noqa: E731
+        kernel = [[row(k_ref.at[d, j, channels]) for j in range(taps)] for d in (0, 1)]
+        bias = [row(b_ref.at[d, channels]) for d in (0, 1)]
+        skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
+
+        def pooled_of(line):
+            """What the pooling sends back to a line's tokens; nothing outside the grid."""
+            inside = jnp.logical_and(line >= 0, line < grid.lines)
+            factor = lax.select(inside, jnp.float32(scale / grid.tokens), jnp.float32(0.0))
+            line = jnp.clip(line, 0, grid.lines - 1)
+            return [row(pooled_ref.at[d, batch, line, channels]) * factor for d in (0, 1)]
+
+        def item_of(item, sums):
+            line, start = place(item)
+            slot = lax.rem(item, 2)
+            here = pooled_of(line)
+            before = pooled_of(lax.select(start == 0, line - 1, line))
+            after = pooled_of(lax.select(start + segment == grid.tokens, line + 1, line))
+            plgpu.barrier_wait(barrier.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            sums = [list(s) for s in sums]
+            window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
+            back = [[], []]  # dp of the last taps places, per direction
+            place_of = lambda p: before if p < 0 else here if p < segment else after  # noqa: E731
+            # At turn p the window ends at token p: p is the place of the forward convolution
+            # and p - halo that of the backward one, whose windows are then the same tokens.
+            for p in range(segment + halo):
+                window.append(row(x_tiles.at[slot, p + halo]))
+                for d, at in ((0, p), (1, p - halo)):
+                    total = bias[d]
+                    for j in range(taps):
+                        total = total + kernel[d][j] * window[taps - 1 - j if d else j]
+                    sigma = reciprocal(lax.exp2(total * -LOG2E) + 1.0, layout, interpret)
+                    g = row(ds_tiles.at[slot, at + halo])
+                    c_bar = skip[d] * g + place_of(at)[d]
+                    c = total * sigma
+                    p_bar = c_bar * (sigma + c * (1.0 - sigma))
+                    if 0 <= at < segment:
+                        for j in range(taps):
+                            sums[d][j] = sums[d][j] + p_bar * window[taps - 1 - j if d else j]
+                        sums[d][taps] = sums[d][taps] + p_bar
+                        sums[d][taps + 1] = sums[d][taps + 1] + c * g
+                    back[d].append(p_bar)
+                window.pop(0)
+                if p >= halo:
+                    # back[0] holds places p - halo .. p, back[1] p - 2 halo .. p - halo.
+                    total = kernel[0][taps - 1] * back[0][0]
+                    for j in range(taps - 1):
+                        total = total + kernel[0][j] * back[0][taps - 1 - j]
+                    for j in range(taps):
+                        total = total + kernel[1][j] * back[1][j]
+                    dx_tile[p - halo] = total.astype(x.dtype)
+                    back[0].pop(0)
+                    back[1].pop(0)
+            plgpu.commit_smem()
+            part = grid.part(dx_ref, batch, line, start, segment, channels)
+            plgpu.copy_smem_to_gmem(dx_tile, part)
+
+            @pl.when(item + 2 < items)
+            def _():
+                fetch(item + 2, slot)
+
+            return tuple(tuple(s) for s in sums)
+
+        zero = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), layout)
+        sums = lax.fori_loop(0, items, item_of, (((zero,) * (taps + 2)),) * 2)
+        for d in (0, 1):
+            for j in range(taps + 2):
+                factor = 0.5 if j == taps + 1 else 1.0
+                sums_ref[batch, group, d, j, channels] = sums[d][j] * factor
+        plgpu.wait_smem_to_gmem(0)
+
+    dx, sums = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
+            jax.ShapeDtypeStruct(
+                (grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32
+            ),
+        ],
+        scratch_types=[
+            plgpu.SMEM((2, rows, CHANNELS), x.dtype),
+            plgpu.SMEM((2, rows, CHANNELS), ds.dtype),
+            plgpu.SMEM((segment, CHANNELS), x.dtype),
+            plgpu.Barrier(num_arrivals=6, num_barriers=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_front_gradients",
+        grid=(grid.width // CHANNELS, grid.groups, grid.batch),
+        grid_names=("block", "group", "batch"),
+    )(x, ds, pooled_bar, kernels, biases, D)
+    return dx, sums.reshape(-1, *sums.shape[2:])

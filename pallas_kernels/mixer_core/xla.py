@@ -1,0 +1,97 @@
+"""The mixer core without fusion by hand: the definition, and the path of every platform without kernels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.causal_conv1d import xla as conv1d
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+
+
+def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
+    """Stored order to the order of visits, or back (``first``: rows of the grid as it is)."""
+    if not options.transposed:
+        return x
+    grid = x.reshape(x.shape[0], first, -1, x.shape[-1]).swapaxes(1, 2)
+    return grid.reshape(x.shape)
+
+
+def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
+    return [
+        conv1d.conv(
+            x, directions.kernels[d], directions.biases[d], activation="silu", reverse=bool(d)
+        )
+        for d in (0, 1)
+    ]
+
+
+def front(
+    x: Float[Array, "b l e"], directions: Directions, options: CoreOptions
+) -> Float[Array, "2 b s e"]:
+    """Convolutions, SiLU and the mean over each line."""
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    x = _swap(x, options.rows, options)
+    shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
+    pooled = [jnp.mean(c.reshape(shape), axis=2, dtype=wide) for c in _convolved(x, directions)]
+    return jnp.stack(pooled) * options.scale
+
+
+def mix(
+    x: Float[Array, "b l e"],
+    y: Float[Array, "2 b s e"],
+    directions: Directions,
+    options: CoreOptions,
+) -> Float[Array, "b l e"]:
+    """Mean of both directions' repeated scan outputs and skips, in stored order, float32 or wider."""
+    x = _swap(x, options.rows, options)
+    total = jnp.repeat(y[0] + y[1], options.tokens, axis=1)
+    for D, c in zip(directions.D, _convolved(x, directions), strict=True):
+        total = total + D.astype(total.dtype) * c
+    return _swap(total / 2, options.columns, options)
+
+
+def gate(
+    s: Float[Array, "b l e"], z: Float[Array, "b l e"], norm: Norm, options: CoreOptions
+) -> Float[Array, "b l e"]:
+    """LayerNorm(s) · silu(z), in z's dtype."""
+    s = s - jnp.mean(s, axis=-1, keepdims=True)
+    s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + options.eps)
+    s = s * norm.scale.astype(s.dtype) + norm.shift.astype(s.dtype)
+    return s.astype(z.dtype) * jax.nn.silu(z)
+
+
+def back(
+    xz: Float[Array, "b l e2"],
+    y: Float[Array, "2 b s e"],
+    directions: Directions,
+    norm: Norm,
+    options: CoreOptions,
+) -> Float[Array, "b l e"]:
+    """Everything after the scan: see `mix` and `gate`."""
+    x, z = jnp.split(xz, 2, axis=-1)
+    return gate(mix(x, y, directions, options), z, norm, options)
+
+
+def back_gradients(xz, y, directions, norm, out_bar, options):
+    """Gradients of s and z, ``b l e`` in xz's dtype, of y (the same for both directions) and of norm."""
+    x, z = jnp.split(xz, 2, axis=-1)
+    s = mix(x, y, directions, options)
+    _, pull = jax.vjp(lambda s, z, norm: gate(s, z, norm, options), s, z, norm)
+    s_bar, z_bar, norm_bar = pull(out_bar)
+    visited = _swap(s_bar, options.rows, options)
+    visited = visited.reshape(s.shape[0], options.lines, options.tokens, s.shape[-1])
+    return s_bar.astype(xz.dtype), z_bar, visited.sum(2) / 2, norm_bar
+
+
+def front_gradients(xz, s_bar, pooled_bar, directions, options):
+    """Gradients of x ``b l e`` in xz's dtype and of directions, from those of s and the pooled tokens."""
+    x = jnp.split(xz, 2, axis=-1)[0]
+
+    def run(x, directions):
+        no_scan = jnp.zeros(pooled_bar.shape, pooled_bar.dtype)
+        return front(x, directions, options), mix(x, no_scan, directions, options)
+
+    (_, s), pull = jax.vjp(run, x, directions)
+    return pull((pooled_bar, s_bar.astype(s.dtype)))
