@@ -1,0 +1,120 @@
+"""The scripts behind the Makefile: which Python is taken, what is refused, how tests are counted, the quickstart."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of scripts/ with these additions to the environment."""
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def interpreter(path: Path, answer: str, status: int = 0) -> Path:
+    """A stand-in for a Python interpreter that answers the probe with `answer` and its own path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\necho "{answer} $0"\nexit {status}\n')
+    path.chmod(0o755)
+    return path
+
+
+def find(series: str, home: Path, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Look for a Python in pyenv's versions below `home`, then on PATH."""
+    search = ":".join([*map(str, path), os.environ["PATH"]])
+    return run(
+        "find_python.sh", series, HOME=str(home), PYENV_ROOT=str(home / ".pyenv"), PATH=search
+    )
+
+
+def test_the_newest_python_that_starts_is_found_past_shims_that_do_not(tmp_path: Path) -> None:
+    shims, folder = tmp_path / "shims", tmp_path / "a folder"
+    interpreter(shims / "python3.99", "3.99 7", status=1)
+    assert find("3.99", tmp_path, shims).returncode == 1
+
+    older = interpreter(folder / "python3.99", "3.99 2")
+    assert find("3.99", tmp_path, shims, folder).stdout == f"{older}\n"
+
+    installed = interpreter(tmp_path / ".pyenv/versions/3.99.10/bin/python", "3.99 10")
+    interpreter(tmp_path / ".pyenv/versions/3.99.9/bin/python", "3.99 9")
+    assert find("3.99", tmp_path, shims, folder).stdout == f"{installed}\n"
+
+
+def test_an_interpreter_under_a_wrong_name_does_not_count(tmp_path: Path) -> None:
+    interpreter(tmp_path / "bin" / "python3.99", "3.9 9")
+    found = find("3.99", tmp_path, tmp_path / "bin")
+    assert found.returncode == 1 and found.stdout == ""
+    assert "No working Python 3.99" in found.stderr and "PYTHON=" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python does not start"),
+        ({"PYTHON": "/bin/echo"}, "PYTHON=/bin/echo is"),
+        (
+            {"PYTHON": sys.executable, "GPU": "rocm"},
+            "GPU=rocm is unknown: use cuda12, cuda13 or cpu",
+        ),
+    ],
+    ids=["missing", "no Python", "unknown GPU"],
+)
+def test_set_up_refuses_what_cannot_work(
+    environment: dict[str, str], complaint: str, tmp_path: Path
+) -> None:
+    environment = {"GPU": "", "VENV": str(tmp_path / "new env")} | environment
+    result = run("setup.sh", "base", **environment)
+    assert result.returncode == 1
+    assert complaint in result.stderr
+    assert not (tmp_path / "new env").exists()
+
+
+def report(path: Path, **counts: int) -> str:
+    """A JUnit file with these counts."""
+    attributes = " ".join(f'{name}="{value}"' for name, value in counts.items())
+    path.write_text(f"<testsuites><testsuite {attributes}></testsuite></testsuites>")
+    return str(path)
+
+
+def test_counts_add_up_and_failures_or_missing_runs_fail(tmp_path: Path) -> None:
+    def count(*reports: str) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "count_tests.py"), *reports],
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stdout.splitlines()[-1]
+
+    good = report(tmp_path / "good.xml", tests=5, failures=0, errors=0, skipped=1)
+    bad = report(tmp_path / "bad.xml", tests=7, failures=1, errors=2, skipped=0)
+    none = report(tmp_path / "none.xml", tests=0, failures=0, errors=0, skipped=0)
+    assert count(good) == (0, "4 passed, 0 failed, 1 skipped")
+    assert count(good, bad) == (1, "8 passed, 3 failed, 1 skipped")
+    assert count(good, str(tmp_path / "missing.xml"))[0] == 1
+    assert count(none)[0] == 1
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_its_accuracy_and_draws_its_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    # As a user has it: not with the settings that make the tests compile fast.
+    result = run(
+        "quickstart.sh", RUN=str(folder), VENV=str(Path(sys.executable).parents[1]), XLA_FLAGS=""
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    right = re.search(r"(\d+) of 360 held-out", result.stdout)
+    assert right and int(right.group(1)) >= 0.97 * 360
+    assert str(folder) in result.stdout.splitlines()[-1]
+    assert (folder / "quickstart.png").stat().st_size > 20_000
