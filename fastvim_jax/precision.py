@@ -1,9 +1,10 @@
 """The dtype policy, in one place.
 
-Parameters are kept in `param_dtype` (float32; float64 in tests), products and activations in `dtype`.
-Wide islands — norm statistics, the residual stream, A, D, the step bias, scan states, pooled sums, head and
-losses — are held in `wide`, that is float32 or more. `matmul` says how float32 products are carried out on a
-GPU, whose default would be TF32: "highest" is true float32, "tf32" gives 10 mantissa bits and more speed.
+Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is that of the operands of products
+(`fastvim_jax.layers.linear`; in a ViT of the activations between them too). Everything else — results of products,
+convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, losses — is held in `wide`, that is
+float32 or more. `matmul` says how float32 products are carried out on a GPU, whose default would be TF32: "highest"
+is true float32, "tf32" gives 10 mantissa bits and more speed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Precision:
 
     @property
     def compute(self) -> jnp.dtype:
-        """Dtype of activations and of the operands of products."""
+        """Dtype of the operands of products (in a ViT, of the activations between them too)."""
         return jnp.dtype(DTYPES[self.dtype])
 
     @property
@@ -52,7 +53,7 @@ class Precision:
 
     @property
     def wide(self) -> jnp.dtype:
-        """Dtype of the wide islands: float32, or the compute dtype where that is wider."""
+        """Dtype of everything else: float32, or the compute dtype where that is wider."""
         return jnp.promote_types(jnp.float32, self.compute)
 
     @property

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.nn.initializers import constant, ones, zeros
 
 from fastvim_jax.layers import initializers as init
+from fastvim_jax.layers.linear import linear, product
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
@@ -115,9 +116,11 @@ class ScanDirection(nnx.Module):
 
     def __call__(self, x: Inner, pooling: Pooling) -> Inner:
         """x `b l e` in scan order → y `b l e` in scan order, float32 or wider."""
-        wide = self.config.precision.wide
+        precision = self.config.precision
+        wide = precision.wide
         c = self.convolve(x)
-        u = pooling.pool(c, None if self.score is None else self.score(c))
+        scores = None if self.score is None else linear(self.score, c, precision)
+        u = pooling.pool(c, scores)
         y = self.scan(u).astype(wide)
         D = self.D[...].astype(wide)
         if self.config.unpool == "after_skip":
@@ -129,11 +132,12 @@ class ScanDirection(nnx.Module):
         return jax.nn.silu(x) if self.conv is None else self.conv(x, reverse=self.reverse)
 
     def select(self, u: Pooled) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`, from the scan's tokens."""
+        """Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`, from the scan's tokens; all wide."""
+        precision = self.config.precision
         r, n = self.config.rank, self.config.state_size
-        dt, B, C = jnp.split(self.x_proj(u), [r, r + n], axis=-1)
-        kernel = self.dt_proj.kernel[...].astype(dt.dtype)
-        return jnp.matmul(dt, kernel, precision=self.config.precision.lax), B, C
+        dt, B, C = jnp.split(linear(self.x_proj, u, precision), [r, r + n], axis=-1)
+        delta = product(dt, self.dt_proj.kernel[...], precision.compute, precision.lax)
+        return delta, B, C
 
     def scan(self, u: Pooled) -> Pooled:
         """The selective scan over u `b s e`, without the skip."""
@@ -194,13 +198,13 @@ class Mixer(nnx.Module):
         )
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """h `b l d` in stored order → `b l d`, in the compute dtype."""
-        compute = self.config.precision.compute
-        x, z = jnp.split(self.in_proj(h), 2, axis=-1)
+        """h `b l d` in stored order → `b l d`; both float32 or wider, as is everything between the products."""
+        precision = self.config.precision
+        x, z = jnp.split(linear(self.in_proj, h, precision), 2, axis=-1)
         x = pooling.to_scan_order(x)
         y = (self.forward(x, pooling) + self.backward(x, pooling)) / 2
         y = pooling.from_scan_order(y)
         if self.post_norm is not None:
             y = self.post_norm(y)
-        out = self.out_proj(y.astype(compute) * jax.nn.silu(z))
-        return out if self.layer_scale is None else out * self.layer_scale[...].astype(compute)
+        out = linear(self.out_proj, y * jax.nn.silu(z), precision)
+        return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)

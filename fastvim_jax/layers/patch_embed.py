@@ -9,6 +9,7 @@ from jax.nn.initializers import zeros
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers import initializers as init
+from fastvim_jax.layers.linear import product
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Grid, Images
 
@@ -51,13 +52,13 @@ class PatchEmbed(nnx.Module):
         self.proj = PatchProjection(patch, channels, width, precision=precision, rngs=rngs)
 
     def __call__(self, images: Images) -> Grid:
-        """Images `b h w c` → `b rows columns d` in the compute dtype, rows = ceil(h / p).
+        """Images `b h w c` → `b rows columns d`, float32 or wider, rows = ceil(h / p).
 
         Raises:
             UserError: wrong channel count, or an image smaller than one patch.
         """
         _, height, width, channels = images.shape
-        (p, q), dtype = self.patch, self.precision.compute
+        p, q = self.patch
         if channels != self.channels:
             raise UserError(
                 f"images have {channels} channels (shape {images.shape}, read as batch, height, width, channels) "
@@ -68,12 +69,10 @@ class PatchEmbed(nnx.Module):
                 f"an image of {height}x{width} pixels is smaller than one {p}x{q} patch; resize it first."
             )
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
-        patches = rearrange(
-            jnp.pad(images.astype(dtype), padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q
-        )
-        kernel = rearrange(self.proj.kernel[...].astype(dtype), "p q c d -> (p q c) d")
-        projected = jnp.matmul(patches, kernel, precision=self.precision.lax)
-        return projected + self.proj.bias[...].astype(dtype)
+        patches = rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q)
+        kernel = rearrange(self.proj.kernel[...], "p q c d -> (p q c) d")
+        projected = product(patches, kernel, self.precision.compute, self.precision.lax)
+        return projected + self.proj.bias[...].astype(projected.dtype)
 
 
 def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

@@ -123,7 +123,7 @@ class GridPooling:
         if self.method == "mean":
             pooled = jnp.mean(grid, axis=2, dtype=wide) * self.scale
         elif self.method == "max":
-            pooled = jnp.max(grid, axis=2)
+            pooled = largest(grid, axis=2)
         else:
             assert scores is not None, "attention pooling reads scores"
             scores, _ = _take_out(scores, self.class_index)
@@ -145,6 +145,17 @@ class GridPooling:
         x, class_token = _take_out(x, self.class_index)
         grid = x.reshape(x.shape[0], rows, columns, x.shape[-1]).swapaxes(1, 2)
         return _put_in(grid.reshape(x.shape), class_token, self.class_index)
+
+
+def largest(x: jax.Array, axis: int) -> jax.Array:
+    """The maximum along `axis`; its gradient goes to the first entry that attains it.
+
+    The rule of `jnp.max` compares entries with the maximum once more, and divides by the number of those equal to
+    it. Where XLA computes the entries a second time, and a bit differently, none is, and the gradient is NaN.
+    """
+    where = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    chosen = where == jnp.argmax(x, axis=axis, keepdims=True)
+    return jnp.sum(jnp.where(chosen, x, 0), axis=axis)
 
 
 def parallel_steps(scan_length: int) -> int:

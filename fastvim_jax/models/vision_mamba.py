@@ -17,7 +17,7 @@ from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
-from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
 from fastvim_jax.layers.pos_embed import resize_pos_embed, resize_with_class_row
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
@@ -29,7 +29,6 @@ class Block(nnx.Module):
 
     def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
         p = config.precision
-        self.dtype = p.compute
         self.norm = make_norm(
             config.norm, config.embed_dim, eps=config.norm_eps, precision=p, rngs=rngs
         )
@@ -39,7 +38,7 @@ class Block(nnx.Module):
         self, residual: Tokens, pooling: Pooling, keep: Keep | None
     ) -> tuple[Tokens, Tokens]:
         """Return the new residual stream and the mixer's own output, both `b l d`."""
-        hidden = self.mixer(self.norm(residual).astype(self.dtype), pooling)
+        hidden = self.mixer(self.norm(residual), pooling)
         update = hidden.astype(residual.dtype)
         if keep is not None:
             update = update * broadcast_keep(keep, update)
@@ -125,7 +124,7 @@ class VisionMamba(nnx.Module):
         if self.head is None:
             return features
         logits = self.head(features)
-        return jnp.max(logits, axis=1) if self._reads_all("max") else logits
+        return largest(logits, axis=1) if self._reads_all("max") else logits
 
     def features(self, images: Images) -> Array:
         """What the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
