@@ -12,7 +12,7 @@ from typing import Any
 Fields = dict[str, Any]
 
 
-class UnknownArgument(AssertionError):
+class UnknownArgumentError(AssertionError):
     """A fixture's constructor argument, or its value, has no counterpart here."""
 
 
@@ -27,7 +27,7 @@ def choice(name: str, **values: Any) -> Callable[[Any], Fields]:
     def translate(value: Any) -> Fields:
         key = str(value)
         if key not in values:
-            raise UnknownArgument(
+            raise UnknownArgumentError(
                 f"value {value!r} for the field {name!r}; known: {sorted(values)}"
             )
         return {name: values[key]}
@@ -40,7 +40,7 @@ def no_effect(*allowed: Any) -> Callable[[Any], Fields]:
 
     def check(value: Any) -> Fields:
         if value not in allowed:
-            raise UnknownArgument(
+            raise UnknownArgumentError(
                 f"value {value!r}, of which only {allowed} leave the function as it is"
             )
         return {}
@@ -136,17 +136,17 @@ VIT: dict[str, Callable[[Any], Fields]] = {
 
 
 def translate(kwargs: dict[str, Any], table: dict[str, Callable[[Any], Fields]]) -> Fields:
-    """Every argument through the table, or `UnknownArgument` naming the one that has no entry."""
+    """Every argument through the table, or `UnknownArgumentError` naming the one that has no entry."""
     fields: Fields = {}
     for name, value in kwargs.items():
         if name not in table:
-            raise UnknownArgument(
+            raise UnknownArgumentError(
                 f"argument {name!r} of the authors' constructor has no entry in arguments.py"
             )
         try:
             fields |= table[name](value)
-        except UnknownArgument as error:
-            raise UnknownArgument(f"argument {name!r}: {error}") from None
+        except UnknownArgumentError as error:
+            raise UnknownArgumentError(f"argument {name!r}: {error}") from None
     return fields
 
 
@@ -176,7 +176,7 @@ def square_stride(fields: Fields) -> Fields:
     """Patches of the covered models neither overlap nor leave gaps."""
     stride = fields.pop("stride", None)
     if stride not in (None, fields["patch_size"]):
-        raise UnknownArgument(
+        raise UnknownArgumentError(
             f"argument 'stride': {stride} differs from the patch size {fields['patch_size']}"
         )
     return fields
@@ -210,5 +210,5 @@ def model_fields(kind: str, kwargs: dict[str, Any]) -> Fields:
 def backbone(fields: Fields) -> Fields:
     """A dense-feature backbone keeps no classifier, whatever class count its constructor was given."""
     if not fields.get("out_indices"):
-        raise UnknownArgument("a backbone without out_indices")
+        raise UnknownArgumentError("a backbone without out_indices")
     return {**fields, "num_classes": 0}

@@ -10,14 +10,20 @@ from tests.parity.compare import BOUNDS
 
 def summary_lines(records: list[Any]) -> list[str]:
     """Lines of the terminal summary from what the tests recorded as "parity"."""
-    compared = [r for r in records if "dtype" in r]
+    compared = [r for r in records if "dtype" in r and not r["kind"].endswith(".json")]
+    tables = [r for r in records if "dtype" in r and r["kind"].endswith(".json")]
     lines = [line for r in records for line in r.get("lines", [])]
+    for table in sorted({r["kind"] for r in tables}):
+        entries = sum(r["arrays"][0] for r in tables if r["kind"] == table)
+        wrong = [r["name"] for r in tables if r["kind"] == table and not r["passed"]]
+        verdict = f"NOT equal: {', '.join(wrong)}" if wrong else "equal"
+        lines.insert(0, f"  {table}: {entries} entries compared, {verdict}")
     if not compared:
         return lines
     fixtures = {r["name"] for r in compared}
     failed = sorted({r["name"] for r in compared if not r["passed"]})
     arrays = sum(sum(r["arrays"]) for r in compared)
-    head = f"parity: {len(fixtures)} fixtures and tables, {arrays} arrays compared"
+    head = f"parity: {len(fixtures)} fixtures, {arrays} arrays compared"
     lines.insert(
         0, head + (f"; NOT within bounds: {', '.join(failed)}" if failed else ", all within bounds")
     )

@@ -1,0 +1,67 @@
+"""Every golden file: one test each, dispatched on its class and constructor arguments."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.compare import DTYPES, Comparison, close
+from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
+from tests.parity.golden import COVERED, Golden, fixture_paths, folder, kind_of, read, table_paths
+from tests.parity.models import compare_mixer, compare_model
+from tests.parity.training import compare_schedules, compare_train_steps
+
+KINDS = {path: kind_of(path) for path in fixture_paths()}
+PATHS = [path for path, kind in KINDS.items() if kind in COVERED]
+MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"}
+
+
+def comparisons(golden: Golden) -> list[Comparison]:
+    """All comparisons of one fixture: models in three dtypes, functions in the two that their bounds are for."""
+    if golden.kind in MODELS:
+        runs = [compare_model(golden, dtype) for dtype in DTYPES]
+        if any(name.startswith("block") for name in golden.outputs):
+            runs.append(compare_model(golden, "float64", blocks="unroll"))
+        return runs
+    if golden.kind == "FastVimMixer":
+        return [compare_mixer(golden, dtype) for dtype in DTYPES]
+    if golden.kind == "FastVimTrainSteps":
+        return [compare_train_steps(golden, blocks) for blocks in ("scan", "unroll")]
+    if golden.kind in FUNCTIONS:
+        return [compare_function(golden, dtype) for dtype in ("float64", "float32")]
+    return [
+        {"schedules": compare_schedules, "sincos_pos_embed": compare_sincos}[golden.kind](golden)
+    ]
+
+
+@pytest.mark.skipif(not KINDS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")
+@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+def test_golden_numbers(path: Path, record_property: Any) -> None:
+    golden = read(path)
+    if golden.quirk:
+        pytest.skip("documents a path of the reference that no released recipe uses")
+    close(comparisons(golden), record_property)
+
+
+def test_every_golden_file_is_accounted_for(record_property: Any) -> None:
+    if folder() is None:
+        line = "parity: nothing compared, there are no golden numbers (set FASTVIM_PARITY_DIR)"
+        record_property("parity", {"lines": [line]})
+        pytest.skip("no golden numbers here: set FASTVIM_PARITY_DIR")
+    quirks = [path.stem for path in PATHS if read(path).quirk]
+    others = Counter(kind for kind in KINDS.values() if kind not in COVERED)
+    lines = [f"  not compared, quirks of the reference: {', '.join(quirks)}"] if quirks else []
+    if others:
+        named = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items()))
+        lines.append(f"  not yet covered, {others.total()} fixtures: {named}")
+    record_property("parity", {"lines": lines})
+    index = folder() / "index.json"
+    if index.exists():
+        listed = {entry["file"] for entry in json.loads(index.read_text())}
+        present = {path.name for path in [*KINDS, *table_paths()]}
+        missing = {name for name in listed - present if name != index.name}
+        assert not missing, f"listed in index.json but not there: {sorted(missing)}"
