@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,3 +71,12 @@ def assert_close(
         f"{name}: off by {error:.2e} of the largest entry, more than {rtol_of_max:.0e}"
     )
     return error
+
+
+def checked(config: Any, **changes: Any) -> Any:
+    """The config's own check of values set behind the constructor, whose annotations this test run checks first."""
+    config = copy.copy(config)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config

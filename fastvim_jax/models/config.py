@@ -4,95 +4,96 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.layers.mixer import MixerConfig
 from fastvim_jax.layers.patch_embed import grid_of
 from fastvim_jax.precision import Precision
 
-CHOICES = {
-    "pooling": ("mean", "max", "attention", "none"),
-    "pool_axes": ("alternate", "columns", "rows"),
-    "token_order": ("row", "column"),
-    "norm": ("rms", "layer"),
-    "post_norm": ("layer", "rms", "none"),
-    "class_token": ("none", "middle", "head"),
-    "unpool": ("before_skip", "after_skip"),
-    "head_pool": ("mean", "last", "max", "all"),
-    "blocks": ("scan", "unroll"),
-    "remat": ("none", "block", "dots"),
-}
+PoolingMethod = Literal["mean", "max", "attention", "none"]
+PoolAxes = Literal["alternate", "columns", "rows"]
+DtypeName = Literal["float32", "bfloat16", "float64"]
+ParamDtypeName = Literal["float32", "float64"]
+MatmulPrecision = Literal["highest", "tf32"]
+BlockMode = Literal["scan", "unroll"]
+Remat = Literal["none", "block", "dots"]
 
 
 @dataclass(frozen=True)
 class VisionMambaConfig:
     """A FastVim or Vim backbone with its head.
 
-    Sizes:
-        image_size: Height and width in pixels (an int for a square) for which position embeddings are learned;
-            other sizes are accepted at call time.
-        patch_size: Height and width of a patch in pixels.
-        channels: Image channels.
-        num_classes: Classes of the head; 0 for none (the model then returns its pooled features).
-        embed_dim: Model width d.
-        depth: Number of blocks.
-        state_size, expand, conv_width, dt_rank: n, e/d, k (0 leaves the convolution out), r (None: ceil(d/16)).
-        proj_bias, conv_bias: Biases in in_proj and out_proj; in the convolutions.
-
-    Choices:
-        pooling: What the scan reads of each row: "mean", "max", "attention" — FastVim — or "none" — Vim.
-        pool_axes: "alternate" between columns (even blocks) and rows; or always pool over "columns" or "rows".
-        token_order: Patches flattened by "row" or "column" (the grid's axes then swap roles everywhere).
-        norm: Input norms and final norm; post_norm: norm after the scan ("none" leaves it out).
-        class_token: "none", in the "middle" of the sequence, or at its "head"; the classifier then reads it.
-        unpool: Repeat the scan's result "before_skip" (before D · tokens is added) or "after_skip".
-        pool_scale: Factor on pooled means (0.25 after masked pre-training).
-        layer_scale: Initial value of a per-channel factor on mixer outputs, or None.
-        pos_embed: Learned position embeddings.
-        drop_path: Rate of stochastic depth of the last block; linear in depth from 0.
-        head_pool: "mean" of the tokens, "last" token, "max" of all tokens' logits, or "all" tokens' logits.
-        out_indices: Blocks whose outputs are returned as dense features `b rows columns d`, each through its own
-            LayerNorm, instead of logits.
-        norm_eps: ε of the input norms and the final norm; the norms after the scan and of dense features keep 1e-5.
-
-    Execution:
-        dtype, param_dtype, matmul_precision: see `fastvim_jax.precision`.
-        blocks: "scan" compiles one period of the pattern, "unroll" every block. remat: what the backward pass
-            recomputes. scan_implementation: `implementation` of `selective_scan`.
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
     image_size: int | tuple[int, int] = 224
+    """Pixels, height and width (one number: square), for which position embeddings are learned. Other sizes are
+    accepted at call time."""
     patch_size: int | tuple[int, int] = 16
+    """Pixels of a patch, height and width."""
     channels: int = 3
+    """Image channels."""
     num_classes: int = 1000
+    """Classes of the head; 0 for none (the model then returns its pooled features)."""
     embed_dim: int = 192
+    """Model width d."""
     depth: int = 24
-    pooling: str = "mean"
-    pool_axes: str = "alternate"
-    token_order: str = "row"
-    norm: str = "rms"
-    post_norm: str = "layer"
-    class_token: str = "none"
+    """Number of blocks."""
+    pooling: PoolingMethod = "mean"
+    """What the scan reads of each row of tokens: mean, max or attention (FastVim), or every token, none (Vim)."""
+    pool_axes: PoolAxes = "alternate"
+    """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows (Table 6)."""
+    token_order: Literal["row", "column"] = "row"
+    """Patches flattened row by row or column by column; the grid's axes then swap roles everywhere."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Input norms of the blocks and the final norm (Table 17)."""
+    post_norm: Literal["layer", "rms", "none"] = "layer"
+    """Norm between the scan and the gate; none leaves it out."""
+    class_token: Literal["none", "middle", "head"] = "none"
+    """A class token in the middle of the sequence or at its head; the classifier then reads it (Table 16)."""
     conv_width: int = 4
-    unpool: str = "before_skip"
+    """Width of the depthwise causal convolution; 0 leaves it out (Table 7)."""
+    unpool: Literal["before_skip", "after_skip"] = "before_skip"
+    """Repeat the scan's result along the row before or after D · tokens is added (Table 18)."""
     pool_scale: float = 1.0
+    """Factor on pooled means; 0.25 after masked pre-training of ratio 0.75."""
     layer_scale: float | None = None
+    """Initial value of a learned per-channel factor on mixer outputs; None for no such factor."""
     state_size: int = 16
+    """States n of each channel."""
     expand: int = 2
+    """Inner width e over model width d."""
     dt_rank: int | None = None
+    """Rank r of the projection to step sizes; None: ceil(embed_dim / 16)."""
     proj_bias: bool = False
+    """Biases in in_proj and out_proj."""
     conv_bias: bool = True
+    """Biases in the convolutions."""
     pos_embed: bool = True
+    """Learned position embeddings."""
     drop_path: float = 0.0
-    head_pool: str = "mean"
+    """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
+    head_pool: Literal["mean", "last", "max", "all"] = "mean"
+    """The head reads the mean of the tokens or the last one, or all of them: the largest or every token's logits.
+    A class token takes precedence."""
     out_indices: tuple[int, ...] = ()
+    """Blocks whose outputs are returned as dense features, each through its own LayerNorm, instead of logits."""
     norm_eps: float = 1e-5
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    matmul_precision: str = "highest"
-    blocks: str = "scan"
-    remat: str = "none"
+    """Added to the mean square or variance in input norms and final norm."""
+    dtype: DtypeName = "float32"
+    """Dtype of the operands of products; see fastvim_jax.precision."""
+    param_dtype: ParamDtypeName = "float32"
+    """Dtype in which parameters are stored."""
+    matmul_precision: MatmulPrecision = "highest"
+    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    blocks: BlockMode = "scan"
+    """Compile one period of the stack and loop over it, or every block."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
     scan_implementation: str = "auto"
+    """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas or reference."""
 
     def __post_init__(self) -> None:
         _normalise_sizes(self)
@@ -150,44 +151,59 @@ class VisionMambaConfig:
 class ViTConfig:
     """A Vision Transformer (the DeiT architecture), also with pooled attention (Table 7 of the paper).
 
-    Args:
-        image_size, patch_size, channels, num_classes, embed_dim, depth, drop_path, out_indices, dtype,
-            param_dtype, matmul_precision, blocks, remat: as in `VisionMambaConfig`.
-        num_heads: Attention heads; must divide embed_dim.
-        mlp_ratio: Hidden width of the MLP over embed_dim.
-        qkv_bias: Bias of the query, key and value projection.
-        head_pool: The head reads the final-norm class "token", or the "mean" of the patch tokens through a norm
-            of its own.
-        pooling: "none", or "mean": queries, keys and values from the row means of the normed tokens, the result
-            repeated along the row; the class token stays a step of its own. pool_axes: as in VisionMambaConfig.
-        conv_width: Width of a depthwise causal convolution with SiLU before the pooling; 0 for none.
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
     image_size: int | tuple[int, int] = 224
+    """Pixels, height and width (one number: square), for which position embeddings are learned. Other sizes are
+    accepted at call time."""
     patch_size: int | tuple[int, int] = 16
+    """Pixels of a patch, height and width."""
     channels: int = 3
+    """Image channels."""
     num_classes: int = 1000
+    """Classes of the head; 0 for none (the model then returns its pooled features)."""
     embed_dim: int = 192
+    """Model width d."""
     depth: int = 12
+    """Number of blocks."""
     num_heads: int = 3
+    """Attention heads; must divide embed_dim."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLP over embed_dim."""
     qkv_bias: bool = True
-    head_pool: str = "token"
-    pooling: str = "none"
-    pool_axes: str = "alternate"
+    """Bias of the query, key and value projection."""
+    head_pool: Literal["token", "mean"] = "token"
+    """The head reads the final-norm class token, or the mean of the patch tokens through a norm of its own."""
+    pooling: Literal["none", "mean"] = "none"
+    """mean: queries, keys and values from the row means of the normed tokens, the result repeated along the row; the
+    class token stays a token of its own."""
+    pool_axes: PoolAxes = "alternate"
+    """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows."""
     conv_width: int = 0
+    """Width of a depthwise causal convolution with SiLU before the pooling; 0 for none."""
     drop_path: float = 0.0
+    """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
     out_indices: tuple[int, ...] = ()
+    """Blocks after which the tokens are returned as dense features, each through its own LayerNorm, instead of
+    logits."""
     norm_eps: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    matmul_precision: str = "highest"
-    blocks: str = "scan"
-    remat: str = "none"
+    """Added to the variance in every norm."""
+    dtype: DtypeName = "float32"
+    """Dtype of products and of the activations between them; see fastvim_jax.precision."""
+    param_dtype: ParamDtypeName = "float32"
+    """Dtype in which parameters are stored."""
+    matmul_precision: MatmulPrecision = "highest"
+    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    blocks: BlockMode = "scan"
+    """Compile one block and loop over it, or every block."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
 
     def __post_init__(self) -> None:
         _normalise_sizes(self)
-        _check_choices(self, head_pool=("token", "mean"), pooling=("none", "mean"))
+        _check_choices(self)
         _check_positive(self, "embed_dim", "depth", "channels", "num_heads")
         _check_common(self)
         if self.embed_dim % self.num_heads:
@@ -250,13 +266,13 @@ def _normalise_sizes(config) -> None:
         )
 
 
-def _check_choices(config, **narrower: tuple[str, ...]) -> None:
-    for field in dataclasses.fields(config):
-        choices = narrower.get(field.name, CHOICES.get(field.name))
-        value = getattr(config, field.name)
+def _check_choices(config) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        value = getattr(config, name)
         if choices and value not in choices:
             raise UserError(
-                f"{field.name}={value!r} is not one of {', '.join(choices)}.{suggest(value, choices)}"
+                f"{name}={value!r} is not one of {', '.join(choices)}.{suggest(value, choices)}"
             )
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from fastvim_jax import UserError, create_model, list_models, model_config
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 from fastvim_jax.models.parameters import count_parameters
-from tests.support import assert_close
+from tests.support import assert_close, checked
 
 PARAMETERS = {
     "fastvim_tiny_patch16_224": 7_166_056,
@@ -190,19 +190,25 @@ def test_drop_path_differs_by_key_and_is_off_without_one(key):
     assert not np.allclose(first, off)
 
 
-def test_compute_dtype_is_what_the_blocks_work_in(key):
-    model = build_model(small(VisionMambaConfig(), dtype="bfloat16"), rngs=nnx.Rngs(key))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compute_dtype_is_that_of_the_products_operands(dtype, key):
+    model = build_model(small(VisionMambaConfig(), dtype=dtype), rngs=nnx.Rngs(key))
     images = jax.random.normal(key, (2, 24, 16, 3))
     residual, hidden = model.intermediates(images)[1]
-    assert residual.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16
+    assert residual.dtype == jnp.float32 and hidden.dtype == jnp.float32
     assert model(images).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    program = jax.jit(lambda x: model(x)).lower(images).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    half = [line for line in products if "bf16>" in line]
+    assert len(products) >= 10
+    # All but the head's, and sums inside the scan.
+    assert len(half) >= 10 if dtype == "bfloat16" else not half
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"poolin": "mean"}, "Did you mean 'pooling'"),
         ({"pooling": "men"}, "Did you mean 'mean'"),
         ({"image_size": 8}, "smaller than patch_size"),
         ({"image_size": "224"}, "image_size='224'"),
@@ -217,13 +223,15 @@ def test_compute_dtype_is_what_the_blocks_work_in(key):
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        model_config("fastvim_tiny_patch16_224", **options)
+    with pytest.raises(UserError, match=message):
+        checked(VisionMambaConfig(), **options)
 
 
 def test_unknown_names_are_met_with_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'fastvim_tiny_patch16_224'"):
         create_model("fastvim_tini_patch16_224", rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="Did you mean 'pooling'"):
+        model_config("fastvim_tiny_patch16_224", poolin="mean")
     with pytest.raises(UserError, match="num_heads=5 does not divide"):
         model_config("vit_tiny_patch16_224", num_heads=5)
 

@@ -1,6 +1,5 @@
 """Configs: exact JSON, overrides from the command line, and what they refuse, by field."""
 
-import copy
 import dataclasses
 import json
 
@@ -11,6 +10,7 @@ from fastvim_jax.data import DataConfig
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
+from tests.support import checked
 from tests.training.tiny import tiny_config
 
 VIT = ViTConfig(image_size=(8, 12), patch_size=4, channels=1, num_classes=10, embed_dim=12, depth=2)
@@ -36,15 +36,6 @@ def test_every_field_is_in_the_json():
     assert set(values) == {"class"} | {f.name for f in dataclasses.fields(TrainConfig)}
     assert set(values["data"]) == {"class"} | {f.name for f in dataclasses.fields(DataConfig)}
     assert values["model"]["class"] == "VisionMambaConfig"
-
-
-def checked(config, **changes):
-    """The config's own check of values set behind the constructor, whose annotations this test run checks first."""
-    config = copy.copy(config)
-    for name, value in changes.items():
-        object.__setattr__(config, name, value)
-    config.__post_init__()
-    return config
 
 
 def test_whole_numbers_become_floats():
