@@ -49,12 +49,13 @@ def product(
 
 def _forward(x, kernel, operands, precision):
     rounded = kernel.astype(operands)
-    first, second = _two_terms(x, operands)
-    y = _contract(first, rounded, precision, 1, 0)
-    if second is not None:
-        y = y + _contract(second, rounded, precision, 1, 0)
+    terms = _terms(x, operands)
+    # One product over both terms, so that its wide result is written once.
+    y = _contract(
+        jnp.concatenate(terms, -1), jnp.concatenate([rounded] * len(terms)), precision, 1, 0
+    )
     dtypes = jnp.zeros((), x.dtype), jnp.zeros((), kernel.dtype)
-    return y, (first, rounded, *dtypes)
+    return y, (terms[0], rounded, *dtypes)
 
 
 def _backward(operands, precision, saved, gradient):
@@ -66,14 +67,14 @@ def _backward(operands, precision, saved, gradient):
     return to_x.astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
 
 
-def _two_terms(x, dtype):
-    """x rounded to `dtype`, and what that leaves (None where nothing is left)."""
+def _terms(x, dtype):
+    """Arrays of `dtype` whose sum is x: x rounded and, where x is wider, what that leaves."""
     if jnp.promote_types(x.dtype, dtype) == dtype:
-        return x.astype(dtype), None
+        return [x.astype(dtype)]
     # Not a cast there and back, which XLA may leave out.
     info = jnp.finfo(dtype)
     first = jax.lax.reduce_precision(x, info.nexp, info.nmant)
-    return first.astype(dtype), (x - first).astype(dtype)
+    return [first.astype(dtype), (x - first).astype(dtype)]
 
 
 def _contract(a, b, precision, axis_a, axis_b):
