@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from tests.oracle import ops
+from tests.oracle.ops import sigmoid
 
 Arrays = dict[str, np.ndarray]
 SEQUENCES = ("u", "delta", "B", "C", "z")
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
 
 
 def flipped(arrays: Arrays, names: tuple[str, ...]) -> Arrays:
@@ -20,12 +17,8 @@ def flipped(arrays: Arrays, names: tuple[str, ...]) -> Arrays:
 
 def scan(arrays: Arrays, *, delta_softplus: bool, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
     """y and the last state."""
-    given = flipped(arrays, SEQUENCES) if reverse else dict(arrays)
-    y, last_state = ops.selective_scan(
-        *(given.pop(k) for k in ("u", "delta", "A", "B", "C")),
-        **given,
-        delta_softplus=delta_softplus,
-    )
+    given = flipped(arrays, SEQUENCES) if reverse else arrays
+    y, last_state = ops.selective_scan(**given, delta_softplus=delta_softplus)
     return (y[:, ::-1] if reverse else y), last_state
 
 
