@@ -9,6 +9,8 @@ A segment of tokens is worked on twice: first a thread owns channels and walks t
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +26,7 @@ from pallas_kernels.selective_scan.mosaic_common import (
     compiler_params,
     interpret_params,
     reciprocal,
+    store,
 )
 
 
@@ -147,7 +150,7 @@ class Segments:
                 for d in (0, 1):
                     c = convolve(window, kernel[d], bias[d], bool(d))
                     s = s + skip[d] * silu(c, self.row, self.interpret)
-                s_tile[t, channels] = s
+                store(s_tile.at[t, channels], s)
                 window.pop(0)
 
         self.each_group(run)
@@ -175,6 +178,7 @@ def blocked(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, BLOCK)
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
 def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
     """Args:
         xz: ``b rows columns 2e``, x then z.
@@ -215,7 +219,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
                 s = s + layouts.over_tokens(beta)
                 # In place: the thread that read a value of z writes the output there.
                 z = work.tokens(z_tile.at[rows])
-                z_tile[rows] = (s * silu(z, layouts.tokens, interpret)).astype(xz.dtype)
+                store(z_tile.at[rows], (s * silu(z, layouts.tokens, interpret)).astype(xz.dtype))
                 return ()
 
             work.each_token(finish)
@@ -251,6 +255,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
     return out.reshape(*out.shape[:3], grid.width)
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
 def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret):
     """First half of the core's way back: through gate, LayerNorm and repeat.
 
@@ -311,9 +316,9 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
                 g = g - layouts.over_channels(layouts.mean(g))
                 g = g - s * layouts.over_channels(layouts.mean(g * s))
                 ds = g * deviation
-                s_tile[rows] = ds
-                g_tile[rows] = ds.astype(xz.dtype)
-                z_tile[rows] = dz.astype(xz.dtype)
+                store(s_tile.at[rows], ds)
+                store(g_tile.at[rows], ds.astype(xz.dtype))
+                store(z_tile.at[rows], dz.astype(xz.dtype))
                 return sums
 
             sums = work.each_token(finish, sums)
@@ -325,7 +330,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
                 total = read_row(s_tile.at[0, channels], work.row)
                 for t in range(1, grid.segment):
                     total = total + read_row(s_tile.at[t, channels], work.row)
-                dy_ref[batch, line, lax.div(start, grid.segment), channels] = total * 0.5
+                store(dy_ref.at[batch, line, lax.div(start, grid.segment), channels], total * 0.5)
 
             work.each_group(add_up)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -341,7 +346,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         zeros = plgpu.layout_cast(zeros, layouts.tokens)
         sums = lax.fori_loop(0, work.items, item_of, (zeros, zeros))
         for i in (0, 1):
-            norm_ref[i, batch, group] = sums[i]
+            store(norm_ref.at[i, batch, group], sums[i])
         plgpu.wait_smem_to_gmem(0)
 
     streamed = jax.ShapeDtypeStruct((*xz.shape[:3], work.blocks, BLOCK), xz.dtype)

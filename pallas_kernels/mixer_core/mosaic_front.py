@@ -6,6 +6,8 @@ registers, so that every token is read once for both directions.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +20,7 @@ from pallas_kernels.selective_scan.mosaic_common import (
     compiler_params,
     interpret_params,
     reciprocal,
+    store,
 )
 
 CHANNELS = 128
@@ -50,6 +53,7 @@ def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, 
     return total
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))
 def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpret: bool):
     """Pooled tokens of both directions.
 
@@ -112,7 +116,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             pooled = lax.fori_loop(0, grid.segments, segment, (start, start))
             for d in range(2):
                 value = pooled[d] if method == "max" else pooled[d] * (scale / grid.tokens)
-                out_ref[d, batch, first + index, columns] = value
+                store(out_ref.at[d, batch, first + index, columns], value)
             return ()
 
         lax.fori_loop(0, grid.per_block, line_of, ())

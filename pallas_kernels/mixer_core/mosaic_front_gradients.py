@@ -11,6 +11,8 @@ As in the forward kernel, a thread owns a channel and walks the tokens.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,9 +26,11 @@ from pallas_kernels.selective_scan.mosaic_common import (
     compiler_params,
     interpret_params,
     reciprocal,
+    store,
 )
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "scale", "interpret"))
 def front_gradients(
     x, ds, pooled_bar, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
 ):
@@ -114,7 +118,7 @@ def front_gradients(
                         total = total + kernel[0][j] * back[0][taps - 1 - j]
                     for j in range(taps):
                         total = total + kernel[1][j] * back[1][j]
-                    dx_tile[p - halo] = total.astype(x.dtype)
+                    store(dx_tile.at[p - halo], total.astype(x.dtype))
                     back[0].pop(0)
                     back[1].pop(0)
             plgpu.commit_smem()
@@ -132,7 +136,7 @@ def front_gradients(
         for d in (0, 1):
             for j in range(taps + 2):
                 factor = 0.5 if j == taps + 1 else 1.0
-                sums_ref[batch, group, d, j, channels] = sums[d][j] * factor
+                store(sums_ref.at[batch, group, d, j, channels], sums[d][j] * factor)
         plgpu.wait_smem_to_gmem(0)
 
     dx, sums = plgpu.kernel(

@@ -17,6 +17,7 @@ d(bias), and the caller adds the shares, so that the gradients are the same ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -31,6 +32,7 @@ from pallas_kernels.selective_scan.mosaic_common import (
     interpret_params,
     lane_sums,
     sigmoid,
+    store,
     tile_layout,
 )
 from pallas_kernels.selective_scan.mosaic_forward import (
@@ -67,6 +69,7 @@ class _BackwardStream(Stream):
             plgpu.copy_gmem_to_smem(part, self.tiles["h"].at[slot], self.barrier.at[slot])
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def scan_gradients(
     u, delta, B, C, A, D, bias, states, y_bar, leaving, last_state_bar, plan, *, interpret
 ):
@@ -176,11 +179,11 @@ def scan_gradients(
                 dy = reader.over_state(dy)
                 factor = lax.exp2(step * decays)
                 gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
-                dbc_tile[t] = lane_sums(gradient * x, dy * state, layouts, interpret)
+                store(dbc_tile.at[t], lane_sums(gradient * x, dy * state, layouts, interpret))
                 share = jnp.sum(gradient * reader.coefficients(tiles["b"].at[slot, t]), axis=2)
-                shares[0, :, t, :] = share
+                store(shares.at[0, :, t, :], share)
                 decayed = gradient * (factor * before)
-                shares[1, :, t, :] = jnp.sum(decayed * decays, axis=2)
+                store(shares.at[1, :, t, :], jnp.sum(decayed * decays, axis=2))
                 dA = dA + decayed * step
                 carry = factor * gradient
                 state = before
@@ -206,8 +209,8 @@ def scan_gradients(
                 dstep = dstep * sigmoid(raw, layout, interpret)
             if plan.ragged:
                 dstep = jnp.where(tile_rows(start, plan, layout) < plan.length, dstep, 0.0)
-            du_tile[...] = du.astype(u.dtype)
-            ddelta_tile[...] = dstep.astype(delta.dtype)
+            store(du_tile, du.astype(u.dtype))
+            store(ddelta_tile, dstep.astype(delta.dtype))
             terms = {"D": lambda: x * dy, "bias": lambda: dstep}
             sums = [
                 total + _fold_rows(terms[name](), base_rows)
@@ -225,9 +228,9 @@ def scan_gradients(
         result = lax.fori_loop(
             0, plan.per_split, chunk, (carry, reader.zeros(), *[no_sum] * len(sums_of))
         )
-        dA_ref[batch, split, columns] = reader.to_store(result[1])
+        store(dA_ref.at[batch, split, columns], reader.to_store(result[1]))
         for name, total in zip(sums_of, result[2:], strict=True):
-            sum_refs[name][batch, split, columns] = jnp.sum(total, axis=0)
+            store(sum_refs[name].at[batch, split, columns], jnp.sum(total, axis=0))
         plgpu.wait_smem_to_gmem(0)
 
     tile = (plan.chunk, plan.channels)

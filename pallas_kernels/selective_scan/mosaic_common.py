@@ -208,6 +208,14 @@ def _lane_sums(ctx, first, second, *, shape, layout):
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
+def store(ref: Any, value: jax.Array) -> None:
+    """Writes to shared or global memory, in whatever pattern the layout gives."""
+    if hasattr(plgpu, "store"):  # from JAX 0.12 on; plain assignment then insists on good patterns
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def compiler_params() -> plgpu.CompilerParams:
     """Fast exponentials; barriers are written by hand where tiles change hands."""
     return plgpu.CompilerParams(

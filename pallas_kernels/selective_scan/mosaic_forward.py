@@ -14,6 +14,7 @@ The time axis is cut into ``splits`` where batch and channels cannot fill the GP
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from pallas_kernels.selective_scan.mosaic_common import (
     relabel,
     sigmoid,
     softplus,
+    store,
     tile_channel_layout,
     tile_layout,
 )
@@ -139,8 +141,8 @@ def prepare_tile(
     if plan.ragged:  # past the end nothing decays
         steps = jnp.where(tile_rows(start, plan, layout) < plan.length, steps, 0.0)
     x = plgpu.load(x_tile, layout=layout, optimized=False).astype(jnp.float32)
-    steps_ref[...] = steps
-    inputs_ref[...] = x * steps if scaled else x
+    store(steps_ref, steps)
+    store(inputs_ref, x * steps if scaled else x)
 
 
 class StepReader:
@@ -250,6 +252,7 @@ def _channel_vectors(refs: list[Any], block: Any, plan: Plan) -> list[jax.Array]
     return [plgpu.load(ref.at[columns], layout=layout, optimized=False) for ref in refs]
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
     """What each split makes of a zero state.
 
@@ -317,8 +320,8 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         no_steps = plgpu.layout_cast(jnp.zeros((plan.channels,), jnp.float32), layouts.channel)
         state, total = lax.fori_loop(0, plan.per_split, chunk, (reader.zeros(), no_steps))
         split = lax.axis_index("split")
-        ends_ref[stream.batch, split, columns] = reader.to_store(state)
-        totals_ref[stream.batch, split, columns] = total
+        store(ends_ref.at[stream.batch, split, columns], reader.to_store(state))
+        store(totals_ref.at[stream.batch, split, columns], total)
 
     shape = (plan.batch, plan.splits)
     tile = (plan.chunk, plan.channels)
@@ -342,6 +345,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
     )(*operands)
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "save_states", "last_state", "interpret"))
 def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, interpret):
     """The scan itself.
 
@@ -399,7 +403,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
             slot = stream.wait(k)
             start = plan.start(stream.first + k)
             if save_states:
-                states_ref[batch, plan.place(stream.first + k), columns] = reader.to_store(state)
+                store(states_ref.at[batch, plan.place(stream.first + k), columns], reader.to_store(state))
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles["x"].at[slot],
@@ -422,7 +426,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                     added = added * reader.coefficients(tiles["b"].at[slot, t])
                     state = lax.exp2(step * decays) * state + added
                     share = jnp.sum(state * reader.coefficients(tiles["c"].at[slot, t]), axis=2)
-                    shares_ref[:, t, :] = share
+                    store(shares_ref.at[:, t, :], share)
                 return state
 
             state = lax.fori_loop(0, plan.chunk // plan.unroll, turn, state)
@@ -439,7 +443,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                 gate = plgpu.load(tiles["z"].at[slot], layout=layout, optimized=False)
                 gate = gate.astype(jnp.float32)
                 y = y * gate * sigmoid(gate, layout, interpret)
-            y_tile[...] = y.astype(u.dtype)
+            store(y_tile, y.astype(u.dtype))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_tile, y_ref.at[batch, pl.ds(start, plan.chunk), columns])
             stream.refill(k, slot)
@@ -450,7 +454,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
 
             @pl.when(split == plan.splits - 1)
             def _():
-                last_ref[batch, columns] = reader.to_store(state)
+                store(last_ref.at[batch, columns], reader.to_store(state))
 
         plgpu.wait_smem_to_gmem(0)
 

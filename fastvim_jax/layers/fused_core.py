@@ -1,0 +1,63 @@
+"""Where a mixer's core can run as the fused kernels of `pallas_kernels.mixer_core`, and how it is handed to them.
+
+The plain form in `mixer` stays the definition and the path of every other platform, pooling and option.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fastvim_jax.layers.pooling import GridPooling, Pooling
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import Directions, Norm, mixer_core
+
+if TYPE_CHECKING:
+    from fastvim_jax.layers.mixer import Mixer
+
+
+def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
+    """Whether this mixer with this pooling is what the fused kernels compute, where they can run."""
+    config = mixer.config
+    return (
+        config.scan_implementation in ("auto", "pallas")
+        and isinstance(pooling, GridPooling)
+        and pooling.method == "mean"
+        and pooling.class_index is None
+        and config.post_norm == "layer"
+        and config.unpool == "before_skip"
+        and config.conv_width >= 2
+        and config.conv_bias
+        and gpu.kernels_missing() is None
+    )
+
+
+def fused_core(mixer: Mixer, xz: jax.Array, pooling: GridPooling) -> jax.Array:
+    """From in_proj's output to out_proj's input: xz `b l 2e` → `b l e`, in xz's dtype. See `runs_fused`."""
+    wide = mixer.config.precision.wide
+    pair = (mixer.forward, mixer.backward)
+    graphdef, params = nnx.split(nnx.List(pair))
+
+    def scans(params, u):
+        forward, backward = nnx.merge(graphdef, params)
+        return jnp.stack([forward.scan(u[0]).astype(wide), backward.scan(u[1]).astype(wide)])
+
+    return mixer_core(
+        xz,
+        Directions(
+            kernels=jnp.stack([d.conv.kernel[...] for d in pair]),
+            biases=jnp.stack([d.conv.bias[...] for d in pair]),
+            D=jnp.stack([d.D[...] for d in pair]),
+        ),
+        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
+        params,
+        middle=scans,
+        rows=pooling.rows,
+        columns=pooling.columns,
+        transposed=pooling.transposed,
+        scale=pooling.scale,
+        eps=mixer.config.norm_eps,
+    )
