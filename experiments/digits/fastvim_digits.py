@@ -1,8 +1,9 @@
 """A small FastVim on scikit-learn's handwritten digits: 8 x 8 pixels, 1,437 to train on, the last 360 held out.
 
 4 blocks, 64 wide, patches of 2 pixels (a grid of 4 x 4), 166,154 parameters.
-Expected: about 98 % of the held-out images by the weights after the last epoch, raw or averaged; chance is 10 %.
-Cost: 1,320 steps, under 3 minutes on two CPU cores, some 20 seconds of it compilation.
+Expected: about 98 % of the held-out images (98.1 % seen) by the weights after the last epoch, raw or averaged;
+chance is 10 %.
+Cost: 1,760 steps, about 2 minutes on two CPU cores, some 20 seconds of it compilation.
 """
 
 from fastvim_jax.data import DataConfig
@@ -37,9 +38,9 @@ config = TrainConfig(
         warmup_epochs=2.0,
         final_learning_rate=1e-5,
     ),
-    epochs=30,
+    epochs=40,
     ema_decay=0.99,
-    evaluate_every_epochs=3,
+    evaluate_every_epochs=4,
     checkpoint_every_steps=220,
     log_every_steps=11,
 )
