@@ -33,7 +33,7 @@ class TrainState:
         ema: the average of the parameters, or None.
     """
 
-    step: jax.Array
+    step: Any  # like all of a pytree's leaves also a shape, a sharding or a mask
     params: Any
     optimizer: Any
     ema: Any
