@@ -167,6 +167,7 @@ def test_a_config_builds_what_it_says(fastvim, rng):
     np.testing.assert_allclose(changes["head.kernel"], -0.5 * (1 + 0.3 * kernel), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_models_take_the_same_steps(rng):
     config = tiny_model(depth=4, pooling="mean")
     batches = [tiny_batch(rng) for _ in range(3)]
