@@ -43,7 +43,7 @@ def fused_core(mixer: Mixer, xz: jax.Array, pooling: GridPooling) -> jax.Array:
 
     def scans(params, u):
         forward, backward = nnx.merge(graphdef, params)
-        return jnp.stack([forward.scan(u[0]).astype(wide), backward.scan(u[1]).astype(wide)])
+        return forward.scan(u[0]).astype(wide), backward.scan(u[1]).astype(wide)
 
     return mixer_core(
         xz,

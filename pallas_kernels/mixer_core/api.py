@@ -24,7 +24,7 @@ def mixer_core(
     norm: Norm,
     middle_params: Any,
     *,
-    middle: Callable[[Any, jax.Array], jax.Array],
+    middle: Callable[[Any, tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]],
     rows: int,
     columns: int,
     transposed: bool = False,
@@ -47,7 +47,8 @@ def mixer_core(
         directions: convolutions and skips, last tap on the current token.
         norm: LayerNorm over the channels.
         middle_params: pytree handed to `middle`, differentiated.
-        middle: maps (middle_params, u `2 b s e` float32 or wider) to y `2 b s e`. Closes over no tracer.
+        middle: maps (middle_params, (u_f, u_b)), each `b s e` in float32 or wider, to (y_f, y_b) of the same
+            shapes. Closes over no tracer.
         rows, columns: the grid of tokens.
         transposed: visit column by column, so that lines are columns; rows otherwise.
         scale: factor on the pooled mean.
@@ -144,9 +145,9 @@ def _backward(stages, middle, options, residuals, out_bar):
     s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(
         xz, y, directions, norm, out_bar, options
     )
-    middle_bar, u_bar = pull(jnp.stack([y_bar, y_bar]).astype(y.dtype))
-    x_bar, directions_bar = stages.front_gradients(xz, s_bar, u_bar, directions, options)
-    return jnp.concatenate([x_bar, z_bar], axis=-1), directions_bar, norm_bar, middle_bar
+    middle_bar, u_bar = pull(tuple(y_bar.astype(side.dtype) for side in y))
+    xz_bar, directions_bar = stages.front_gradients(xz, s_bar, z_bar, u_bar, directions, options)
+    return xz_bar, directions_bar, norm_bar, middle_bar
 
 
 _core.defvjp(_forward, _backward)

@@ -34,7 +34,7 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
     if kind == "front":
         return 2 * halo * 128 * size
     if kind == "front_gradients":
-        return (4 * halo + segment) * 128 * size
+        return (4 * halo + 3 * segment) * 128 * size
     tiles = 1 if kind == "back" else 2
     return width * (size * (halo + tiles * padded) + 4 * padded)
 
@@ -110,14 +110,17 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def front(xz: jax.Array, directions: Directions, options: CoreOptions) -> jax.Array:
+def front(
+    xz: jax.Array, directions: Directions, options: CoreOptions
+) -> tuple[jax.Array, jax.Array]:
     """See `xla.front`; reads x out of xz in place."""
     grid = cut("front", xz, directions.kernels.shape[1], options)
     d = _float32(directions)
-    return mosaic_front.front(
+    u = mosaic_front.front(
         _on_grid(xz, options), d.kernels, d.biases, grid,
         method="mean", scale=options.scale, interpret=_interpret,
     )  # fmt: skip
+    return tuple(u)
 
 
 def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax.Array:
@@ -125,7 +128,7 @@ def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax
     grid = cut("back", xz, directions.kernels.shape[1], options)
     d, n = _float32((directions, norm))
     out = mosaic_back.back(
-        _on_grid(xz, options), y.astype(jnp.float32), *d, *n, grid,
+        _on_grid(xz, options), _float32(y), *d, *n, grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
     return _flat(out)
@@ -136,22 +139,22 @@ def back_gradients(xz, y, directions: Directions, norm: Norm, out_bar, options: 
     grid = cut("back_gradients", xz, directions.kernels.shape[1], options)
     d, n = _float32((directions, norm))
     s_bar, z_bar, y_bar, norm_bar = mosaic_back.back_gradients(
-        _on_grid(xz, options), y.astype(jnp.float32), *d, *n, _on_grid(out_bar, options), grid,
+        _on_grid(xz, options), _float32(y), *d, *n, _on_grid(out_bar, options), grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
     norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
     return _flat(s_bar), _flat(z_bar), y_bar, norm_bar
 
 
-def front_gradients(xz, s_bar, pooled_bar, directions: Directions, options: CoreOptions):
+def front_gradients(xz, s_bar, z_bar, pooled_bar, directions: Directions, options: CoreOptions):
     """See `xla.front_gradients`."""
     taps = directions.kernels.shape[1]
     grid = cut("front_gradients", xz, taps, options)
     d = _float32(directions)
-    x_bar, shares = mosaic_front_gradients.front_gradients(
-        _on_grid(xz, options), _on_grid(s_bar, options), pooled_bar.astype(jnp.float32), *d, grid,
+    xz_bar, shares = mosaic_front_gradients.front_gradients(
+        *(_on_grid(x, options) for x in (xz, s_bar, z_bar)), _float32(pooled_bar), *d, grid,
         scale=options.scale, interpret=_interpret,
     )  # fmt: skip
     sums = shares.sum(0)
     directions_bar = Directions(sums[:, :taps], sums[:, taps], sums[:, taps + 1])
-    return _flat(x_bar), jax.tree.map(lambda g, p: g.astype(p.dtype), directions_bar, directions)
+    return _flat(xz_bar), jax.tree.map(lambda g, p: g.astype(p.dtype), directions_bar, directions)

@@ -141,7 +141,7 @@ class Segments:
 
         def run(channels):
             kernel, bias, skip = parameters(channels)
-            sides = [read_row(y.at[d, batch, line, channels], self.row) for d in (0, 1)]
+            sides = [read_row(ref.at[batch, line, channels], self.row) for ref in y]
             repeated = (sides[0] + sides[1]) * 0.5
             window = [read_row(x_tile.at[j, channels], self.row) for j in range(2 * grid.halo)]
             for t in range(grid.segment):
@@ -182,7 +182,7 @@ def blocked(x: jax.Array) -> jax.Array:
 def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
     """Args:
         xz: ``b rows columns 2e``, x then z.
-        y: scan outputs ``2 b lines e`` float32, forward then backward.
+        y: scan outputs, forward and backward, ``b lines e`` float32 each.
         kernels: ``2 k e``; biases, D: ``2 e``; scale, shift of the LayerNorm: ``e``; float32.
 
     Returns:
@@ -191,7 +191,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
     work = Segments(grid, interpret)
     layouts = work.layouts
 
-    def body(xz_ref, y_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref, x_tile, z_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+    def body(xz_ref, yf_ref, yb_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref, x_tile, z_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
         work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
         parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
@@ -203,7 +203,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
         def item_of(item, _):
             line, _start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, y_ref, line, s_tile, parameters)
+            work.mix(x_tile, (yf_ref, yb_ref), line, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)
@@ -251,7 +251,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
         kernel_name="mixer_back",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
-    )(*map(blocked, (xz, y, kernels, biases, D, scale, shift)))
+    )(*map(blocked, (xz, *y, kernels, biases, D, scale, shift)))
     return out.reshape(*out.shape[:3], grid.width)
 
 
@@ -269,7 +269,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
     work = Segments(grid, interpret)
     layouts = work.layouts
 
-    def body(xz_ref, y_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref, ds_ref, dz_ref, dy_ref, norm_ref, x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+    def body(xz_ref, yf_ref, yb_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref, ds_ref, dz_ref, dy_ref, norm_ref, x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
 
@@ -287,7 +287,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         def item_of(item, sums):
             line, start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, y_ref, line, s_tile, parameters)
+            work.mix(x_tile, (yf_ref, yb_ref), line, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)
@@ -372,7 +372,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         kernel_name="mixer_back_gradients",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
-    )(*map(blocked, (xz, y, kernels, biases, D, scale, shift, out_bar)))
+    )(*map(blocked, (xz, *y, kernels, biases, D, scale, shift, out_bar)))
     ds, dz = (x.reshape(*x.shape[:3], grid.width) for x in (ds, dz))
     dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
     return ds, dz, dy, norm.reshape(2, -1, grid.width)

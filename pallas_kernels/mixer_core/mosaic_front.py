@@ -63,12 +63,12 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         method: "mean" (times ``scale``) or "max".
 
     Returns:
-        ``2 b lines e`` float32.
+        Forward and backward, ``b lines e`` float32 each.
     """
     layout = row_layout(CHANNELS)
     rows = grid.segment + 2 * grid.halo
 
-    def body(x_ref, kernels_ref, biases_ref, out_ref, tiles, barrier):
+    def body(x_ref, kernels_ref, biases_ref, first_ref, second_ref, tiles, barrier):
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         columns = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -114,16 +114,16 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             start = -jnp.inf if method == "max" else 0.0
             start = plgpu.layout_cast(jnp.full((CHANNELS,), start, jnp.float32), layout)
             pooled = lax.fori_loop(0, grid.segments, segment, (start, start))
-            for d in range(2):
-                value = pooled[d] if method == "max" else pooled[d] * (scale / grid.tokens)
-                store(out_ref.at[d, batch, first + index, columns], value)
+            for value, ref in zip(pooled, (first_ref, second_ref), strict=True):
+                value = value if method == "max" else value * (scale / grid.tokens)
+                store(ref.at[batch, first + index, columns], value)
             return ()
 
         lax.fori_loop(0, grid.per_block, line_of, ())
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((2, grid.batch, grid.lines, grid.width), jnp.float32),
+        out_type=[jax.ShapeDtypeStruct((grid.batch, grid.lines, grid.width), jnp.float32)] * 2,
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),

@@ -32,15 +32,15 @@ from pallas_kernels.selective_scan.mosaic_common import (
 
 @functools.partial(jax.jit, static_argnames=("grid", "scale", "interpret"))
 def front_gradients(
-    x, ds, pooled_bar, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
+    x, ds, dz, pooled_bar, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
 ):
     """Args:
-        x: ``b rows columns ≥e``; ds: ``b rows columns e``; pooled_bar: ``2 b lines e``
-            float32; kernels ``2 k e``, biases and D ``2 e`` float32.
+        x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar: of both
+            directions, ``b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
         scale: factor on the pooled mean.
 
     Returns:
-        dx ``b rows columns e`` in x's dtype, and shares of the gradients of kernels, biases
+        dx and dz side by side, ``b rows columns 2e`` in x's dtype, and shares of the gradients of kernels, biases
         and D, ``parts 2 (k + 2) e`` float32.
     """
     layout = row_layout(CHANNELS)
@@ -48,7 +48,7 @@ def front_gradients(
     rows = segment + 2 * halo
     items = grid.per_block * grid.segments
 
-    def body(x_ref, ds_ref, pooled_ref, k_ref, b_ref, D_ref, dx_ref, sums_ref, x_tiles, ds_tiles, dx_tile, barrier):  # fmt: skip
+    def body(x_ref, ds_ref, dz_ref, pf_ref, pb_ref, k_ref, b_ref, D_ref, dxz_ref, sums_ref, x_tiles, ds_tiles, dz_tiles, dx_tile, barrier):  # fmt: skip
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -63,6 +63,8 @@ def front_gradients(
                 grid.fetch_with_halo(
                     ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
                 )
+            part = grid.part(dz_ref, batch, line, start, segment, channels)
+            plgpu.copy_gmem_to_smem(part, dz_tiles.at[slot], barrier.at[slot])
 
         for slot in range(min(2, items)):
             fetch(jnp.int32(slot), slot)
@@ -76,7 +78,7 @@ def front_gradients(
             inside = jnp.logical_and(line >= 0, line < grid.lines)
             factor = lax.select(inside, jnp.float32(scale / grid.tokens), jnp.float32(0.0))
             line = jnp.clip(line, 0, grid.lines - 1)
-            return [row(pooled_ref.at[d, batch, line, channels]) * factor for d in (0, 1)]
+            return [row(ref.at[batch, line, channels]) * factor for ref in (pf_ref, pb_ref)]
 
         def item_of(item, sums):
             line, start = place(item)
@@ -87,6 +89,11 @@ def front_gradients(
             plgpu.barrier_wait(barrier.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
+            # dz only passes through, to lie beside dx.
+            other = pl.ds(grid.width + block * CHANNELS, CHANNELS)
+            plgpu.copy_smem_to_gmem(
+                dz_tiles.at[slot], grid.part(dxz_ref, batch, line, start, segment, other)
+            )
             sums = [list(s) for s in sums]
             window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
             back = [[], []]  # dp of the last taps places, per direction
@@ -122,8 +129,9 @@ def front_gradients(
                     back[0].pop(0)
                     back[1].pop(0)
             plgpu.commit_smem()
-            part = grid.part(dx_ref, batch, line, start, segment, channels)
+            part = grid.part(dxz_ref, batch, line, start, segment, channels)
             plgpu.copy_smem_to_gmem(dx_tile, part)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's dz has left
 
             @pl.when(item + 2 < items)
             def _():
@@ -139,10 +147,10 @@ def front_gradients(
                 store(sums_ref.at[batch, group, d, j, channels], sums[d][j] * factor)
         plgpu.wait_smem_to_gmem(0)
 
-    dx, sums = plgpu.kernel(
+    dxz, sums = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
+            jax.ShapeDtypeStruct((*x.shape[:3], 2 * grid.width), x.dtype),
             jax.ShapeDtypeStruct(
                 (grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32
             ),
@@ -150,13 +158,14 @@ def front_gradients(
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.SMEM((2, rows, CHANNELS), ds.dtype),
+            plgpu.SMEM((2, segment, CHANNELS), dz.dtype),
             plgpu.SMEM((segment, CHANNELS), x.dtype),
-            plgpu.Barrier(num_arrivals=6, num_barriers=2),
+            plgpu.Barrier(num_arrivals=7, num_barriers=2),
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, ds, pooled_bar, kernels, biases, D)
-    return dx, sums.reshape(-1, *sums.shape[2:])
+    )(x, ds, dz, *pooled_bar, kernels, biases, D)
+    return dxz, sums.reshape(-1, *sums.shape[2:])

@@ -29,18 +29,21 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 
 def front(
     x: Float[Array, "b l e"], directions: Directions, options: CoreOptions
-) -> Float[Array, "2 b s e"]:
+) -> tuple[Float[Array, "b s e"], Float[Array, "b s e"]]:
     """Convolutions, SiLU and the mean over each line."""
     wide = jnp.promote_types(jnp.float32, x.dtype)
     x = _swap(x, options.rows, options)
     shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
-    pooled = [jnp.mean(c.reshape(shape), axis=2, dtype=wide) for c in _convolved(x, directions)]
-    return jnp.stack(pooled) * options.scale
+    forward, backward = (
+        jnp.mean(c.reshape(shape), axis=2, dtype=wide) * options.scale
+        for c in _convolved(x, directions)
+    )
+    return forward, backward
 
 
 def mix(
     x: Float[Array, "b l e"],
-    y: Float[Array, "2 b s e"],
+    y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
     directions: Directions,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
@@ -64,7 +67,7 @@ def gate(
 
 def back(
     xz: Float[Array, "b l e2"],
-    y: Float[Array, "2 b s e"],
+    y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
     directions: Directions,
     norm: Norm,
     options: CoreOptions,
@@ -85,13 +88,14 @@ def back_gradients(xz, y, directions, norm, out_bar, options):
     return s_bar.astype(xz.dtype), z_bar, visited.sum(2) / 2, norm_bar
 
 
-def front_gradients(xz, s_bar, pooled_bar, directions, options):
-    """Gradients of x ``b l e`` in xz's dtype and of directions, from those of s and the pooled tokens."""
+def front_gradients(xz, s_bar, z_bar, pooled_bar, directions, options):
+    """Gradients of xz, in its dtype, and of directions, from those of s, z and the pooled tokens."""
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):
-        no_scan = jnp.zeros(pooled_bar.shape, pooled_bar.dtype)
+        no_scan = jax.tree.map(jnp.zeros_like, pooled_bar)
         return front(x, directions, options), mix(x, no_scan, directions, options)
 
     (_, s), pull = jax.vjp(run, x, directions)
-    return pull((pooled_bar, s_bar.astype(s.dtype)))
+    x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))
+    return jnp.concatenate([x_bar, z_bar], axis=-1), directions_bar
