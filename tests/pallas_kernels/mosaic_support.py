@@ -1,0 +1,54 @@
+"""What the tests of the Mosaic GPU kernels share: an abstract H100, and errors relative to a reference."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 1), reason="the Mosaic GPU kernels need JAX 0.11.1"
+)
+
+
+def abstract_h100():
+    """Context in which programs are traced for an H100 that need not be there."""
+    from jax._src.mesh import AbstractDevice
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def lower_for_h100(function, *args) -> str:
+    """The program's text as lowered for CUDA."""
+    with abstract_h100():
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@contextlib.contextmanager
+def interpreted(*modules):
+    """Kernels of these modules run in the CPU interpreter."""
+    for module in modules:
+        module.interpret(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.interpret(False)
+
+
+def relative_errors(got, wanted) -> list[float]:
+    """‖got - wanted‖ / ‖wanted‖ of every array; NaN, unwritten or missing values are errors of infinity."""
+
+    def error(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, (a.shape, b.shape)
+        if not np.all(np.isfinite(a)):
+            return np.inf
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    return jax.tree.leaves(jax.tree.map(error, got, wanted))

@@ -1,0 +1,143 @@
+"""The fused mixer core without a GPU: in the interpreter against float64, and lowered for an H100."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mixer_core import Directions, Norm, mixer_core
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+
+def middle(params, u):
+    """Stands in for projections and scans."""
+    return tuple(jnp.tanh(side * p) for side, p in zip(u, params, strict=True))
+
+
+def draw(rng, b, rows, columns, e, taps=4, dtype="float32"):
+    """Arguments, and the gradient of the output."""
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    args = (
+        normal(b, rows * columns, 2 * e).astype(dtype),
+        Directions(normal(2, taps, e), normal(2, e), normal(2, e)),
+        Norm(normal(e), normal(e)),
+        normal(2, e),
+    )
+    return args, normal(b, rows * columns, e).astype(dtype)
+
+
+def value_and_gradients(args, out_bar, implementation, **options):
+    def run(args):
+        return mixer_core(*args, middle=middle, implementation=implementation, **options)
+
+    out, pull = jax.vjp(run, args)
+    return out, pull(out_bar)[0]
+
+
+def compare(rng, bound, b, rows, columns, e, taps=4, dtype="float32", **options):
+    from pallas_kernels.mixer_core import mosaic
+
+    options |= {"rows": rows, "columns": columns}
+    args, out_bar = draw(rng, b, rows, columns, e, taps, dtype)
+    with abstract_h100(), interpreted(mosaic):
+        run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas", **options))
+        got = run.trace(args, out_bar).lower().compile()(args, out_bar)
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, out_bar))
+        wanted = value_and_gradients(*wide, "xla", **options)
+    assert max(relative_errors(got, wanted)) < bound
+
+
+@needs_mosaic
+def test_random_grid(seed):
+    rng = np.random.default_rng(seed)
+    rows, columns = (int(x) for x in rng.integers(3, 7, 2))
+    compare(rng, 3e-6, 1, rows, columns, 128, transposed=bool(rng.integers(2)), scale=0.25)
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "rows": 4, "columns": 6, "e": 128, "transposed": True, "taps": 3},
+        {"b": 1, "rows": 3, "columns": 5, "e": 768},
+        {"b": 1, "rows": 3, "columns": 34, "e": 128, "transposed": False},  # lines in segments
+        {"b": 1, "rows": 5, "columns": 4, "e": 256, "dtype": "bfloat16"},
+    ],
+)
+def test_cases(seed, case):
+    compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 128, "rows": 14, "columns": 14, "e": 384},
+        {"b": 2, "rows": 128, "columns": 128, "e": 1536, "dtype": "bfloat16"},
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_lowers_for_an_h100(case, transposed):
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1}))
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((case["b"], *x.shape[1:]), x.dtype) if x.ndim == 3 and x.shape[0] == 1 else x,
+        args,
+    )
+    options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}
+    text = lower_for_h100(lambda a, g: value_and_gradients(a, g, "auto", **options), *args)
+    for kernel in ("mixer_front", "mixer_back", "mixer_back_gradients", "mixer_front_gradients"):
+        assert kernel in text
+
+
+def test_xla_equals_the_equations(seed):
+    """The definition itself against a loop over tokens."""
+    rng = np.random.default_rng(seed)
+    rows, columns, e, taps = 3, 4, 5, 3
+    (xz, d, norm, params), _ = draw(rng, 2, rows, columns, e, taps)
+    got = mixer_core(
+        xz, d, norm, params, middle=middle, rows=rows, columns=columns, transposed=True,
+        scale=0.5, implementation="xla",
+    )  # fmt: skip
+    xz, params = np.asarray(xz, np.float64), np.asarray(params, np.float64)
+    kernels, biases, D = (np.asarray(v, np.float64) for v in d)
+    order = [r * columns + c for c in range(columns) for r in range(rows)]
+    x, z = xz[:, order, :e], xz[:, :, e:]
+    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
+    total = np.zeros_like(x)
+    for side in (0, 1):
+        seen = x[:, ::-1] if side else x
+        c = np.zeros_like(x)
+        for t in range(rows * columns):
+            for j in range(taps):
+                if t - (taps - 1 - j) >= 0:
+                    c[:, t] += kernels[side, j] * seen[:, t - (taps - 1 - j)]
+        c = silu(c + biases[side])
+        c = c[:, ::-1] if side else c
+        u = c.reshape(2, columns, rows, e).mean(2) * 0.5
+        total += np.repeat(np.tanh(u * params[side]), rows, axis=1) + D[side] * c
+    s = np.zeros_like(total)
+    s[:, order] = total / 2
+    s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-5)
+    wanted = (s * np.asarray(norm.scale) + np.asarray(norm.shift)) * silu(z)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+def test_bad_calls():
+    (xz, *rest), _ = draw(np.random.default_rng(0), 1, 3, 3, 4)
+    with pytest.raises(ValueError, match="must hold 3 x 4 tokens"):
+        mixer_core(xz, *rest, middle=middle, rows=3, columns=4)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        mixer_core(xz, *rest, middle=middle, rows=3, columns=3, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="cannot run here"):
+        mixer_core(xz, *rest, middle=middle, rows=3, columns=3, implementation="pallas")

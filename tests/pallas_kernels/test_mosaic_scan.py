@@ -1,0 +1,166 @@
+"""The Mosaic GPU scan without a GPU: in the interpreter against float64, and lowered for an H100.
+
+The interpreter fills fresh buffers with NaN, so that an element nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu, selective_scan
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+pytestmark = needs_mosaic
+
+
+def draw(rng, b, l, e, n, g=1, dtype="float32"):  # noqa: E741
+    """Arguments of a scan and their names."""
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    streamed = lambda *shape: normal(*shape).astype(dtype)  # noqa: E731
+    return {
+        "u": streamed(b, l, e), "delta": streamed(b, l, e) - 1, "A": -jnp.exp(normal(e, n)),
+        "B": streamed(b, l, g, n), "C": streamed(b, l, g, n),
+        "D": normal(e), "z": streamed(b, l, e), "delta_bias": normal(e),
+    }  # fmt: skip
+
+
+def values_and_gradients(args, cotangents, implementation, **options):
+    """Output, last state and every gradient."""
+
+    def run(args):
+        return selective_scan(
+            **args, **options, return_last_state=True, implementation=implementation
+        )
+
+    out, pull = jax.vjp(run, args)
+    return out, pull(cotangents)[0]
+
+
+def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options):  # noqa: E741
+    """Kernel in the interpreter against the reference in float64."""
+    from pallas_kernels.selective_scan import mosaic
+
+    args = {k: v for k, v in draw(rng, b, l, e, n, g, dtype).items() if k not in drop}
+    cotangents = (
+        jnp.asarray(rng.standard_normal((b, l, e)), dtype),
+        jnp.asarray(rng.standard_normal((b, e, n)), jnp.float32),
+    )
+    with abstract_h100(), interpreted(mosaic):
+        run = jax.jit(lambda a, c: values_and_gradients(a, c, "pallas", **options))
+        traced = run.trace(args, cotangents)
+        got = traced.lower().compile()(args, cotangents)
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, cotangents))
+        wanted = values_and_gradients(*wide, "reference", **options)
+    assert max(relative_errors(got, wanted)) < bound
+
+
+def test_random_ragged_scan(seed):
+    rng = np.random.default_rng(seed)
+    compare(
+        rng,
+        3e-6,
+        b=1,
+        l=int(rng.integers(17, 30)),
+        e=int(rng.integers(33, 60)),
+        n=int(rng.integers(1, 17)),
+        reverse=bool(rng.integers(2)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "l": 7, "e": 24, "n": 16},
+        {"b": 1, "l": 21, "e": 64, "n": 5, "g": 2, "reverse": True, "delta_softplus": False},
+        {"b": 1, "l": 19, "e": 33, "n": 20, "drop": ("z", "D")},
+        {"b": 1, "l": 9, "e": 32, "n": 64, "drop": ("delta_bias",)},
+        {"b": 2, "l": 20, "e": 40, "n": 16, "dtype": "bfloat16"},
+    ],
+)
+def test_options(seed, case):
+    compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
+
+
+@pytest.mark.slow
+def test_time_cut_into_splits(seed, monkeypatch):
+    """Carried states, forward and backward, where one sequence is shared by several blocks."""
+    from pallas_kernels.selective_scan import mosaic
+
+    monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", 6)
+    inputs = draw(np.random.default_rng(0), 1, 270, 32, 4)
+    from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+    options = ScanOptions(delta_softplus=True, reverse=False, return_last_state=True, chunk=16)
+    assert mosaic.plan(ScanInputs(**inputs), options, 16).splits > 1
+    compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 128, "l": 14, "e": 384, "n": 16},
+        {"b": 2, "l": 4096, "e": 392, "n": 16, "dtype": "bfloat16"},
+    ],
+)
+def test_lowers_for_an_h100(case):
+    """Forward and backward hold the kernels; a short scan is one kernel each way."""
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **case))
+    shape = (case["b"], case["l"], case["e"])
+    cotangents = (
+        jax.ShapeDtypeStruct(shape, case.get("dtype", "float32")),
+        jax.ShapeDtypeStruct((case["b"], case["e"], case["n"]), jnp.float32),
+    )
+    text = lower_for_h100(lambda a, c: values_and_gradients(a, c, "auto"), args, cotangents)
+    for kernel in ("selective_scan_mosaic_gpu", "selective_scan_gradients_mosaic_gpu"):
+        assert kernel in text or kernel.replace("_mosaic_gpu", "") in text
+
+
+def test_auto_on_the_cpu_uses_the_same_residuals(seed):
+    """Traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
+    rng = np.random.default_rng(seed)
+    args = draw(rng, 1, 37, 40, 16)
+    cotangents = (
+        jnp.asarray(rng.standard_normal((1, 37, 40)), jnp.float32),
+        jnp.asarray(rng.standard_normal((1, 40, 16)), jnp.float32),
+    )
+    with abstract_h100():
+        traced = jax.jit(lambda a, c: values_and_gradients(a, c, "auto", reverse=True)).trace(
+            args, cotangents
+        )
+    got = traced.lower().compile()(args, cotangents)
+    wanted = values_and_gradients(args, cotangents, "reference", reverse=True)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+def test_asked_for_by_name_it_says_why_not():
+    args = draw(np.random.default_rng(0), 1, 8, 32, 4)
+    with pytest.raises(NotImplementedError, match="there is no GPU"):
+        selective_scan(**args, implementation="pallas")
+    with abstract_h100(), pytest.raises(NotImplementedError, match="at most 64"):
+        selective_scan(**draw(np.random.default_rng(0), 1, 8, 32, 65), implementation="pallas")
+
+
+def test_an_unsupported_case_falls_back_with_one_line(caplog):
+    gpu.log_once.cache_clear()
+    args = draw(np.random.default_rng(0), 1, 8, 32, 65)
+    with abstract_h100(), caplog.at_level(logging.WARNING, logger="pallas_kernels"):
+        for _ in range(2):
+            jax.jit(lambda a: selective_scan(**a)).trace(args)
+    assert [r.message for r in caplog.records if "65 states" in r.message] == [
+        "selective_scan: using XLA and not the GPU kernels, since it has 65 states, "
+        "and the kernels hold at most 64"
+    ]
