@@ -35,8 +35,9 @@ def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
     )
 
 
-def fused_core(mixer: Mixer, xz: jax.Array, pooling: GridPooling) -> jax.Array:
+def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
     """From in_proj's output to out_proj's input: xz `b l 2e` → `b l e`, in xz's dtype. See `runs_fused`."""
+    assert isinstance(pooling, GridPooling), "ask runs_fused first"
     wide = mixer.config.precision.wide
     pair = (mixer.forward, mixer.backward)
     graphdef, params = nnx.split(nnx.List(pair))

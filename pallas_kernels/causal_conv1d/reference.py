@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,7 +23,8 @@ def conv(
     if reverse:
         x = jnp.flip(x, 1)
     padded = jnp.pad(x.astype(wide), ((0, 0), (width - 1, 0), (0, 0)))
-    y = sum(padded[:, j : j + length] * kernel[j].astype(wide) for j in range(width))
+    taps = [padded[:, j : j + length] * kernel[j].astype(wide) for j in range(width)]
+    y = functools.reduce(jnp.add, taps)
     if bias is not None:
         y = y + bias.astype(wide)
     if activation == "silu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,6 +11,42 @@ from jaxtyping import Array, Float
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.chunks import chunk_length
 from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+
+@overload
+def selective_scan(
+    u: Float[Array, "b l e"],
+    delta: Float[Array, "b l e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b l *g n"],
+    C: Float[Array, "b l *g n"],
+    *,
+    D: Float[Array, " e"] | None = None,
+    z: Float[Array, "b l e"] | None = None,
+    delta_bias: Float[Array, " e"] | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    return_last_state: Literal[False] = False,
+    implementation: str = "auto",
+) -> Float[Array, "b l e"]: ...
+
+
+@overload
+def selective_scan(
+    u: Float[Array, "b l e"],
+    delta: Float[Array, "b l e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b l *g n"],
+    C: Float[Array, "b l *g n"],
+    *,
+    D: Float[Array, " e"] | None = None,
+    z: Float[Array, "b l e"] | None = None,
+    delta_bias: Float[Array, " e"] | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    return_last_state: Literal[True],
+    implementation: str = "auto",
+) -> tuple[Float[Array, "b l e"], Float[Array, "b e n"]]: ...
 
 
 def selective_scan(

@@ -1,6 +1,6 @@
 """How long a train step takes to trace and to compile, with the blocks scanned and written out.
 
-    python -m fastvim_jax.analysis.compile_time fastvim_huge_patch14_224 --batch 2
+    python -m fastvim_jax.training.compile_time fastvim_huge_patch14_224 --batch 2
 
 Nothing is allocated or run, so that it works for models larger than this machine's memory.
 """
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def measure_train_step(config: ModelConfig, batch: int) -> CompileTime:
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     state, params = jax.eval_shape(shapes)
-    step = make_train_step(graphdef, optimizer_for(params), ema_decay=0.9999)
+    step: Any = make_train_step(graphdef, optimizer_for(params), ema_decay=0.9999)
     height, width = config.grid[0] * config.patch[0], config.grid[1] * config.patch[1]
     inputs = {
         "image": jax.ShapeDtypeStruct((batch, height, width, config.channels), jnp.float32),

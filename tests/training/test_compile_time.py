@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastvim_jax.analysis.compile_time import measure_train_step
 from fastvim_jax.models import VisionMambaConfig
+from fastvim_jax.training.compile_time import measure_train_step
 
 
 def test_the_scanned_program_does_not_grow_with_depth():
