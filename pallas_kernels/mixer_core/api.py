@@ -67,9 +67,7 @@ def mixer_core(
             f"mixer_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
     if xz.shape[1] != rows * columns:
-        raise ValueError(
-            f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens"
-        )
+        raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
     if 2 * directions.D.shape[1] != xz.shape[2]:
         raise ValueError(
             f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
@@ -142,9 +140,7 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params):
 
 def _backward(stages, middle, options, residuals, out_bar):
     xz, y, pull, directions, norm = residuals
-    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(
-        xz, y, directions, norm, out_bar, options
-    )
+    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(xz, y, directions, norm, out_bar, options)
     middle_bar, u_bar = pull(tuple(y_bar.astype(side.dtype) for side in y))
     xz_bar, directions_bar = stages.front_gradients(xz, s_bar, z_bar, u_bar, directions, options)
     return xz_bar, directions_bar, norm_bar, middle_bar

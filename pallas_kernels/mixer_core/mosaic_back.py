@@ -29,7 +29,6 @@ from pallas_kernels.selective_scan.mosaic_common import (
     store,
 )
 
-
 BLOCK = 128  # channels; the copy engine moves at most 256 along an axis
 
 
@@ -40,7 +39,10 @@ class TokenLayouts:
         self.blocks = blocks
         self.at_once = 4 if blocks <= 4 or blocks % 2 else 2 if blocks <= 8 or blocks % 4 else 1
         base, self.tokens = _tiled(
-            ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)), (-9, -8), (-4,), -1
+            ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)),
+            (-9, -8),
+            (-4,),
+            -1,
         )
         self.channels = _reduced(base, (0,))
         self.statistic = _reduced(base, (1, 2))
@@ -111,7 +113,9 @@ class Segments:
     def send(self, tile, ref, item):
         line, start = self.place(item)
         size = self.grid.segment
-        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, pl.ds(0, self.blocks))
+        part = self.grid.part(
+            ref, lax.axis_index("batch"), line, start, size, pl.ds(0, self.blocks)
+        )
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
 
     def each_group(self, run):
@@ -191,7 +195,9 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
     work = Segments(grid, interpret)
     layouts = work.layouts
 
-    def body(xz_ref, yf_ref, yb_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref, x_tile, z_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+    def body(*refs):
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs[:9]
+        x_tile, z_tile, s_tile, x_barrier, z_barrier = refs[9:]
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
         work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
         parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
@@ -203,7 +209,7 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
         def item_of(item, _):
             line, _start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, (yf_ref, yb_ref), line, s_tile, parameters)
+            work.mix(x_tile, sides, line, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)
@@ -269,7 +275,10 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
     work = Segments(grid, interpret)
     layouts = work.layouts
 
-    def body(xz_ref, yf_ref, yb_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref, ds_ref, dz_ref, dy_ref, norm_ref, x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier):  # fmt: skip
+    def body(*refs):
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:9]
+        ds_ref, dz_ref, dy_ref, norm_ref = refs[9:13]
+        x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = refs[13:]
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
 
@@ -287,7 +296,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         def item_of(item, sums):
             line, start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, (yf_ref, yb_ref), line, s_tile, parameters)
+            work.mix(x_tile, sides, line, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)

@@ -37,6 +37,7 @@ def row_layout(*shape: int):
 
 
 def read_row(ref, layout) -> jax.Array:
+    """A row in float32."""
     return plgpu.load(ref, layout=layout).astype(jnp.float32)
 
 

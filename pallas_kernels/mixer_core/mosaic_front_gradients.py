@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_front import CHANNELS, convolve, read_row, row_layout
+from pallas_kernels.mixer_core.mosaic_front import CHANNELS, read_row, row_layout
 from pallas_kernels.selective_scan.mosaic_common import (
     LOG2E,
     compiler_params,
@@ -48,7 +48,9 @@ def front_gradients(
     rows = segment + 2 * halo
     items = grid.per_block * grid.segments
 
-    def body(x_ref, ds_ref, dz_ref, pf_ref, pb_ref, k_ref, b_ref, D_ref, dxz_ref, sums_ref, x_tiles, ds_tiles, dz_tiles, dx_tile, barrier):  # fmt: skip
+    def body(*refs):
+        x_ref, ds_ref, dz_ref, pf_ref, pb_ref, k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[:10]
+        x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[10:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -151,9 +153,7 @@ def front_gradients(
         body,
         out_type=[
             jax.ShapeDtypeStruct((*x.shape[:3], 2 * grid.width), x.dtype),
-            jax.ShapeDtypeStruct(
-                (grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32
-            ),
+            jax.ShapeDtypeStruct((grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32),
         ],
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),

@@ -77,7 +77,14 @@ def back(
     return gate(mix(x, y, directions, options), z, norm, options)
 
 
-def back_gradients(xz, y, directions, norm, out_bar, options):
+def back_gradients(
+    xz: jax.Array,
+    y: tuple[jax.Array, jax.Array],
+    directions: Directions,
+    norm: Norm,
+    out_bar: jax.Array,
+    options: CoreOptions,
+) -> tuple[jax.Array, jax.Array, jax.Array, Norm]:
     """Gradients of s and z, ``b l e`` in xz's dtype, of y (the same for both directions) and of norm."""
     x, z = jnp.split(xz, 2, axis=-1)
     s = mix(x, y, directions, options)
@@ -88,7 +95,14 @@ def back_gradients(xz, y, directions, norm, out_bar, options):
     return s_bar.astype(xz.dtype), z_bar, visited.sum(2) / 2, norm_bar
 
 
-def front_gradients(xz, s_bar, z_bar, pooled_bar, directions, options):
+def front_gradients(
+    xz: jax.Array,
+    s_bar: jax.Array,
+    z_bar: jax.Array,
+    pooled_bar: tuple[jax.Array, jax.Array],
+    directions: Directions,
+    options: CoreOptions,
+) -> tuple[jax.Array, Directions]:
     """Gradients of xz, in its dtype, and of directions, from those of s, z and the pooled tokens."""
     x = jnp.split(xz, 2, axis=-1)[0]
 

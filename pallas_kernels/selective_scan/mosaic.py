@@ -222,7 +222,9 @@ def backward(
     bc = shares["bc"][:, :, :length]
     bc = bc.reshape(groups, -1, batch, length, 2, cut.warps * cut.rest).sum(1)
     bc = jnp.moveaxis(bc, 0, 2)[..., :states]  # b l g 2 n
-    of_channels = {name: shares[name].sum((0, 1))[:width] for name in ("D", "bias") if name in shares}
+    of_channels = {
+        name: shares[name].sum((0, 1))[:width] for name in ("D", "bias") if name in shares
+    }
     gradients = ScanInputs(
         u=shares["u"][:, :length, :width],
         delta=shares["delta"][:, :length, :width],

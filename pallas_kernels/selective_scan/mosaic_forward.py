@@ -403,7 +403,10 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
             slot = stream.wait(k)
             start = plan.start(stream.first + k)
             if save_states:
-                store(states_ref.at[batch, plan.place(stream.first + k), columns], reader.to_store(state))
+                store(
+                    states_ref.at[batch, plan.place(stream.first + k), columns],
+                    reader.to_store(state),
+                )
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles["x"].at[slot],

@@ -91,7 +91,11 @@ def test_cases(seed, case):
 def test_lowers_for_an_h100(case, transposed):
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1}))
     args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((case["b"], *x.shape[1:]), x.dtype) if x.ndim == 3 and x.shape[0] == 1 else x,
+        lambda x: (
+            jax.ShapeDtypeStruct((case["b"], *x.shape[1:]), x.dtype)
+            if x.ndim == 3 and x.shape[0] == 1
+            else x
+        ),
         args,
     )
     options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}

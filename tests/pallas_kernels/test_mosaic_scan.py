@@ -25,7 +25,7 @@ from tests.support import x64
 pytestmark = needs_mosaic
 
 
-def draw(rng, b, l, e, n, g=1, dtype="float32"):  # noqa: E741
+def draw(rng, b, l, e, n, g=1, dtype="float32"):
     """Arguments of a scan and their names."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     streamed = lambda *shape: normal(*shape).astype(dtype)  # noqa: E731
@@ -48,7 +48,7 @@ def values_and_gradients(args, cotangents, implementation, **options):
     return out, pull(cotangents)[0]
 
 
-def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options):  # noqa: E741
+def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options):
     """Kernel in the interpreter against the reference in float64."""
     from pallas_kernels.selective_scan import mosaic
 

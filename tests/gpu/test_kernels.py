@@ -1,0 +1,147 @@
+"""The kernels on a real Hopper GPU: `JAX_PLATFORMS=cuda pytest tests/gpu`; skipped where there is none.
+
+References are computed in float64 on the CPU of the same machine.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import export
+
+from fastvim_jax.models import create_model
+from pallas_kernels import gpu, selective_scan
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_scan as scan
+from tests.pallas_kernels.mosaic_support import relative_errors
+from tests.support import x64
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < gpu.OLDEST_JAX or jax.default_backend() != "gpu",
+    reason="no GPU that the kernels run on",
+)
+
+
+def on_cpu_in_float64(function, *args):
+    """The reference's values."""
+    with jax.default_device(jax.devices("cpu")[0]), x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)
+        return jax.device_get(function(*wide))
+
+
+SCANS = [
+    {"b": 128, "l": 14, "e": 384, "n": 16},
+    {"b": 4, "l": 196, "e": 384, "n": 16, "dtype": "bfloat16"},
+    {"b": 1, "l": 2500, "e": 392, "n": 16},
+    {"b": 2, "l": 700, "e": 50, "n": 7},
+    {"b": 2, "l": 37, "e": 24, "n": 16},
+    {"b": 2, "l": 65, "e": 96, "n": 16, "g": 3},
+    {"b": 1, "l": 50, "e": 64, "n": 64},
+    None,
+    None,
+]
+
+
+@pytest.mark.parametrize("case", SCANS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan(seed, case, reverse):
+    rng = np.random.default_rng(seed)
+    if case is None:
+        case = {
+            k: int(rng.integers(1, top)) for k, top in (("b", 5), ("l", 300), ("e", 500), ("n", 33))
+        }
+    print(case)
+    args = scan.draw(rng, **case)
+    b, l, e, n = (case[k] for k in "blen")
+    cotangents = (
+        jnp.asarray(rng.standard_normal((b, l, e)), case.get("dtype", "float32")),
+        jnp.asarray(rng.standard_normal((b, e, n)), jnp.float32),
+    )
+    run = jax.jit(lambda a, c: scan.values_and_gradients(a, c, "auto", reverse=reverse))
+    compiled = run.lower(args, cotangents).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    wanted = on_cpu_in_float64(
+        lambda a, c: scan.values_and_gradients(a, c, "xla_sequential", reverse=reverse),
+        args,
+        cotangents,
+    )
+    first = jax.device_get(compiled(args, cotangents))
+    assert max(relative_errors(first, wanted)) < (1e-2 if "dtype" in case else 1e-5)
+    again = jax.device_get(compiled(args, cotangents))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+CORES = [
+    {"b": 8, "rows": 14, "columns": 14, "e": 384},
+    {"b": 2, "rows": 12, "columns": 14, "e": 768},
+    {"b": 2, "rows": 8, "columns": 10, "e": 1536, "dtype": "bfloat16"},
+    {"b": 2, "rows": 5, "columns": 7, "e": 128, "taps": 3},
+    {"b": 1, "rows": 33, "columns": 64, "e": 256},
+]
+
+
+@pytest.mark.parametrize("case", CORES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_core(seed, case, transposed):
+    args, out_bar = core.draw(np.random.default_rng(seed), **case)
+    options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}
+    run = jax.jit(lambda a, g: core.value_and_gradients(a, g, "auto", **options))
+    compiled = run.lower(args, out_bar).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    wanted = on_cpu_in_float64(
+        lambda a, g: core.value_and_gradients(a, g, "xla", **options), args, out_bar
+    )
+    got = jax.device_get(compiled(args, out_bar))
+    assert max(relative_errors(got, wanted)) < (1e-2 if "dtype" in case else 1e-5)
+
+
+def test_vmap_remat_and_export(seed):
+    args = scan.draw(np.random.default_rng(seed), 2, 30, 64, 16)
+    scanned = lambda a: selective_scan(**a)  # noqa: E731
+    plain = jax.jit(scanned)(args)
+    batched = jax.tree.map(lambda x: jnp.stack([x, x]), args)
+    for row in jax.jit(jax.vmap(scanned))(batched):
+        np.testing.assert_allclose(row, plain, rtol=1e-6, atol=1e-6)
+    loss = lambda f: jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(f(a)))))  # noqa: E731
+    kept, recomputed = loss(scanned)(args), loss(jax.checkpoint(scanned))(args)
+    assert max(relative_errors(recomputed, kept)) < 1e-6
+    allowed = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(jax.jit(scanned), platforms=["cuda"], disabled_checks=allowed)(args)
+    restored = export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(restored.call(args), plain)
+
+
+def test_200_steps_in_bfloat16_stay_finite(seed):
+    """A small FastVim learns one batch by heart, through every kernel and donated buffers."""
+    model = create_model(
+        "fastvim_tiny_patch16_224", num_classes=10, dtype="bfloat16", depth=4, embed_dim=64,
+        image_size=64, patch_size=8, rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    graphdef, params = nnx.split(model)
+    optimizer = optax.adamw(1e-3)
+    images = jax.random.normal(jax.random.key(seed), (32, 64, 64, 3))
+    labels = jax.random.randint(jax.random.key(seed + 1), (32,), 0, 10)
+
+    def step(params, state):
+        def loss_of(params):
+            logits = nnx.merge(graphdef, params)(images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = optimizer.init(params)
+    run = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
+    assert "mosaic_gpu" in run.as_text()
+    losses = []
+    for _ in range(200):
+        params, state, loss = run(params, state)
+        losses.append(loss)
+    losses = np.asarray(jax.device_get(losses))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.5 * losses[0]
