@@ -130,7 +130,13 @@ def test_gradients_agree_between_modes(options, key):
     scanned, unrolled = in_both_modes(loss_and_gradient, config, params, images, key=key)
     flat = jax.tree_util.tree_leaves_with_path
     for (path, a), (_, b) in zip(flat(scanned), flat(unrolled), strict=True):
-        assert_close(a, b, 2e-5, jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        if (
+            "'score']['bias'" in name
+        ):  # a softmax ignores it, so that its gradient is nothing but rounding
+            assert np.abs(a).max() < 1e-3 and np.abs(b).max() < 1e-3
+        else:
+            assert_close(a, b, 2e-5, name)
 
 
 @pytest.mark.parametrize(("pooling", "remat"), [("none", "dots"), ("mean", "block")])

@@ -4,7 +4,7 @@
 
 Pooled attention takes queries, keys and values from the row means of the normed tokens, attends over rows, repeats
 the result along each row and projects it; odd blocks do so on the transposed grid. The class token is a row of its
-own. With a convolution, the normed tokens pass a depthwise causal convolution with SiLU before the pooling.
+own. With a convolution, the normed tokens first pass a depthwise causal convolution with SiLU, pooled or not.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ def attention(params: dict[str, Array], x: Array, heads: int) -> Array:
     return np.einsum("bhqk,bkhc->bqhc", softmax(logits), value).reshape(batch, length, width)
 
 
+def convolve(params: dict[str, Array], config: SimpleNamespace, x: Array) -> Array:
+    """The depthwise causal convolution with SiLU, where the model has one."""
+    if not config.conv_width:
+        return x
+    return silu(causal_conv1d(x, params["conv.kernel"], params.get("conv.bias")))
+
+
 def pooled_attention(
     params: dict[str, Array], config: SimpleNamespace, x: Array, block: int, grid: tuple[int, int]
 ) -> Array:
@@ -42,10 +49,7 @@ def pooled_attention(
     transposed = is_transposed(config, block)
     order = transpose_order(grid, 0) if transposed else np.arange(x.shape[1])
     steps = rows_of(grid[::-1] if transposed else grid, 0)
-    tokens = x[:, order]
-    if config.conv_width:
-        tokens = silu(causal_conv1d(tokens, params["conv.kernel"], params.get("conv.bias")))
-    rows = pool(tokens, steps, "mean", class_at=0)
+    rows = pool(convolve(params, config, x[:, order]), steps, "mean", class_at=0)
     mixed = unpool(attention(params, rows, config.num_heads), steps)
     return mixed[:, np.argsort(order)]
 
@@ -76,7 +80,7 @@ def vit(
         normed = layer_norm(x, block["norm1.scale"], block["norm1.bias"], eps)
         inner = subset(block, "attn")
         if config.pooling == "none":
-            mixed = attention(inner, normed, config.num_heads)
+            mixed = attention(inner, convolve(inner, config, normed), config.num_heads)
         else:
             mixed = pooled_attention(inner, config, normed, i, grid)
         x = x + linear(inner, "proj", mixed) * keep_attention
