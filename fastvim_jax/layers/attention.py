@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
 
+from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.mixer import DepthwiseConv
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
@@ -55,26 +56,31 @@ class Attention(nnx.Module):
         self.proj = dense(width, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """h `b l d` in stored order → `b l d`."""
+        """h `b l d` in stored order → `b l d`, float32 or wider."""
+        p = self.precision
         x = pooling.to_scan_order(h)
         if self.conv is not None:
             x = self.conv(x, reverse=False)
-        qkv = self.qkv(pooling.pool(x))
+        qkv = linear(self.qkv, pooling.pool(x), p).astype(p.compute)
         qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
-        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.precision)
+        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], p)
         y = pooling.from_scan_order(pooling.unpool(attended.reshape(*attended.shape[:2], -1)))
-        return self.proj(y)
+        return linear(self.proj, y.astype(p.compute), p)
 
 
 class Mlp(nnx.Module):
     """Two linear layers around an exact GELU."""
 
     def __init__(self, width: int, hidden: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.precision = precision
         self.fc1 = dense(width, hidden, bias=True, precision=precision, rngs=rngs)
         self.fc2 = dense(hidden, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens) -> Tokens:
-        return self.fc2(jax.nn.gelu(self.fc1(h), approximate=False))
+        """h `b l d` → `b l d`, float32 or wider."""
+        p = self.precision
+        hidden = linear(self.fc1, h, p).astype(p.compute)
+        return linear(self.fc2, jax.nn.gelu(hidden, approximate=False), p)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
