@@ -4,7 +4,9 @@ Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is
 (`fastvim_jax.layers.linear`; in a ViT of the activations between them too). Everything else — results of products,
 convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, losses — is held in `wide`, that is
 float32 or more. `matmul` says how float32 products are carried out on a GPU, whose default would be TF32: "highest"
-is true float32, "tf32" gives 10 mantissa bits and more speed.
+is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide results of
+the mixers' linear layers: tokens are rounded once and results stored in `dtype`, for half the memory traffic; pooled
+tokens, steps, state, norms and residual stream stay wide.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ class Precision:
     dtype: str = "float32"
     param_dtype: str = "float32"
     matmul: str = "highest"
+    activations: str = "wide"
 
     def __post_init__(self) -> None:
         for field, choices in (
             ("dtype", DTYPES),
             ("param_dtype", ("float32", "float64")),
             ("matmul", MATMUL_PRECISIONS),
+            ("activations", ("wide", "compute")),
         ):
             value = getattr(self, field)
             if value not in choices:

@@ -32,6 +32,8 @@ from pallas_kernels import selective_scan
 BANDWIDTH = 3.0e12  # bytes a second an H100 copies at
 EXPONENTIALS = 132 * 16 * 1.755e9  # a second
 
+NARROW = {"dtype": "bfloat16", "activations": "compute"}
+
 SCANS = ((128, 14, 384), (128, 196, 384), (32, 1024, 384), (8, 4096, 384), (2, 16384, 384))
 STATES = 16
 
@@ -46,12 +48,12 @@ def _error(actual: Any, expected: Any) -> float:
     return float(max(jax.tree.leaves(jax.tree.map(one, actual, expected))))
 
 
-def scan(quick: bool) -> Iterator[dict[str, Any]]:
+def scan(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every implementation at the shapes of the targets, softplus and bias inside, as the peers' were."""
     for shape in SCANS:
         for dtype in ("float32", "bfloat16"):
             for gradient in (False, True):
-                yield from _scan_rows(shape, dtype, gradient, quick)
+                yield from _scan_rows(shape, dtype, gradient, options.quick)
 
 
 def _scan_rows(shape, dtype, gradient, quick) -> Iterator[dict[str, Any]]:
@@ -101,14 +103,14 @@ def _scan_rows(shape, dtype, gradient, quick) -> Iterator[dict[str, Any]]:
         }
 
 
-def mixer(quick: bool) -> Iterator[dict[str, Any]]:
+def mixer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The core of one FastVim-T mixer, from in_proj's output to out_proj's input, batch 128."""
     width, batch = 192, 128
     for dtype in ("float32", "bfloat16"):
         precision = Precision(dtype=dtype)
         module = Mixer(MixerConfig(width, precision=precision), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(module)
-        for pixels in (224,) if quick else (224, 512, 1024, 2048):
+        for pixels in (224,) if options.quick else (224, 512, 1024, 2048):
             side = pixels // 16
             pooling = GridPooling(side, side)
             if not runs_fused(module, pooling):
@@ -156,40 +158,46 @@ MODELS = (
 )
 
 
-def model(quick: bool) -> Iterator[dict[str, Any]]:
+def model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Images a second of forward passes, by size, resolution and precision."""
-    for name, pixels, batch in MODELS[:1] if quick else MODELS:
-        for dtype, matmul in (("bfloat16", "highest"), ("float32", "highest")):
-            if dtype == "float32" and not name.startswith("fastvim_tiny"):
-                continue
-            graphdef, params = nnx.split(
-                create_model(
-                    name, image_size=pixels, dtype=dtype, matmul_precision=matmul, rngs=nnx.Rngs(0)
-                )
-            )
-            run = jax.jit(lambda params, x, graphdef=graphdef: nnx.merge(graphdef, params)(x))
-            images = [
-                jax.random.normal(jax.random.key(i), (batch, pixels, pixels, 3)) for i in range(4)
-            ]
-            logits = run(params, images[0])
-            if not bool(jnp.isfinite(logits).all()):
-                raise RuntimeError(f"{name} gave values that are not finite")
-            median, fastest, slowest = device_time.wall_time(
-                lambda i, run=run, params=params, images=images: run(params, images[i % 4])
-            )
-            yield {
-                "model": name, "pixels": pixels, "batch": batch, "dtype": dtype, "matmul": matmul,
-                "ms": median * 1e3, "fastest_ms": fastest * 1e3, "slowest_ms": slowest * 1e3,
-                "images_per_s": batch / median,
-            }  # fmt: skip
+    cases = []
+    for name, pixels, batch in MODELS:
+        if name.startswith("vit"):
+            policies = [{"dtype": "bfloat16"}]
+        elif name.startswith("fastvim_tiny") and batch > 1:
+            policies = [NARROW, {"dtype": "bfloat16"}, {"dtype": "float32"}]
+        else:
+            policies = [NARROW]
+        blocks = {} if name.startswith("vit") else {"blocks": "unroll"}
+        cases += [(name, pixels, batch, policy | blocks) for policy in policies]
+    for name, pixels, batch, policy in _share(cases, options):
+        built = create_model(name, image_size=pixels, rngs=nnx.Rngs(0), **policy)
+        graphdef, params = nnx.split(built)
+        run = jax.jit(lambda params, x, graphdef=graphdef: nnx.merge(graphdef, params)(x))
+        images = [
+            jax.random.normal(jax.random.key(i), (batch, pixels, pixels, 3)) for i in range(4)
+        ]
+        logits = run(params, images[0])
+        if not bool(jnp.isfinite(logits).all()):
+            raise RuntimeError(f"{name} gave values that are not finite")
+        median, fastest, slowest = device_time.wall_time(
+            lambda i, run=run, params=params, images=images: run(params, images[i % 4])
+        )
+        yield {
+            "model": name, "pixels": pixels, "batch": batch, **policy,
+            "ms": median * 1e3, "fastest_ms": fastest * 1e3, "slowest_ms": slowest * 1e3,
+            "images_per_s": batch / median,
+        }  # fmt: skip
 
 
-def train(quick: bool) -> Iterator[dict[str, Any]]:
+def train(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Images a second of training steps: forward, backward and AdamW, 224 px, batch 128."""
     names = ("fastvim_tiny_patch16_224", "fastvim_small_patch16_224", "fastvim_base_patch16_224")
-    for name in names[:1] if quick else names:
-        batch = 128
-        graphdef, params = nnx.split(create_model(name, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    batch = 128
+    cases = [(name, NARROW | {"blocks": "unroll"}) for name in names]
+    cases += [(names[0], NARROW), (names[0], {"dtype": "bfloat16", "blocks": "unroll"})]
+    for name, policy in _share(cases, options):
+        graphdef, params = nnx.split(create_model(name, rngs=nnx.Rngs(0), **policy))
         optimizer = optax.adamw(1e-4)
 
         def step(params, state, x, y, graphdef=graphdef, optimizer=optimizer):
@@ -217,12 +225,17 @@ def train(quick: bool) -> Iterator[dict[str, Any]]:
 
         median, fastest, slowest = device_time.wall_time(one, steps=5)
         yield {
-            "model": name, "batch": batch, "dtype": "bfloat16",
+            "model": name, "batch": batch, **policy,
             "ms": median * 1e3, "fastest_ms": fastest * 1e3, "slowest_ms": slowest * 1e3,
             "images_per_s": batch / median, "compile_seconds": compile_seconds,
             "temporary_bytes": run.memory_analysis().temp_size_in_bytes,
             "first_loss": float(losses[0]), "last_loss": float(losses[-1]),
         }  # fmt: skip
+
+
+def _share(cases: list[Any], options: argparse.Namespace) -> list[Any]:
+    index, count = (int(x) for x in options.share.split("/"))
+    return cases[:1] if options.quick else cases[index::count]
 
 
 BENCHES = {"scan": scan, "mixer": mixer, "model": model, "train": train}
@@ -234,10 +247,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("bench", choices=list(BENCHES))
     parser.add_argument("--json", type=Path, help="file for the rows and the circumstances")
     parser.add_argument("--quick", action="store_true", help="the first few rows only")
+    parser.add_argument(
+        "--share", default="0/1", help="I/N: of model and train, only every N-th case from the I-th"
+    )
     options = parser.parse_args(arguments)
     command = f"python -m fastvim_jax.analysis.benchmarks {' '.join(arguments or sys.argv[1:])}"
     rows = []
-    for row in BENCHES[options.bench](options.quick):
+    for row in BENCHES[options.bench](options):
         rows.append(row)
         shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
         print({k: v for k, v in shown.items() if k != "kernels"}, flush=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -133,7 +135,9 @@ def wall_time(
 def surroundings(command: str) -> dict[str, str]:
     """What a recorded number must say beside itself: device, versions, commit, date and command."""
     device = jax.devices()[0]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    commit = os.environ.get("FASTVIM_COMMIT", "")  # for a copy of the tree without its history
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     return {
         "device": device.device_kind,
         "platform": device.client.platform_version.strip(),

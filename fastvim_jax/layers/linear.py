@@ -22,12 +22,18 @@ def linear(
 ) -> Float[Array, "*rows o"]:
     """Apply a linear layer through `product`; the result, bias included, is float32 or wider.
 
+    With activations="compute" it is a plain product of and in the compute dtype.
+
     Args:
         layer: Holds `kernel` `i o` and perhaps `bias` `o`; its own dtype is not used.
         x: Any float dtype.
         precision: Gives the operands' dtype (`compute`) and how float32 products are carried out.
     """
-    y = product(x, layer.kernel[...], precision.compute, precision.lax)
+    if precision.activations == "compute":
+        operands = (a.astype(precision.compute) for a in (x, layer.kernel[...]))
+        y = jnp.matmul(*operands, precision=precision.lax)
+    else:
+        y = product(x, layer.kernel[...], precision.compute, precision.lax)
     return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
 
 

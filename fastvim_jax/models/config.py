@@ -88,6 +88,9 @@ class VisionMambaConfig:
     """Dtype in which parameters are stored."""
     matmul_precision: MatmulPrecision = "highest"
     """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    activations: Literal["wide", "compute"] = "wide"
+    """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
+    close to exact, or `dtype` from tokens rounded once, which is faster."""
     blocks: BlockMode = "scan"
     """Compile one period of the stack and loop over it, or every block."""
     remat: Remat = "none"
@@ -114,7 +117,7 @@ class VisionMambaConfig:
     @property
     def precision(self) -> Precision:
         """The dtype policy."""
-        return Precision(self.dtype, self.param_dtype, self.matmul_precision)
+        return Precision(self.dtype, self.param_dtype, self.matmul_precision, self.activations)
 
     @property
     def grid(self) -> tuple[int, int]:
