@@ -181,7 +181,7 @@ def model(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not bool(jnp.isfinite(logits).all()):
             raise RuntimeError(f"{name} gave values that are not finite")
         median, fastest, slowest = device_time.wall_time(
-            lambda i, run=run, params=params, images=images: run(params, images[i % 4])
+            lambda i, run=run, params=params, images=images: run(params, images[i % 4])  # type: ignore[misc]
         )
         yield {
             "model": name, "pixels": pixels, "batch": batch, **policy,
@@ -216,7 +216,7 @@ def train(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         run = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, images[0], labels).compile()
         compile_seconds = device_time.time.perf_counter() - start
         held = [params, state]
-        losses = []
+        losses: list[jax.Array] = []
 
         def one(i, run=run, held=held, images=images, labels=labels, losses=losses):
             held[0], held[1], loss = run(*held, images[i % 2], labels)
@@ -228,7 +228,7 @@ def train(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "model": name, "batch": batch, **policy,
             "ms": median * 1e3, "fastest_ms": fastest * 1e3, "slowest_ms": slowest * 1e3,
             "images_per_s": batch / median, "compile_seconds": compile_seconds,
-            "temporary_bytes": run.memory_analysis().temp_size_in_bytes,
+            "temporary_bytes": getattr(run.memory_analysis(), "temp_size_in_bytes", None),
             "first_loss": float(losses[0]), "last_loss": float(losses[-1]),
         }  # fmt: skip
 

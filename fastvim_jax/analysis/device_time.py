@@ -81,7 +81,7 @@ def measure(
     for name, _, duration in events:
         by_name[name] += duration / calls / 1e6
     longest = dict(sorted(by_name.items(), key=lambda item: -item[1])[:kernels])
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     span = max(e[1] + e[2] for e in events) - min(e[1] for e in events)
     return DeviceTime(
         median=statistics.median(totals) / 1e6,

@@ -98,7 +98,7 @@ def front_gradients(
             )
             sums = [list(s) for s in sums]
             window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
-            back = [[], []]  # dp of the last taps places, per direction
+            back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
             place_of = lambda p: before if p < 0 else here if p < segment else after  # noqa: E731
             # At turn p the window ends at token p: p is the place of the forward convolution
             # and p - halo that of the backward one, whose windows are then the same tokens.

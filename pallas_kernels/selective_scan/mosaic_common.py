@@ -167,7 +167,7 @@ def lane_sums(
     shape = (2, first.shape[0], first.shape[2])
     return plgpu.inline_mgpu(
         arg_types=(layouts.state, layouts.state),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layouts.sums),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layouts.sums),
     )(functools.partial(_lane_sums, shape=shape, layout=layouts.sums.to_mgpu()))(first, second)
 
 
