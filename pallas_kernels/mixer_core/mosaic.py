@@ -69,6 +69,11 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
         return waves * (per_block * segments + START)
 
     divisors = [d for d in range(1, options.lines + 1) if options.lines % d == 0]
+    if (
+        kind == "front_gradients"
+    ):  # its registers leave room for fewer blocks: keep many to choose from
+        many = [d for d in divisors if others * options.lines >= 4 * PROCESSORS * d]
+        divisors = many or divisors[:1]
     return Grid(
         batch=batch,
         rows=options.rows,

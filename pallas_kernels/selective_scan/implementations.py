@@ -124,7 +124,7 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
         reason = missing or kernel.unsupported(inputs)
         if reason is None:
             backend = kernel if name == "pallas" else KernelOnCuda(kernel, xla)
-            chunk = kernel.chunk_length(inputs.u.shape[1], inputs.A.shape[1])
+            chunk = kernel.chunk_length(inputs)
             return lambda inputs, options: vjp.scan(
                 backend, dataclasses.replace(options, chunk=chunk), inputs
             )
@@ -132,8 +132,8 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
             raise NotImplementedError(f"selective_scan: 'pallas' cannot run here: {reason}")
         if missing != "there is no GPU":
             gpu.log_once(f"selective_scan: using XLA and not the GPU kernels, since {reason}")
-    backend = xla if name in ("auto", "xla") else _module(name)
-    return lambda inputs, options: vjp.scan(backend, options, inputs)
+    chosen = xla if name in ("auto", "xla") else _module(name)
+    return lambda inputs, options: vjp.scan(chosen, options, inputs)
 
 
 def _module(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """The selective scan on Hopper and newer GPUs: prepares arrays for the Mosaic GPU kernels.
 
-What a call saves for its gradient is its inputs and, every 16 steps, the state
+What a call saves for its gradient is its inputs and, every 8 or 16 steps, the state
 (n float32 a channel); nothing if the scan is no longer than that.  See
 `mosaic_forward` and `mosaic_backward` for the kernels.
 """
@@ -44,9 +44,24 @@ def unsupported(inputs: ScanInputs) -> str | None:
     return None
 
 
-def chunk_length(length: int, states: int) -> int:
+def chunk_length(inputs: ScanInputs) -> int:
     """Steps between the states kept for the gradient: what the backward kernel holds in registers."""
-    return 8 if length <= 8 or states > 16 else 16
+    length, states = inputs.u.shape[1], inputs.A.shape[1]
+    return 8 if length <= 8 or states > 16 or _two_channels_a_lane(inputs) else 16
+
+
+def _two_channels_a_lane(inputs: ScanInputs) -> bool:
+    """Whether the gradient's blocks have 64 channels and not 32.
+
+    Two channels share a lane's reads of B and C and its sums of dB and dC, at half the
+    parallelism: a gain where there are blocks enough, or where time is cut anyway.
+    """
+    batch, length, width = inputs.u.shape
+    states, of_group = inputs.A.shape[1], width // inputs.B.shape[2]
+    if length <= 16 or states > 16 or width < 64 or (of_group != width and of_group % 64):
+        return False
+    blocks = math.ceil(width / 64) * batch
+    return blocks >= 600 or (4 * blocks <= ENOUGH_BLOCKS and length >= 2048)
 
 
 def forward_chunk(length: int) -> int:
@@ -59,7 +74,7 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     """Cuts a scan into blocks."""
     batch, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[1]
-    channels = 32
+    channels = 64 if options.keep_boundaries and _two_channels_a_lane(inputs) else 32
     rest = max(4, 2 ** math.ceil(math.log2(states / WARPS)))  # whole 16 bytes
     chunks = math.ceil(length / chunk)
     blocks = math.ceil(width / channels) * batch
@@ -112,7 +127,7 @@ def _streamed_shape(inputs: ScanInputs, chunk: int) -> tuple[int, int]:
     """
     _, length, width = inputs.u.shape
     width = max(32, math.ceil(width / 8) * 8)
-    return (math.ceil(length / chunk) * chunk if width == 32 else length), width
+    return (math.ceil(length / chunk) * chunk if width in (32, 64) else length), width
 
 
 def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
