@@ -106,42 +106,42 @@ def _scan_rows(shape, dtype, gradient, quick) -> Iterator[dict[str, Any]]:
 def mixer(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The core of one FastVim-T mixer, from in_proj's output to out_proj's input, batch 128."""
     width, batch = 192, 128
-    for dtype in ("float32", "bfloat16"):
-        precision = Precision(dtype=dtype)
-        module = Mixer(MixerConfig(width, precision=precision), rngs=nnx.Rngs(0))
+    cases = [
+        (dtype, pixels, gradient)
+        for dtype in ("float32", "bfloat16")
+        for pixels in (224, 512, 1024, 2048)
+        for gradient in (False, True)
+    ]
+    for dtype, pixels, gradient in _share(cases, options):
+        module = Mixer(MixerConfig(width, precision=Precision(dtype=dtype)), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(module)
-        for pixels in (224,) if options.quick else (224, 512, 1024, 2048):
-            side = pixels // 16
-            pooling = GridPooling(side, side)
-            if not runs_fused(module, pooling):
-                raise RuntimeError("the fused core does not run here")
+        side = pixels // 16
+        pooling = GridPooling(side, side)
+        if not runs_fused(module, pooling):
+            raise RuntimeError("the fused core does not run here")
 
-            def arguments(seed, side=side, dtype=dtype):
-                keys = jax.random.split(jax.random.key(seed), 2)
-                tokens = (batch, side * side)
-                xz = jax.random.normal(keys[0], (*tokens, 4 * width), jnp.float32).astype(dtype)
-                return xz, jax.random.normal(keys[1], (*tokens, 2 * width)).astype(dtype)
+        def arguments(seed, side=side, dtype=dtype):
+            keys = jax.random.split(jax.random.key(seed), 2)
+            draw = lambda key, e: jax.random.normal(key, (batch, side * side, e), dtype)  # noqa: E731
+            return draw(keys[0], 4 * width), draw(keys[1], 2 * width)
 
-            def forward(params, xz, pooling=pooling, graphdef=graphdef):
+        def function(
+            xz, out_bar, pooling=pooling, graphdef=graphdef, gradient=gradient, params=params
+        ):
+            def forward(params, xz):
                 return fused_core(nnx.merge(graphdef, params), xz, pooling)
 
-            for gradient in (False, True):
+            if not gradient:
+                return forward(params, xz)
+            out, pull = jax.vjp(forward, params, xz)
+            return out, pull(out_bar)
 
-                def function(xz, out_bar, forward=forward, gradient=gradient, params=params):
-                    if not gradient:
-                        return forward(params, xz)
-                    out, pull = jax.vjp(forward, params, xz)
-                    return out, pull(out_bar)
-
-                sets = 4 if pixels < 1024 else 2
-                time, _ = device_time.measure(function, arguments, max_sets=sets, calls=8)
-                yield {
-                    "pixels": pixels,
-                    "batch": batch,
-                    "dtype": dtype,
-                    "gradient": gradient,
-                    **dataclasses.asdict(time),
-                }
+        sets = 4 if pixels < 1024 else 2
+        time, _ = device_time.measure(function, arguments, max_sets=sets, calls=8)
+        yield {
+            "pixels": pixels, "batch": batch, "dtype": dtype, "gradient": gradient,
+            **dataclasses.asdict(time),
+        }  # fmt: skip
 
 
 MODELS = (
