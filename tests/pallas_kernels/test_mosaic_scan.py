@@ -53,6 +53,8 @@ def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options)
     from pallas_kernels.selective_scan import mosaic
 
     args = {k: v for k, v in draw(rng, b, l, e, n, g, dtype).items() if k not in drop}
+    if not options.get("delta_softplus", True):  # steps are then the numbers themselves
+        args |= {"delta": jnp.abs(args["delta"]), "delta_bias": jnp.abs(args["delta_bias"])}
     cotangents = (
         jnp.asarray(rng.standard_normal((b, l, e)), dtype),
         jnp.asarray(rng.standard_normal((b, e, n)), jnp.float32),
