@@ -101,7 +101,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     values = [v for _, _, ys in lines.values() for v in ys]
     if values:
         axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _dress(axes, "top-1", "Accuracy on held-out images", legend="lower right")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
