@@ -60,7 +60,10 @@ WRONG_USAGE = [
     (("train", "digits/fastvim_digits", "--data.bach-size", "3"), "--data.batch-size INT"),
     (("train", "digits/fastvim_digits", "--epochs", "many"), "--epochs"),
     (("train", "digits/fastvim_digits", "--data.flip", "3"), "data.flip is 3.0"),
-    (("train", "digits/fastvim_digits", "--model.pooling", "maen"), "('mean', 'max', 'attention', 'none')"),
+    (
+        ("train", "digits/fastvim_digits", "--model.pooling", "maen"),
+        "('mean', 'max', 'attention', 'none')",
+    ),
     (("eval",), "run"),
     (("eval", "x", "--weights", "best"), "ema"),
     (("predict", "x"), "name at least one image file"),
