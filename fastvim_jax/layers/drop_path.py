@@ -36,3 +36,25 @@ def scale_keep(
     """Kept outputs divided by (1 - rate): the factor by which each output joins the residual."""
     survive = (1.0 - rates).reshape(-1, *(1,) * (keep.ndim - 1))
     return keep.astype(dtype) / jnp.asarray(np.where(survive > 0, survive, 1.0), dtype)
+
+
+def keep_factors(
+    key: jax.Array | None,
+    given: Float[Array, "depth ..."] | None,
+    rate: float,
+    shape: tuple[int, ...],
+    dtype,
+) -> Float[Array, "depth ..."] | None:
+    """Factors for all blocks from `given` masks `depth *shape`, else drawn from `key`; None where nothing is dropped.
+
+    Args:
+        key: This step's key, or None outside training.
+        given: 0/1 masks to use instead of drawing any.
+        rate: Rate at the last block.
+        shape: `depth`, then what a mask of one block has: `b`, or branches and `b`.
+        dtype: Of the factors.
+    """
+    rates = drop_path_rates(rate, shape[0])
+    if given is None and key is not None and rate > 0:
+        given = draw_keep(key, rates, shape[1:])
+    return None if given is None else scale_keep(given, rates, dtype)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Float
 
-from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
+from fastvim_jax.layers.drop_path import keep_factors
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
@@ -156,12 +156,9 @@ class VisionMamba(nnx.Module):
     def _run(self, images, key, drop_path_keep, taps=()):
         config = self.config
         residual, grid = self._embed(images)
-        rates = drop_path_rates(config.drop_path, config.depth)
-        keep = drop_path_keep
-        if keep is None and key is not None and config.drop_path > 0:
-            keep = draw_keep(key, rates, images.shape[:1])
-        if keep is not None:
-            keep = scale_keep(keep, rates, residual.dtype)
+        keep = keep_factors(
+            key, drop_path_keep, config.drop_path, (config.depth, images.shape[0]), residual.dtype
+        )
         residual, outputs = run_blocks(
             self.blocks,
             residual,

@@ -11,7 +11,7 @@ from jax.nn.initializers import truncated_normal, zeros
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers.attention import Attention, Mlp
-from fastvim_jax.layers.drop_path import draw_keep, drop_path_rates, scale_keep
+from fastvim_jax.layers.drop_path import keep_factors
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
@@ -149,12 +149,9 @@ class VisionTransformer(nnx.Module):
         )
         table = resize_with_class_row(self.pos_embed[...], config.grid, grid, 0, 0)
         residual = jnp.concatenate([token, tokens], axis=1) + table.astype(wide)
-        rates = drop_path_rates(config.drop_path, config.depth)
-        keep = drop_path_keep
-        if keep is None and key is not None and config.drop_path > 0:
-            keep = draw_keep(key, rates, (2, images.shape[0]))
-        if keep is not None:
-            keep = scale_keep(keep, rates, wide)
+        keep = keep_factors(
+            key, drop_path_keep, config.drop_path, (config.depth, 2, images.shape[0]), wide
+        )
         residual, outputs = run_blocks(
             self.blocks,
             residual,
