@@ -1,8 +1,10 @@
 """FastVim-T on ImageNet-1k at 224 px, the paper's supervised recipe: 75.4 % top-1 (Table 1), 7,166,056 parameters.
 
-Mixup, cutmix, RandAugment and random erasing, which the paper's number includes, are not part of this pipeline
-yet. 300 epochs of 1,281,167 images at an effective batch of 1024. The paper's kernels take 4,009 images/s on one H100,
-so about 27 hours there. Set FASTVIM_IMAGENET_DIR to a folder with `train` and `val`, one sub-folder a class.
+Mixup, cutmix and random erasing, which the paper's number includes, are not part of this pipeline yet.
+300 epochs of 1,281,167 images at an effective batch of 1024. At the 9,507 images/s that a step of batch 128
+reached on one H100 with activations="compute" and blocks="unroll" (benchmarks/README.md), the steps alone take
+about 11 hours there; this file's own settings are more exact and slower. Set FASTVIM_IMAGENET_DIR to a folder
+with `train` and `val`, one sub-folder a class.
 """
 
 from fastvim_jax.data import DataConfig
@@ -20,6 +22,7 @@ config = TrainConfig(
         workers=16,
         crop="random_resized",
         flip=0.5,
+        rand_augment=9.0,
         eval_crop=0.875,
     ),
     optimizer=OptimizerConfig(
