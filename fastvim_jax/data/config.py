@@ -58,12 +58,27 @@ class DataConfig:
     """Standard deviation of the magnitude of each of RandAugment's operations."""
     colour_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation (0.3 in the recipes, without RandAugment)."""
+    random_erasing: float = 0.0
+    """Probability that one box of a training image is filled with noise (0.25 in the recipes)."""
+    mixup: float = 0.0
+    """Mixup's alpha (0.8 in the recipes); 0: off."""
+    cutmix: float = 0.0
+    """Cutmix's alpha (1.0 in the recipes); 0: off."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed, if mixup or cutmix is on."""
+    mix_switch_prob: float = 0.5
+    """Probability that it is cutmix that mixes, if both are on."""
+    mix_mode: Literal["batch"] = "batch"
+    """What is mixed with what: the whole batch, with itself reversed, in the same proportion."""
     eval_crop: float = 0.875
     """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Subtracted per channel, on a pixel scale of 0 to 1."""
     std: tuple[float, ...] = IMAGENET_STD
     """Divides per channel, on a pixel scale of 0 to 1."""
+    resident: bool = False
+    """Decode all training images once and keep them on the device, where they are cropped (pad_shift or resize)
+    and flipped: for sets of small images."""
     max_corrupt: int = 0
     """Undecodable training records replaced by others (and counted) before the run stops; 0: the first one stops it."""
 
@@ -91,7 +106,13 @@ class DataConfig:
         _require(
             _is_int(self.max_corrupt) and self.max_corrupt >= 0, "max_corrupt", self, "0 or more"
         )
-        _require(0 <= self.flip <= 1, "flip", self, "a probability from 0 to 1")
+        for name in ("flip", "random_erasing", "mix_prob", "mix_switch_prob"):
+            _require(0 <= getattr(self, name) <= 1, name, self, "a probability from 0 to 1")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value >= 0
+            _require(ok, name, self, "0 (off) or a positive number")
+        _one_of("mix_mode", self.mix_mode, ("batch",))
         ok = self.rand_augment is None or 0 <= self.rand_augment <= 10
         _require(ok, "rand_augment", self, "a magnitude from 0 to 10, or None")
         _require(self.rand_augment_std >= 0, "rand_augment_std", self, "0 or more")
@@ -107,6 +128,17 @@ class DataConfig:
             if name == "std":
                 ok = ok and all(v > 0 for v in values)
             _require(ok, name, self, f"{self.channels} numbers, one per channel")
+
+        if self.resident:
+            self._check_resident()
+
+    def _check_resident(self) -> None:
+        """Resident images are augmented on the device, which knows crop and flip only."""
+        _require(
+            self.crop != "random_resized", "crop", self, "pad_shift or resize if resident=True"
+        )
+        _require(self.rand_augment is None, "rand_augment", self, "None if resident=True")
+        _require(not self.colour_jitter, "colour_jitter", self, "0 if resident=True")
 
     @property
     def height_width(self) -> tuple[int, int]:

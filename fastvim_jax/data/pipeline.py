@@ -15,13 +15,13 @@ from typing import Any, TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Int32, UInt8
 
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
-from fastvim_jax.data.transforms import eval_transform, normalise, train_transform
+from fastvim_jax.data.transforms import eval_transform, train_transform
 from fastvim_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ _REPLACEMENTS = 100
 class Batch(TypedDict, total=False):
     """What an iterator yields: NumPy arrays of this process's share of a batch."""
 
-    image: Float[np.ndarray, "b h w c"]
-    """float32, normalised with the config's mean and std."""
+    image: UInt8[np.ndarray, "b h w c"]
+    """Pixels as they are: the step normalises them (`device_transforms`)."""
     label: Int32[np.ndarray, " b"]
     valid: Bool[np.ndarray, " b"]
     """Evaluation only: False where the record is padding (or undecodable) and must not be counted."""
@@ -43,6 +43,7 @@ class BatchIterator(Iterator[Batch]):
 
     Attributes:
         source: where the records come from; `len(source)`, `source.class_names`.
+        config: what the batches were made by, and how the step is to preprocess them.
         steps_per_epoch: batches in one pass over the source.
         corrupt: indices of the undecodable records met so far.
     """
@@ -57,17 +58,17 @@ class BatchIterator(Iterator[Batch]):
         identity: Mapping[str, int | str],
     ) -> None:
         self.source = source
+        self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.corrupt: set[int] = set()
         self._batches = batches
-        self._config = config
         self._identity = dict(identity)
         self._taken = 0
         self._running: Iterator[dict[str, np.ndarray]] | None = None
 
     def __next__(self) -> Batch:
         if self._running is None:
-            self._running = _start(self._batches[self._taken :], self._config.workers)
+            self._running = _start(self._batches[self._taken :], self.config.workers)
         # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
         batch: Any = {key: np.array(value) for key, value in next(self._running).items()}
         self._taken += 1
@@ -108,14 +109,14 @@ class BatchIterator(Iterator[Batch]):
                 continue
             self.corrupt.add(index)
             try:
-                _decode(self.source, index, self._config.channels)
+                _decode(self.source, index, self.config.channels)
                 reason = f"record {index} could not be decoded once, but can be now."
             except DecodeError as error:
                 reason = str(error)
-            if len(self.corrupt) > self._config.max_corrupt:
+            if len(self.corrupt) > self.config.max_corrupt:
                 raise DecodeError(
                     f"{reason}\n{len(self.corrupt)} undecodable record(s); data.max_corrupt allows "
-                    f"{self._config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
+                    f"{self.config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
                 )
             _log.warning("Undecodable record left out: %s", reason)
 
@@ -200,8 +201,8 @@ def make_eval_iterator(
     )
 
 
-def load_image(file: str | Path, config: DataConfig) -> Float[np.ndarray, "h w c"]:
-    """Read one image file the way evaluation does: decode, resize, centre crop, normalise; float32.
+def load_image(file: str | Path, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
+    """Read one image file the way evaluation does: decode, resize, centre crop.
 
     Raises:
         DecodeError: when the file cannot be read or is no image.
@@ -211,7 +212,7 @@ def load_image(file: str | Path, config: DataConfig) -> Float[np.ndarray, "h w c
     except OSError as error:
         raise DecodeError(f"{file}: {error.strerror or error}.") from None
     image = decode_image(data, channels=config.channels, name=str(file))
-    return normalise(eval_transform(image, config), config.mean, config.std)
+    return eval_transform(image, config)
 
 
 @dataclasses.dataclass
@@ -231,7 +232,6 @@ class _LoadForTraining(grain.transforms.RandomMap):
                 index = int(rng.integers(len(self.source)))
                 continue
             pixels = train_transform(image, self.config, rng)
-            pixels = normalise(pixels, self.config.mean, self.config.std)
             return {"image": pixels, "label": record.label, "corrupt": corrupt}
         raise UserError(
             f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
@@ -251,13 +251,11 @@ class _LoadForEvaluation(grain.transforms.Map):
         if index < len(self.source):
             try:
                 record, image = _decode(self.source, index, self.config.channels)
-                pixels = normalise(
-                    eval_transform(image, self.config), self.config.mean, self.config.std
-                )
+                pixels = eval_transform(image, self.config)
                 return {"image": pixels, "label": record.label, "valid": True, "corrupt": corrupt}
             except DecodeError:
                 corrupt.append(index)
-        zeros = np.zeros((*self.config.height_width, self.config.channels), np.float32)
+        zeros = np.zeros((*self.config.height_width, self.config.channels), np.uint8)
         return {"image": zeros, "label": 0, "valid": False, "corrupt": corrupt}
 
 

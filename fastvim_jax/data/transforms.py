@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from fastvim_jax.data.config import DataConfig
@@ -105,25 +105,6 @@ def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     """Return the pixels channels-last; a greyscale image has c = 1."""
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def normalise(
-    pixels: UInt8[np.ndarray, "*b h w c"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[np.ndarray, "*b h w c"]:
-    """Scale uint8 pixels to 0-1, subtract `mean`, divide by `std` (one number per channel each); float32."""
-    scale = 1.0 / (255.0 * np.asarray(std))
-    shift = -np.asarray(mean) / np.asarray(std)
-    return pixels * scale.astype(np.float32) + shift.astype(np.float32)
-
-
-def denormalise(
-    images: Float[np.ndarray, "*b h w c"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> UInt8[np.ndarray, "*b h w c"]:
-    """Undo `normalise`, for plots: float images back to uint8 pixels."""
-    unit = np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(
-        mean, np.float32
-    )
-    return np.round(np.clip(unit, 0, 1) * 255).astype(np.uint8)
 
 
 def train_transform(

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from fastvim_jax.data import BatchIterator
+from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.steps import Batch, Metrics, make_eval_step
 
@@ -19,7 +21,8 @@ def evaluate(model: nnx.Module, batches: Iterable[Batch]) -> Scores:
 
     Args:
         model: a classifier, called on `image` `b h w c`.
-        batches: batches of `image`, `label` and `valid`, as `make_eval_iterator` makes them.
+        batches: batches of `image`, `label` and `valid`: of `make_eval_iterator`, whose pixels are normalised by
+            its config, or with images that are normalised already.
 
     Returns:
         `count` images, the shares `top1` and `top5` (0 to 1) among them, and their mean cross entropy `loss`.
@@ -28,7 +31,13 @@ def evaluate(model: nnx.Module, batches: Iterable[Batch]) -> Scores:
         UserError: when there is no image to count.
     """
     graphdef, params = nnx.split(model)
-    return evaluate_weights(make_eval_step(graphdef), {"it": params}, batches)["it"]
+    eval_step = make_eval_step(graphdef, preprocess=preprocess_of(batches))
+    return evaluate_weights(eval_step, {"it": params}, batches)["it"]
+
+
+def preprocess_of(batches: Iterable[Batch]) -> Preprocess | None:
+    """How the images of `batches` become the model's input; None: they are that already."""
+    return make_preprocess(batches.config) if isinstance(batches, BatchIterator) else None
 
 
 def evaluate_weights(

@@ -14,8 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastvim_jax.data import Batch, DecodeError, load_image
+from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run
+from fastvim_jax.training.steps import normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +72,14 @@ def predict_files(
     """
     if top_k < 1 or batch_size < 1:
         raise UserError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
-    probabilities_of = _make_classifier(run.model)
+    probabilities_of = _make_classifier(run.model, make_preprocess(run.config.data))
     size = min(batch_size, max(1, len(files)))
     predictions: list[Prediction] = []
     for start in range(0, len(files), size):
         chunk = [str(file) for file in files[start : start + size]]
         height, width = run.config.data.height_width
         # Every batch has the same shape, so that the model is compiled once.
-        images = np.zeros((size, height, width, run.config.data.channels), np.float32)
+        images = np.zeros((size, height, width, run.config.data.channels), np.uint8)
         errors: dict[int, str] = {}
         for i, file in enumerate(chunk):
             try:
@@ -99,7 +102,7 @@ def predict_batches(
 
     Args:
         model: a classifier.
-        batches: batches of `image`, `label` and `valid`, as `make_eval_iterator` makes them.
+        batches: batches of `image`, `label` and `valid`; see `evaluate`.
 
     Returns:
         The class probabilities and the true labels of the n valid images, in order.
@@ -107,7 +110,7 @@ def predict_batches(
     Raises:
         UserError: when there is no valid image.
     """
-    probabilities_of = _make_classifier(model)
+    probabilities_of = _make_classifier(model, preprocess_of(batches))
     probabilities, labels = [], []
     for batch in batches:
         valid = np.asarray(batch["valid"])
@@ -118,13 +121,16 @@ def predict_batches(
     return np.concatenate(probabilities), np.concatenate(labels)
 
 
-def _make_classifier(model: nnx.Module) -> Callable[[np.ndarray], Array]:
+def _make_classifier(
+    model: nnx.Module, preprocess: Preprocess | None
+) -> Callable[[np.ndarray], Array]:
     """The jitted map from images `b h w c` to probabilities `b classes`, float32 or wider."""
     graphdef, params = nnx.split(model)
 
     @jax.jit
     def classify(params: Any, images: Array) -> Array:
-        logits = nnx.merge(graphdef, params)(images)
+        images = images if preprocess is None else preprocess(images)
+        logits = nnx.merge(graphdef, params)(normalised(images))
         return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
     return lambda images: classify(params, images)

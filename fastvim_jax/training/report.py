@@ -9,7 +9,6 @@ import numpy as np
 
 from fastvim_jax.analysis.plots import Sample, plot_run
 from fastvim_jax.data import make_eval_iterator
-from fastvim_jax.data.transforms import denormalise
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.predict import predict_batches
 from fastvim_jax.training.run_folder import Run
@@ -81,13 +80,12 @@ def report_run(run: Run, run_dir: Path | str, picture: Path | str) -> Report:
 
 
 def _images(run: Run, wanted: set[int]) -> dict[int, np.ndarray]:
-    """The wanted images as the model sees them, by their number among the valid ones."""
-    data = run.config.data
+    """The wanted images as they are cropped for the model, by their number among the valid ones."""
     found: dict[int, np.ndarray] = {}
     seen = 0
-    for batch in make_eval_iterator(data):
+    for batch in make_eval_iterator(run.config.data):
         for image in batch["image"][batch["valid"]]:
             if seen in wanted:
-                found[seen] = denormalise(image, data.mean, data.std)
+                found[seen] = image
             seen += 1
     return found

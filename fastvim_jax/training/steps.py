@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from fastvim_jax.data.device_transforms import Augment, Preprocess
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.losses import classification_loss
 
@@ -56,6 +57,12 @@ def drop_path_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def augment_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of one step's augmentation on the device; another stream than `drop_path_key`."""
+    stream = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # no run has that many steps
+    return jax.random.fold_in(stream, step)
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -63,21 +70,25 @@ def make_train_step(
     label_smoothing: float = 0.0,
     ema_decay: float | None = None,
     seed: int = 0,
+    augment: Augment | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled `step(state, batch) -> (state, metrics)`; the given state's buffers are reused.
 
-    A batch holds `image` `b h w c` and `label`: class numbers `b`, or soft targets `b classes`.
+    A batch holds what `augment` takes (`data.device_transforms.make_augment`: uint8 images). Without it, and
+    after it, that is `image` `b h w c`, normalised, and `label`: class numbers `b`, or soft targets `b classes`.
     The metrics are scalars on the device: `loss`, `grad_norm` (before clipping), `update_norm`,
     `finite_input`.
     The average of the weights, if kept, takes in the weights before the update.
     """
 
     def loss_of(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(batch["image"], key=key)
+        logits = nnx.merge(graphdef, params)(normalised(batch["image"]), key=key)
         return classification_loss(logits, batch["label"], label_smoothing=label_smoothing)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = drop_path_key(seed, state.step)
+        if augment is not None:
+            batch = augment(augment_key(seed, state.step), batch)
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
         ema = None if state.ema is None else update_ema(state.ema, state.params, ema_decay or 0.0)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -98,16 +109,20 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, *, preprocess: Preprocess | None = None
+) -> Callable[[Any, Batch], Metrics]:
     """A compiled `step(params, batch) -> counts` of one evaluation batch.
 
-    A batch holds `image` `b h w c`, `label` `b` and `valid` `b`, false for padding. The counts are sums over
+    A batch holds `image` `b h w c`, as `preprocess` takes them (`data.device_transforms.make_preprocess`: uint8)
+    or normalised, `label` `b` and `valid` `b`, false for padding. The counts are sums over
     the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider).
     """
 
     @jax.jit
     def step(params: Any, batch: Batch) -> Metrics:
-        logits = nnx.merge(graphdef, params)(batch["image"])
+        images = batch["image"] if preprocess is None else preprocess(batch["image"])
+        logits = nnx.merge(graphdef, params)(normalised(images))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         label, valid = batch["label"], batch["valid"]
         rank = label_rank(logits, label)
@@ -120,6 +135,17 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
         }
 
     return step
+
+
+def normalised(images: jax.Array) -> jax.Array:
+    """The images, once it is sure that they are no pixels.
+
+    Raises:
+        TypeError: for whole numbers.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images of dtype {images.dtype} reached the model: preprocess them first")
+    return images
 
 
 def label_rank(logits: jax.Array, label: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from fastvim_jax.data import BatchIterator, make_eval_iterator, make_train_iterator
+from fastvim_jax.data.device_transforms import make_augment, make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -98,8 +99,11 @@ def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) ->
         label_smoothing=config.label_smoothing,
         ema_decay=config.ema_decay,
         seed=config.seed,
+        augment=make_augment(
+            config.data, config.model.num_classes, label_smoothing=config.label_smoothing
+        ),
     )
-    eval_step = make_eval_step(graphdef)
+    eval_step = make_eval_step(graphdef, preprocess=make_preprocess(config.data))
 
     # Checkpoint
     state = init_state(params, optimizer, ema=config.ema_decay is not None)

@@ -21,7 +21,6 @@ from fastvim_jax.data import (
     make_train_iterator,
     open_source,
 )
-from fastvim_jax.data.transforms import normalise
 from fastvim_jax.errors import UserError
 
 DIGITS = DataConfig(
@@ -50,10 +49,8 @@ def _assert_same(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.nd
 def test_batches_have_the_promised_form(image_tree: Path, seed: int) -> None:
     batch = next(make_train_iterator(_tree(image_tree), seed=seed))
     assert batch.keys() == {"image", "label"}
-    assert batch["image"].shape == (8, 12, 16, 3) and batch["image"].dtype == np.float32
+    assert batch["image"].shape == (8, 12, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
-    # Normalised noise: about zero mean, far from the 0-255 scale.
-    assert np.abs(batch["image"]).max() < 3
 
 
 def test_worker_processes_change_nothing(image_tree: Path, seed: int) -> None:
@@ -116,7 +113,7 @@ def test_each_epoch_is_a_new_order_of_the_same_records(seed: int) -> None:
     one, two = epoch(), epoch()
     source = open_source("digits", "train")
     pixels = np.stack([source[i].image for i in range(len(source))])[..., None]
-    expected = Counter(image.tobytes() for image in normalise(pixels, (0.5,), (0.5,)))
+    expected = Counter(image.tobytes() for image in pixels)
     assert Counter(one) == expected
     assert Counter(one) == Counter(two) and one != two
     assert len(set(one)) > 1400  # not one record over and over
@@ -129,8 +126,7 @@ def test_labels_stay_with_their_images(seed: int) -> None:
     source = open_source("digits", "train")
     label_of = {source[i].image.tobytes(): source[i].label for i in range(len(source))}  # type: ignore[union-attr]
     batch = next(make_train_iterator(config, seed=seed))
-    pixels = np.round((batch["image"] * 0.5 + 0.5) * 255).astype(np.uint8)[..., 0]
-    assert [label_of[image.tobytes()] for image in pixels] == batch["label"].tolist()
+    assert [label_of[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
 
 
 def test_the_remainder_is_dropped_each_epoch(image_tree: Path, seed: int) -> None:
@@ -272,5 +268,5 @@ def test_real_cifar(real_data: Path, seed: int) -> None:
         source="packed_npz", path=str(real_data / "cifar10"), image_size=32, crop="pad_shift"
     )
     train = next(make_train_iterator(config, seed=seed))
-    assert train["image"].shape == (128, 32, 32, 3) and np.isfinite(train["image"]).all()
+    assert train["image"].shape == (128, 32, 32, 3)
     assert len(set(train["label"].tolist())) == 10

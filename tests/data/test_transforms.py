@@ -124,15 +124,6 @@ def test_whole_image_at_ratio_one(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(np.asarray(out), pixels)
 
 
-def test_normalise_is_its_formula_and_reverses(rng: np.random.Generator) -> None:
-    pixels = rng.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    out = transforms.normalise(pixels, mean, std)
-    assert out.dtype == np.float32
-    np.testing.assert_allclose(out, (pixels / 255 - mean) / std, atol=1e-6)
-    np.testing.assert_array_equal(transforms.denormalise(out, mean, std), pixels)
-
-
 def test_train_transform_takes_the_configured_crop(rng: np.random.Generator) -> None:
     image = _coordinates(20, 20)
     config = DataConfig(image_size=(12, 16), flip=0.0)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from fastvim_jax.training import (
 )
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.steps import augment_key
 from tests.training.compare_runs import assert_same_run
 from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH, tiny_config, tiny_model
 
@@ -177,23 +179,20 @@ def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
 
 def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     """NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
-    make = supervised.make_train_iterator
+    make = supervised.make_augment
 
     def poisoned(*args, **kwargs):
-        batches = make(*args, **kwargs)
-        taken = type(batches).__next__
+        augment = make(*args, **kwargs)
 
-        class Poisoned(type(batches)):
-            def __next__(self):
-                batch = taken(self)
-                if self.get_state()["batches"] == 6:
-                    batch["image"][0, 0, 0, 0] = np.nan
-                return batch
+        def poison(key, batch):
+            batch = augment(key, batch)
+            fault = jax.random.key_data(augment_key(CONFIG.seed, jnp.asarray(5)))
+            here = (jax.random.key_data(key) == fault).all()
+            return {**batch, "image": jnp.where(here, jnp.nan, batch["image"])}
 
-        batches.__class__ = Poisoned
-        return batches
+        return poison
 
-    monkeypatch.setattr(supervised, "make_train_iterator", poisoned)
+    monkeypatch.setattr(supervised, "make_augment", poisoned)
     with pytest.raises(NonFiniteError) as caught:
         train(CONFIG, tmp_path / "run", progress=False)
     message = str(caught.value)

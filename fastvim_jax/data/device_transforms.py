@@ -1,0 +1,216 @@
+"""Transforms inside the jitted step: crop and flip, normalisation, random erasing, mixup and cutmix.
+
+Everything is drawn from a key and from an image's position in the global batch, so a batch comes out the same
+on any number of devices and processes. The order is the recipes': each image is normalised, then erased, then
+the batch is mixed with itself reversed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from fastvim_jax.data.config import DataConfig
+
+Batch = Mapping[str, Any]
+Preprocess = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
+Augment = Callable[[Key[Array, ""], Batch], Batch]
+
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = (0.3, 1 / 0.3)
+_ATTEMPTS = 10
+
+
+def make_preprocess(config: DataConfig) -> Preprocess:
+    """The map from uint8 images `b h w c` to the model's input, float32: (pixels / 255 - mean) / std."""
+    std = np.asarray(config.std)
+    scale = (1.0 / (255.0 * std)).astype(np.float32)
+    shift = (-np.asarray(config.mean) / std).astype(np.float32)
+
+    def preprocess(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return images.astype(jnp.float32) * scale + shift
+
+    return preprocess
+
+
+def make_augment(config: DataConfig, num_classes: int, *, label_smoothing: float = 0.0) -> Augment:
+    """The map `augment(key, batch) -> batch` of a training batch, for use inside the step.
+
+    In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch. Out: `image` float32, normalised,
+    and `label`: as it was, or where mixup or cutmix are on the soft targets `b classes`, float32, smoothed.
+
+    Args:
+        config: what is on, and how strong.
+        num_classes: length of the soft targets.
+        label_smoothing: mass of each soft target that is spread evenly; integer labels are left to the loss.
+    """
+    preprocess = make_preprocess(config)
+
+    def augment(key: Key[Array, ""], batch: Batch) -> Batch:
+        shift_key, flip_key, erase_key, mix_key = jax.random.split(key, 4)
+        images, label = batch["image"], batch["label"]
+        if config.resident and config.crop == "pad_shift":
+            images = pad_and_shift(shift_key, images, pad=config.pad)
+        if config.resident and config.flip:
+            images = horizontal_flip(flip_key, images, probability=config.flip)
+        images = preprocess(images)
+        if config.random_erasing:
+            images = random_erasing(erase_key, images, probability=config.random_erasing)
+        if config.mixup or config.cutmix:
+            weight, share = mix_weights(
+                mix_key,
+                (images.shape[1], images.shape[2]),
+                mixup=config.mixup,
+                cutmix=config.cutmix,
+                probability=config.mix_prob,
+                switch_probability=config.mix_switch_prob,
+            )
+            images = mix(images, weight)
+            label = mixed_targets(label, share, num_classes, label_smoothing)
+        return {**batch, "image": images, "label": label}
+
+    return augment
+
+
+def pad_and_shift(
+    key: Key[Array, ""], images: UInt8[Array, "b h w c"], *, pad: int
+) -> UInt8[Array, "b h w c"]:
+    """Add `pad` zero pixels on each side of every image, and crop its size at a random offset."""
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def crop(key: Array, image: Array) -> Array:
+        top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+        return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+
+    return jax.vmap(crop)(_keys(key, len(images)), padded)
+
+
+def horizontal_flip(
+    key: Key[Array, ""], images: UInt8[Array, "b h w c"], *, probability: float
+) -> UInt8[Array, "b h w c"]:
+    """Mirror each image left and right with the given probability."""
+    chosen = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(_keys(key, len(images)))
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+
+
+def random_erasing(
+    key: Key[Array, ""], images: Float[Array, "b h w c"], *, probability: float
+) -> Float[Array, "b h w c"]:
+    """Fill one box of each image, with the given probability, with standard normal noise of its own per pixel.
+
+    Zhong et al. 2020, with noise in place of the original's one colour; the noise has the scale of normalised
+    pixels. The box's law is `erased_box`'s.
+    """
+
+    def erase(key: Array, image: Array) -> Array:
+        chosen, box, noise = jax.random.split(key, 3)
+        inside = erased_box(box, (image.shape[0], image.shape[1])) & jax.random.bernoulli(
+            chosen, probability
+        )
+        return jnp.where(inside[..., None], jax.random.normal(noise, image.shape), image)
+
+    return jax.vmap(erase)(_keys(key, len(images)), images)
+
+
+def erased_box(key: Key[Array, ""], size: tuple[int, int]) -> Bool[Array, "h w"]:
+    """True inside a random box.
+
+    Its share of the area is uniform in `ERASED_AREA`, its height over width log-uniform in `ERASED_ASPECT`, its
+    place uniform. Of ten such boxes the first smaller than the image in both directions counts; if there is
+    none, the mask is empty.
+    """
+    height, width = size
+    area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
+    share = jax.random.uniform(area_key, (_ATTEMPTS,), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    low, high = map(math.log, ERASED_ASPECT)
+    ratio = jnp.exp(jax.random.uniform(aspect_key, (_ATTEMPTS,), minval=low, maxval=high))
+    area = share * (height * width)
+    heights = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits)
+    box_height, box_width = heights[first], widths[first]
+    top = jax.random.randint(top_key, (), 0, jnp.maximum(height - box_height, 0) + 1)
+    left = jax.random.randint(left_key, (), 0, jnp.maximum(width - box_width, 0) + 1)
+    return _box(size, top, top + box_height, left, left + box_width) & fits.any()
+
+
+def mix_weights(
+    key: Key[Array, ""],
+    size: tuple[int, int],
+    *,
+    mixup: float,
+    cutmix: float,
+    probability: float = 1.0,
+    switch_probability: float = 0.5,
+) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
+    """How much of itself every image of a batch keeps: per pixel, and in all.
+
+    Mixup (Zhang et al. 2018) keeps the same share λ of every pixel; cutmix (Yun et al. 2019) replaces a box
+    whose sides are √(1 - λ) of the image's, around a uniform centre and cut off at the border: its λ is then
+    the share of pixels that really stay. λ is drawn from Beta(α, α).
+
+    Args:
+        key: decides for the whole batch.
+        size: height and width of the images.
+        mixup: α of mixup; 0: off.
+        cutmix: α of cutmix; 0: off.
+        probability: with which the batch is mixed at all.
+        switch_probability: with which it is cutmix that mixes, if both are on.
+    """
+    on_key, switch_key, share_key, box_key = jax.random.split(key, 4)
+    if mixup and cutmix:
+        cut = jax.random.bernoulli(switch_key, switch_probability)
+    else:
+        cut = jnp.asarray(bool(cutmix))
+    alpha = jnp.where(cut, cutmix, mixup)
+    share = jax.random.beta(share_key, alpha, alpha)
+    share = jnp.where(jax.random.bernoulli(on_key, probability), share, 1.0)
+    outside = ~cutmix_box(box_key, size, share)
+    weight = jnp.where(cut, outside.astype(jnp.float32), share)
+    return weight, jnp.where(cut, outside.sum() / outside.size, share)
+
+
+def cutmix_box(
+    key: Key[Array, ""], size: tuple[int, int], share: Float[Array, ""]
+) -> Bool[Array, "h w"]:
+    """True inside cutmix's box for the λ `share`; see `mix_weights`."""
+    side = jnp.sqrt(1.0 - share)
+    bounds: list[Array] = []
+    for length, centre_key in zip(size, jax.random.split(key), strict=True):
+        half = jnp.floor(length * side).astype(jnp.int32) // 2
+        centre = jax.random.randint(centre_key, (), 0, length)
+        bounds += [centre - half, centre + half]
+    return _box(size, *bounds)
+
+
+def mix(images: Float[Array, "b h w c"], weight: Float[Array, "h w"]) -> Float[Array, "b h w c"]:
+    """Blend each image with the one as far from the batch's end as it is from its beginning."""
+    weight = weight[..., None]
+    return images * weight + jnp.flip(images, 0) * (1.0 - weight)
+
+
+def mixed_targets(
+    label: Int[Array, " b"], share: Float[Array, ""], num_classes: int, smoothing: float
+) -> Float[Array, "b classes"]:
+    """The soft targets of `mix`'s images: both images' labels in their shares, then smoothed; rows sum to one."""
+    one_hot = jax.nn.one_hot(label, num_classes)
+    mixed = one_hot * share + jnp.flip(one_hot, 0) * (1.0 - share)
+    return mixed * (1.0 - smoothing) + smoothing / num_classes
+
+
+def _box(size: tuple[int, int], top: Array, bottom: Array, left: Array, right: Array) -> Array:
+    """True inside the box; what lies beyond the image is cut off."""
+    rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def _keys(key: Array, count: int) -> Array:
+    """One key per position in the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
