@@ -14,13 +14,8 @@ from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import SOURCES, open_source
 
 if TYPE_CHECKING:
-    from fastvim_jax.data.pipeline import (
-        Batch,
-        BatchIterator,
-        load_image,
-        make_eval_iterator,
-        make_train_iterator,
-    )
+    from fastvim_jax.data.batches import Batch, BatchIterator
+    from fastvim_jax.data.pipeline import load_image, make_eval_iterator, make_train_iterator
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -42,5 +37,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("fastvim_jax.data.pipeline"), name)
+        home = "batches" if name in ("Batch", "BatchIterator") else "pipeline"
+        return getattr(importlib.import_module(f"fastvim_jax.data.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,9 +27,10 @@ class DataConfig:
     """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. Unused by digits."""
     train_split: str = "train"
     """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder) or the shards
-    `<split>*.tar` (webdataset)."""
+    `<split>*.tar` (webdataset). A slice behind it takes a part of its records: train[5000:], counted in the
+    source's own order (an image_folder's is by class)."""
     eval_split: str = "test"
-    """Split to evaluate on."""
+    """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""
     """Class list (.txt: one name a line; .tsv: label, folder, name) where the folder's own is not the right one."""
     image_size: int | tuple[int, int] = 224

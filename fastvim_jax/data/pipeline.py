@@ -8,117 +8,24 @@ more than the number of batches taken.
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import UInt8
 
+from fastvim_jax.data.batches import BatchIterator, Stream, decode_record, local_batch
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Source
+from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.transforms import eval_transform, train_transform
 from fastvim_jax.errors import UserError
 
-_log = logging.getLogger(__name__)
 _REPLACEMENTS = 100
-
-
-class Batch(TypedDict, total=False):
-    """What an iterator yields: NumPy arrays of this process's share of a batch."""
-
-    image: UInt8[np.ndarray, "b h w c"]
-    """Pixels as they are: the step normalises them (`device_transforms`)."""
-    label: Int32[np.ndarray, " b"]
-    valid: Bool[np.ndarray, " b"]
-    """Evaluation only: False where the record is padding (or undecodable) and must not be counted."""
-
-
-class BatchIterator(Iterator[Batch]):
-    """Iterate over a pipeline's batches; remembers where it is and which records were undecodable.
-
-    Attributes:
-        source: where the records come from; `len(source)`, `source.class_names`.
-        config: what the batches were made by, and how the step is to preprocess them.
-        steps_per_epoch: batches in one pass over the source.
-        corrupt: indices of the undecodable records met so far.
-    """
-
-    def __init__(
-        self,
-        batches: grain.MapDataset,
-        source: Source,
-        config: DataConfig,
-        *,
-        steps_per_epoch: int,
-        identity: Mapping[str, int | str],
-    ) -> None:
-        self.source = source
-        self.config = config
-        self.steps_per_epoch = steps_per_epoch
-        self.corrupt: set[int] = set()
-        self._batches = batches
-        self._identity = dict(identity)
-        self._taken = 0
-        self._running: Iterator[dict[str, np.ndarray]] | None = None
-
-    def __next__(self) -> Batch:
-        if self._running is None:
-            self._running = _start(self._batches[self._taken :], self.config.workers)
-        # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
-        batch: Any = {key: np.array(value) for key, value in next(self._running).items()}
-        self._taken += 1
-        self._note_corrupt(batch.pop("corrupt"))
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position as JSON-able values; it also names the seed, data and batch size it belongs to."""
-        return {**self._identity, "batches": self._taken, "corrupt": sorted(self.corrupt)}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, with any number of workers.
-
-        Raises:
-            UserError: when the state belongs to another seed, data set or batch size.
-        """
-        for key, ours in self._identity.items():
-            if state.get(key) != ours:
-                raise UserError(
-                    f"The saved data position belongs to {key} = {state.get(key)!r}, but this run has "
-                    f"{ours!r}: resume with the same data settings or start a new run."
-                )
-        self.close()
-        self._taken = int(state["batches"])
-        self.corrupt = {int(index) for index in state["corrupt"]}
-
-    def close(self) -> None:
-        """Stop prefetching and end the worker processes; the next batch starts them again."""
-        if self._running is not None:
-            close = getattr(self._running, "close", None)
-            if close is not None:
-                close()
-        self._running = None
-
-    def _note_corrupt(self, indices: np.ndarray) -> None:
-        for index in map(int, indices):
-            if index in self.corrupt:
-                continue
-            self.corrupt.add(index)
-            try:
-                _decode(self.source, index, self.config.channels)
-                reason = f"record {index} could not be decoded once, but can be now."
-            except DecodeError as error:
-                reason = str(error)
-            if len(self.corrupt) > self.config.max_corrupt:
-                raise DecodeError(
-                    f"{reason}\n{len(self.corrupt)} undecodable record(s); data.max_corrupt allows "
-                    f"{self.config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
-                )
-            _log.warning("Undecodable record left out: %s", reason)
 
 
 def make_train_iterator(
@@ -143,18 +50,22 @@ def make_train_iterator(
     source = open_source(
         config.source, config.train_split, path=config.path, class_list=config.class_list
     )
-    local = _local_batch(config.batch_size, process_count, "batch_size")
+    local = local_batch(config.batch_size, process_count, "batch_size")
     steps = len(source) // config.batch_size
     if steps == 0:
         raise UserError(
             f"data.batch_size is {config.batch_size}, but {config.source} {config.train_split} holds only "
             f"{len(source)} images: use a batch size of at most {len(source)}."
         )
+    if config.resident:
+        return resident_training(
+            source, config, seed=seed, process_index=process_index, process_count=process_count
+        )
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
     images = records.random_map(_LoadForTraining(source, config))
     whole_batches = images[: steps * config.batch_size].batch(local, batch_fn=_stack)
     return BatchIterator(
-        whole_batches.repeat(None)[process_index::process_count],
+        _grain_stream(whole_batches.repeat(None)[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
@@ -188,12 +99,17 @@ def make_eval_iterator(
     split = split or config.eval_split
     source = open_source(config.source, split, path=config.path, class_list=config.class_list)
     size = batch_size or config.eval_batch_size or config.batch_size
-    local = _local_batch(size, process_count, "eval_batch_size")
+    local = local_batch(size, process_count, "eval_batch_size")
+    if config.resident:
+        return resident_evaluation(
+            source, config, split=split, batch_size=size,
+            process_index=process_index, process_count=process_count,
+        )  # fmt: skip
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
     return BatchIterator(
-        batches[process_index::process_count],
+        _grain_stream(batches[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
@@ -226,7 +142,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
         corrupt: list[int] = []
         while len(corrupt) < _REPLACEMENTS:
             try:
-                record, image = _decode(self.source, index, self.config.channels)
+                record, image = decode_record(self.source, index, channels=self.config.channels)
             except DecodeError:
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
@@ -250,21 +166,13 @@ class _LoadForEvaluation(grain.transforms.Map):
         corrupt: list[int] = []
         if index < len(self.source):
             try:
-                record, image = _decode(self.source, index, self.config.channels)
+                record, image = decode_record(self.source, index, channels=self.config.channels)
                 pixels = eval_transform(image, self.config)
                 return {"image": pixels, "label": record.label, "valid": True, "corrupt": corrupt}
             except DecodeError:
                 corrupt.append(index)
         zeros = np.zeros((*self.config.height_width, self.config.channels), np.uint8)
         return {"image": zeros, "label": 0, "valid": False, "corrupt": corrupt}
-
-
-def _decode(source: Source, index: int, channels: int) -> tuple[Record, Any]:
-    try:
-        record = source[index]
-    except OSError as error:
-        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
-    return record, decode_image(record.image, channels=channels, name=record.name)
 
 
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -279,13 +187,22 @@ def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return batch
 
 
-def _local_batch(batch_size: int, process_count: int, name: str) -> int:
-    if batch_size % process_count:
-        raise UserError(f"data.{name} is {batch_size}: not divisible by {process_count} processes.")
-    return batch_size // process_count
+def _grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
+    def stream(first: int) -> Generator[dict[str, Any], None, None]:
+        running = _read_ahead(batches[first:], workers)
+        try:
+            for batch in running:
+                # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
+                yield {key: np.array(value) for key, value in batch.items()}
+        finally:
+            close = getattr(running, "close", None)
+            if close is not None:
+                close()
+
+    return stream
 
 
-def _start(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
     """Start reading ahead: in two threads of this process, or in worker processes."""
     if workers == 0:
         return iter(

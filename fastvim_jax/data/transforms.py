@@ -33,7 +33,7 @@ def random_resized_crop(
     largest centred box whose aspect lies within the bounds.
     """
     left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
-    return _resized(image.crop((left, top, left + width, top + height)), size)
+    return resized(image.crop((left, top, left + width, top + height)), size)
 
 
 def _random_box(
@@ -63,7 +63,7 @@ def pad_and_shift(
     image: Image.Image, size: tuple[int, int], rng: np.random.Generator, *, pad: int
 ) -> Image.Image:
     """Resize to `size`, add `pad` zero pixels on each side, crop `size` at a random offset."""
-    image = _resized(image, size)
+    image = resized(image, size)
     left, top = (int(v) for v in rng.integers(0, 2 * pad + 1, size=2))
     # A crop box beyond the image is filled with zeros by Pillow.
     return image.crop((left - pad, top - pad, left - pad + size[1], top - pad + size[0]))
@@ -89,12 +89,12 @@ def resize_and_centre_crop(
         math.floor(width / ratio + 1e-9) / image.width,
     )
     new = max(height, round(image.height * factor)), max(width, round(image.width * factor))
-    image = _resized(image, new)
+    image = resized(image, new)
     left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize to (height, width), bicubic; nothing to do at the right size."""
     if (image.height, image.width) == size:
         return image
@@ -119,7 +119,7 @@ def train_transform(
     elif config.crop == "pad_shift":
         image = pad_and_shift(image, size, rng, pad=config.pad)
     else:
-        image = _resized(image, size)
+        image = resized(image, size)
     if config.flip:
         image = horizontal_flip(image, rng, probability=config.flip)
     if config.rand_augment is not None:

@@ -157,3 +157,28 @@ def test_real_sets(real_data: Path) -> None:
 
 def test_decode_error_is_a_user_error() -> None:
     assert issubclass(DecodeError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("part", "numbers"),
+    [("[5:]", range(5, 360)), ("[:7]", range(7)), ("[-3:]", range(357, 360)), ("[2:4]", (2, 3))],
+)
+def test_a_slice_takes_a_part_of_a_split(part: str, numbers: range) -> None:
+    whole, some = open_source("digits", "test"), open_source("digits", f"test{part}")
+    assert len(some) == len(numbers) and some.class_names == whole.class_names
+    for ours, number in zip((0, len(some) - 1), (numbers[0], numbers[-1]), strict=True):
+        assert some[ours].name == whole[number].name and some[ours].label == whole[number].label
+    with pytest.raises(IndexError):
+        some[len(some)]
+    copy = pickle.loads(pickle.dumps(some))
+    assert copy[0].name == some[0].name
+
+
+def test_a_part_that_is_none_is_refused() -> None:
+    for name in ("test[5]", "test[a:b]", "test[1:9:2]", "[3:]"):
+        with pytest.raises(UserError, match=r"write it like train\[5000:\]"):
+            open_source("digits", name)
+    with pytest.raises(UserError, match=r"'test\[400:\]' is empty: the whole holds 360"):
+        open_source("digits", "test[400:]")
+    with pytest.raises(UserError, match="no split 'tset'"):
+        open_source("digits", "tset[:5]")

@@ -10,6 +10,7 @@ from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.packed_npz import PackedNpzSource
+from fastvim_jax.data.sources.part import SourcePart, split_and_part
 from fastvim_jax.data.sources.webdataset import WebDatasetSource
 from fastvim_jax.errors import UserError, suggest
 
@@ -21,13 +22,16 @@ def open_source(name: str, split: str, *, path: str = "", class_list: str = "") 
 
     Args:
         name: one of `SOURCES`.
-        split: the split's name: a file's or sub-folder's stem.
+        split: the split's name: a file's or sub-folder's stem; a slice behind it takes a part: `train[5000:]`.
         path: the data set's folder, `~` and environment variables expanded.
         class_list: class list to use instead of the folder's own.
 
     Raises:
         UserError: for an unknown source or split, a missing folder, or a folder without images.
     """
+    whole, part = split_and_part(split)
+    if part is not None:
+        return SourcePart(open_source(name, whole, path=path, class_list=class_list), part, split)
     if name == "digits":
         return DigitsSource(split)
     if name not in SOURCES:

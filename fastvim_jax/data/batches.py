@@ -1,0 +1,147 @@
+"""What every pipeline yields, and the iterator that remembers how far it has come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from PIL import Image
+
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+Stream = Callable[[int], Generator[dict[str, Any], None, None]]
+"""Opens a pipeline at a batch by its number. Its batches also hold `corrupt`: the records found undecodable."""
+
+
+class Batch(TypedDict, total=False):
+    """What an iterator yields: NumPy arrays of this process's share of a batch."""
+
+    image: UInt8[np.ndarray, "b h w c"]
+    """Pixels as they are: the step normalises them (`device_transforms`)."""
+    label: Int32[np.ndarray, " b"]
+    valid: Bool[np.ndarray, " b"]
+    """Evaluation only: False where the record is padding (or undecodable) and must not be counted."""
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterate over a pipeline's batches; remembers where it is and which records were undecodable.
+
+    Args:
+        stream: opens the pipeline at a batch by its number.
+        source: see below.
+        config: see below.
+        steps_per_epoch: see below.
+        identity: what a saved position must agree with.
+
+    Attributes:
+        source: where the records come from; `len(source)`, `source.class_names`.
+        config: what the batches were made by, and how the step is to preprocess them.
+        steps_per_epoch: batches in one pass over the source.
+        corrupt: indices of the undecodable records met so far.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        source: Source,
+        config: DataConfig,
+        *,
+        steps_per_epoch: int,
+        identity: Mapping[str, int | str],
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.steps_per_epoch = steps_per_epoch
+        self.corrupt: set[int] = set()
+        self._stream = stream
+        self._identity = dict(identity)
+        self._taken = 0
+        self._running: Generator[dict[str, Any], None, None] | None = None
+
+    def __next__(self) -> Batch:
+        if self._running is None:
+            self._running = self._stream(self._taken)
+        batch: Any = next(self._running)
+        self._taken += 1
+        self._note_corrupt(batch.pop("corrupt"))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position as JSON-able values; it also names the seed, data and batch size it belongs to."""
+        return {**self._identity, "batches": self._taken, "corrupt": sorted(self.corrupt)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with any number of workers.
+
+        Raises:
+            UserError: when the state belongs to another seed, data set or batch size.
+        """
+        for key, ours in self._identity.items():
+            if state.get(key) != ours:
+                raise UserError(
+                    f"The saved data position belongs to {key} = {state.get(key)!r}, but this run has "
+                    f"{ours!r}: resume with the same data settings or start a new run."
+                )
+        self.close()
+        self._taken = int(state["batches"])
+        self.corrupt = {int(index) for index in state["corrupt"]}
+
+    def close(self) -> None:
+        """Stop prefetching and end the worker processes; the next batch starts them again."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+    def rewind(self) -> None:
+        """Go back to the first batch."""
+        self.close()
+        self._taken = 0
+
+    def _note_corrupt(self, indices: np.ndarray) -> None:
+        for index in map(int, indices):
+            if index in self.corrupt:
+                continue
+            self.corrupt.add(index)
+            try:
+                decode_record(self.source, index, channels=self.config.channels)
+                reason = f"record {index} could not be decoded once, but can be now."
+            except DecodeError as error:
+                reason = str(error)
+            if len(self.corrupt) > self.config.max_corrupt:
+                raise DecodeError(
+                    f"{reason}\n{len(self.corrupt)} undecodable record(s); data.max_corrupt allows "
+                    f"{self.config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
+                )
+            _log.warning("Undecodable record left out: %s", reason)
+
+
+def decode_record(source: Source, index: int, *, channels: int) -> tuple[Record, Image.Image]:
+    """A record and its image.
+
+    Raises:
+        DecodeError: naming the record and the cause.
+    """
+    try:
+        record = source[index]
+    except OSError as error:
+        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+    return record, decode_image(record.image, channels=channels, name=record.name)
+
+
+def local_batch(batch_size: int, process_count: int, name: str) -> int:
+    """A process's share of a batch.
+
+    Raises:
+        UserError: when the batch cannot be shared evenly.
+    """
+    if batch_size % process_count:
+        raise UserError(f"data.{name} is {batch_size}: not divisible by {process_count} processes.")
+    return batch_size // process_count

@@ -1,0 +1,172 @@
+"""Batches of images that were decoded once and stay on the device, for sets of small images.
+
+A batch is gathered on the device by a permutation that the seed and the epoch decide; crop and flip follow in the
+step (`device_transforms`), so nothing passes from the host but the batch's indices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Int32, UInt8
+from PIL import Image
+
+from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.records import DecodeError, Source
+from fastvim_jax.data.transforms import eval_transform, resized, to_array
+from fastvim_jax.errors import UserError
+
+_SHARE_OF_MEMORY = 0.5
+
+
+def resident_training(
+    source: Source, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Return an endless iterator over training batches, reshuffled each epoch; see `make_train_iterator`.
+
+    The images are uint8, of the input's size, neither shifted nor flipped yet. Undecodable records are left out.
+
+    Raises:
+        UserError: when the images do not fit into memory, or fill less than one batch.
+    """
+    size, local = config.batch_size, local_batch(config.batch_size, process_count, "batch_size")
+    images = _Images(source, config, lambda image: to_array(resized(image, config.height_width)))
+    steps = len(images.kept) // size
+    if steps == 0:
+        raise UserError(
+            f"data.batch_size is {size}, but {config.source} {config.train_split} holds only "
+            f"{len(images.kept)} images that can be decoded."
+        )
+
+    def stream(first: int) -> Generator[dict[str, Any], None, None]:
+        number, epoch = first, -1
+        order = np.zeros(0, np.int64)
+        while True:
+            if number // steps != epoch:
+                epoch = number // steps
+                order = np.random.default_rng((seed, epoch)).permutation(len(images.kept))
+            start = number % steps * size + process_index * local
+            yield images.batch(order[start : start + local])
+            number += 1
+
+    return BatchIterator(
+        stream,
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"seed": seed, "records": len(source), "batch_size": size, "order": "resident"},
+    )
+
+
+def resident_evaluation(
+    source: Source,
+    config: DataConfig,
+    *,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Return an iterator over one pass; see `make_eval_iterator`. After `rewind`, nothing is decoded again.
+
+    Raises:
+        UserError: when the images do not fit into memory.
+    """
+    local = local_batch(batch_size, process_count, "eval_batch_size")
+    images = _Images(source, config, lambda image: eval_transform(image, config))
+    steps = -(-len(images.kept) // batch_size)
+
+    def stream(first: int) -> Generator[dict[str, Any], None, None]:
+        for number in range(first, steps):
+            start = number * batch_size + process_index * local
+            indices = np.arange(start, start + local)
+            valid = indices < len(images.kept)
+            yield {**images.batch(np.where(valid, indices, 0), valid), "valid": valid}
+
+    return BatchIterator(
+        stream,
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"split": split, "records": len(source), "batch_size": batch_size},
+    )
+
+
+class _Images:
+    """All decodable images of a source, decoded on construction, sent to the device on first use.
+
+    Attributes:
+        kept: numbers of the records that could be decoded.
+        corrupt: numbers of the others.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        transform: Callable[[Image.Image], UInt8[np.ndarray, "h w c"]],
+    ) -> None:
+        shape = (len(source), *config.height_width, config.channels)
+        _check_size(shape)
+        pixels, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int32)
+
+        def load(index: int) -> bool:
+            try:
+                record, image = decode_record(source, index, channels=config.channels)
+            except DecodeError:
+                return False
+            pixels[index], labels[index] = transform(image), record.label
+            return True
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            decoded = np.fromiter(threads.map(load, range(len(source))), np.bool_, len(source))
+        self.kept, self.corrupt = np.flatnonzero(decoded), np.flatnonzero(~decoded)
+        whole = len(self.kept) == len(source)
+        self._host = (pixels, labels) if whole else (pixels[self.kept], labels[self.kept])
+
+    @cached_property
+    def _device(self) -> tuple[Array, Array]:
+        pixels, labels = self._host
+        del self._host
+        return jax.device_put(pixels), jax.device_put(labels)
+
+    def batch(
+        self, indices: Int[np.ndarray, " b"], valid: Bool[np.ndarray, " b"] | None = None
+    ) -> dict[str, Any]:
+        """The images and labels of these numbers, on the device; zeros where not valid."""
+        image, label = _gather(*self._device, indices.astype(np.int32), valid)
+        return {"image": image, "label": label, "corrupt": self.corrupt}
+
+
+@jax.jit
+def _gather(
+    images: UInt8[Array, "n h w c"],
+    labels: Int32[Array, " n"],
+    indices: Int32[Array, " b"],
+    valid: Bool[Array, " b"] | None,
+) -> tuple[Array, Array]:
+    image, label = images[indices], labels[indices]
+    if valid is not None:
+        image = jnp.where(valid[:, None, None, None], image, 0)
+        label = jnp.where(valid, label, 0)
+    return image, label
+
+
+def _check_size(shape: tuple[int, ...]) -> None:
+    """Refuse before hours of decoding what cannot be held in the end."""
+    needed = int(np.prod(shape, dtype=np.int64))
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    memory = statistics.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if needed > _SHARE_OF_MEMORY * memory:
+        raise UserError(
+            f"data.resident=True needs {needed / 2**30:.1f} GiB for {shape[0]} images, more than half of the "
+            f"device's {memory / 2**30:.1f} GiB: set data.resident=False."
+        )
