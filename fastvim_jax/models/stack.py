@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastvim_jax.distributed.sharding import gather
 from fastvim_jax.layers.pooling import Pooling
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -59,7 +60,8 @@ def run_blocks(
     period = len(poolings)
 
     def apply(index_in_period: int, params, keep_i, residual):
-        return nnx.merge(graphdef, params)(residual, poolings[index_in_period], keep_i)
+        # Parameters spread over devices are made whole for this block alone, and again when it is recomputed.
+        return nnx.merge(graphdef, gather(params))(residual, poolings[index_in_period], keep_i)
 
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))

@@ -1,0 +1,31 @@
+"""Many devices and many processes: the start of a process, the mesh, what lies where, and what processes agree on."""
+
+from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, round_up
+from fastvim_jax.distributed.processes import is_first_process, on_first_process, union, wait
+from fastvim_jax.distributed.sharding import (
+    gather,
+    place_batch,
+    replicated,
+    split_batch,
+    state_shardings,
+)
+from fastvim_jax.distributed.start import Launch, detect, start
+
+__all__ = [
+    "Launch",
+    "MeshConfig",
+    "check_batch",
+    "detect",
+    "gather",
+    "is_first_process",
+    "make_mesh",
+    "on_first_process",
+    "place_batch",
+    "replicated",
+    "round_up",
+    "split_batch",
+    "start",
+    "state_shardings",
+    "union",
+    "wait",
+]

@@ -1,0 +1,61 @@
+"""What several processes do as one: write once, fail together, wait for each other, count together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fastvim_jax.errors import UserError
+
+_MESSAGE = 4096  # bytes
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the logs and the files that all processes share."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Return when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Run `action` in process 0 alone; the others wait, and fail with it.
+
+    Raises:
+        UserError: the action's own in process 0, one with its message in the others.
+    """
+    if jax.process_count() == 1:
+        action()
+        return
+    failure: UserError | None = None
+    if is_first_process():
+        try:
+            action()
+        except UserError as error:
+            failure = error
+    # Padded with spaces: all processes have to offer the same shape.
+    text = ("" if failure is None else str(failure) or type(failure).__name__).encode()
+    message = np.frombuffer(text[:_MESSAGE].ljust(_MESSAGE), np.uint8)
+    said = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes()
+    if failure is not None:
+        raise failure
+    if said.strip():
+        raise UserError(said.decode(errors="ignore").strip())
+
+
+def union(numbers: Iterable[int]) -> set[int]:
+    """The numbers that any process has."""
+    own = np.array(sorted(set(numbers)), np.int32)
+    if jax.process_count() == 1:
+        return set(own.tolist())
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(own.size))))
+    padded = np.full(longest, -1, np.int32)
+    padded[: own.size] = own
+    every = np.asarray(multihost_utils.process_allgather(padded)).ravel()
+    return {int(number) for number in every if number >= 0}
