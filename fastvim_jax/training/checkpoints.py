@@ -1,18 +1,23 @@
-"""Checkpoints: written atomically by Orbax, checked file by file before they are trusted.
+"""Checkpoints: written in the background by Orbax, atomically, and checked file by file before they are trusted.
 
 A checkpoint holds the items `params`, `ema` (if kept), `optimizer` and `meta` (JSON: step, seeds, position in
 the data, shapes, whatever the trainer adds). Arrays are stored flat under the dotted names of the *stored*
 parameters, which are the same for scanned and unrolled models, so no class of this package is needed to read
 one. Beside the folder, `checksums/<step>.json` lists size and digest of every file.
+
+A save copies the state to the host and returns; a thread then writes it to a temporary folder, lists the
+checksums and, last, renames the folder to its step. Whatever ends the process, a folder named by a step is a
+whole checkpoint. Old ones leave by a rename too, into `checkpoints/deleted`, which is emptied afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import contextlib
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,17 +26,24 @@ import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from jax.tree_util import DictKey, KeyPath
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.checksums import find_damage, write_checksums
+from fastvim_jax.training.disk import why_not_written
 from fastvim_jax.training.steps import TrainState
 
 FORMAT = 1
 
+_DELETED = "deleted"
+# Orbax adds the time of the commit to it at the very end.
+_CHANGES_LAST = frozenset({"_CHECKPOINT_METADATA"})
+_log = logging.getLogger(__name__)
+
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, damaged or of another model; the message offers another one."""
+    """A checkpoint that is missing, incomplete, damaged, of another model, or that cannot be written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; a context manager that waits for what is still being written.
 
     Args:
         directory: the folder that holds a folder per step; made when it is missing, unless read only.
@@ -42,29 +54,69 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int = 3, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         self._checksums = self.directory.parent / "checksums"
+        self._saving: int | None = None
         if read_only and not self.directory.is_dir():
             raise CheckpointError(
                 f"{self.directory} does not exist: this run has no checkpoint yet."
             )
+        writing: dict[str, Any] = {
+            "preservation_policy": ocp.checkpoint_managers.LatestN(keep),
+            "todelete_subdir": _DELETED,
+            "async_options": ocp.options.AsyncOptions(post_finalization_callback=self._complete),
+            "cleanup_tmp_directories": True,
+        }
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
+            create=not read_only, **({} if read_only else writing)
         )
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._clean_up()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            _log.error("%s", failure)  # The error that came first is the one to raise.
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+        return sorted(map(int, names))
 
     def latest(self) -> int | None:
         """The last finished checkpoint's step, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
+
+    def describe_latest(self) -> str:
+        """The last finished checkpoint in words, for messages, after waiting for the one under way."""
+        with contextlib.suppress(CheckpointError):  # The message is about something else.
+            self.wait()
+        step = self.latest()
+        return "none yet" if step is None else f"step {step} in {self.directory / str(step)}"
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> int:
-        """Write `state`, and the JSON-able `meta`, under the number of updates made so far; returns it."""
+        """Begin to write `state`, and the JSON-able `meta`, under the number of updates made so far; returns it.
+
+        The state has been copied on return, so its buffers may be given away. One save is under way at a time:
+        the next one waits for it. Saving a step again does nothing.
+
+        Raises:
+            CheckpointError: this save, or the one before, failed.
+        """
+        self.wait()
         step = int(state.step)
+        if step in self.steps():
+            return step
         meta = {"format": FORMAT, "step": step, "parameters": _signature(state.params), **meta}
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(flatten(state.params)),
@@ -73,10 +125,35 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(flatten(state.ema))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._manager.wait_until_finished()
-        self._write_checksums(step)
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._failed(error) from error
         return step
+
+    def check(self) -> None:
+        """Raise if a save that went on in the background has failed; never waits.
+
+        Raises:
+            CheckpointError: naming the cause and the last good checkpoint.
+        """
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            CheckpointError: see `check`.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise many kinds.
+            raise self._failed(error) from error
+        self._saving = None
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` of a checkpoint, the latest by default, after its files were checked.
@@ -131,10 +208,19 @@ class Checkpoints:
         return self._restore(step, {item: params})[item]
 
     def close(self) -> None:
-        """Finish what is being written."""
-        self._manager.close()
+        """Wait until nothing is being written, and stop.
+
+        Raises:
+            CheckpointError: see `check`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+        self._clean_up()
 
     def _existing(self, step: int | None) -> int:
+        self.wait()
         steps = self.steps()
         if step is None:
             if not steps:
@@ -191,37 +277,42 @@ class Checkpoints:
     def _name(self, step: int) -> str:
         return f"The checkpoint {self.directory / str(step)}"
 
-    def _write_checksums(self, step: int) -> None:
-        """Record every file of a finished checkpoint, and forget those of deleted ones."""
-        self._checksums.mkdir(exist_ok=True)
-        root = self.directory / str(step)
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        listing = {path.relative_to(root).as_posix(): _fingerprint(path) for path in files}
-        temporary = self._checksums / f"{step}.json.tmp"
-        temporary.write_text(json.dumps(listing, indent=1))
-        os.replace(temporary, self._checksums / f"{step}.json")
-        kept = {str(s) for s in self.steps()}
-        for old in self._checksums.glob("*.json"):
-            if old.stem not in kept:
-                old.unlink()
+    def _complete(self) -> None:
+        """Called by Orbax's thread when all files are written, just before the folder gets its name.
+
+        A checkpoint thus never lacks its record; a record may lack its checkpoint until the next save.
+        """
+        (folder,) = self.directory.glob(f"{self._saving}.*tmp*")
+        record = self._checksums / f"{self._saving}.json"
+        write_checksums(folder, record, leave_out=_CHANGES_LAST)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove what left: deleted checkpoints and the records of those that are no more."""
+        if self._read_only:
+            return
+        shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+        known = {str(step) for step in (*self.steps(), self._saving)}
+        for record in self._checksums.glob("*.json"):
+            if record.stem not in known:
+                record.unlink(missing_ok=True)
+
+    def _failed(self, error: BaseException) -> CheckpointError:
+        """The error of a save, whose remains make room."""
+        step, self._saving = self._saving, None
+        for folder in self.directory.glob(f"{step}.*tmp*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._manager.reload()  # It had taken the save for done and the oldest checkpoint for deleted.
+        return CheckpointError(
+            f"The checkpoint of step {step} could not be written: {why_not_written(error, self.directory)}. "
+            f"Last good checkpoint: {self.describe_latest()}. "
+            "Mend that, then give the same command again: the run goes on from there."
+        )
 
     def _verify(self, step: int) -> None:
-        """Compare every file with the record made after it was written.
-
-        A run killed between the two has a finished checkpoint without a record; Orbax's own checks remain.
-        """
-        record = self._checksums / f"{step}.json"
-        if not record.is_file():
-            return
-        for name, (size, digest) in json.loads(record.read_text()).items():
-            path = self.directory / str(step) / name
-            if not path.is_file():
-                raise self._damaged(step, f"the file {name} is missing")
-            found_size, found_digest = _fingerprint(path)
-            if found_size != size:
-                raise self._damaged(step, f"the file {name} has {found_size} of {size} bytes")
-            if found_digest != digest:
-                raise self._damaged(step, f"the file {name} has changed since it was written")
+        reason = find_damage(self.directory / str(step), self._checksums / f"{step}.json")
+        if reason is not None:
+            raise self._damaged(step, reason)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -255,8 +346,3 @@ def _signature(params: Any) -> dict[str, str]:
         name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         for name, leaf in flatten(params).items()
     }
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "blake2b").hexdigest()]

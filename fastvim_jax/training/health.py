@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import fmean, median
 from typing import Any
 
@@ -55,25 +55,25 @@ class Window:
             # Wait for a step well behind: the queue never runs empty, and batches do not pile up on the device.
             jax.block_until_ready(self._waiting[-_IN_FLIGHT][1]["loss"])
 
-    def fetch(self, last_checkpoint: str) -> list[dict[str, Any]]:
+    def fetch(self, last_checkpoint: Callable[[], str]) -> list[dict[str, Any]]:
         """The window's records, as numbers, the waiting ones fetched and checked.
 
         Raises:
-            NonFiniteError: naming the first step at fault, `last_checkpoint` and the likely cause.
+            NonFiniteError: naming the first step at fault, what `last_checkpoint` says, and the likely cause.
         """
         steps = [step for step, _ in self._waiting]
         for step, metrics in zip(steps, jax.device_get([m for _, m in self._waiting]), strict=True):
             record = {"step": step, **{key: value.item() for key, value in metrics.items()}}
             if not all(math.isfinite(record[key]) for key in _WATCHED):
                 raise NonFiniteError(
-                    _message(record, list(self._recent), self._config, last_checkpoint), step
+                    _message(record, list(self._recent), self._config, last_checkpoint()), step
                 )
             self._fetched.append(record)
             self._recent.append(record)
         self._waiting.clear()
         return list(self._fetched)
 
-    def summarise(self, last_checkpoint: str) -> dict[str, float]:
+    def summarise(self, last_checkpoint: Callable[[], str]) -> dict[str, float]:
         """Means over the window, which then starts anew. Raises as `fetch` does."""
         records = self.fetch(last_checkpoint)
         self._fetched.clear()

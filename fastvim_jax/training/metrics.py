@@ -130,3 +130,8 @@ def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, 
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+def evaluated(folder: Path | str, step: int) -> bool:
+    """Whether the run's log holds an evaluation of `step`."""
+    return any(record["step"] == step for record in read_metrics(folder, "eval"))

@@ -3,10 +3,12 @@
 config.json        the TrainConfig, model included        classes.json      class names, in order
 environment.json   versions, devices, git commit of each start
 checkpoints/ checksums/                                    metrics.jsonl tensorboard/
+lock               held by the process that trains here
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,19 +16,22 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 import fastvim_jax
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.disk import why_not_written
+from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.serialise import to_dict
 
 CONFIG_FILE = "config.json"
@@ -93,14 +98,50 @@ def load_run(run_dir: Path | str, *, weights: str | None = None, step: int | Non
     return Run(nnx.merge(graphdef, params), config, class_names, meta["step"], weights)
 
 
-def start_run(run_dir: Path | str, config: TrainConfig, class_names: Sequence[str]) -> Path:
-    """Make the run folder, or check that an existing one is of the same run, and record this start.
+@contextlib.contextmanager
+def start_run(
+    run_dir: Path | str, config: TrainConfig, class_names: Sequence[str]
+) -> Iterator[Path]:
+    """Make the run folder, or check that an existing one is of the same run; record this start and hold the folder.
+
+    With several processes the first does all this, and the others wait for it.
 
     Raises:
-        UserError: the folder holds a run with another config, or other classes.
+        UserError: the folder holds a run with another config, or other classes; another process trains in it; it
+            cannot be written.
     """
     folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _refuse_other_files(folder)
+                held.enter_context(locked(folder))
+                _record_start(folder, config, class_names)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be written: {why_not_written(error, folder)}."
+                ) from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("run folder")
+        yield folder
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Refuse a folder of something else; one whose run was killed before it had a config is none of these."""
+    if (folder / CONFIG_FILE).is_file():
+        return
+    ours = {
+        LOCK_FILE,
+        *(name + end for name in (CONFIG_FILE, CLASSES_FILE) for end in ("", ".tmp")),
+    }
+    if any(path.name not in ours for path in folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty and holds no {CONFIG_FILE}: choose another run folder."
+        )
+
+
+def _record_start(folder: Path, config: TrainConfig, class_names: Sequence[str]) -> None:
     if (folder / CONFIG_FILE).is_file():
         _refuse_other_run(folder, config)
         if tuple(class_names) != read_class_names(folder):
@@ -108,17 +149,12 @@ def start_run(run_dir: Path | str, config: TrainConfig, class_names: Sequence[st
                 f"{folder} was trained on other classes than data.source={config.data.source!r} has now: "
                 "use its data, or another run folder."
             )
-    elif any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty and holds no {CONFIG_FILE}: choose another run folder."
-        )
     _write(folder / CLASSES_FILE, json.dumps(list(class_names), indent=1, ensure_ascii=False))
     _write(folder / CONFIG_FILE, config.to_json())
     starts = []
     if (folder / ENVIRONMENT_FILE).is_file():
         starts = json.loads((folder / ENVIRONMENT_FILE).read_text())["starts"]
     _write(folder / ENVIRONMENT_FILE, json.dumps({"starts": [*starts, environment()]}, indent=1))
-    return folder
 
 
 def read_config(run_dir: Path | str) -> TrainConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import TrainConfig
 from fastvim_jax.training.evaluation import evaluate_weights
 from fastvim_jax.training.health import Window
-from fastvim_jax.training.metrics import RunLog, read_metrics
+from fastvim_jax.training.metrics import RunLog, evaluated, read_metrics
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
 from fastvim_jax.training.steps import (
@@ -34,6 +34,7 @@ from fastvim_jax.training.steps import (
     make_eval_step,
     make_train_step,
 )
+from fastvim_jax.training.stopping import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunResult:
 
 
 def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) -> RunResult:
-    """Train, or go on training, in a run folder.
+    """Train, or go on training, in a run folder, which belongs to this process meanwhile.
 
     Args:
         config: the run.
@@ -62,21 +63,34 @@ def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) ->
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: bad input, found before any compute; a damaged checkpoint.
+        UserError: bad input, found before any compute; a damaged checkpoint; a file that cannot be written.
         NonFiniteError: a loss, gradient or update that is not finite.
+        Stopped: SIGTERM or SIGINT came; the run is saved as it was after the step then under way.
     """
+    with ExitStack() as opened:
+        return _train(config, run_dir, opened, progress=progress)
+
+
+def _train(
+    config: TrainConfig, run_dir: Path | str, opened: ExitStack, *, progress: bool
+) -> RunResult:
     started = time.perf_counter()
 
     # Data
     batches = make_train_iterator(config.data, seed=config.seed)
+    eval_batches = make_eval_iterator(config.data)
+    opened.callback(batches.close)
     class_names = batches.source.class_names
     _check_classes(config, class_names)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
 
     # Run folder
-    folder = start_run(run_dir, config, class_names)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+    folder = opened.enter_context(start_run(run_dir, config, class_names))
+    checkpoints = opened.enter_context(
+        Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+    )
+    stop = opened.enter_context(StopRequest())
 
     # Model
     graphdef, params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)))
@@ -116,43 +130,59 @@ def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) ->
         window = Window(config, meta["window"])
     first_step = int(state.step)
 
+    log = opened.enter_context(
+        RunLog(folder, step=first_step, total_steps=total_steps, progress=progress)
+    )
+
+    # Evaluation
+    def evaluate_at(step: int) -> None:
+        scores = _evaluate(eval_step, state, eval_batches)
+        log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
+        log.say(_summary(step / steps_per_epoch, scores))
+
+    def evaluation_due(step: int) -> bool:
+        epoch, rest = divmod(step, steps_per_epoch)
+        return step == total_steps or (rest == 0 and _due(epoch, config.evaluate_every_epochs))
+
     # Loop
     clock = _Clock(config.data.batch_size)
-    with RunLog(folder, step=first_step, total_steps=total_steps, progress=progress) as log:
-        if first_step:
-            log.say(f"Resuming at step {first_step} of {total_steps}.")
-        for step in range(first_step + 1, total_steps + 1):
-            with clock.waiting_for_data():
-                batch = jax.device_put(next(batches))
-            state, metrics = train_step(state, batch)
-            window.add(step, metrics)
-            log.advance()
-            last = step == total_steps
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    if first_step:
+        log.say(f"Resuming at step {first_step} of {total_steps}.")
+        if evaluation_due(first_step) and not evaluated(folder, first_step):
+            evaluate_at(first_step)  # The run was stopped between saving and evaluating.
+    for step in range(first_step + 1, total_steps + 1):
+        with clock.waiting_for_data():
+            batch = jax.device_put(next(batches))
+        state, metrics = train_step(state, batch)
+        window.add(step, metrics)
+        log.advance()
+        last = step == total_steps
+        stopping = stop.agreed(step)
 
-            if step == first_step + 1:
-                jax.block_until_ready(metrics)  # Compilation is no part of the throughput.
-                clock.restart()
-            if step % config.log_every_steps == 0 or last:
-                scalars = window.summarise(_describe(checkpoints))
-                scalars |= {"epoch": step / steps_per_epoch}
-                scalars |= {"learning_rate": float(learning_rate(step - 1))}
-                if batches.corrupt:
-                    scalars["corrupt_records"] = len(batches.corrupt)
-                log.write("train", step, scalars | clock.lap())
-                log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
-            if last or (step_in_epoch == 0 and _due(epoch, config.evaluate_every_epochs)):
-                window.fetch(_describe(checkpoints))
-                scores = _evaluate(config, eval_step, state)
-                log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
-                log.say(_summary(step / steps_per_epoch, scores))
-                clock.restart()
-            if last or _due(step, config.checkpoint_every_steps or steps_per_epoch):
-                records = window.fetch(_describe(checkpoints))
-                checkpoints.save(state, {"data": batches.get_state(), "window": records})
-                clock.restart()
-    batches.close()
-    checkpoints.close()
+        if step == first_step + 1:
+            jax.block_until_ready(metrics)  # Compilation is no part of the throughput.
+            clock.restart()
+        if step % config.log_every_steps == 0 or last:
+            scalars = window.summarise(checkpoints.describe_latest)
+            scalars |= {"epoch": step / steps_per_epoch}
+            scalars |= {"learning_rate": float(learning_rate(step - 1))}
+            if batches.corrupt:
+                scalars["corrupt_records"] = len(batches.corrupt)
+            log.write("train", step, scalars | clock.lap())
+            log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
+        if last or stopping or _due(step, config.checkpoint_every_steps or steps_per_epoch):
+            records = window.fetch(checkpoints.describe_latest)
+            checkpoints.save(state, {"data": batches.get_state(), "window": records})
+            clock.restart()
+        if stopping and not last:
+            checkpoints.wait()
+            raise Stopped(f"{stop.reason}", step, total_steps)
+        if evaluation_due(step):
+            window.fetch(checkpoints.describe_latest)
+            evaluate_at(step)
+            clock.restart()
+        checkpoints.check()
+    checkpoints.wait()
     scores = read_metrics(folder, "eval")[-1]
     return RunResult(folder, total_steps, scores, time.perf_counter() - started)
 
@@ -169,12 +199,11 @@ def _due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def _evaluate(config: TrainConfig, eval_step: Any, state: TrainState) -> dict[str, Any]:
+def _evaluate(eval_step: Any, state: TrainState, batches: BatchIterator) -> dict[str, Any]:
     """Scores of the raw weights and, if kept, of their average."""
     weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
-    batches: BatchIterator = make_eval_iterator(config.data)
     scores = evaluate_weights(eval_step, weights, batches)
-    batches.close()
+    batches.rewind()
     return {"count": scores["raw"]["count"]} | {
         f"{name}_{key}": score[key]
         for name, score in scores.items()
@@ -189,11 +218,6 @@ def _summary(epoch: float, scores: dict[str, Any]) -> str:
         if f"{name}_top1" in scores
     ]
     return f"epoch {epoch:g}: {'; '.join(parts)} on {scores['count']} images"
-
-
-def _describe(checkpoints: Checkpoints) -> str:
-    step = checkpoints.latest()
-    return "none yet" if step is None else f"step {step} in {checkpoints.directory / str(step)}"
 
 
 class _Clock:

@@ -1,8 +1,13 @@
 """Checkpoints: bits in, bits out; and every way of being damaged is refused by name."""
 
+import errno
+import functools
 import gc
 import json
+import os
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +110,113 @@ def test_only_the_latest_are_kept(tmp_path, rng):
     store = reopen(tmp_path, keep=2)
     for step in (1, 2, 3):
         store.save(make_state(rng, step=step), {})
+    store.close()
     assert store.steps() == [2, 3]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     assert sorted(p.name for p in (tmp_path / "checksums").iterdir()) == ["2.json", "3.json"]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Saves stop just before their folder gets its name, until this event is set."""
+    go_on, complete = threading.Event(), Checkpoints._complete
+
+    def wait(store):
+        assert go_on.wait(60)
+        complete(store)
+
+    monkeypatch.setattr(Checkpoints, "_complete", wait)
+    yield go_on
+    go_on.set()
+
+
+def test_a_save_goes_on_in_the_background_with_the_bits_it_was_given(tmp_path, rng, held):
+    """The next steps take the state's buffers, as the train step does, while the save is under way."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return jax.tree.map(lambda x: x * 2 + 1, state)
+
+    store = reopen(tmp_path)
+    state = make_state(rng, step=7, width=300_000)
+    given = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    with store:
+        store.save(state, {})
+        for _ in range(5):
+            state = step(state)
+        jax.block_until_ready(state)
+        store.check()
+        assert store.steps() == [] and store.latest() is None
+        assert not (tmp_path / "checksums").exists()
+        held.set()
+        store.wait()
+        assert store.steps() == [7] == [store.latest()]
+    assert_same_bits(reopen(tmp_path).restore_state(make_state(width=300_000)), given)
+
+
+def test_a_step_is_saved_once(run, rng):
+    path, states = run
+    store = reopen(path)
+    assert store.save(make_state(rng, step=20), {}) == 20
+    assert_same_bits(store.restore_state(make_state()), states[20])
+
+
+def test_the_end_of_a_run_waits_for_the_save(tmp_path, rng, held):
+    with reopen(tmp_path) as store:
+        store.save(make_state(rng, step=1), {})
+        held.set()
+    assert store.steps() == [1] and (tmp_path / "checksums" / "1.json").is_file()
+
+
+def full_disk(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("noticed_by", ["check", "save", "close"])
+def test_a_save_that_fails_leaves_the_last_good_one(run, rng, monkeypatch, noticed_by):
+    path, states = run
+    store = reopen(path, keep=1)
+    monkeypatch.setattr("fastvim_jax.training.checkpoints.write_checksums", full_disk)
+    store.save(make_state(rng, step=30), {})
+    until(lambda: not store._manager.is_saving_in_progress())
+    with pytest.raises(CheckpointError) as caught:
+        {
+            "check": store.check,
+            "save": lambda: store.save(make_state(rng, step=40), {}),
+            "close": store.close,
+        }[noticed_by]()
+    message = str(caught.value)
+    assert "checkpoint of step 30 could not be written: the disk is full (" in message
+    assert f"MB free at {path / 'checkpoints'}" in message
+    assert f"Last good checkpoint: step 20 in {path / 'checkpoints' / '20'}" in message
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["10", "20"]
+    assert_same_bits(reopen(path, read_only=True).restore_state(make_state()), states[20])
+    if noticed_by == "check":  # Said once; when there is room again, saving works.
+        monkeypatch.undo()
+        store.check()
+        state = make_state(rng, step=40)
+        with store:
+            store.save(state, {})
+        assert store.steps() == [40]
+        assert_same_bits(reopen(path).restore_state(make_state()), state)
+
+
+def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(
+    tmp_path, rng, monkeypatch, caplog
+):
+    monkeypatch.setattr("fastvim_jax.training.checkpoints.write_checksums", full_disk)
+    with pytest.raises(ZeroDivisionError), reopen(tmp_path) as store:
+        store.save(make_state(rng, step=1), {})
+        raise ZeroDivisionError
+    assert "checkpoint of step 1 could not be written: the disk is full" in caplog.text
+    assert "Last good checkpoint: none yet" in caplog.text
 
 
 def test_nothing_is_pickled(run):

@@ -1,0 +1,39 @@
+"""Why a file could not be written, in words for the user."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+# TensorStore and Orbax wrap the system's error in others, so only its text is always there.
+_CAUSES = (
+    (r"No space left on device|ENOSPC", "the disk is full"),
+    (r"Disk quota exceeded|EDQUOT", "the disk quota is used up"),
+    (r"File too large|EFBIG", "a file would exceed the size that the system allows (ulimit -f)"),
+    (r"Read-only file system|EROFS", "the file system is read-only"),
+    (r"Permission denied|EACCES", "writing there is not permitted"),
+)
+
+
+def why_not_written(error: BaseException, path: Path) -> str:
+    """One sentence on why `path` could not be written: the cause if it is known, the room left, or the error's text."""
+    texts = []
+    link: BaseException | None = error
+    while link is not None:
+        texts.append(f"{type(link).__name__}: {link}")
+        link = link.__cause__ or link.__context__
+    for pattern, cause in _CAUSES:
+        if re.search(pattern, "\n".join(texts)):
+            return f"{cause} ({_room(path)})"
+    return texts[0].strip().splitlines()[0]
+
+
+def _room(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return f"at {path}"
+    return f"{free / 1e6:,.0f} MB free at {path}"

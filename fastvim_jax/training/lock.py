@@ -1,0 +1,73 @@
+"""One process at a time trains in a run folder.
+
+The lock is an advisory `flock` on the file `lock`, so the system releases it however the process ends, and the
+file says who holds it. Between machines it holds on NFS (Linux clients hand it to the server), on Lustre and
+BeeGFS mounted with their flock options, and on GPFS. It does not where a mount answers for its own machine only
+(NFS with `local_lock=flock`, Lustre with `localflock`), and where the file system has no locks at all a warning
+says so; NFS version 3 may keep the lock of a machine that died until that machine is up again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastvim_jax.errors import UserError
+
+LOCK_FILE = "lock"
+
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder.
+
+    Raises:
+        UserError: another process holds it; the message names it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is in use by {_holder(descriptor)}: wait until it ends, or choose another "
+                "run folder."
+            ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            _log.warning(
+                "%s cannot be locked (%s): see to it that no second process trains there.",
+                folder, error.strerror,
+            )  # fmt: skip
+        _sign(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sign(descriptor: int) -> None:
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    with contextlib.suppress(OSError):  # On a full disk the lock still holds, unsigned.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
