@@ -91,6 +91,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     if q.dtype == jnp.float64:  # the library's attention would go through float32
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
-    fused = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     with jax.default_matmul_precision("highest" if precision.matmul == "highest" else "default"):
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+        if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+            return _attend_on_gpu(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def _attend_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's attention, whose gradient wants an even number of tokens: an odd one gets a token that nobody reads."""
+    batch, tokens = q.shape[:2]
+    if tokens % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full((batch,), tokens, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q, k, v,
+        query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn",
+    )  # fmt: skip
+    return out[:, :tokens]
