@@ -22,13 +22,15 @@ class DataConfig:
     """
 
     source: str = "digits"
-    """Where records come from: digits, packed_npz, image_folder or webdataset."""
+    """Where records come from: digits, packed_npz, image_folder, webdataset, array_record (what `fastvim data prepare`
+    writes), hugging_face (Parquet files or class folders) or tfds."""
     path: str = ""
-    """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. Unused by digits."""
+    """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. tfds: a prepared
+    folder, or a set's name in $TFDS_DATA_DIR. Unused by digits."""
     train_split: str = "train"
-    """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder) or the shards
-    `<split>*.tar` (webdataset). A slice behind it takes a part of its records: train[5000:], counted in the
-    source's own order (an image_folder's is by class)."""
+    """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder), the shards
+    `<split>*.tar` (webdataset) or `<split>-*.parquet` (hugging_face), or the set's own name. A slice behind it takes
+    a part of its records: train[5000:], counted in the source's own order (an image_folder's is by class)."""
     eval_split: str = "test"
     """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""

@@ -7,31 +7,46 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvim_jax.data.records import Source
+from fastvim_jax.data.sources.array_record import ArrayRecordSource, prepared_splits
 from fastvim_jax.data.sources.digits import DigitsSource
+from fastvim_jax.data.sources.hugging_face import open_hugging_face
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.packed_npz import PackedNpzSource
 from fastvim_jax.data.sources.part import SourcePart, split_and_part
+from fastvim_jax.data.sources.tfds import TfdsSource
 from fastvim_jax.data.sources.webdataset import WebDatasetSource
 from fastvim_jax.errors import UserError, suggest
 
-SOURCES: tuple[str, ...] = ("digits", "packed_npz", "image_folder", "webdataset")
+SOURCES: tuple[str, ...] = (
+    "digits",
+    "packed_npz",
+    "image_folder",
+    "webdataset",
+    "array_record",
+    "hugging_face",
+    "tfds",
+)
 
 
-def open_source(name: str, split: str, *, path: str = "", class_list: str = "") -> Source:
+def open_source(
+    name: str, split: str, *, path: str = "", class_list: str = "", any_label: bool = False
+) -> Source:
     """Open one split of a data set.
 
     Args:
         name: one of `SOURCES`.
         split: the split's name: a file's or sub-folder's stem; a slice behind it takes a part: `train[5000:]`.
-        path: the data set's folder, `~` and environment variables expanded.
+        path: the data set's folder, `~` and environment variables expanded; for tfds a set's name will do.
         class_list: class list to use instead of the folder's own.
+        any_label: let labels outside the classes pass, for a scan that lists them.
 
     Raises:
         UserError: for an unknown source or split, a missing folder, or a folder without images.
     """
     whole, part = split_and_part(split)
     if part is not None:
-        return SourcePart(open_source(name, whole, path=path, class_list=class_list), part, split)
+        source = open_source(name, whole, path=path, class_list=class_list, any_label=any_label)
+        return SourcePart(source, part, split)
     if name == "digits":
         return DigitsSource(split)
     if name not in SOURCES:
@@ -40,15 +55,49 @@ def open_source(name: str, split: str, *, path: str = "", class_list: str = "") 
             + suggest(name, SOURCES)
         )
     root = expand_path(path)
+    classes = expand_path(class_list) if class_list else None
+    if name == "tfds":
+        return TfdsSource(str(root), split, class_list=classes, any_label=any_label)
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
-    classes = expand_path(class_list) if class_list else None
+    if name == "image_folder":
+        return ImageFolderSource(root, split, class_list=classes)
     kinds: dict[str, Callable[..., Source]] = {
         "packed_npz": PackedNpzSource,
-        "image_folder": ImageFolderSource,
         "webdataset": WebDatasetSource,
+        "array_record": ArrayRecordSource,
+        "hugging_face": open_hugging_face,
     }
-    return kinds[name](root, split, class_list=classes)
+    return kinds[name](root, split, class_list=classes, any_label=any_label)
+
+
+def guess_source(path: str) -> str:
+    """The kind of data set that lies in a folder (or the name of one of `SOURCES` that needs no folder).
+
+    Raises:
+        UserError: when the folder does not exist or is of no known layout.
+    """
+    if path == "digits":
+        return path
+    root = expand_path(path)
+    if not root.is_dir():
+        raise UserError(f"The data folder {str(root)!r} does not exist.")
+    if prepared_splits(root):
+        return "array_record"
+    layouts = {
+        "tfds": ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"),
+        "hugging_face": ("*.parquet", "*/*.parquet"),
+        "webdataset": ("*.tar",),
+        "packed_npz": ("*.npz",),
+        "image_folder": ("*/*/*",),
+    }
+    for name, patterns in layouts.items():
+        if any(next(root.glob(pattern), None) is not None for pattern in patterns):
+            return name
+    raise UserError(
+        f"{str(root)!r} is of no known layout; expected one folder a split with one folder a class in it "
+        "(train/cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with their manifest)."
+    )
 
 
 def expand_path(path: str) -> Path:

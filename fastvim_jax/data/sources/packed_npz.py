@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastvim_jax.data.records import Record
-from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
+from fastvim_jax.data.sources.labels import names_of_labels
 from fastvim_jax.errors import UserError, suggest
 
 _MEMBERS = ("jpeg", "offsets", "labels")
@@ -23,7 +23,9 @@ _MEMBERS = ("jpeg", "offsets", "labels")
 class PackedNpzSource:
     """One split, `<root>/<split>.npz`, held in memory as encoded bytes."""
 
-    def __init__(self, root: Path, split: str, *, class_list: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
+    ) -> None:
         self._file = root / f"{split}.npz"
         if not self._file.is_file():
             splits = sorted(file.stem for file in root.glob("*.npz"))
@@ -32,15 +34,13 @@ class PackedNpzSource:
                 + suggest(split, splits)
             )
         self._members = _read_members(self._file)
-        labels = self._members["labels"]
-        classes = read_class_list(class_list) if class_list else find_class_list(root)
-        found = int(labels.max()) + 1 if len(labels) else 0
-        self.class_names = classes.names if classes else tuple(str(i) for i in range(found))
-        if found > len(self.class_names):
-            raise UserError(
-                f"{str(self._file)!r} holds the label {found - 1}, "
-                f"but its class list names only {len(self.class_names)} classes."
-            )
+        self.class_names = names_of_labels(
+            self._members["labels"],
+            repr(str(self._file)),
+            root=root,
+            class_list=class_list,
+            any_label=any_label,
+        )
 
     def __len__(self) -> int:
         return len(self._members["labels"])

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from fastvim_jax.data.records import Record
-from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
+from fastvim_jax.data.sources.labels import names_of_labels
 from fastvim_jax.errors import UserError, suggest
 
 
 class WebDatasetSource:
     """One split: the shards whose names begin with it. Labels are whole numbers, in `.cls` or as `label` in `.json`."""
 
-    def __init__(self, root: Path, split: str, *, class_list: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
+    ) -> None:
         self._shards = sorted(root.glob(f"{split}*.tar"))
         if not self._shards:
             names = sorted({file.stem.rstrip("0123456789-_.") for file in root.glob("*.tar")})
@@ -38,14 +40,13 @@ class WebDatasetSource:
         if not places:
             raise UserError(f"The shards {split}*.tar in {str(root)!r} hold no labelled image.")
         self._places = np.asarray(places, np.int64)
-        classes = read_class_list(class_list) if class_list else find_class_list(root)
-        found = int(self._places[:, 3].max()) + 1
-        self.class_names = classes.names if classes else tuple(str(i) for i in range(found))
-        if found > len(self.class_names):
-            raise UserError(
-                f"The shards {split}*.tar hold the label {found - 1}, "
-                f"but the class list names only {len(self.class_names)} classes."
-            )
+        self.class_names = names_of_labels(
+            self._places[:, 3],
+            f"The shards {split}*.tar in {str(root)!r}",
+            root=root,
+            class_list=class_list,
+            any_label=any_label,
+        )
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -1,0 +1,151 @@
+"""ArrayRecord shards with a manifest, as `fastvim data prepare` writes them.
+
+`<root>/<split>.json` is the manifest: format, class names, settings, and each shard's file, number of records, bytes
+and SHA-256. A record of `<split>-00000-of-00008.array_record` is one line of JSON, `{"label": 3, "name": "..."}`,
+then the image file's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvim_jax.data.records import DecodeError, Record
+from fastvim_jax.data.sources.class_lists import read_class_list
+from fastvim_jax.errors import UserError, suggest
+
+FORMAT = "fastvim-array-record-1"
+# Random access: no thread reads ahead.
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class ArrayRecordSource:
+    """One prepared split. The shards may differ in length; each process opens them when it first reads."""
+
+    def __init__(
+        self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
+    ) -> None:
+        self._root = root
+        self._split = split
+        self.manifest = read_manifest(root, split)
+        self._files = [root / shard["file"] for shard in self.manifest["shards"]]
+        for file, shard in zip(self._files, self.manifest["shards"], strict=True):
+            if not file.is_file():
+                raise UserError(f"The shard {str(file)!r} is missing: prepare the split again.")
+            if file.stat().st_size != shard["bytes"]:
+                raise UserError(
+                    f"The shard {str(file)!r} has {file.stat().st_size} bytes, but its manifest says "
+                    f"{shard['bytes']}: it was changed or copied in part; prepare the split again."
+                )
+        # Where each shard begins, and the end of the last.
+        counts = [shard["records"] for shard in self.manifest["shards"]]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        names = read_class_list(class_list).names if class_list else self.manifest["class_names"]
+        self.class_names = tuple(names)
+        self._any_label = any_label
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = index - int(self._starts[shard])
+        name = f"{self._files[shard]}[{place}]"
+        header, image = split_record(self._read(shard, place, name), name)
+        label = header["label"]
+        if not (self._any_label or 0 <= label < len(self.class_names)):
+            raise DecodeError(
+                f"{name}: the label {label} is outside the {len(self.class_names)} classes."
+            )
+        return Record(image, label, f"{name} ({header['name']})")
+
+    def _read(self, shard: int, place: int, name: str) -> bytes:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        # A reader has one position: threads take turns.
+        with self._lock:
+            try:
+                if shard not in self._readers:
+                    reader = ArrayRecordReader(str(self._files[shard]), _OPTIONS)
+                    if reader.num_records() != self.manifest["shards"][shard]["records"]:
+                        raise UserError(
+                            f"{self._files[shard]} holds {reader.num_records()} records, not what its manifest says."
+                        )
+                    self._readers[shard] = reader
+                return self._readers[shard].read([place])[0]
+            except (RuntimeError, IndexError) as error:
+                raise DecodeError(f"{name}: damaged shard ({error}).") from None
+
+    def _open(self) -> None:
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def read_manifest(root: Path, split: str) -> dict[str, Any]:
+    """The manifest of a finished split.
+
+    Raises:
+        UserError: when there is none, it cannot be read, or the preparation was not finished.
+    """
+    file = root / f"{split}.json"
+    if not file.is_file():
+        splits = prepared_splits(root)
+        raise UserError(
+            f"{str(file)!r} does not exist; prepared splits found there: {', '.join(splits) or 'none'}."
+            + suggest(split, splits)
+        )
+    manifest = _load(file)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{str(file)!r} is no manifest that `fastvim data prepare` wrote.")
+    if not manifest.get("complete"):
+        raise UserError(
+            f"{str(file)!r}: the preparation was not finished; give the same `fastvim data prepare` command again."
+        )
+    return manifest
+
+
+def prepared_splits(root: Path) -> list[str]:
+    """Splits in a folder that `fastvim data prepare` wrote, finished or not."""
+    return sorted(f.stem for f in root.glob("*.json") if _load(f).get("format") == FORMAT)
+
+
+def join_record(image: bytes, label: int, name: str) -> bytes:
+    """One record's bytes."""
+    header = json.dumps({"label": label, "name": name}, ensure_ascii=False)
+    return header.encode() + b"\n" + image
+
+
+def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
+    """The inverse of `join_record`: header and image.
+
+    Raises:
+        DecodeError: when the record is none of ours.
+    """
+    header, _, image = record.partition(b"\n")
+    try:
+        fields = json.loads(header)
+        return {"label": int(fields["label"]), "name": str(fields["name"])}, image
+    except (ValueError, KeyError, TypeError):
+        raise DecodeError(f"{name}: not a record that `fastvim data prepare` wrote.") from None
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
