@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
 Trains an experiment: one of the names below, or a Python file that sets `config` to a TrainConfig. Every field
 of the config can be overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
 The run goes to FOLDER, by default runs/EXPERIMENT; an unfinished run of the same config there is continued.
+SIGTERM or Ctrl-C: the step under way is finished and saved, and the exit status is 75; the same command goes on.
 
 Experiments:
 """
@@ -26,7 +29,14 @@ Experiments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or go on with an unfinished run of it."""
-    from fastvim_jax.training import experiment_docs, list_experiments, load_experiment, train
+    from fastvim_jax.training import (
+        STOPPED_STATUS,
+        Stopped,
+        experiment_docs,
+        list_experiments,
+        load_experiment,
+        train,
+    )
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "".join(f"  {name}\n" for name in list_experiments()), end="")
@@ -37,7 +47,11 @@ def run(arguments: Sequence[str]) -> int:
         description = f"{experiment_docs(name)}\n\nEvery field of the config can be overridden:"
     run_dir = Path("runs") / (Path(name).stem if name.endswith(".py") else name)
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
-    result = train(chosen.config, chosen.run_dir, progress=chosen.progress)
+    try:
+        result = train(chosen.config, chosen.run_dir, progress=chosen.progress)
+    except Stopped as stopped:
+        print(f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr)
+        return STOPPED_STATUS
     scores = [
         f"{weights} top-1 {100 * result.metrics[f'{weights}_top1']:.2f} %"
         for weights in ("raw", "ema")

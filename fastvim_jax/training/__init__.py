@@ -7,15 +7,18 @@ from fastvim_jax.training.experiments import experiment_docs, list_experiments, 
 from fastvim_jax.training.health import NonFiniteError
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.run_folder import Run, load_run
+from fastvim_jax.training.stopping import STOPPED_STATUS, Stopped
 from fastvim_jax.training.supervised import RunResult, train
 
 __all__ = [
+    "STOPPED_STATUS",
     "CheckpointError",
     "Checkpoints",
     "NonFiniteError",
     "OptimizerConfig",
     "Run",
     "RunResult",
+    "Stopped",
     "TrainConfig",
     "evaluate",
     "experiment_docs",

@@ -23,9 +23,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 import fastvim_jax
+from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -112,18 +112,18 @@ def start_run(
     """
     folder = Path(run_dir)
     with contextlib.ExitStack() as held:
-        if jax.process_index() == 0:
+
+        def begin() -> None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _refuse_other_files(folder)
                 held.enter_context(locked(folder))
                 _record_start(folder, config, class_names)
             except OSError as error:
-                raise UserError(
-                    f"{folder} cannot be written: {why_not_written(error, folder)}."
-                ) from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run folder")
+                why = why_not_written(error, folder)
+                raise UserError(f"{folder} cannot be written: {why}.") from error
+
+        on_first_process(begin)
         yield folder
 
 

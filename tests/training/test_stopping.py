@@ -1,0 +1,99 @@
+"""SIGTERM and Ctrl-C: the step is finished and saved, and the run goes on later as if nothing had been."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from fastvim_jax.cli.main import main
+from fastvim_jax.training import STOPPED_STATUS, Stopped, load_run, read_metrics, train
+from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.stopping import StopRequest
+from tests.training.compare_runs import assert_same_run, steps_of
+from tests.training.tiny import STEPS_PER_EPOCH, tiny_config
+
+TOTAL = 2 * STEPS_PER_EPOCH
+CONFIG = tiny_config(keep_checkpoints=1)
+
+
+def signalled(patch, number, *, at_step):
+    """Let the process get a signal while step `at_step` is under way."""
+    advance, count = RunLog.advance, iter(range(1, TOTAL + 1))
+
+    def send(log):
+        advance(log)
+        if next(count) == at_step:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(RunLog, "advance", send)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of one piece; a signal in its last step comes too late to change anything."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, signal.SIGTERM, at_step=TOTAL)
+        assert train(CONFIG, folder, progress=False).step == TOTAL
+    return folder
+
+
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    """Between checkpoints, and within a window of the log."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+        signalled(patch, signal.SIGTERM, at_step=7)
+        train(CONFIG, tmp_path, progress=False)
+    assert caught.value.step == 7
+    assert f"SIGTERM: stopped after step 7 of {TOTAL}, which is saved" in str(caught.value)
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert steps_of(tmp_path) == [7] and load_run(tmp_path).step == 7
+    train(CONFIG, tmp_path, progress=False)
+    assert_same_run(tmp_path, finished)
+
+
+def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """Where an epoch ends: the state is saved, and the evaluation made up for later."""
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
+    experiment, folder = tmp_path / "my experiment.py", tmp_path / "run"
+    experiment.write_text(
+        "from fastvim_jax.training import TrainConfig\n"
+        f"config = TrainConfig.from_json({CONFIG.to_json()!r})\n"
+    )
+    arguments = ["train", str(experiment), "--run-dir", str(folder), "--no-progress"]
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, at_step=STEPS_PER_EPOCH)
+        assert main(arguments) == STOPPED_STATUS == 75
+    said = capsys.readouterr().err
+    assert f"SIGINT: stopped after step {STEPS_PER_EPOCH} of {TOTAL}, which is saved" in said
+    assert f"train '{experiment}' --run-dir {folder} --no-progress" in said
+    assert read_metrics(folder, "eval") == []
+    assert main(arguments) == 0
+    assert_same_run(folder, finished)
+
+
+def test_a_second_interrupt_stops_at_once_and_a_second_sigterm_does_not():
+    with StopRequest() as stop:
+        assert not stop.agreed(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(2) and stop.reason == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are():
+    handler = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter():
+        with StopRequest() as stop:
+            seen.append(signal.getsignal(signal.SIGTERM) == handler and not stop.agreed(1))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [True]
