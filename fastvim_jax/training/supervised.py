@@ -19,6 +19,7 @@ from flax import nnx
 
 from fastvim_jax.data import BatchIterator, make_eval_iterator, make_train_iterator
 from fastvim_jax.data.device_transforms import make_augment, make_preprocess
+from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -77,9 +78,10 @@ def _train(
     started = time.perf_counter()
 
     # Data
-    batches = make_train_iterator(config.data, seed=config.seed)
+    batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed), jax.device_put)
     eval_batches = make_eval_iterator(config.data)
     opened.callback(batches.close)
+    opened.callback(eval_batches.close)
     class_names = batches.source.class_names
     _check_classes(config, class_names)
     steps_per_epoch = batches.steps_per_epoch
@@ -152,7 +154,7 @@ def _train(
             evaluate_at(first_step)  # The run was stopped between saving and evaluating.
     for step in range(first_step + 1, total_steps + 1):
         with clock.waiting_for_data():
-            batch = jax.device_put(next(batches))
+            batch = next(batches)
         state, metrics = train_step(state, batch)
         window.add(step, metrics)
         log.advance()

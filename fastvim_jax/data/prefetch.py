@@ -1,0 +1,105 @@
+"""Batches put on the device ahead of time, by a thread, while the step before them computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fastvim_jax.data.batches import Batch, BatchIterator
+
+Placed = Mapping[str, Any]
+
+
+class DevicePrefetch(Iterator[Placed]):
+    """Iterate over placed batches. Position and corrupt records are those of the batches taken, not of those ahead.
+
+    Args:
+        batches: the iterator to read; nobody else may read it meanwhile.
+        place: puts a batch on the device, or over the mesh.
+        ahead: batches that wait on the device at most, but for one in passing.
+
+    Attributes:
+        source: see `BatchIterator`.
+        steps_per_epoch: see `BatchIterator`.
+        corrupt: see `BatchIterator`.
+    """
+
+    def __init__(
+        self, batches: BatchIterator, place: Callable[[Batch], Placed], *, ahead: int = 2
+    ) -> None:
+        self.source = batches.source
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.corrupt = set(batches.corrupt)
+        self._batches = batches
+        self._place = place
+        self._ahead = ahead
+        self._state = batches.get_state()
+        self._running: _Feeder | None = None
+
+    def __next__(self) -> Placed:
+        if self._running is None:
+            self._running = _Feeder(self._batches, self._place, self._ahead)
+        taken = self._running.take()
+        if isinstance(taken, BaseException):
+            self.close()
+            raise taken
+        batch, self._state = taken
+        self.corrupt = set(self._state["corrupt"])
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position behind the last batch taken; see `BatchIterator.get_state`."""
+        return self._state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; see `BatchIterator.set_state`."""
+        self.close()
+        self._batches.set_state(state)
+        self._state = self._batches.get_state()
+        self.corrupt = set(self._batches.corrupt)
+
+    def close(self) -> None:
+        """End the thread and drop what waits; the next batch starts it again behind the last one taken."""
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+        self._batches.set_state(self._state)
+
+
+class _Feeder:
+    """The thread and its queue of (batch, position behind it), or of the error that ended it."""
+
+    def __init__(
+        self, batches: BatchIterator, place: Callable[[Batch], Placed], ahead: int
+    ) -> None:
+        self._batches = batches
+        self._place = place
+        self._queue: queue.Queue[tuple[Placed, dict[str, Any]] | BaseException] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._feed, name="device prefetch", daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[Placed, dict[str, Any]] | BaseException:
+        return self._queue.get()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _feed(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                batch = self._place(next(self._batches))
+                self._put((batch, self._batches.get_state()))
+        # Whatever it is, it belongs to the thread that asked for the batch.
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[Placed, dict[str, Any]] | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=0.05)
+            except queue.Full:
+                continue
