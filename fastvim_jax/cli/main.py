@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train an experiment, or go on with an unfinished run",
     "eval": "evaluate a trained run on its data",
     "predict": "classify image files with a trained run",
+    "data": "check a data set; turn it into shards that read fast",
     "bench": "measure scan, mixer, models and training steps on this device",
     "quickstart-report": "what `make quickstart` shows of the run it trained",
 }
@@ -45,6 +46,7 @@ Examples:
   fastvim train digits/fastvim_digits --run-dir runs/mine --epochs 10 --data.batch-size 64
   fastvim eval runs/mine
   fastvim predict runs/mine some.png other.jpg --json
+  fastvim data check ~/my_images
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 training was asked to stop and saved.
 """

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, make_train_iterator, open_source
-from fastvim_jax.data.sources import guess_source, hugging_face
+from fastvim_jax.data.sources import hugging_face
+from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
 
@@ -68,6 +69,7 @@ def hub(tmp_path: Path, rng: np.random.Generator) -> tuple[Path, list[bytes], li
 def test_every_image_is_there_with_its_label(hub: tuple[Path, list[bytes], list[int]]) -> None:
     root, images, labels = hub
     assert guess_source(str(root)) == "hugging_face"
+    assert list_splits("hugging_face", str(root)) == ["test", "train"]
     source = open_source("hugging_face", "train", path=str(root))
     assert source.class_names == NAMES
     for copy in (source, pickle.loads(pickle.dumps(source))):

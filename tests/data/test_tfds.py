@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
-from fastvim_jax.data.sources import guess_source
+from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
 
@@ -64,6 +64,7 @@ def test_the_stored_bytes_come_back(pets: tuple[Path, list[bytes]]) -> None:
     folder, images = pets
     for path in (folder / "tiny_pets" / "1.0.0", folder / "tiny_pets"):
         assert guess_source(str(path)) == "tfds"
+        assert list_splits("tfds", str(path)) == ["train", "validation"]
         source = open_source("tfds", "train", path=str(path))
         assert source.class_names == ("ant", "bee", "cat")
         for copy in (source, pickle.loads(pickle.dumps(source))):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastvim_jax.data.records import Source
-from fastvim_jax.data.sources.array_record import ArrayRecordSource, prepared_splits
+from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.hugging_face import open_hugging_face
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
@@ -69,35 +69,6 @@ def open_source(
         "hugging_face": open_hugging_face,
     }
     return kinds[name](root, split, class_list=classes, any_label=any_label)
-
-
-def guess_source(path: str) -> str:
-    """The kind of data set that lies in a folder (or the name of one of `SOURCES` that needs no folder).
-
-    Raises:
-        UserError: when the folder does not exist or is of no known layout.
-    """
-    if path == "digits":
-        return path
-    root = expand_path(path)
-    if not root.is_dir():
-        raise UserError(f"The data folder {str(root)!r} does not exist.")
-    if prepared_splits(root):
-        return "array_record"
-    layouts = {
-        "tfds": ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"),
-        "hugging_face": ("*.parquet", "*/*.parquet"),
-        "webdataset": ("*.tar",),
-        "packed_npz": ("*.npz",),
-        "image_folder": ("*/*/*",),
-    }
-    for name, patterns in layouts.items():
-        if any(next(root.glob(pattern), None) is not None for pattern in patterns):
-            return name
-    raise UserError(
-        f"{str(root)!r} is of no known layout; expected one folder a split with one folder a class in it "
-        "(train/cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with their manifest)."
-    )
 
 
 def expand_path(path: str) -> Path:

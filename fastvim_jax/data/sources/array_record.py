@@ -32,8 +32,10 @@ class ArrayRecordSource:
         self._root = root
         self._split = split
         self.manifest = read_manifest(root, split)
-        self._files = [root / shard["file"] for shard in self.manifest["shards"]]
-        for file, shard in zip(self._files, self.manifest["shards"], strict=True):
+        entries = self.manifest["shards"]
+        self.shards: list[dict[str, Any]] = [entries[str(number)] for number in range(len(entries))]
+        self.files = [root / shard["file"] for shard in self.shards]
+        for file, shard in zip(self.files, self.shards, strict=True):
             if not file.is_file():
                 raise UserError(f"The shard {str(file)!r} is missing: prepare the split again.")
             if file.stat().st_size != shard["bytes"]:
@@ -42,7 +44,7 @@ class ArrayRecordSource:
                     f"{shard['bytes']}: it was changed or copied in part; prepare the split again."
                 )
         # Where each shard begins, and the end of the last.
-        counts = [shard["records"] for shard in self.manifest["shards"]]
+        counts = [shard["records"] for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         names = read_class_list(class_list).names if class_list else self.manifest["class_names"]
         self.class_names = tuple(names)
@@ -57,7 +59,7 @@ class ArrayRecordSource:
             raise IndexError(index)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         place = index - int(self._starts[shard])
-        name = f"{self._files[shard]}[{place}]"
+        name = f"{self.files[shard]}[{place}]"
         header, image = split_record(self._read(shard, place, name), name)
         label = header["label"]
         if not (self._any_label or 0 <= label < len(self.class_names)):
@@ -73,10 +75,10 @@ class ArrayRecordSource:
         with self._lock:
             try:
                 if shard not in self._readers:
-                    reader = ArrayRecordReader(str(self._files[shard]), _OPTIONS)
-                    if reader.num_records() != self.manifest["shards"][shard]["records"]:
-                        raise UserError(
-                            f"{self._files[shard]} holds {reader.num_records()} records, not what its manifest says."
+                    reader = ArrayRecordReader(str(self.files[shard]), _OPTIONS)
+                    if reader.num_records() != self.shards[shard]["records"]:
+                        raise DecodeError(
+                            f"{self.files[shard]} holds {reader.num_records()} records, not what its manifest says."
                         )
                     self._readers[shard] = reader
                 return self._readers[shard].read([place])[0]
@@ -125,7 +127,7 @@ def prepared_splits(root: Path) -> list[str]:
 
 def join_record(image: bytes, label: int, name: str) -> bytes:
     """One record's bytes."""
-    header = json.dumps({"label": label, "name": name}, ensure_ascii=False)
+    header = json.dumps({"label": int(label), "name": name}, ensure_ascii=False)
     return header.encode() + b"\n" + image
 
 

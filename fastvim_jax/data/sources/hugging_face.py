@@ -35,7 +35,7 @@ def open_hugging_face(
     Raises:
         UserError: when there is no such split.
     """
-    shards = _shards(root)
+    shards = parquet_splits(root)
     if shards:
         return ParquetSource(root, split, shards, class_list=class_list, any_label=any_label)
     return ImageFolderSource(root, split, class_list=class_list)
@@ -168,7 +168,7 @@ def _import() -> Any:
     return parquet
 
 
-def _shards(root: Path) -> dict[str, list[Path]]:
+def parquet_splits(root: Path) -> dict[str, list[Path]]:
     """Parquet files by split: in `data`, in the root, or in the only config's folder."""
     for folder in (root / "data", root):
         files = sorted(folder.glob("*.parquet"))

@@ -26,12 +26,12 @@ class ImageFolderSource:
     def __init__(self, root: Path, split: str, *, class_list: Path | None = None) -> None:
         self._root = root / split
         if not self._root.is_dir():
-            splits = _folders(root)
+            splits = folders_in(root)
             raise UserError(
                 f"{str(self._root)!r} does not exist; folders found there: {', '.join(splits) or 'none'}."
                 + suggest(split, splits)
             )
-        folders = _folders(self._root)
+        folders = folders_in(self._root)
         if class_list:
             classes = read_class_list(class_list)
         else:
@@ -65,11 +65,12 @@ class ImageFolderSource:
 
 
 def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:
-    names = tuple(_folders(root / "train") if (root / "train").is_dir() else folders)
+    names = tuple(folders_in(root / "train") if (root / "train").is_dir() else folders)
     return ClassList(names, names)
 
 
-def _folders(root: Path) -> list[str]:
+def folders_in(root: Path) -> list[str]:
+    """Names of the sub-folders, sorted, hidden ones left out."""
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 

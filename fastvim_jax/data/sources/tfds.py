@@ -76,6 +76,11 @@ class TfdsSource:
         self._records = builder.as_data_source(self._split, decoders=decoders)
 
 
+def tfds_splits(path: str) -> list[str]:
+    """Splits of a prepared set; `path` as in the module."""
+    return sorted(_import().builder_from_directory(str(_find(path))).info.splits)
+
+
 def _import() -> Any:
     try:
         import tensorflow_datasets

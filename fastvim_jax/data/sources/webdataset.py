@@ -26,7 +26,7 @@ class WebDatasetSource:
     ) -> None:
         self._shards = sorted(root.glob(f"{split}*.tar"))
         if not self._shards:
-            names = sorted({file.stem.rstrip("0123456789-_.") for file in root.glob("*.tar")})
+            names = shard_splits(root)
             raise UserError(
                 f"No shards {split}*.tar in {str(root)!r}; splits found there: {', '.join(names) or 'none'}."
                 + suggest(split, names)
@@ -57,6 +57,11 @@ class WebDatasetSource:
         with shard.open("rb") as file:
             file.seek(offset)
             return Record(file.read(size), label, f"{shard}/{self._keys[index]}")
+
+
+def shard_splits(root: Path) -> list[str]:
+    """Splits in a folder of shards: their names without the trailing numbers."""
+    return sorted({file.stem.rstrip("0123456789-_.") for file in root.glob("*.tar")})
 
 
 def _index(shard: Path) -> dict[str, tuple[int, int, int]]:

@@ -1,0 +1,208 @@
+"""`fastvim data check|prepare PATH`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
+from fastvim_jax.errors import suggest
+
+HELP = """\
+Usage: fastvim data check PATH [OPTIONS]
+       fastvim data prepare PATH --out DIR [OPTIONS]
+
+  check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
+            classes without images, one image under several labels, shards that have changed
+  prepare   write ArrayRecord shards with checksums, original bytes or resized; started again, it goes on
+
+PATH is a data set's folder: one folder a split with one folder a class (train/cat/1.jpg), tar shards, Parquet files
+as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or what `prepare` wrote.
+`fastvim data check --help` and `fastvim data prepare --help` list the options.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    path: Annotated[str, tyro.conf.Positional]
+    """The data set's folder (or digits, or a TFDS set's name)."""
+    source: str = "auto"
+    """Which kind of data set it is, as in data.source; auto looks at the folder."""
+    split: tuple[str, ...] = ()
+    """Splits; by default all that are there."""
+    class_list: str = ""
+    """Class list (.txt or .tsv) where the folder's own is not the right one."""
+    workers: int = 0
+    """Worker processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check(_Where):
+    """What to scan."""
+
+    list: int = 20
+    """Problems of each split to list; the others are counted."""
+    json: bool = False
+    """Print JSON, with every problem."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare(_Where):
+    """What to write."""
+
+    out: Path
+    """Folder of the shards."""
+    max_size: int | None = None
+    """Reduce images whose shorter side is longer than this many pixels to it (bicubic, JPEG quality 95)."""
+    shard_records: int = 4096
+    """Records a shard."""
+    max_corrupt: int = 0
+    """Undecodable records left out before it stops (only images that are resized are decoded)."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check a data set, or turn it into ArrayRecord shards."""
+    tasks: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "prepare": _prepare}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in tasks:
+        raise UsageError(f"unknown task {name!r}: check or prepare.{suggest(name, tasks)}")
+    return tasks[name](rest)
+
+
+def _check(arguments: Sequence[str]) -> int:
+    chosen = parse(Check, "data check", arguments, "List what is wrong with a data set.")
+    from fastvim_jax.data.check import check
+
+    kind, splits = _kind_and_splits(chosen)
+    reports = {}
+    for split in splits:
+        source = _open(chosen, kind, split, any_label=True)
+        with _progress(f"checking {split}", quiet=chosen.json) as progress:
+            reports[split] = report = check(source, workers=chosen.workers, progress=progress)
+        if not chosen.json:
+            used = sum(count > 0 for count in report.counts.values())
+            print(
+                f"{kind} {split}: {report.records} records, {used} of {len(source.class_names)} classes, "
+                f"{report.duplicates} repeated images, {len(report.problems)} problems"
+            )
+            for problem in report.problems[: chosen.list]:
+                print(f"  {problem.kind}: {problem.message}")
+            if len(report.problems) > chosen.list:
+                print(f"  ... and {len(report.problems) - chosen.list} more (--list, --json)")
+    shared = [
+        (a, b, len(reports[a].digests.keys() & reports[b].digests.keys()))
+        for i, a in enumerate(splits)
+        for b in splits[i + 1 :]
+    ]
+    found = any(report.problems for report in reports.values())
+    if chosen.json:
+        print(json.dumps(_as_json(kind, reports, shared), indent=2, ensure_ascii=False))
+    else:
+        for a, b, count in shared:
+            if count:
+                print(f"note: {count} images are in both {a} and {b}")
+        print("Something is wrong, see above." if found else "Nothing is wrong.")
+    return int(found)
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    chosen = parse(Prepare, "data prepare", arguments, "Write a data set as ArrayRecord shards.")
+    from fastvim_jax.data.prepare import prepare
+    from fastvim_jax.data.sources import expand_path
+
+    kind, splits = _kind_and_splits(chosen)
+    for split in splits:
+        source = _open(chosen, kind, split)
+        origin = {"source": kind, "path": str(expand_path(chosen.path).absolute()), "split": split}
+        with _progress(f"preparing {split}") as progress:
+            done = prepare(
+                source,
+                chosen.out,
+                split,
+                max_size=chosen.max_size,
+                shard_records=chosen.shard_records,
+                workers=chosen.workers,
+                max_corrupt=chosen.max_corrupt,
+                origin=origin,
+                progress=progress,
+            )
+        kept = f" ({done.kept} were there already)" if done.kept else ""
+        print(
+            f"{split}: {done.records} records of {len(source.class_names)} classes, {done.bytes / 1e6:.1f} MB "
+            f"in {done.shards} shards{kept}"
+        )
+        for reason in done.left_out:
+            print(f"  left out: {reason}")
+    print(
+        f"Train on it with --data.source array_record --data.path {chosen.out}; "
+        f"`{command()} data check {chosen.out}` verifies the checksums."
+    )
+    return 0
+
+
+def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
+    from fastvim_jax.data.sources import SOURCES
+    from fastvim_jax.data.sources.layout import guess_source, list_splits
+
+    with as_usage_error():
+        if chosen.source not in (*SOURCES, "auto"):
+            raise UsageError(
+                f"unknown source {chosen.source!r}: auto or one of {', '.join(SOURCES)}."
+                + suggest(chosen.source, SOURCES)
+            )
+        kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
+        splits = [*chosen.split] or list_splits(kind, chosen.path)
+        if not splits:
+            raise UsageError(f"{chosen.path} holds no split of the source {kind}.")
+    return kind, splits
+
+
+def _open(chosen: _Where, kind: str, split: str, *, any_label: bool = False) -> Any:
+    from fastvim_jax.data.sources import open_source
+
+    return open_source(kind, split, path=chosen.path, class_list=chosen.class_list, any_label=True)
+
+
+@contextlib.contextmanager
+def _progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while somebody is looking, otherwise nothing."""
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(file=sys.stderr)
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    hidden = quiet or not console.is_terminal
+    with rich.progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, int]]) -> Any:
+    return {
+        "source": kind,
+        "splits": {
+            split: {
+                "records": report.records,
+                "counts": report.counts,
+                "duplicates": report.duplicates,
+                "problems": [dataclasses.asdict(problem) for problem in report.problems],
+            }
+            for split, report in reports.items()
+        },
+        "shared": [{"splits": [a, b], "images": count} for a, b, count in shared if count],
+    }

@@ -1,0 +1,270 @@
+"""Any source turned into ArrayRecord shards: checksummed, and resumable shard by shard.
+
+A shard is written under a temporary name, flushed to the disk and renamed; only then does it enter the manifest,
+which is itself replaced in one step. Whatever was finished when a run was killed is kept by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.processes import map_source
+from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.sources.array_record import FORMAT, join_record
+from fastvim_jax.errors import UserError
+
+JPEG_QUALITY = 95
+"""Of images that were resized (4:2:0 chroma); the others keep their bytes."""
+SHARD_RECORDS = 4096
+
+Progress = Callable[[int, int], None]
+"""Called with the records done and their total."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation left behind.
+
+    Attributes:
+        manifest: the split's manifest file.
+        records: records written.
+        shards: number of shards.
+        kept: how many of them were there already.
+        bytes: of all shards together.
+        left_out: names of undecodable records that were left out.
+    """
+
+    manifest: Path
+    records: int
+    shards: int
+    kept: int
+    bytes: int
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    number: int
+    start: int
+    stop: int
+    file: Path
+    max_size: int | None
+
+
+def prepare(
+    source: Source,
+    out: Path | str,
+    split: str,
+    *,
+    max_size: int | None = None,
+    shard_records: int = SHARD_RECORDS,
+    workers: int = 0,
+    max_corrupt: int = 0,
+    origin: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Write a source as shards `<out>/<split>-00000-of-000NN.array_record` and their manifest `<out>/<split>.json`.
+
+    Args:
+        source: where the records come from; their order is kept.
+        out: folder, made if need be.
+        split: what the split is to be called.
+        max_size: images whose shorter side is longer are reduced to it (bicubic, JPEG at `JPEG_QUALITY`), upright and
+            in 8 bits; all others, and all images if None, keep their bytes. Pixel arrays become PNG.
+        shard_records: records a shard.
+        workers: processes.
+        max_corrupt: undecodable records left out (and named in the manifest) before the preparation stops. Without
+            `max_size` nothing is decoded: `check` finds such records.
+        origin: what to note of where the records came from; a resumed preparation must have the same.
+        progress: called after every shard.
+
+    Raises:
+        UserError: for an impossible argument, or when the folder holds the split with other settings.
+        DecodeError: when more than `max_corrupt` records are undecodable.
+    """
+    for name, value, least in (
+        ("max_size", max_size, 1), ("shard_records", shard_records, 1), ("max_corrupt", max_corrupt, 0)
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}, but must be at least {least}.")
+    if not split or Path(split).name != split:
+        raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh: dict[str, Any] = {
+        "format": FORMAT,
+        "complete": False,
+        "split": split,
+        "source_records": len(source),
+        "class_names": list(source.class_names),
+        "settings": {
+            "max_size": max_size,
+            "jpeg_quality": JPEG_QUALITY,
+            "shard_records": shard_records,
+        },
+        "origin": origin or {},
+        "left_out": {},
+        "shards": {},
+    }
+    file = folder / f"{split}.json"
+    manifest = _resumed(file, fresh) if file.is_file() else fresh
+    for leftover in folder.glob(f".{split}-*.tmp"):
+        leftover.unlink()
+    count = -(-len(source) // shard_records)
+    finished, left_out, tasks = manifest["shards"], manifest["left_out"], []
+    for number in range(count):
+        shard = folder / f"{split}-{number:05}-of-{count:05}.array_record"
+        key = str(number)
+        if key in finished and shard.is_file() and finished[key]["sha256"] == sha256(shard):
+            continue
+        finished.pop(key, None)
+        left_out.pop(key, None)
+        start = number * shard_records
+        stop = min(start + shard_records, len(source))
+        tasks.append(_Task(number, start, stop, shard, max_size))
+    done = len(source) - sum(task.stop - task.start for task in tasks)
+    manifest["complete"] = not tasks
+    _write_json(file, manifest)
+    if progress:
+        progress(done, len(source))
+    for task, (entry, corrupt) in map_source(_write_shard, source, tasks, workers=workers):
+        finished[str(task.number)] = entry
+        if corrupt:
+            left_out[str(task.number)] = corrupt
+        manifest["complete"] = len(finished) == count
+        absent = sum(map(len, left_out.values()))
+        if absent > max_corrupt:
+            raise DecodeError(
+                f"{corrupt[-1]}\n{absent} undecodable record(s); max_corrupt allows {max_corrupt}. "
+                "Mend or remove the file and give the command again, or raise max_corrupt."
+            )
+        _write_json(file, manifest)
+        done += task.stop - task.start
+        if progress:
+            progress(done, len(source))
+    return Prepared(
+        file,
+        sum(entry["records"] for entry in finished.values()),
+        count,
+        count - len(tasks),
+        sum(entry["bytes"] for entry in finished.values()),
+        tuple(reason for reasons in left_out.values() for reason in reasons),
+    )
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def encoded(record: Record, max_size: int | None) -> bytes:
+    """The bytes to store for a record; see `prepare`.
+
+    Raises:
+        DecodeError: when the image had to be decoded and cannot be.
+    """
+    image = record.image
+    if isinstance(image, np.ndarray):
+        channels = 1 if image.ndim == 2 or image.shape[-1] == 1 else 3
+        pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
+        return _saved(pixels, "PNG")
+    if max_size is None:
+        return image
+    channels = 3
+    try:
+        with Image.open(io.BytesIO(image)) as opened:  # Only the header is read.
+            if min(opened.size) <= max_size:
+                return image
+            channels = 1 if opened.mode[0] in "1LI" else 3
+    except Exception:
+        pass  # decode_image says what is wrong.
+    pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
+    return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
+
+
+def _reduced(image: Image.Image, max_size: int | None) -> Image.Image:
+    """Bring the shorter side down to `max_size` pixels, the aspect kept."""
+    shorter = min(image.size)
+    if max_size is None or shorter <= max_size:
+        return image
+    width, height = (max(1, round(side * max_size / shorter)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]]:
+    """Write one shard; return its entry in the manifest, and why records were left out."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    temporary = task.file.with_name(f".{task.file.name}.{os.getpid()}.tmp")
+    corrupt: list[str] = []
+    try:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for index in range(task.start, task.stop):
+            try:
+                record = source[index]
+                image = encoded(record, task.max_size)
+            except DecodeError as error:
+                corrupt.append(str(error))
+                continue
+            except OSError as error:
+                corrupt.append(f"{error.filename}: {error.strerror or error}.")
+                continue
+            writer.write(join_record(image, record.label, record.name))
+        writer.close()
+        with temporary.open("rb") as opened:
+            os.fsync(opened.fileno())
+        entry = {
+            "file": task.file.name,
+            "records": task.stop - task.start - len(corrupt),
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256(temporary),
+        }
+        os.replace(temporary, task.file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return entry, corrupt
+
+
+def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an earlier start, if it is of the same preparation."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{str(file)!r} exists and is no manifest of ours: choose another folder.")
+    keys = ("source_records", "class_names", "settings", "origin")
+    changed = [key for key in keys if found.get(key) != fresh[key]]
+    if changed:
+        raise UserError(
+            f"{str(file)!r} holds this split prepared with other {', '.join(changed)}: choose another folder, "
+            "or remove that file."
+        )
+    return found
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as opened:
+        json.dump(content, opened, indent=1, ensure_ascii=False)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(temporary, file)

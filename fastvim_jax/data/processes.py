@@ -1,0 +1,69 @@
+"""Work on a source in several processes: each opens the source once and gets tasks until none are left."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from fastvim_jax.data.records import Source
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_source: Source | None = None
+
+
+def map_source(
+    work: Callable[[Source, Task], Result], source: Source, tasks: Sequence[Task], *, workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Yield each task with `work(source, task)`, in the order in which they finish.
+
+    Args:
+        work: a function at the top level of a module.
+        source: goes to each process once.
+        tasks: what to work on.
+        workers: processes; 0 or 1: this one.
+
+    Raises:
+        Exception: the first that `work` raises; tasks not begun are dropped.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield task, work(source, task)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(tasks)),
+        # Forking a process whose threads hold locks may hang.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(source, os.getpid()),
+    )
+    try:
+        waiting = {pool.submit(_work, work, task): task for task in tasks}
+        for done in concurrent.futures.as_completed(waiting):
+            yield waiting.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(source: Source, parent: int) -> None:
+    global _source
+    _source = source
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, killed perhaps: nobody else would end it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(work: Callable[[Source, Any], Any], task: Any) -> Any:
+    assert _source is not None
+    return work(_source, task)

@@ -1,0 +1,61 @@
+"""What lies in a folder: which kind of data set, and which splits."""
+
+from __future__ import annotations
+
+from fastvim_jax.data.sources import expand_path
+from fastvim_jax.data.sources.array_record import prepared_splits
+from fastvim_jax.data.sources.hugging_face import parquet_splits
+from fastvim_jax.data.sources.image_folder import folders_in
+from fastvim_jax.data.sources.tfds import tfds_splits
+from fastvim_jax.data.sources.webdataset import shard_splits
+from fastvim_jax.errors import UserError
+
+_LAYOUTS = {
+    "tfds": ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"),
+    "hugging_face": ("*.parquet", "*/*.parquet"),
+    "webdataset": ("*.tar",),
+    "packed_npz": ("*.npz",),
+    "image_folder": ("*/*/*",),
+}
+
+
+def guess_source(path: str) -> str:
+    """The kind of data set that lies in a folder; `digits`, which needs none, is itself.
+
+    Raises:
+        UserError: when the folder does not exist or is of no known layout.
+    """
+    if path == "digits":
+        return path
+    root = expand_path(path)
+    if not root.is_dir():
+        raise UserError(f"The data folder {str(root)!r} does not exist.")
+    if prepared_splits(root):
+        return "array_record"
+    for name, patterns in _LAYOUTS.items():
+        if any(next(root.glob(pattern), None) is not None for pattern in patterns):
+            return name
+    raise UserError(
+        f"{str(root)!r} is of no known layout; expected one folder a split with one folder a class in it "
+        "(train/cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with their manifest)."
+    )
+
+
+def list_splits(name: str, path: str) -> list[str]:
+    """The splits that `open_source(name, ..., path=path)` would find, in alphabetical order."""
+    if name == "digits":
+        return ["test", "train"]
+    root = expand_path(path)
+    if name == "tfds":
+        return tfds_splits(str(root))
+    if not root.is_dir():
+        raise UserError(f"The data folder {str(root)!r} does not exist.")
+    if name == "array_record":
+        return prepared_splits(root)
+    if name == "webdataset":
+        return shard_splits(root)
+    if name == "packed_npz":
+        return sorted(file.stem for file in root.glob("*.npz"))
+    if name == "hugging_face" and parquet_splits(root):
+        return sorted(parquet_splits(root))
+    return folders_in(root)

@@ -1,0 +1,92 @@
+"""`fastvim data`: exit statuses, what is printed, and the way from a folder to shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data import open_source
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture
+def pets(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Two classes of three training images and a validation image each."""
+    root = tmp_path / "pets"
+    for split, count in (("train", 3), ("val", 1)):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_a_clean_set(fastvim: Cli, pets: Path) -> None:
+    status, out, err = fastvim("data", "check", pets)
+    assert status == 0 and err == ""
+    assert out.splitlines() == [
+        "image_folder train: 6 records, 2 of 2 classes, 0 repeated images, 0 problems",
+        "image_folder val: 2 records, 2 of 2 classes, 0 repeated images, 0 problems",
+        "Nothing is wrong.",
+    ]
+
+
+def test_a_set_with_faults(fastvim: Cli, pets: Path) -> None:
+    (pets / "train" / "cat" / "1.png").write_bytes(b"no image")
+    (pets / "val" / "dog" / "0.png").write_bytes((pets / "train" / "dog" / "0.png").read_bytes())
+    status, out, _ = fastvim("data", "check", pets)
+    assert status == 1 and "1 problems" in out and "Something is wrong" in out
+    assert f"undecodable: {pets / 'train' / 'cat' / '1.png'}: not an image" in out
+    assert "note: 1 images are in both train and val" in out
+    status, out, _ = fastvim("data", "check", pets, "--json", "--split", "train")
+    report = json.loads(out)
+    assert status == 1 and report["splits"].keys() == {"train"}
+    assert report["splits"]["train"]["problems"][0]["kind"] == "undecodable"
+    status, out, _ = fastvim("data", "check", pets, "--split", "val", "train")
+    assert status == 1 and out.index("val:") < out.index("train:")
+
+
+def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "shards"
+    arguments = ("data", "prepare", pets, "--out", out_dir, "--max-size", "10")
+    status, out, _ = fastvim(*arguments)
+    assert status == 0 and "train: 6 records of 2 classes" in out and "in 1 shards\n" in out
+    assert f"--data.source array_record --data.path {out_dir}" in out
+    for split, count in (("train", 6), ("val", 2)):
+        assert len(open_source("array_record", split, path=str(out_dir))) == count
+    status, out, _ = fastvim(*arguments)
+    assert status == 0 and "1 shards (1 were there already)" in out
+    assert fastvim("data", "check", out_dir)[0] == 0
+    shard = next(out_dir.glob("val-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    status, out, _ = fastvim("data", "check", out_dir)
+    assert status == 1 and "checksum:" in out and str(shard) in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("data",), 2, "Usage: fastvim data check PATH"),
+        (("data", "chek", "x"), 2, "Did you mean 'check'"),
+        (("data", "check", "nowhere"), 2, "'nowhere' does not exist"),
+        (("data", "check", "digits", "--source", "digit"), 2, "Did you mean 'digits'"),
+        (("data", "check", "digits", "--split", "tset"), 1, "Did you mean 'test'"),
+        (("data", "prepare", "digits"), 2, "--out"),
+        (("data", "prepare", "digits", "--out", "o", "--max-size", "0"), 1, "max_size is 0"),
+    ],
+)
+def test_wrong_usage(
+    fastvim: Cli, arguments: tuple[str, ...], status: int, message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found, out, err = fastvim(*arguments)
+    assert found == status and message in out + err and "Traceback" not in out + err

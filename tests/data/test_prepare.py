@@ -1,0 +1,210 @@
+"""Prepared shards: the same records, bytes and names; finished shards survive a kill; damage is found by checksum."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data import DataConfig, DecodeError, make_train_iterator, open_source
+from fastvim_jax.data.check import check
+from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data.sources.layout import guess_source, list_splits
+from fastvim_jax.errors import UserError
+from tests.data.conftest import encode
+
+
+def test_the_records_come_back(image_tree: Path, tmp_path: Path) -> None:
+    tree, out = open_source("image_folder", "train", path=str(image_tree)), tmp_path / "shards"
+    calls: list[tuple[int, int]] = []
+    done = prepare(tree, out, "train", shard_records=7, progress=lambda *c: calls.append(c))
+    assert (done.records, done.shards, done.kept, done.left_out) == (30, 5, 0, ())
+    assert calls == [(n, 30) for n in (0, 7, 14, 21, 28, 30)]
+    assert guess_source(str(out)) == "array_record"
+    assert list_splits("array_record", str(out)) == ["train"]
+    source = open_source("array_record", "train", path=str(out))
+    assert source.class_names == ("ant", "bee", "cat")  # the empty class too
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        assert [copy[i].image for i in range(30)] == [tree[i].image for i in range(30)]
+        assert [copy[i].label for i in range(30)] == [tree[i].label for i in range(30)]
+    assert source[8].name == f"{out / 'train-00001-of-00005.array_record'}[1] ({tree[8].name})"
+    with pytest.raises(IndexError):
+        source[30]
+    assert done.bytes == sum(file.stat().st_size for file in out.glob("*.array_record"))
+    assert not list(out.glob(".*"))
+
+
+def test_processes_write_the_same_shards(image_tree: Path, tmp_path: Path) -> None:
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    for workers in (0, 2):
+        prepare(tree, tmp_path / str(workers), "train", shard_records=11, workers=workers)
+    manifests = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("0", "2")]
+    assert manifests[0]["shards"].keys() == {"0", "1", "2"}
+    for number, shard in manifests[0]["shards"].items():
+        assert manifests[1]["shards"][number] == shard
+
+
+def test_workers_and_threads_read_the_same(image_tree: Path, tmp_path: Path, seed: int) -> None:
+    prepare(open_source("image_folder", "train", path=str(image_tree)), tmp_path / "s", "train")
+    taken = []
+    for source, path, workers in (
+        ("image_folder", image_tree, 0),
+        ("array_record", tmp_path / "s", 0),
+        ("array_record", tmp_path / "s", 1),
+    ):
+        config = DataConfig(
+            source=source, path=str(path), image_size=8, batch_size=10, workers=workers
+        )
+        iterator = make_train_iterator(config, seed=seed)
+        taken.append([next(iterator) for _ in range(4)])
+        iterator.close()
+    for other in taken[1:]:
+        for a, b in zip(taken[0], other, strict=True):
+            np.testing.assert_array_equal(a["image"], b["image"])
+            np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_large_images_are_reduced(tmp_path: Path, rng: np.random.Generator) -> None:
+    folder = tmp_path / "tree" / "train" / "a"
+    folder.mkdir(parents=True)
+    waves = np.sin(np.arange(240)[:, None] / 23) + np.cos(np.arange(180)[None] / 17)
+    smooth = np.uint8((waves[..., None] + 2) / 4 * np.array([255, 200, 150]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise: 180 wide becomes 240 wide
+    (folder / "0.jpg").write_bytes(encode(Image.fromarray(smooth), "JPEG", quality=95, exif=exif))
+    (folder / "1.png").write_bytes(encode(Image.fromarray(smooth[..., 0]), "PNG"))
+    (folder / "2.png").write_bytes(encode(Image.fromarray(smooth[:60, :50]), "PNG"))
+    tree = open_source("image_folder", "train", path=str(tmp_path / "tree"))
+    prepare(tree, tmp_path / "out", "train", max_size=60)
+    source = open_source("array_record", "train", path=str(tmp_path / "out"))
+    images = [Image.open(io.BytesIO(source[i].image)) for i in range(3)]  # type: ignore[arg-type]
+    assert [(i.size, i.mode, i.format) for i in images[:2]] == [
+        ((80, 60), "RGB", "JPEG"),
+        ((60, 80), "L", "JPEG"),
+    ]
+    assert source[2].image == tree[2].image  # as small already
+    expected = Image.fromarray(np.rot90(smooth, -1)).resize((80, 60), Image.Resampling.BICUBIC)
+    error = np.abs(np.asarray(images[0]).astype(float) - np.asarray(expected))
+    assert error.mean() < 2 and error.max() < 25, (error.mean(), error.max())
+
+
+def test_pixel_arrays_are_kept_exactly(tmp_path: Path) -> None:
+    digits = open_source("digits", "test")
+    prepare(digits, tmp_path, "test")
+    source = open_source("array_record", "test", path=str(tmp_path))
+    image = Image.open(io.BytesIO(source[17].image))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(np.asarray(image), digits[17].image)
+
+
+_SLOW = """
+import sys, time
+from pathlib import Path
+from fastvim_jax.data import open_source
+from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data.sources.image_folder import ImageFolderSource
+
+class Slow(ImageFolderSource):
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+prepare(Slow(Path(sys.argv[1]), "train"), sys.argv[2], "train", shard_records=3, max_size=20)
+"""
+
+
+def test_a_killed_preparation_goes_on(image_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    running = subprocess.Popen([sys.executable, "-c", _SLOW, image_tree, out])
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("train-*"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    with pytest.raises(UserError, match=r"not finished; give the same `fastvim data prepare`"):
+        open_source("array_record", "train", path=str(out))
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    before = {file: file.stat().st_mtime_ns for file in out.glob("train-*")}
+    done = prepare(tree, out, "train", shard_records=3, max_size=20)
+    # The last shard seen may have been renamed just before its entry was written.
+    assert 3 <= done.kept < 10 and done.records == 30
+    kept = [file for file, written in before.items() if file.stat().st_mtime_ns == written]
+    assert len(kept) == done.kept
+    assert not list(out.glob(".*"))
+    prepare(tree, tmp_path / "whole", "train", shard_records=3, max_size=20)
+    for file in (tmp_path / "whole").glob("train-*"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
+    assert prepare(tree, out, "train", shard_records=3, max_size=20).kept == 10
+    with pytest.raises(UserError, match=r"prepared with other settings"):
+        prepare(tree, out, "train", shard_records=3, max_size=10)
+
+
+def test_undecodable_records_stop_it_or_are_left_out(image_tree: Path, tmp_path: Path) -> None:
+    bad = image_tree / "train" / "ant" / "05.png"
+    bad.write_bytes(b"no image")
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    with pytest.raises(DecodeError, match=r"05.png: not an image(.|\n)*max_corrupt allows 0"):
+        prepare(tree, tmp_path / "out", "train", max_size=5, shard_records=4)
+    done = prepare(tree, tmp_path / "out", "train", max_size=5, shard_records=4, max_corrupt=1)
+    assert done.records == 29 and done.kept == 1 and str(bad) in done.left_out[0]
+    source = open_source("array_record", "train", path=str(tmp_path / "out"))
+    assert len(source) == 29 and source[5].name.endswith(f"({tree[6].name})")
+
+
+def test_damage_is_found(image_tree: Path, tmp_path: Path) -> None:
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    done = prepare(tree, tmp_path, "train", shard_records=10)
+    clean = check(open_source("array_record", "train", path=str(tmp_path)))
+    assert [p.kind for p in clean.problems] == ["empty class"]
+    shard = tmp_path / "train-00001-of-00003.array_record"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    found = check(open_source("array_record", "train", path=str(tmp_path)))
+    assert {p.kind for p in found.problems} >= {"checksum"} and str(shard) in found.problems[
+        0
+    ].message
+    # Given again, the command mends it.
+    again = prepare(tree, tmp_path, "train", shard_records=10)
+    assert (again.kept, again.shards) == (2, 3) and again.bytes == done.bytes
+    assert (
+        check(open_source("array_record", "train", path=str(tmp_path))).problems == clean.problems
+    )
+    shard.write_bytes(bytes(content[:-9]))
+    with pytest.raises(UserError, match=r"changed or copied in part"):
+        open_source("array_record", "train", path=str(tmp_path))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"00001-of-00003.array_record' is missing"):
+        open_source("array_record", "train", path=str(tmp_path))
+
+
+def test_it_says_what_is_wrong(image_tree: Path, tmp_path: Path) -> None:
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    for changes, message in (
+        ({"max_size": 0}, "max_size is 0"),
+        ({"shard_records": 0}, "shard_records is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(tree, tmp_path, "train", **changes)
+    with pytest.raises(UserError, match="cannot be a split's name"):
+        prepare(tree, tmp_path, "a/b")
+    out = tmp_path / "out"
+    prepare(tree, out, "train")
+    with pytest.raises(
+        UserError, match=r"prepared splits found there: train. Did you mean 'train'"
+    ):
+        open_source("array_record", "trian", path=str(out))
+    (out / "val.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no manifest that"):
+        open_source("array_record", "val", path=str(out))
+    with pytest.raises(UserError, match=r"no manifest of ours"):
+        prepare(tree, out, "val")
