@@ -1,0 +1,10 @@
+"""The ViT of `vit.py` with attention over the means of the rows, and of the columns in odd blocks (as Table 7)."""
+
+from dataclasses import replace
+
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 10, "parameters": 3_583_306}
+
+base = load_experiment("cifar10/vit")
+config = replace(base, model=replace(base.model, pooling="mean"))
