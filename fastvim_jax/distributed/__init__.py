@@ -1,6 +1,6 @@
 """Many devices and many processes: the start of a process, the mesh, what lies where, and what processes agree on."""
 
-from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, round_up
+from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
 from fastvim_jax.distributed.processes import is_first_process, on_first_process, union, wait
 from fastvim_jax.distributed.sharding import (
     gather,
@@ -20,6 +20,7 @@ __all__ = [
     "is_first_process",
     "make_mesh",
     "on_first_process",
+    "on_mesh",
     "place_batch",
     "replicated",
     "round_up",

@@ -6,8 +6,10 @@ each; between the two, groups of fsdp devices hold one copy. The result of a run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ from jax.sharding import AxisType, Mesh
 from fastvim_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
+
+Step = TypeVar("Step", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,20 @@ def make_mesh(
         )
     grid = np.array(devices[:wanted]).reshape(data, config.fsdp)
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def on_mesh(mesh: Mesh, step: Step) -> Step:
+    """A compiled `step` that is traced and run with `mesh` as the ambient one.
+
+    Only for its time: computations of one process alone have no place on a mesh of all processes.
+    """
+
+    @wraps(step)
+    def run(*arguments):  # type: ignore[no-untyped-def]
+        with jax.set_mesh(mesh):
+            return step(*arguments)
+
+    return run  # type: ignore[return-value]
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

@@ -30,6 +30,13 @@ def draw_keep(
     )
 
 
+def draw_masks(
+    key: jax.Array, rate: float, shape: tuple[int, ...]
+) -> Float[Array, "depth ..."] | None:
+    """One step's 0/1 masks of this whole shape, `rate` being the last block's; None where nothing is dropped."""
+    return draw_keep(key, drop_path_rates(rate, shape[0]), shape[1:]) if rate > 0 else None
+
+
 def scale_keep(
     keep: Float[Array, "depth ..."], rates: np.ndarray, dtype
 ) -> Float[Array, "depth ..."]:
@@ -55,6 +62,6 @@ def keep_factors(
         dtype: Of the factors.
     """
     rates = drop_path_rates(rate, shape[0])
-    if given is None and key is not None and rate > 0:
-        given = draw_keep(key, rates, shape[1:])
+    if given is None and key is not None:
+        given = draw_masks(key, rate, shape)
     return None if given is None else scale_keep(given, rates, dtype)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Float
 
-from fastvim_jax.layers.drop_path import keep_factors
+from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
@@ -135,6 +135,10 @@ class VisionMamba(nnx.Module):
         """(residual stream before the block, the block's mixer output) of every block, in stored token order."""
         _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
         return [outputs[i] for i in range(self.config.depth)]
+
+    def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth b"] | None:
+        """The masks that a call with this key draws for `batch` images; None if the model drops nothing."""
+        return draw_masks(key, self.config.drop_path, (self.config.depth, batch))
 
     def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
         """One period of the stack's poolings over a stored `grid`."""

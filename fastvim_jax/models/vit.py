@@ -11,7 +11,7 @@ from jax.nn.initializers import truncated_normal, zeros
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers.attention import Attention, Mlp
-from fastvim_jax.layers.drop_path import keep_factors
+from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
@@ -121,6 +121,10 @@ class VisionTransformer(nnx.Module):
         """(residual stream before the block, after the block) of every block."""
         _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
         return [outputs[i] for i in range(self.config.depth)]
+
+    def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth 2 b"] | None:
+        """The masks that a call with this key draws for `batch` images; None if the model drops nothing."""
+        return draw_masks(key, self.config.drop_path, (self.config.depth, 2, batch))
 
     def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
         """One period of the stack's poolings over `grid`; the class token, first, is never pooled."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from fastvim_jax.data.config import DataConfig
+from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.training import serialise
@@ -87,6 +88,10 @@ class TrainConfig:
     """Where the images come from, how they are batched and augmented."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its groups and its schedules."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the devices share the batch and the parameters; what comes out does not depend on it."""
+    accumulate: int = 1
+    """Parts in which a batch of data.batch_size passes through the model before its one update, to save memory."""
     epochs: int = 300
     """Passes over the training images; the schedules end with the last."""
     label_smoothing: float = 0.1
@@ -106,7 +111,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _whole_to_float(self)
-        _integer("", self, 1, "epochs", "keep_checkpoints", "log_every_steps")
+        _integer("", self, 1, "accumulate", "epochs", "keep_checkpoints", "log_every_steps")
         _integer("", self, 0, "evaluate_every_epochs", "seed")
         if self.checkpoint_every_steps is not None:
             _integer("", self, 1, "checkpoint_every_steps")

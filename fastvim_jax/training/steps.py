@@ -15,6 +15,9 @@ import optax
 from flax import nnx
 
 from fastvim_jax.data.device_transforms import Augment, Preprocess
+from fastvim_jax.distributed import gather, split_batch
+from fastvim_jax.models.parameters import map_parameters
+from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.losses import classification_loss
 
@@ -71,6 +74,8 @@ def make_train_step(
     ema_decay: float | None = None,
     seed: int = 0,
     augment: Augment | None = None,
+    accumulate: int = 1,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled `step(state, batch) -> (state, metrics)`; the given state's buffers are reused.
 
@@ -79,17 +84,30 @@ def make_train_step(
     The metrics are scalars on the device: `loss`, `grad_norm` (before clipping), `update_norm`,
     `finite_input`.
     The average of the weights, if kept, takes in the weights before the update.
+
+    With `accumulate=k` the batch passes through the model in k parts, and one update is made with the mean of
+    their gradients. Whatever is random is drawn for the whole batch first, so neither k nor the number of devices
+    and processes decides who gets which draw. `shardings` says where the new state lies; None: up to the compiler.
     """
 
-    def loss_of(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(normalised(batch["image"]), key=key)
+    def loss_of(params: Any, part: tuple[Batch, Mapping[str, Any]]) -> jax.Array:
+        batch, drawn = part
+        model = nnx.merge(graphdef, whole_outside_blocks(params))
+        logits = model(normalised(batch["image"]), **drawn)
         return classification_loss(logits, batch["label"], label_smoothing=label_smoothing)
+
+    def loss_and_gradient(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        if accumulate == 1:
+            return jax.value_and_grad(loss_of)(params, (batch, {"key": key}))
+        masks = nnx.merge(graphdef, params).draw_drop_path(key, len(batch["label"]))
+        drawn = {"drop_path_keep": in_parts(masks, accumulate, axis=-1)}
+        return mean_value_and_grad(loss_of, params, (in_parts(batch, accumulate), drawn))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = drop_path_key(seed, state.step)
         if augment is not None:
             batch = augment(augment_key(seed, state.step), batch)
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, key)
+        loss, grads = loss_and_gradient(state.params, split_batch(batch), key)
         ema = None if state.ema is None else update_ema(state.ema, state.params, ema_decay or 0.0)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         new = TrainState(
@@ -106,7 +124,12 @@ def make_train_step(
         }
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def whole_outside_blocks(params: Any) -> Any:
+    """Parameters made whole for their use, but for those of the blocks, which the stack gathers block by block."""
+    return map_parameters(lambda info, leaf: leaf if info.stacked else gather(leaf), params)
 
 
 def make_eval_step(
@@ -122,7 +145,7 @@ def make_eval_step(
     @jax.jit
     def step(params: Any, batch: Batch) -> Metrics:
         images = batch["image"] if preprocess is None else preprocess(batch["image"])
-        logits = nnx.merge(graphdef, params)(normalised(images))
+        logits = nnx.merge(graphdef, whole_outside_blocks(params))(normalised(images))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         label, valid = batch["label"], batch["valid"]
         rank = label_rank(logits, label)
