@@ -8,11 +8,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
-from PIL import Image
 
 from fastvim_jax.data.config import DataConfig
-from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.turbo import Picture, open_image
 from fastvim_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -123,8 +122,10 @@ class BatchIterator(Iterator[Batch]):
             _log.warning("Undecodable record left out: %s", reason)
 
 
-def decode_record(source: Source, index: int, *, channels: int) -> tuple[Record, Image.Image]:
-    """A record and its image.
+def decode_record(
+    source: Source, index: int, *, channels: int, decoder: str = "pillow"
+) -> tuple[Record, Picture]:
+    """A record and its image, opened with a decoder of `turbo.open_image`.
 
     Raises:
         DecodeError: naming the record and the cause.
@@ -133,7 +134,7 @@ def decode_record(source: Source, index: int, *, channels: int) -> tuple[Record,
         record = source[index]
     except OSError as error:
         raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
-    return record, decode_image(record.image, channels=channels, name=record.name)
+    return record, open_image(record.image, channels=channels, name=record.name, decoder=decoder)
 
 
 def local_batch(batch_size: int, process_count: int, name: str) -> int:

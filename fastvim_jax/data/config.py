@@ -45,6 +45,9 @@ class DataConfig:
     """Images an evaluation step takes, over all processes; None: batch_size."""
     workers: int = 0
     """Worker processes that decode and augment; 0: threads of this process. Never changes the batches."""
+    decoder: Literal["auto", "pillow", "turbo"] = "auto"
+    """turbo: libjpeg-turbo and a SIMD resizer (the extra `data`), several times faster, for upright colour JPEG files;
+    pillow: Pillow for everything; auto: turbo if it is installed. Their pixels differ by rounding; see `turbo.py`."""
     crop: Literal["random_resized", "pad_shift", "resize"] = "random_resized"
     """Training crop: random resized crop; resize, pad and shift at random (small images); only resize."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -94,6 +97,7 @@ class DataConfig:
         if self.source != "digits" and not self.path:
             raise UserError(f"data.path is empty: the source {self.source!r} needs its folder.")
         _one_of("channels", self.channels, (1, 3))
+        _one_of("decoder", self.decoder, ("auto", "pillow", "turbo"))
         _one_of("crop", self.crop, ("random_resized", "pad_shift", "resize"))
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if len(sizes) not in (1, 2) or not all(_is_int(s) and s >= 1 for s in sizes):

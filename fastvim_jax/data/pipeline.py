@@ -18,11 +18,11 @@ from jaxtyping import UInt8
 
 from fastvim_jax.data.batches import BatchIterator, Stream, decode_record, local_batch
 from fastvim_jax.data.config import DataConfig
-from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.records import DecodeError, Source
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.transforms import eval_transform, train_transform
+from fastvim_jax.data.turbo import chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -62,14 +62,20 @@ def make_train_iterator(
             source, config, seed=seed, process_index=process_index, process_count=process_count
         )
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-    images = records.random_map(_LoadForTraining(source, config))
+    decoder = chosen_decoder(config)
+    images = records.random_map(_LoadForTraining(source, config, decoder))
     whole_batches = images[: steps * config.batch_size].batch(local, batch_fn=_stack)
     return BatchIterator(
         _grain_stream(whole_batches.repeat(None)[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
-        identity={"seed": seed, "records": len(source), "batch_size": config.batch_size},
+        identity={
+            "seed": seed,
+            "records": len(source),
+            "batch_size": config.batch_size,
+            "decoder": decoder,
+        },
     )
 
 
@@ -107,7 +113,8 @@ def make_eval_iterator(
         )  # fmt: skip
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))
-    batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
+    load = _LoadForEvaluation(source, config, chosen_decoder(config))
+    batches = positions.map(load).batch(local, batch_fn=_stack)
     return BatchIterator(
         _grain_stream(batches[process_index::process_count], config.workers),
         source,
@@ -127,7 +134,9 @@ def load_image(file: str | Path, config: DataConfig) -> UInt8[np.ndarray, "h w c
         data = Path(file).read_bytes()
     except OSError as error:
         raise DecodeError(f"{file}: {error.strerror or error}.") from None
-    image = decode_image(data, channels=config.channels, name=str(file))
+    image = open_image(
+        data, channels=config.channels, name=str(file), decoder=chosen_decoder(config)
+    )
     return eval_transform(image, config)
 
 
@@ -137,17 +146,20 @@ class _LoadForTraining(grain.transforms.RandomMap):
 
     source: Source
     config: DataConfig
+    decoder: str
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         corrupt: list[int] = []
         while len(corrupt) < _REPLACEMENTS:
             try:
-                record, image = decode_record(self.source, index, channels=self.config.channels)
+                record, image = decode_record(
+                    self.source, index, channels=self.config.channels, decoder=self.decoder
+                )
+                pixels = train_transform(image, self.config, rng)
             except DecodeError:
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
-            pixels = train_transform(image, self.config, rng)
             return {"image": pixels, "label": record.label, "corrupt": corrupt}
         raise UserError(
             f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
@@ -161,12 +173,15 @@ class _LoadForEvaluation(grain.transforms.Map):
 
     source: Source
     config: DataConfig
+    decoder: str
 
     def map(self, index: int) -> dict[str, Any]:
         corrupt: list[int] = []
         if index < len(self.source):
             try:
-                record, image = decode_record(self.source, index, channels=self.config.channels)
+                record, image = decode_record(
+                    self.source, index, channels=self.config.channels, decoder=self.decoder
+                )
                 pixels = eval_transform(image, self.config)
                 return {"image": pixels, "label": record.label, "valid": True, "corrupt": corrupt}
             except DecodeError:

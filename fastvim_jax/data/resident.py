@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, UInt8
-from PIL import Image
 
 from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.records import DecodeError, Source
 from fastvim_jax.data.transforms import eval_transform, resized, to_array
+from fastvim_jax.data.turbo import Picture
 from fastvim_jax.errors import UserError
 
 _SHARE_OF_MEMORY = 0.5
@@ -112,7 +112,7 @@ class _Images:
         self,
         source: Source,
         config: DataConfig,
-        transform: Callable[[Image.Image], UInt8[np.ndarray, "h w c"]],
+        transform: Callable[[Picture], UInt8[np.ndarray, "h w c"]],
     ) -> None:
         shape = (len(source), *config.height_width, config.channels)
         _check_size(shape)

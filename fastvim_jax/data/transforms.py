@@ -14,12 +14,13 @@ from PIL import Image
 
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.randaugment import colour_jitter, rand_augment
+from fastvim_jax.data.turbo import Picture, TurboJpeg
 
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Picture,
     size: tuple[int, int],
     rng: np.random.Generator,
     *,
@@ -33,7 +34,10 @@ def random_resized_crop(
     largest centred box whose aspect lies within the bounds.
     """
     left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
-    return resized(image.crop((left, top, left + width, top + height)), size)
+    box = (left, top, left + width, top + height)
+    if isinstance(image, TurboJpeg):
+        return image.crop_resized(box, size)
+    return resized(image.crop(box), size)
 
 
 def _random_box(
@@ -60,13 +64,13 @@ def _random_box(
 
 
 def pad_and_shift(
-    image: Image.Image, size: tuple[int, int], rng: np.random.Generator, *, pad: int
+    image: Picture, size: tuple[int, int], rng: np.random.Generator, *, pad: int
 ) -> Image.Image:
     """Resize to `size`, add `pad` zero pixels on each side, crop `size` at a random offset."""
-    image = resized(image, size)
+    whole = resized(image, size)
     left, top = (int(v) for v in rng.integers(0, 2 * pad + 1, size=2))
     # A crop box beyond the image is filled with zeros by Pillow.
-    return image.crop((left - pad, top - pad, left - pad + size[1], top - pad + size[0]))
+    return whole.crop((left - pad, top - pad, left - pad + size[1], top - pad + size[0]))
 
 
 def horizontal_flip(
@@ -78,9 +82,7 @@ def horizontal_flip(
     return image
 
 
-def resize_and_centre_crop(
-    image: Image.Image, size: tuple[int, int], *, ratio: float
-) -> Image.Image:
+def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: float) -> Image.Image:
     """Resize (bicubic, aspect kept) so that `size` / `ratio` is covered, then crop `size` at the centre."""
     height, width = size
     # The resized image covers floor(size / ratio): 224 at 0.875 gives a shorter side of 256.
@@ -89,13 +91,15 @@ def resize_and_centre_crop(
         math.floor(width / ratio + 1e-9) / image.width,
     )
     new = max(height, round(image.height * factor)), max(width, round(image.width * factor))
-    image = resized(image, new)
+    whole = resized(image, new)
     left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    return whole.crop((left, top, left + width, top + height))
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Picture, size: tuple[int, int]) -> Image.Image:
     """Resize to (height, width), bicubic; nothing to do at the right size."""
+    if isinstance(image, TurboJpeg):
+        return image.crop_resized((0, 0, image.width, image.height), size)
     if (image.height, image.width) == size:
         return image
     return image.resize((size[1], size[0]), _BICUBIC)
@@ -108,18 +112,18 @@ def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
 
 
 def train_transform(
-    image: Image.Image, config: DataConfig, rng: np.random.Generator
+    picture: Picture, config: DataConfig, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w c"]:
     """Apply the configured training augmentation; pixels stay uint8."""
     size = config.height_width
     if config.crop == "random_resized":
         image = random_resized_crop(
-            image, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
+            picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
         )
     elif config.crop == "pad_shift":
-        image = pad_and_shift(image, size, rng, pad=config.pad)
+        image = pad_and_shift(picture, size, rng, pad=config.pad)
     else:
-        image = resized(image, size)
+        image = resized(picture, size)
     if config.flip:
         image = horizontal_flip(image, rng, probability=config.flip)
     if config.rand_augment is not None:
@@ -129,6 +133,6 @@ def train_transform(
     return to_array(image)
 
 
-def eval_transform(image: Image.Image, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
+def eval_transform(image: Picture, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
     """Apply the evaluation transform: resize, centre crop; pixels stay uint8."""
     return to_array(resize_and_centre_crop(image, config.height_width, ratio=config.eval_crop))

@@ -1,0 +1,164 @@
+"""JPEG files decoded by libjpeg-turbo when a crop asks for their pixels, and resized with SIMD instructions.
+
+The pixels are those that Pillow decodes, bit for bit (simplejpeg). The resampling is Pillow's bicubic with
+antialiasing (cykooz-resizer; Catmull–Rom kernel, widened by the scale), equal up to how intermediate values are
+rounded and clipped. A crop at least four times as large as the output is decoded at a half, a quarter or an eighth of
+its size, by the inverse DCT itself, so that at least twice the output remains to be resampled.
+
+Whatever is not a plain upright JPEG file goes through Pillow (`decode.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import threading
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fastvim_jax.data.config import DataConfig
+
+GAP = 2
+"""A reduced image must be this many times as large as the output."""
+
+_ORIENTATION = 0x0112
+_HEADER = 1 << 16
+_SIMPLE = ("YCbCr", "Gray")
+_local = threading.local()
+
+
+class TurboJpeg:
+    """A JPEG file of which only the header has been read.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+    """
+
+    def __init__(self, data: bytes, width: int, height: int, name: str) -> None:
+        self.width = width
+        self.height = height
+        self._data = data
+        self._name = name
+
+    def crop_resized(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+        """Crop left, top, right, bottom and resize (bicubic) to `size` = (height, width).
+
+        Raises:
+            DecodeError: when the file is damaged.
+        """
+        import simplejpeg
+
+        left, top, right, bottom = box
+        reduction = _reduction((bottom - top, right - left), size)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                self._data,
+                "RGB",
+                min_height=-(-self.height // reduction) if reduction > 1 else 0,
+                min_width=-(-self.width // reduction) if reduction > 1 else 0,
+            )
+        except ValueError:
+            # Pillow bears with what is harmless, and says what is not.
+            image = decode_image(self._data, channels=3, name=self._name).crop(box)
+            return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        if reduction == 1:
+            return _resized(pixels[top:bottom, left:right], size)
+        # The box in the reduced image's pixels: whole ones, and the part of them that is meant.
+        low = left // reduction, top // reduction
+        high = -(-right // reduction), -(-bottom // reduction)
+        part = pixels[low[1] : high[1], low[0] : high[0]]
+        inner = (left / reduction - low[0], top / reduction - low[1],
+                 (right - left) / reduction, (bottom - top) / reduction)  # fmt: skip
+        return _resized(part, size, inner)
+
+
+Picture = Image.Image | TurboJpeg
+"""An image, its pixels decoded or not yet."""
+
+
+def open_image(
+    image: bytes | np.ndarray, *, channels: int, name: str, decoder: str = "pillow"
+) -> Picture:
+    """Open an image with a decoder, "pillow" or "turbo"; see `decode.decode_image`.
+
+    Raises:
+        DecodeError: when the bytes are no image. Damage of a JPEG file's pixels shows later with "turbo".
+    """
+    if decoder == "turbo" and channels == 3 and isinstance(image, bytes):
+        picture = _plain_jpeg(image, name)
+        if picture is not None:
+            return picture
+    return decode_image(image, channels=channels, name=name)
+
+
+def chosen_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
+    """The decoder that `config.decoder` means here: auto is turbo where both packages are installed.
+
+    Raises:
+        UserError: when turbo is asked for and is not installed.
+    """
+    missing = [p for p in ("simplejpeg", "cykooz_resizer") if not importlib.util.find_spec(p)]
+    if config.decoder == "turbo" and missing:
+        raise UserError(
+            f"data.decoder=turbo needs {' and '.join(missing)}: pip install 'fastvim-jax[data]', "
+            "or set data.decoder=pillow."
+        )
+    return "pillow" if config.decoder == "pillow" or missing else "turbo"
+
+
+def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:
+    """The file if it is an upright JPEG of the usual colours, or None."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    import simplejpeg
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in _SIMPLE or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+        return None
+    head = data[:_HEADER]
+    if b"Exif\0\0" in head or b"http://ns.adobe.com/xap" in head:
+        try:
+            if Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) != 1:
+                return None
+        except Exception:  # decode_image says what is wrong.
+            return None
+    return TurboJpeg(data, width, height, name)
+
+
+def _reduction(box: tuple[int, int], size: tuple[int, int]) -> int:
+    """1, 2, 4 or 8: how far the image may be reduced before it is resized."""
+    room = min(box[0] / size[0], box[1] / size[1]) / GAP
+    return next((factor for factor in (8, 4, 2) if room >= factor), 1)
+
+
+def _resized(
+    pixels: np.ndarray, size: tuple[int, int], inner: tuple[float, ...] | None = None
+) -> Image.Image:
+    """Resize pixels `h w 3`, or the box left, top, width, height of them, to (height, width)."""
+    if inner is None and pixels.shape[:2] == size:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    import cykooz_resizer as cykooz
+
+    options: Any = cykooz.ResizeOptions(
+        resize_alg=cykooz.ResizeAlg.convolution(cykooz.FilterType.catmull_rom),
+        use_alpha=False,
+        crop_box=None if inner is None else cykooz.CropBox(*inner),
+    )
+    height, width = pixels.shape[:2]
+    source = cykooz.ImageData(width, height, cykooz.PixelType.U8x3, pixels.tobytes())
+    result = cykooz.ImageData(size[1], size[0], cykooz.PixelType.U8x3)
+    # A resizer keeps buffers, which threads must not share.
+    if not hasattr(_local, "resizer"):
+        _local.resizer = cykooz.Resizer()
+    _local.resizer.resize(source, result, options)
+    return Image.frombytes("RGB", (size[1], size[0]), result.get_buffer())
