@@ -184,7 +184,8 @@ class Checkpoints:
         if template.ema is not None:
             trees["ema"] = template.ema
         restored = self._restore(step, trees)
-        count = jax.device_put(np.int32(meta["step"]), template.step.sharding)
+        made = np.asarray(meta["step"], np.int32)
+        count = jax.make_array_from_callback((), template.step.sharding, lambda index: made)
         return TrainState(
             step=count,
             params=restored["params"],

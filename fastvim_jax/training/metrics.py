@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from fastvim_jax.distributed import is_first_process
+
 METRICS_FILE = "metrics.jsonl"
 TIMING = frozenset({"seconds", "images_per_second", "data_wait"})
 LINE_INTERVAL = 15.0  # seconds
 
 
 class RunLog:
-    """Writes a run's metrics; a context manager.
+    """Writes a run's metrics; a context manager. Of several processes the first writes, and the others are silent.
 
     Args:
         folder: the run folder.
@@ -35,6 +37,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, progress: bool = True) -> None:
+        self._display = _Display(step, total_steps, shown=progress and is_first_process())
+        self._events: SummaryWriter | None = None
+        if not is_first_process():
+            self._file = open(os.devnull, "a")
+            return
         path = Path(folder) / METRICS_FILE
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         temporary = path.with_suffix(".tmp")
@@ -42,7 +49,6 @@ class RunLog:
         os.replace(temporary, path)
         self._file = path.open("a")
         self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
-        self._display = _Display(step, total_steps, shown=progress)
 
     def __enter__(self) -> RunLog:
         return self
@@ -61,6 +67,8 @@ class RunLog:
 
     def write(self, kind: str, step: int, scalars: Mapping[str, Any]) -> None:
         """Record numbers of `kind` (`train`, `eval`) at `step` in both files."""
+        if self._events is None:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
@@ -77,7 +85,8 @@ class RunLog:
     def close(self) -> None:
         """Flush and close the files."""
         self._display.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         self._file.close()
 
 

@@ -39,8 +39,10 @@ CLASSES_FILE = "classes.json"
 ENVIRONMENT_FILE = "environment.json"
 CHECKPOINTS = "checkpoints"
 
-# What may change between an interrupted run and its continuation without changing a single weight.
-_FREE = frozenset({"data.workers", "data.path", "keep_checkpoints"})
+# What may change between an interrupted run and its continuation without changing a weight, but for rounding.
+_FREE = frozenset(
+    {"data.workers", "data.path", "keep_checkpoints", "mesh.data", "mesh.fsdp", "accumulate"}
+)
 _PACKAGES = (
     "fastvim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
 )  # fmt: skip

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fastvim_jax.data.device_transforms import Augment, Preprocess
-from fastvim_jax.distributed import gather, split_batch
-from fastvim_jax.models.parameters import map_parameters
+from fastvim_jax.distributed import gather, split_batch, state_shardings
+from fastvim_jax.models.parameters import STACK, map_parameters
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.losses import classification_loss
@@ -53,6 +54,24 @@ def init_state(
         optimizer=jax.jit(optimizer.init)(params),
         ema=init_ema(params) if ema else None,
     )
+
+
+def state_shapes(mesh: Mesh, begin: Callable[[], TrainState]) -> TrainState:
+    """Shapes, and places on the mesh, of the state that `begin` builds; nothing is computed."""
+    shapes = jax.eval_shape(begin)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        state_shardings(mesh, shapes, stack=STACK),
+    )
+
+
+def build_state(begin: Callable[[], TrainState], shapes: TrainState) -> TrainState:
+    """The state that `begin` builds, every part made where `shapes` (from `state_shapes`) says."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    # Random bits compile slowly, and a program that runs once repays no optimisation.
+    quick = {"xla_backend_optimization_level": 1}
+    return jax.jit(begin, out_shardings=places, compiler_options=quick)()
 
 
 def drop_path_key(seed: int, step: jax.Array) -> jax.Array:

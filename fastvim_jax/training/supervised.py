@@ -1,8 +1,9 @@
-"""Supervised training, from top to bottom: data, model, optimizer, step, checkpoint, loop, evaluation.
+"""Supervised training, from top to bottom: mesh, data, model, optimizer, step, checkpoint, loop, evaluation.
 
 A run is decided by its config alone. It resumes from its latest checkpoint, which holds the weights, their
 average, the optimizer, the position in the data and the metrics of the log's open window; on a CPU the resumed
-run ends in the same bits as an uninterrupted one.
+run ends in the same bits as an uninterrupted one. How many devices and processes share the work changes only the
+rounding, and a run may go on with other ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ from flax import nnx
 from fastvim_jax.data import BatchIterator, make_eval_iterator, make_train_iterator
 from fastvim_jax.data.device_transforms import make_augment, make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
+from fastvim_jax.distributed import (
+    check_batch,
+    make_mesh,
+    on_mesh,
+    place_batch,
+    round_up,
+    union,
+    wait,
+)
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -31,9 +42,11 @@ from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimize
 from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
 from fastvim_jax.training.steps import (
     TrainState,
+    build_state,
     init_state,
     make_eval_step,
     make_train_step,
+    state_shapes,
 )
 from fastvim_jax.training.stopping import Stopped, StopRequest
 
@@ -77,9 +90,18 @@ def _train(
 ) -> RunResult:
     started = time.perf_counter()
 
+    # Mesh
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.data.batch_size, config.accumulate)
+    place = partial(place_batch, mesh)
+    share: dict[str, int] = {
+        "process_index": jax.process_index(), "process_count": jax.process_count()
+    }  # fmt: skip
+
     # Data
-    batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed), jax.device_put)
-    eval_batches = make_eval_iterator(config.data)
+    batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
+    eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
+    eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **share)
     opened.callback(batches.close)
     opened.callback(eval_batches.close)
     class_names = batches.source.class_names
@@ -95,7 +117,10 @@ def _train(
     stop = opened.enter_context(StopRequest())
 
     # Model
-    graphdef, params = nnx.split(build_model(config.model, rngs=nnx.Rngs(config.seed)))
+    def build() -> nnx.Module:
+        return build_model(config.model, rngs=nnx.Rngs(config.seed))
+
+    graphdef, params = nnx.split(nnx.eval_shape(build))  # Only shapes.
 
     # Optimizer
     learning_rate = learning_rate_schedule(
@@ -108,6 +133,12 @@ def _train(
         config.optimizer, params, learning_rate=learning_rate, total_steps=total_steps
     )
 
+    # State: built, or restored, where it lies
+    def begin() -> TrainState:
+        return init_state(nnx.state(build()), optimizer, ema=config.ema_decay is not None)
+
+    state = state_shapes(mesh, begin)
+
     # Step
     train_step = make_train_step(
         graphdef,
@@ -118,14 +149,17 @@ def _train(
         augment=make_augment(
             config.data, config.model.num_classes, label_smoothing=config.label_smoothing
         ),
+        accumulate=config.accumulate,
+        shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
-    eval_step = make_eval_step(graphdef, preprocess=make_preprocess(config.data))
+    train_step = on_mesh(mesh, train_step)
+    eval_step = on_mesh(mesh, make_eval_step(graphdef, preprocess=make_preprocess(config.data)))
 
     # Checkpoint
-    state = init_state(params, optimizer, ema=config.ema_decay is not None)
-    del params  # The train step reuses these buffers.
     window = Window(config)
-    if checkpoints.latest() is not None:
+    if checkpoints.latest() is None:
+        state = build_state(begin, state)
+    else:
         meta = checkpoints.read_meta()
         state = checkpoints.restore_state(state)
         batches.set_state(meta["data"])
@@ -138,7 +172,7 @@ def _train(
 
     # Evaluation
     def evaluate_at(step: int) -> None:
-        scores = _evaluate(eval_step, state, eval_batches)
+        scores = _evaluate(eval_step, state, eval_batches, place)
         log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
         log.say(_summary(step / steps_per_epoch, scores))
 
@@ -168,13 +202,14 @@ def _train(
             scalars = window.summarise(checkpoints.describe_latest)
             scalars |= {"epoch": step / steps_per_epoch}
             scalars |= {"learning_rate": float(learning_rate(step - 1))}
-            if batches.corrupt:
-                scalars["corrupt_records"] = len(batches.corrupt)
+            if corrupt := union(batches.corrupt):
+                scalars["corrupt_records"] = len(corrupt)
             log.write("train", step, scalars | clock.lap())
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
         if last or stopping or _due(step, config.checkpoint_every_steps or steps_per_epoch):
             records = window.fetch(checkpoints.describe_latest)
-            checkpoints.save(state, {"data": batches.get_state(), "window": records})
+            position = batches.get_state() | {"corrupt": sorted(union(batches.corrupt))}
+            checkpoints.save(state, {"data": position, "window": records})
             clock.restart()
         if stopping and not last:
             checkpoints.wait()
@@ -185,6 +220,7 @@ def _train(
             clock.restart()
         checkpoints.check()
     checkpoints.wait()
+    wait("log")
     scores = read_metrics(folder, "eval")[-1]
     return RunResult(folder, total_steps, scores, time.perf_counter() - started)
 
@@ -201,10 +237,12 @@ def _due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def _evaluate(eval_step: Any, state: TrainState, batches: BatchIterator) -> dict[str, Any]:
+def _evaluate(
+    eval_step: Any, state: TrainState, batches: BatchIterator, place: Any
+) -> dict[str, Any]:
     """Scores of the raw weights and, if kept, of their average."""
     weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
-    scores = evaluate_weights(eval_step, weights, batches)
+    scores = evaluate_weights(eval_step, weights, map(place, batches))
     batches.rewind()
     return {"count": scores["raw"]["count"]} | {
         f"{name}_{key}": score[key]
