@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -115,3 +116,13 @@ SMALL = (
     ScanSpec(1, 131, 6, states=2, groups=3, D=False, z=True),
 )
 """Odd and tiny ones, every option among them, for a CPU or an interpreter."""
+
+
+def of_length(length: int, tokens: int, channels: int, states: int = 16) -> ScanSpec:
+    """A scan of about `tokens` steps in all sequences together, a power of two of them; softplus and bias, no skip."""
+    batch = 2 ** max(0, round(math.log2(tokens / length)))
+    return ScanSpec(batch, length, channels, states, D=False)
+
+
+LENGTHS = (7, 14, 32, 64, 128, 196, 1024, 4096, 16384)
+"""From the pooled rows of a small image to all tokens of one of 2048 pixels."""

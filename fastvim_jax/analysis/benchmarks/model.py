@@ -1,0 +1,145 @@
+"""Measures forward passes of whole models: images a second by size, resolution, batch and precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from fastvim_jax.analysis.benchmarks.record import Columns
+from fastvim_jax.analysis.flops import gmacs
+from fastvim_jax.models import ViTConfig, build_model, model_config
+from pallas_kernels import timing
+
+PRECISIONS = ("bf16", "tf32", "f32")
+BATCHES = {224: 128, 512: 32, 1024: 8, 2048: 2}
+"""Images at a time by resolution, unless told otherwise."""
+
+# Of the logits, relative to float32 products in full precision by XLA at the same weights. TF32 has 10 bits of
+# mantissa and bfloat16 7, both rounded in each of 24 blocks.
+TOLERANCES = {"f32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+
+# What the comparison takes of a batch: enough to be sure, little enough for the reference's memory.
+CHECKED = 2
+
+
+def policy(name: str, precision: str, *, activations: str, blocks: str) -> dict[str, Any]:
+    """The model options behind "bf16", "tf32" and "f32" (products in full float32 precision)."""
+    options: dict[str, Any] = {
+        "bf16": {"dtype": "bfloat16"},
+        "tf32": {"dtype": "float32", "matmul_precision": "tf32"},
+        "f32": {"dtype": "float32", "matmul_precision": "highest"},
+    }[precision]
+    if precision == "bf16" and not isinstance(model_config(name), ViTConfig):
+        options = options | {"activations": activations}
+    return options | {"blocks": blocks}
+
+
+def reference_options(name: str) -> dict[str, Any]:
+    """The model options that results are compared with: float32 throughout, by XLA."""
+    mamba = not isinstance(model_config(name), ViTConfig)
+    return {"blocks": "scan", **({"scan_implementation": "xla"} if mamba else {})}
+
+
+def cases(
+    settings: Sequence[tuple[str, int, int, str]],
+    *,
+    activations: str = "compute",
+    blocks: str = "unroll",
+    **options: Any,
+) -> list[tuple[timing.Row, timing.Case]]:
+    """The measurements, for `timing.run`.
+
+    Args:
+        settings: (model's name, pixels, batch, precision) of each.
+        activations: of models in bf16, "compute" or "wide"; see `fastvim_jax.precision`.
+        blocks: "unroll" or "scan".
+        options: further fields of the models' configs.
+    """
+    found = []
+    for name, pixels, batch, precision in settings:
+        chosen = policy(name, precision, activations=activations, blocks=blocks)
+        row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
+        found.append((row, _case(name, pixels, batch, precision, chosen, options)))
+    return found
+
+
+def _case(
+    name: str,
+    pixels: int,
+    batch: int,
+    precision: str,
+    chosen: dict[str, Any],
+    options: dict[str, Any],
+) -> timing.Case:
+    config = model_config(name, image_size=pixels, **options, **chosen)
+    graphdef, params = nnx.split(build_model(config, rngs=nnx.Rngs(0)))
+    plain = model_config(name, image_size=pixels, **options, **reference_options(name))
+    plain_graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(plain, rngs=nnx.Rngs(0))))
+
+    def forward(graphdef):
+        return lambda params, images: nnx.merge(graphdef, params)(images)
+
+    def arguments(seed):
+        shape = (batch, pixels, pixels, config.channels)
+        return params, jax.random.normal(jax.random.key(seed), shape)
+
+    measured = timing.Measured(forward(graphdef), arguments, max_sets=4)
+    images = arguments(0)[1][:CHECKED]
+    reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
+    wanted = reference(params, images)
+    error = timing.relative_error(measured.prepare()[:CHECKED], wanted)
+    del images, wanted, reference
+    yield None
+    sets = measured.sets
+    calls = 10
+    row: timing.Row = {}
+    if measured.profiled:
+        run = lambda i: measured.program(*sets[i % len(sets)])  # noqa: E731
+        median, fastest, slowest = timing.clock(run)
+        device = timing.profile(run, calls)
+        time = timing.Time(
+            "clock",
+            median,
+            fastest,
+            slowest,
+            None,
+            device.span,
+            5 * calls,
+            len(sets),
+            device.kernels,
+        )
+        waits = sorted(timing.clock(run, warm_up=0, steps=1, repeats=1)[0] for _ in range(20))
+        row = {"device_ms": device.median, "latency_ms": waits[len(waits) // 2]}
+    else:
+        time = measured.time()
+    measured.free()
+    yield {
+        "ms": time.median, "fastest_ms": time.fastest, "slowest_ms": time.slowest,
+        "images_per_s": 1e3 * batch / time.median,
+        **row,
+        "error": error, "correct": error <= TOLERANCES[precision],
+        "TFLOP_per_s": 2e-3 * gmacs(config) * 1e3 * batch / time.median,
+        **dataclasses.asdict(time), **measured.program.costs(),
+    }  # fmt: skip
+
+
+COLUMNS: Columns = (
+    ("model", 26, lambda r: r["model"]),
+    ("pixels", 6, lambda r: str(r["pixels"])),
+    ("batch", 5, lambda r: str(r["batch"])),
+    ("precision", 9, lambda r: r["precision"]),
+    ("blocks", 6, lambda r: r["blocks"]),
+    ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}"),
+    ("ms", 9, lambda r: f"{r['ms']:.3f}"),
+    ("spread", 17, lambda r: f"{r['fastest_ms']:.3f}-{r['slowest_ms']:.3f}"),
+    ("device ms", 9, lambda r: f"{r['device_ms']:.3f}" if "device_ms" in r else "-"),
+    ("latency ms", 10, lambda r: f"{r['latency_ms']:.3f}" if "latency_ms" in r else "-"),
+    ("TFLOP/s", 8, lambda r: f"{r['TFLOP_per_s']:.2f}"),
+    ("peak MB", 8, lambda r: f"{r['peak_bytes'] / 1e6:.0f}"),
+    ("compile s", 10, lambda r: f"{r['compile_seconds']:.1f}"),
+    ("error", 8, lambda r: f"{r['error']:.0e}"),
+)

@@ -1,0 +1,52 @@
+"""Rows of a benchmark as a table on the screen and as a JSON file that says how they came about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import timing
+
+Row = dict[str, Any]
+Columns = Sequence[tuple[str, int, Callable[[Row], str]]]
+
+
+def show(
+    bench: str, rows: Iterable[Row], columns: Columns, *, command: str, file: Path | None = None
+) -> list[Row]:
+    """Print every row as it comes, after a line about the device; keep all in `file` as well, if given.
+
+    The file is written anew after every row, so that a run cut short keeps what it has: `bench`, `circumstances`
+    (device, versions, commit, date, command) and `rows`. Times are in milliseconds, sizes in bytes.
+
+    Returns:
+        The rows.
+    """
+    circumstances = timing.circumstances(command)
+    print(f"device: {circumstances['device']}, JAX {circumstances['jax']}", flush=True)
+    print("  ".join(name.ljust(width) for name, width, _ in columns).rstrip(), flush=True)
+    seen = []
+    for row in rows:
+        seen.append(row)
+        print(_line(row, columns), flush=True)
+        if file is not None:
+            record = {"bench": bench, "circumstances": circumstances, "rows": seen}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n")
+    return seen
+
+
+def _line(row: Row, columns: Columns) -> str:
+    for reason in ("skipped", "failed"):
+        if reason in row:
+            named = ", ".join(f"{k} {v}" for k, v in row.items() if k != reason)
+            return f"{reason}: {named}: {row[reason]}"
+    text = "  ".join(text(row).ljust(width) for _, width, text in columns).rstrip()
+    return text if row.get("correct", True) else text + "  WRONG RESULT"
+
+
+def sound(rows: Iterable[Row]) -> bool:
+    """Whether nothing failed and all results that were checked were right."""
+    return all("failed" not in row and row.get("correct", True) for row in rows)

@@ -1,0 +1,235 @@
+"""Measures training steps: images a second, the largest batch that fits, and how long tracing and compiling take."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fastvim_jax.analysis.benchmarks.model import policy, reference_options
+from fastvim_jax.analysis.benchmarks.record import Columns
+from fastvim_jax.models import ModelConfig, build_model, model_config
+from fastvim_jax.training.config import OptimizerConfig
+from fastvim_jax.training.optimizer import make_optimizer
+from fastvim_jax.training.steps import TrainState, init_state, make_train_step
+from pallas_kernels import timing
+
+# Of the first step's loss and gradient (all parameters as one vector), relative to float32 by XLA.
+LOSS_TOLERANCES = {"f32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
+GRADIENT_TOLERANCES = {"f32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}
+CHECKED = 16  # images of the reference's part batches
+BETA1 = 0.9
+
+Setting = tuple[str, int, int, str]  # model's name, pixels, batch, precision
+
+
+def step_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
+    """Steps timed, for `timing.run`: forward, backward and AdamW. See `_configs` for `how`."""
+    return [(row, _step(row, config)) for row, config in _configs(settings, **how)]
+
+
+def compile_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
+    """Steps traced and compiled only: nothing is allocated, so that models larger than the memory will do."""
+    return [(row, _compile(row, config)) for row, config in _configs(settings, **how)]
+
+
+def largest_batch_cases(
+    settings: Sequence[Setting], **how: Any
+) -> list[tuple[timing.Row, timing.Case]]:
+    """For each model, pixels and precision, the first of its batches, as given, of which a step fits."""
+    batches: dict[tuple[str, int, str], list[int]] = {}
+    for name, pixels, batch, precision in settings:
+        batches.setdefault((name, pixels, precision), []).append(batch)
+    found = []
+    for (name, pixels, precision), tried in batches.items():
+        ((row, config),) = _configs([(name, pixels, 0, precision)], **how)
+        del row["batch"]
+        found.append((row | {"largest_batch_of": tried}, _largest_batch(config, tried)))
+    return found
+
+
+def _configs(
+    settings: Sequence[Setting],
+    *,
+    activations: str = "compute",
+    blocks: str = "unroll",
+    **options: Any,
+) -> list[tuple[timing.Row, ModelConfig]]:
+    """`activations` of models in bf16, "compute" or "wide"; `blocks`, "unroll" or "scan"; further options of models."""
+    found = []
+    for name, pixels, batch, precision in settings:
+        chosen = policy(name, precision, activations=activations, blocks=blocks)
+        row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
+        config = model_config(name, image_size=pixels, **options, **chosen)
+        found.append((row | {"remat": config.remat}, config))
+    return found
+
+
+def _optimizer(params: Any) -> optax.GradientTransformation:
+    return make_optimizer(
+        OptimizerConfig(beta1=BETA1), params, learning_rate=lambda step: 1e-4, total_steps=1
+    )
+
+
+def _state(config: ModelConfig) -> TrainState:
+    params = nnx.state(build_model(config, rngs=nnx.Rngs(0)))
+    return init_state(params, _optimizer(params), ema=False)
+
+
+def _batch(config: ModelConfig, batch: int, seed: int) -> dict[str, jax.Array]:
+    height, width = config.grid[0] * config.patch[0], config.grid[1] * config.patch[1]
+    images, labels = jax.random.split(jax.random.key(seed))
+    return {
+        "image": jax.random.normal(images, (batch, height, width, config.channels)),
+        "label": jax.random.randint(labels, (batch,), 0, config.num_classes, jnp.int32),
+    }
+
+
+def _train_step(config: ModelConfig, params: Any) -> Callable[..., Any]:
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+    return make_train_step(graphdef, _optimizer(params))
+
+
+def _program(config: ModelConfig, batch: int) -> timing.Program:
+    state, inputs = jax.eval_shape(lambda: (_state(config), _batch(config, batch, 0)))
+    return timing.Program(_train_step(config, state.params), state, inputs, donate=(0,))
+
+
+def _compile(row: timing.Row, config: ModelConfig) -> timing.Case:
+    program = _program(config, row["batch"])
+    costs = program.costs()
+    lines = program.lowered.as_text().count("\n")
+    yield None
+    yield {**costs, "lines": lines}
+
+
+def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
+    batch = row["batch"]
+    program = _program(config, batch)
+    state = _state(config)
+    batches = [_batch(config, batch, seed) for seed in range(2)]
+    options = reference_options(row["model"])
+    first = (state.params, batches[0])
+    loss, gradient = timing.Program(_reference(config, options), *first, hasty=True)(*first)
+    del first
+    held, metrics = program(state, batches[0])
+    # After one step, Adam's first moment is the gradient times 1 - beta1.
+    moment = optax.tree.get(held.optimizer, "mu")
+    errors = {
+        "loss_error": float(jnp.abs(metrics["loss"] / loss - 1)),
+        "gradient_error": timing.relative_error(_scaled(moment), gradient, together=True),
+    }
+    del gradient, moment, state
+    losses = [metrics["loss"]]
+    yield None
+
+    def one(i):
+        nonlocal held
+        held, metrics = program(held, batches[i % len(batches)])
+        losses.append(metrics["loss"])
+        return metrics["loss"]
+
+    gpu = jax.default_backend() == "gpu"
+    calls = 5 if gpu else 2
+    median, fastest, slowest = timing.clock(one, steps=calls)
+    device = timing.profile(one, calls) if gpu else None
+    more = {} if device is None else {"device_ms": device.median, "kernels": device.kernels}
+    precision = row["precision"]
+    yield {
+        "ms": median, "fastest_ms": fastest, "slowest_ms": slowest,
+        "images_per_s": 1e3 * batch / median, **more,
+        "first_loss": float(losses[0]), "last_loss": float(losses[-1]), **errors,
+        "correct": errors["loss_error"] <= LOSS_TOLERANCES[precision]
+        and errors["gradient_error"] <= GRADIENT_TOLERANCES[precision],
+        **program.costs(),
+    }  # fmt: skip
+
+
+def _reference(config: ModelConfig, options: dict[str, Any]) -> Callable[..., Any]:
+    """Mean loss and its gradient, some images at a time, in float32 by XLA."""
+    plain = _plain(config, options)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(plain, rngs=nnx.Rngs(0))))
+
+    def loss_of(params, part):
+        logits = nnx.merge(graphdef, params)(part["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, part["label"]).mean()
+
+    def run(params, batch):
+        size = batch["label"].shape[0]
+        count = size // CHECKED if size % CHECKED == 0 else 1
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part)), None
+
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / count, total)
+
+    return run
+
+
+def _plain(config: ModelConfig, options: dict[str, Any]) -> ModelConfig:
+    wide: dict[str, Any] = {"dtype": "float32", "matmul_precision": "highest"}
+    return dataclasses.replace(config, **wide, **options)
+
+
+@jax.jit
+def _scaled(moment: Any) -> Any:
+    return jax.tree.map(lambda m: m / (1 - BETA1), moment)
+
+
+def _largest_batch(config: ModelConfig, batches: Sequence[int]) -> timing.Case:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    tried = []
+    fitting = []
+    for batch in batches:
+        program = _program(config, batch)
+        costs = program.costs()
+        tried.append({"batch": batch, **costs})
+        if limit is None or costs["peak_bytes"] <= limit:
+            fitting.append((batch, program))
+            break
+    yield None
+    for batch, program in fitting:
+        state, inputs = _state(config), _batch(config, batch, 0)
+        start = time.perf_counter()
+        state, metrics = program(state, inputs)
+        loss = float(metrics["loss"])
+        seconds = time.perf_counter() - start
+        yield {
+            "largest_batch": batch, "loss": loss, "correct": bool(jnp.isfinite(loss)), "ms": 1e3 * seconds,
+            "limit_bytes": limit, "tried": tried, **program.costs(),
+        }  # fmt: skip
+    yield {"largest_batch": None, "limit_bytes": limit, "tried": tried}
+
+
+def _size(row: timing.Row) -> str:
+    return str(row.get("batch", row.get("largest_batch")))
+
+
+COLUMNS: Columns = (
+    ("model", 26, lambda r: r["model"]),
+    ("pixels", 6, lambda r: str(r["pixels"])),
+    ("batch", 5, _size),
+    ("precision", 9, lambda r: r["precision"]),
+    ("blocks", 6, lambda r: r["blocks"]),
+    ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}" if "images_per_s" in r else "-"),
+    ("ms", 9, lambda r: f"{r['ms']:.2f}" if "ms" in r else "-"),
+    ("device ms", 9, lambda r: f"{r['device_ms']:.2f}" if "device_ms" in r else "-"),
+    ("peak MB", 8, lambda r: f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "-"),
+    ("trace s", 8, lambda r: f"{r['trace_seconds']:.1f}" if "trace_seconds" in r else "-"),
+    ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "-"),
+    ("loss error", 10, lambda r: f"{r['loss_error']:.0e}" if "loss_error" in r else "-"),
+    (
+        "gradient error",
+        14,
+        lambda r: f"{r['gradient_error']:.0e}" if "gradient_error" in r else "-",
+    ),
+)

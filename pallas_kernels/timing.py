@@ -1,0 +1,392 @@
+"""Measuring compiled programs: time, memory, compile time, and the circumstances a record must name.
+
+On a GPU a call's time is the sum of its kernels' durations, from the profiler, over inputs that no cache
+holds: every call reads another set of inputs, the sets together larger than any cache. On other devices one
+compiled program repeats the call, each repetition waiting for the one before, and the clock runs around it.
+
+A measurement is a generator that compiles, yields, times, and yields its row; `run` drives several. Programs
+that share a machine name one file in $FASTVIM_BENCH_LOCK: each first compiles all it has, side by side with
+the others, and is timed when nobody compiles, one program after the other.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+COLD_BYTES = 256e6
+LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
+PATIENCE = 240.0  # seconds after which a timing no longer waits for others to finish compiling
+_started = time.monotonic()
+
+Row = dict[str, Any]
+Case = Iterator[Row | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at most: bytes, float32 exponentials and float32 operations a second."""
+
+    bandwidth: float
+    exponentials: float
+    float32: float
+
+
+CEILINGS = {
+    # 132 processors of 16 exponentials and 128 fused multiply-adds a clock, at 1.755 GHz
+    "NVIDIA H100 80GB HBM3": Ceilings(3.0e12, 132 * 16 * 1.755e9, 132 * 256 * 1.755e9)
+}
+
+
+def ceilings() -> Ceilings | None:
+    """Of the device at hand, where known."""
+    return CEILINGS.get(jax.devices()[0].device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Milliseconds a call.
+
+    Attributes:
+        method: "profiler", "loop" (see the module) or "clock" (around queued calls).
+        median, fastest, slowest: over calls, or over programs of many calls.
+        warm: the same inputs at every call; None where inputs are not rotated.
+        span: from the first kernel's start to the last one's end, gaps included, over the calls.
+        calls, input_sets: how many of each.
+        kernels: milliseconds a call by name, the longest first.
+    """
+
+    method: str
+    median: float
+    fastest: float
+    slowest: float
+    warm: float | None = None
+    span: float | None = None
+    calls: int = 1
+    input_sets: int = 1
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Program:
+    """A function compiled for the arguments given, arrays or their shapes, and what that took.
+
+    `hasty`: without trying products' block sizes on the device, for programs whose speed does not matter.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: Sequence[int] = (),
+        hasty: bool = False,
+    ):
+        start = time.perf_counter()
+        lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+        traced = time.perf_counter()
+        self.lowered = lowered
+        self.compiled = lowered.compile({"xla_gpu_autotune_level": 0} if hasty else None)
+        self.trace_seconds = traced - start
+        self.compile_seconds = time.perf_counter() - traced
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compiled(*arguments)
+
+    def costs(self) -> Row:
+        """Seconds of tracing and compiling; bytes of arguments, results and XLA's temporaries, and all of them."""
+        memory: Any = self.compiled.memory_analysis()
+        sizes = {
+            name: int(getattr(memory, f"{key}_size_in_bytes", 0) or 0)
+            for name, key in (("temporary_bytes", "temp"), ("argument_bytes", "argument"),
+                              ("output_bytes", "output"), ("alias_bytes", "alias"))
+        }  # fmt: skip
+        aliased = sizes.pop("alias_bytes")
+        return {
+            "trace_seconds": self.trace_seconds,
+            "compile_seconds": self.compile_seconds,
+            **sizes,
+            "peak_bytes": sum(sizes.values()) - aliased,
+        }
+
+
+class Measured:
+    """`function(*make_arguments(seed))`, compiled, and run once for its result unless that needs over `large` bytes."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        make_arguments: Callable[[int], tuple],
+        *,
+        max_sets: int = 12,
+        large: float = 2e9,
+    ):
+        shapes = jax.eval_shape(lambda: make_arguments(0))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        self.make_arguments = make_arguments
+        self.profiled = jax.default_backend() == "gpu"
+        # A single set that is larger than all caches is cold by itself.
+        self.count = min(max_sets, -int(-COLD_BYTES // size)) if self.profiled else 1
+        self.program = Program(function, *shapes)
+        self.loop = None if self.profiled else Program(repeated(function), shapes, jnp.int32(1))
+        self.sets: list[tuple] = []
+        self.result: Any = None
+        if self.program.costs()["peak_bytes"] < large:
+            self.prepare()
+
+    def prepare(self) -> Any:
+        """Make the inputs and run once; returns the result for seed 0."""
+        if not self.sets:
+            self.sets = [self.make_arguments(seed) for seed in range(max(1, self.count))]
+            self.result = jax.block_until_ready(self.program(*self.sets[0]))
+        return self.result
+
+    def time(self, *, calls: int = 20, seconds: float = 0.2, repeats: int = 5) -> Time:
+        """Time it; `seconds` and `repeats` are those of programs timed by the clock."""
+        self.prepare()
+        self.result = None
+        if self.loop is not None:
+            return _loop_time(self.loop, self.sets[0], seconds, repeats)
+        run = lambda i: self.program(*self.sets[i % len(self.sets)])  # noqa: E731
+        once = min(clock(run, warm_up=1, steps=1, repeats=2))
+        if once > LONG:
+            calls = max(1, min(calls, int(1e3 * seconds / once)))
+            median, fastest, slowest = clock(run, warm_up=0, steps=calls, repeats=3)
+            return Time("clock", median, fastest, slowest, None, None, 3 * calls, len(self.sets))
+        cold = _profile(lambda: [run(i) for i in range(calls)][-1])
+        warm = _profile(lambda: [run(0) for _ in range(calls)][-1])
+        return dataclasses.replace(
+            profiled_time(cold, calls),
+            warm=sum(e[2] for e in warm) / calls / 1e6,
+            input_sets=len(self.sets),
+        )
+
+    def free(self) -> None:
+        """Let go of the arrays."""
+        self.sets, self.result = [], None
+
+
+def repeated(function: Callable[..., Any]) -> Callable[[tuple, jax.Array], jax.Array]:
+    """A program that calls the function n times, each call waiting for the result of the last."""
+
+    def program(arguments, n):
+        def body(_, total):
+            waiting, total = lax.optimization_barrier((arguments, total))
+            results = lax.optimization_barrier(jax.tree.leaves(function(*waiting)))
+            return total + sum(x.ravel()[0].astype(jnp.float32) for x in results)
+
+        return lax.fori_loop(0, n, body, jnp.float32(0))
+
+    return program
+
+
+def _loop_time(loop: Program, arguments: tuple, seconds: float, repeats: int) -> Time:
+    def elapsed(count):
+        n = jnp.int32(count)
+        start = time.perf_counter()
+        jax.block_until_ready(loop(arguments, n))
+        return time.perf_counter() - start
+
+    count = 1
+    while (took := elapsed(count)) < seconds / 4 and count < 10**6:
+        count *= 4
+    count = max(1, round(count * seconds / took))
+    times = [1e3 * elapsed(count) / count for _ in range(repeats)]
+    return Time("loop", statistics.median(times), min(times), max(times), calls=count * repeats)
+
+
+def clock(
+    step: Callable[[int], Any], *, warm_up: int = 2, steps: int = 10, repeats: int = 5
+) -> tuple[float, float, float]:
+    """Median, fastest and slowest milliseconds a step, of `repeats` runs of `steps` queued steps."""
+    times = []
+    for i in range(warm_up):
+        jax.block_until_ready(step(i))
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for i in range(steps):
+            last = step(i)
+        jax.block_until_ready(last)
+        times.append(1e3 * (time.perf_counter() - start) / steps)
+    return statistics.median(times), min(times), max(times)
+
+
+Event = tuple[str, float, float]  # name, start and duration in nanoseconds
+
+
+def profile(step: Callable[[int], Any], calls: int = 10) -> Time:
+    """Device time of queued steps."""
+    return profiled_time(_profile(lambda: [step(i) for i in range(calls)][-1]), calls)
+
+
+def _profile(run: Callable[[], Any]) -> list[Event]:
+    """Everything on the GPU's streams while `run` and what it queues run."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+        return [
+            (event.name, event.start_ns, event.duration_ns)
+            for plane in data.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+
+
+def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:
+    """The times of `calls` equal calls from the events they left."""
+    if not events:
+        raise RuntimeError("the profiler saw nothing on the device")
+    events = sorted(events, key=lambda e: e[1])
+    each = len(events) // calls
+    if len(events) % calls:  # copies may be counted apart: only the mean is sure
+        totals = [sum(e[2] for e in events) / calls]
+    else:
+        totals = [sum(e[2] for e in events[i * each : (i + 1) * each]) for i in range(calls)]
+    by_name: dict[str, float] = collections.defaultdict(float)
+    for name, _, duration in events:
+        by_name[name] += duration / calls / 1e6
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:kernels]
+    span = max(e[1] + e[2] for e in events) - events[0][1]
+    return Time(
+        method="profiler",
+        median=statistics.median(totals) / 1e6,
+        fastest=min(totals) / 1e6,
+        slowest=max(totals) / 1e6,
+        span=span / calls / 1e6,
+        calls=calls,
+        kernels={name: round(value, 5) for name, value in longest},
+    )
+
+
+def relative_error(actual: Any, expected: Any, *, together: bool = False) -> float:
+    """Largest over all arrays of ‖actual - expected‖ / ‖expected‖, or that of all arrays as one vector.
+
+    NaN where an entry is not finite.
+    """
+
+    def squares(a, b):
+        a, b = a.astype(jnp.float32).ravel(), b.astype(jnp.float32).ravel()
+        return jnp.sum((a - b) ** 2), jnp.sum(b**2)
+
+    @jax.jit
+    def error(actual, expected):
+        pairs = [
+            squares(a, b)
+            for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+        ]
+        if together:
+            pairs = [tuple(map(sum, zip(*pairs, strict=True)))]
+        return jnp.max(jnp.stack([jnp.sqrt(d / jnp.maximum(n, 1e-35)) for d, n in pairs]))
+
+    return float(error(actual, expected))
+
+
+def skipped(reason: str) -> Case:
+    """A measurement that cannot be made here."""
+    raise NotImplementedError(reason)
+    yield
+
+
+def run(cases: Sequence[tuple[Row, Case]]) -> Iterator[Row]:
+    """Rows of measurements, each given with what names it; one that fails or cannot run leaves a row that says why."""
+    shared = "FASTVIM_BENCH_LOCK" in os.environ
+    alive = [True] * len(cases)
+    failures: dict[int, Row] = {}
+
+    def advance(i: int) -> Row | None:
+        try:
+            return next(cases[i][1])
+        except NotImplementedError as error:  # does not run here
+            failures[i] = {**cases[i][0], "skipped": str(error)}
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}".split("\n")[0]
+            failures[i] = {**cases[i][0], "failed": message[:300]}
+        alive[i] = False
+        return None
+
+    if shared:
+        with _compiling():
+            for i in range(len(cases)):
+                advance(i)
+    with _timing() if shared else contextlib.nullcontext(True) as quiet:
+        for i, (name, case) in enumerate(cases):
+            if not shared:
+                advance(i)
+            row = advance(i) if alive[i] else None
+            yield failures[i] if row is None else {**name, **row, "quiet": quiet}
+            close = getattr(case, "close", None)
+            if close:
+                close()
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    with open(os.environ["FASTVIM_BENCH_LOCK"] + ".compiling", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def _timing() -> Iterator[bool]:
+    """Our turn to be timed; whether nobody else compiles meanwhile."""
+    name = os.environ["FASTVIM_BENCH_LOCK"]
+    with open(f"{name}.timing", "w") as turn, open(f"{name}.compiling", "w") as others:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        quiet = False
+        while not quiet:
+            try:
+                fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                quiet = True
+            except BlockingIOError:
+                if time.monotonic() - _started > PATIENCE:
+                    break
+                time.sleep(0.1)
+        yield quiet
+
+
+def circumstances(command: str) -> dict[str, str]:
+    """What a recorded number must say beside itself: device, versions, commit, date and command."""
+    device = jax.devices()[0]
+    processor = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "device": device.device_kind if device.platform != "cpu" else f"cpu ({processor})",
+        "platform": device.client.platform_version.strip(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "commit": os.environ.get("FASTVIM_COMMIT") or _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+    }
+
+
+def _commit() -> str:
+    """Of the checkout this file lies in, with a mark if it was changed since; "unknown" outside one."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    here = [git, "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*here, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    )
+    mark = " with changes" if changed.stdout.strip() else ""
+    return found.stdout.strip() + mark if found.returncode == 0 else "unknown"

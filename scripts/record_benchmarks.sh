@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Records what benchmarks/README.md shows, on the GPU at hand, a JSON file a program:
+#     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100
+# About 7 minutes on an H100 with 16 cores. The programs compile side by side and are timed one after the other, when none of them
+# compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+out=${1:?folder for the results}
+mkdir -p "$out/logs"
+locks=$(mktemp -d)
+export XLA_PYTHON_CLIENT_PREALLOCATE=false FASTVIM_COMPILATION_CACHE=off
+
+bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
+  local name=$1
+  shift
+  "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$out/logs/$name.txt" 2>&1 9>&- &
+  printf '%4d s  started %s\n' "$SECONDS" "$name"
+}
+tiny=fastvim_tiny_patch16_224 small=fastvim_small_patch16_224 base=fastvim_base_patch16_224 vim=vim_tiny_patch16_224
+
+# The largest batch wants the whole memory: it compiles first, which is timed as well, and runs last.
+exec 9>"$locks/last.timing"
+flock -x 9
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.96 FASTVIM_BENCH_LOCK=$locks/last bench train_base_largest_batch \
+  train --models "$base" --largest-batch --batches 1024 896 768 512 --blocks scan
+last=$!
+others=()
+start() { # in the lot that is timed once all of it has compiled; the first ones get a little of the machine for themselves
+  FASTVIM_BENCH_LOCK=$locks/all bench "$@"
+  others+=($!)
+  sleep "${STAGGER:-4}"
+}
+start model_tiny_224 model --models "$tiny" --batches 128 1
+sleep "${HEAD_START:-30}"
+start model_tiny_f32 model --models "$tiny" --precisions f32 --pixels 224 512
+start train_tiny train --models "$tiny" --batches 128
+start train_small train --models "$small" --batches 128
+start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
+start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 1024 2048
+start model_vim model --models "$vim" --pixels 224 2048
+start model_sizes model --models "$small" "$base"
+start scan_targets scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas mamba_ssm
+start mixer_core_f32 mixer --parts core --dtypes float32
+start mixer_core_bf16 mixer --parts core --dtypes bfloat16
+start mixer_stages mixer --parts stages
+start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
+start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32
+wait "${others[@]}"
+printf '%4d s  all but the last are done\n' "$SECONDS"
+exec 9>&-
+wait "$last"
+printf '%4d s  largest batch done\n' "$SECONDS"
+if [ -z "${SKIP_UNROLLED:-}" ]; then # alone, as nothing else compiles
+  bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
+  wait $!
+fi
+for log in "$out"/logs/*.txt; do
+  printf '\n== %s\n' "$(basename "$log" .txt)"
+  grep -v '^W0\|^I0\|^E0' "$log" | cut -c-230 | tail -n 30
+done
+printf '\n%4d s  done\n' "$SECONDS"

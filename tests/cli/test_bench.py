@@ -1,0 +1,132 @@
+"""`fastvim bench`: every bench runs on this machine, prints a table and keeps its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fastvim_jax.analysis.benchmarks import record
+from fastvim_jax.cli.bench import BENCHES
+from tests.cli.conftest import Cli
+
+CIRCUMSTANCES = {"device", "platform", "jax", "jaxlib", "flax", "commit", "date", "command"}
+COSTS = {
+    "trace_seconds", "compile_seconds", "temporary_bytes", "argument_bytes", "output_bytes", "peak_bytes"
+}  # fmt: skip
+TIMES = {
+    "method", "median", "fastest", "slowest", "warm", "span", "calls", "input_sets", "kernels"
+}  # fmt: skip
+MODEL = {"model", "pixels", "batch", "precision", "dtype", "blocks", "images_per_s", "ms"}
+
+
+def bench(fastvim, tmp_path, *arguments):
+    """Rows of a run, which must agree with what is promised of every record."""
+    file = tmp_path / "rows" / "rows.json"
+    status, out, err = fastvim("bench", *arguments, "--json", file)
+    assert status == 0, out + err
+    assert out.startswith("device: cpu")
+    record = json.loads(file.read_text())
+    assert record["bench"] == arguments[0]
+    assert set(record["circumstances"]) == CIRCUMSTANCES
+    assert record["circumstances"]["command"].startswith(f"fastvim bench {arguments[0]} --")
+    rows = [r for r in record["rows"] if "skipped" not in r]
+    for row in rows:
+        assert row["correct"] and row["quiet"], row
+        for key in ("median", "ms", "fastest", "compile_seconds"):
+            assert row.get(key, 1) > 0 and math.isfinite(row.get(key, 1))
+    return rows, record, out
+
+
+def test_scan(fastvim: Cli, tmp_path):
+    plot = tmp_path / "plot.png"
+    rows, record, out = bench(
+        fastvim, tmp_path, "scan", "--lengths", 3, "--batches", 2, "--channels", 4, "--states", 2,
+        "--dtypes", "float32", "--plot", plot,
+    )  # fmt: skip
+    assert [(r["implementation"], r["gradient"]) for r in rows] == [
+        ("xla_associative", False), ("xla_sequential", False),
+        ("xla_associative", True), ("xla_sequential", True),
+    ]  # fmt: skip
+    named = {"shape", "states", "dtype", "gradient", "implementation", "error", "dependent_steps"}
+    for row in rows:
+        assert set(row) >= named | COSTS | TIMES | {"GB_per_s", "GFLOP_per_s"}
+        assert row["shape"] == [2, 3, 4] and row["fastest"] <= row["median"] <= row["slowest"]
+    assert {r["implementation"] for r in record["rows"]} >= {"pallas", "mamba_ssm"}
+    assert "skipped: implementation pallas" in out and "Steps one after another" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mixer(fastvim: Cli, tmp_path):
+    common = ["mixer", "--pixels", 16, "--batch", 2, "--width", 8]
+    rows, *_ = bench(fastvim, tmp_path, *common, "--parts", "stages", "--directions", "forward")
+    parts = [(r["model"], r["part"]) for r in rows]
+    stages = ["pool", "projection", "scan", "repeat", "skip", "total"]
+    assert [part for model, part in parts if model == "fastvim"] == stages
+    assert [part for model, part in parts if model == "vim"] == [
+        "projection",
+        "scan",
+        "skip",
+        "total",
+    ]
+    (row,), *_ = bench(
+        fastvim, tmp_path, *common, "--parts", "core", "--directions", "both", "--dtypes", "bfloat16"
+    )  # fmt: skip
+    assert row["part"] == "core" and row["gradient"] and row["checked_images"] is None
+    assert 0 < row["gradient_error"] < 0.02 and 0 < row["parameters_gradient_error"] < 0.02
+    for measured in [*rows, row]:
+        assert set(measured) >= {"pixels", "batch", "width", "dtype", "error"} | COSTS | TIMES
+
+
+def test_model(fastvim: Cli, tmp_path):
+    rows, *_ = bench(
+        fastvim, tmp_path, "model", "--models", "fastvim_tiny_patch16_224", "vit_tiny_patch16_224",
+        "--pixels", 32, "--depth", 1, "--batches", 1,
+    )  # fmt: skip
+    assert [r["model"].split("_")[0] for r in rows] == ["fastvim", "vit"]
+    for row in rows:
+        assert set(row) >= MODEL | {"error", "TFLOP_per_s"} | COSTS | TIMES
+        assert row["precision"] == "bf16" and 1e-5 < row["error"] < 0.03
+        assert row["images_per_s"] == pytest.approx(1e3 / row["ms"])
+
+
+def test_train(fastvim: Cli, tmp_path):
+    (row,), *_ = bench(fastvim, tmp_path, "train", "--pixels", 32, "--depth", 1)
+    assert set(row) >= MODEL | COSTS | {"first_loss", "loss_error", "gradient_error", "remat"}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_help(fastvim: Cli, name):
+    status, out, _ = fastvim("bench", name, "--help")
+    assert status == 0 and f"fastvim bench {name}" in out
+    assert name in fastvim("bench", "--help")[1]
+
+
+def test_wrong_usage(fastvim: Cli):
+    for arguments, message in (
+        (["sacn"], "Did you mean 'scan'?"),
+        (["scan", "--lengths", 3, 4, "--batches", 1], "1 batches for 2 lengths"),
+        (["scan", "--lengths", 0], "must be positive"),
+        (["model", "--models", "fastvim_tinny"], "unknown model 'fastvim_tinny'"),
+        (["train", "--largest-batch", "--compile-only"], "choose one"),
+        (["model", "--precisions", "f16"], "f16"),
+    ):
+        status, out, err = fastvim("bench", *arguments)
+        assert status == 2 and message in out + err, (arguments, out, err)
+    assert fastvim("bench")[0] == 2
+
+
+def test_a_wrong_or_failed_row_shows_and_counts(capsys, tmp_path):
+    columns = (("name", 4, lambda r: r["name"]), ("ms", 4, lambda r: f"{r['ms']:.1f}"))
+    good, wrong = {"name": "a", "ms": 1.0}, {"name": "b", "ms": 2.0, "correct": False}
+    failed = {"name": "c", "failed": "ValueError: no"}
+    skipped = {"name": "d", "skipped": "not here"}
+    rows = record.show("x", iter([good, wrong, failed, skipped]), columns, command="c")
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:] == [
+        "name  ms", "a     1.0", "b     2.0  WRONG RESULT", "failed: name c: ValueError: no",
+        "skipped: name d: not here",
+    ]  # fmt: skip
+    assert record.sound([good, skipped])
+    assert not record.sound([wrong]) and not record.sound(rows[2:3])

@@ -1,0 +1,59 @@
+"""The benchmark of training steps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fastvim_jax.training import benchmark
+from pallas_kernels import timing
+
+SMALL = {"patch_size": 4, "embed_dim": 8, "num_classes": 3, "blocks": "scan"}
+SETTING = ("fastvim_tiny_patch16_224", 8, 4, "bf16")
+
+
+def rows(cases):
+    return list(timing.run(cases))
+
+
+def test_the_scanned_program_does_not_grow_with_depth():
+    shallow, deep = (
+        rows(benchmark.compile_cases([SETTING], **SMALL, depth=depth))[0] for depth in (4, 8)
+    )
+    assert shallow["trace_seconds"] > 0 and shallow["compile_seconds"] > 0
+    assert deep["lines"] < 1.1 * shallow["lines"]
+
+
+def test_steps_are_timed_and_their_gradients_compared_with_float32(monkeypatch):
+    compared = []
+
+    def note(moment, gradient, **how):
+        compared.append((moment, gradient))
+        return error(moment, gradient, **how)
+
+    error = timing.relative_error
+    monkeypatch.setattr(timing, "relative_error", note)
+    (row,) = rows(benchmark.step_cases([SETTING], **SMALL, depth=1))
+    assert row["correct"] and 0 < row["gradient_error"] < 0.1, row
+    assert row["images_per_s"] == pytest.approx(4 / row["ms"] * 1e3)
+    assert 0 < row["last_loss"] < 2 and 0 <= row["loss_error"] < 1e-2
+    ((gradient, expected),) = compared
+    wrong = jax.tree.map(lambda x: 1.2 * x, gradient)
+    assert error(wrong, expected, together=True) > benchmark.GRADIENT_TOLERANCES["bf16"]
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-3
+
+
+def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
+    settings = [(*SETTING[:2], batch, "f32") for batch in (64, 2)]
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 10**6}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    (row,) = rows(benchmark.largest_batch_cases(settings, **SMALL, depth=1))
+    assert row["largest_batch_of"] == [64, 2]
+    assert row["largest_batch"] == 2, row
+    assert [t["batch"] for t in row["tried"]] == [64, 2]
+    assert row["tried"][0]["peak_bytes"] > 10**6 > row["tried"][1]["peak_bytes"]
