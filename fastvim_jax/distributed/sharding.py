@@ -22,14 +22,14 @@ from jax.tree_util import KeyPath
 from fastvim_jax.distributed.mesh import DATA, FSDP
 
 BATCH = P((DATA, FSDP))
-SMALLEST = 4096
+SMALLEST = 2**16
 """Parameters of fewer entries are on every device: spreading them saves nothing and costs a message each."""
 
 
-def parameter_spec(shape: tuple[int, ...], fsdp: int, smallest: int = SMALLEST) -> P:
+def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
     """How an unstacked parameter of this shape is split over `fsdp` devices."""
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if fsdp == 1 or not axes or np.prod(shape) < smallest:
+    if fsdp == 1 or not axes or np.prod(shape) < SMALLEST:
         return P()
     largest = max(axes, key=lambda axis: shape[axis])
     return P(*(FSDP if axis == largest else None for axis in range(largest + 1)))

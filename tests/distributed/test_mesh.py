@@ -26,10 +26,10 @@ from tests.support import checked
     [
         ((192, 768), 4, P(None, "fsdp")),
         ((768, 192), 4, P("fsdp")),
-        ((768, 44), 8, P("fsdp")),
+        ((1536, 50), 8, P("fsdp")),
         ((16, 16, 3, 192), 8, P(None, None, None, "fsdp")),
-        ((10, 4098), 4, P()),  # nothing divides evenly
-        ((4098, 12), 4, P(None, "fsdp")),
+        ((10, 9998), 4, P()),  # nothing divides evenly
+        ((9998, 12), 4, P(None, "fsdp")),
         ((384,), 4, P()),  # too small to spread
         ((192, 768), 1, P()),
         ((), 4, P()),
