@@ -10,6 +10,8 @@ from fastvim_jax.data import DataConfig
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
+claims = {"classes": 10, "parameters": 166_154}
+
 config = TrainConfig(
     model=VisionMambaConfig(
         image_size=8,

@@ -46,6 +46,11 @@ def experiment_docs(name: str | Path) -> str:
     return (_load(_find(str(name))).__doc__ or "").strip()
 
 
+def experiment_claims(name: str | Path) -> dict[str, int]:
+    """What an experiment file says of its model in `claims`: `classes` and `parameters`; empty if it says nothing."""
+    return dict(getattr(_load(_find(str(name))), "claims", {}))
+
+
 def _find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix == ".py":

@@ -1,17 +1,187 @@
-"""Experiment files: found by name, each building the config it claims."""
+"""Experiment files: found by name, each building the model it claims and stepping once, shape-reduced."""
 
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 
+from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
+from fastvim_jax.models import ViTConfig, build_model
 from fastvim_jax.training import TrainConfig, experiment_docs, list_experiments, load_experiment
+from fastvim_jax.training.experiments import experiment_claims
+from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.serialise import to_dict
+from fastvim_jax.training.steps import init_state, make_train_step
+
+EXPERIMENTS = list_experiments()
+
+# What each experiment changes of another, by name, and nothing else but that.
+CHANGES = {
+    "imagenet/fastvim_small": ("imagenet/fastvim_tiny", {"embed_dim": 384}),
+    "imagenet/fastvim_base": ("imagenet/fastvim_tiny", {"embed_dim": 768, "drop_path": 0.4}),
+    **{
+        f"imagenet/vim_{size}": (
+            f"imagenet/fastvim_{size}",
+            {"pooling": "none", "class_token": "middle", "post_norm": "none"},
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"imagenet/vim_{size}_post_norm": (f"imagenet/vim_{size}", {"post_norm": "layer"})
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"imagenet/fastvim_small_{name}": ("imagenet/fastvim_small", change)
+        for name, change in {
+            "only_columns": {"pool_axes": "columns"},
+            "only_rows": {"pool_axes": "rows"},
+            "no_conv": {"conv_width": 0},
+            "class_token": {"class_token": "middle"},
+            "rms_rms": {"post_norm": "rms"},
+            "ln_ln": {"norm": "layer"},
+            "unpool_after_skip": {"unpool": "after_skip"},
+        }.items()
+    },
+    "imagenet/vit_small_pooled": ("imagenet/vit_small", {"pooling": "mean"}),
+    "imagenet/vit_small_pooled_conv": ("imagenet/vit_small_pooled", {"conv_width": 4}),
+    "cifar10/only_columns": ("cifar10/fastvim", {"pool_axes": "columns"}),
+    "cifar10/only_rows": ("cifar10/fastvim", {"pool_axes": "rows"}),
+    "cifar10/no_conv": ("cifar10/fastvim", {"conv_width": 0}),
+    "cifar10/vim": ("cifar10/fastvim", {"pooling": "none"}),
+    "cifar10/vit_pooled": ("cifar10/vit", {"pooling": "mean"}),
+    "cifar10/vit_pooled_conv": ("cifar10/vit_pooled", {"conv_width": 4}),
+    "tiny_imagenet/vim": ("tiny_imagenet/fastvim", {"pooling": "none"}),
+}
 
 
-@pytest.mark.parametrize("name", list_experiments())
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_loads_and_goes_through_json(name):
     config = load_experiment(name)
     assert TrainConfig.from_json(config.to_json()) == config
     assert config.model.image_size == config.data.height_width
-    assert "%" in experiment_docs(name), "the docstring states the expected result"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds_what_it_claims(name):
+    config, claims = load_experiment(name), experiment_claims(name)
+    assert claims.keys() == {"classes", "parameters"}
+    model = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    assert count == claims["parameters"]
+    assert config.model.num_classes == claims["classes"]
+    docs = experiment_docs(name)
+    if name.startswith("imagenet/"):
+        assert f"{claims['parameters']:,} parameters" in docs and "Cost: " in docs
+        assert "% top-1" in docs or "No result of the paper" in docs
+
+
+def _leaves(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_ablation_changes_what_it_names_and_nothing_else(name):
+    base, change = CHANGES[name]
+    before, after = (dict(_leaves(to_dict(load_experiment(n)))) for n in (base, name))
+    assert before.keys() == after.keys()
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    assert changed == {f"model.{field}": value for field, value in change.items()}
+
+
+def test_every_ablation_is_held_to_its_base():
+    stand_alone = {
+        "digits/fastvim_digits", "imagenet/fastvim_tiny", "imagenet/vit_small", "imagenet/deit_tiny",
+        "imagenet/deit_small", "imagenet/deit_base", "cifar10/fastvim", "cifar10/vit",
+        "tiny_imagenet/fastvim",
+    }  # fmt: skip
+    assert stand_alone | CHANGES.keys() == set(EXPERIMENTS)
+    for name in stand_alone:
+        vit = name.split("/")[1].startswith(("vit", "deit"))
+        assert isinstance(load_experiment(name).model, ViTConfig) == vit
+
+
+def _reduced(config):
+    """The same config, small: 2 blocks, 12 wide, 3 x 3 patches of 4 pixels, 6 classes, a batch of 4."""
+    model = {"embed_dim": 12, "depth": 2, "num_classes": 6, "image_size": 12, "patch_size": 4}
+    if isinstance(config.model, ViTConfig):
+        model["num_heads"] = 3
+    return replace(
+        config,
+        model=replace(config.model, **model, drop_path=0.1),
+        data=replace(config.data, image_size=12, batch_size=4, eval_batch_size=None),
+        ema_decay=None if config.ema_decay is None else 0.999,
+    )
+
+
+@functools.cache
+def _augment(data, label_smoothing):
+    return jax.jit(make_augment(data, 6, label_smoothing=label_smoothing))
+
+
+@functools.cache
+def _step(model, label_smoothing, ema_decay):
+    """The step of a model, compiled once for all that train it, and the state it starts from."""
+    graphdef, params = nnx.split(build_model(model, rngs=nnx.Rngs(0)))
+    optimizer = optax.adamw(1e-3)
+    step = make_train_step(
+        graphdef, optimizer, label_smoothing=label_smoothing, ema_decay=ema_decay
+    )
+    return step, init_state(params, optimizer, ema=ema_decay is not None)
+
+
+def _losses(config, key):
+    """Losses of three steps on one batch."""
+    data = config.data
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (4, 12, 12, data.channels), dtype=np.uint8),
+        "label": rng.integers(0, 6, 4).astype(np.int32),
+    }
+    batch = _augment(data, config.label_smoothing)(key, batch)
+    step, state = _step(config.model, config.label_smoothing, config.ema_decay)
+    state = jax.tree.map(jnp.copy, state)  # the step uses its state up
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        assert float(metrics["update_norm"]) > 0
+    return losses
+
+
+def test_every_experiment_steps(key):
+    """In one test, so that experiments of one model share its compilation."""
+    for name in EXPERIMENTS:
+        losses = _losses(_reduced(load_experiment(name)), key)
+        # Near chance, for six classes; the head's initial values keep it from being exact.
+        assert all(abs(loss - math.log(6)) < 0.5 for loss in losses), (name, losses)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_its_schedule_and_optimizer(name):
+    config = load_experiment(name)
+    rate = learning_rate_schedule(
+        config.optimizer,
+        batch_size=config.data.batch_size,
+        steps_per_epoch=10,
+        epochs=config.epochs,
+    )
+    total = 10 * config.epochs
+    rates = [float(rate(step)) for step in (0, total // 2, total - 1)]
+    assert 0 < rates[2] < rates[1] and rates[0] < rates[1] < 0.01
+    _, params = nnx.split(nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0))))
+    optimizer = make_optimizer(config.optimizer, params, learning_rate=rate, total_steps=total)
+    jax.eval_shape(optimizer.init, params)
 
 
 def test_the_imagenet_experiment_is_the_recipe():
@@ -29,7 +199,7 @@ def test_the_imagenet_experiment_is_the_recipe():
     [
         ("digits/fastvim_digit", "Did you mean 'digits/fastvim_digits'"),
         ("fastvim_digits", "Did you mean 'digits/fastvim_digits'"),
-        ("qqq", "Known are: digits/fastvim_digits"),
+        ("qqq", "Known are: cifar10/fastvim, "),
         ("no/such/file.py", "there is no experiment file no/such/file.py"),
     ],
 )

@@ -1,0 +1,19 @@
+"""DeiT-S on ImageNet-1k at 224 px, not distilled: 79.8 % top-1 (Touvron et al. 2021), 22,050,664 parameters.
+
+DeiT's own base learning rate of 5e-4 and drop path of 0.1; for the rest the recipe of fastvim_tiny.py, so without
+DeiT's repeated augmentation. Cost: not measured.
+"""
+
+from dataclasses import replace
+
+from fastvim_jax.models import model_config
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 1000, "parameters": 22_050_664}
+
+base = load_experiment("imagenet/fastvim_tiny")
+config = replace(
+    base,
+    model=model_config("vit_small_patch16_224", drop_path=0.1, dtype="bfloat16", blocks="unroll"),
+    optimizer=replace(base.optimizer, learning_rate=5e-4),
+)

@@ -1,0 +1,13 @@
+"""FastVim-S on ImageNet-1k at 224 px: 81.1 % top-1 (Table 1), 25,832,680 parameters.
+
+The recipe of fastvim_tiny.py. Cost: not measured.
+"""
+
+from dataclasses import replace
+
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 1000, "parameters": 25_832_680}
+
+base = load_experiment("imagenet/fastvim_tiny")
+config = replace(base, model=replace(base.model, embed_dim=384))
