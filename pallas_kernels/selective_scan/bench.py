@@ -53,7 +53,7 @@ def cases(
     """The measurements, for `timing.run`; in bfloat16 those of kernels alone. What cannot run here is skipped once."""
     missing = {"pallas": gpu.kernels_missing(), "mamba_ssm": mamba_ssm.missing()}
     reasons = {name: missing.get(name) for name in implementations}
-    found = [
+    found: list[tuple[timing.Row, timing.Case]] = [
         ({"implementation": name}, timing.skipped(reason))
         for name, reason in reasons.items()
         if reason

@@ -87,6 +87,7 @@ def plain_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
     x, z = jnp.split(xz, 2, axis=-1)
     x = pooling.to_scan_order(x)
     y = (mixer.forward(x, pooling) + mixer.backward(x, pooling)) / 2
+    assert mixer.post_norm is not None
     return mixer.post_norm(pooling.from_scan_order(y)) * jax.nn.silu(z)
 
 
@@ -174,6 +175,7 @@ def _mixer(width: int, **options: Any) -> Mixer:
 
 
 def _scan(d: ScanDirection, _: Pooling, u, delta, B, C):
+    assert d.dt_proj.bias is not None
     A, bias = -jnp.exp(d.A_log[...]), d.dt_proj.bias[...]
     name = d.config.scan_implementation
     return selective_scan(

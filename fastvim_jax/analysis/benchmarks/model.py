@@ -101,17 +101,10 @@ def _case(
         run = lambda i: measured.program(*sets[i % len(sets)])  # noqa: E731
         median, fastest, slowest = timing.clock(run)
         device = timing.profile(run, calls)
-        time = timing.Time(
-            "clock",
-            median,
-            fastest,
-            slowest,
-            None,
-            device.span,
-            5 * calls,
-            len(sets),
-            device.kernels,
-        )
+        time = dataclasses.replace(
+            device, method="clock", median=median, fastest=fastest, slowest=slowest, calls=5 * calls,
+            input_sets=len(sets),
+        )  # fmt: skip
         waits = sorted(timing.clock(run, warm_up=0, steps=1, repeats=1)[0] for _ in range(20))
         row = {"device_ms": device.median, "latency_ms": waits[len(waits) // 2]}
     else:

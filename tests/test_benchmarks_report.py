@@ -1,0 +1,82 @@
+"""The page of recorded benchmarks: made from records alone, and up to date with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import jax
+import pytest
+
+from pallas_kernels import gpu
+from tests.support import ROOT
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "report", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
+
+
+CIRCUMSTANCES = {
+    "device": "NVIDIA H100", "platform": "cuda", "jax": "1", "jaxlib": "1", "flax": "1",
+    "commit": "abcdefghij", "command": "fastvim bench scan",
+}  # fmt: skip
+SCAN = {"shape": [128, 14, 384], "dtype": "float32", "gradient": False, "implementation": "pallas"}
+
+
+def write(folder, name, date, *rows, bench="scan"):
+    record = {"bench": bench, "circumstances": CIRCUMSTANCES | {"date": date}, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def line_of(report, rows, what):
+    (target,) = [t for t in report.targets() if t.what == what]
+    return target.row(rows)
+
+
+def test_the_latest_right_row_counts(report, tmp_path):
+    what = "scan f32 forward 128×14×384"
+    write(tmp_path, "a", "2026-01-03", SCAN | {"median": 0.009})
+    write(tmp_path, "b", "2026-01-02", SCAN | {"median": 0.001})
+    rows = report.load(tmp_path)
+    assert line_of(report, rows, what)[2:] == ["0.01", "0.007", "**0.009**", "yes", "`a`"]
+    write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.02})
+    assert line_of(report, report.load(tmp_path), what)[4:6] == ["**0.02**", "no"]
+    write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": True})
+    assert line_of(report, report.load(tmp_path), what)[4:6] == ["**0.006**", "aim"]
+    write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": False})
+    assert line_of(report, report.load(tmp_path), what)[4] == "not measured"
+    write(tmp_path, "c", "2026-01-05", {"implementation": "pallas", "skipped": "no GPU"})
+    assert line_of(report, report.load(tmp_path), what)[4] == "**0.009**"
+
+
+def test_more_images_a_second_are_better(report, tmp_path):
+    row = {"model": report.TINY, "pixels": 224, "batch": 128, "dtype": "bfloat16", "ms": 4.0}
+    row |= {"activations": "compute"}
+    what = "FastVim-T forward bf16 224 px, batch 128"
+    write(tmp_path, "model_a", "1", row | {"blocks": "scan", "images_per_s": 31000}, bench="model")
+    write(
+        tmp_path, "model_b", "2", row | {"blocks": "unroll", "images_per_s": 33000}, bench="model"
+    )
+    assert line_of(report, report.load(tmp_path), what)[4:6] == ["**33,000**", "yes"]
+
+
+def test_nothing_recorded_is_nothing_measured(report):
+    lines = [target.row([]) for target in report.targets()]
+    assert len(lines) > 35 and all(line[4] == "not measured" for line in lines)
+
+
+@pytest.mark.skipif(jax.__version_info__ < gpu.OLDEST_JAX, reason="it counts the kernels' steps")
+def test_the_page_is_the_one_made_from_the_records(report, tmp_path):
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    report.main()
+    assert (tmp_path / "README.md").read_text() == (
+        ROOT / "benchmarks" / "README.md"
+    ).read_text(), "run `python benchmarks/report.py`"
+    assert (tmp_path / "scan.png").stat().st_size > 10_000
