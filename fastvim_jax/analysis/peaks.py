@@ -6,6 +6,8 @@ two forward passes; what remat computes again, norms and activations do not coun
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
+
 from fastvim_jax.analysis.flops import gmacs
 from fastvim_jax.models import ModelConfig
 
@@ -38,6 +40,12 @@ def peak_flops(device_kind: str, dtype: str, matmul_precision: str = "highest") 
         if device_kind == name or device_kind.startswith((name + " ", name + "-")):
             return peaks.get(kind)
     return None
+
+
+def peak_of(mesh: Mesh, config: ModelConfig) -> float | None:
+    """`peak_flops` of all devices of a mesh together, for the products of this model."""
+    one = peak_flops(mesh.devices.flat[0].device_kind, config.dtype, config.matmul_precision)
+    return None if one is None else one * mesh.size
 
 
 def training_flops(config: ModelConfig) -> float:

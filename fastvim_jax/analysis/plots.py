@@ -72,13 +72,14 @@ def plot_run(
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.02)
     left, right = halves
     loss, accuracy = left.subplots(2, 1, sharex=True)
-    _draw_loss(loss, records)
-    _draw_accuracy(accuracy, records)
+    draw_loss(loss, records)
+    draw_accuracy(accuracy, records)
     _draw_samples(right, samples, mistakes, mistakes_in_all or len(mistakes))
     figure.savefig(file)
 
 
-def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+def draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Training and held-out loss over the epochs."""
     lines = _lines(records, "loss")
     train = [r for r in records if r.get("kind") == "train" and "loss" in r]
     axes.plot(
@@ -92,17 +93,18 @@ def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    _dress(axes, "cross entropy", "Loss")
+    dress(axes, "cross entropy", "Loss")
 
 
-def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+def draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Held-out accuracy of the raw and the averaged weights over the epochs."""
     lines = _lines(records, "top1")
     _draw_lines(axes, lines)
     values = [v for _, _, ys in lines.values() for v in ys]
     if values:
         axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _dress(axes, "top-1", "Accuracy on held-out images", legend="lower right")
+    dress(axes, "top-1", "Accuracy on held-out images", legend="lower right")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -131,7 +133,8 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[str, list[float], list[flo
         )
 
 
-def _dress(axes: Axes, unit: str, title: str, legend: _Corner = "upper right") -> None:
+def dress(axes: Axes, unit: str, title: str, legend: _Corner = "upper right") -> None:
+    """Give a panel its title, unit, light grid and legend."""
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_ylabel(unit)
     axes.grid(axis="y", color="#e6e8ec")

@@ -27,7 +27,7 @@ from jax.tree_util import DictKey, KeyPath
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.checksums import find_damage, write_checksums
-from fastvim_jax.training.disk import why_not_written
+from fastvim_jax.training.disk import GO_ON, why_not_written
 from fastvim_jax.training.steps import TrainState
 
 FORMAT = 1
@@ -306,8 +306,7 @@ class Checkpoints:
         self._manager.reload()  # It had taken the save for done and the oldest checkpoint for deleted.
         return CheckpointError(
             f"The checkpoint of step {step} could not be written: {why_not_written(error, self.directory)}. "
-            f"Last good checkpoint: {self.describe_latest()}. "
-            "Mend that, then give the same command again: the run goes on from there."
+            f"Last good checkpoint: {self.describe_latest()}. {GO_ON}"
         )
 
     def _verify(self, step: int) -> None:

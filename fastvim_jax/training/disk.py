@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from fastvim_jax.errors import UserError
+
+GO_ON = (
+    "Mend that, then give the same command again: the run goes on from its last good checkpoint."
+)
+"""What to do about it."""
 
 # TensorStore and Orbax wrap the system's error in others, so only its text is always there.
 _CAUSES = (
@@ -27,6 +36,21 @@ def why_not_written(error: BaseException, path: Path) -> str:
         if re.search(pattern, "\n".join(texts)):
             return f"{cause} ({_room(path)})"
     return texts[0].strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a file that cannot be written into an error for the user.
+
+    Raises:
+        UserError: for an OSError inside, with the cause and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {why_not_written(error, path)}. {GO_ON}"
+        ) from error
 
 
 def _room(path: Path) -> str:

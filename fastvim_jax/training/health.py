@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastvim_jax.training.config import TrainConfig
 from fastvim_jax.training.steps import Metrics
 
 _WATCHED = ("loss", "grad_norm", "update_norm")
+_MEANS = (*_WATCHED, "param_norm")
 _IN_FLIGHT = 4
 
 
@@ -47,9 +48,12 @@ class Window:
         self._fetched: list[dict[str, Any]] = list(records)
         self._waiting: list[tuple[int, Metrics]] = []
         self._recent: deque[dict[str, Any]] = deque(self._fetched, maxlen=50)
+        self._norms: dict[str, Any] = {}
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Take in the metrics of update `step`, without waiting for it."""
+        metrics = dict(metrics)
+        self._norms = metrics.pop("norms", {})
         self._waiting.append((step, metrics))
         if len(self._waiting) > _IN_FLIGHT:
             # Wait for a step well behind: the queue never runs empty, and batches do not pile up on the device.
@@ -77,7 +81,15 @@ class Window:
         """Means over the window, which then starts anew. Raises as `fetch` does."""
         records = self.fetch(last_checkpoint)
         self._fetched.clear()
-        return {key: fmean(record[key] for record in records) for key in _WATCHED}
+        return {key: fmean(record[key] for record in records) for key in _MEANS}
+
+    def norms(self, names: Sequence[str]) -> dict[str, float]:
+        """Norms of the last step by `grad/NAME`, `param/NAME` and `update/NAME`, for parameters `names`."""
+        return {
+            f"{kind}/{name}": norm
+            for kind, norms in jax.device_get(self._norms).items()
+            for name, norm in zip(names, norms.tolist(), strict=True)
+        }
 
 
 def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: TrainConfig) -> str:

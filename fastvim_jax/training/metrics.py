@@ -1,29 +1,44 @@
-"""Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard event files.
+"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard event files and, if asked, elsewhere.
 
-`metrics.jsonl` holds one JSON object a line: `kind` (`train` or `eval`), `step`, `epoch`, then the numbers.
-Of these, `seconds`, `images_per_second` and `data_wait` are about the machine; everything else is the same for
-a run that was interrupted and resumed and for one that was not.
+`metrics.jsonl` holds one JSON object a line: `kind` (`train`, `eval` or `norms`), `step`, `epoch`, then the
+numbers. What `clock.TIMING` names is about the machine; everything else is the same for a run that was
+interrupted and resumed and for one that was not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from fastvim_jax.distributed import is_first_process
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.disk import writing
+from fastvim_jax.training.event_file import EventFile
+from fastvim_jax.training.serialise import to_dict
+from fastvim_jax.training.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
-TIMING = frozenset({"seconds", "images_per_second", "data_wait"})
 LINE_INTERVAL = 15.0  # seconds
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where scalars go besides `metrics.jsonl`."""
+
+    def add(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Take in scalars by names such as `train/loss`."""
+
+    def close(self) -> None:
+        """Finish."""
 
 
 class RunLog:
@@ -34,21 +49,34 @@ class RunLog:
         step: the step the run starts or resumes at; lines written past it by an interrupted run are dropped.
         total_steps: length of the run, for the progress bar.
         progress: show a progress bar and messages on standard error.
+        sinks: more places for the scalars; closed with the log.
+
+    Raises:
+        UserError: here and in the methods, when a file cannot be written.
     """
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, progress: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        total_steps: int,
+        progress: bool = True,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self._display = _Display(step, total_steps, shown=progress and is_first_process())
-        self._events: SummaryWriter | None = None
+        self._path = Path(folder) / METRICS_FILE
+        self._sinks: list[Sink] = list(sinks)
+        self._file: TextIO | None = None
         if not is_first_process():
-            self._file = open(os.devnull, "a")
             return
-        path = Path(folder) / METRICS_FILE
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+        with writing(self._path):
+            kept = [record for record in read_metrics(folder) if record["step"] <= step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(temporary, self._path)
+            self._file = self._path.open("a")
+            self._sinks.append(EventFile(Path(folder) / "tensorboard", purge_step=step + 1))
 
     def __enter__(self) -> RunLog:
         return self
@@ -59,20 +87,25 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # The error that came first is the one to raise.
+                raise
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
         self._display.advance()
 
     def write(self, kind: str, step: int, scalars: Mapping[str, Any]) -> None:
-        """Record numbers of `kind` (`train`, `eval`) at `step` in both files."""
-        if self._events is None:
+        """Record numbers of `kind` (`train`, `eval`, `norms`) at `step` everywhere."""
+        if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **scalars}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **scalars}) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.add(step, {f"{kind}/{name}": value for name, value in scalars.items()})
 
     def show(self, **scalars: float) -> None:
         """Show numbers beside the progress bar."""
@@ -83,11 +116,13 @@ class RunLog:
         self._display.say(text)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the files."""
         self._display.close()
-        if self._events is not None:
-            self._events.close()
-        self._file.close()
+        with writing(self._path), contextlib.ExitStack() as closing:
+            if self._file is not None:
+                closing.callback(self._file.close)
+            for sink in self._sinks:
+                closing.callback(sink.close)
 
 
 class _Display:
@@ -139,6 +174,13 @@ def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, 
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+def open_sinks(wandb: str | None, folder: Path, config: Any) -> list[Sink]:
+    """Places for the scalars besides the run folder: Weights & Biases, if its project is named."""
+    if wandb is None or not is_first_process():
+        return []
+    return [WandbLog(wandb, folder, to_dict(config))]
 
 
 def evaluated(folder: Path | str, step: int) -> bool:

@@ -30,7 +30,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import TrainConfig
-from fastvim_jax.training.disk import why_not_written
+from fastvim_jax.training.disk import writing
 from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.serialise import to_dict
 
@@ -116,14 +116,11 @@ def start_run(
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
-            try:
+            with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 _refuse_other_files(folder)
                 held.enter_context(locked(folder))
                 _record_start(folder, config, class_names)
-            except OSError as error:
-                why = why_not_written(error, folder)
-                raise UserError(f"{folder} cannot be written: {why}.") from error
 
         on_first_process(begin)
         yield folder

@@ -21,6 +21,7 @@ from fastvim_jax.models.parameters import STACK, map_parameters
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.losses import classification_loss
+from fastvim_jax.training.norms import parameter_norms, whole_norm
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -100,8 +101,8 @@ def make_train_step(
 
     A batch holds what `augment` takes (`data.device_transforms.make_augment`: uint8 images). Without it, and
     after it, that is `image` `b h w c`, normalised, and `label`: class numbers `b`, or soft targets `b classes`.
-    The metrics are scalars on the device: `loss`, `grad_norm` (before clipping), `update_norm`,
-    `finite_input`.
+    The metrics are scalars on the device: `loss`, `grad_norm` (before clipping), `param_norm` (before the update),
+    `update_norm`, `finite_input`; and of each parameter, as vectors, `norms`: `grad`, `param`, `update`.
     The average of the weights, if kept, takes in the weights before the update.
 
     With `accumulate=k` the batch passes through the model in k parts, and one update is made with the mean of
@@ -135,10 +136,12 @@ def make_train_step(
             optimizer=optimizer_state,
             ema=ema,
         )
+        trees = {"grad": grads, "param": state.params, "update": updates}
+        norms = {kind: gather(parameter_norms(tree)) for kind, tree in trees.items()}
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            **{f"{kind}_norm": whole_norm(norm) for kind, norm in norms.items()},
+            "norms": norms,
             "finite_input": jnp.isfinite(batch["image"]).all(),
         }
         return new, metrics
@@ -152,13 +155,15 @@ def whole_outside_blocks(params: Any) -> Any:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, preprocess: Preprocess | None = None
+    graphdef: nnx.GraphDef, *, preprocess: Preprocess | None = None, per_class: bool = False
 ) -> Callable[[Any, Batch], Metrics]:
     """A compiled `step(params, batch) -> counts` of one evaluation batch.
 
     A batch holds `image` `b h w c`, as `preprocess` takes them (`data.device_transforms.make_preprocess`: uint8)
     or normalised, `label` `b` and `valid` `b`, false for padding. The counts are sums over
-    the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider).
+    the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider); with `per_class`
+    also `class_count` `classes` by label and `confusion` `classes classes` by label and prediction (int32), from
+    which images whose logits hold a NaN are missing.
     """
 
     @jax.jit
@@ -169,12 +174,19 @@ def make_eval_step(
         label, valid = batch["label"], batch["valid"]
         rank = label_rank(logits, label)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return {
+        counts = {
             "count": valid.sum(dtype=jnp.int32),
             "top1": (valid & (rank < 1)).sum(dtype=jnp.int32),
             "top5": (valid & (rank < 5)).sum(dtype=jnp.int32),
             "loss": jnp.where(valid, loss, 0.0).sum(),
         }
+        if per_class:
+            classes = logits.shape[-1]
+            counted = valid & ~jnp.isnan(logits).any(-1)
+            zeros = jnp.zeros((classes, classes), jnp.int32)
+            counts["class_count"] = zeros[0].at[label].add(valid.astype(jnp.int32))
+            counts["confusion"] = zeros.at[label, logits.argmax(-1)].add(counted.astype(jnp.int32))
+        return counts
 
     return step
 

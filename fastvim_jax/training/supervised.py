@@ -9,8 +9,7 @@ rounding, and a run may go on with other ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fastvim_jax.data import BatchIterator, make_eval_iterator, make_train_iterator
+from fastvim_jax.analysis.peaks import peak_of, training_flops
+from fastvim_jax.data import make_eval_iterator, make_train_iterator
 from fastvim_jax.data.device_transforms import make_augment, make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import (
@@ -34,11 +34,14 @@ from fastvim_jax.distributed import (
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import TrainConfig
-from fastvim_jax.training.evaluation import evaluate_weights
+from fastvim_jax.training.evaluation import evaluate_state, in_words
 from fastvim_jax.training.health import Window
-from fastvim_jax.training.metrics import RunLog, evaluated, read_metrics
+from fastvim_jax.training.metrics import RunLog, evaluated, open_sinks, read_metrics
+from fastvim_jax.training.norms import parameter_names
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.profiling import Profiler, ProfileSteps
 from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
 from fastvim_jax.training.steps import (
     TrainState,
@@ -49,6 +52,7 @@ from fastvim_jax.training.steps import (
     state_shapes,
 )
 from fastvim_jax.training.stopping import Stopped, StopRequest
+from fastvim_jax.training.summary import SummaryPicture
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,22 @@ class RunResult:
     seconds: float
 
 
-def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) -> RunResult:
+def train(
+    config: TrainConfig,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+    profile: ProfileSteps | None = None,
+    wandb: str | None = None,
+) -> RunResult:
     """Train, or go on training, in a run folder, which belongs to this process meanwhile.
 
     Args:
         config: the run.
         run_dir: a new folder, or one that holds an unfinished or finished run of the same config.
         progress: show a progress bar on standard error.
+        profile: trace these steps into the folder `profile` of the run folder.
+        wandb: a project of Weights & Biases that gets the numbers too.
 
     Raises:
         UserError: bad input, found before any compute; a damaged checkpoint; a file that cannot be written.
@@ -82,11 +95,17 @@ def train(config: TrainConfig, run_dir: Path | str, *, progress: bool = True) ->
         Stopped: SIGTERM or SIGINT came; the run is saved as it was after the step then under way.
     """
     with ExitStack() as opened:
-        return _train(config, run_dir, opened, progress=progress)
+        return _train(config, run_dir, opened, progress=progress, profile=profile, wandb=wandb)
 
 
 def _train(
-    config: TrainConfig, run_dir: Path | str, opened: ExitStack, *, progress: bool
+    config: TrainConfig,
+    run_dir: Path | str,
+    opened: ExitStack,
+    *,
+    progress: bool,
+    profile: ProfileSteps | None,
+    wandb: str | None,
 ) -> RunResult:
     started = time.perf_counter()
 
@@ -166,60 +185,83 @@ def _train(
         window = Window(config, meta["window"])
     first_step = int(state.step)
 
+    # Log
+    sinks = open_sinks(wandb, folder, config)
     log = opened.enter_context(
-        RunLog(folder, step=first_step, total_steps=total_steps, progress=progress)
+        RunLog(folder, step=first_step, total_steps=total_steps, progress=progress, sinks=sinks)
     )
+    parameters = parameter_names(params)
+    clock = Clock(
+        config.data.batch_size,
+        image_flops=training_flops(config.model),
+        peak_flops=peak_of(mesh, config.model),
+    )
+    profiler = opened.enter_context(Profiler(profile, folder / "profile", first_step + 1))
+    picture = SummaryPicture(folder, f"{config.data.source}, {len(parameters)} parameter arrays")
+
+    def save(step: int) -> None:
+        records = window.fetch(checkpoints.describe_latest)
+        position = batches.get_state() | {"corrupt": sorted(union(batches.corrupt))}
+        checkpoints.save(state, {"data": position, "window": records})
 
     # Evaluation
     def evaluate_at(step: int) -> None:
-        scores = _evaluate(eval_step, state, eval_batches, place)
+        window.fetch(checkpoints.describe_latest)
+        scores = evaluate_state(eval_step, state, eval_batches, place)
         log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
-        log.say(_summary(step / steps_per_epoch, scores))
+        log.say(f"epoch {step / steps_per_epoch:g}: {in_words(scores)}")
+        picture.draw()
 
     def evaluation_due(step: int) -> bool:
         epoch, rest = divmod(step, steps_per_epoch)
         return step == total_steps or (rest == 0 and _due(epoch, config.evaluate_every_epochs))
 
     # Loop
-    clock = _Clock(config.data.batch_size)
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
         if evaluation_due(first_step) and not evaluated(folder, first_step):
             evaluate_at(first_step)  # The run was stopped between saving and evaluating.
     for step in range(first_step + 1, total_steps + 1):
-        with clock.waiting_for_data():
-            batch = next(batches)
-        state, metrics = train_step(state, batch)
-        window.add(step, metrics)
+        with profiler.begin(step):
+            with clock.timed("data_wait"):
+                batch = next(batches)
+            with clock.timed("dispatch"):
+                state, metrics = train_step(state, batch)
+        with clock.timed("device_wait"):
+            window.add(step, metrics)
+        clock.step()
         log.advance()
         last = step == total_steps
         stopping = stop.agreed(step)
 
         if step == first_step + 1:
-            jax.block_until_ready(metrics)  # Compilation is no part of the throughput.
-            clock.restart()
+            jax.block_until_ready(metrics)
+            clock.first_step()
+        if trace := profiler.end(step, metrics):
+            log.say(f"The trace is in {trace}: show it with xprof or TensorBoard's profile plugin.")
         if step % config.log_every_steps == 0 or last:
-            scalars = window.summarise(checkpoints.describe_latest)
+            with clock.timed("device_wait"):
+                scalars = window.summarise(checkpoints.describe_latest)
             scalars |= {"epoch": step / steps_per_epoch}
             scalars |= {"learning_rate": float(learning_rate(step - 1))}
             if corrupt := union(batches.corrupt):
                 scalars["corrupt_records"] = len(corrupt)
             log.write("train", step, scalars | clock.lap())
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
+        if last or step % steps_per_epoch == 0:
+            log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})
         if last or stopping or _due(step, config.checkpoint_every_steps or steps_per_epoch):
-            records = window.fetch(checkpoints.describe_latest)
-            position = batches.get_state() | {"corrupt": sorted(union(batches.corrupt))}
-            checkpoints.save(state, {"data": position, "window": records})
-            clock.restart()
+            with clock.timed("checkpoint_seconds"):
+                save(step)
         if stopping and not last:
             checkpoints.wait()
             raise Stopped(f"{stop.reason}", step, total_steps)
         if evaluation_due(step):
-            window.fetch(checkpoints.describe_latest)
-            evaluate_at(step)
-            clock.restart()
+            with clock.timed("evaluation_seconds"):
+                evaluate_at(step)
         checkpoints.check()
     checkpoints.wait()
+    picture.draw(at_once=True)
     wait("log")
     scores = read_metrics(folder, "eval")[-1]
     return RunResult(folder, total_steps, scores, time.perf_counter() - started)
@@ -235,59 +277,3 @@ def _check_classes(config: TrainConfig, class_names: tuple[str, ...]) -> None:
 
 def _due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
-
-
-def _evaluate(
-    eval_step: Any, state: TrainState, batches: BatchIterator, place: Any
-) -> dict[str, Any]:
-    """Scores of the raw weights and, if kept, of their average."""
-    weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
-    scores = evaluate_weights(eval_step, weights, map(place, batches))
-    batches.rewind()
-    return {"count": scores["raw"]["count"]} | {
-        f"{name}_{key}": score[key]
-        for name, score in scores.items()
-        for key in ("top1", "top5", "loss")
-    }
-
-
-def _summary(epoch: float, scores: dict[str, Any]) -> str:
-    parts = [
-        f"{name} top-1 {100 * scores[f'{name}_top1']:.2f} %, loss {scores[f'{name}_loss']:.4f}"
-        for name in ("raw", "ema")
-        if f"{name}_top1" in scores
-    ]
-    return f"epoch {epoch:g}: {'; '.join(parts)} on {scores['count']} images"
-
-
-class _Clock:
-    """Throughput and the share of time spent waiting for data, since the last lap."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._begin = time.perf_counter()
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a lap, leaving out what came since the last one: compilation, evaluation, saving."""
-        self._lap = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside, and one step."""
-        begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
-        self._steps += 1
-
-    def lap(self) -> dict[str, float]:
-        """The lap's numbers, and a new lap."""
-        now = time.perf_counter()
-        numbers = {"seconds": now - self._begin}
-        if self._steps:
-            numbers["images_per_second"] = self._steps * self._batch_size / (now - self._lap)
-            numbers["data_wait"] = self._waited / (now - self._lap)
-        self.restart()
-        return numbers

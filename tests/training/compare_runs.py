@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fastvim_jax.training.metrics import TIMING, read_metrics
+from fastvim_jax.training.clock import TIMING
+from fastvim_jax.training.metrics import read_metrics
 
 ITEMS = ("params", "ema", "optimizer")
 

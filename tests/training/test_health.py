@@ -7,7 +7,9 @@ import pytest
 from fastvim_jax.training.health import NonFiniteError, Window, likely_cause
 from tests.training.tiny import tiny_config, tiny_model
 
-GOOD = {"loss": 2.0, "grad_norm": 1.0, "update_norm": 0.1, "finite_input": True}
+GOOD = {
+    "loss": 2.0, "grad_norm": 1.0, "update_norm": 0.1, "param_norm": 9.0, "finite_input": True
+}  # fmt: skip
 
 
 def metrics(**changes):
@@ -15,7 +17,8 @@ def metrics(**changes):
 
 
 def record(step=20, **changes):
-    return {"step": step, **GOOD, **changes}
+    values = {key: jnp.asarray(value).item() for key, value in GOOD.items()}  # in float32
+    return {"step": step, **values, **changes}
 
 
 def test_a_window_means_what_it_took_in():
@@ -25,6 +28,14 @@ def test_a_window_means_what_it_took_in():
     assert [r["step"] for r in window.fetch(str)] == list(range(1, 9))
     assert window.summarise(str)["loss"] == (4 + 7 * 2) / 8
     assert window.fetch(str) == []
+
+
+def test_norms_are_those_of_the_last_step_and_no_part_of_the_records():
+    window = Window(tiny_config())
+    for step in (1, 2):
+        window.add(step, metrics() | {"norms": {"grad": jnp.arange(2.0) * step}})
+    assert window.norms(["a", "b.0.c"]) == {"grad/a": 0.0, "grad/b.0.c": 2.0}
+    assert window.fetch(str) == [record(1), record(2)]
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "update_norm"])

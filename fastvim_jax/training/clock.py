@@ -1,0 +1,85 @@
+"""Where a run's time goes, and how well it uses the device: the numbers of the log that are about the machine."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TIMING = frozenset(
+    {
+        "seconds",
+        "images_per_second",
+        "step_seconds",
+        "mfu",
+        "data_wait",
+        "dispatch",
+        "device_wait",
+        "first_step_seconds",
+        "evaluation_seconds",
+        "checkpoint_seconds",
+    }
+)
+"""Names of all numbers that `Clock.lap` gives, and that differ from run to run."""
+
+_WITHIN = ("data_wait", "dispatch", "device_wait")
+_BETWEEN = ("evaluation_seconds", "checkpoint_seconds", "first_step_seconds")
+
+
+class Clock:
+    """Times the loop's parts, by laps from one line of the log to the next.
+
+    Args:
+        batch_size: images a step, over all devices.
+        image_flops: floating-point operations an image costs in a step, forward and backward.
+        peak_flops: those a second that all devices could do at most; None: not known, and there is no `mfu`.
+    """
+
+    def __init__(
+        self, batch_size: int, *, image_flops: float = 0.0, peak_flops: float | None = None
+    ) -> None:
+        self._batch_size = batch_size
+        self._image_flops = image_flops
+        self._peak = peak_flops
+        self._begin = self._lap = time.perf_counter()
+        self._steps = 0
+        self._spent: Counter[str] = Counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time inside as `part`: one of `TIMING`, outside the steps if its name ends in `_seconds`."""
+        begin = time.perf_counter()
+        yield
+        self._spent[part] += time.perf_counter() - begin
+
+    def step(self) -> None:
+        """Count a step."""
+        self._steps += 1
+
+    def first_step(self) -> None:
+        """The time since the start, compilation included, is no part of the throughput."""
+        self._spent = Counter(first_step_seconds=time.perf_counter() - self._begin)
+        self._lap, self._steps = self._begin, 0
+
+    def lap(self) -> dict[str, float]:
+        """The lap's numbers, and a new lap.
+
+        `seconds` since the start; `images_per_second`, `step_seconds` and `mfu` of the steps alone; as shares of the
+        steps' time, 0 to 1: `data_wait` for the next batch, `dispatch` of the step, `device_wait` for the device to
+        come within a few steps; seconds of the lap in `evaluation_seconds` and `checkpoint_seconds` (the part of a
+        save that holds up the loop); `first_step_seconds` once.
+        """
+        now = time.perf_counter()
+        between = sum(self._spent[part] for part in _BETWEEN)
+        numbers = {"seconds": now - self._begin}
+        length = now - self._lap - between
+        if self._steps and length > 0:
+            rate = self._steps * self._batch_size / length
+            numbers |= {"images_per_second": rate, "step_seconds": length / self._steps}
+            numbers |= {part: min(1.0, self._spent[part] / length) for part in _WITHIN}
+            if self._peak:
+                numbers["mfu"] = rate * self._image_flops / self._peak
+        numbers |= {part: self._spent[part] for part in _BETWEEN if self._spent[part]}
+        self._lap, self._steps, self._spent = now, 0, Counter()
+        return numbers

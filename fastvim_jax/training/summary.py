@@ -1,0 +1,45 @@
+"""`summary.png` of a run folder: its curves so far, drawn anew after evaluations and at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from fastvim_jax.analysis.summary_plot import plot_summary
+from fastvim_jax.distributed import is_first_process
+from fastvim_jax.training.metrics import read_metrics
+
+SUMMARY_FILE = "summary.png"
+INTERVAL = 60.0  # seconds; a picture takes about one of them
+
+_log = logging.getLogger(__name__)
+
+
+class SummaryPicture:
+    """Draws a run's picture from its log.
+
+    Args:
+        folder: the run folder.
+        about: what the run is, for the headline.
+    """
+
+    def __init__(self, folder: Path, about: str) -> None:
+        self._folder = folder
+        self._about = about
+        self._next = time.monotonic() + INTERVAL
+
+    def draw(self, *, at_once: bool = False) -> None:
+        """Draw it, unless that was done within the last minute. A picture that fails is no reason to stop a run."""
+        if not is_first_process() or (time.monotonic() < self._next and not at_once):
+            return
+        self._next = time.monotonic() + INTERVAL
+        file = self._folder / SUMMARY_FILE
+        temporary = file.with_name(f"{file.stem}.tmp.png")
+        title = f"{self._folder.resolve().name}: {self._about}"
+        try:
+            plot_summary(read_metrics(self._folder), temporary, title=title)
+            os.replace(temporary, file)
+        except OSError as error:
+            _log.warning("%s could not be written: %s", file, error)
