@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,52 +19,105 @@ class Arguments:
     """What to evaluate on what."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder."""
+    """The run's folder; named first, it lets every field of its data be overridden: --data.path, --data.source."""
     weights: Literal["all", "raw", "ema"] = "all"
     """The trained weights, their average, or all that the run kept."""
     step: int | None = None
     """Which checkpoint; by default the last."""
     split: str | None = None
     """Which split of the data; by default the one the run was evaluated on."""
-    path: str | None = None
-    """Where the data lie now, if not where the run found them."""
     batch_size: int | None = None
     """Images at a time; never changes the result's count."""
-    workers: int | None = None
-    """Worker processes that decode images."""
+    per_class: bool = False
+    """Also show the accuracy on each class."""
+    confusion: Path | None = None
+    """Draw which classes are taken for which, by the average of the weights if the run kept one, to this PNG."""
     json: bool = False
     """Print JSON."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a trained run: top-1, top-5 and loss, every image counted once."""
-    chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
-    from fastvim_jax.data import make_eval_iterator
-    from fastvim_jax.training import evaluate, load_run
+    from fastvim_jax.training.run_scores import RunScores, score_run
 
-    first = load_run(
-        chosen.run, weights=None if chosen.weights == "all" else chosen.weights, step=chosen.step
-    )
-    runs = {first.weights: first}
-    if chosen.weights == "all" and first.weights == "ema":
-        runs = {"raw": load_run(chosen.run, weights="raw", step=first.step), "ema": first}
-    given = {"path": chosen.path, "workers": chosen.workers}
+    chosen = parse(_arguments(arguments), "eval", arguments, f"{run.__doc__}")
+    given = {"eval_split": chosen.split, "eval_batch_size": chosen.batch_size}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with as_usage_error():
-        data = dataclasses.replace(first.config.data, **changes)
-    scores = {}
-    for weights, loaded in runs.items():
-        batches = make_eval_iterator(data, split=chosen.split, batch_size=chosen.batch_size)
-        scores[weights] = evaluate(loaded.model, batches)
-        batches.close()
-    split = chosen.split or data.eval_split
+        data = dataclasses.replace(chosen.data or _data(chosen.run), **changes)
+    found: RunScores = score_run(
+        chosen.run,
+        data,
+        weights=chosen.weights,
+        step=chosen.step,
+        per_class=chosen.per_class or chosen.confusion is not None,
+    )
+    best = "ema" if "ema" in found.scores else "raw"
+    if found.other_names:
+        number, ours, theirs = found.other_names
+        print(
+            f"fastvim: class {number} is {ours!r} in the run, but {theirs!r} in the data: "
+            "the scores mean something only if these are the same.",
+            file=sys.stderr,
+        )
+    if chosen.confusion is not None:
+        from fastvim_jax.analysis.confusion import plot_confusion
+
+        scores = found.scores[best]
+        title = (
+            f"{chosen.run.name}, {best} weights: {scores['top1']:.2%} of {scores['count']} right"
+        )
+        plot_confusion(scores["confusion"], found.class_names, chosen.confusion, title=title)
     if chosen.json:
-        summary = {"run": str(chosen.run), "step": first.step, "split": split, "scores": scores}
-        print(json.dumps(summary, indent=2))
-        return 0
-    count = next(iter(scores.values()))["count"]
-    print(f"{chosen.run} at step {first.step}, on the {count} images of {data.source} {split}:")
-    print(f"{'weights':<8} {'top-1':>8} {'top-5':>8} {'loss':>8}")
-    for weights, score in scores.items():
-        print(f"{weights:<8} {score['top1']:>8.2%} {score['top5']:>8.2%} {score['loss']:>8.4f}")
+        print(json.dumps(_summary(chosen, data.eval_split, found), indent=2, ensure_ascii=False))
+    else:
+        _print(chosen, f"{data.source} {data.eval_split}", found)
     return 0
+
+
+def _data(run_dir: Path) -> Any:
+    from fastvim_jax.training.run_folder import read_config
+
+    return read_config(run_dir).data
+
+
+def _arguments(arguments: Sequence[str]) -> type:
+    """The arguments, those of the data having the run's values as defaults where the run is named first."""
+    from fastvim_jax.data import DataConfig
+
+    kind: Any = Annotated[DataConfig | None, tyro.conf.Suppress]
+    default = None
+    if arguments and not arguments[0].startswith("-") and Path(arguments[0]).is_dir():
+        kind, default = DataConfig, _data(Path(arguments[0]))
+    field = ("data", kind, dataclasses.field(default=default))
+    return dataclasses.make_dataclass("Arguments", [field], bases=(Arguments,), frozen=True)
+
+
+def _summary(chosen: Any, split: str, found: Any) -> dict[str, Any]:
+    plain = ("count", "top1", "top5", "loss")
+    scores: dict[str, Any] = {}
+    for weights, score in found.scores.items():
+        scores[weights] = {key: score[key] for key in plain}
+        if chosen.per_class:
+            scores[weights]["classes"] = found.by_class(weights)
+    return {"run": str(chosen.run), "step": found.step, "split": split, "scores": scores}
+
+
+def _print(chosen: Any, data: str, found: Any) -> None:
+    count = next(iter(found.scores.values()))["count"]
+    print(f"{chosen.run} at step {found.step}, on the {count} images of {data}:")
+    print(f"{'weights':<8} {'top-1':>8} {'top-5':>8} {'loss':>8}")
+    for weights, score in found.scores.items():
+        print(f"{weights:<8} {score['top1']:>8.2%} {score['top5']:>8.2%} {score['loss']:>8.4f}")
+    if chosen.per_class:
+        tables = [found.by_class(weights) for weights in found.scores]
+        width = max(5, *(len(row["class"]) for row in tables[0]))
+        heads = " ".join(f"{weights:>8}" for weights in found.scores)
+        print(f"\n{'class':<{width}} {'images':>7} {heads}   (top-1)")
+        for rows in zip(*tables, strict=True):
+            shares = " ".join(
+                "       -" if r["top1"] is None else f"{r['top1']:>8.2%}" for r in rows
+            )
+            print(f"{rows[0]['class']:<{width}} {rows[0]['count']:>7} {shares}")
+    if chosen.confusion is not None:
+        print(f"\nWhich classes are taken for which: {chosen.confusion}")

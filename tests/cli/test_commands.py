@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.analysis import model_cost
-from fastvim_jax.data import make_eval_iterator
+from fastvim_jax.data import make_eval_iterator, open_source
 from fastvim_jax.models import list_models, model_config
 from fastvim_jax.training import evaluate, load_run, read_metrics
 from fastvim_jax.training.predict import predict_batches
@@ -97,6 +97,62 @@ def test_eval_counts_every_held_out_image(fastvim: Cli, run_dir: Path) -> None:
     assert re.search(r"^raw +\d+\.\d\d%", out, re.M) and not re.search("^ema", out, re.M)
     status, out, _ = fastvim("eval", run_dir, "--step", "11", "--json")
     assert status == 0 and json.loads(out)["step"] == 11
+
+
+def test_eval_by_class(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new folder" / "confusion.png"
+    status, out, _ = fastvim("eval", run_dir, "--per-class", "--json", "--confusion", picture)
+    report = json.loads(out)
+    assert status == 0
+    labels = [open_source("digits", "test")[i].label for i in range(360)]
+    for scores in report["scores"].values():
+        assert [row["class"] for row in scores["classes"]] == list("0123456789")
+        assert [row["count"] for row in scores["classes"]] == np.bincount(labels).tolist()
+        right = sum(row["count"] * row["top1"] for row in scores["classes"])
+        assert right / 360 == pytest.approx(scores["top1"])
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG" and min(drawn.size) > 400
+    status, out, _ = fastvim("eval", run_dir, "--per-class", "--weights", "raw")
+    share = report["scores"]["raw"]["classes"][3]["top1"]
+    assert status == 0 and re.search(rf"^3 +{labels.count(3)} +{share:.2%}$", out, re.M)
+
+
+def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
+    """The first 60 held-out digits as files of any size; greyscale, 16 bits and with colours."""
+    source = open_source("digits", "test")
+    for i in range(60):
+        folder = tmp_path / "held out" / str(source[i].label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(source[i].image)
+        if i % 3 == 1:
+            image = image.convert("RGB")
+        if i % 3 == 2:
+            image = Image.fromarray(source[i].image.astype(np.uint16) * 257)
+        image.save(folder / f"{i:03}.png")
+    data = ("--data.source", "image_folder", "--data.path", tmp_path, "--split", "held out")
+    status, out, err = fastvim("eval", run_dir, *data, "--json", "--batch-size", "7")
+    assert (status, err) == (0, "")
+    ours = json.loads(out)
+    status, out, _ = fastvim("eval", run_dir, "--split", "test[:60]", "--json")
+    assert status == 0
+    for weights, expected in json.loads(out)["scores"].items():
+        assert ours["scores"][weights] == pytest.approx(expected, rel=1e-5)
+        assert expected["count"] == 60
+    # Classes by another name may be others; another number of them cannot be right.
+    (tmp_path / "held out" / "9").rename(tmp_path / "held out" / "nine")
+    status, out, err = fastvim("eval", run_dir, *data)
+    assert status == 0 and "class 9 is '9' in the run, but 'nine' in the data" in err
+    shutil.rmtree(tmp_path / "held out" / "nine")
+    status, _, err = fastvim("eval", run_dir, *data)
+    assert status == 1 and "The data have 9 classes, the run 10" in err
+
+
+def test_eval_help_lists_the_data_of_the_run(fastvim: Cli, run_dir: Path) -> None:
+    status, out, _ = fastvim("eval", run_dir, "--help")
+    flat = " ".join(out.replace("│", " ").split())
+    assert status == 0 and "--data.path STR" in flat and "(default: digits)" in flat
+    status, out, _ = fastvim("eval", "--help")
+    assert status == 0 and "--per-class" in out and "--data.path STR" not in out
 
 
 def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: list[Path]) -> None:

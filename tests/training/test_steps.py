@@ -181,6 +181,36 @@ def test_padding_is_never_counted(rng, batch_size):
     assert scores["loss"] == pytest.approx(-float(likelihood.mean()), rel=1e-5)
 
 
+def test_counts_by_class_are_those_of_a_loop(rng):
+    size, classes = 53, 7
+    logits = np.round(rng.normal(size=(size, classes)), 1).astype(np.float32)  # some are equal
+    logits[5, 3] = np.nan
+    labels = rng.integers(0, classes - 1, size).astype(np.int32)  # the last class has no image
+    valid = rng.random(size) < 0.8
+    valid[5] = True
+
+    class Table(nnx.Module):
+        def __call__(self, images, *, key=None):
+            return images
+
+    confusion, count = np.zeros((classes, classes), int), np.zeros(classes, int)
+    for row, label, counts in zip(logits, labels, valid, strict=True):
+        count[label] += counts
+        if counts and not np.isnan(row).any():
+            confusion[label, np.flatnonzero(row == row.max())[0]] += 1
+
+    batches = [
+        {"image": logits[part], "label": labels[part], "valid": valid[part]}
+        for part in (slice(0, 20), slice(20, size))
+    ]
+    scores = evaluate(Table(), batches, per_class=True)
+    np.testing.assert_array_equal(scores["confusion"], confusion)
+    np.testing.assert_array_equal(scores["class_count"], count)
+    assert scores["count"] == count.sum() and count[-1] == 0
+    assert scores["top1"] == confusion.trace() / scores["count"]
+    assert "confusion" not in evaluate(Table(), batches)
+
+
 def test_several_weights_in_one_pass(rng):
     graphdef, params = split(Linear())
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -1,0 +1,97 @@
+"""The scores of a trained run on any data: all its weights in one pass, over all devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from fastvim_jax.data import DataConfig, make_eval_iterator
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
+from fastvim_jax.distributed.mesh import on_mesh
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.evaluation import Scores, evaluate_weights
+from fastvim_jax.training.run_folder import load_run
+from fastvim_jax.training.steps import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RunScores:
+    """What `score_run` found.
+
+    Attributes:
+        step: the checkpoint's.
+        class_names: of the run.
+        scores: by weights, `raw` and `ema`; see `evaluate`.
+        other_names: the first class that the data name otherwise, as (number, the run's name, theirs); or None.
+    """
+
+    step: int
+    class_names: tuple[str, ...]
+    scores: dict[str, Scores]
+    other_names: tuple[int, str, str] | None = None
+
+    def by_class(self, weights: str) -> list[dict[str, Any]]:
+        """Name, images and share of them that is right (None without images) of each class, in label order."""
+        found = self.scores[weights]
+        right = found["confusion"].diagonal()
+        return [
+            {"class": name, "count": int(count), "top1": int(r) / int(count) if count else None}
+            for name, count, r in zip(self.class_names, found["class_count"], right, strict=True)
+        ]
+
+
+def score_run(
+    run_dir: Path | str,
+    data: DataConfig,
+    *,
+    weights: Literal["all", "raw", "ema"] = "all",
+    step: int | None = None,
+    per_class: bool = False,
+) -> RunScores:
+    """Evaluate a run's weights on `data.eval_split`; every image is counted once.
+
+    Args:
+        run_dir: the run folder.
+        data: what to evaluate on; the run's own config has the transforms it was trained for.
+        weights: which of them; all: those that the run kept.
+        step: which checkpoint, by default the latest.
+        per_class: also count by class.
+
+    Raises:
+        UserError: no such run, checkpoint or data; data of another number of classes than the model's.
+    """
+    run = load_run(run_dir, weights=None if weights == "all" else weights, step=step)
+    runs = {run.weights: run}
+    if weights == "all" and run.weights == "ema":
+        runs = {"raw": load_run(run_dir, weights="raw", step=run.step), "ema": run}
+    mesh = make_mesh()
+    batches = make_eval_iterator(
+        data,
+        batch_size=round_up(data.eval_batch_size or data.batch_size, mesh),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    names = batches.source.class_names
+    if len(names) != len(run.class_names):
+        raise UserError(
+            f"The data have {len(names)} classes, the run {len(run.class_names)}: choose data of the run's classes, "
+            "or name them by data.class_list."
+        )
+    graphdef = nnx.graphdef(run.model)
+    eval_step = on_mesh(
+        mesh, make_eval_step(graphdef, preprocess=make_preprocess(data), per_class=per_class)
+    )
+    params = {n: jax.device_put(nnx.state(r.model), replicated(mesh)) for n, r in runs.items()}
+    try:
+        scores = evaluate_weights(eval_step, params, map(partial(place_batch, mesh), batches))
+    finally:
+        batches.close()
+    pairs = enumerate(zip(run.class_names, names, strict=True))
+    other = next(((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs), None)
+    return RunScores(run.step, run.class_names, scores, other)
