@@ -98,3 +98,25 @@ def test_circumstances_name_the_commit_of_a_copy(monkeypatch):
     assert set(found) == {
         "device", "platform", "jax", "jaxlib", "flax", "commit", "date", "command"
     }  # fmt: skip
+
+
+def test_cold_and_warm_calls_share_a_trace(monkeypatch):
+    """On a GPU; here the profiler is played."""
+    asked = []
+
+    def played(step, calls):
+        for i in range(calls):
+            step(i)
+        return [("kernel", 10.0 * i, 4e6 if i < calls // 2 else 1e6) for i in range(calls)]
+
+    monkeypatch.setattr(timing, "_profile", played)
+    monkeypatch.setattr(timing, "COLD_BYTES", 30)  # three sets of 12 bytes
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+    measured = timing.Measured(lambda x: x + 1, lambda seed: (jnp.full(3, float(seed)),))
+    run = measured.program.compiled
+    monkeypatch.setattr(
+        measured.program, "compiled", lambda x: asked.append(int(x[0])) or run(x), raising=True
+    )
+    time = measured.time(calls=4)
+    assert asked[-8:] == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert (time.method, time.median, time.warm, time.input_sets) == ("profiler", 4, 1, 3)
