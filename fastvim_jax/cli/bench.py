@@ -1,4 +1,4 @@
-"""`fastvim bench scan|mixer|model|train`: measurements, printed as tables and kept as JSON."""
+"""`fastvim bench scan|mixer|model|train|data`: measurements, printed as tables and kept as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastvim_jax.cli.bench_data import data
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 from fastvim_jax.errors import suggest
 
@@ -27,6 +28,7 @@ Benches:
   mixer    one mixer: pool, projection, scan, repeat, skip, and its whole core
   model    images a second of FastVim, Vim and ViT
   train    images a second of training steps; largest batch; trace and compile time
+  data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)
 """
 
 Precision = Literal["bf16", "tf32", "f32"]
@@ -183,6 +185,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "mixer": mixer,
     "model": model,
     "train": train,
+    "data": data,
 }
 
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "evaluate a trained run on its data",
     "predict": "classify image files with a trained run",
     "data": "check a data set; turn it into shards that read fast",
-    "bench": "measure scan, mixer, models and training steps on this device",
+    "bench": "measure scan, mixer, models, training steps and data on this machine",
     "quickstart-report": "what `make quickstart` shows of the run it trained",
 }
 
@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastvim_jax.cli.compilation_cache import keep_compiled_programs
 
         keep_compiled_programs()
-    # Orbax and TensorStore report their routine through absl.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports its routine through absl, and its errors too, with tracebacks, before it raises them.
+    logging.getLogger("absl").setLevel(logging.ERROR if show_traceback else logging.CRITICAL)
     try:
         command = importlib.import_module(f"fastvim_jax.cli.{name.replace('-', '_')}")
         return command.run(rest)

@@ -33,11 +33,20 @@ def random_resized_crop(
     (Szegedy et al., Going deeper with convolutions, section 6). After ten boxes that do not fit: the
     largest centred box whose aspect lies within the bounds.
     """
-    left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
-    box = (left, top, left + width, top + height)
+    box = _box_corners(image, rng, scale, aspect)
     if isinstance(image, TurboJpeg):
         return image.crop_resized(box, size)
     return resized(image.crop(box), size)
+
+
+def _box_corners(
+    image: Picture,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
+    return left, top, left + width, top + height
 
 
 def _random_box(
@@ -116,6 +125,11 @@ def train_transform(
 ) -> UInt8[np.ndarray, "h w c"]:
     """Apply the configured training augmentation; pixels stay uint8."""
     size = config.height_width
+    if isinstance(picture, TurboJpeg) and _crop_and_flip_only(config):
+        # The same draws and pixels as below, without a Pillow image in between.
+        box = _box_corners(picture, rng, config.crop_scale, config.crop_aspect)
+        pixels = picture.crop_pixels(box, size)
+        return pixels[:, ::-1] if config.flip and rng.random() < config.flip else pixels
     if config.crop == "random_resized":
         image = random_resized_crop(
             picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
@@ -131,6 +145,12 @@ def train_transform(
     if config.colour_jitter:
         image = colour_jitter(image, rng, strength=config.colour_jitter)
     return to_array(image)
+
+
+def _crop_and_flip_only(config: DataConfig) -> bool:
+    return (
+        config.crop == "random_resized" and config.rand_augment is None and not config.colour_jitter
+    )
 
 
 def eval_transform(image: Picture, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:

@@ -16,6 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from fastvim_jax.data.decode import decode_image
@@ -48,6 +49,12 @@ class TurboJpeg:
         self._name = name
 
     def crop_resized(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+        """`crop_pixels` as a Pillow image."""
+        return Image.fromarray(np.ascontiguousarray(self.crop_pixels(box, size)))
+
+    def crop_pixels(
+        self, box: tuple[int, int, int, int], size: tuple[int, int]
+    ) -> UInt8[np.ndarray, "h w 3"]:
         """Crop left, top, right, bottom and resize (bicubic) to `size` = (height, width).
 
         Raises:
@@ -67,7 +74,7 @@ class TurboJpeg:
         except ValueError:
             # Pillow bears with what is harmless, and says what is not.
             image = decode_image(self._data, channels=3, name=self._name).crop(box)
-            return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
         if reduction == 1:
             return _resized(pixels[top:bottom, left:right], size)
         # The box in the reduced image's pixels: whole ones, and the part of them that is meant.
@@ -143,10 +150,10 @@ def _reduction(box: tuple[int, int], size: tuple[int, int]) -> int:
 
 def _resized(
     pixels: np.ndarray, size: tuple[int, int], inner: tuple[float, ...] | None = None
-) -> Image.Image:
+) -> np.ndarray:
     """Resize pixels `h w 3`, or the box left, top, width, height of them, to (height, width)."""
     if inner is None and pixels.shape[:2] == size:
-        return Image.fromarray(np.ascontiguousarray(pixels))
+        return pixels
     import cykooz_resizer as cykooz
 
     options: Any = cykooz.ResizeOptions(
@@ -161,4 +168,4 @@ def _resized(
     if not hasattr(_local, "resizer"):
         _local.resizer = cykooz.Resizer()
     _local.resizer.resize(source, result, options)
-    return Image.frombytes("RGB", (size[1], size[0]), result.get_buffer())
+    return np.frombuffer(result.get_buffer(), np.uint8).reshape(*size, 3)

@@ -12,7 +12,12 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, DecodeError, make_train_iterator, turbo
-from fastvim_jax.data.transforms import eval_transform, train_transform
+from fastvim_jax.data.transforms import (
+    eval_transform,
+    horizontal_flip,
+    random_resized_crop,
+    train_transform,
+)
 from fastvim_jax.data.turbo import TurboJpeg, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
@@ -191,6 +196,17 @@ def test_transforms_agree(real_data: Path, seed: int) -> None:
         for a, b in zip(ours, theirs, strict=True):
             assert a.shape == b.shape == (96, 96, 3)
             assert np.abs(a - b).mean() < 2.5
+
+
+def test_the_short_way_draws_and_gives_the_same(rng: np.random.Generator, seed: int) -> None:
+    picture = _turbo(encode(_smooth(rng, 90, 120), "JPEG"))
+    config = DataConfig(image_size=(24, 32))
+    for i in range(8):
+        draws = np.random.default_rng(seed + i)
+        image = random_resized_crop(picture, (24, 32), draws)
+        whole = horizontal_flip(image, draws, probability=0.5)
+        short = train_transform(picture, config, np.random.default_rng(seed + i))
+        np.testing.assert_array_equal(short, np.asarray(whole))
 
 
 def _tree(folder: Path, rng: np.random.Generator) -> Path:

@@ -1,0 +1,86 @@
+"""`fastvim bench data PATH`: images a second of each stage, of the whole pipeline, and of a PyTorch DataLoader."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which files to read, and how.
+
+    Stages and whole are measured in processor time: images a second of one core, whatever else runs. With worker
+    processes, which take a while to start, the clock counts.
+    """
+
+    path: Annotated[str, tyro.conf.Positional]
+    """The data set's folder, as for `fastvim data check`."""
+    source: str = "auto"
+    """Which kind of data set it is; auto looks at the folder."""
+    split: str = "train"
+    """Which split."""
+    class_list: str = ""
+    """Class list where the folder's own is not the right one."""
+    image_size: int = 224
+    """Side of the crops."""
+    batch_size: int = 32
+    """Images a batch."""
+    rand_augment: float | None = None
+    """RandAugment's magnitude in the whole pipelines; None: only crop and flip."""
+    workers: tuple[int, ...] = ()
+    """Numbers of worker processes to measure, too."""
+    seconds: float = 2.0
+    """About how long each measurement takes."""
+    json: Path | None = None
+    """Keep all rows in this file, with device, versions and commit."""
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Reading images."""
+    chosen = parse(Data, "bench data", arguments, f"{Data.__doc__}")
+    if chosen.seconds <= 0 or any(count < 1 for count in chosen.workers):
+        raise UsageError("--seconds must be positive, and --workers at least 1 each.")
+    from fastvim_jax.analysis.benchmarks.record import show
+    from fastvim_jax.data import DataConfig
+    from fastvim_jax.data.bench import measure
+    from fastvim_jax.data.sources.layout import guess_source
+
+    with as_usage_error():
+        kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
+        config = DataConfig(
+            source=kind,
+            path=chosen.path,
+            train_split=chosen.split,
+            class_list=chosen.class_list,
+            image_size=chosen.image_size,
+            batch_size=chosen.batch_size,
+            rand_augment=chosen.rand_augment,
+        )
+    rows = measure(config, seconds=chosen.seconds, workers=chosen.workers)
+    command = shlex.join(["fastvim", "bench", "data", *arguments])
+    found = show("data", rows, _COLUMNS, command=command, file=chosen.json)
+    for row in found:
+        if "ours_is_faster" in row:
+            print(f"whole against {row['what']}: {row['ours_is_faster']:.2f} times as fast")
+    return 0
+
+
+def _number(row: dict[str, Any], key: str, digits: int) -> str:
+    return f"{row[key]:,.{digits}f}" if key in row else ""
+
+
+_COLUMNS = (
+    ("stage", 34, lambda row: row["what"]),
+    ("decoder", 8, lambda row: row["with"]),
+    ("ms/image", 10, lambda row: _number(row, "milliseconds", 3)),
+    ("images/s a core", 16, lambda row: _number(row, "per_core", 0)),
+    ("images/s", 9, lambda row: _number(row, "per_second", 0)),
+)

@@ -1,0 +1,226 @@
+"""What reading images costs: each stage by itself, the whole pipeline, and a PyTorch DataLoader on the same files.
+
+Stages and whole are measured in processor time, so that a number of images a second is one core's, whatever else runs
+on the machine. With worker processes the clock counts instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastvim_jax.data import transforms
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.pipeline import make_train_iterator
+from fastvim_jax.data.randaugment import rand_augment
+from fastvim_jax.data.records import Source
+from fastvim_jax.data.sources import open_source
+from fastvim_jax.data.turbo import TurboJpeg, chosen_decoder, open_image
+
+Row = dict[str, Any]
+
+_RECORDS = 256  # kept decoded at once
+_WINDOWS = 5  # other work on the machine disturbs some of them
+_LEAST_BATCHES = 6  # of a window: more than are read ahead
+
+
+def measure(
+    config: DataConfig, *, seconds: float = 2.0, workers: Sequence[int] = ()
+) -> Iterator[Row]:
+    """Measure the training pipeline of `config` on its files.
+
+    Args:
+        config: data and augmentation; `decoder` is measured beside Pillow.
+        seconds: about how long each measurement takes.
+        workers: numbers of worker processes to measure the whole with, by the clock.
+
+    Yields:
+        Rows with `what` (the stage, or whole or DataLoader), `with` (which decoder), `milliseconds` an image, and
+        `per_core` or, with workers, `per_second` images. A row that cannot be measured says why in `skipped`.
+    """
+    source = open_source(
+        config.source, config.train_split, path=config.path, class_list=config.class_list
+    )
+    decoders = dict.fromkeys((chosen_decoder(config), "pillow"))
+    for decoder in decoders:
+        for stage, work in _stages(source, config, decoder):
+            milliseconds = _time(work, seconds)
+            yield _row(stage, decoder, milliseconds)
+    whole: dict[tuple[str, int], float] = {}
+    for decoder in decoders:
+        chosen = dataclasses.replace(config, decoder=decoder)
+        for count in (0, *workers):
+            row = _ours(dataclasses.replace(chosen, workers=count), seconds)
+            whole[decoder, count] = row["milliseconds"]
+            yield row
+    for count in (0, *workers):
+        row = _torch(source, config, count, seconds)
+        if "milliseconds" in row:
+            best = whole[next(iter(decoders)), count]
+            row["ours_is_faster"] = row["milliseconds"] / best
+        yield row
+
+
+def _stages(
+    source: Source, config: DataConfig, decoder: str
+) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Name of each stage, and a function that does it once for a number of records, which it returns."""
+    records = [source[i] for i in range(min(len(source), _RECORDS))]
+    size, rng = config.height_width, np.random.default_rng(0)
+    images = [r.image for r in records]
+
+    def whole(image: bytes | np.ndarray) -> Image.Image:
+        picture = open_image(image, channels=config.channels, name="", decoder=decoder)
+        if isinstance(picture, TurboJpeg):
+            picture = picture.crop_resized(
+                (0, 0, picture.width, picture.height), (picture.height, picture.width)
+            )
+        return picture
+
+    def crop(picture: Image.Image | TurboJpeg) -> Image.Image:
+        return transforms.random_resized_crop(
+            picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
+        )
+
+    def over(items: Sequence[Any], work: Callable[[Any], Any]) -> Callable[[], int]:
+        def once() -> int:
+            for item in items:
+                work(item)
+            return len(items)
+
+        return once
+
+    yield "read", over(range(len(records)), lambda i: source[i])
+    yield "decode", over(images, whole)
+    yield (
+        "decode, crop and resize",
+        over(
+            images,
+            lambda image: crop(
+                open_image(image, channels=config.channels, name="", decoder=decoder)
+            ),
+        ),
+    )
+    if decoder == "pillow":
+        decoded = [decode_image(image, channels=config.channels) for image in images]
+        yield "crop and resize", over(decoded, crop)
+        # The stages after it are the same with every decoder.
+        crops = [crop(image) for image in decoded]
+        yield "flip", over(crops, lambda i: transforms.horizontal_flip(i, rng, probability=0.5))
+        yield "RandAugment", over(crops, lambda image: rand_augment(image, rng))
+        yield "to array", over(crops, transforms.to_array)
+        arrays = [transforms.to_array(image) for image in crops]
+        part = arrays[: config.batch_size]
+        yield "batch", lambda: len(np.stack(part))
+
+
+def _time(work: Callable[[], int], seconds: float) -> float:
+    """Milliseconds of processor time for one record, in the best of several windows."""
+    work()
+    best = float("inf")
+    for _ in range(_WINDOWS):
+        done, begin = 0, time.process_time()
+        while (spent := time.process_time() - begin) < seconds / _WINDOWS or done == 0:
+            done += work()
+        best = min(best, spent / done * 1e3)
+    return best
+
+
+def _ours(config: DataConfig, seconds: float) -> Row:
+    batches = make_train_iterator(config, seed=0)
+    milliseconds = _time_batches(batches, config, seconds)
+    batches.close()
+    what = "whole" if not config.workers else f"whole, {_processes(config.workers)}"
+    return _row(what, config.decoder, milliseconds, workers=config.workers)
+
+
+def _time_batches(batches: Iterator[Any], config: DataConfig, seconds: float) -> float:
+    """Milliseconds an image in the best of several windows: of processor time without workers, else of the clock."""
+    clock = time.perf_counter if config.workers else time.process_time
+    # What was read ahead before the first batch was asked for is not counted.
+    for _ in range(1 + 4 * config.workers):
+        next(batches)
+    best = float("inf")
+    for _ in range(_WINDOWS):
+        begin, count = clock(), 0
+        while (spent := clock() - begin) < seconds / _WINDOWS or count < _LEAST_BATCHES:
+            next(batches)
+            count += 1
+        best = min(best, spent / (count * config.batch_size) * 1e3)
+    return best
+
+
+def _torch(source: Source, config: DataConfig, workers: int, seconds: float) -> Row:
+    """The same files through a PyTorch DataLoader: Pillow, torchvision's transforms, normalised float32 batches."""
+    name = "PyTorch DataLoader" + (f", {_processes(workers)}" if workers else "")
+    missing = [m for m in ("torch", "torchvision") if importlib.util.find_spec(m) is None]
+    if missing:
+        return {"what": name, "with": "pillow", "skipped": f"{' and '.join(missing)} not installed"}
+    import torch
+    from torchvision import transforms as vision
+
+    torch.set_num_threads(1)
+    steps = [
+        vision.RandomResizedCrop(
+            config.height_width, config.crop_scale, config.crop_aspect,
+            interpolation=vision.InterpolationMode.BICUBIC,
+        ),
+        vision.RandomHorizontalFlip(config.flip),
+    ]  # fmt: skip
+    if config.rand_augment is not None:
+        steps.append(vision.RandAugment(2, int(config.rand_augment)))
+    steps += [vision.ToTensor(), vision.Normalize(config.mean, config.std)]
+    loader = torch.utils.data.DataLoader(
+        _Endless(source, vision.Compose(steps)),
+        batch_size=config.batch_size,
+        num_workers=workers,
+        sampler=_shuffled(len(source)),
+        multiprocessing_context="spawn" if workers else None,
+    )
+    batches = iter(loader)
+    milliseconds = _time_batches(batches, dataclasses.replace(config, workers=workers), seconds)
+    del batches, loader
+    return _row(name, "pillow", milliseconds, workers=workers)
+
+
+@dataclasses.dataclass
+class _Endless:
+    """A map-style data set as PyTorch wants it."""
+
+    source: Source
+    transform: Callable[[Image.Image], Any]
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        record = self.source[index]
+        image = record.image
+        opened = (
+            Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+        )
+        return self.transform(opened.convert("RGB")), record.label
+
+
+def _shuffled(count: int) -> Iterator[int]:
+    rng = np.random.default_rng(0)
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" + ("es" if count > 1 else "")
+
+
+def _row(what: str, decoder: str, milliseconds: float, *, workers: int = 0) -> Row:
+    row: Row = {"what": what, "with": decoder, "milliseconds": milliseconds}
+    row["per_second" if workers else "per_core"] = 1e3 / milliseconds
+    return row
