@@ -23,7 +23,7 @@ from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.fused_core import fused_core, runs_fused
 from fastvim_jax.layers.linear import linear, product
 from fastvim_jax.layers.norms import make_norm
-from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled, Tokens
 from pallas_kernels import causal_conv1d, selective_scan
@@ -120,6 +120,8 @@ class ScanDirection(nnx.Module):
         precision = self.config.precision
         wide = precision.wide
         c = self.convolve(x)
+        if isinstance(pooling, NoPooling):  # the scan has every token at hand, and adds the skip
+            return self.scan(c, D=self.D[...].astype(wide)).astype(wide)
         scores = None if self.score is None else linear(self.score, c, precision)
         u = pooling.pool(c, scores)
         y = self.scan(u).astype(wide)
@@ -140,8 +142,8 @@ class ScanDirection(nnx.Module):
         delta = product(dt, self.dt_proj.kernel[...], precision.compute, precision.lax)
         return delta, B, C
 
-    def scan(self, u: Pooled) -> Pooled:
-        """The selective scan over u `b s e`, without the skip."""
+    def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
+        """The selective scan over u `b s e`, with the skip D · u if D `e` is given."""
         wide = self.config.precision.wide
         delta, B, C = self.select(u)
         return selective_scan(
@@ -150,6 +152,7 @@ class ScanDirection(nnx.Module):
             -jnp.exp(self.A_log[...].astype(wide)),
             B,
             C,
+            D=D,
             delta_bias=self.dt_proj.bias[...].astype(wide),
             delta_softplus=True,
             reverse=self.reverse,
@@ -213,6 +216,6 @@ class Mixer(nnx.Module):
             y = pooling.from_scan_order(y)
             if self.post_norm is not None:
                 y = self.post_norm(y)
-            gated = y * jax.nn.silu(z)
+            gated = y * jax.nn.silu(z.astype(y.dtype))
         out = linear(self.out_proj, gated, precision)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
