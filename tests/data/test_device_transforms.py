@@ -272,8 +272,9 @@ SHARDED = """
 import dataclasses, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import DataConfig, make_train_iterator
 from fastvim_jax.data.device_transforms import make_augment
+from fastvim_jax.distributed import make_mesh, place_batch
 assert len(jax.devices()) == 4
 config = DataConfig(
     source="digits", image_size=(8, 12), crop="pad_shift", resident=True, random_erasing=0.5,
@@ -293,6 +294,12 @@ for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}):
         assert shared["image"].sharding.num_devices == 4
         for name in alone:
             np.testing.assert_allclose(np.asarray(shared[name]), np.asarray(alone[name]), atol=1e-6)
+# Resident images come from one device, and are spread like any others.
+iterator = make_train_iterator(dataclasses.replace(config, batch_size=16), seed=int(sys.argv[1]))
+batch = next(iterator)
+spread = place_batch(make_mesh(), batch)
+assert {d.id for d in spread["image"].devices()} == {0, 1, 2, 3}
+np.testing.assert_array_equal(np.asarray(spread["image"]), np.asarray(batch["image"]))
 print("same")
 """
 

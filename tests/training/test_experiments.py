@@ -184,12 +184,24 @@ def test_every_experiment_has_its_schedule_and_optimizer(name):
     jax.eval_shape(optimizer.init, params)
 
 
-def test_the_imagenet_experiment_is_the_recipe():
-    config = load_experiment("imagenet/fastvim_tiny")
-    assert (config.model.depth, config.model.embed_dim, config.model.drop_path) == (24, 192, 0.05)
-    assert (config.data.batch_size, config.epochs, config.ema_decay) == (1024, 300, 0.9999)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("imagenet/")])
+def test_the_imagenet_experiments_follow_the_recipe(name):
+    """The first column of the paper's recipes; DeiT has a learning rate and a drop path of its own."""
+    config, deit = load_experiment(name), "/deit" in name
+    depth = 12 if isinstance(config.model, ViTConfig) else 24
+    width = {"tiny": 192, "small": 384, "base": 768}[name.split("_")[1]]
+    assert (config.model.depth, config.model.embed_dim) == (depth, width)
+    assert config.model.drop_path == (0.1 if deit else 0.4 if "_base" in name else 0.05)
+    assert (config.epochs, config.ema_decay, config.label_smoothing) == (300, 0.9999, 0.1)
+    data = config.data
+    assert (data.batch_size, data.height_width, data.eval_crop) == (1024, (224, 224), 0.875)
+    assert (data.crop, data.crop_scale, data.flip) == ("random_resized", (0.08, 1.0), 0.5)
+    assert (data.rand_augment, data.rand_augment_std, data.random_erasing) == (9.0, 0.5, 0.25)
+    assert (data.mixup, data.cutmix, data.mix_prob, data.mix_switch_prob) == (0.8, 1.0, 1.0, 0.5)
     optimizer = config.optimizer
-    assert (optimizer.learning_rate, optimizer.learning_rate_scaling) == (1e-3, "deit")
+    assert optimizer.learning_rate == (5e-4 if deit else 1e-3)
+    assert (optimizer.learning_rate_scaling, optimizer.decay_groups) == ("deit", "supervised")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.clip_grad_norm) == (0.9, 0.999, None)
     assert (optimizer.warmup_epochs, optimizer.warmup_start) == (5, 1e-6)
     assert (optimizer.final_learning_rate, optimizer.weight_decay) == (1e-5, 0.05)
 
