@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,26 @@ def _check(arguments: Sequence[str]) -> int:
             if count:
                 print(f"note: {count} images are in both {a} and {b}")
         print("Something is wrong, see above." if found else "Nothing is wrong.")
+        train = _train_command(chosen, kind, {split: r.classes for split, r in reports.items()})
+        if train:
+            print(f"Train on it: {train}")
     return int(found)
+
+
+def _train_command(chosen: _Where, kind: str, classes: dict[str, int]) -> str | None:
+    """The experiment made for one's own images, with what it must be told of these; None without two splits."""
+    held_out = next((split for split in ("val", "validation", "test") if split in classes), None)
+    if "train" not in classes or held_out is None:
+        return None
+    options = {
+        "data.path": chosen.path,
+        "data.source": "" if kind == "image_folder" else kind,
+        "data.class-list": chosen.class_list,
+        "data.eval-split": "" if held_out == "val" else held_out,
+        "model.num-classes": str(classes["train"]),
+    }
+    given = [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
+    return " ".join([command(), "train your_images/fastvim", *given])
 
 
 def _prepare(arguments: Sequence[str]) -> int:

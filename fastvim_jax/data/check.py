@@ -40,6 +40,7 @@ class Report:
 
     Attributes:
         records: records scanned.
+        classes: number of classes.
         counts: records of each class, by label.
         problems: what is wrong.
         duplicates: records whose image another record of the same label holds too (harmless, but counted).
@@ -47,6 +48,7 @@ class Report:
     """
 
     records: int
+    classes: int
     counts: dict[int, int]
     problems: tuple[Problem, ...]
     duplicates: int
@@ -101,7 +103,9 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         if not counts[label]
     ]
     digests = {digest: records[0].index for digest, records in same.items()}
-    return Report(len(source), dict(sorted(counts.items())), tuple(problems), duplicates, digests)
+    return Report(
+        len(source), len(names), dict(sorted(counts.items())), tuple(problems), duplicates, digests
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,9 @@ def pets(tmp_path: Path, rng: np.random.Generator) -> Path:
 def test_a_clean_set(fastvim: Cli, pets: Path) -> None:
     status, out, err = fastvim("data", "check", pets)
     assert status == 0 and err == ""
-    assert out.splitlines() == [
+    *lines, train = out.splitlines()
+    assert train.endswith(f"train your_images/fastvim --data.path {pets} --model.num-classes 2")
+    assert lines == [
         "image_folder train: 6 records, 2 of 2 classes, 0 repeated images, 0 problems",
         "image_folder val: 2 records, 2 of 2 classes, 0 repeated images, 0 problems",
         "Nothing is wrong.",

@@ -103,7 +103,7 @@ def test_every_ablation_is_held_to_its_base():
     stand_alone = {
         "digits/fastvim_digits", "imagenet/fastvim_tiny", "imagenet/vit_small", "imagenet/deit_tiny",
         "imagenet/deit_small", "imagenet/deit_base", "cifar10/fastvim", "cifar10/vit",
-        "tiny_imagenet/fastvim",
+        "tiny_imagenet/fastvim", "your_images/fastvim",
     }  # fmt: skip
     assert stand_alone | CHANGES.keys() == set(EXPERIMENTS)
     for name in stand_alone:
