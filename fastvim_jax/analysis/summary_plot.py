@@ -68,6 +68,8 @@ def _draw_norms(axes: Axes, train: Records) -> None:
     _line(axes, train, "grad_norm", "gradient", _BLUE)
     _line(axes, train, "update_norm", "update", _ORANGE)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.35)  # The legend is to hide no line.
     dress(axes, "Euclidean norm", "Norms")
 
 
@@ -84,6 +86,7 @@ def _draw_time(axes: Axes, train: Records) -> None:
     _line(axes, train, "data_wait", "waiting for data", _ORANGE)
     _line(axes, train, "dispatch", "dispatching the step", _GREY)
     _line(axes, train, "device_wait", "waiting for the device", _GREEN)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.38)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     dress(axes, "share of the steps' time", "Where the host's time goes")

@@ -14,6 +14,8 @@ import tyro
 from fastvim_jax.cli.usage import as_usage_error, command, parse
 
 _RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there is continued."
+_PROFILE_HELP = "Steps of this start to trace for xprof or TensorBoard, into the folder profile of the run: 10:13."
+_WANDB_HELP = "A project of Weights & Biases that gets the numbers too (extra: wandb)."
 
 HELP = """\
 Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
@@ -31,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or go on with an unfinished run of it."""
     from fastvim_jax.training import (
         STOPPED_STATUS,
+        ProfileSteps,
         Stopped,
         experiment_docs,
         list_experiments,
@@ -47,8 +50,16 @@ def run(arguments: Sequence[str]) -> int:
         description = f"{experiment_docs(name)}\n\nEvery field of the config can be overridden:"
     run_dir = Path("runs") / (Path(name).stem if name.endswith(".py") else name)
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
+    with as_usage_error():
+        profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
     try:
-        result = train(chosen.config, chosen.run_dir, progress=chosen.progress)
+        result = train(
+            chosen.config,
+            chosen.run_dir,
+            progress=chosen.progress,
+            profile=profile,
+            wandb=chosen.wandb,
+        )
     except Stopped as stopped:
         print(f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr)
         return STOPPED_STATUS
@@ -58,7 +69,9 @@ def run(arguments: Sequence[str]) -> int:
         if f"{weights}_top1" in result.metrics
     ]
     print(f"Finished at step {result.step} after {result.seconds:.0f} s: {', '.join(scores)}.")
-    print(f"Everything is in {result.run_dir}. Next: {command()} eval {result.run_dir}")
+    print(
+        f"Everything is in {result.run_dir}, the curves in summary.png. Next: {command()} eval {result.run_dir}"
+    )
     return 0
 
 
@@ -73,6 +86,16 @@ def _arguments(config: Any, run_dir: Path) -> type:
         [
             ("run_dir", Annotated[Path, tyro.conf.arg(help=_RUN_DIR_HELP)], run_dir),
             ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
+            (
+                "profile",
+                Annotated[str | None, tyro.conf.arg(help=_PROFILE_HELP, metavar="FIRST:LAST")],
+                None,
+            ),
+            (
+                "wandb",
+                Annotated[str | None, tyro.conf.arg(help=_WANDB_HELP, metavar="PROJECT")],
+                None,
+            ),
             (
                 "config",
                 Annotated[fields, tyro.conf.arg(name="")],

@@ -6,6 +6,7 @@ from fastvim_jax.training.evaluation import evaluate
 from fastvim_jax.training.experiments import experiment_docs, list_experiments, load_experiment
 from fastvim_jax.training.health import NonFiniteError
 from fastvim_jax.training.metrics import read_metrics
+from fastvim_jax.training.profiling import ProfileSteps
 from fastvim_jax.training.run_folder import Run, load_run
 from fastvim_jax.training.stopping import STOPPED_STATUS, Stopped
 from fastvim_jax.training.supervised import RunResult, train
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "NonFiniteError",
     "OptimizerConfig",
+    "ProfileSteps",
     "Run",
     "RunResult",
     "Stopped",

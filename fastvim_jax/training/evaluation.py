@@ -86,7 +86,7 @@ def evaluate_state(
     }
 
 
-def in_words(scores: Mapping[str, int | float]) -> str:
+def in_words(scores: Mapping[str, Any]) -> str:
     """The scores of `evaluate_state` as a line for people."""
     parts = [
         f"{name} top-1 {100 * scores[f'{name}_top1']:.2f} %, loss {scores[f'{name}_loss']:.4f}"

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastvim_jax.distributed import is_first_process
+from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.disk import writing
 from fastvim_jax.training.event_file import EventFile
@@ -178,9 +178,10 @@ def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, 
 
 def open_sinks(wandb: str | None, folder: Path, config: Any) -> list[Sink]:
     """Places for the scalars besides the run folder: Weights & Biases, if its project is named."""
-    if wandb is None or not is_first_process():
-        return []
-    return [WandbLog(wandb, folder, to_dict(config))]
+    sinks: list[Sink] = []
+    if wandb is not None:
+        on_first_process(lambda: sinks.append(WandbLog(wandb, folder, to_dict(config))))
+    return sinks
 
 
 def evaluated(folder: Path | str, step: int) -> bool:

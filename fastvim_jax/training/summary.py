@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastvim_jax.analysis.summary_plot import plot_summary
 from fastvim_jax.distributed import is_first_process
+from fastvim_jax.training.evaluation import in_words
 from fastvim_jax.training.metrics import read_metrics
 
 SUMMARY_FILE = "summary.png"
@@ -22,12 +23,12 @@ class SummaryPicture:
 
     Args:
         folder: the run folder.
-        about: what the run is, for the headline.
+        total_steps: the run's length, for the headline.
     """
 
-    def __init__(self, folder: Path, about: str) -> None:
+    def __init__(self, folder: Path, total_steps: int) -> None:
         self._folder = folder
-        self._about = about
+        self._total_steps = total_steps
         self._next = time.monotonic() + INTERVAL
 
     def draw(self, *, at_once: bool = False) -> None:
@@ -37,9 +38,14 @@ class SummaryPicture:
         self._next = time.monotonic() + INTERVAL
         file = self._folder / SUMMARY_FILE
         temporary = file.with_name(f"{file.stem}.tmp.png")
-        title = f"{self._folder.resolve().name}: {self._about}"
+        records = read_metrics(self._folder)
+        evaluations = [record for record in records if record["kind"] == "eval"]
+        title = f"{self._folder.resolve().name}, {self._total_steps} steps"
+        if evaluations:
+            step, scores = evaluations[-1]["step"], in_words(evaluations[-1])
+            title += f"; at step {step}: {scores}"
         try:
-            plot_summary(read_metrics(self._folder), temporary, title=title)
+            plot_summary(records, temporary, title=title)
             os.replace(temporary, file)
         except OSError as error:
             _log.warning("%s could not be written: %s", file, error)

@@ -197,7 +197,7 @@ def _train(
         peak_flops=peak_of(mesh, config.model),
     )
     profiler = opened.enter_context(Profiler(profile, folder / "profile", first_step + 1))
-    picture = SummaryPicture(folder, f"{config.data.source}, {len(parameters)} parameter arrays")
+    picture = SummaryPicture(folder, total_steps)
 
     def save(step: int) -> None:
         records = window.fetch(checkpoints.describe_latest)
