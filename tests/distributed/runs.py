@@ -1,0 +1,63 @@
+"""Run as a program: whole runs of the trainer, in the folder given, on any mesh of one or several processes.
+
+    python tests/distributed/runs.py FOLDER JOB ...
+
+A job is NAME:DATAxFSDP to train to the end, NAME:DATAxFSDP:STEP to break off after a step; NAME=OTHER copies a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from fastvim_jax.distributed import MeshConfig, is_first_process, sharding, start, wait
+from fastvim_jax.training import TrainConfig, train
+from fastvim_jax.training.metrics import RunLog
+from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
+
+sharding.SMALLEST = 8  # So that nearly everything of a tiny model is spread.
+
+
+def config(mesh: MeshConfig) -> TrainConfig:
+    model = tiny_model(depth=1, dtype="float64", param_dtype="float64")
+    made = tiny_config(model=model, log_every_steps=1, checkpoint_every_steps=STEPS_PER_EPOCH)
+    return replace(made, mesh=mesh)
+
+
+def break_off_after(last: int) -> None:
+    """Let the next run end without a word after some step."""
+    advance, count = RunLog.advance, iter(range(1, 1000))
+
+    def stop(log: RunLog) -> None:
+        advance(log)
+        if next(count) == last:
+            RunLog.advance = advance  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+
+    RunLog.advance = stop  # type: ignore[method-assign]
+
+
+def main(folder: str, *jobs: str) -> None:
+    jax.config.update("jax_enable_x64", True)
+    start()
+    for job in jobs:
+        name, mesh, *stop = job.split(":")
+        name, _, copied = name.partition("=")
+        if copied and is_first_process():
+            shutil.copytree(Path(folder, copied), Path(folder, name))
+        wait("copied")
+        data, fsdp = map(int, mesh.split("x"))
+        if stop:
+            break_off_after(int(stop[0]))
+        try:
+            train(config(MeshConfig(data, fsdp)), Path(folder, name), progress=False)
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

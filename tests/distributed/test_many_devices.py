@@ -1,0 +1,156 @@
+"""The same run on 1, 2, 4 and 8 simulated devices, in one and in two processes, gives the same numbers.
+
+Tolerances: 1e-10 of the loss in float64, 1e-5 in float32, both for the first ten steps; whole runs of the trainer in
+float64 1e-10 in every number of the log, and exactly the same counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvim_jax.training import read_metrics
+from fastvim_jax.training.clock import TIMING
+from tests.support import ROOT
+from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH
+
+HERE = Path(__file__).parent
+MESHES = (
+    "float64-2x1", "float64-4x1", "float64-8x1", "float64-1x2", "float64-1x8", "float64-2x4",
+    "float64-1x1-accumulate2", "float64-2x4-accumulate4", "float64-1x8-remat", "float64-2x2-unroll",
+)  # fmt: skip
+SINGLE = ("float32-8x1", "float32-1x8", "float32-2x4-accumulate4")
+QUICK = ("float32-2x4-accumulate2-vit", "float32-1x1-vit")
+
+
+def launch(program: str, *arguments: str, devices: int, **variables: str) -> subprocess.Popen:
+    # Programs that run for a second repay little optimisation.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+    return subprocess.Popen(
+        [sys.executable, str(HERE / program), *arguments],
+        env=os.environ
+        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-5000:]
+
+
+def curves(folder: Path, *names: str) -> dict:
+    finish(launch("curves.py", str(folder / "out.json"), *names, devices=8))
+    return json.loads((folder / "out.json").read_text())
+
+
+def together(program: str, *arguments: str) -> None:
+    """Run a program in two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    finish(
+        *(
+            launch(program, *arguments, devices=2, **common, JAX_PROCESS_ID=str(process))
+            for process in range(2)
+        )
+    )
+
+
+def test_eight_devices_and_one_give_the_same_curve(tmp_path):
+    """The quick one: data × fsdp and accumulation at once, drop path and all augmentation on."""
+    results = curves(tmp_path, *QUICK)
+    (eight, share), (one, whole) = (results[name] for name in QUICK)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert share < 0.4 and whole == 1.0
+    assert one[-1] < one[0] - 0.01
+
+
+@pytest.fixture(scope="module")
+def float64(tmp_path_factory):
+    return curves(tmp_path_factory.mktemp("curves"), "float64-1x1", *MESHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_the_mesh_does_not_change_the_curve(float64, name):
+    losses, _ = float64["float64-1x1"]
+    np.testing.assert_allclose(float64[name][0], losses, rtol=1e-10)
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.slow
+def test_fsdp_spreads_the_state(float64):
+    shares = {name: float64[name][1] for name in ("float64-8x1", "float64-1x2", "float64-1x8")}
+    assert shares["float64-8x1"] == 1.0
+    assert shares["float64-1x2"] < 0.55 and shares["float64-1x8"] < 0.22
+
+
+@pytest.mark.slow
+def test_the_mesh_does_not_change_the_curve_in_float32(tmp_path):
+    results = curves(tmp_path, "float32-1x1", *SINGLE)
+    for name in SINGLE:
+        np.testing.assert_allclose(
+            results[name][0], results["float32-1x1"][0], rtol=1e-5, err_msg=name
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run on one device, and one broken off on eight and taken up on others; see runs.py."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = ("whole:1x1", "spread:1x8:15", "one=spread:1x1", "four=spread:2x2")
+    finish(launch("runs.py", str(folder), *jobs, devices=8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(runs):
+    """A run in two processes, and the one broken off on eight devices of one process taken up by two."""
+    together("runs.py", str(runs), "two:4x1", "moved=spread:2x2")
+    return runs
+
+
+def assert_same_log(folder: Path, other: Path) -> None:
+    mine, theirs = read_metrics(folder), read_metrics(other)
+    assert (
+        len(mine) == len(theirs) == 2 * STEPS_PER_EPOCH + 2 + 2
+    )  # evaluations and norms of two epochs
+    for record, expected in zip(mine, theirs, strict=True):
+        assert record.keys() == expected.keys()
+        for key in record.keys() - TIMING - {"kind"}:
+            np.testing.assert_allclose(
+                record[key], expected[key], rtol=1e-10, atol=1e-12, err_msg=key
+            )
+        if record["kind"] == "eval":
+            assert record["count"] == EVAL_IMAGES
+            for key in ("raw_top1", "ema_top1", "raw_top5", "ema_top5"):
+                assert record[key] == expected[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "four"])
+def test_a_checkpoint_of_eight_devices_goes_on_where_others_are(runs, name):
+    assert_same_log(runs / name, runs / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "moved"])
+def test_two_processes_give_the_same_run_and_count_exactly(two_processes, name):
+    """4 × 1 and 2 × 2 devices; what process 0 wrote is the whole run folder."""
+    assert_same_log(two_processes / name, two_processes / "whole")
