@@ -29,6 +29,12 @@ def kernels_missing() -> str | None:
     return _no_device()
 
 
+def device_kind() -> str:
+    """Of the device that programs traced now are for, such as "NVIDIA H100 80GB HBM3"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.device_kind if device is not None else jax.local_devices()[0].device_kind
+
+
 @functools.cache
 def _no_device() -> str | None:
     devices = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]

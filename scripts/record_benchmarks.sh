@@ -47,6 +47,7 @@ start mixer_core_f32 mixer --parts core --dtypes float32
 start mixer_core_bf16 mixer --parts core --dtypes bfloat16
 start mixer_stages mixer --parts stages
 start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
+start scan_tune scan --tune --tuned-file "$out/logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
 start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32
 wait "${others[@]}"
 printf '%4d s  all but the last are done\n' "$SECONDS"

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastvim_jax.cli.bench_data import data
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
-from fastvim_jax.errors import suggest
+from fastvim_jax.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from fastvim_jax.analysis.benchmarks.record import Columns
     from pallas_kernels import timing
+    from pallas_kernels.selective_scan.arg_specs import ScanSpec
 
 HELP = """\
 Usage: fastvim bench BENCH [--json FILE] [OPTIONS]
@@ -55,6 +56,10 @@ class Scan:
     """Of the sequences; the kernels alone are measured in bfloat16."""
     directions: tuple[Direction, ...] = ("forward", "both")
     """forward, or forward and backward with all gradients."""
+    tune: bool = False
+    """Instead try block sizes for the Pallas kernels, and keep those that beat the built-in rules (Hopper GPUs)."""
+    tuned_file: Path | None = None
+    """Where --tune keeps them; by default beside the kernels, which read them there."""
     plot: Path | None = None
     """Draw the times over the lengths into this file."""
     json: Path | None = None
@@ -125,17 +130,36 @@ def scan(arguments: Sequence[str]) -> int:
             if chosen.lengths
             else default_specs(chosen.channels, chosen.states)
         )
+    gradients = _gradients(chosen.directions)
+    if chosen.tune:
+        return _tune(shapes, gradients, chosen, arguments)
     cases = bench.cases(
         shapes,
         dtypes=chosen.dtypes,
         implementations=chosen.implementations,
-        gradients=_gradients(chosen.directions),
+        gradients=gradients,
     )
     rows = _measure("scan", cases, bench.COLUMNS, arguments, chosen.json)
     print_steps(shapes)
     if chosen.plot:
         plot(rows, chosen.plot)
         print(f"The plot is {chosen.plot}.")
+    return _status(rows)
+
+
+def _tune(
+    shapes: Sequence[ScanSpec], gradients: Sequence[bool], chosen: Scan, arguments: Sequence[str]
+) -> int:
+    from pallas_kernels.selective_scan import tune
+
+    try:
+        cases = tune.cases(shapes, gradients)
+    except NotImplementedError as reason:
+        raise UserError(f"{reason}.") from reason
+    rows = _measure("scan", cases, tune.COLUMNS, arguments, chosen.json, record="tune")
+    file = chosen.tuned_file or tune.default_file()
+    kept = tune.keep(rows, file, shlex.join(["fastvim", "bench", "scan", *arguments]))
+    print(f"Faster than the rules, kept in {file}: {', '.join(kept) or 'nothing'}.")
     return _status(rows)
 
 
@@ -221,12 +245,13 @@ def _measure(
     columns: Columns,
     arguments: Sequence[str],
     file: Path | None,
+    record: str = "",
 ) -> list[dict[str, Any]]:
     from fastvim_jax.analysis.benchmarks.record import show
     from pallas_kernels import timing
 
     command = shlex.join(["fastvim", "bench", bench, *arguments])
-    return show(bench, timing.run(cases), columns, command=command, file=file)
+    return show(record or bench, timing.run(cases), columns, command=command, file=file)
 
 
 def _status(rows: Sequence[dict[str, Any]]) -> int:

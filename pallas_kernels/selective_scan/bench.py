@@ -111,20 +111,27 @@ def _options(spec: ScanSpec) -> dict[str, Any]:
     return {"delta_softplus": spec.delta_softplus, "reverse": spec.reverse}
 
 
+def checked(
+    spec: ScanSpec, dtype: str, gradient: bool, implementation: str
+) -> tuple[timing.Measured, float]:
+    """The compiled measurement of one scan, and its error against the reference."""
+    measured = timing.Measured(
+        function(implementation, _options(spec), gradient),
+        lambda seed: _arguments(spec, dtype, seed),
+        max_sets=12 if spec.length < 100 else 4,
+    )
+    expected = _expected(spec, dtype, gradient)
+    return measured, timing.relative_error(measured.prepare(), expected)
+
+
 def _case(spec: ScanSpec, dtype: str, gradient: bool, implementation: str) -> timing.Case:
-    costs: timing.Row
     if implementation == "mamba_ssm":
         measured: Any = mamba_ssm.Peer(spec, dtype, gradient)
-        result, costs = measured.result(), {}
+        error = timing.relative_error(measured.result(), _expected(spec, dtype, gradient))
+        costs: timing.Row = {}
     else:
-        measured = timing.Measured(
-            function(implementation, _options(spec), gradient),
-            lambda seed: _arguments(spec, dtype, seed),
-            max_sets=12 if spec.length < 100 else 4,
-        )
-        result, costs = measured.prepare(), measured.program.costs()
-    error = timing.relative_error(result, _expected(spec, dtype, gradient))
-    del result
+        measured, error = checked(spec, dtype, gradient, implementation)
+        costs = measured.program.costs()
     yield None
     time = measured.time()
     del measured
@@ -178,17 +185,20 @@ def dependent_steps(implementation: str, spec: ScanSpec) -> int | None:
 def _kernel_steps(spec: ScanSpec) -> int | None:
     if jax.__version_info__ < gpu.OLDEST_JAX:
         return None
+    cut = kernel_plan(spec, gradient=False)
+    return spec.length if cut.splits == 1 else 2 * cut.per_split * cut.chunk + cut.splits
+
+
+def kernel_plan(spec: ScanSpec, gradient: bool) -> Any:
+    """How the kernels cut this scan, for a gradient to follow or without."""
     from pallas_kernels.selective_scan import mosaic
 
     arrays, _ = jax.eval_shape(lambda: _arguments(spec, "float32", 0))
     grouped = {k: arrays[k] if spec.groups else _with_group(arrays[k]) for k in "BC"}
-    absent = dict.fromkeys(("D", "z", "delta_bias"))
-    inputs = ScanInputs(**{**absent, **arrays, **grouped})
-    options = ScanOptions(spec.delta_softplus, spec.reverse, False, 0, keep_boundaries=False)
-    cut = mosaic.plan(inputs, options, mosaic.forward_chunk(spec.length))
-    if cut.splits == 1:
-        return spec.length
-    return 2 * cut.per_split * cut.chunk + cut.splits
+    inputs = ScanInputs(**{**dict.fromkeys(("D", "z", "delta_bias")), **arrays, **grouped})
+    chunk = mosaic.chunk_length(inputs) if gradient else mosaic.forward_chunk(inputs)
+    options = ScanOptions(spec.delta_softplus, spec.reverse, False, chunk, keep_boundaries=gradient)
+    return mosaic.plan(inputs, options, chunk)
 
 
 def _with_group(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

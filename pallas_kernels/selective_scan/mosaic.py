@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward
+from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward, tuned
 from pallas_kernels.selective_scan.mosaic_common import WARPS
 from pallas_kernels.selective_scan.mosaic_forward import Plan
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
@@ -46,6 +46,9 @@ def unsupported(inputs: ScanInputs) -> str | None:
 
 def chunk_length(inputs: ScanInputs) -> int:
     """Steps between the states kept for the gradient: what the backward kernel holds in registers."""
+    measured = tuned.find(inputs, gradient=True)
+    if measured is not None:
+        return measured.chunk
     length, states = inputs.u.shape[1], inputs.A.shape[1]
     return 8 if length <= 8 or states > 16 or _two_channels_a_lane(inputs) else 16
 
@@ -64,8 +67,12 @@ def _two_channels_a_lane(inputs: ScanInputs) -> bool:
     return blocks >= 600 or (4 * blocks <= ENOUGH_BLOCKS and length >= 2048)
 
 
-def forward_chunk(length: int) -> int:
+def forward_chunk(inputs: ScanInputs) -> int:
     """Steps of a tile where nothing is kept: little padding first, then few tiles."""
+    measured = tuned.find(inputs, gradient=False)
+    if measured is not None:
+        return measured.chunk
+    length = inputs.u.shape[1]
     sizes = (8, 16, 24, 32, 40)
     return min(sizes, key=lambda size: (math.ceil(length / size) * size * (1 + 0.8 / size), size))
 
@@ -81,6 +88,9 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     splits = 1
     if 2 * blocks <= ENOUGH_BLOCKS:  # and no split shorter than 8 tiles
         splits = max(1, min(ENOUGH_BLOCKS // blocks, chunks // 8))
+    measured = tuned.find(inputs, options.keep_boundaries)
+    if measured is not None and measured.chunk == chunk:
+        channels, splits = measured.channels, measured.splits
     return Plan(
         batch=batch,
         length=length,
@@ -194,7 +204,7 @@ def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[j
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
     """See `types.Backend`; the states entering the chunks are ``b chunks e w r``, padded."""
     _, length, width = inputs.u.shape
-    chunk = options.chunk if options.keep_boundaries else forward_chunk(length)
+    chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
     o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
     y, *more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
