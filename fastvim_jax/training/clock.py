@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,7 +44,7 @@ class Clock:
         self._peak = peak_flops
         self._begin = self._lap = time.perf_counter()
         self._steps = 0
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -59,8 +59,8 @@ class Clock:
 
     def first_step(self) -> None:
         """The time since the start, compilation included, is no part of the throughput."""
-        self._spent = Counter(first_step_seconds=time.perf_counter() - self._begin)
-        self._lap, self._steps = self._begin, 0
+        self._restart(self._begin)
+        self._spent["first_step_seconds"] = time.perf_counter() - self._begin
 
     def lap(self) -> dict[str, float]:
         """The lap's numbers, and a new lap.
@@ -81,5 +81,9 @@ class Clock:
             if self._peak:
                 numbers["mfu"] = rate * self._image_flops / self._peak
         numbers |= {part: self._spent[part] for part in _BETWEEN if self._spent[part]}
-        self._lap, self._steps, self._spent = now, 0, Counter()
+        self._restart(now)
         return numbers
+
+    def _restart(self, now: float) -> None:
+        self._lap, self._steps = now, 0
+        self._spent.clear()

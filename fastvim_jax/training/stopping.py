@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+T = TypeVar("T")
+
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop, and saved: EX_TEMPFAIL of sysexits.h."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE = 0.5  # seconds
 _ASK_EVERY = 4  # steps; only with several processes
 
 
@@ -72,6 +77,19 @@ class StopRequest:
         if self.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.ask(signal.Signals(number).name)
+
+    def next_of(self, batches: Iterator[T]) -> T | None:
+        """The next batch; None if the signal reached the processes that make batches as well, and ended them."""
+        try:
+            return next(batches)
+        except Exception:
+            if jax.process_count() == 1:
+                deadline = time.monotonic() + _GRACE
+                while self.reason is None and time.monotonic() < deadline:
+                    time.sleep(0.01)  # Our own signal may be the later one.
+                if self.reason is not None:
+                    return None
+            raise
 
     def agreed(self, step: int) -> bool:
         """Whether the run stops after `step`: the same answer in every process, which all must call at every step.

@@ -113,7 +113,7 @@ def _train(
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)
     place = partial(place_batch, mesh)
-    share: dict[str, int] = {
+    share: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
@@ -199,10 +199,15 @@ def _train(
     profiler = opened.enter_context(Profiler(profile, folder / "profile", first_step + 1))
     picture = SummaryPicture(folder, total_steps)
 
-    def save(step: int) -> None:
+    def save() -> None:
         records = window.fetch(checkpoints.describe_latest)
         position = batches.get_state() | {"corrupt": sorted(union(batches.corrupt))}
         checkpoints.save(state, {"data": position, "window": records})
+
+    def stop_after(step: int) -> Stopped:
+        save()
+        checkpoints.wait()
+        return Stopped(f"{stop.reason}", step, total_steps)
 
     # Evaluation
     def evaluate_at(step: int) -> None:
@@ -224,7 +229,9 @@ def _train(
     for step in range(first_step + 1, total_steps + 1):
         with profiler.begin(step):
             with clock.timed("data_wait"):
-                batch = next(batches)
+                batch = stop.next_of(batches)
+            if batch is None:
+                raise stop_after(step - 1)
             with clock.timed("dispatch"):
                 state, metrics = train_step(state, batch)
         with clock.timed("device_wait"):
@@ -250,12 +257,11 @@ def _train(
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
         if last or step % steps_per_epoch == 0:
             log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})
-        if last or stopping or _due(step, config.checkpoint_every_steps or steps_per_epoch):
-            with clock.timed("checkpoint_seconds"):
-                save(step)
         if stopping and not last:
-            checkpoints.wait()
-            raise Stopped(f"{stop.reason}", step, total_steps)
+            raise stop_after(step)
+        if last or _due(step, config.checkpoint_every_steps or steps_per_epoch):
+            with clock.timed("checkpoint_seconds"):
+                save()
         if evaluation_due(step):
             with clock.timed("evaluation_seconds"):
                 evaluate_at(step)

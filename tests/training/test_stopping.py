@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from fastvim_jax.cli.main import main
+from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.training import STOPPED_STATUS, Stopped, load_run, read_metrics, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.stopping import StopRequest
@@ -73,6 +74,34 @@ def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
     assert read_metrics(folder, "eval") == []
     assert main(arguments) == 0
     assert_same_run(folder, finished)
+
+
+def test_a_signal_that_ends_the_data_workers_too_is_no_error(tmp_path, monkeypatch):
+    """As when Ctrl-C or a launcher signals the whole process group."""
+    take, count = DevicePrefetch.__next__, iter(range(1, TOTAL + 1))
+
+    def end(batches):
+        if next(count) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a worker process ended")
+        return take(batches)
+
+    monkeypatch.setattr(DevicePrefetch, "__next__", end)
+    with pytest.raises(Stopped) as caught:
+        train(CONFIG, tmp_path, progress=False)
+    assert caught.value.step == 5 and steps_of(tmp_path) == [5]
+
+
+def test_an_error_of_the_data_stays_one():
+    def batches():
+        yield 1
+        raise RuntimeError("a worker process ended")
+
+    made = batches()
+    with StopRequest() as stop:
+        assert stop.next_of(made) == 1
+        with pytest.raises(RuntimeError, match="a worker process ended"):
+            stop.next_of(made)
 
 
 def test_a_second_interrupt_stops_at_once_and_a_second_sigterm_does_not():
