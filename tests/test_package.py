@@ -42,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "data": BASE,
     "interop": {"models", "layers", *BASE},
     "analysis": {"models", "layers", "pallas_kernels", *BASE},
-    "training": {"models", "data", "distributed", "interop", "analysis", *BASE},
+    "training": {"models", "data", "distributed", "interop", "analysis", "pallas_kernels", *BASE},
     "cli": {
         "training",
         "data",
