@@ -41,10 +41,19 @@ CHECKPOINTS = "checkpoints"
 
 # What may change between an interrupted run and its continuation without changing a weight, but for rounding.
 _FREE = frozenset(
-    {"data.workers", "data.path", "keep_checkpoints", "mesh.data", "mesh.fsdp", "accumulate"}
+    {
+        "data.workers",
+        "data.path",
+        "data.decoder",
+        "keep_checkpoints",
+        "mesh.data",
+        "mesh.fsdp",
+        "accumulate",
+    }
 )
 _PACKAGES = (
-    "fastvim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
+    "fastvim-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
+    "pillow", "simplejpeg", "cykooz-resizer",
 )  # fmt: skip
 
 
@@ -67,13 +76,20 @@ class Run:
     weights: str
 
 
-def load_run(run_dir: Path | str, *, weights: str | None = None, step: int | None = None) -> Run:
+def load_run(
+    run_dir: Path | str,
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    place: jax.sharding.Sharding | None = None,
+) -> Run:
     """Load a model from a run folder alone.
 
     Args:
         run_dir: the run folder.
         weights: `raw`, or the average `ema`; by default the average if the run kept one.
         step: which checkpoint, by default the latest.
+        place: where the weights go, by default to this process's first device; whatever mesh they were saved from.
 
     Raises:
         UserError: the folder is no run folder, or the checkpoint is missing, damaged or of another model.
@@ -89,7 +105,7 @@ def load_run(run_dir: Path | str, *, weights: str | None = None, step: int | Non
         # Only shapes: the weights come from the checkpoint, so none are drawn.
         shapes = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
         graphdef, params = nnx.split(shapes)
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params = jax.tree.map(
             lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), params
         )
