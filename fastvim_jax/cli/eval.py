@@ -38,9 +38,11 @@ class Arguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a trained run: top-1, top-5 and loss, every image counted once."""
+    from fastvim_jax.distributed import is_first_process, start
     from fastvim_jax.training.run_scores import RunScores, score_run
 
     chosen = parse(_arguments(arguments), "eval", arguments, f"{run.__doc__}")
+    start()
     given = {"eval_split": chosen.split, "eval_batch_size": chosen.batch_size}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with as_usage_error():
@@ -52,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         step=chosen.step,
         per_class=chosen.per_class or chosen.confusion is not None,
     )
+    if not is_first_process():
+        return 0
     best = "ema" if "ema" in found.scores else "raw"
     if found.other_names:
         number, ours, theirs = found.other_names

@@ -17,6 +17,34 @@ _RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there i
 _PROFILE_HELP = "Steps of this start to trace for xprof or TensorBoard, into the folder profile of the run: 10:13."
 _WANDB_HELP = "A project of Weights & Biases that gets the numbers too (extra: wandb)."
 
+_PROCESS_FLAGS = [
+    (
+        "coordinator",
+        Annotated[
+            str | None,
+            tyro.conf.arg(
+                help="Several processes: host:port at which process 0 listens.", metavar="HOST:PORT"
+            ),
+        ],
+        None,
+    ),
+    (
+        "processes",
+        Annotated[
+            int | None,
+            tyro.conf.arg(
+                help="How many; under SLURM and Open MPI these three are found.", metavar="N"
+            ),
+        ],
+        None,
+    ),
+    (
+        "process",
+        Annotated[int | None, tyro.conf.arg(help="Which one this is, from 0.", metavar="I")],
+        None,
+    ),
+]
+
 HELP = """\
 Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
 
@@ -31,6 +59,7 @@ Experiments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or go on with an unfinished run of it."""
+    from fastvim_jax.distributed import is_first_process, start
     from fastvim_jax.training import (
         STOPPED_STATUS,
         ProfileSteps,
@@ -52,6 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     with as_usage_error():
         profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
+    start(chosen.coordinator, chosen.processes, chosen.process)
     try:
         result = train(
             chosen.config,
@@ -61,8 +91,13 @@ def run(arguments: Sequence[str]) -> int:
             wandb=chosen.wandb,
         )
     except Stopped as stopped:
-        print(f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr)
+        if is_first_process():
+            print(
+                f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr
+            )
         return STOPPED_STATUS
+    if not is_first_process():
+        return 0
     scores = [
         f"{weights} top-1 {100 * result.metrics[f'{weights}_top1']:.2f} %"
         for weights in ("raw", "ema")
@@ -96,6 +131,7 @@ def _arguments(config: Any, run_dir: Path) -> type:
                 Annotated[str | None, tyro.conf.arg(help=_WANDB_HELP, metavar="PROJECT")],
                 None,
             ),
+            *_PROCESS_FLAGS,
             (
                 "config",
                 Annotated[fields, tyro.conf.arg(name="")],

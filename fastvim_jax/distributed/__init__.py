@@ -4,6 +4,7 @@ from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_
 from fastvim_jax.distributed.processes import is_first_process, on_first_process, union, wait
 from fastvim_jax.distributed.sharding import (
     gather,
+    on_every_device,
     place_batch,
     replicated,
     split_batch,
@@ -19,6 +20,7 @@ __all__ = [
     "gather",
     "is_first_process",
     "make_mesh",
+    "on_every_device",
     "on_first_process",
     "on_mesh",
     "place_batch",

@@ -75,6 +75,13 @@ def gather(tree: Any) -> Any:
     return tree if fsdp == 1 else jax.tree.map(_gather_one, tree)
 
 
+def on_every_device(tree: Any) -> Any:
+    """Results that every process has to read."""
+    if FSDP not in _axes():
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
+
+
 def split_batch(tree: Any, axis: int = 0) -> Any:
     """Arrays split over all devices along `axis`, that of the batch."""
     if FSDP not in _axes():

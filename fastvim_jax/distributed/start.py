@@ -54,6 +54,8 @@ def start(
     launch = detect(os.environ, coordinator, processes, process)
     if launch is None or jax.distributed.is_initialized():
         return launch
+    # SIGTERM is the trainer's; JAX's service would swallow it before the trainer listens.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator_address=launch.coordinator,

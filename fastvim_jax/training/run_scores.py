@@ -66,11 +66,13 @@ def score_run(
     Raises:
         UserError: no such run, checkpoint or data; data of another number of classes than the model's.
     """
-    run = load_run(run_dir, weights=None if weights == "all" else weights, step=step)
+    mesh = make_mesh()
+    place = replicated(mesh)
+    run = load_run(run_dir, weights=None if weights == "all" else weights, step=step, place=place)
     runs = {run.weights: run}
     if weights == "all" and run.weights == "ema":
-        runs = {"raw": load_run(run_dir, weights="raw", step=run.step), "ema": run}
-    mesh = make_mesh()
+        raw = load_run(run_dir, weights="raw", step=run.step, place=place)
+        runs = {"raw": raw, "ema": run}
     batches = make_eval_iterator(
         data,
         batch_size=round_up(data.eval_batch_size or data.batch_size, mesh),
@@ -87,7 +89,7 @@ def score_run(
     eval_step = on_mesh(
         mesh, make_eval_step(graphdef, preprocess=make_preprocess(data), per_class=per_class)
     )
-    params = {n: jax.device_put(nnx.state(r.model), replicated(mesh)) for n, r in runs.items()}
+    params = {name: nnx.state(each.model) for name, each in runs.items()}
     try:
         scores = evaluate_weights(eval_step, params, map(partial(place_batch, mesh), batches))
     finally:

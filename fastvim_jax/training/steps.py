@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fastvim_jax.data.device_transforms import Augment, Preprocess
-from fastvim_jax.distributed import gather, split_batch, state_shardings
+from fastvim_jax.distributed import gather, on_every_device, split_batch, state_shardings
 from fastvim_jax.models.parameters import STACK, map_parameters
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
@@ -137,7 +137,7 @@ def make_train_step(
             ema=ema,
         )
         trees = {"grad": grads, "param": state.params, "update": updates}
-        norms = {kind: gather(parameter_norms(tree)) for kind, tree in trees.items()}
+        norms = {kind: on_every_device(parameter_norms(tree)) for kind, tree in trees.items()}
         metrics = {
             "loss": loss,
             **{f"{kind}_norm": whole_norm(norm) for kind, norm in norms.items()},
@@ -186,7 +186,7 @@ def make_eval_step(
             zeros = jnp.zeros((classes, classes), jnp.int32)
             counts["class_count"] = zeros[0].at[label].add(valid.astype(jnp.int32))
             counts["confusion"] = zeros.at[label, logits.argmax(-1)].add(counted.astype(jnp.int32))
-        return counts
+        return on_every_device(counts)
 
     return step
 
