@@ -1,0 +1,65 @@
+"""A signal to one of several processes stops all of them at the same step."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvim_jax.training import read_metrics
+from tests.support import ROOT
+from tests.training.compare_runs import steps_of
+from tests.training.tiny import STEPS_PER_EPOCH
+
+
+def stop_steps(*arguments: str) -> list[int]:
+    """The steps after which two processes stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("stops.py")), *arguments],
+            env={**os.environ, **settings, "JAX_PROCESS_ID": str(process)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [int(re.search(r"^stopped (\d+)$", output, re.MULTILINE)[1]) for output in outputs]
+
+
+def test_all_processes_stop_at_the_same_step(rng):
+    at = int(rng.integers(1, 20))
+    first, second = stop_steps(str(at))
+    assert first == second and at < first <= at + 8
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_and_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    first, second = stop_steps("3", str(folder))
+    assert first == second and 3 < first <= 11
+    assert steps_of(folder) == [first]
+    assert stop_steps("0", str(folder)) == [2 * STEPS_PER_EPOCH] * 2
+    assert [line["step"] for line in read_metrics(folder, "eval")] == [11, 22]
+    assert [line["step"] for line in read_metrics(folder, "train")] == [*range(3, 22, 3), 22]
