@@ -93,7 +93,8 @@ def keep(rows: Sequence[timing.Row], file: Path, command: str) -> list[str]:
             r for r in measured if all(r[k] == ruled[k] for k in ("shape", "states", "gradient"))
         ]
         best = min(same, key=lambda r: r["median"])
-        name = tuned.key(*ruled["shape"], ruled["states"], ruled["gradient"])
+        batch, length, channels = ruled["shape"]
+        name = tuned.key(batch, length, channels, ruled["states"], ruled["gradient"])
         record["blocks"].pop(name, None)
         if best["median"] < GAIN * ruled["median"]:
             blocks = {k: best[k] for k in Blocks._fields}
