@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.sharding import per_shard
 
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "pallas", "reference")
 """Every name that `causal_conv1d(..., implementation=...)` takes."""
@@ -72,4 +73,10 @@ def causal_conv1d(
             "use implementation='auto', which picks the fastest one there is"
         )
     run = reference.conv if implementation == "reference" else xla.conv
-    return run(x, kernel, bias, activation=activation, reverse=bool(reverse))
+    return per_shard(
+        lambda _, *arrays: run(*arrays, activation=activation, reverse=bool(reverse)),
+        ("b l e", "k e", None if bias is None else "e"),
+        "b l e",
+        split="b e",
+        opaque=False,
+    )(x, kernel, bias)

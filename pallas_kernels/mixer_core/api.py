@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+from pallas_kernels.sharding import like, per_shard
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 
@@ -41,6 +42,9 @@ def mixer_core(
     with d the two directions; the second one's window looks ahead. On Hopper GPUs, xz is read twice and
     out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode); kept
     for the gradient are xz and tensors of the size of u.
+
+    Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
+    needs all channels of a token).
 
     Args:
         xz: tokens row by row, x and z one after the other on the channel axis; bfloat16 to float64.
@@ -75,9 +79,38 @@ def mixer_core(
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps))
     stages = _stages(implementation, xz, directions, options)
     if stages is None:
-        u = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, options)
-        return xla.back(xz, middle(middle_params, u), directions, norm, options)
+        u = _of_share("front", _xla_front, options)(xz, directions)
+        return _of_share("back", xla.back, options)(xz, middle(middle_params, u), directions, norm)
     return _core(stages, middle, options, xz, directions, norm, middle_params)
+
+
+# Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
+_XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
+_DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
+_NORM = Norm("e", "e")  # type: ignore[arg-type]
+_DIMS: dict[str, tuple[Any, Any]] = {
+    "front": ((_XZ, _DIRECTIONS), _POOLED),
+    "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM), _TOKENS),
+    "back_gradients": (
+        (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS),
+        (_TOKENS, _TOKENS, "b s e", _NORM),
+    ),
+    "front_gradients": ((_XZ, _TOKENS, _TOKENS, _POOLED, _DIRECTIONS), (_XZ, _DIRECTIONS)),
+}
+
+
+def _of_share(
+    name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
+) -> Callable:
+    """A stage on each device's share of the batch."""
+    operands, results = _DIMS[name]
+    return per_shard(
+        lambda shard, *arrays: stage(*arrays, options), operands, results, split="b", opaque=opaque
+    )
+
+
+def _xla_front(xz, directions, options):
+    return xla.front(jnp.split(xz, 2, axis=-1)[0], directions, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +123,21 @@ class _Stages:
         from pallas_kernels.mixer_core import mosaic
 
         kernel = getattr(mosaic, name)
-        if self.always:
-            return kernel
+        other: Callable = _xla_front if name == "front" else getattr(xla, name)
 
-        def run(*args):
+        def either(*args):
             *arrays, options = args
-            other = getattr(xla, name)
-            if name == "front":  # the kernel reads x in place
-                other = lambda xz, *rest: xla.front(jnp.split(xz, 2, axis=-1)[0], *rest)  # noqa: E731
+            if self.always:
+                return kernel(*arrays, options)
             return jax.lax.platform_dependent(
                 *arrays,
                 cuda=lambda *arrays: kernel(*arrays, options),
                 default=lambda *arrays: other(*arrays, options),
             )
+
+        def run(*args):
+            *arrays, options = args
+            return _of_share(name, either, options, opaque=not mosaic.interpreted())(*arrays)
 
         return run
 
@@ -139,11 +174,15 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params):
 
 
 def _backward(stages, middle, options, residuals, out_bar):
-    xz, y, pull, directions, norm = residuals
+    xz, y, pull, *weights = residuals
+    # Sums over devices are in float32 or wider.
+    directions, norm = jax.tree.map(
+        lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
+    )
     s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(xz, y, directions, norm, out_bar, options)
     middle_bar, u_bar = pull(tuple(y_bar.astype(side.dtype) for side in y))
     xz_bar, directions_bar = stages.front_gradients(xz, s_bar, z_bar, u_bar, directions, options)
-    return xz_bar, directions_bar, norm_bar, middle_bar
+    return like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
 
 
 _core.defvjp(_forward, _backward)

@@ -27,6 +27,11 @@ def interpret(on: bool) -> None:
     _interpret = on
 
 
+def interpreted() -> bool:
+    """Whether they do. The interpreter has ordered effects, which XLA's partitioner does not let through."""
+    return _interpret
+
+
 def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
     """Shared memory of a block."""
     halo = segment + 2 * (taps - 1)

@@ -2,7 +2,8 @@
 
 `api` is the public function, `reference` the definition, `xla_sequential` and `xla_associative` the
 backends for any platform, `chunks` the chunk-by-chunk driver they share, `vjp` the derivative rule,
-`implementations` the names and the rule behind `"auto"`, `arg_specs` the shapes that tests and bench use.
+`sharded` the scan under a sharded `jit`, `implementations` the names and the rule behind `"auto"`,
+`arg_specs` the shapes that tests and bench use.
 """
 
 from pallas_kernels.selective_scan.api import selective_scan

@@ -76,6 +76,9 @@ def selective_scan(
     state per chunk of time and computes the rest again; `b l e n` never exists as a whole. State,
     steps, A and every sum are in float32, or in the widest input dtype if that is wider.
 
+    Under a sharded `jit` every device scans its share of b and of e, as u is split; weights are gathered where they
+    are split otherwise. A program that holds the kernels exports for one device only.
+
     Args:
         u: inputs, float of any width.
         delta: step sizes before bias and softplus.

@@ -193,7 +193,8 @@ def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) ->
     last_state = _state_out(h) if options.return_last_state else None
     if not keep:
         return y, last_state, None
-    return y, last_state, boundaries.reshape(-1, *boundaries.shape[2:])[: layout.chunks]
+    boundaries = boundaries.reshape(-1, *boundaries.shape[2:])[: layout.chunks]
+    return y, last_state, jnp.moveaxis(jax.vmap(_state_out)(boundaries), 0, 1)
 
 
 def backward(
@@ -215,13 +216,14 @@ def backward(
         entering = zero_state[None]
     else:  # of each run, the state entering the chunk that is visited first
         padding = layout.runs * layout.group - layout.chunks
-        entering = jnp.pad(boundaries, [(0, padding)] + [(0, 0)] * (boundaries.ndim - 1))
-        entering = entering.reshape(layout.runs, layout.group, *boundaries.shape[1:])
-        entering = entering[:, -1 if options.reverse else 0]
+        entering = jnp.pad(boundaries, [(0, 0), (0, padding), (0, 0), (0, 0)])
+        first = layout.group - 1 if options.reverse else 0
+        entering = jnp.moveaxis(entering[:, first :: layout.group], 1, 0)
+        entering = jax.vmap(lambda h: _state_in(h, layout.groups))(entering)
     if last_state_bar is None:
         h_bar = zero_state
     else:
-        h_bar = jnp.moveaxis(_split(jnp.swapaxes(last_state_bar, 1, 2), layout.groups), -2, 1)
+        h_bar = _state_in(last_state_bar, layout.groups)
 
     def run(carry, x):
         h_bar, weights_bar = carry
@@ -274,6 +276,11 @@ def _zero_state(steps: Steps, weights: Weights) -> jax.Array:
 def _state_out(h: jax.Array) -> jax.Array:
     """`b g n k` to `b e n`."""
     return jnp.swapaxes(_join(jnp.moveaxis(h, 1, -2)), 1, 2)
+
+
+def _state_in(h: jax.Array, groups: int) -> jax.Array:
+    """The inverse of `_state_out`."""
+    return jnp.moveaxis(_split(jnp.swapaxes(h, 1, 2), groups), -2, 1)
 
 
 def _scan_runs(run, carry, xs, reverse: bool):

@@ -12,6 +12,7 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
+from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
 
 _MODULES = {
@@ -51,42 +52,30 @@ class ByPlatform:
 
 @dataclasses.dataclass(frozen=True)
 class KernelOnCuda:
-    """The Mosaic kernels where the program is lowered for CUDA, XLA elsewhere.
-
-    The states kept for the gradient have the kernels' form in both.
-    """
+    """The Mosaic kernels where the program is lowered for CUDA, XLA elsewhere."""
 
     kernel: ModuleType
     other: Backend
 
     def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
         """See `types.Backend`."""
-
-        def other(x):
-            y, last_state, boundaries = self.other.forward(x, options)
-            if not options.keep_boundaries:
-                boundaries = None
-            if boundaries is not None:
-                boundaries = self.kernel.boundaries_in(boundaries, x, options)
-            return y, last_state, boundaries
-
+        other = lambda x: self.other.forward(x, options)  # noqa: E731
+        if (
+            self.kernel.unsupported(inputs) is not None
+        ):  # a device's share may be, of a whole that is not
+            return other(inputs)
         return jax.lax.platform_dependent(
             inputs, cuda=lambda x: self.kernel.forward(x, options), default=other
         )
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
         """See `types.Backend`."""
-
-        def other(x):
-            inputs, boundaries, *cotangents = x
-            if boundaries is not None:
-                boundaries = self.kernel.boundaries_out(boundaries, inputs, options)
-            return self.other.backward(inputs, options, boundaries, *cotangents)
-
+        other = lambda x: self.other.backward(x[0], options, *x[1:])  # noqa: E731
+        arrays = (inputs, boundaries, y_bar, last_state_bar)
+        if self.kernel.unsupported(inputs) is not None:
+            return other(arrays)
         return jax.lax.platform_dependent(
-            (inputs, boundaries, y_bar, last_state_bar),
-            cuda=lambda x: self.kernel.backward(x[0], options, *x[1:]),
-            default=other,
+            arrays, cuda=lambda x: self.kernel.backward(x[0], options, *x[1:]), default=other
         )
 
 
@@ -123,7 +112,10 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
         kernel = None if missing else _module("pallas")
         reason = missing or kernel.unsupported(inputs)
         if reason is None:
-            backend = kernel if name == "pallas" else KernelOnCuda(kernel, xla)
+            backend = Sharded(
+                kernel if name == "pallas" else KernelOnCuda(kernel, xla),
+                opaque=not kernel.interpreted(),
+            )
             chunk = kernel.chunk_length(inputs)
             return lambda inputs, options: vjp.scan(
                 backend, dataclasses.replace(options, chunk=chunk), inputs
@@ -133,6 +125,7 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
         if missing != "there is no GPU":
             gpu.log_once(f"selective_scan: using XLA and not the GPU kernels, since {reason}")
     chosen = xla if name in ("auto", "xla") else _module(name)
+    chosen = Sharded(chosen, opaque=False)
     return lambda inputs, options: vjp.scan(chosen, options, inputs)
 
 

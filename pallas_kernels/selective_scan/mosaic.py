@@ -30,6 +30,11 @@ def interpret(on: bool) -> None:
     _interpret = on
 
 
+def interpreted() -> bool:
+    """Whether they do. The interpreter has ordered effects, which XLA's partitioner does not let through."""
+    return _interpret
+
+
 def unsupported(inputs: ScanInputs) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     for name, x in inputs._asdict().items():
@@ -81,7 +86,9 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     """Cuts a scan into blocks."""
     batch, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[1]
-    channels = 64 if options.keep_boundaries and _two_channels_a_lane(inputs) else 32
+    # A device's share of a sharded scan may call for other blocks than the whole, which chose the chunk.
+    wide = options.keep_boundaries and options.chunk <= 8 and _two_channels_a_lane(inputs)
+    channels = 64 if wide else 32
     rest = max(4, 2 ** math.ceil(math.log2(states / WARPS)))  # whole 16 bytes
     chunks = math.ceil(length / chunk)
     blocks = math.ceil(width / channels) * batch
@@ -202,16 +209,18 @@ def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[j
 
 
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
-    """See `types.Backend`; the states entering the chunks are ``b chunks e w r``, padded."""
+    """See `types.Backend`."""
     _, length, width = inputs.u.shape
     chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
     o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
     y, *more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
-    boundaries = more.pop(0) if save else None
-    last_state = None
+    states = inputs.A.shape[1]
+    boundaries = last_state = None
+    if save:
+        boundaries = _state_out(more.pop(0), width, states)[:, : math.ceil(length / chunk)]
     if options.return_last_state:
-        last_state = _state_out(more.pop(0), width, inputs.A.shape[1])
+        last_state = _state_out(more.pop(0), width, states)
     return y[:, :length, :width], last_state, boundaries
 
 
@@ -233,6 +242,8 @@ def backward(
     y_bar = _pad_to(_pad_to(y_bar.astype(inputs.u.dtype), 1, o.u.shape[1]), 2, o.u.shape[2])
     if last_state_bar is not None:
         last_state_bar = _state_in(last_state_bar, cut)
+    if boundaries is not None:
+        boundaries = _pad_to(_state_in(boundaries, cut), 1, cut.chunks)
     leaving = None
     if cut.splits > 1:
         leaving = mosaic_forward.split_ends(
@@ -270,19 +281,3 @@ def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):
     gated = lambda y, z: y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))  # noqa: E731
     _, pull = jax.vjp(gated, y, inputs.z)
     return pull(y_bar.astype(jnp.float32))
-
-
-def boundaries_in(boundaries: jax.Array, inputs: ScanInputs, options: ScanOptions) -> jax.Array:
-    """The XLA backends' states entering the chunks, `chunks b g n k`, as these kernels have them."""
-    cut = _cut(inputs, options, options.chunk)
-    x = jnp.transpose(boundaries, (1, 0, 2, 4, 3))  # b chunks g k n
-    x = _state_in(x.reshape(*x.shape[:2], -1, x.shape[-1]), cut)
-    return _pad_to(x, 1, cut.chunks)
-
-
-def boundaries_out(boundaries: jax.Array, inputs: ScanInputs, options: ScanOptions) -> jax.Array:
-    """The inverse of :func:`boundaries_in`."""
-    _, length, width = inputs.u.shape
-    x = _state_out(boundaries, width, inputs.A.shape[1])[:, : math.ceil(length / options.chunk)]
-    x = x.reshape(*x.shape[:2], inputs.B.shape[2], -1, x.shape[-1])
-    return jnp.transpose(x, (1, 0, 2, 4, 3))

@@ -48,7 +48,7 @@ class ScanOptions:
 
 
 # Output, state after the last visited step (None unless asked for), and the state entering each chunk
-# (None when the scan is one chunk, which starts from zero): `chunks b g n k`, k = e / g channels a group.
+# (None unless asked for, or when the scan is one chunk, which starts from zero): `b chunks e n`, in order of time.
 ScanForward = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 

@@ -13,12 +13,16 @@ needs_mosaic = pytest.mark.skipif(
 )
 
 
-def abstract_h100():
-    """Context in which programs are traced for an H100 that need not be there."""
+def abstract_device():
+    """An H100 that need not be there."""
     from jax._src.mesh import AbstractDevice
 
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=device)
+    return AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def abstract_h100():
+    """Context in which programs are traced for an H100."""
+    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=abstract_device())
     return jax.sharding.use_abstract_mesh(mesh)
 
 

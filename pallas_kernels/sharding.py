@@ -1,0 +1,279 @@
+"""Runs an operation on each device's share of its arrays under a sharded `jit`.
+
+An operation names the dimensions of its arrays by letters, as in `"b l e"`, and says which letters may be split over
+devices. Everything else follows from the shardings of the arrays at hand: an array is divided along the letters that
+are split, whole otherwise (weights that were sharded are gathered), and a result without a letter that is split is
+a sum over the devices' shares. How the shardings are known, and the shares reached, depends on the mesh:
+
+- Explicit axes (the default of `jax.make_mesh`): from the types of the arrays, by `jax.shard_map`.
+- Auto axes, or no mesh in sight: from XLA's partitioner when it compiles, by `custom_partitioning`. Only operations
+  that hold kernels need it (`opaque`); the partitioner splits everything else by itself.
+- Manual axes (inside a `jax.shard_map` of the caller's): the arrays are shares already.
+
+Where the partitioner is asked, JAX cannot differentiate: have a custom_vjp around the operation and its gradient be
+another one. Sums over devices are made in the dtypes of the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax._src import sharding_impls
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Dims = tuple[str, ...]  # of one array: its dimensions' letters
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How the whole is split: for each letter the mesh axes that divide it, and the sizes of all axes."""
+
+    axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def parts(self, letter: str) -> int:
+        """The number of shares a letter is divided into."""
+        return math.prod(self.sizes[axis] for axis in self.axes.get(letter, ()))
+
+    def index(self, letter: str) -> jax.Array | int:
+        """Which of them this device's is; only where the operation runs."""
+        axes = self.axes.get(letter, ())
+        return lax.axis_index(axes) if axes else 0
+
+    def spec(self, dims: Dims) -> P:
+        """The PartitionSpec of an array."""
+        return P(*(self.axes.get(letter) or None for letter in dims))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """A function of a Shard and flat arrays to a tuple of arrays, and what its dimensions are.
+
+    The arrays with every letter of `voters` decide which axes split a letter; weights do not.
+    """
+
+    function: Callable[..., tuple[jax.Array, ...]]
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    split: Dims
+    voters: Dims
+    tied: Mapping[str, str]
+
+    def shard(self, specs: Sequence[P | None], shapes: Sequence[tuple[int, ...]], sizes) -> Shard:
+        """Which axes split what, given each operand's PartitionSpec."""
+        shard = Shard({}, dict(sizes))
+        voting = [
+            (dims, spec, shape)
+            for dims, spec, shape in zip(self.operands, specs, shapes, strict=True)
+            if spec is not None and set(self.voters) <= set(dims)
+        ]
+        axes: dict[str, tuple[str, ...]] = {}
+        for letter in self.split:
+            taken = {axis for of_letter in axes.values() for axis in of_letter}
+            for dims, spec, shape in voting:
+                if letter not in dims or letter in axes:
+                    continue
+                at = dims.index(letter)
+                entry = spec[at] if at < len(spec) else None
+                entry = entry if isinstance(entry, tuple) else (entry,)
+                wanted = [a for a in entry if isinstance(a, str) and a not in taken]
+                while wanted and shape[at] % math.prod(sizes[a] for a in wanted):
+                    wanted.pop()
+                if wanted:
+                    axes[letter] = tuple(wanted)
+        shard = dataclasses.replace(shard, axes=axes)
+        for letter, other in self.tied.items():
+            extents = [
+                s[d.index(letter)]
+                for d, s in zip(self.operands, shapes, strict=True)
+                if letter in d
+            ]
+            if extents and shard.parts(other) > 1 and extents[0] % shard.parts(other) == 0:
+                axes[letter] = axes[other]
+        return shard
+
+    def run(self, shard: Shard, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """One device's work."""
+        tied = {t for t in self.tied if t in shard.axes}
+
+        def summed(x, dims):
+            there = {*dims, *(self.tied[t] for t in dims if t in tied)}
+            axes = [
+                a
+                for letter in self.split
+                if letter not in there
+                for a in shard.axes.get(letter, ())
+            ]
+            return lax.psum(x, tuple(axes)) if axes else x
+
+        out = self.function(shard, *arrays)
+        return tuple(summed(x, dims) for x, dims in zip(out, self.results, strict=True))
+
+    def under_shard_map(self, mesh, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """By the arrays' types."""
+        shapes = [x.shape for x in arrays]
+        shard = self.shard([jax.typeof(x).sharding.spec for x in arrays], shapes, mesh.shape)
+        specs = tuple(shard.spec(dims) for dims in self.operands)
+        return jax.shard_map(
+            lambda *shares: self.run(shard, *shares),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=tuple(shard.spec(dims) for dims in self.results),
+            axis_names={
+                a
+                for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                if t != AxisType.Manual
+            },
+            check_vma=False,
+        )(*(_reshard(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)))
+
+    def under_the_partitioner(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """By what XLA's partitioner finds; nothing happens to a program for one device."""
+
+        ambient = jax.sharding.get_abstract_mesh()
+
+        def partition(mesh, arguments, results):
+            del results
+            if mesh.empty:
+                mesh, specs = _decoded(arguments, ambient)
+            else:
+                specs = [x.sharding.spec for x in arguments]
+            shard = self.shard(specs, [x.shape for x in arguments], mesh.shape)
+            place = lambda dims: NamedSharding(mesh, shard.spec(dims))  # noqa: E731
+            return (
+                mesh,
+                lambda *shares: self.run(shard, *shares),
+                tuple(map(place, self.results)),
+                tuple(map(place, self.operands)),
+            )
+
+        letters = dict.fromkeys(
+            letter for dims in (*self.operands, *self.results) for letter in dims
+        )
+        rule, partitioned = " -> ", custom_partitioning(lambda *arrays: self.run(Shard(), *arrays))
+        partitioned.def_partition(
+            partition,
+            sharding_rule=rule.join(
+                ", ".join(map(" ".join, side)) for side in (self.operands, self.results)
+            ),
+            need_replication_factors=tuple(  # in the order in which the rule first names them
+                letter for letter in letters if letter not in (*self.split, *self.tied)
+            ),
+        )
+        # custom_partitioning has no rule for vmap.
+        run = jax.custom_batching.custom_vmap(partitioned)
+
+        @run.def_vmap
+        def batch(axis_size, batched, *arrays):
+            del axis_size
+            out = self.vmapped(batched).under_the_partitioner(arrays)
+            return out, tuple(True for _ in out)
+
+        return run(*arrays)
+
+    def vmapped(self, batched: Sequence[bool]) -> _Operation:
+        """The same with one more leading dimension, which may be split as well."""
+        new = f"v{len(self.split)}"
+        dims = lambda old, has: (new, *old) if has else old  # noqa: E731
+        in_axes = tuple(0 if has else None for has in batched)
+        return dataclasses.replace(
+            self,
+            function=lambda shard, *arrays: jax.vmap(
+                lambda *arrays: self.function(shard, *arrays), in_axes
+            )(*arrays),
+            operands=tuple(map(dims, self.operands, batched)),
+            results=tuple(dims(old, True) for old in self.results),
+            split=(*self.split, new),
+        )
+
+
+def per_shard(
+    function: Callable[..., Any],
+    operands: Any,
+    results: Any,
+    *,
+    split: str,
+    tied: Mapping[str, str] | None = None,
+    opaque: bool,
+) -> Callable[..., Any]:
+    """`function` on every device's share of the arrays.
+
+    Args:
+        function: takes a `Shard`, then pytrees of arrays; returns a pytree of arrays. Works on any share of
+            the letters in `split`, where a result without such a letter is the share's own sum.
+        operands: a tuple, for each argument its arrays' letters in the structure of the argument: `"b l e"`.
+        results: likewise for the result.
+        split: letters that may be divided over devices, separated by spaces. Axes that divide an earlier one
+            are not used for a later one; axes that do not divide a dimension evenly are not used.
+        tied: letters that go with one of `split`, where that divides them evenly.
+        opaque: whether the function holds calls that XLA's partitioner cannot split by itself.
+
+    Returns:
+        The function of whole arrays.
+    """
+    letters = lambda tree: tuple(tuple(dims.split()) for dims in jax.tree.leaves(tree))  # noqa: E731
+
+    def call(*arguments):
+        arrays, structure = jax.tree.flatten(arguments)
+
+        def flat(shard, *arrays):
+            return tuple(jax.tree.leaves(function(shard, *jax.tree.unflatten(structure, arrays))))
+
+        operation = _Operation(
+            flat,
+            letters(operands),
+            letters(results),
+            tuple(split.split()),
+            tuple(split.split()),
+            tied or {},
+        )
+        mesh = _typed_mesh(arrays)
+        if mesh is not None and any(t != AxisType.Manual for t in mesh.axis_types):
+            out = operation.under_shard_map(mesh, arrays)
+        elif mesh is None and opaque:
+            out = operation.under_the_partitioner(arrays)
+        else:
+            return function(Shard(), *arguments)
+        return jax.tree.unflatten(jax.tree.structure(results), out)
+
+    return call
+
+
+def _typed_mesh(arrays: Sequence[jax.Array]):
+    """The mesh of the arrays' types, if it has Explicit or Manual axes."""
+    for x in arrays:
+        mesh = jax.typeof(x).sharding.mesh
+        if any(t != AxisType.Auto for t in mesh.axis_types):
+            return mesh
+    return None
+
+
+def _decoded(arguments: Sequence[jax.ShapeDtypeStruct], ambient) -> tuple[Mesh, list[P]]:
+    """The mesh and the PartitionSpecs where the partitioner was told neither: no argument of the jit was sharded."""
+    devices = np.asarray(arguments[0].sharding._device_assignment)
+    if ambient.empty:
+        return Mesh(devices, ("devices",)), [P()] * len(arguments)
+    mesh = Mesh(devices.reshape(ambient.axis_sizes), ambient.axis_names)
+    parse = sharding_impls.parse_flatten_op_sharding
+    return mesh, [parse(x.sharding._to_xla_hlo_sharding(x.ndim), mesh)[0] for x in arguments]
+
+
+def _reshard(x: jax.Array, sharding) -> jax.Array:
+    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def like(gradients: Any, arrays: Any) -> Any:
+    """Gradients in their arrays' dtypes and, on Explicit axes, shardings."""
+    return jax.tree.map(
+        lambda g, x: _reshard(g.astype(x.dtype), jax.typeof(x).sharding), gradients, arrays
+    )

@@ -1,0 +1,321 @@
+"""The operations on eight simulated devices; run by `test_sharded` in a process that has them.
+
+Where a test says "asked", XLA's partitioner asks the operation how it splits, as it does for kernels; the shares are
+then computed by XLA, since the kernels' interpreter knows one device only. The kernels themselves are lowered.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import causal_conv1d, gpu, selective_scan, sharding
+from pallas_kernels.mixer_core import mixer_core
+from pallas_kernels.selective_scan import implementations
+from pallas_kernels.selective_scan.sharded import Sharded
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
+from tests.pallas_kernels.test_mosaic_scan import draw
+
+BOUND = 2e-6
+TYPES = pytest.mark.parametrize(
+    "types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+BATCH = ("data", "fsdp")
+
+
+def mesh_of(types: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(types,) * 3)
+
+
+def put(arrays, specs, mesh):
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree.map(place, arrays, specs)
+
+
+def compiled(function, *args, **options):
+    """The program, and how many numbers each of its all-gathers makes."""
+    program = jax.jit(function, **options).lower(*args).compile()
+    shapes = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", program.as_text())
+    return program, [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+
+
+def objective(args, **options):
+    y, last = selective_scan(**args, **options, return_last_state=True)
+    return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(last.astype(jnp.float32)))
+
+
+def scan_specs(args, batch, channels, weights):
+    spec = {
+        "A": P(weights),
+        "D": P(weights),
+        "delta_bias": P(weights),
+        "B": P(batch),
+        "C": P(batch),
+    }
+    return {name: spec.get(name, P(batch, None, channels)) for name in args}
+
+
+def asked(monkeypatch):
+    """As if the XLA scans held kernels."""
+    monkeypatch.setattr(implementations, "Sharded", lambda backend, opaque: Sharded(backend, True))
+
+
+# How u and the weights are split, and how many groups B and C have.
+SCANS = {
+    "data": (BATCH, None, None, 1),
+    "fsdp": (BATCH, None, "fsdp", 1),
+    "channels": ("data", "model", "model", 1),
+    "channels 4 ways, 2 groups": ("data", ("model", "fsdp"), ("model", "fsdp"), 2),
+}
+MORE_SCANS = {
+    "channels 2 ways, 3 groups": (BATCH, "model", "model", 3),
+    "channels 2 ways, 4 groups": (BATCH, "model", "model", 4),
+}
+
+
+def check_scan(seed, types, place, length=9, implementation="xla_sequential", dtype="float32"):
+    rng = np.random.default_rng(seed)
+    batch, channels, weights, groups = (SCANS | MORE_SCANS)[place]
+    args = draw(rng, 8, length, 48, 2, groups, dtype)
+    options = {"reverse": bool(rng.integers(2))}
+    wanted = jax.jit(
+        jax.value_and_grad(lambda a: objective(a, **options, implementation="xla_sequential"))
+    )(args)
+    mesh = mesh_of(types)
+    args = put(args, scan_specs(args, batch, channels, weights), mesh)
+    run, gathers = compiled(
+        jax.value_and_grad(lambda a: objective(a, **options, implementation=implementation)), args
+    )
+    # Of u's shape, or any larger part of it, nothing; weights may be.
+    share = args["u"].sharding.shard_shape(args["u"].shape)
+    assert all(size < math.prod(share) for size in gathers)
+    assert (weights == "fsdp") <= bool(gathers)
+    got = run(args)
+    for x, gradient in zip(jax.tree.leaves(args), jax.tree.leaves(got[1]), strict=True):
+        assert gradient.dtype == x.dtype
+        if types == AxisType.Explicit:
+            assert gradient.sharding.is_equivalent_to(x.sharding, x.ndim)
+    assert max(relative_errors(got, wanted)) < (BOUND if dtype == "float32" else 1e-2)
+
+
+@TYPES
+@pytest.mark.parametrize(
+    "place", [*SCANS, *(pytest.param(place, marks=pytest.mark.slow) for place in MORE_SCANS)]
+)
+def test_scan(seed, monkeypatch, types, place):
+    asked(monkeypatch)
+    check_scan(seed, types, place, length=70 if place == "channels" else 9)
+
+
+@pytest.mark.slow
+def test_scan_in_bfloat16(seed, monkeypatch):
+    asked(monkeypatch)
+    check_scan(seed, AxisType.Auto, "channels", dtype="bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["data", "channels"])
+def test_the_partitioner_splits_xla_scans_by_itself(seed, place):
+    check_scan(seed, AxisType.Auto, place)
+
+
+@pytest.mark.slow
+def test_associative_scan(seed):
+    check_scan(seed, AxisType.Explicit, "channels 4 ways, 2 groups", 9, "xla_associative")
+
+
+def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
+    """No argument is sharded when the program starts."""
+    asked(monkeypatch)
+    args = draw(np.random.default_rng(seed), 8, 9, 48, 2)
+    wanted = objective(args, implementation="xla_sequential")
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        split = jax.lax.with_sharding_constraint
+
+        def run(args):
+            args = {name: split(x, P(BATCH)) if x.ndim > 2 else x for name, x in args.items()}
+            return objective(args, implementation="xla_sequential")
+
+        run, gathers = compiled(run, args)
+        assert not gathers
+        np.testing.assert_allclose(run(args), wanted, rtol=1e-5)
+
+
+def test_vmap(seed, monkeypatch):
+    """The mapped axis is split too."""
+    asked(monkeypatch)
+    rng = np.random.default_rng(seed)
+    args = draw(rng, 4, 9, 48, 2)
+    shared = args.pop("A")
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), args)
+    gradients = jax.vmap(
+        jax.grad(lambda a, A: objective({**a, "A": A}, implementation="xla_sequential"), (0, 1)),
+        (0, None),
+    )
+    wanted = jax.jit(gradients)(stacked, shared)
+    mesh = mesh_of(AxisType.Auto)
+    specs = {name: P("data", "fsdp") if x.ndim > 3 else P("data") for name, x in stacked.items()}
+    stacked = put(stacked, specs, mesh)
+    run, gathers = compiled(gradients, stacked, jax.device_put(shared, NamedSharding(mesh, P())))
+    assert not gathers
+    assert max(relative_errors(run(stacked, shared), wanted)) < BOUND
+
+
+def test_blocks_under_scan_with_remat_and_donation(seed, monkeypatch):
+    asked(monkeypatch)
+    args = draw(np.random.default_rng(seed), 8, 9, 48, 2)
+    u = args.pop("u")
+    layers = jax.tree.map(lambda x: jnp.stack([x * s for s in (0.5, 0.8, 1.0)]), args)
+
+    def step(u, layers):
+        @jax.checkpoint
+        def block(u, layer):
+            return selective_scan(u, **layer, implementation="xla_sequential"), None
+
+        loss = lambda u, layers: jnp.sum(jnp.sin(jax.lax.scan(block, u, layers)[0]))  # noqa: E731
+        gradients = jax.grad(loss, (0, 1))(u, layers)
+        return u - gradients[0], gradients[1]
+
+    wanted = jax.jit(step)(u, layers)
+    mesh = mesh_of(AxisType.Auto)
+    u = jax.device_put(u, NamedSharding(mesh, P(BATCH)))
+    specs = {name: P(None, BATCH) if x.ndim > 3 else P() for name, x in layers.items()}
+    layers = put(layers, specs, mesh)
+    run, gathers = compiled(step, u, layers, donate_argnums=0)
+    assert not gathers
+    got = run(u, layers)
+    assert u.is_deleted()
+    assert max(relative_errors(got, wanted)) < BOUND
+
+
+@pytest.mark.parametrize("weights", [None, "fsdp"])
+def test_convolution(seed, weights):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    args = (normal(8, 9, 16), normal(3, 16), normal(16))
+    gradients = jax.grad(lambda a: jnp.sum(jnp.sin(causal_conv1d(*a))))
+    wanted = jax.jit(gradients)(args)
+    channels = None if weights else "model"
+    specs = (P(BATCH, None, channels), P(None, weights or channels), P(weights or channels))
+    args = put(args, specs, mesh_of(AxisType.Explicit))
+    assert max(relative_errors(jax.jit(gradients)(args), wanted)) < BOUND
+
+
+@needs_mosaic
+@TYPES
+def test_mixer_core(seed, monkeypatch, types, weights="fsdp"):
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    rng = np.random.default_rng(seed)
+    args, out_bar = core.draw(rng, 8, 3, 4, 128)
+    options = {"rows": 3, "columns": 4, "transposed": bool(rng.integers(2))}
+    run = lambda a, g, name: core.value_and_gradients(a, g, name, **options)  # noqa: E731
+    wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
+    mesh = mesh_of(types)
+    spread = lambda x: P(*[None] * (x.ndim - 1), weights)  # noqa: E731
+    xz, *others, middle = args
+    specs = (P(BATCH), *jax.tree.map(spread, others), P())
+    args = put((xz, *others, middle), specs, mesh)
+    out_bar = jax.device_put(out_bar, NamedSharding(mesh, P(BATCH)))
+    program, gathers = compiled(lambda a, g: run(a, g, "auto"), args, out_bar)
+    assert all(size <= 2 * 4 * 128 for size in gathers)  # convolutions
+    assert gathers
+    assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
+
+
+def shapes_on(mesh, arrays, specs):
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        arrays,
+        specs,
+    )
+
+
+def kernels_in(text: str) -> list[str]:
+    """The types of the calls of Mosaic kernels in a lowered program."""
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    return [line.rpartition(" : ")[2] for line in calls]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "axes", [("data", "model"), pytest.param(("batch", "block"), marks=pytest.mark.slow)]
+)
+def test_kernels_for_several_gpus_with_explicit_axes(axes):
+    """Mesh axes may have the names of the kernels' own."""
+    mesh = jax.sharding.AbstractMesh(
+        (4, 2), axes, (AxisType.Explicit,) * 2, abstract_device=abstract_device()
+    )
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), 8, 32, 128, 16))
+    args = shapes_on(mesh, args, scan_specs(args, *axes, axes[1]))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(objective)).trace(args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = kernels_in(text)
+    assert len(calls) == 3  # forward, backward, and the ungated output for z's gradient
+    assert all(call.startswith("(tensor<2x32x64xf32>, tensor<2x32x64xf32>") for call in calls)
+    assert "all_reduce" in text
+
+
+@needs_mosaic
+def test_core_kernels_for_several_gpus_with_explicit_axes():
+    mesh = jax.sharding.AbstractMesh(
+        (4,), ("data",), (AxisType.Explicit,), abstract_device=abstract_device()
+    )
+    args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128))
+    specs = jax.tree.map(lambda x: P("data") if x.shape[0] == 8 else P(), args)
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = lambda a, g: core.value_and_gradients(a, g, "auto", rows=6, columns=4)  # noqa: E731
+        traced = jax.jit(run).trace(*shapes_on(mesh, args, specs))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = kernels_in(text)
+    assert len(calls) == 4
+    assert all(re.match(r"\(tensor<2x6x4x(256|2x128)xf32>", call) for call in calls)
+    assert "all_reduce" in text
+
+
+@needs_mosaic
+@pytest.mark.parametrize("operation", ["scan", "core"])
+def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):
+    """The partitioner asks, gets kernels for the shares, and only then finds that a CPU cannot run them."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    seen = []
+    run = sharding._Operation.run
+
+    def watched(self, shard, *arrays):
+        seen.append((dict(shard.axes), [x.shape for x in arrays]))
+        return run(self, shard, *arrays)
+
+    monkeypatch.setattr(sharding._Operation, "run", watched)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    if operation == "scan":
+        args = jax.eval_shape(lambda: draw(np.random.default_rng(0), 8, 32, 128, 16))
+        args = shapes_on(mesh, args, scan_specs(args, "data", "model", "model"))
+        lowered = jax.jit(jax.grad(objective)).trace(args).lower(lowering_platforms=("cuda",))
+        axes, first, calls = {"b": ("data",), "e": ("model",)}, (2, 32, 64), 2
+    else:
+        args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128)[0])
+        specs = jax.tree.map(lambda x: P("data") if x.shape[0] == 8 else P(), args)
+
+        def loss(args):
+            return jnp.sum(mixer_core(*args, middle=core.middle, rows=6, columns=4) ** 2)
+
+        traced = jax.jit(jax.grad(loss)).trace(shapes_on(mesh, args, specs))
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        axes, first, calls = {"b": ("data",)}, (2, 24, 256), 4
+    assert "CustomSPMDPartitioning" in lowered.as_text()
+    seen.clear()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="mosaic_gpu"):
+        lowered.compile()
+    assert len(seen) == calls
+    for split, shapes in seen:
+        assert split == axes
+        assert shapes[0] == first
