@@ -265,8 +265,9 @@ def sources(rows: list[Row]) -> str:
         lines[r["from"]] = (
             f"- `{r['command']}`: {r['device']}, JAX {r['jax']}, flax {r['flax']}, commit {r['commit'][:7]}, "
             f"{r['date']}; [{r['from']}](results/h100/{r['from']}.json)"
+            f"{'' if r.get('quiet', True) else ', while other programs were compiling'}"
         )
-    return "\n".join(lines[name] for name in sorted(lines)) + "\n"
+    return "".join(f"{lines[name]}\n" for name in sorted(lines))
 
 
 def _spread(r: Row, digits: int = 4) -> str:

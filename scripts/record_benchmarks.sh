@@ -7,14 +7,15 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${1:?folder for the results}
-mkdir -p "$out/logs"
+logs=build/benchmarks
+mkdir -p "$out" "$logs"
 locks=$(mktemp -d)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.96 FASTVIM_COMPILATION_CACHE=off
 
 bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
   local name=$1
   shift
-  "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$out/logs/$name.txt" 2>&1 9>&- &
+  "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 9>&- &
   printf '%4d s  started %s\n' "$SECONDS" "$name"
 }
 tiny=fastvim_tiny_patch16_224 small=fastvim_small_patch16_224 base=fastvim_base_patch16_224 vim=vim_tiny_patch16_224
@@ -47,7 +48,7 @@ start mixer_core_f32 mixer --parts core --dtypes float32
 start mixer_core_bf16 mixer --parts core --dtypes bfloat16
 start mixer_stages mixer --parts stages
 start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
-start scan_tune scan --tune --tuned-file "$out/logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
+start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
 start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32
 wait "${others[@]}"
 printf '%4d s  all but the last are done\n' "$SECONDS"
@@ -58,7 +59,7 @@ if ((SECONDS < ${LAST_START:-400})); then # alone, as nothing else compiles
   bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
   wait $!
 fi
-for log in "$out"/logs/*.txt; do
+for log in "$logs"/*.txt; do
   printf '\n== %s\n' "$(basename "$log" .txt)"
   grep -v '^W0\|^I0\|^E0' "$log" | cut -c-230 | tail -n 30
 done
