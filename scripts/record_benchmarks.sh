@@ -12,9 +12,18 @@ mkdir -p "$out" "$logs"
 locks=$(mktemp -d)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.96 FASTVIM_COMPILATION_CACHE=off
 
+wanted() { # NAME: $FASTVIM_BENCH_ONLY may hold patterns of the names to run
+  local pattern
+  [ -n "${FASTVIM_BENCH_ONLY:-}" ] || return 0
+  for pattern in $FASTVIM_BENCH_ONLY; do
+    [[ $1 == $pattern ]] && return 0
+  done
+  return 1
+}
 bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
   local name=$1
   shift
+  wanted "$name" || return
   "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 9>&- &
   printf '%4d s  started %s\n' "$SECONDS" "$name"
 }
@@ -27,15 +36,15 @@ exec 9>"$locks/last.timing"
 flock -x 9
 FASTVIM_BENCH_LOCK=$locks/last bench train_base_largest_batch \
   train --models "$base" --largest-batch --batches 1024 896 768 512 --blocks scan
-last=$!
+last=${!:-}
 others=()
 start() { # in the lot that is timed once all of it has compiled; the first ones get a little of the machine for themselves
+  wanted "$1" || return
   FASTVIM_BENCH_LOCK=$locks/all bench "$@"
   others+=($!)
   sleep "${STAGGER:-4}"
 }
-start model_tiny_224 model --models "$tiny" --batches 128 1
-sleep "${HEAD_START:-30}"
+start model_tiny_224 model --models "$tiny" --batches 128 1 && sleep "${HEAD_START:-30}"
 start model_tiny_f32 model --models "$tiny" --precisions f32 --pixels 224 512
 start train_tiny train --models "$tiny" --batches 128
 start train_small train --models "$small" --batches 128
@@ -50,12 +59,12 @@ start mixer_stages mixer --parts stages
 start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
 start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
 start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32
-wait "${others[@]}"
+((${#others[@]})) && wait "${others[@]}"
 printf '%4d s  all but the last are done\n' "$SECONDS"
 exec 9>&-
-wait "$last"
+[ -z "$last" ] || wait "$last"
 printf '%4d s  largest batch done\n' "$SECONDS"
-if ((SECONDS < ${LAST_START:-400})); then # alone, as nothing else compiles
+if wanted train_base_compile && ((SECONDS < ${LAST_START:-400})); then # alone, as nothing else compiles
   bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
   wait $!
 fi
