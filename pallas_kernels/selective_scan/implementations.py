@@ -81,7 +81,7 @@ class KernelOnCuda:
 
 # Of the two XLA backends: on a CPU the loop of steps wins at every size, since it works on what the cache holds
 # and does half the arithmetic. Fastest of five, ms, 2 cores of an AMD EPYC (busy), JAX 0.12.0, float32, n = 16,
-# `python -m pallas_kernels.selective_scan.bench --shapes cpu`, 2026-11-23:
+# what is `fastvim bench scan` now, 2026-11-23:
 #     batch, length, channels        64,7,384  64,8,128  64,14,384  16,32,384  8,64,384  4,196,384  1,1024,384
 #     forward           associative     96.8      10.7      182.5      100.5      95.6      135.5       258.6
 #                       sequential       6.0       1.9       10.0        4.7       2.9        6.6        12.6
