@@ -5,6 +5,8 @@ References are computed in float64 on the CPU of the same machine.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ import optax
 import pytest
 from flax import nnx
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fastvim_jax.models import create_model
 from pallas_kernels import gpu, selective_scan
@@ -113,6 +117,53 @@ def test_vmap_remat_and_export(seed):
     exported = export.export(jax.jit(scanned), platforms=["cuda"], disabled_checks=allowed)(args)
     restored = export.deserialize(exported.serialize())
     np.testing.assert_array_equal(restored.call(args), plain)
+
+
+def test_donation(seed):
+    """The output takes the place of u."""
+    args = scan.draw(np.random.default_rng(seed), 2, 300, 64, 16)
+    u = args.pop("u")
+    step = lambda u, others: u + 0.5 * selective_scan(u, **others)  # noqa: E731
+    wanted = jax.jit(step)(u, args)
+    run = jax.jit(step, donate_argnums=0).lower(u, args).compile()
+    assert "mosaic_gpu" in run.as_text()
+    got = run(u, args)
+    assert u.is_deleted()
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def placed(arrays, whole, types, devices):
+    """Arrays on a mesh of these devices, split along the axis of this size where it is the first one."""
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(types,), devices=devices)
+    sharding = lambda x: NamedSharding(mesh, P("data") if x.shape[0] == whole else P())  # noqa: E731
+    return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), arrays)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("operation", ["scan", "core"])
+def test_sharded(seed, operation, types, devices):
+    """The kernels run on every device's share of a batch, and give what one device gives without a mesh."""
+    if devices > jax.device_count():
+        pytest.skip(f"there are {jax.device_count()} GPUs")
+    batch, rng = 16, np.random.default_rng(seed)
+    if operation == "scan":
+        args = scan.draw(rng, batch, 50, 96, 12)
+        cotangents = (args["z"] + 1, jnp.asarray(rng.standard_normal((batch, 96, 12)), jnp.float32))
+        run = lambda a, c: scan.values_and_gradients(a, c, "auto")  # noqa: E731
+    else:
+        args, cotangents = core.draw(rng, batch, 6, 7, 384)
+        run = lambda a, c: core.value_and_gradients(a, c, "auto", rows=6, columns=7)  # noqa: E731
+    wanted = jax.device_get(jax.jit(run)(args, cotangents))
+    args, cotangents = placed((args, cotangents), batch, types, jax.devices()[:devices])
+    program = jax.jit(run).lower(args, cotangents).compile()
+    text = program.as_text()
+    assert "mosaic_gpu" in text
+    assert not re.search(r" all-gather(-start)?\(", text)
+    got = program(args, cotangents)
+    first = jax.tree.leaves(got)[0]
+    assert first.sharding.shard_shape(first.shape)[0] == batch // devices
+    assert max(relative_errors(got, wanted)) < 1e-5
 
 
 def test_200_steps_in_bfloat16_stay_finite(seed):
