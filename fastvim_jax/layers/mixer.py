@@ -135,11 +135,18 @@ class ScanDirection(nnx.Module):
         return jax.nn.silu(x) if self.conv is None else self.conv(x, reverse=self.reverse)
 
     def select(self, u: Pooled) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`, from the scan's tokens; all wide."""
+        """Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`, from the scan's tokens.
+
+        Wide, but narrow tokens (unpooled, with activations="compute") have a narrow Δ: it is as large as they are.
+        """
         precision = self.config.precision
         r, n = self.config.rank, self.config.state_size
         dt, B, C = jnp.split(linear(self.x_proj, u, precision), [r, r + n], axis=-1)
-        delta = product(dt, self.dt_proj.kernel[...], precision.compute, precision.lax)
+        kernel = self.dt_proj.kernel[...]
+        if precision.activations == "compute" and u.dtype == precision.compute:
+            delta = jnp.matmul(dt, kernel.astype(dt.dtype), precision=precision.lax)
+        else:
+            delta = product(dt, kernel, precision.compute, precision.lax)
         return delta, B, C
 
     def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
