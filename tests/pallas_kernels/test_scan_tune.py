@@ -110,6 +110,8 @@ def test_the_tuner_measures_every_candidate(monkeypatch):
     right = bench.checked
     monkeypatch.setattr(bench, "checked", checked)
     found = list(timing.run(tune.cases([spec], [False])))
-    assert seen == [("pallas", b) for b in tune.candidates()], [r.get("failed", r.get("skipped")) for r in found]
+    assert seen == [("pallas", b) for b in tune.candidates()], [
+        r.get("failed", r.get("skipped")) for r in found
+    ]
     assert [r["rule"] for r in found] == [True, False] and all(r["correct"] for r in found), found
     assert np.isfinite([r["median"] for r in found]).all()
