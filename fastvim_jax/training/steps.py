@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -75,12 +77,12 @@ def build_state(begin: Callable[[], TrainState], shapes: TrainState) -> TrainSta
     return jax.jit(begin, out_shardings=places, compiler_options=quick)()
 
 
-def drop_path_key(seed: int, step: jax.Array) -> jax.Array:
+def drop_path_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
     """The key of one step's drop-path masks; the model folds in the block, and draws for every sample."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def augment_key(seed: int, step: jax.Array) -> jax.Array:
+def augment_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
     """The key of one step's augmentation on the device; another stream than `drop_path_key`."""
     stream = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # no run has that many steps
     return jax.random.fold_in(stream, step)
@@ -123,7 +125,7 @@ def make_train_step(
         drawn = {"drop_path_keep": in_parts(masks, accumulate, axis=-1)}
         return mean_value_and_grad(loss_of, params, (in_parts(batch, accumulate), drawn))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, *, seed: jax.Array) -> tuple[TrainState, Metrics]:
         key = drop_path_key(seed, state.step)
         if augment is not None:
             batch = augment(augment_key(seed, state.step), batch)
@@ -146,7 +148,9 @@ def make_train_step(
         }
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # No constant of the program, so that runs which differ in the seed share a compiled one.
+    return partial(compiled, seed=np.uint32(seed))
 
 
 def whole_outside_blocks(params: Any) -> Any:

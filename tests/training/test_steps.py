@@ -81,6 +81,18 @@ def test_the_average_takes_in_the_weights_before_the_update(rng):
     assert np.abs(kernel_of(state.params) - before).max() > 1e-3
 
 
+def test_runs_that_differ_in_the_seed_share_a_program_and_not_their_draws(rng, seed):
+    batch = tiny_batch(rng)
+    graphdef, params = split(Keyed())
+    optimizer = optax.sgd(0.1)
+    steps = [make_train_step(graphdef, optimizer, seed=s) for s in (seed, seed + 1)]
+    state = init_state(params, optimizer, ema=False)
+    texts = [s.func.lower(state, batch, **s.keywords).as_text() for s in steps]
+    assert texts[0] == texts[1]
+    losses = [float(s(jax.tree.map(jnp.copy, state), batch)[1]["loss"]) for s in steps]
+    assert losses[0] != losses[1]
+
+
 def test_soft_targets_step_like_the_labels_they_come_from(rng):
     batch = tiny_batch(rng)
     graphdef, params = split(Linear())
