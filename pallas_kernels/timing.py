@@ -34,7 +34,7 @@ from jax import lax
 
 COLD_BYTES = 256e6
 LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
-PATIENCE = 240.0  # seconds after which a timing no longer waits for others to finish compiling
+PATIENCE = 180.0  # seconds after which a timing no longer waits for others to finish compiling
 _started = time.monotonic()
 
 Row = dict[str, Any]

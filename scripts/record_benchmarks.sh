@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Records what benchmarks/README.md shows, on the GPU at hand, a JSON file a program:
 #     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100
-# Up to 8 minutes on an H100 with 16 cores. The programs compile side by side and are timed one after the other, when none of them
+# About 10 minutes on an H100 with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
 # compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,42 +29,65 @@ bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
 }
 tiny=fastvim_tiny_patch16_224 small=fastvim_small_patch16_224 base=fastvim_base_patch16_224 vim=vim_tiny_patch16_224
 
-# The largest batch wants the whole memory: it compiles first, which is timed as well, and runs last.
-touch "$locks/all.compiling"
-ln -s all.compiling "$locks/last.compiling"
+# A lot of programs is timed once all of it has compiled.
+lot() { # NAME
+  lot=$1 others=()
+}
+start() { # NAME BENCH OPTIONS...
+  wanted "$1" || return
+  FASTVIM_BENCH_LOCK=$locks/$lot bench "$@"
+  others+=($!)
+  sleep "${STAGGER:-1}"
+}
+finish() {
+  ((${#others[@]})) && wait "${others[@]}"
+  printf '%4d s  done with the %s lot\n' "$SECONDS" "$lot"
+}
+
+# The largest batch wants the whole memory: it compiles first, alone, since that is timed as well, and runs last.
+touch "$locks/first.compiling"
+ln -s first.compiling "$locks/last.compiling"
 exec 9>"$locks/last.timing"
 flock -x 9
 FASTVIM_BENCH_LOCK=$locks/last bench train_base_largest_batch \
-  train --models "$base" --largest-batch --batches 1024 896 768 512 --blocks scan
+  train --models "$base" --largest-batch --batches 1024 768 --blocks scan && sleep "${HEAD_START:-35}"
 last=${!:-}
-others=()
-start() { # in the lot that is timed once all of it has compiled; the first ones get a little of the machine for themselves
-  wanted "$1" || return
-  FASTVIM_BENCH_LOCK=$locks/all bench "$@"
-  others+=($!)
-  sleep "${STAGGER:-4}"
-}
-start model_tiny_224 model --models "$tiny" --batches 128 1 && sleep "${HEAD_START:-30}"
-start model_tiny_f32 model --models "$tiny" --precisions f32 --pixels 224 512
+
+lot first # compiles fast: blocks scanned
+start scan_targets scan --lengths 14 196 1024 16384 --batches 128 128 32 2 --implementations pallas mamba_ssm --dtypes float32
+start model_tiny_scanned model --models "$tiny" --pixels 512 1024 2048 --blocks scan
+start model_tiny_f32_scanned model --models "$tiny" --precisions f32 --pixels 224 512 1024 2048 --blocks scan
+start model_vim_scanned model --models "$vim" --pixels 224 2048 --blocks scan
+start mixer_core_f32 mixer --parts core --dtypes float32 --pixels 224 512
+start mixer_core_f32_large mixer --parts core --dtypes float32 --pixels 1024 2048
+finish
+
+lot second # blocks written out, which runs faster
 start train_tiny train --models "$tiny" --batches 128
 start train_small train --models "$small" --batches 128
-start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
-start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 1024 2048
-start model_vim model --models "$vim" --pixels 224 2048
+start model_tiny_f32 model --models "$tiny" --precisions f32
+start model_vim model --models "$vim"
+start model_tiny_224 model --models "$tiny" --batches 128 1
 start model_sizes model --models "$small" "$base"
-start scan_targets scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas mamba_ssm
-start mixer_core_f32 mixer --parts core --dtypes float32
-start mixer_core_bf16 mixer --parts core --dtypes bfloat16
-start mixer_stages mixer --parts stages
-start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
-start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
-start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32
-((${#others[@]})) && wait "${others[@]}"
-printf '%4d s  all but the last are done\n' "$SECONDS"
+finish
 exec 9>&-
 [ -z "$last" ] || wait "$last"
 printf '%4d s  largest batch done\n' "$SECONDS"
-if wanted train_base_compile && ((SECONDS < ${LAST_START:-400})); then # alone, as nothing else compiles
+
+if ((SECONDS < ${MORE_UNTIL:-330})); then
+  lot third
+  start mixer_stages mixer --parts stages --pixels 224 512
+  start mixer_stages_large mixer --parts stages --pixels 1024 2048
+  start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
+  start mixer_core_bf16 mixer --parts core --dtypes bfloat16
+  start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
+  start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
+  start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
+  start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 512 1024 2048
+  start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
+  finish
+fi
+if wanted train_base_compile && ((SECONDS < ${MORE_UNTIL:-330})); then # alone, as nothing else compiles
   bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
   wait $!
 fi

@@ -110,7 +110,7 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
 
     yield from _measure(
         function(fused_core if fused else plain_core, graphdef),
-        function(plain_core, nnx.graphdef(_mixer(width, scan_implementation="xla"))),
+        function(plain_core, nnx.graphdef(_mixer(width, scan_implementation="xla_sequential"))),
         arguments,
         TOLERANCES[dtype],
         elements=batch * side * side * width,
@@ -162,7 +162,7 @@ def _stage(
 
     yield from _measure(
         function(graphdef),
-        function(nnx.graphdef(_mixer(width, scan_implementation="xla"))),
+        function(nnx.graphdef(_mixer(width, scan_implementation="xla_sequential"))),
         arguments,
         TOLERANCES["float32"],
         elements=batch * tokens * width,
