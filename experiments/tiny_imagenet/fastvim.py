@@ -3,7 +3,7 @@
 
 The recipe of cifar10/fastvim.py with mixup beside cutmix on every batch, random erasing and 100 epochs, nothing of
 it tuned. Set FASTVIM_DATA_DIR to the folder that holds `tiny_imagenet/train.npz` and `tiny_imagenet/val.npz`.
-Results and cost: benchmarks/cifar10.md.
+Results and cost: benchmarks/small_images.md.
 """
 
 from dataclasses import replace
