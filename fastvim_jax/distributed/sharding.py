@@ -4,6 +4,7 @@ Stored: a parameter is split over `fsdp` along its largest axis that divides eve
 ones are on every device; moments and the average lie like their parameter. Used: `gather` makes a block's parameters
 whole where the block runs, and its backward pass returns the gradient to where the parameter is stored. Without it,
 the compiler may as well split the products themselves, which costs more traffic and reshapes the activations.
+What the backward pass keeps of a block are its whole parameters, unless the model recomputes blocks (remat).
 
 Inside a step these functions read the ambient mesh (`jax.set_mesh`); without one they do nothing.
 """
@@ -99,7 +100,13 @@ def _axes() -> dict[str, int]:
 
 @jax.custom_vjp
 def _gather_one(parameter: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(parameter, P())
+    return jax.lax.with_sharding_constraint(_as_stored(parameter), P())
+
+
+def _as_stored(parameter: jax.Array) -> jax.Array:
+    # Also before gathering: else what a recomputed block keeps of its parameters would be whole.
+    spec = parameter_spec(parameter.shape, _axes()[FSDP])
+    return jax.lax.with_sharding_constraint(parameter, spec)
 
 
 def _gather_one_forward(parameter: jax.Array) -> tuple[jax.Array, None]:
@@ -107,8 +114,7 @@ def _gather_one_forward(parameter: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _gather_one_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-    spec = parameter_spec(gradient.shape, _axes()[FSDP])
-    return (jax.lax.with_sharding_constraint(gradient, spec),)
+    return (_as_stored(gradient),)
 
 
 _gather_one.defvjp(_gather_one_forward, _gather_one_backward)

@@ -8,6 +8,8 @@ A name says dtype, data × fsdp, parts, blocks' mode and recomputation: `float64
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -61,8 +63,14 @@ def batches(step: int) -> dict[str, np.ndarray]:
     return {key: value[mine] for key, value in batch.items()}
 
 
-def curve(name: str) -> tuple[list[float], float]:
-    """Losses, and the share of the state that the first device holds."""
+def largest_gather(program: str) -> int:
+    """Entries of the largest array in double precision that a compiled program gathers."""
+    shapes = re.findall(r"= f64\[([\d,]*)\]\S* all-gather\(", program)
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
+
+
+def curve(name: str) -> tuple[list[float], float, int]:
+    """Losses, the share of the state that the first device holds, and the largest gather of a step."""
     parts = name.split("-")
     data, fsdp = map(int, parts[1].split("x"))
     accumulate = next((int(p.removeprefix("accumulate")) for p in parts if "acc" in p), 1)
@@ -80,6 +88,7 @@ def curve(name: str) -> tuple[list[float], float]:
         return init_state(nnx.state(build()), optimizer)
 
     shapes = state_shapes(mesh, begin)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     state = build_state(begin, shapes)
     step = make_train_step(
         graphdef,
@@ -87,16 +96,19 @@ def curve(name: str) -> tuple[list[float], float]:
         ema_decay=0.9,
         augment=make_augment(DATA, CLASSES, label_smoothing=0.1),
         accumulate=accumulate,
-        shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        shardings=places,
     )
-    step = on_mesh(mesh, step)
+    step = jax.jit(step, out_shardings=(places, None))
+    lower = on_mesh(mesh, lambda *given: step.lower(*given))
+    compiled = lower(state, place_batch(mesh, batches(0))).compile()
     losses = []
     for i in range(STEPS):
-        state, metrics = step(state, place_batch(mesh, batches(i)))
+        state, metrics = compiled(state, place_batch(mesh, batches(i)))
         losses.append(metrics["loss"])
     leaves = jax.tree.leaves(state)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-    return [float(loss) for loss in losses], held / sum(leaf.nbytes for leaf in leaves)
+    share = held / sum(leaf.nbytes for leaf in leaves)
+    return [float(loss) for loss in losses], share, largest_gather(compiled.as_text())
 
 
 def main(out: str, *names: str) -> None:

@@ -3,20 +3,24 @@
     python tests/distributed/runs.py FOLDER JOB ...
 
 A job is NAME:DATAxFSDP to train to the end, NAME:DATAxFSDP:STEP to break off after a step; NAME=OTHER copies a run.
+NAME:score evaluates a run, on all devices, into NAME/scores.json.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from fastvim_jax.distributed import MeshConfig, is_first_process, sharding, start, wait
 from fastvim_jax.training import TrainConfig, train
 from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.run_scores import score_run
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
 sharding.SMALLEST = 8  # So that nearly everything of a tiny model is spread.
@@ -41,6 +45,13 @@ def break_off_after(last: int) -> None:
     RunLog.advance = stop  # type: ignore[method-assign]
 
 
+def score(folder: Path) -> None:
+    scores = score_run(folder, config(MeshConfig()).data, per_class=True).scores
+    if is_first_process():
+        as_lists = jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, scores)
+        (folder / "scores.json").write_text(json.dumps(as_lists))
+
+
 def main(folder: str, *jobs: str) -> None:
     jax.config.update("jax_enable_x64", True)
     start()
@@ -50,6 +61,9 @@ def main(folder: str, *jobs: str) -> None:
         if copied and is_first_process():
             shutil.copytree(Path(folder, copied), Path(folder, name))
         wait("copied")
+        if mesh == "score":
+            score(Path(folder, name))
+            continue
         data, fsdp = map(int, mesh.split("x"))
         if stop:
             break_off_after(int(stop[0]))
