@@ -56,6 +56,21 @@ def map_parameters(fn: Callable[[ParameterInfo, Any], Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_info(path, leaf), leaf), params)
 
 
+def round_products(params: Any, dtype: jnp.dtype) -> Any:
+    """`params` with the weights of products in `dtype`, the model's compute dtype; all others as they are.
+
+    For inference: the model rounds these weights at every call, a sixth of the time that one image takes.
+    Convolutions, A, D, biases, norms and the head are not rounded by the model and stay.
+    """
+
+    def rounded(info: ParameterInfo, leaf: Any) -> Any:
+        in_block = info.stacked and info.name.endswith(".kernel") and ".conv." not in info.name
+        product = in_block or info.name == "patch_embed.proj.kernel"
+        return leaf.astype(dtype) if product else leaf
+
+    return map_parameters(rounded, params)
+
+
 def parameter_infos(params: Any) -> list[ParameterInfo]:
     """`ParameterInfo` of every stored leaf, in the order of `jax.tree.leaves`."""
     return [_info(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
