@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,17 +20,17 @@ from PIL import Image
 from fastvim_jax.data import transforms
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
-from fastvim_jax.data.pipeline import make_train_iterator
+from fastvim_jax.data.pipeline import make_train_iterator, train_batches
 from fastvim_jax.data.randaugment import rand_augment
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources import open_source
-from fastvim_jax.data.turbo import TurboJpeg, chosen_decoder, open_image
+from fastvim_jax.data.turbo import Picture, TurboJpeg, chosen_decoder, open_image
 
 Row = dict[str, Any]
 
 _RECORDS = 256  # kept decoded at once
 _WINDOWS = 5  # other work on the machine disturbs some of them
-_LEAST_BATCHES = 6  # of a window: more than are read ahead
+_LEAST_BATCHES = 6  # of a window by the clock: more than are read ahead
 
 
 def measure(
@@ -58,7 +59,7 @@ def measure(
     for decoder in decoders:
         chosen = dataclasses.replace(config, decoder=decoder)
         for count in (0, *workers):
-            row = _ours(dataclasses.replace(chosen, workers=count), seconds)
+            row = _ours(source, dataclasses.replace(chosen, workers=count), seconds)
             whole[decoder, count] = row["milliseconds"]
             yield row
     for count in (0, *workers):
@@ -73,19 +74,23 @@ def _stages(
     source: Source, config: DataConfig, decoder: str
 ) -> Iterator[tuple[str, Callable[[], int]]]:
     """Name of each stage, and a function that does it once for a number of records, which it returns."""
-    records = [source[i] for i in range(min(len(source), _RECORDS))]
+    # Spread over the source: neighbours may be of one class, or of one size.
+    spread = np.unique(np.linspace(0, len(source) - 1, _RECORDS).astype(int)).tolist()
+    records = [source[i] for i in spread]
     size, rng = config.height_width, np.random.default_rng(0)
     images = [r.image for r in records]
 
-    def whole(image: bytes | np.ndarray) -> Image.Image:
+    def whole(image: bytes | np.ndarray) -> Any:
         picture = open_image(image, channels=config.channels, name="", decoder=decoder)
         if isinstance(picture, TurboJpeg):
-            picture = picture.crop_resized(
-                (0, 0, picture.width, picture.height), (picture.height, picture.width)
-            )
+            box = (0, 0, picture.width, picture.height)
+            return picture.crop_pixels(box, (picture.height, picture.width))
         return picture
 
-    def crop(picture: Image.Image | TurboJpeg) -> Image.Image:
+    def crop(picture: Picture) -> Any:
+        if isinstance(picture, TurboJpeg):
+            box = transforms.random_box(picture, rng, config.crop_scale, config.crop_aspect)
+            return picture.crop_pixels(box, size)
         return transforms.random_resized_crop(
             picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect
         )
@@ -98,7 +103,7 @@ def _stages(
 
         return once
 
-    yield "read", over(range(len(records)), lambda i: source[i])
+    yield "read", over(spread, lambda i: source[i])
     yield "decode", over(images, whole)
     yield (
         "decode, crop and resize",
@@ -134,12 +139,17 @@ def _time(work: Callable[[], int], seconds: float) -> float:
     return best
 
 
-def _ours(config: DataConfig, seconds: float) -> Row:
-    batches = make_train_iterator(config, seed=0)
-    milliseconds = _time_batches(batches, config, seconds)
-    batches.close()
-    what = "whole" if not config.workers else f"whole, {_processes(config.workers)}"
-    return _row(what, config.decoder, milliseconds, workers=config.workers)
+def _ours(source: Source, config: DataConfig, seconds: float) -> Row:
+    if config.workers:
+        batches = make_train_iterator(config, seed=0)
+        milliseconds = _time_batches(batches, config, seconds)
+        batches.close()
+        name = f"whole, {_processes(config.workers)}"
+        return _row(name, config.decoder, milliseconds, workers=config.workers)
+    # In one thread: two on a core's two hardware threads would each look slower.
+    numbered = train_batches(source, config, seed=0, batch_size=config.batch_size)
+    milliseconds = _time_batches(map(numbered.__getitem__, itertools.count()), config, seconds)
+    return _row("whole", config.decoder, milliseconds)
 
 
 def _time_batches(batches: Iterator[Any], config: DataConfig, seconds: float) -> float:
@@ -148,10 +158,10 @@ def _time_batches(batches: Iterator[Any], config: DataConfig, seconds: float) ->
     # What was read ahead before the first batch was asked for is not counted.
     for _ in range(1 + 4 * config.workers):
         next(batches)
-    best = float("inf")
+    best, least = float("inf"), _LEAST_BATCHES if config.workers else 1
     for _ in range(_WINDOWS):
         begin, count = clock(), 0
-        while (spent := clock() - begin) < seconds / _WINDOWS or count < _LEAST_BATCHES:
+        while (spent := clock() - begin) < seconds / _WINDOWS or count < least:
             next(batches)
             count += 1
         best = min(best, spent / (count * config.batch_size) * 1e3)

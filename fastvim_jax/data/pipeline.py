@@ -61,12 +61,9 @@ def make_train_iterator(
         return resident_training(
             source, config, seed=seed, process_index=process_index, process_count=process_count
         )
-    records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-    decoder = chosen_decoder(config)
-    images = records.random_map(_LoadForTraining(source, config, decoder))
-    whole_batches = images[: steps * config.batch_size].batch(local, batch_fn=_stack)
+    batches = train_batches(source, config, seed=seed, batch_size=local)
     return BatchIterator(
-        _grain_stream(whole_batches.repeat(None)[process_index::process_count], config.workers),
+        _grain_stream(batches[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
@@ -74,9 +71,26 @@ def make_train_iterator(
             "seed": seed,
             "records": len(source),
             "batch_size": config.batch_size,
-            "decoder": decoder,
+            "decoder": chosen_decoder(config),
         },
     )
+
+
+def train_batches(
+    source: Source, config: DataConfig, *, seed: int, batch_size: int
+) -> grain.MapDataset:
+    """The endless sequence of training batches by their number; taking one reads, decodes and augments its records.
+
+    Args:
+        source: where the records come from.
+        config: how to augment them; each epoch drops what fills no batch of `config.batch_size`.
+        seed: decides order and augmentation.
+        batch_size: images of a batch here, a divisor of `config.batch_size`.
+    """
+    records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+    images = records.random_map(_LoadForTraining(source, config, chosen_decoder(config)))
+    whole = len(source) // config.batch_size * config.batch_size
+    return images[:whole].batch(batch_size, batch_fn=_stack).repeat(None)
 
 
 def make_eval_iterator(

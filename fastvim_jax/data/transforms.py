@@ -33,18 +33,19 @@ def random_resized_crop(
     (Szegedy et al., Going deeper with convolutions, section 6). After ten boxes that do not fit: the
     largest centred box whose aspect lies within the bounds.
     """
-    box = _box_corners(image, rng, scale, aspect)
+    box = random_box(image, rng, scale, aspect)
     if isinstance(image, TurboJpeg):
         return image.crop_resized(box, size)
     return resized(image.crop(box), size)
 
 
-def _box_corners(
+def random_box(
     image: Picture,
     rng: np.random.Generator,
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the box that `random_resized_crop` crops."""
     left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
     return left, top, left + width, top + height
 
@@ -127,7 +128,7 @@ def train_transform(
     size = config.height_width
     if isinstance(picture, TurboJpeg) and _crop_and_flip_only(config):
         # The same draws and pixels as below, without a Pillow image in between.
-        box = _box_corners(picture, rng, config.crop_scale, config.crop_aspect)
+        box = random_box(picture, rng, config.crop_scale, config.crop_aspect)
         pixels = picture.crop_pixels(box, size)
         return pixels[:, ::-1] if config.flip and rng.random() < config.flip else pixels
     if config.crop == "random_resized":
