@@ -8,7 +8,7 @@ a sum over the devices' shares. How the shardings are known, and the shares reac
 - Explicit axes (the default of `jax.make_mesh`): from the types of the arrays, by `jax.shard_map`.
 - Auto axes, or no mesh in sight: from XLA's partitioner when it compiles, by `custom_partitioning`. Only operations
   that hold kernels need it (`opaque`); the partitioner splits everything else by itself.
-- Manual axes (inside a `jax.shard_map` of the caller's): the arrays are shares already.
+- Manual axes (inside a `jax.shard_map` of the caller's, with check_vma or without): the arrays are shares already.
 
 Where the partitioner is asked, JAX cannot differentiate: have a custom_vjp around the operation and its gradient be
 another one. Sums over devices are made in the dtypes of the results.
@@ -241,7 +241,7 @@ def per_shard(
         elif mesh is None and opaque:
             out = operation.under_the_partitioner(arrays)
         else:
-            return function(Shard(), *arguments)
+            return varying(function(Shard(), *varying(arguments, arguments)), arguments)
         return jax.tree.unflatten(jax.tree.structure(results), out)
 
     return call
@@ -273,7 +273,23 @@ def _reshard(x: jax.Array, sharding) -> jax.Array:
 
 
 def like(gradients: Any, arrays: Any) -> Any:
-    """Gradients in their arrays' dtypes and, on Explicit axes, shardings."""
-    return jax.tree.map(
-        lambda g, x: _reshard(g.astype(x.dtype), jax.typeof(x).sharding), gradients, arrays
-    )
+    """Gradients in their arrays' dtypes and, on Explicit axes, shardings; summed over Manual axes that JAX tracks."""
+
+    def one(gradient, x):
+        axes = tuple(_varies(gradient) - _varies(x))
+        gradient = lax.psum(gradient, axes) if axes else gradient
+        return _reshard(gradient.astype(x.dtype), jax.typeof(x).sharding)
+
+    return jax.tree.map(one, gradients, arrays)
+
+
+def varying(results: Any, arrays: Any) -> Any:
+    """Results whose types vary over the Manual axes that any array does (kernels' do not by themselves)."""
+    axes = frozenset[str]().union(*(_varies(x) for x in jax.tree.leaves(arrays)))
+    cast = lambda x: lax.pcast(x, tuple(axes - _varies(x)), to="varying")  # noqa: E731
+    return jax.tree.map(cast, results) if axes else results
+
+
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
+    return frozenset(jax.typeof(x).mat.varying)

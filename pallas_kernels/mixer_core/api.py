@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
-from pallas_kernels.sharding import like, per_shard
+from pallas_kernels.sharding import like, per_shard, varying
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 
@@ -131,7 +131,7 @@ class _Stages:
                 return kernel(*arrays, options)
             return jax.lax.platform_dependent(
                 *arrays,
-                cuda=lambda *arrays: kernel(*arrays, options),
+                cuda=lambda *arrays: varying(kernel(*arrays, options), arrays),
                 default=lambda *arrays: other(*arrays, options),
             )
 

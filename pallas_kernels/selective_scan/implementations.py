@@ -14,6 +14,7 @@ from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
+from pallas_kernels.sharding import varying
 
 _MODULES = {
     "pallas": "pallas_kernels.selective_scan.mosaic",
@@ -65,7 +66,7 @@ class KernelOnCuda:
         ):  # a device's share may be, of a whole that is not
             return other(inputs)
         return jax.lax.platform_dependent(
-            inputs, cuda=lambda x: self.kernel.forward(x, options), default=other
+            inputs, cuda=lambda x: varying(self.kernel.forward(x, options), x), default=other
         )
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
@@ -75,7 +76,9 @@ class KernelOnCuda:
         if self.kernel.unsupported(inputs) is not None:
             return other(arrays)
         return jax.lax.platform_dependent(
-            arrays, cuda=lambda x: self.kernel.backward(x[0], options, *x[1:]), default=other
+            arrays,
+            cuda=lambda x: varying(self.kernel.backward(x[0], options, *x[1:]), x),
+            default=other,
         )
 
 

@@ -231,6 +231,55 @@ def test_mixer_core(seed, monkeypatch, types, weights="fsdp"):
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_mosaic)])
+def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
+    """With JAX's check of what varies over devices, which sums the weights' gradients too."""
+    if kernels:
+        monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    args = draw(np.random.default_rng(seed), 8, 70, 32, 4)
+    wanted = jax.jit(jax.grad(lambda a: objective(a, implementation="xla_sequential")))(args)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = scan_specs(args, "data", None, None)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(specs,), out_specs=specs)
+    def run(args):
+        return jax.grad(lambda a: jax.lax.psum(objective(a), "data"))(args)
+
+    args = put(args, specs, mesh)
+    assert max(relative_errors(run(args), wanted)) < BOUND
+    if kernels:
+        text = run.trace(args).lower(lowering_platforms=("cuda",)).as_text()
+        assert all(call.startswith("(tensor<1x") for call in kernels_in(text))
+        assert kernels_in(text)
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", ["scan", "unroll"])
+def test_model(seed, monkeypatch, blocks):
+    """A FastVim with every parameter split over half the mesh."""
+    from flax import nnx
+
+    from fastvim_jax.models import create_model
+
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    model = create_model(
+        "fastvim_tiny_patch16_224", num_classes=4, depth=2, embed_dim=64, image_size=32,
+        patch_size=8, blocks=blocks, remat="block", rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    graphdef, params = nnx.split(model)
+    images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3))
+    run = jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x))))
+    wanted = jax.jit(run)(params, images)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    spread = lambda x: P(*[None] * (x.ndim - 1), None if x.shape[-1] % 2 else "fsdp")  # noqa: E731
+    params = put(params, jax.tree.map(spread, params), mesh)
+    images = jax.device_put(images, NamedSharding(mesh, P(BATCH)))
+    got = jax.jit(run)(params, images)
+    assert max(relative_errors(got, wanted)) < 1e-4
+
+
 def shapes_on(mesh, arrays, specs):
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
