@@ -28,16 +28,16 @@ def on_first_process(action: Callable[[], None]) -> None:
     """Run `action` in process 0 alone; the others wait, and fail with it.
 
     Raises:
-        UserError: the action's own in process 0, one with its message in the others.
+        Exception: the action's own in process 0; in the others a UserError with its message.
     """
     if jax.process_count() == 1:
         action()
         return
-    failure: UserError | None = None
+    failure: Exception | None = None
     if is_first_process():
         try:
             action()
-        except UserError as error:
+        except Exception as error:  # Whatever it is, the others must not wait forever.
             failure = error
     # Padded with spaces: all processes have to offer the same shape.
     text = ("" if failure is None else str(failure) or type(failure).__name__).encode()

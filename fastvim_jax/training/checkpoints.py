@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from jax.tree_util import DictKey, KeyPath
 
+from fastvim_jax.distributed import is_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
@@ -290,7 +291,7 @@ class Checkpoints:
 
     def _clean_up(self) -> None:
         """Remove what left: deleted checkpoints and the records of those that are no more."""
-        if self._read_only:
+        if self._read_only or not is_first_process():
             return
         shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
         known = {str(step) for step in (*self.steps(), self._saving)}

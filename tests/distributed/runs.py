@@ -17,7 +17,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fastvim_jax.distributed import MeshConfig, is_first_process, sharding, start, wait
+from fastvim_jax.distributed import (
+    MeshConfig,
+    is_first_process,
+    on_first_process,
+    sharding,
+    start,
+    union,
+    wait,
+)
+from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.run_scores import score_run
@@ -52,9 +61,26 @@ def score(folder: Path) -> None:
         (folder / "scores.json").write_text(json.dumps(as_lists))
 
 
+def agree() -> None:
+    """Processes fail together, and count together."""
+
+    def refuse() -> None:
+        raise UserError("the folder is full: make room")
+
+    try:
+        on_first_process(refuse)
+    except UserError as error:
+        assert str(error) == "the folder is full: make room"
+    else:
+        raise AssertionError("only process 0 has failed")
+    assert union({jax.process_index(), 7}) == {7, *range(jax.process_count())}
+    assert union(range(3 * jax.process_index())) == set(range(3 * jax.process_count() - 3))
+
+
 def main(folder: str, *jobs: str) -> None:
     jax.config.update("jax_enable_x64", True)
     start()
+    agree()
     for job in jobs:
         name, mesh, *stop = job.split(":")
         name, _, copied = name.partition("=")
