@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from fastvim_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
 
-Step = TypeVar("Step", bound=Callable)
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def on_mesh(mesh: Mesh, step: Step) -> Step:
     """
 
     @wraps(step)
-    def run(*arguments):  # type: ignore[no-untyped-def]
+    def run(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):
             return step(*arguments)
 
