@@ -86,7 +86,7 @@ def on_mesh(mesh: Mesh, step: Step) -> Step:
         with jax.set_mesh(mesh):
             return step(*arguments)
 
-    return run
+    return cast(Step, run)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
