@@ -130,7 +130,11 @@ def train_transform(
         # The same draws and pixels as below, without a Pillow image in between.
         box = random_box(picture, rng, config.crop_scale, config.crop_aspect)
         pixels = picture.crop_pixels(box, size)
-        return pixels[:, ::-1] if config.flip and rng.random() < config.flip else pixels
+        if config.flip and rng.random() < config.flip:
+            # As one value a pixel, which NumPy copies backwards twice as fast as three.
+            mirrored = np.ascontiguousarray(pixels).view("V3")[:, ::-1]
+            return np.ascontiguousarray(mirrored).view(np.uint8)
+        return pixels
     if config.crop == "random_resized":
         image = random_resized_crop(
             picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect

@@ -60,8 +60,9 @@ class ImageFolderSource:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        file = self._root / self._files[index]
-        return Record(file.read_bytes(), self._labels[index], str(file))
+        file = os.path.join(self._root, self._files[index])
+        with open(file, "rb") as opened:
+            return Record(opened.read(), self._labels[index], file)
 
 
 def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:
