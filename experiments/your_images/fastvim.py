@@ -1,29 +1,30 @@
-"""A small FastVim on your own images at 64 px: 8 blocks, 128 wide, patches of 8 pixels (a grid of 8 x 8).
+"""A small FastVim on your own images at 64 px: 6 blocks, 96 wide, patches of 8 pixels (a grid of 8 x 8).
 
     fastvim train your_images/fastvim --data.path FOLDER --model.num-classes N
 
 FOLDER holds `train` and `val`, each with one sub-folder a class; N is the number of classes, which `fastvim data
 check FOLDER` prints together with this command. A starting point for hundreds to some ten thousands of images without
-pre-trained weights: light augmentation, 60 epochs. For finer detail raise both --model.image-size and
+pre-trained weights: light augmentation, 40 epochs. For finer detail raise both --model.image-size and
 --data.image-size (a multiple of the patch size, 8).
 
-Expected: depends on the images; nearly 100 % where colour and outline tell the classes apart.
-Cost: about CPU_COST on two CPU cores.
+Expected: depends on the images. 600 drawings of circles, squares and triangles on noisy ground (200 a class): 100 % of
+another 120 by the averaged weights from the 25th epoch on.
+Cost: 600 images take 7 minutes of processor time, about 4 minutes on two CPU cores.
 """
 
 from fastvim_jax.data import DataConfig
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
-claims = {"classes": 2, "parameters": 1_115_650}
+claims = {"classes": 2, "parameters": 513_986}
 
 config = TrainConfig(
     model=VisionMambaConfig(
         image_size=64,
         patch_size=8,
         num_classes=2,  # yours: --model.num-classes
-        embed_dim=128,
-        depth=8,
+        embed_dim=96,
+        depth=6,
         drop_path=0.05,
     ),
     data=DataConfig(
@@ -44,7 +45,7 @@ config = TrainConfig(
         warmup_epochs=5.0,
         final_learning_rate=1e-5,
     ),
-    epochs=60,
+    epochs=40,
     ema_decay=0.99,
     evaluate_every_epochs=5,
     log_every_steps=10,

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ Row = dict[str, Any]
 
 _RECORDS = 256  # kept decoded at once
 _WINDOWS = 5  # other work on the machine disturbs some of them
-_LEAST_BATCHES = 6  # of a window by the clock: more than are read ahead
 
 
 def measure(
@@ -55,19 +54,37 @@ def measure(
         for stage, work in _stages(source, config, decoder):
             milliseconds = _time(work, seconds)
             yield _row(stage, decoder, milliseconds)
-    whole: dict[tuple[str, int], float] = {}
-    for decoder in decoders:
-        chosen = dataclasses.replace(config, decoder=decoder)
-        for count in (0, *workers):
-            row = _ours(source, dataclasses.replace(chosen, workers=count), seconds)
-            whole[decoder, count] = row["milliseconds"]
-            yield row
     for count in (0, *workers):
-        row = _torch(source, config, count, seconds)
-        if "milliseconds" in row:
-            best = whole[next(iter(decoders)), count]
-            row["ours_is_faster"] = row["milliseconds"] / best
+        yield from _whole(source, dataclasses.replace(config, workers=count), decoders, seconds)
+
+
+def _whole(
+    source: Source, config: DataConfig, decoders: Iterable[Any], seconds: float
+) -> Iterator[Row]:
+    """The pipeline with each decoder, and the DataLoader; they take turns, so that other work disturbs all alike."""
+    behind = f", {_processes(config.workers)}" if config.workers else ""
+    torch = "PyTorch DataLoader" + behind
+    running: dict[tuple[str, str], Iterator[Any]] = {
+        ("whole" + behind, decoder): _ours(source, dataclasses.replace(config, decoder=decoder))
+        for decoder in decoders
+    }
+    ours = next(iter(running))
+    missing = [m for m in ("torch", "torchvision") if importlib.util.find_spec(m) is None]
+    if not missing:
+        running[torch, "pillow"] = _torch(source, config)
+    times = _time_batches(list(running.values()), config, seconds)
+    found = dict(zip(running, times, strict=True))
+    for (what, decoder), milliseconds in found.items():
+        row = _row(what, decoder, milliseconds, workers=config.workers)
+        if what == torch:
+            row["ours_is_faster"] = milliseconds / found[ours]
         yield row
+    if missing:
+        yield {
+            "what": torch,
+            "with": "pillow",
+            "skipped": f"{' and '.join(missing)} not installed",
+        }
 
 
 def _stages(
@@ -139,41 +156,53 @@ def _time(work: Callable[[], int], seconds: float) -> float:
     return best
 
 
-def _ours(source: Source, config: DataConfig, seconds: float) -> Row:
+def _ours(source: Source, config: DataConfig) -> Iterator[Any]:
     if config.workers:
-        batches = make_train_iterator(config, seed=0)
-        milliseconds = _time_batches(batches, config, seconds)
-        batches.close()
-        name = f"whole, {_processes(config.workers)}"
-        return _row(name, config.decoder, milliseconds, workers=config.workers)
+        return make_train_iterator(config, seed=0)
     # In one thread: two on a core's two hardware threads would each look slower.
     numbered = train_batches(source, config, seed=0, batch_size=config.batch_size)
-    milliseconds = _time_batches(map(numbered.__getitem__, itertools.count()), config, seconds)
-    return _row("whole", config.decoder, milliseconds)
+    return map(numbered.__getitem__, itertools.count())
 
 
-def _time_batches(batches: Iterator[Any], config: DataConfig, seconds: float) -> float:
-    """Milliseconds an image in the best of several windows: of processor time without workers, else of the clock."""
-    clock = time.perf_counter if config.workers else time.process_time
-    # What was read ahead before the first batch was asked for is not counted.
-    for _ in range(1 + 4 * config.workers):
-        next(batches)
-    best, least = float("inf"), _LEAST_BATCHES if config.workers else 1
-    for _ in range(_WINDOWS):
-        begin, count = clock(), 0
-        while (spent := clock() - begin) < seconds / _WINDOWS or count < least:
+def _time_batches(
+    running: Sequence[Iterator[Any]], config: DataConfig, seconds: float
+) -> list[float]:
+    """Milliseconds an image of each: of processor time without workers, else of the clock, one after the other."""
+    if config.workers:
+        best = []
+        for batches in running:
+            best += _take_turns([batches], time.perf_counter, config.batch_size, seconds, least=6)
+            close = getattr(batches, "close", None) or getattr(batches, "_shutdown_workers", None)
+            if close is not None:
+                close()
+        return best
+    return _take_turns(running, time.process_time, config.batch_size, seconds, least=1)
+
+
+def _take_turns(
+    running: Sequence[Iterator[Any]],
+    clock: Callable[[], float],
+    batch_size: int,
+    seconds: float,
+    *,
+    least: int,
+) -> list[float]:
+    best = [float("inf")] * len(running)
+    for batches in running:
+        for _ in range(least):  # What was read ahead is not counted.
             next(batches)
-            count += 1
-        best = min(best, spent / (count * config.batch_size) * 1e3)
+    for _ in range(_WINDOWS):
+        for i, batches in enumerate(running):
+            begin, count = clock(), 0
+            while (spent := clock() - begin) < seconds / _WINDOWS or count < least:
+                next(batches)
+                count += 1
+            best[i] = min(best[i], spent / (count * batch_size) * 1e3)
     return best
 
 
-def _torch(source: Source, config: DataConfig, workers: int, seconds: float) -> Row:
+def _torch(source: Source, config: DataConfig) -> Iterator[Any]:
     """The same files through a PyTorch DataLoader: Pillow, torchvision's transforms, normalised float32 batches."""
-    name = "PyTorch DataLoader" + (f", {_processes(workers)}" if workers else "")
-    missing = [m for m in ("torch", "torchvision") if importlib.util.find_spec(m) is None]
-    if missing:
-        return {"what": name, "with": "pillow", "skipped": f"{' and '.join(missing)} not installed"}
     import torch
     from torchvision import transforms as vision
 
@@ -191,14 +220,11 @@ def _torch(source: Source, config: DataConfig, workers: int, seconds: float) -> 
     loader = torch.utils.data.DataLoader(
         _Endless(source, vision.Compose(steps)),
         batch_size=config.batch_size,
-        num_workers=workers,
+        num_workers=config.workers,
         sampler=_shuffled(len(source)),
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context="spawn" if config.workers else None,
     )
-    batches = iter(loader)
-    milliseconds = _time_batches(batches, dataclasses.replace(config, workers=workers), seconds)
-    del batches, loader
-    return _row(name, "pillow", milliseconds, workers=workers)
+    return iter(loader)
 
 
 @dataclasses.dataclass
