@@ -55,3 +55,11 @@ def test_no_profile_no_trace(traces, tmp_path):
             pass
         assert profiler.end(1, jnp.zeros(())) is None
     assert traces == []
+
+
+def test_a_trace_is_a_file_for_xprof(tmp_path):
+    with Profiler(ProfileSteps(1, 1), tmp_path, first_step=1) as profiler:
+        with profiler.begin(1):
+            result = jnp.arange(9.0) @ jnp.ones(9)
+        assert profiler.end(1, result) == tmp_path
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))

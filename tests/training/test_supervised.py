@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -46,7 +47,7 @@ def test_the_run_folder_holds_everything(finished):
     assert start["versions"]["jax"] == jax.__version__
     assert start["device"] == {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())}
     assert {"started", "python", "git"} <= set(start)
-    assert list((folder / "tensorboard").iterdir())
+    assert list((folder / "tensorboard").iterdir()) and (folder / "summary.png").is_file()
     assert Checkpoints(folder / "checkpoints", read_only=True).steps() == [16, 20, 22]
 
 
@@ -57,7 +58,16 @@ def test_the_log(finished):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[1]["learning_rate"] == pytest.approx(2e-3)
     assert lines[-1]["epoch"] == 2.0
-    assert all(0 <= line["data_wait"] <= 1 for line in lines)
+    for line in lines:
+        assert all(0 <= line[share] <= 1 for share in ("data_wait", "dispatch", "device_wait"))
+        assert line["images_per_second"] > 0 and line["param_norm"] > line["grad_norm"] > 0
+    assert "first_step_seconds" in lines[0] and "checkpoint_seconds" in lines[-2]
+    assert "mfu" not in lines[0], "the peak of a CPU is not known"
+    norms = read_metrics(folder, "norms")
+    assert [line["step"] for line in norms] == [STEPS_PER_EPOCH, TOTAL]
+    own = [value for name, value in norms[-1].items() if name.startswith("grad/")]
+    assert math.hypot(*own) < 10 * lines[-1]["grad_norm"] and norms[-1]["update/head.bias"] > 0
+    assert {"param/blocks.1.mixer.in_proj.kernel", "param/pos_embed"} <= norms[0].keys()
     scores = read_metrics(folder, "eval")
     assert [line["step"] for line in scores] == [STEPS_PER_EPOCH, TOTAL]
     assert scores[-1] == result.metrics and scores[-1]["count"] == EVAL_IMAGES
