@@ -156,7 +156,10 @@ def _prepare(arguments: Sequence[str]) -> int:
                 origin=origin,
                 progress=progress,
             )
-        kept = f" ({done.kept} were there already)" if done.kept else ""
+        notes = [f"{done.kept} were there already"] if done.kept else []
+        if done.changed:
+            notes.append(f"{done.changed} written again, as their records have changed")
+        kept = f" ({'; '.join(notes)})" if notes else ""
         print(
             f"{split}: {done.records} records of {len(source.class_names)} classes, {done.bytes / 1e6:.1f} MB "
             f"in {done.shards} shards{kept}"

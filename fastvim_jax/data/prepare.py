@@ -1,7 +1,8 @@
 """Any source turned into ArrayRecord shards: checksummed, and resumable shard by shard.
 
 A shard is written under a temporary name, flushed to the disk and renamed; only then does it enter the manifest,
-which is itself replaced in one step. Whatever was finished when a run was killed is kept by the next.
+which is itself replaced in one step. Whatever was finished when a run was killed is kept by the next, unless the
+records it was made of have changed since.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.processes import map_source
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import FORMAT, join_record
@@ -41,6 +43,7 @@ class Prepared:
         records: records written.
         shards: number of shards.
         kept: how many of them were there already.
+        changed: how many were there, but made of records that have changed since; these were written again.
         bytes: of all shards together.
         left_out: names of undecodable records that were left out.
     """
@@ -49,6 +52,7 @@ class Prepared:
     records: int
     shards: int
     kept: int
+    changed: int
     bytes: int
     left_out: tuple[str, ...]
 
@@ -86,7 +90,8 @@ def prepare(
         workers: processes.
         max_corrupt: undecodable records left out (and named in the manifest) before the preparation stops. Without
             `max_size` nothing is decoded: `check` finds such records.
-        origin: what to note of where the records came from; a resumed preparation must have the same.
+        origin: what to note of where the records came from; a resumed preparation must have the same. Finished shards
+            are kept if their records have not changed (`fingerprint`), and written again otherwise.
         progress: called after every shard.
 
     Raises:
@@ -122,16 +127,20 @@ def prepare(
     for leftover in folder.glob(f".{split}-*.tmp"):
         leftover.unlink()
     count = -(-len(source) // shard_records)
-    finished, left_out, tasks = manifest["shards"], manifest["left_out"], []
+    finished, left_out, tasks, changed = manifest["shards"], manifest["left_out"], [], 0
     for number in range(count):
         shard = folder / f"{split}-{number:05}-of-{count:05}.array_record"
         key = str(number)
-        if key in finished and shard.is_file() and finished[key]["sha256"] == sha256(shard):
-            continue
-        finished.pop(key, None)
-        left_out.pop(key, None)
         start = number * shard_records
         stop = min(start + shard_records, len(source))
+        if key in finished and shard.is_file():
+            # The source may have been mended since: a shard is kept only if its records are the same.
+            same = finished[key].get("source") == fingerprint(source, start, stop)
+            if same and finished[key]["sha256"] == sha256(shard):
+                continue
+            changed += not same
+        finished.pop(key, None)
+        left_out.pop(key, None)
         tasks.append(_Task(number, start, stop, shard, max_size))
     done = len(source) - sum(task.stop - task.start for task in tasks)
     manifest["complete"] = not tasks
@@ -158,6 +167,7 @@ def prepare(
         sum(entry["records"] for entry in finished.values()),
         count,
         count - len(tasks),
+        changed,
         sum(entry["bytes"] for entry in finished.values()),
         tuple(reason for reasons in left_out.values() for reason in reasons),
     )
@@ -215,6 +225,8 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
 
     temporary = task.file.with_name(f".{task.file.name}.{os.getpid()}.tmp")
     corrupt: list[str] = []
+    # Taken first: what changes while the shard is written is found by the next run.
+    made_of = fingerprint(source, task.start, task.stop)
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for index in range(task.start, task.stop):
@@ -236,6 +248,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             "records": task.stop - task.start - len(corrupt),
             "bytes": temporary.stat().st_size,
             "sha256": sha256(temporary),
+            "source": made_of,
         }
         os.replace(temporary, task.file)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 from fastvim_jax.data import DataConfig, DecodeError, make_train_iterator, open_source
 from fastvim_jax.data.check import check
 from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
@@ -146,6 +148,67 @@ def test_a_killed_preparation_goes_on(image_tree: Path, tmp_path: Path) -> None:
     assert prepare(tree, out, "train", shard_records=3, max_size=20).kept == 10
     with pytest.raises(UserError, match=r"prepared with other settings"):
         prepare(tree, out, "train", shard_records=3, max_size=10)
+
+
+def test_what_changed_in_the_source_is_written_again(image_tree: Path, tmp_path: Path) -> None:
+    ant, bee = image_tree / "train" / "ant", image_tree / "train" / "bee"
+    out = tmp_path / "out"
+
+    def again() -> tuple[int, int]:
+        tree = open_source("image_folder", "train", path=str(image_tree))
+        done = prepare(tree, out, "train", shard_records=10)
+        assert done.records == 30
+        source = open_source("array_record", "train", path=str(out))
+        assert [(source[i].image, source[i].label) for i in range(30)] == [
+            (tree[i].image, tree[i].label) for i in range(30)
+        ]
+        return done.kept, done.changed
+
+    assert again() == (0, 0)
+    assert again() == (3, 0)
+    # The label of the last ant: same count, same order of names.
+    (ant / "22.png").rename(bee / "!.png")
+    assert again() == (2, 1)
+    mended = bytearray((ant / "12.png").read_bytes())
+    mended[-1] ^= 1  # as long as before
+    (ant / "12.png").write_bytes(mended)
+    assert again() == (2, 1)
+    (ant / "03.png").unlink()
+    (ant / "03.png").symlink_to(ant / "missing.png")
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    done = prepare(tree, out, "train", shard_records=10, max_corrupt=1)
+    assert (done.kept, done.changed, done.records) == (2, 1, 29)
+    done = prepare(tree, out, "train", shard_records=10, max_corrupt=1)
+    assert (done.kept, done.changed, done.records) == (3, 0, 29)
+    (ant / "03.png").unlink()
+    (ant / "03.png").write_bytes((bee / "00.png").read_bytes())
+    assert again() == (2, 1)
+
+
+def test_a_source_without_stamps_is_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (6, 4, 5), dtype=np.uint8)
+    records = [Record(image, i % 2, f"r{i}") for i, image in enumerate(pixels)]
+
+    class Plain:
+        class_names = ("a", "b")
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Record:
+            return records[index]
+
+    source = Plain()
+    prepare(source, tmp_path, "train", shard_records=2)
+    for changes in (
+        {"label": 1},
+        {"name": "other"},
+        {"image": source[2].image ^ np.uint8(1)},
+        {"image": source[2].image.reshape(5, 4)},
+    ):
+        records[2] = dataclasses.replace(source[2], **changes)
+        done = prepare(source, tmp_path, "train", shard_records=2)
+        assert (done.kept, done.changed) == (2, 1), changes
 
 
 def test_undecodable_records_stop_it_or_are_left_out(image_tree: Path, tmp_path: Path) -> None:

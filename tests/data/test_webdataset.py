@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
+from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
 
@@ -59,6 +61,19 @@ def test_every_image_is_there_with_its_label(shards: tuple[Path, list[bytes], li
     assert source[8].image == images[8]  # any order
     test = open_source("webdataset", "test", path=str(root))
     assert (len(test), test[0].label, test[0].image) == (1, 3, images[0])
+
+
+def test_a_stamp_tells_a_mended_label(shards: tuple[Path, list[bytes], list[int]]) -> None:
+    root, images, _ = shards
+    found = []
+    for label in (b"1", b"2"):
+        _shard(root / "val-0.tar", {"a.png": images[0], "a.cls": label})
+        os.utime(root / "val-0.tar", ns=(7, 7))  # Even if the time of change were the same.
+        source = open_source("webdataset", "val", path=str(root))
+        found.append(fingerprint(source, 0, 1))
+        assert fingerprint(pickle.loads(pickle.dumps(source)), 0, 1) == found[-1]
+    os.utime(root / "val-0.tar", ns=(7, 8))
+    assert len({*found, fingerprint(source, 0, 1)}) == 3
 
 
 def test_it_feeds_the_pipeline(shards: tuple[Path, list[bytes], list[int]]) -> None:

@@ -68,6 +68,11 @@ class ArrayRecordSource:
             )
         return Record(image, label, f"{name} ({header['name']})")
 
+    def stamp(self, index: int) -> str:
+        """What changes with a record: its shard's checksum (`fingerprint.Stamped`)."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.shards[shard]['sha256']}[{index - int(self._starts[shard])}]"
+
     def _read(self, shard: int, place: int, name: str) -> bytes:
         from array_record.python.array_record_module import ArrayRecordReader
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.labels import names_of_labels
@@ -100,6 +101,12 @@ class ParquetSource:
         if data is None:
             raise DecodeError(f"{name}: there is no image in the record.")
         return Record(data, int(self._labels[index]), name)
+
+    def stamp(self, index: int) -> str:
+        """What changes with a record: its file and label (`fingerprint.Stamped`); not an image beside the table."""
+        shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        file = self._files[shard]
+        return f"{file_stamp(file)} {self._labels[index]} {file.name}[{index}]"
 
     def _read_layout(self) -> tuple[np.ndarray, np.ndarray]:
         """Every label, and shard, group and first record of each row group."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.class_lists import ClassList, find_class_list, read_class_list
 from fastvim_jax.errors import UserError, suggest
@@ -63,6 +64,11 @@ class ImageFolderSource:
         file = os.path.join(self._root, self._files[index])
         with open(file, "rb") as opened:
             return Record(opened.read(), self._labels[index], file)
+
+    def stamp(self, index: int) -> str:
+        """What changes with a record: its file and label (`fingerprint.Stamped`)."""
+        file = self._files[index]
+        return f"{file_stamp(self._root / file)} {self._labels[index]} {file}"
 
 
 def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:

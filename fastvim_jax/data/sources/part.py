@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.records import Record, Source
 from fastvim_jax.errors import UserError
 
@@ -53,3 +54,8 @@ class SourcePart:
 
     def __getitem__(self, index: int) -> Record:
         return self._source[self._numbers[index]]
+
+    def stamp(self, index: int) -> str:
+        """What changes with a record (`fingerprint.Stamped`), whether the whole knows it or must be read."""
+        number = self._numbers[index]
+        return fingerprint(self._source, number, number + 1)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.class_lists import read_class_list
 from fastvim_jax.errors import UserError, suggest
@@ -50,6 +51,10 @@ class TfdsSource:
             )
         return Record(record[self._image], label, name)
 
+    def stamp(self, index: int) -> str:
+        """What changes with a record: any file of the set (`fingerprint.Stamped`)."""
+        return f"{self._stamp} {self._split}[{index}]"
+
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_folder", "_split", "_any_label", "class_names")
         return {name: self.__dict__[name] for name in kept}
@@ -71,6 +76,8 @@ class TfdsSource:
                 + suggest(self._split, splits)
             )
         self._image, self._label = _image_and_label(info, tfds)
+        files = sorted(file for file in Path(self._folder).iterdir() if file.is_file())
+        self._stamp = "; ".join(f"{file_stamp(file)} {file.name}" for file in files)
         self._label_names = info.features[self._label].names
         decoders = {self._image: tfds.decode.SkipDecoding()}
         self._records = builder.as_data_source(self._split, decoders=decoders)

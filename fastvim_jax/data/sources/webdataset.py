@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import names_of_labels
@@ -57,6 +58,12 @@ class WebDatasetSource:
         with shard.open("rb") as file:
             file.seek(offset)
             return Record(file.read(size), label, f"{shard}/{self._keys[index]}")
+
+    def stamp(self, index: int) -> str:
+        """What changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
+        number, *place = (int(v) for v in self._places[index])
+        shard = self._shards[number]
+        return f"{file_stamp(shard)} {place} {shard.name}/{self._keys[index]}"
 
 
 def shard_splits(root: Path) -> list[str]:

@@ -1,0 +1,57 @@
+"""What tells that a source's records have changed, without decoding them and, where possible, without reading them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from fastvim_jax.data.records import DecodeError, Source
+
+
+@runtime_checkable
+class Stamped(Protocol):
+    """A source that knows of each record what changes with it."""
+
+    def stamp(self, index: int) -> str:
+        """Text that differs when the record's image, label or name has changed."""
+        ...
+
+
+def fingerprint(source: Source, start: int, stop: int) -> str:
+    """A digest of the records `start` to `stop`, as hexadecimal digits: equal as long as these are the same.
+
+    A `Stamped` source answers from what it knows (files' sizes and times of change); any other's records are read.
+    A file that cannot be read counts as such, so that its coming back is a change.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(start, stop):
+        try:
+            stamp = source.stamp(index) if isinstance(source, Stamped) else _content(source, index)
+        except (OSError, DecodeError) as error:
+            stamp = f"unreadable: {type(error).__name__}"
+        digest.update(f"{len(stamp)}:{stamp}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def file_stamp(file: Path | str) -> str:
+    """Size and time of change of a file.
+
+    Raises:
+        OSError: when it is not there.
+    """
+    status = os.stat(file)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _content(source: Source, index: int) -> str:
+    record = source[index]
+    image, shape = record.image, ""
+    if isinstance(image, np.ndarray):
+        image, shape = np.ascontiguousarray(image).tobytes(), str(image.shape)
+    return (
+        f"{hashlib.blake2b(image, digest_size=16).hexdigest()} {shape} {record.label} {record.name}"
+    )
