@@ -87,7 +87,7 @@ def _check(arguments: Sequence[str]) -> int:
     kind, splits = _kind_and_splits(chosen)
     reports = {}
     for split in splits:
-        source = _open(chosen, kind, split, any_label=True)
+        source = _open(chosen, kind, split)
         with _progress(f"checking {split}", quiet=chosen.json) as progress:
             reports[split] = report = check(source, workers=chosen.workers, progress=progress)
         if not chosen.json:
@@ -190,7 +190,8 @@ def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
     return kind, splits
 
 
-def _open(chosen: _Where, kind: str, split: str, *, any_label: bool = False) -> Any:
+def _open(chosen: _Where, kind: str, split: str) -> Any:
+    """A split with whatever labels it has: `check` lists the stray ones, and `prepare` refuses them."""
     from fastvim_jax.data.sources import open_source
 
     return open_source(kind, split, path=chosen.path, class_list=chosen.class_list, any_label=True)

@@ -24,6 +24,7 @@ from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.processes import map_source
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import FORMAT, join_record
+from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
 from fastvim_jax.errors import UserError
 
 JPEG_QUALITY = 95
@@ -95,7 +96,8 @@ def prepare(
         progress: called after every shard.
 
     Raises:
-        UserError: for an impossible argument, or when the folder holds the split with other settings.
+        UserError: for an impossible argument, when the folder holds the split with other settings, or for a label
+            outside the classes: before anything is written if the source knows its labels, else at that record.
         DecodeError: when more than `max_corrupt` records are undecodable.
     """
     for name, value, least in (
@@ -105,6 +107,7 @@ def prepare(
             raise UserError(f"{name} is {value}, but must be at least {least}.")
     if not split or Path(split).name != split:
         raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
+    refuse_stray_labels(source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
@@ -232,6 +235,8 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
         for index in range(task.start, task.stop):
             try:
                 record = source[index]
+                if not 0 <= record.label < len(source.class_names):
+                    raise UserError(stray_label(record.name, record.label, len(source.class_names)))
                 image = encoded(record, task.max_size)
             except DecodeError as error:
                 corrupt.append(str(error))

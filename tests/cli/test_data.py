@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -77,6 +78,25 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     shard.write_bytes(content)
     status, out, _ = fastvim("data", "check", out_dir)
     assert status == 1 and "checksum:" in out and str(shard) in out
+
+
+def test_prepare_refuses_labels_outside_the_classes(
+    fastvim: Cli, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    file, image = io.BytesIO(), rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(image).save(file, "PNG")
+    data = np.frombuffer(file.getvalue() * 3, np.uint8)
+    np.savez(
+        tmp_path / "train.npz", jpeg=data, offsets=np.arange(4) * (len(data) // 3), labels=[0, 1, 2]
+    )
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    arguments = ("data", "prepare", tmp_path, "--out", tmp_path / "out")
+    status, _, err = fastvim(*arguments)
+    text = " ".join(err.split())
+    assert status == 1 and "train.npz[2]: the label 2 is outside the 2 classes" in text, err
+    assert "fastvim data check" in text and not (tmp_path / "out").exists()
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    assert fastvim(*arguments)[0] == 0
 
 
 @pytest.mark.parametrize(

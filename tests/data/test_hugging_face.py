@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, make_train_iterator, open_source
+from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources import hugging_face
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
@@ -74,7 +75,9 @@ def test_every_image_is_there_with_its_label(hub: tuple[Path, list[bytes], list[
     assert source.class_names == NAMES
     for copy in (source, pickle.loads(pickle.dumps(source))):
         assert [copy[i].image for i in range(len(copy))] == images
-        assert [copy[i].label for i in range(9)] == labels
+        assert [copy[i].label for i in range(9)] == labels == copy.labels.tolist()
+        assert len({fingerprint(copy, i, i + 1) for i in range(9)}) == 9
+        assert fingerprint(copy, 0, 9) == fingerprint(source, 0, 9)
     assert [source[i].image for i in (8, 0, 5)] == [images[i] for i in (8, 0, 5)]
     assert source[7].name == f"{root / 'data' / 'train-00002-of-00003.parquet'}[1] (1.png)"
     assert len(open_source("hugging_face", "test", path=str(root))) == 1

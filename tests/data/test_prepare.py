@@ -22,6 +22,7 @@ from fastvim_jax.data.check import check
 from fastvim_jax.data.prepare import prepare
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.layout import guess_source, list_splits
+from fastvim_jax.data.sources.part import SourcePart
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
 
@@ -209,6 +210,36 @@ def test_a_source_without_stamps_is_read(tmp_path: Path, rng: np.random.Generato
         records[2] = dataclasses.replace(source[2], **changes)
         done = prepare(source, tmp_path, "train", shard_records=2)
         assert (done.kept, done.changed) == (2, 1), changes
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_label_outside_the_classes_is_refused(
+    known: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    pixels = rng.integers(0, 256, (6, 4, 5), dtype=np.uint8)
+
+    class Stray:
+        class_names = ("a", "b", "c")
+        stray = np.array([0, 1, 2, 0, 3, -1])
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Record:
+            return Record(pixels[index], int(self.stray[index]), f"record {index}")
+
+    if known:
+        Stray.labels = Stray.stray  # type: ignore[attr-defined]
+    message = r"record 4: the label 3 is outside the 3 classes.*`fastvim data check`"
+    with pytest.raises(UserError, match=message) as refused:
+        prepare(Stray(), tmp_path / "out", "train", shard_records=2, max_corrupt=6)
+    assert ("2 of 6 records" in str(refused.value)) == known
+    assert (tmp_path / "out").exists() != known
+    if known:
+        part = SourcePart(Stray(), slice(2, 4), "part")
+        assert prepare(part, tmp_path / "out", "train").records == 2
+        with pytest.raises(UserError, match=r"record 5: the label -1 is.*1 of 1 records"):
+            prepare(SourcePart(Stray(), slice(5, 6), "part"), tmp_path / "last", "train")
 
 
 def test_undecodable_records_stop_it_or_are_left_out(image_tree: Path, tmp_path: Path) -> None:

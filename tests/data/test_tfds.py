@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
+from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
@@ -72,6 +73,7 @@ def test_the_stored_bytes_come_back(pets: tuple[Path, list[bytes]]) -> None:
             found = [copy[i] for i in range(len(copy))]
             assert sorted(r.image for r in found) == sorted(images[:7])
             assert all(r.label == images.index(r.image) % 3 for r in found)
+            assert fingerprint(copy, 0, 7) == fingerprint(source, 0, 7) != fingerprint(copy, 1, 8)
     assert source[4].name.endswith("tiny_pets/1.0.0 train[4]")
     with pytest.raises(IndexError):
         source[7]

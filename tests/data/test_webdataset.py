@@ -59,6 +59,7 @@ def test_every_image_is_there_with_its_label(shards: tuple[Path, list[bytes], li
         assert [copy[i].label for i in range(9)] == labels
     assert source[5].name == f"{root / 'train-000001.tar'}/v1.0/1000.png"
     assert source[8].image == images[8]  # any order
+    assert source.labels.tolist() == labels
     test = open_source("webdataset", "test", path=str(root))
     assert (len(test), test[0].label, test[0].image) == (1, 3, images[0])
 

@@ -80,6 +80,11 @@ class ParquetSource:
             any_label=any_label,
         )
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Every record's label, known without reading an image."""
+        return self._labels
+
     def __len__(self) -> int:
         return len(self._labels)
 

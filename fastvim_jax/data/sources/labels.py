@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
 from fastvim_jax.errors import UserError
 
@@ -52,3 +53,29 @@ def names_of_labels(
             "as in a test split whose labels are secret. Use another split."
         )
     return names
+
+
+def refuse_stray_labels(source: Source) -> None:
+    """Refuse a source, opened with `any_label=True`, that knows its labels and has some outside its classes.
+
+    Raises:
+        UserError: naming the first such record.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        return
+    stray = np.flatnonzero((labels < 0) | (labels >= len(source.class_names)))
+    if len(stray):
+        first = int(stray[0])
+        others = f" ({len(stray)} of {len(labels)} records have such a label)"
+        raise UserError(
+            stray_label(source[first].name, int(labels[first]), len(source.class_names), others)
+        )
+
+
+def stray_label(name: str, label: int, classes: int, others: str = "") -> str:
+    """What is wrong with a record whose label is no class, and what to do."""
+    return (
+        f"{name}: the label {label} is outside the {classes} classes{others}. `fastvim data check` lists all such "
+        "records: mend them, give the class list that they belong to, or leave this split out (--split)."
+    )

@@ -42,6 +42,11 @@ class PackedNpzSource:
             any_label=any_label,
         )
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Every record's label, known without reading an image."""
+        return self._members["labels"]
+
     def __len__(self) -> int:
         return len(self._members["labels"])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.records import Record, Source
 from fastvim_jax.errors import UserError
@@ -48,6 +50,12 @@ class SourcePart:
     def class_names(self) -> tuple[str, ...]:
         """One name per label of the whole source."""
         return self._source.class_names
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The part's labels, if the whole knows its own."""
+        labels = getattr(self._source, "labels", None)
+        return None if labels is None else labels[list(self._numbers)]
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -49,6 +49,11 @@ class WebDatasetSource:
             any_label=any_label,
         )
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Every record's label, known without reading an image."""
+        return self._places[:, 3]
+
     def __len__(self) -> int:
         return len(self._keys)
 
