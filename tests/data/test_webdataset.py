@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
 from fastvim_jax.data.fingerprint import fingerprint
+from fastvim_jax.data.sources.layout import list_splits
 from fastvim_jax.errors import UserError
 from tests.data.conftest import encode
 
@@ -75,6 +76,37 @@ def test_a_stamp_tells_a_mended_label(shards: tuple[Path, list[bytes], list[int]
         assert fingerprint(pickle.loads(pickle.dumps(source)), 0, 1) == found[-1]
     os.utime(root / "val-0.tar", ns=(7, 8))
     assert len({*found, fingerprint(source, 0, 1)}) == 3
+
+
+def test_a_split_is_its_own_shards_only(
+    shards: tuple[Path, list[bytes], list[int]], tmp_path: Path
+) -> None:
+    _, images, _ = shards
+    root = tmp_path / "named"
+    root.mkdir()
+    names = {
+        "train": ("train", "train-0000", "train_001", "train-00002-of-00010", "train.3", "train04"),
+        "train-extra": ("train-extra-0000",),
+        "trained": ("trained-0",),
+        "val": ("val-0000-of-0002", "val-0001-of-0002"),
+        "validation": ("validation-0000",),
+        "proof": ("proof-7",),
+        "v[1]x": ("v[1]x-0",),
+        "fold": ("fold1", "fold10-0", "fold10-1"),
+    }
+    for files in names.values():
+        for name in files:
+            _shard(root / f"{name}.tar", {"a.png": images[0], "a.cls": b"0"})
+    assert list_splits("webdataset", str(root)) == sorted(names)
+    for split, files in names.items():
+        source = open_source("webdataset", split, path=str(root))
+        found = {Path(source[i].name).parent.stem for i in range(len(source))}
+        assert found == set(files) and len(source) == len(files)
+    for split, count in {"fold1": 1, "fold10": 2, "fold10-1": 1, "train-00002-of-00010": 1}.items():
+        assert len(open_source("webdataset", split, path=str(root))) == count
+    for split in ("trai", "val-0", "fol"):
+        with pytest.raises(UserError, match="No tar shards of a split"):
+            open_source("webdataset", split, path=str(root))
 
 
 def test_it_feeds_the_pipeline(shards: tuple[Path, list[bytes], list[int]]) -> None:

@@ -1,4 +1,7 @@
-"""Tar shards in the WebDataset layout: `<root>/<split>*.tar`, members `key.jpg` beside `key.cls` or `key.json`.
+"""Tar shards in the WebDataset layout: members `key.jpg` beside `key.cls` or `key.json`.
+
+The shards of `train` are `train.tar`, `train-0000.tar`, `train_000.tar`, `train-00000-of-00010.tar`: the name and then
+nothing but numbers, so `train-extra-0000.tar` belongs to `train-extra`.
 
 The shards' headers are read once; images are then read by their place in a shard, so that access is random and
 shards may differ in length.
@@ -7,6 +10,7 @@ shards may differ in length.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -18,19 +22,22 @@ from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import names_of_labels
 from fastvim_jax.errors import UserError, suggest
 
+# `-0001`, `_1-2`, `-00000-of-00010`, at the end of a name.
+_NUMBERS = re.compile(r"(?<![\d._-])[\d._-]*(?:(?<=\d)[._-]of[._-]\d+)?$")
+
 
 class WebDatasetSource:
-    """One split: the shards whose names begin with it. Labels are whole numbers, in `.cls` or as `label` in `.json`."""
+    """One split: the shards of its name. Labels are whole numbers, in `.cls` or as `label` in `.json`."""
 
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
     ) -> None:
-        self._shards = sorted(root.glob(f"{split}*.tar"))
+        self._shards = sorted(file for file in root.glob("*.tar") if _of_split(file, split))
         if not self._shards:
             names = shard_splits(root)
             raise UserError(
-                f"No shards {split}*.tar in {str(root)!r}; splits found there: {', '.join(names) or 'none'}."
-                + suggest(split, names)
+                f"No tar shards of a split {split!r} in {str(root)!r}; splits found there: "
+                f"{', '.join(names) or 'none'}." + suggest(split, names)
             )
         self._keys: list[str] = []
         places: list[tuple[int, int, int, int]] = []
@@ -39,11 +46,11 @@ class WebDatasetSource:
                 self._keys.append(key)
                 places.append((number, offset, size, label))
         if not places:
-            raise UserError(f"The shards {split}*.tar in {str(root)!r} hold no labelled image.")
+            raise UserError(f"The tar shards of {split!r} in {str(root)!r} hold no labelled image.")
         self._places = np.asarray(places, np.int64)
         self.class_names = names_of_labels(
             self._places[:, 3],
-            f"The shards {split}*.tar in {str(root)!r}",
+            f"The tar shards of {split!r} in {str(root)!r}",
             root=root,
             class_list=class_list,
             any_label=any_label,
@@ -73,7 +80,25 @@ class WebDatasetSource:
 
 def shard_splits(root: Path) -> list[str]:
     """Splits in a folder of shards: their names without the trailing numbers."""
-    return sorted({file.stem.rstrip("0123456789-_.") for file in root.glob("*.tar")})
+    return sorted({file.stem[: _numbers(file.stem).start()] for file in root.glob("*.tar")})
+
+
+def _of_split(shard: Path, split: str) -> bool:
+    """Whether nothing but numbers follows the split's name; `fold1` is not the split of `fold10.tar`."""
+    stem = shard.stem
+    cut = stem[len(split) - 1 : len(split) + 1] if split else ""
+    return (
+        stem.startswith(split)
+        and _numbers(stem).start() <= len(split)
+        and not (len(cut) == 2 and cut.isdigit())
+    )
+
+
+def _numbers(stem: str) -> re.Match[str]:
+    """The numbers at the end of a shard's name, empty if there are none."""
+    match = _NUMBERS.search(stem)
+    assert match is not None
+    return match
 
 
 def _index(shard: Path) -> dict[str, tuple[int, int, int]]:
