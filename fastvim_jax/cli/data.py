@@ -21,7 +21,7 @@ Usage: fastvim data check PATH [OPTIONS]
        fastvim data prepare PATH --out DIR [OPTIONS]
 
   check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
-            classes without images, one image under several labels, shards that have changed
+            classes without images, one image under several labels, files that are not read, shards that have changed
   prepare   write ArrayRecord shards with checksums, original bytes or resized; started again, it goes on
 
 PATH is a data set's folder: one folder a split with one folder a class (train/cat/1.jpg), tar shards, Parquet files
@@ -96,6 +96,12 @@ def _check(arguments: Sequence[str]) -> int:
                 f"{kind} {split}: {report.records} records, {used} of {len(source.class_names)} classes, "
                 f"{report.duplicates} repeated images, {len(report.problems)} problems"
             )
+            if report.unread:
+                more = ", ..." if len(report.unread) > 5 else ""
+                print(
+                    f"  note: {len(report.unread)} files are not read, being of an unknown extension or in no class's "
+                    f"folder: {', '.join(report.unread[:5])}{more}"
+                )
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
             if len(report.problems) > chosen.list:
@@ -224,6 +230,7 @@ def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, in
                 "records": report.records,
                 "counts": report.counts,
                 "duplicates": report.duplicates,
+                "unread": list(report.unread),
                 "problems": [dataclasses.asdict(problem) for problem in report.problems],
             }
             for split, report in reports.items()

@@ -14,6 +14,7 @@ from fastvim_jax.data.prepare import Progress, sha256
 from fastvim_jax.data.processes import map_source
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
+from fastvim_jax.data.sources.image_folder import ImageFolderSource
 
 _CHUNK = 256
 
@@ -44,6 +45,7 @@ class Report:
         counts: records of each class, by label.
         problems: what is wrong.
         duplicates: records whose image another record of the same label holds too (harmless, but counted).
+        unread: files in an image folder's split that are no record: of an unknown extension, or of no class.
         digests: index of one record for every image met, by a digest of its bytes.
     """
 
@@ -52,6 +54,7 @@ class Report:
     counts: dict[int, int]
     problems: tuple[Problem, ...]
     duplicates: int
+    unread: tuple[str, ...]
     digests: dict[bytes, int]
 
 
@@ -104,7 +107,13 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
     ]
     digests = {digest: records[0].index for digest, records in same.items()}
     return Report(
-        len(source), len(names), dict(sorted(counts.items())), tuple(problems), duplicates, digests
+        len(source),
+        len(names),
+        dict(sorted(counts.items())),
+        tuple(problems),
+        duplicates,
+        tuple(source.unread()) if isinstance(source, ImageFolderSource) else (),
+        digests,
     )
 
 

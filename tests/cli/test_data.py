@@ -40,6 +40,31 @@ def test_a_clean_set(fastvim: Cli, pets: Path) -> None:
     ]
 
 
+def test_files_that_are_not_read_are_named(fastvim: Cli, pets: Path) -> None:
+    train = pets / "train"
+    (train / "cat" / "0.png").rename(train / "cat" / "0.JFIF")  # read all the same
+    (train / "cat" / ".hidden").write_bytes(b"")
+    (train / ".checkpoints").mkdir()
+    (train / ".checkpoints" / "0.png").write_bytes(b"")
+    status, out, _ = fastvim("data", "check", pets)
+    assert status == 0 and "train: 6 records" in out and "not read" not in out
+    (train / "cat" / "1.png").rename(train / "cat" / "1.heic")
+    (train / "dog" / "2.png").rename(train / "2.png")  # beside the class folders
+    status, out, _ = fastvim("data", "check", pets)
+    assert "train: 4 records" in out and "val: 2 records" in out
+    (note,) = [line for line in out.splitlines() if "not read" in line]
+    assert "2 files are not read" in note and note.endswith("folder: 2.png, cat/1.heic")
+    for i in range(4):
+        (train / "dog" / f"{i}.raw").write_bytes(b"")
+    report = json.loads(fastvim("data", "check", pets, "--json")[1])
+    assert report["splits"]["train"]["unread"] == [
+        "2.png", "cat/1.heic", "dog/0.raw", "dog/1.raw", "dog/2.raw", "dog/3.raw",
+    ]  # fmt: skip
+    assert report["splits"]["val"]["unread"] == []
+    out = fastvim("data", "check", pets)[1]
+    assert "6 files are not read" in out and "dog/2.raw, ...\n" in out and "3.raw" not in out
+
+
 def test_a_set_with_faults(fastvim: Cli, pets: Path) -> None:
     (pets / "train" / "cat" / "1.png").write_bytes(b"no image")
     (pets / "val" / "dog" / "0.png").write_bytes((pets / "train" / "dog" / "0.png").read_bytes())

@@ -12,7 +12,7 @@ from fastvim_jax.data.sources.class_lists import ClassList, find_class_list, rea
 from fastvim_jax.errors import UserError, suggest
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 )
 
 
@@ -70,6 +70,12 @@ class ImageFolderSource:
         file = self._files[index]
         return f"{file_stamp(self._root / file)} {self._labels[index]} {file}"
 
+    def unread(self) -> list[str]:
+        """Files in the split that are no record: of another extension, or beside the class folders; hidden ones not."""
+        read = set(self._files)
+        found = (os.path.relpath(file, self._root) for file in _files(self._root))
+        return [file for file in found if file not in read and not file.startswith(".")]
+
 
 def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:
     names = tuple(folders_in(root / "train") if (root / "train").is_dir() else folders)
@@ -84,8 +90,13 @@ def folders_in(root: Path) -> list[str]:
 
 def _images(folder: Path) -> Iterator[str]:
     """Image files under a class folder, in an order that does not depend on the file system."""
+    return (file for file in _files(folder) if os.path.splitext(file)[1].lower() in EXTENSIONS)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Files under a folder, hidden ones left out, in an order that does not depend on the file system."""
     for directory, subfolders, files in os.walk(folder):
         subfolders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+            if not name.startswith("."):
                 yield os.path.join(directory, name)
