@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastvim_jax import __version__
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show_traceback:
             raise
         _complain(str(error))
-        return 2 if isinstance(error, UsageError) else 1
+        return _failed(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         if show_traceback:
             raise
@@ -93,6 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output, `head` perhaps, has gone; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        traceback.print_exc()
+        return _failed(1)
+
+
+def _failed(status: int) -> int:
+    """The exit status of an error; one of several processes does not return."""
+    if "fastvim_jax.distributed" in sys.modules:
+        from fastvim_jax.distributed import fail_at_once
+
+        fail_at_once(status)
+    return status
 
 
 def _take(arguments: list[str], flag: str) -> bool:

@@ -1,7 +1,13 @@
 """Many devices and many processes: the start of a process, the mesh, what lies where, and what processes agree on."""
 
 from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
-from fastvim_jax.distributed.processes import is_first_process, on_first_process, union, wait
+from fastvim_jax.distributed.processes import (
+    fail_at_once,
+    is_first_process,
+    on_first_process,
+    union,
+    wait,
+)
 from fastvim_jax.distributed.sharding import (
     gather,
     on_every_device,
@@ -17,6 +23,7 @@ __all__ = [
     "MeshConfig",
     "check_batch",
     "detect",
+    "fail_at_once",
     "gather",
     "is_first_process",
     "make_mesh",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -11,6 +14,7 @@ from jax.experimental import multihost_utils
 from fastvim_jax.errors import UserError
 
 _MESSAGE = 4096  # bytes
+_LAST_WORDS = 3.0  # seconds
 
 
 def is_first_process() -> bool:
@@ -47,6 +51,22 @@ def on_first_process(action: Callable[[], None]) -> None:
         raise failure
     if said.strip():
         raise UserError(said.decode(errors="ignore").strip())
+
+
+def fail_at_once(status: int) -> None:
+    """End this process with `status` now, if it is one of several; its message must have been printed.
+
+    At the usual end JAX waits some minutes for the other processes, which may wait for this one. Without it they are
+    ended by their launcher, or by JAX when it misses this process. Process 0, whose end ends the others at once, gives
+    them the time to print a message of their own.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    if is_first_process():
+        time.sleep(_LAST_WORDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def union(numbers: Iterable[int]) -> set[int]:
