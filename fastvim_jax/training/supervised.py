@@ -124,7 +124,7 @@ def _train(
     opened.callback(batches.close)
     opened.callback(eval_batches.close)
     class_names = batches.source.class_names
-    _check_classes(config, class_names)
+    _check_classes(config, class_names, eval_batches.source.class_names)
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
 
@@ -213,6 +213,8 @@ def _train(
     def evaluate_at(step: int) -> None:
         window.fetch(checkpoints.describe_latest)
         scores = evaluate_state(eval_step, state, eval_batches, place)
+        if corrupt := union(eval_batches.corrupt):
+            scores["corrupt_records"] = len(corrupt)
         log.write("eval", step, {"epoch": step / steps_per_epoch, **scores})
         log.say(f"epoch {step / steps_per_epoch:g}: {in_words(scores)}")
         picture.draw()
@@ -273,7 +275,19 @@ def _train(
     return RunResult(folder, total_steps, scores, time.perf_counter() - started)
 
 
-def _check_classes(config: TrainConfig, class_names: tuple[str, ...]) -> None:
+def _check_classes(
+    config: TrainConfig, class_names: tuple[str, ...], evaluated_names: tuple[str, ...]
+) -> None:
+    data = config.data
+    if class_names != evaluated_names:
+        missing = [name for name in class_names if name not in evaluated_names][:5]
+        more = [name for name in evaluated_names if name not in class_names][:5]
+        raise UserError(
+            f"data.train_split={data.train_split!r} has {len(class_names)} classes, data.eval_split="
+            f"{data.eval_split!r} {len(evaluated_names)} (only in the first: {', '.join(missing) or 'none'}; only in "
+            f"the second: {', '.join(more) or 'none'}), so their numbers mean different classes: give both the same "
+            "classes in the same order, an empty folder for one without images, or a list of all in data.class_list."
+        )
     if config.model.num_classes != len(class_names):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}, but data.source={config.data.source!r} has "

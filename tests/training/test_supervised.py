@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastvim_jax.data import make_eval_iterator
 from fastvim_jax.errors import UserError
@@ -213,3 +214,39 @@ def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     assert run.step == 4
     flat = named_parameters(jax.tree.map(np.asarray, supervised.nnx.split(run.model)[1]))
     assert all(np.isfinite(value).all() for value in flat.values())
+
+
+def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished):
+    folder, result = finished
+    free = dataclasses.replace(
+        CONFIG,
+        model=tiny_model(blocks="scan", remat="block"),
+        data=dataclasses.replace(CONFIG.data, max_corrupt=3, eval_batch_size=50),
+        log_every_steps=7,
+        checkpoint_every_steps=5,
+        evaluate_every_epochs=2,
+    )
+    try:
+        assert train(free, folder, progress=False).metrics == result.metrics
+    finally:
+        train(CONFIG, folder, progress=False)  # for the tests that follow
+
+
+def test_splits_of_other_classes_are_refused(tmp_path, rng):
+    for folder in ("one/cat", "one/dog", "one/fish", "two/dog", "two/fish"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    data = dataclasses.replace(
+        CONFIG.data,
+        source="image_folder",
+        path=str(tmp_path),
+        train_split="one",
+        eval_split="two",
+        batch_size=4,
+    )
+    config = dataclasses.replace(CONFIG, data=data, model=tiny_model(num_classes=3))
+    with pytest.raises(UserError, match=r"only in the first: cat.*data\.class_list"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
