@@ -49,9 +49,9 @@ def file_stamp(file: Path | str) -> str:
 
 def _content(source: Source, index: int) -> str:
     record = source[index]
-    image, shape = record.image, ""
-    if isinstance(image, np.ndarray):
-        image, shape = np.ascontiguousarray(image).tobytes(), str(image.shape)
-    return (
-        f"{hashlib.blake2b(image, digest_size=16).hexdigest()} {shape} {record.label} {record.name}"
-    )
+    if isinstance(record.image, np.ndarray):
+        content, shape = np.ascontiguousarray(record.image).tobytes(), str(record.image.shape)
+    else:
+        content, shape = record.image, ""
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return f"{digest} {shape} {record.label} {record.name}"

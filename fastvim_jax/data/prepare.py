@@ -25,6 +25,7 @@ from fastvim_jax.data.processes import map_source
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import FORMAT, join_record
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
+from fastvim_jax.data.writing import writing
 from fastvim_jax.errors import UserError
 
 JPEG_QUALITY = 95
@@ -96,8 +97,9 @@ def prepare(
         progress: called after every shard.
 
     Raises:
-        UserError: for an impossible argument, when the folder holds the split with other settings, or for a label
-            outside the classes: before anything is written if the source knows its labels, else at that record.
+        UserError: for an impossible argument, when the folder cannot be written or holds the split with other settings,
+            or for a label outside the classes: before anything is written if the source knows its labels, else at
+            that record.
         DecodeError: when more than `max_corrupt` records are undecodable.
     """
     for name, value, least in (
@@ -109,7 +111,8 @@ def prepare(
         raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
     refuse_stray_labels(source)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
         "format": FORMAT,
         "complete": False,
@@ -128,7 +131,8 @@ def prepare(
     file = folder / f"{split}.json"
     manifest = _resumed(file, fresh) if file.is_file() else fresh
     for leftover in folder.glob(f".{split}-*.tmp"):
-        leftover.unlink()
+        with writing(folder):
+            leftover.unlink()
     count = -(-len(source) // shard_records)
     finished, left_out, tasks, changed = manifest["shards"], manifest["left_out"], [], 0
     for number in range(count):
@@ -227,11 +231,13 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = task.file.with_name(f".{task.file.name}.{os.getpid()}.tmp")
+    folder = task.file.parent
     corrupt: list[str] = []
     # Taken first: what changes while the shard is written is found by the next run.
     made_of = fingerprint(source, task.start, task.stop)
     try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        with writing(folder):
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for index in range(task.start, task.stop):
             try:
                 record = source[index]
@@ -244,10 +250,12 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             except OSError as error:
                 corrupt.append(f"{error.filename}: {error.strerror or error}.")
                 continue
-            writer.write(join_record(image, record.label, record.name))
-        writer.close()
-        with temporary.open("rb") as opened:
-            os.fsync(opened.fileno())
+            with writing(folder):
+                writer.write(join_record(image, record.label, record.name))
+        with writing(folder):
+            writer.close()
+            with temporary.open("rb") as opened:
+                os.fsync(opened.fileno())
         entry = {
             "file": task.file.name,
             "records": task.stop - task.start - len(corrupt),
@@ -255,7 +263,8 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             "sha256": sha256(temporary),
             "source": made_of,
         }
-        os.replace(temporary, task.file)
+        with writing(folder):
+            os.replace(temporary, task.file)
     finally:
         temporary.unlink(missing_ok=True)
     return entry, corrupt
@@ -281,8 +290,9 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as opened:
-        json.dump(content, opened, indent=1, ensure_ascii=False)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(temporary, file)
+    with writing(file.parent):
+        with temporary.open("w", encoding="utf-8") as opened:
+            json.dump(content, opened, indent=1, ensure_ascii=False)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)

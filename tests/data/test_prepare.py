@@ -281,6 +281,33 @@ def test_damage_is_found(image_tree: Path, tmp_path: Path) -> None:
         open_source("array_record", "train", path=str(tmp_path))
 
 
+_FULL = """
+import resource, signal, sys
+from fastvim_jax.data import open_source
+from fastvim_jax.data.prepare import prepare
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tree = open_source("image_folder", "train", path=sys.argv[1])
+# The manifest and the shard of the small images fit, the other does not.
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+try:
+    prepare(tree, sys.argv[2], "train", shard_records=20)
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_full_disk_is_named(image_tree: Path, tmp_path: Path) -> None:
+    (image_tree / "train" / "bee" / "06.png").write_bytes(b"x" * 400_000)
+    arguments = [sys.executable, "-c", _FULL, image_tree, tmp_path / "out"]
+    text = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert text.startswith(f"UserError {str(tmp_path / 'out')!r} could not be written: "), text
+    assert "File too large" in text and "MB free" in text and "finished shards are kept" in text
+    assert not list((tmp_path / "out").glob(".*"))
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    assert prepare(tree, tmp_path / "out", "train", shard_records=20).kept == 1
+
+
 def test_it_says_what_is_wrong(image_tree: Path, tmp_path: Path) -> None:
     tree = open_source("image_folder", "train", path=str(image_tree))
     for changes, message in (
@@ -291,6 +318,11 @@ def test_it_says_what_is_wrong(image_tree: Path, tmp_path: Path) -> None:
             prepare(tree, tmp_path, "train", **changes)
     with pytest.raises(UserError, match="cannot be a split's name"):
         prepare(tree, tmp_path, "a/b")
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"file.* cannot be a folder for shards: it is a file"):
+            prepare(tree, taken, "train")
+    assert (tmp_path / "file").read_text() == "mine"
     out = tmp_path / "out"
     prepare(tree, out, "train")
     with pytest.raises(
