@@ -147,9 +147,17 @@ def _prepare(arguments: Sequence[str]) -> int:
     from fastvim_jax.data.sources import expand_path
 
     kind, splits = _kind_and_splits(chosen)
+    path, out = expand_path(chosen.path), chosen.out.resolve()
+    if path.is_dir() and (
+        path.resolve() == out or (kind == "image_folder" and path.resolve() in out.parents)
+    ):
+        raise UsageError(
+            f"--out {chosen.out} is the data set's own folder, or lies in it, where its shards would be taken for "
+            "images or a split: choose one outside."
+        )
     for split in splits:
         source = _open(chosen, kind, split)
-        origin = {"source": kind, "path": str(expand_path(chosen.path).absolute()), "split": split}
+        origin = {"source": kind, "path": str(path.absolute()), "split": split}
         with _progress(f"preparing {split}") as progress:
             done = prepare(
                 source,

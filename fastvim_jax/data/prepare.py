@@ -97,9 +97,8 @@ def prepare(
         progress: called after every shard.
 
     Raises:
-        UserError: for an impossible argument, when the folder cannot be written or holds the split with other settings,
-            or for a label outside the classes: before anything is written if the source knows its labels, else at
-            that record.
+        UserError: for an impossible argument, a folder that cannot be written or holds the split with other settings, or
+            a label outside the classes: before anything is written if the source knows its labels, else at that record.
         DecodeError: when more than `max_corrupt` records are undecodable.
     """
     for name, value, least in (
@@ -109,6 +108,11 @@ def prepare(
             raise UserError(f"{name} is {value}, but must be at least {least}.")
     if not split or Path(split).name != split:
         raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
+    if split.endswith("]"):
+        advice = (
+            f"prepare the whole, and take the part when training (--data.train-split {split!r})"
+        )
+        raise UserError(f"{split!r} is a part of a split, and no prepared split's name: {advice}.")
     refuse_stray_labels(source)
     folder = Path(out)
     with writing(folder):

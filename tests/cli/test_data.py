@@ -105,6 +105,23 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     assert status == 1 and "checksum:" in out and str(shard) in out
 
 
+def test_prepare_refuses_the_set_itself_and_parts(
+    fastvim: Cli, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(pets.rglob("*"))
+    monkeypatch.chdir(pets)
+    for out in (pets, ".", pets / "train" / "..", pets / "shards"):
+        status, _, err = fastvim("data", "prepare", pets, "--out", out)
+        assert status == 2 and "choose one outside" in " ".join(err.split()), err
+    out = tmp_path / "out"
+    status, _, err = fastvim("data", "prepare", pets, "--out", out, "--split", "train[:5]")
+    assert status == 1 and "--data.train-split 'train[:5]'" in " ".join(err.split()), err
+    assert sorted(pets.rglob("*")) == before and not out.exists()
+    assert fastvim("data", "prepare", pets, "--out", out)[0] == 0
+    status, _, err = fastvim("data", "prepare", out, "--out", out)
+    assert status == 2 and "choose one outside" in " ".join(err.split()), err
+
+
 def test_prepare_refuses_labels_outside_the_classes(
     fastvim: Cli, tmp_path: Path, rng: np.random.Generator
 ) -> None:
