@@ -97,8 +97,8 @@ def prepare(
         progress: called after every shard.
 
     Raises:
-        UserError: for an impossible argument, a folder that cannot be written or holds the split with other settings, or
-            a label outside the classes: before anything is written if the source knows its labels, else at that record.
+        UserError: for an impossible argument, a folder that cannot be written or holds the split with other settings,
+            or a label outside the classes: before anything is written if the source knows its labels.
         DecodeError: when more than `max_corrupt` records are undecodable.
     """
     for name, value, least in (
