@@ -224,6 +224,11 @@ def _train(
         return step == total_steps or (rest == 0 and _due(epoch, config.evaluate_every_epochs))
 
     # Loop
+    if (left := (config.ema_decay or 0.0) ** total_steps) > 0.01:
+        log.say(
+            f"After {total_steps} steps the average (ema) will still be {left:.0%} the initial weights: judge the raw "
+            f"ones, or set an ema_decay below {config.ema_decay}."
+        )
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
         if evaluation_due(first_step) and not evaluated(folder, first_step):

@@ -216,7 +216,7 @@ def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     assert all(np.isfinite(value).all() for value in flat.values())
 
 
-def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished):
+def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished, capsys):
     folder, result = finished
     free = dataclasses.replace(
         CONFIG,
@@ -227,7 +227,8 @@ def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished):
         evaluate_every_epochs=2,
     )
     try:
-        assert train(free, folder, progress=False).metrics == result.metrics
+        assert train(free, folder).metrics == result.metrics
+        assert "the average (ema) will still be 10% the initial" in capsys.readouterr().err
     finally:
         train(CONFIG, folder, progress=False)  # for the tests that follow
 
