@@ -17,6 +17,7 @@ from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.sharding import like, per_shard, varying
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
+METHODS = ("mean", "max")
 
 
 def mixer_core(
@@ -29,19 +30,21 @@ def mixer_core(
     rows: int,
     columns: int,
     transposed: bool = False,
+    method: str = "mean",
     scale: float = 1.0,
     eps: float = 1e-5,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
     """Everything of a bidirectional FastVim mixer between its two projections.
 
-        x, z = halves of xz;   c_d = silu(conv_d(x));   u_d = mean of c_d over each line · scale
+        x, z = halves of xz;   c_d = silu(conv_d(x));   u_d = mean · scale or maximum of c_d over each line
         y = middle(middle_params, u)                    the projections of u and the scans
         out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
 
     with d the two directions; the second one's window looks ahead. On Hopper GPUs, xz is read twice and
     out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode); kept
-    for the gradient are xz and tensors of the size of u.
+    for the gradient are xz and tensors of the size of u, with "max" among them where in its line each maximum
+    first is (int32), since that token alone gets its gradient. A NaN in a line makes its maximum NaN.
 
     Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
     needs all channels of a token).
@@ -55,7 +58,8 @@ def mixer_core(
             shapes. Closes over no tracer.
         rows, columns: the grid of tokens.
         transposed: visit column by column, so that lines are columns; rows otherwise.
-        scale: factor on the pooled mean.
+        method: "mean" or "max", over a line.
+        scale: factor on the pooled mean; a maximum has none.
         eps: of the LayerNorm.
         implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
 
@@ -63,39 +67,45 @@ def mixer_core(
         `b l e` in xz's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, or an unknown method or implementation.
         NotImplementedError: "pallas" asked for where it cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"mixer_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
+    if method not in METHODS:
+        raise ValueError(f"mixer_core: method must be one of {METHODS}; got {method!r}")
     if xz.shape[1] != rows * columns:
         raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
     if 2 * directions.D.shape[1] != xz.shape[2]:
         raise ValueError(
             f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
         )
-    options = CoreOptions(rows, columns, transposed, float(scale), float(eps))
+    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     stages = _stages(implementation, xz, directions, options)
     if stages is None:
-        u = _of_share("front", _xla_front, options)(xz, directions)
+        u, _ = _of_share("front", _xla_front, options)(xz, directions)
         return _of_share("back", xla.back, options)(xz, middle(middle_params, u), directions, norm)
     return _core(stages, middle, options, xz, directions, norm, middle_params)
 
 
 # Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
 _XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
+_PLACES = "places"  # as _POOLED with "max", else none
 _DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
-    "front": ((_XZ, _DIRECTIONS), _POOLED),
+    "front": ((_XZ, _DIRECTIONS), (_POOLED, _PLACES)),
     "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM), _TOKENS),
     "back_gradients": (
         (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS),
         (_TOKENS, _TOKENS, "b s e", _NORM),
     ),
-    "front_gradients": ((_XZ, _TOKENS, _TOKENS, _POOLED, _DIRECTIONS), (_XZ, _DIRECTIONS)),
+    "front_gradients": (
+        (_XZ, _TOKENS, _TOKENS, _POOLED, _PLACES, _DIRECTIONS),
+        (_XZ, _DIRECTIONS),
+    ),
 }
 
 
@@ -103,7 +113,8 @@ def _of_share(
     name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
 ) -> Callable:
     """A stage on each device's share of the batch."""
-    operands, results = _DIMS[name]
+    places = _POOLED if options.method == "max" else ()
+    operands, results = jax.tree.map(lambda d: places if d == _PLACES else d, _DIMS[name])
     return per_shard(
         lambda shard, *arrays: stage(*arrays, options), operands, results, split="b", opaque=opaque
     )
@@ -162,26 +173,29 @@ def _stages(name: str, xz, directions, options) -> _Stages | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _core(stages, middle, options, xz, directions, norm, middle_params):
-    y = middle(middle_params, stages.front(xz, directions, options))
+    u, _ = stages.front(xz, directions, options)
+    y = middle(middle_params, u)
     return stages.back(xz, y, directions, norm, options)
 
 
 def _forward(stages, middle, options, xz, directions, norm, middle_params):
-    u = stages.front(xz, directions, options)
+    u, places = stages.front(xz, directions, options)
     y, pull = jax.vjp(middle, middle_params, u)
     out = stages.back(xz, y, directions, norm, options)
-    return out, (xz, y, pull, directions, norm)
+    return out, (xz, y, places, pull, directions, norm)
 
 
 def _backward(stages, middle, options, residuals, out_bar):
-    xz, y, pull, *weights = residuals
+    xz, y, places, pull, *weights = residuals
     # Sums over devices are in float32 or wider.
     directions, norm = jax.tree.map(
         lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
     )
     s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(xz, y, directions, norm, out_bar, options)
     middle_bar, u_bar = pull(tuple(y_bar.astype(side.dtype) for side in y))
-    xz_bar, directions_bar = stages.front_gradients(xz, s_bar, z_bar, u_bar, directions, options)
+    xz_bar, directions_bar = stages.front_gradients(
+        xz, s_bar, z_bar, u_bar, places, directions, options
+    )
     return like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
 
 

@@ -1,7 +1,8 @@
 """The mixer core's kernels behind the interface of `xla`, and how they are cut into blocks.
 
 Kept for the gradient: xz and the small tensors (pooled tokens and what follows from
-them).  Between the two halves of the way back, the gradient of s exists once.
+them, with "max" also the places of the maxima).  Between the two halves of the way
+back, the gradient of s exists once.
 """
 
 from __future__ import annotations
@@ -120,17 +121,15 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def front(
-    xz: jax.Array, directions: Directions, options: CoreOptions
-) -> tuple[jax.Array, jax.Array]:
+def front(xz: jax.Array, directions: Directions, options: CoreOptions):
     """See `xla.front`; reads x out of xz in place."""
     grid = cut("front", xz, directions.kernels.shape[1], options)
     d = _float32(directions)
-    u = mosaic_front.front(
+    out = mosaic_front.front(
         _on_grid(xz, options), d.kernels, d.biases, grid,
-        method="mean", scale=options.scale, interpret=_interpret,
+        method=options.method, scale=options.scale, interpret=_interpret,
     )  # fmt: skip
-    return tuple(u)
+    return tuple(out[:2]), tuple(out[2:])
 
 
 def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax.Array:
@@ -156,13 +155,15 @@ def back_gradients(xz, y, directions: Directions, norm: Norm, out_bar, options: 
     return _flat(s_bar), _flat(z_bar), y_bar, norm_bar
 
 
-def front_gradients(xz, s_bar, z_bar, pooled_bar, directions: Directions, options: CoreOptions):
+def front_gradients(
+    xz, s_bar, z_bar, pooled_bar, places, directions: Directions, options: CoreOptions
+):
     """See `xla.front_gradients`."""
     taps = directions.kernels.shape[1]
     grid = cut("front_gradients", xz, taps, options)
     d = _float32(directions)
     xz_bar, shares = mosaic_front_gradients.front_gradients(
-        *(_on_grid(x, options) for x in (xz, s_bar, z_bar)), _float32(pooled_bar), *d, grid,
+        *(_on_grid(x, options) for x in (xz, s_bar, z_bar)), _float32(pooled_bar), places, *d, grid,
         scale=options.scale, interpret=_interpret,
     )  # fmt: skip
     sums = shares.sum(0)

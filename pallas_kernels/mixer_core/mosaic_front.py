@@ -64,12 +64,15 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         method: "mean" (times ``scale``) or "max".
 
     Returns:
-        Forward and backward, ``b lines e`` float32 each.
+        Forward and backward, ``b lines e`` float32 each; with "max" then, likewise, the
+        maxima's first places in their lines, int32 (any place of a line with a NaN).
     """
+    largest = method == "max"
     layout = row_layout(CHANNELS)
     rows = grid.segment + 2 * grid.halo
 
-    def body(x_ref, kernels_ref, biases_ref, first_ref, second_ref, tiles, barrier):
+    def body(x_ref, kernels_ref, biases_ref, *refs):
+        *out_refs, tiles, barrier = refs
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         columns = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -91,18 +94,24 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         bias = [read_row(biases_ref.at[d, columns], layout) for d in range(2)]
 
         def line_of(index, _):
-            def segment(part, pooled):
+            def segment(part, carry):
                 item = index * grid.segments + part
                 slot = lax.rem(item, 2)
                 plgpu.barrier_wait(barrier.at[slot])
                 window = [read_row(tiles.at[slot, j], layout) for j in range(2 * grid.halo)]
-                pooled = list(pooled)
+                pooled, places = map(list, carry)
                 for t in range(grid.segment):
                     window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
                     for d in range(2):
                         c = convolve(window, kernel[d], bias[d], bool(d))
                         c = silu(c, layout, interpret)
-                        pooled[d] = lax.max(pooled[d], c) if method == "max" else pooled[d] + c
+                        if not largest:
+                            pooled[d] = pooled[d] + c
+                            continue
+                        best = lax.max(pooled[d], c)  # NaN if either is
+                        place = (part * grid.segment + t).astype(jnp.uint32)
+                        places[d] = jnp.where(best != pooled[d], place, places[d])
+                        pooled[d] = best
                     window.pop(0)
                 plgpu.commit_smem()
 
@@ -110,13 +119,19 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                 def _():
                     fetch(item + 2, slot)
 
-                return tuple(pooled)
+                return tuple(pooled), tuple(places)
 
-            start = -jnp.inf if method == "max" else 0.0
-            start = plgpu.layout_cast(jnp.full((CHANNELS,), start, jnp.float32), layout)
-            pooled = lax.fori_loop(0, grid.segments, segment, (start, start))
-            for value, ref in zip(pooled, (first_ref, second_ref), strict=True):
-                value = value if method == "max" else value * (scale / grid.tokens)
+            def full(value):
+                return plgpu.layout_cast(jnp.broadcast_to(value, (CHANNELS,)), layout)
+
+            start = full(jnp.float32(-jnp.inf if largest else 0.0))
+            place = full(jnp.uint32(0))  # unsigned, as all that select gives is here
+            start = (start, start), (place, place) if largest else ()
+            pooled, places = lax.fori_loop(0, grid.segments, segment, start)
+            if not largest:
+                pooled = [side * (scale / grid.tokens) for side in pooled]
+            places = [side.astype(jnp.int32) for side in places]
+            for value, ref in zip((*pooled, *places), out_refs, strict=True):
                 store(ref.at[batch, first + index, columns], value)
             return ()
 
@@ -124,7 +139,10 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
 
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((grid.batch, grid.lines, grid.width), jnp.float32)] * 2,
+        out_type=[
+            jax.ShapeDtypeStruct((grid.batch, grid.lines, grid.width), dtype)
+            for dtype in [jnp.float32] * 2 + [jnp.int32] * 2 * largest
+        ],
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),

@@ -4,6 +4,7 @@ From the gradient of s (the mix of both directions) and of the pooled tokens, th
 skip, pooling, SiLU and both convolutions, which are computed again, to x:
 
     dc_d   = D_d ds / 2 + dpooled_d of the line / tokens        dp_d = dc_d silu'(p_d)
+             (of a maximum: + all of dpooled_d, at its place alone)
     dx_t   = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]
 
 As in the forward kernel, a thread owns a channel and walks the tokens.
@@ -32,11 +33,12 @@ from pallas_kernels.selective_scan.mosaic_common import (
 
 @functools.partial(jax.jit, static_argnames=("grid", "scale", "interpret"))
 def front_gradients(
-    x, ds, dz, pooled_bar, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
+    x, ds, dz, pooled_bar, places, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
 ):
     """Args:
         x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar: of both
             directions, ``b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
+        places: of the maxima in their lines, as pooled_bar but int32; () for means.
         scale: factor on the pooled mean.
 
     Returns:
@@ -49,8 +51,8 @@ def front_gradients(
     items = grid.per_block * grid.segments
 
     def body(*refs):
-        x_ref, ds_ref, dz_ref, pf_ref, pb_ref, k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[:10]
-        x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[10:]
+        x_ref, ds_ref, dz_ref, *pooled_refs, k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[:-5]
+        x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[-5:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -75,19 +77,32 @@ def front_gradients(
         bias = [row(b_ref.at[d, channels]) for d in (0, 1)]
         skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
 
-        def pooled_of(line):
-            """What the pooling sends back to a line's tokens; nothing outside the grid."""
+        def pooled_of(line, first_token):
+            """What the pooling sends back to a line: for each direction, to token
+            ``first_token + at`` of it. Nothing outside the grid.
+            """
             inside = jnp.logical_and(line >= 0, line < grid.lines)
-            factor = lax.select(inside, jnp.float32(scale / grid.tokens), jnp.float32(0.0))
+            share = 1.0 if places else scale / grid.tokens
+            factor = lax.select(inside, jnp.float32(share), jnp.float32(0.0))
             line = jnp.clip(line, 0, grid.lines - 1)
-            return [row(ref.at[batch, line, channels]) * factor for ref in (pf_ref, pb_ref)]
+            load = lambda ref: plgpu.load(ref.at[batch, line, channels], layout=layout)  # noqa: E731
+            bars = [load(ref) * factor for ref in pooled_refs[:2]]
+            chosen = [load(ref) - first_token for ref in pooled_refs[2:]]
+            if not places:
+                return lambda d, at: bars[d]
+            return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
 
         def item_of(item, sums):
             line, start = place(item)
             slot = lax.rem(item, 2)
-            here = pooled_of(line)
-            before = pooled_of(lax.select(start == 0, line - 1, line))
-            after = pooled_of(lax.select(start + segment == grid.tokens, line + 1, line))
+            opens, closes = start == 0, start + segment == grid.tokens
+            here = pooled_of(line, start)
+            before = pooled_of(
+                lax.select(opens, line - 1, line), lax.select(opens, grid.tokens, start)
+            )
+            after = pooled_of(
+                lax.select(closes, line + 1, line), lax.select(closes, -segment, start)
+            )
             plgpu.barrier_wait(barrier.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
@@ -110,7 +125,7 @@ def front_gradients(
                         total = total + kernel[d][j] * window[taps - 1 - j if d else j]
                     sigma = reciprocal(lax.exp2(total * -LOG2E) + 1.0, layout, interpret)
                     g = row(ds_tiles.at[slot, at + halo])
-                    c_bar = skip[d] * g + place_of(at)[d]
+                    c_bar = skip[d] * g + place_of(at)(d, at)
                     c = total * sigma
                     p_bar = c_bar * (sigma + c * (1.0 - sigma))
                     if 0 <= at < segment:
@@ -167,5 +182,5 @@ def front_gradients(
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, ds, dz, *pooled_bar, kernels, biases, D)
+    )(x, ds, dz, *pooled_bar, *places, kernels, biases, D)
     return dxz, sums.reshape(-1, *sums.shape[2:])

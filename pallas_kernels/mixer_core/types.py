@@ -32,6 +32,7 @@ class CoreOptions:
     transposed: bool
     scale: float
     eps: float
+    method: str = "mean"
 
     @property
     def lines(self) -> int:

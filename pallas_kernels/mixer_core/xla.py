@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+
+Pair = tuple[Float[Array, "b s e"], Float[Array, "b s e"]]  # forward, backward
+Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]
 
 
 def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
@@ -29,15 +32,37 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 
 def front(
     x: Float[Array, "b l e"], directions: Directions, options: CoreOptions
-) -> tuple[Float[Array, "b s e"], Float[Array, "b s e"]]:
-    """Convolutions, SiLU and the mean over each line."""
-    wide = jnp.promote_types(jnp.float32, x.dtype)
+) -> tuple[Pair, Places]:
+    """Convolutions, SiLU and the mean or maximum over each line; with "max", where in the line it first is."""
+    lines = _lines(x, directions, options)
+    if options.method == "mean":
+        return _mean(lines, options), ()
+    forward, backward = (jnp.argmax(c, axis=2).astype(jnp.int32) for c in lines)
+    return _at(lines, (forward, backward)), (forward, backward)
+
+
+def _lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
+    """The tokens after convolution and SiLU, ``b lines tokens e``."""
     x = _swap(x, options.rows, options)
     shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
-    forward, backward = (
-        jnp.mean(c.reshape(shape), axis=2, dtype=wide) * options.scale
-        for c in _convolved(x, directions)
-    )
+    return [c.reshape(shape) for c in _convolved(x, directions)]
+
+
+def _mean(lines: list[jax.Array], options: CoreOptions) -> Pair:
+    wide = jnp.promote_types(jnp.float32, lines[0].dtype)
+    forward, backward = (jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines)
+    return forward, backward
+
+
+def _at(lines: list[jax.Array], places: Places) -> Pair:
+    """The tokens at their lines' places, which get all of the gradient."""
+    wide = jnp.promote_types(jnp.float32, lines[0].dtype)
+
+    def one(c, place):
+        here = jax.lax.broadcasted_iota(jnp.int32, c.shape, 2) == place[:, :, None]
+        return jnp.sum(jnp.where(here, c, 0), axis=2, dtype=wide)
+
+    forward, backward = map(one, lines, places)
     return forward, backward
 
 
@@ -100,6 +125,7 @@ def front_gradients(
     s_bar: jax.Array,
     z_bar: jax.Array,
     pooled_bar: tuple[jax.Array, jax.Array],
+    places: Places,
     directions: Directions,
     options: CoreOptions,
 ) -> tuple[jax.Array, Directions]:
@@ -108,7 +134,9 @@ def front_gradients(
 
     def run(x, directions):
         no_scan = jax.tree.map(jnp.zeros_like, pooled_bar)
-        return front(x, directions, options), mix(x, no_scan, directions, options)
+        lines = _lines(x, directions, options)
+        pooled = _at(lines, places) if places else _mean(lines, options)
+        return pooled, mix(x, no_scan, directions, options)
 
     (_, s), pull = jax.vjp(run, x, directions)
     x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))

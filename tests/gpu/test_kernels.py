@@ -90,9 +90,11 @@ CORES = [
 
 @pytest.mark.parametrize("case", CORES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_core(seed, case, transposed):
+@pytest.mark.parametrize("method", ["mean", "max"])
+def test_core(seed, case, transposed, method):
     args, out_bar = core.draw(np.random.default_rng(seed), **case)
     options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}
+    options["method"] = method
     run = jax.jit(lambda a, g: core.value_and_gradients(a, g, "auto", **options))
     compiled = run.lower(args, out_bar).compile()
     assert "mosaic_gpu" in compiled.as_text()

@@ -217,6 +217,7 @@ def test_mixer_core(seed, monkeypatch, types, weights="fsdp"):
     rng = np.random.default_rng(seed)
     args, out_bar = core.draw(rng, 8, 3, 4, 128)
     options = {"rows": 3, "columns": 4, "transposed": bool(rng.integers(2))}
+    options["method"] = str(rng.choice(["mean", "max"]))
     run = lambda a, g, name: core.value_and_gradients(a, g, name, **options)  # noqa: E731
     wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
     mesh = mesh_of(types)

@@ -61,7 +61,35 @@ def compare(rng, bound, b, rows, columns, e, taps=4, dtype="float32", **options)
 def test_random_grid(seed):
     rng = np.random.default_rng(seed)
     rows, columns = (int(x) for x in rng.integers(3, 7, 2))
-    compare(rng, 3e-6, 1, rows, columns, 128, transposed=bool(rng.integers(2)), scale=0.25)
+    transposed, method = bool(rng.integers(2)), str(rng.choice(["mean", "max"]))
+    compare(rng, 3e-6, 1, rows, columns, 128, transposed=transposed, method=method, scale=0.25)
+
+
+@needs_mosaic
+def test_maxima(seed):
+    """The first of equal ones in the order of visits, and none that hides a NaN; lines in two segments."""
+    from pallas_kernels.mixer_core import mosaic, xla
+    from pallas_kernels.mixer_core.types import CoreOptions
+
+    rng = np.random.default_rng(seed)
+    small = lambda *shape: jnp.asarray(rng.integers(0, 3, shape), jnp.float32)  # noqa: E731
+    lines, e = 3, 128
+    transposed = bool(rng.integers(2))
+    rows, columns = (34, lines) if transposed else (lines, 34)
+    xz = small(1, rows * columns, 2 * e).at[0, rng.integers(rows * columns), 5].set(jnp.nan)
+    # Convolutions of small integers are exact, so that equal ones are equal everywhere.
+    directions = Directions(small(2, 3, e), small(2, e), small(2, e))
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, "max")
+    assert mosaic.cut("front", xz, 3, options).segments == 2
+    with abstract_h100(), interpreted(mosaic):
+        got = jax.device_get(mosaic.front(xz, directions, options))
+    u, places = jax.device_get(xla.front(xz[..., :e], directions, options))
+    assert sum(np.isnan(side).sum() for side in u) >= 2
+    for side, wanted, place, first in zip(got[0], u, got[1], places, strict=True):
+        np.testing.assert_allclose(side, wanted, rtol=1e-6)
+        finite = np.isfinite(wanted)
+        np.testing.assert_array_equal(place[finite], first[finite])
+        assert np.all((place >= 0) & (place < 34))
 
 
 @needs_mosaic
@@ -73,6 +101,8 @@ def test_random_grid(seed):
         {"b": 1, "rows": 3, "columns": 5, "e": 768},
         {"b": 1, "rows": 3, "columns": 34, "e": 128, "transposed": False},  # lines in segments
         {"b": 1, "rows": 5, "columns": 4, "e": 256, "dtype": "bfloat16"},
+        {"b": 2, "rows": 34, "columns": 3, "e": 128, "transposed": True, "method": "max"},
+        {"b": 1, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16", "method": "max"},
     ],
 )
 def test_cases(seed, case):
@@ -88,7 +118,8 @@ def test_cases(seed, case):
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_lowers_for_an_h100(case, transposed):
+@pytest.mark.parametrize("method", ["mean", "max"])
+def test_lowers_for_an_h100(case, transposed, method):
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1}))
     args = jax.tree.map(
         lambda x: (
@@ -99,19 +130,21 @@ def test_lowers_for_an_h100(case, transposed):
         args,
     )
     options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}
+    options["method"] = method
     text = lower_for_h100(lambda a, g: value_and_gradients(a, g, "auto", **options), *args)
     for kernel in ("mixer_front", "mixer_back", "mixer_back_gradients", "mixer_front_gradients"):
         assert kernel in text
 
 
-def test_xla_equals_the_equations(seed):
+@pytest.mark.parametrize("method", ["mean", "max"])
+def test_xla_equals_the_equations(seed, method):
     """The definition itself against a loop over tokens."""
     rng = np.random.default_rng(seed)
     rows, columns, e, taps = 3, 4, 5, 3
     (xz, d, norm, params), _ = draw(rng, 2, rows, columns, e, taps)
     got = mixer_core(
         xz, d, norm, params, middle=middle, rows=rows, columns=columns, transposed=True,
-        scale=0.5, implementation="xla",
+        method=method, scale=0.5, implementation="xla",
     )  # fmt: skip
     xz, params = np.asarray(xz, np.float64), np.asarray(params, np.float64)
     kernels, biases, D = (np.asarray(v, np.float64) for v in d)
@@ -128,7 +161,8 @@ def test_xla_equals_the_equations(seed):
                     c[:, t] += kernels[side, j] * seen[:, t - (taps - 1 - j)]
         c = silu(c + biases[side])
         c = c[:, ::-1] if side else c
-        u = c.reshape(2, columns, rows, e).mean(2) * 0.5
+        lines = c.reshape(2, columns, rows, e)
+        u = lines.mean(2) * 0.5 if method == "mean" else lines.max(2)
         total += np.repeat(np.tanh(u * params[side]), rows, axis=1) + D[side] * c
     s = np.zeros_like(total)
     s[:, order] = total / 2
@@ -141,6 +175,8 @@ def test_bad_calls():
     (xz, *rest), _ = draw(np.random.default_rng(0), 1, 3, 3, 4)
     with pytest.raises(ValueError, match="must hold 3 x 4 tokens"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=4)
+    with pytest.raises(ValueError, match="method must be one of"):
+        mixer_core(xz, *rest, middle=middle, rows=3, columns=3, method="median")
     with pytest.raises(ValueError, match="implementation must be one of"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=3, implementation="cuda")
     with pytest.raises(NotImplementedError, match="cannot run here"):
