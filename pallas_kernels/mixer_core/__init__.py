@@ -1,11 +1,14 @@
-"""The fused core of the FastVim mixer: convolution, pooling, skip, LayerNorm and gate around the scan.
+"""The fused core of a mixer: convolution, pooling, skip, LayerNorm and gate around the scan.
 
-`api` is the public function and its derivative rule, `xla` the definition and the path of other platforms,
-`mosaic` the Mosaic GPU kernels behind the same interface (`mosaic_front`, `mosaic_back`,
-`mosaic_front_gradients`, cut into blocks by `grid`).
+`api` is the public function of mixers that pool and its derivative rule, `xla` the definition and the path of other
+platforms, `mosaic` the Mosaic GPU kernels behind the same interface (`mosaic_front`, `mosaic_back`,
+`mosaic_front_gradients`, cut into blocks by `grid`). `sequence`, `sequence_xla` and `mosaic_sequence` are the same for
+mixers that pool nothing.
 """
 
 from pallas_kernels.mixer_core.api import mixer_core
+from pallas_kernels.mixer_core.sequence import sequence_core
+from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Directions, Norm
 
-__all__ = ["Directions", "Norm", "mixer_core"]
+__all__ = ["Convolutions", "Directions", "Norm", "mixer_core", "sequence_core"]

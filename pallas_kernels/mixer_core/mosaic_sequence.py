@@ -1,0 +1,119 @@
+"""The kernels of mixers that pool nothing behind the interface of `sequence_xla`, and how they are cut into blocks."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mixer_core import mosaic, mosaic_sequence_back, mosaic_sequence_front
+from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts
+from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
+from pallas_kernels.mixer_core.mosaic_sequence_front import CHANNELS, Sequences
+from pallas_kernels.mixer_core.sequence_xla import Convolutions, Pair
+from pallas_kernels.mixer_core.types import Norm
+
+SEGMENTS = (8, 12, 16, 20, 24)  # tokens of a tile, written out in the kernels
+TILE = 8 * 1024  # bytes of an array that a tile of the back holds
+
+
+def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
+    """Why the kernels cannot take this call, or None."""
+    if xz.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"xz is {xz.dtype}, and the kernels compute in float32"
+    if min(xz.shape) < 1:
+        return f"xz {xz.shape} is empty"
+    width, taps = xz.shape[2] // 2, convolutions.kernels.shape[1]
+    if width % BLOCK:
+        return f"{width} channels are not made of whole blocks of {BLOCK}"
+    if not 2 <= taps <= 8:
+        return f"convolutions of width {taps} are not between 2 and 8"
+    return None
+
+
+def tiles_of_a_block(tiles: int, others: int, resident: int, start: float) -> int:
+    """Tiles for a block that take the fewest waves of blocks times tiles, where starting one costs ``start`` tiles."""
+    slots = mosaic.PROCESSORS * resident
+
+    def cost(per_block):
+        waves = math.ceil(others * math.ceil(tiles / per_block) / slots)
+        return waves * (per_block + start)
+
+    return min(range(1, min(tiles, 32) + 1), key=lambda per_block: (cost(per_block), per_block))
+
+
+def _resident(used: int, most: int) -> int:
+    """Blocks that a processor's shared memory holds, and its registers (``most``)."""
+    return max(1, min(most, mosaic.SHARED_MEMORY // (used + 1024)))
+
+
+def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
+    """Of the segments that leave room for four blocks, the one with the least padding and halo."""
+    batch, length, width = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    halo = taps - 1
+
+    def used(segment):
+        """Shared memory of a block."""
+        rows = 7 * segment + 8 * halo if gradients else 4 * segment + 4 * halo
+        return rows * CHANNELS * xz.dtype.itemsize
+
+    fitting = [s for s in SEGMENTS if used(s) <= mosaic.SHARED_MEMORY // 4 - 1024]
+    reread = halo if gradients else 2
+    segment = min(fitting or SEGMENTS[:1], key=lambda s: (math.ceil(length / s) * (s + reread), s))
+    resident = _resident(used(segment), 4 if gradients else 8)
+    columns = batch * (width // CHANNELS)
+    per_block = tiles_of_a_block(math.ceil(length / segment), columns, resident, 1.5)
+    return Sequences(batch, length, width, taps, segment, per_block)
+
+
+def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
+    """Tiles of a few KiB, whole groups of tokens."""
+    tokens, width = xz.shape[0] * xz.shape[1], xz.shape[2] // 2
+    of_token = width * xz.dtype.itemsize
+    tile = max(2 ** int(math.log2(max(1, TILE // of_token))), TokenLayouts(width // BLOCK).at_once)
+    arrays = 4 if gradients else 3
+    resident = _resident(2 * arrays * tile * of_token, 4 if gradients else 6)
+    return Rows(tokens, width, tile, tiles_of_a_block(math.ceil(tokens / tile), 1, resident, 0.5))
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def front(xz: jax.Array, convolutions: Convolutions) -> Pair:
+    """See `sequence_xla.front`; reads x out of xz in place."""
+    cut = cut_sequences(xz, convolutions.kernels.shape[1], gradients=False)
+    return mosaic_sequence_front.front(
+        xz, *_float32(convolutions), cut, interpret=mosaic.interpreted()
+    )
+
+
+def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float) -> jax.Array:
+    """See `sequence_xla.back`."""
+    cut = cut_rows(xz, gradients=False)
+    return mosaic_sequence_back.back(
+        xz, y, *_float32(norm), cut, eps=eps, interpret=mosaic.interpreted()
+    )
+
+
+def back_gradients(xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float):
+    """See `sequence_xla.back_gradients`."""
+    cut = cut_rows(xz, gradients=True)
+    y_bar, xz_bar, norm_bar = mosaic_sequence_back.back_gradients(
+        xz, y, *_float32(norm), out_bar, cut, eps=eps, interpret=mosaic.interpreted()
+    )
+    norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
+    return y_bar, xz_bar, norm_bar
+
+
+def front_gradients(xz: jax.Array, c_bar: Pair, xz_bar: jax.Array, convolutions: Convolutions):
+    """See `sequence_xla.front_gradients`."""
+    taps = convolutions.kernels.shape[1]
+    cut = cut_sequences(xz, taps, gradients=True)
+    xz_bar, shares = mosaic_sequence_front.front_gradients(
+        xz, c_bar, xz_bar, *_float32(convolutions), cut, interpret=mosaic.interpreted()
+    )
+    sums = shares.sum(0)
+    gradients = Convolutions(sums[:, :taps], sums[:, taps])
+    return xz_bar, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, convolutions)

@@ -1,0 +1,240 @@
+"""Back of a mixer that pools nothing: mean of both directions, LayerNorm and gate, as Mosaic GPU kernels.
+
+    out = LayerNorm((y_f + y_b)/2) · silu(z)
+
+Tokens are independent, so all sequences are one run of rows; a block visits some of its tiles, and as in
+`mosaic_back` a warp (or all four) works on a token. What is read is overwritten in place by what leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts, blocked
+from pallas_kernels.mixer_core.mosaic_front import silu
+from pallas_kernels.selective_scan.mosaic_common import (
+    LOG2E,
+    compiler_params,
+    interpret_params,
+    reciprocal,
+    store,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How tokens are cut: ``tile`` of them at a time, ``per_block`` tiles for a block."""
+
+    tokens: int
+    width: int
+    tile: int
+    per_block: int
+
+    @property
+    def blocks(self) -> int:
+        """Of 128 channels."""
+        return self.width // BLOCK
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.tokens, self.tile)
+
+    @property
+    def groups(self) -> int:
+        return pl.cdiv(self.tiles, self.per_block)
+
+    def smem(self, dtype: Any) -> Any:
+        """Two tiles: one is worked on while the other leaves and is filled again."""
+        return plgpu.SMEM((2, self.tile, self.blocks, BLOCK), dtype)
+
+    def out(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        """An output of whole tiles: they leave in one piece, which no end of an array but the last stops."""
+        return jax.ShapeDtypeStruct((self.tiles * self.tile, self.blocks, BLOCK), dtype)
+
+
+class Walk:
+    """What both kernels do: bring tiles in, hand them over token by token, send them out."""
+
+    def __init__(self, cut: Rows, eps: float):
+        self.cut, self.eps = cut, eps
+        self.layouts = TokenLayouts(cut.blocks)
+
+    def part(self, ref: Any, item: Any, half: int = 0) -> Any:
+        cut = self.cut
+        start = (lax.axis_index("group") * cut.per_block + item) * cut.tile
+        return ref.at[pl.ds(start, cut.tile), pl.ds(half * cut.blocks, cut.blocks)]
+
+    def run(self, sources, tiles, barrier, results, visit, carry):
+        """``visit(tiles, rows, carry)`` for groups of tokens.
+
+        Args:
+            sources: pairs of an array and which of its halves is read, one for each of ``tiles``.
+            results: maps the number of a tile to such a pair, where it is sent once visited.
+        """
+        cut = self.cut
+        items = jnp.minimum(cut.per_block, cut.tiles - lax.axis_index("group") * cut.per_block)
+
+        def fetch(item, slot):
+            for (ref, half), tile in zip(sources, tiles, strict=True):
+                plgpu.copy_gmem_to_smem(
+                    self.part(ref, item, half),
+                    tile.at[slot],
+                    barrier.at[slot],
+                    oob_mode=plgpu.OOBFillMode.ZEROS,
+                )
+
+        def turn(item, carry):
+            slot = lax.rem(item, 2)
+            plgpu.barrier_wait(barrier.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other slot's tiles have left
+            pl.when(item + 1 < items)(lambda: fetch(item + 1, 1 - slot))
+            at_once = self.layouts.at_once
+            held = [tile.at[slot] for tile in tiles]
+            step = lambda i, carry: visit(held, pl.ds(i * at_once, at_once), carry)  # noqa: E731
+            carry = lax.fori_loop(0, cut.tile // at_once, step, carry)
+            plgpu.commit_smem()
+            for number, (ref, half) in results.items():
+                plgpu.copy_smem_to_gmem(tiles[number].at[slot], self.part(ref, item, half))
+            return carry
+
+        fetch(jnp.int32(0), 0)
+        carry = lax.fori_loop(0, items, turn, carry)
+        plgpu.wait_smem_to_gmem(0)
+        return carry
+
+    def tokens(self, ref: Any) -> jax.Array:
+        return plgpu.load(ref, layout=self.layouts.tokens, optimized=False).astype(jnp.float32)
+
+    def norm(self, *refs: Any) -> list[jax.Array]:
+        """Scale and shift, repeated over the tokens."""
+        layouts = self.layouts
+        return [
+            layouts.over_tokens(plgpu.load(ref, layout=layouts.channels, optimized=False))
+            for ref in refs
+        ]
+
+    def normalise(self, tiles: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+        """The directions' mean less its own over the channels and over its deviation; and 1 / the latter."""
+        layouts = self.layouts
+        s = (self.tokens(tiles[0].at[rows]) + self.tokens(tiles[1].at[rows])) * 0.5
+        s = s - layouts.over_channels(layouts.mean(s))
+        inverse = layouts.over_channels(lax.rsqrt(layouts.mean(s * s) + self.eps))
+        return s * inverse, inverse
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """``b l channels`` to ``tokens blocks 128``."""
+    x = blocked(x)
+    return x.reshape(-1, *x.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
+def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
+    """Args:
+        xz: ``b l 2e``, of which z is read; y: both directions, ``b l e`` in the same dtype.
+        scale, shift: of the LayerNorm, ``e`` float32.
+
+    Returns:
+        ``b l e`` in xz's dtype.
+    """
+    work = Walk(cut, eps)
+
+    def body(z_ref, first_ref, second_ref, scale_ref, shift_ref, out_ref, *scratch):
+        *tiles, barrier = scratch
+
+        def visit(tiles, rows, carry):
+            gamma, beta = parameters
+            s, _ = work.normalise(tiles, rows)
+            z = work.tokens(tiles[2].at[rows])
+            out = (s * gamma + beta) * silu(z, work.layouts.tokens, interpret)
+            store(tiles[2].at[rows], out.astype(xz.dtype))
+            return carry
+
+        parameters = work.norm(scale_ref, shift_ref)
+        sources = ((first_ref, 0), (second_ref, 0), (z_ref, 1))
+        work.run(sources, tiles, barrier, {2: (out_ref, 0)}, visit, ())
+
+    out = plgpu.kernel(
+        body,
+        out_type=cut.out(xz.dtype),
+        scratch_types=[
+            *[cut.smem(xz.dtype)] * 3,
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_sequence_back",
+        grid=(cut.groups,),
+        grid_names=("group",),
+    )(*map(_rows, (xz, *y)), *map(blocked, (scale, shift)))
+    return out[: cut.tokens].reshape(y[0].shape)
+
+
+@functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
+def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, interpret: bool):
+    """Args:
+        out_bar: gradient of :func:`back`'s output, in its dtype; the others as there.
+
+    Returns:
+        The gradient of y (the same for both directions), ``b l e`` in xz's dtype; that of xz, ``b l 2e``, whose first
+        half is not written; and shares of those of scale and shift, ``2 parts e`` float32.
+    """
+    work = Walk(cut, eps)
+    layouts = work.layouts
+
+    def body(*refs):
+        z_ref, first_ref, second_ref, scale_ref, shift_ref, g_ref = refs[:6]
+        y_bar_ref, xz_bar_ref, norm_ref, *tiles, barrier = refs[6:]
+
+        def visit(tiles, rows, sums):
+            gamma, beta = parameters
+            s, inverse = work.normalise(tiles, rows)
+            z, g = work.tokens(tiles[2].at[rows]), work.tokens(tiles[3].at[rows])
+            sigma = reciprocal(lax.exp2(z * -LOG2E) + 1.0, layouts.tokens, interpret)
+            z_bar = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
+            store(tiles[2].at[rows], z_bar.astype(xz.dtype))
+            g = g * z * sigma
+            sums = (sums[0] + g * s, sums[1] + g)
+            g = g * gamma
+            g = g - layouts.over_channels(layouts.mean(g))
+            g = g - s * layouts.over_channels(layouts.mean(g * s))
+            store(tiles[0].at[rows], (g * inverse * 0.5).astype(xz.dtype))
+            return sums
+
+        parameters = work.norm(scale_ref, shift_ref)
+        zeros = jnp.zeros((layouts.at_once, cut.blocks, BLOCK), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, layouts.tokens)
+        sources = ((first_ref, 0), (second_ref, 0), (z_ref, 1), (g_ref, 0))
+        results = {0: (y_bar_ref, 0), 2: (xz_bar_ref, 1)}
+        sums = work.run(sources, tiles, barrier, results, visit, (zeros, zeros))
+        for i in (0, 1):
+            store(norm_ref.at[i, lax.axis_index("group")], sums[i])
+
+    parts = (2, cut.groups, layouts.at_once, cut.blocks, BLOCK)
+    y_bar, xz_bar, norm = plgpu.kernel(
+        body,
+        out_type=[
+            cut.out(xz.dtype),
+            jax.ShapeDtypeStruct((cut.tokens, 2 * cut.blocks, BLOCK), xz.dtype),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ],
+        scratch_types=[
+            *[cut.smem(xz.dtype)] * 4,
+            plgpu.Barrier(num_arrivals=4, num_barriers=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_sequence_back_gradients",
+        grid=(cut.groups,),
+        grid_names=("group",),
+    )(*map(_rows, (xz, *y)), *map(blocked, (scale, shift)), _rows(out_bar))
+    y_bar = y_bar[: cut.tokens].reshape(out_bar.shape)
+    return y_bar, xz_bar.reshape(xz.shape), norm.reshape(2, -1, cut.width)

@@ -1,0 +1,183 @@
+"""The core of mixers that pool nothing: the public function, and its derivative rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import sequence_xla
+from pallas_kernels.mixer_core.sequence_xla import Convolutions
+from pallas_kernels.mixer_core.types import Norm
+from pallas_kernels.sharding import like, per_shard, varying
+
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+
+
+def sequence_core(
+    xz: Float[Array, "b l e2"],
+    convolutions: Convolutions,
+    norm: Norm,
+    middle_params: Any,
+    *,
+    middle: Callable[[Any, tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]],
+    eps: float = 1e-5,
+    implementation: str = "auto",
+) -> Float[Array, "b l e"]:
+    """Everything of a bidirectional Vim mixer between its two projections.
+
+        x, z = halves of xz;   c_d = silu(conv_d(x))
+        y = middle(middle_params, c)                    the projections of c, the scans and their skips
+        out = LayerNorm((y_f + y_b) / 2) · silu(z)
+
+    with d the two directions; the second one's window looks ahead. On Hopper GPUs what comes before and after the
+    scans is one pass over memory each, forward and backward. Differentiable (reverse mode); kept for the gradient are
+    xz, both y, and what `middle` keeps (its scans keep both c).
+
+    Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
+    needs all channels of a token).
+
+    Args:
+        xz: tokens in the order of the scan, x and z one after the other on the channel axis; bfloat16 to float64.
+        convolutions: last tap on the current token.
+        norm: LayerNorm over the channels.
+        middle_params: pytree handed to `middle`, differentiated.
+        middle: maps (middle_params, (c_f, c_b)), each `b l e` in xz's dtype, to (y_f, y_b) of the same shapes, which
+            are rounded to xz's dtype. Closes over no tracer.
+        eps: of the LayerNorm.
+        implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
+
+    Returns:
+        `b l e` in xz's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+        NotImplementedError: "pallas" asked for where it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"sequence_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
+        )
+    if xz.shape[2] != 2 * convolutions.biases.shape[1]:
+        raise ValueError(
+            f"sequence_core: xz {xz.shape} (b l 2e) must have twice the "
+            f"{convolutions.biases.shape[1]} channels of the convolutions"
+        )
+    rounded = _Rounded(middle, xz.dtype)
+    stages = _stages(implementation, xz, convolutions, float(eps))
+    if stages is None:
+        stages = _Stages("never", float(eps))
+        y = rounded(middle_params, stages.front(xz, convolutions))
+        return stages.back(xz, y, norm)
+    return _core(stages, rounded, xz, convolutions, norm, middle_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """`middle` with results in one dtype."""
+
+    middle: Callable
+    dtype: Any
+
+    def __call__(self, params, c):
+        forward, backward = self.middle(params, c)
+        return forward.astype(self.dtype), backward.astype(self.dtype)
+
+
+# Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
+_XZ, _TOKENS, _PAIR = "b l w", "b l e", ("b l e", "b l e")
+_CONVOLUTIONS = Convolutions("d k e", "d e")  # type: ignore[arg-type]
+_NORM = Norm("e", "e")  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stages:
+    """The four stages, on each device's share of the batch; kernels run "always", "on CUDA" or "never"."""
+
+    kernels: str
+    eps: float
+
+    def front(self, xz, convolutions):
+        return self._run("front", (_XZ, _CONVOLUTIONS), _PAIR)(xz, convolutions)
+
+    def back(self, xz, y, norm):
+        return self._run("back", (_XZ, _PAIR, _NORM), _TOKENS, eps=self.eps)(xz, y, norm)
+
+    def back_gradients(self, xz, y, norm, out_bar):
+        dims = (_XZ, _PAIR, _NORM, _TOKENS), (_TOKENS, _XZ, _NORM)
+        return self._run("back_gradients", *dims, eps=self.eps)(xz, y, norm, out_bar)
+
+    def front_gradients(self, xz, c_bar, xz_bar, convolutions):
+        dims = (_XZ, _PAIR, _XZ, _CONVOLUTIONS), (_XZ, _CONVOLUTIONS)
+        return self._run("front_gradients", *dims)(xz, c_bar, xz_bar, convolutions)
+
+    def _run(self, name: str, operands: Any, results: Any, **options: float) -> Callable:
+        plain = functools.partial(getattr(sequence_xla, name), **options)
+        if self.kernels == "never":
+            return per_shard(
+                lambda _, *arrays: plain(*arrays), operands, results, split="b", opaque=False
+            )
+        from pallas_kernels.mixer_core import mosaic, mosaic_sequence
+
+        kernel = functools.partial(getattr(mosaic_sequence, name), **options)
+
+        def either(_, *arrays):
+            if self.kernels == "always":
+                return kernel(*arrays)
+            return jax.lax.platform_dependent(
+                *arrays, cuda=lambda *arrays: varying(kernel(*arrays), arrays), default=plain
+            )
+
+        opaque = not mosaic.interpreted()
+        return per_shard(either, operands, results, split="b", opaque=opaque)
+
+
+def _stages(name: str, xz, convolutions, eps: float) -> _Stages | None:
+    """None for plain XLA."""
+    if name == "xla":
+        return None
+    reason = missing = gpu.kernels_missing()
+    if missing is None:
+        from pallas_kernels.mixer_core import mosaic_sequence
+
+        reason = mosaic_sequence.unsupported(xz, convolutions)
+    if reason is None:
+        return _Stages("always" if name == "pallas" else "on CUDA", eps)
+    if name == "pallas":
+        raise NotImplementedError(f"sequence_core: 'pallas' cannot run here: {reason}")
+    if missing != "there is no GPU":
+        gpu.log_once(f"sequence_core: using XLA and not the GPU kernels, since {reason}")
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _core(stages, middle, xz, convolutions, norm, middle_params):
+    y = middle(middle_params, stages.front(xz, convolutions))
+    return stages.back(xz, y, norm)
+
+
+def _forward(stages, middle, xz, convolutions, norm, middle_params):
+    c = stages.front(xz, convolutions)
+    y, pull = jax.vjp(middle, middle_params, c)
+    return stages.back(xz, y, norm), (xz, y, pull, convolutions, norm)
+
+
+def _backward(stages, middle, residuals, out_bar):
+    xz, y, pull, *weights = residuals
+    # Sums over devices are in float32 or wider.
+    convolutions, norm = jax.tree.map(
+        lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
+    )
+    y_bar, xz_bar, norm_bar = stages.back_gradients(xz, y, norm, out_bar)
+    middle_bar, c_bar = pull((y_bar, y_bar))
+    xz_bar, convolutions_bar = stages.front_gradients(xz, c_bar, xz_bar, convolutions)
+    return like(xz_bar, xz), *like([convolutions_bar, norm_bar], weights), middle_bar
+
+
+_core.defvjp(_forward, _backward)

@@ -1,0 +1,194 @@
+"""The core of mixers that pool nothing without a GPU: in the interpreter against float64, and lowered for an H100."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mixer_core import Convolutions, Norm, sequence_core
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+
+def middle(params, c):
+    """Stands in for projections, scans and skips."""
+    return tuple(jnp.tanh(side * p) for side, p in zip(c, params, strict=True))
+
+
+def draw(rng, b, l, e, taps=4, dtype="float32"):
+    """Arguments, and the gradient of the output."""
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    args = (
+        normal(b, l, 2 * e).astype(dtype),
+        Convolutions(normal(2, taps, e), normal(2, e)),
+        Norm(normal(e), normal(e)),
+        normal(2, e),
+    )
+    return args, normal(b, l, e).astype(dtype)
+
+
+def value_and_gradients(args, out_bar, implementation):
+    out, pull = jax.vjp(
+        lambda args: sequence_core(*args, middle=middle, implementation=implementation), args
+    )
+    return out, pull(out_bar)[0]
+
+
+def compare(monkeypatch, rng, bound, **case):
+    """Blocks of three tiles, so that tiles follow one another; with JAX's check for races in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.mixer_core import (
+        mosaic,
+        mosaic_sequence,
+        mosaic_sequence_back,
+        mosaic_sequence_front,
+    )
+
+    checking = plgpu.InterpretGPUParams(detect_races=True)
+    for module in (mosaic_sequence_front, mosaic_sequence_back):
+        monkeypatch.setattr(module, "interpret_params", lambda interpret: checking)
+    monkeypatch.setattr(mosaic_sequence, "tiles_of_a_block", lambda *_: 3)
+    args, out_bar = draw(rng, **case)
+    with abstract_h100(), interpreted(mosaic):
+        run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas"))
+        got = run.trace(args, out_bar).lower().compile()(args, out_bar)
+    assert not races_found()
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, out_bar))
+        wanted = value_and_gradients(*wide, "xla")
+    assert max(relative_errors(got, wanted)) < bound
+
+
+def races_found() -> bool:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found
+
+
+@needs_mosaic
+def test_random_length(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    case = {name: int(rng.integers(1, top)) for name, top in (("b", 3), ("l", 50))}
+    print(case)
+    compare(monkeypatch, rng, 3e-6, e=128, **case)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "l": 1, "e": 128},  # shorter than the window
+        {"b": 3, "l": 19, "e": 256, "taps": 3, "dtype": "bfloat16"},  # ragged in every respect
+        pytest.param({"b": 1, "l": 50, "e": 768, "taps": 2}, marks=pytest.mark.slow),
+        pytest.param({"b": 3, "l": 9, "e": 1536, "dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+)
+def test_cases(seed, monkeypatch, case):
+    bound = 1e-2 if "dtype" in case else 3e-6
+    compare(monkeypatch, np.random.default_rng(seed), bound, **case)
+
+
+def shapes(b, l, e, dtype="float32"):
+    """Arguments and the gradient of the output, without values."""
+    drawn = jax.eval_shape(lambda: draw(np.random.default_rng(0), 1, 1, e, dtype=dtype))
+    big = lambda x: jax.ShapeDtypeStruct((b, l, x.shape[2]), x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: big(x) if x.shape[:2] == (1, 1) else x, drawn)
+
+
+KERNELS = ("front", "back", "back_gradients", "front_gradients")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 128, "l": 197, "e": 384, "dtype": "bfloat16"},
+        {"b": 2, "l": 16384, "e": 1536},
+        {"b": 1, "l": 5, "e": 128},
+    ],
+)
+def test_lowers_for_an_h100(case):
+    text = lower_for_h100(lambda a, g: value_and_gradients(a, g, "auto"), *shapes(**case))
+    for kernel in KERNELS:
+        assert f"mixer_sequence_{kernel}" in text
+    # The gradient of x is written beside that of z.
+    assert text.count("output_operand_alias<output_tuple_indices") == 1
+
+
+@needs_mosaic
+def test_vmap_remat_and_blocks_under_scan_lower_for_an_h100():
+    (xz, *others), _ = shapes(4, 40, 128)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), others)
+
+    def loss(xz, others):
+        @jax.checkpoint
+        def block(xz, others):
+            out = sequence_core(xz, *others, middle=middle)
+            return jnp.concatenate([out, out], -1), None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(block, xz, others)[0]))
+
+    gradients = jax.vmap(jax.grad(loss, (0, 1)), (0, None))
+    text = lower_for_h100(gradients, jax.ShapeDtypeStruct((2, *xz.shape), xz.dtype), stacked)
+    for kernel in KERNELS:
+        assert f"mixer_sequence_{kernel}" in text
+
+
+def test_xla_equals_the_equations(seed):
+    """The definition itself against a loop over tokens."""
+    rng = np.random.default_rng(seed)
+    b, l, e, taps = 2, 6, 5, 3
+    (xz, convolutions, norm, params), _ = draw(rng, b, l, e, taps)
+    got = sequence_core(xz, convolutions, norm, params, middle=middle, implementation="xla")
+    xz, params = np.asarray(xz, np.float64), np.asarray(params, np.float64)
+    kernels, biases = (np.asarray(v, np.float64) for v in convolutions)
+    x, z = xz[..., :e], xz[..., e:]
+    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
+    s = np.zeros_like(x)
+    for side, ahead in ((0, -1), (1, 1)):
+        c = np.tile(biases[side], (b, l, 1))
+        for t in range(l):
+            for j in range(taps):
+                seen = t + ahead * (taps - 1 - j)
+                if 0 <= seen < l:
+                    c[:, t] += kernels[side, j] * x[:, seen]
+        s += np.tanh(silu(c) * params[side]) / 2
+    s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-5)
+    wanted = (s * np.asarray(norm.scale) + np.asarray(norm.shift)) * silu(z)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+def test_bad_calls():
+    (xz, *rest), _ = draw(np.random.default_rng(0), 1, 3, 4)
+    with pytest.raises(ValueError, match="twice the 4 channels"):
+        sequence_core(xz[..., :6], *rest, middle=middle)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        sequence_core(xz, *rest, middle=middle, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="cannot run here"):
+        sequence_core(xz, *rest, middle=middle, implementation="pallas")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"e": 96}, "whole blocks of 128"),
+        ({"e": 128, "taps": 9}, "not between 2 and 8"),
+        ({"e": 128, "dtype": "float16"}, "float16"),
+    ],
+)
+def test_what_the_kernels_do_not_take(case, reason):
+    args, out_bar = draw(np.random.default_rng(0), 1, 3, **case)
+    with abstract_h100(), pytest.raises(NotImplementedError, match=reason):
+        value_and_gradients(args, out_bar, "pallas")
+    text = lower_for_h100(lambda a, g: value_and_gradients(a, g, "auto"), args, out_bar)
+    assert "mosaic" not in text
