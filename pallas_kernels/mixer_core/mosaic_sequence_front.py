@@ -189,7 +189,7 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
     segment, halo, taps = cut.segment, cut.halo, cut.taps
 
     def body(*refs):
-        x_ref, forward_ref, backward_ref, x_bar_ref, kernels_ref, biases_ref, sums_ref = refs[:7]
+        x_bar_ref, x_ref, forward_ref, backward_ref, kernels_ref, biases_ref, sums_ref = refs[:7]
         x_tiles, forward_tiles, backward_tiles, x_bar_tile, barrier = refs[7:]
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
@@ -249,9 +249,8 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         plgpu.wait_smem_to_gmem(0)
 
     tile = lambda rows: plgpu.SMEM((2, rows, CHANNELS), xz.dtype)  # noqa: E731
-    out = jax.new_ref(xz_bar)
     parts = (cut.batch, cut.groups, 2, taps + 1, cut.width)
-    sums = plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(parts, jnp.float32),
         scratch_types=[
@@ -265,5 +264,21 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         interpret=interpret_params(interpret),
         kernel_name="mixer_sequence_front_gradients",
         **cut.mesh,
-    )(xz, *c_bar, out, kernels, biases)
-    return jax.freeze(out), sums.reshape(-1, *sums.shape[2:])
+    )
+
+    @jax.custom_batching.custom_vmap
+    def in_place(xz_bar, *others):
+        def write(refs):
+            xz_bar_ref, sums_ref = refs
+            sums_ref[...] = run(xz_bar_ref, *others)
+
+        return pl.run_state(write)((xz_bar, jnp.zeros(parts, jnp.float32)))
+
+    @in_place.def_vmap  # run_state has no rule for it
+    def one_by_one(axis_size, batched, *arrays):
+        repeat = lambda x: jnp.broadcast_to(x, (axis_size, *x.shape))  # noqa: E731
+        arrays = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
+        return jax.lax.map(lambda arrays: in_place(*arrays), arrays), (True, True)
+
+    xz_bar, sums = in_place(xz_bar, xz, *c_bar, kernels, biases)
+    return xz_bar, sums.reshape(-1, *sums.shape[2:])

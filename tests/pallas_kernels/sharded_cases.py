@@ -6,6 +6,7 @@ then computed by XLA, since the kernels' interpreter knows one device only. The 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -17,10 +18,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import causal_conv1d, gpu, selective_scan, sharding
-from pallas_kernels.mixer_core import mixer_core
+from pallas_kernels.mixer_core import mixer_core, sequence_core
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.sharded import Sharded
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
 from tests.pallas_kernels.test_mosaic_scan import draw
 
@@ -212,13 +214,18 @@ def test_convolution(seed, weights):
 
 @needs_mosaic
 @TYPES
-def test_mixer_core(seed, monkeypatch, types, weights="fsdp"):
+@pytest.mark.parametrize("pooled", [True, False])
+def test_mixer_core(seed, monkeypatch, types, pooled, weights="fsdp"):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     rng = np.random.default_rng(seed)
-    args, out_bar = core.draw(rng, 8, 3, 4, 128)
-    options = {"rows": 3, "columns": 4, "transposed": bool(rng.integers(2))}
-    options["method"] = str(rng.choice(["mean", "max"]))
-    run = lambda a, g, name: core.value_and_gradients(a, g, name, **options)  # noqa: E731
+    if pooled:
+        args, out_bar = core.draw(rng, 8, 3, 4, 128)
+        options = {"rows": 3, "columns": 4, "transposed": bool(rng.integers(2))}
+        options["method"] = str(rng.choice(["mean", "max"]))
+        run = lambda a, g, name: core.value_and_gradients(a, g, name, **options)  # noqa: E731
+    else:
+        args, out_bar = sequence.draw(rng, 8, 9, 128)
+        run = sequence.value_and_gradients
     wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
     mesh = mesh_of(types)
     spread = lambda x: P(*[None] * (x.ndim - 1), weights)  # noqa: E731
@@ -316,24 +323,31 @@ def test_kernels_for_several_gpus_with_explicit_axes(axes):
 
 
 @needs_mosaic
-def test_core_kernels_for_several_gpus_with_explicit_axes():
+@pytest.mark.parametrize("pooled", [True, False])
+def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
     mesh = jax.sharding.AbstractMesh(
         (4,), ("data",), (AxisType.Explicit,), abstract_device=abstract_device()
     )
-    args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128))
+    if pooled:
+        args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128))
+        run = lambda a, g: core.value_and_gradients(a, g, "auto", rows=6, columns=4)  # noqa: E731
+        shares = r"\(tensor<2x6x4x(256|2x128)xf32>"
+    else:
+        args = jax.eval_shape(lambda: sequence.draw(np.random.default_rng(0), 8, 24, 128))
+        run = lambda a, g: sequence.value_and_gradients(a, g, "auto")  # noqa: E731
+        shares = r"\(tensor<(2x24x256|48x2x128)xf32>"
     specs = jax.tree.map(lambda x: P("data") if x.shape[0] == 8 else P(), args)
     with jax.sharding.use_abstract_mesh(mesh):
-        run = lambda a, g: core.value_and_gradients(a, g, "auto", rows=6, columns=4)  # noqa: E731
         traced = jax.jit(run).trace(*shapes_on(mesh, args, specs))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = kernels_in(text)
     assert len(calls) == 4
-    assert all(re.match(r"\(tensor<2x6x4x(256|2x128)xf32>", call) for call in calls)
+    assert all(re.match(shares, call) for call in calls)
     assert "all_reduce" in text
 
 
 @needs_mosaic
-@pytest.mark.parametrize("operation", ["scan", "core"])
+@pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):
     """The partitioner asks, gets kernels for the shares, and only then finds that a CPU cannot run them."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
@@ -352,11 +366,16 @@ def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):
         lowered = jax.jit(jax.grad(objective)).trace(args).lower(lowering_platforms=("cuda",))
         axes, first, calls = {"b": ("data",), "e": ("model",)}, (2, 32, 64), 2
     else:
-        args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128)[0])
+        if operation == "core":
+            args = jax.eval_shape(lambda: core.draw(np.random.default_rng(0), 8, 6, 4, 128)[0])
+            operation = functools.partial(mixer_core, middle=core.middle, rows=6, columns=4)
+        else:
+            args = jax.eval_shape(lambda: sequence.draw(np.random.default_rng(0), 8, 24, 128)[0])
+            operation = functools.partial(sequence_core, middle=sequence.middle)
         specs = jax.tree.map(lambda x: P("data") if x.shape[0] == 8 else P(), args)
 
         def loss(args):
-            return jnp.sum(mixer_core(*args, middle=core.middle, rows=6, columns=4) ** 2)
+            return jnp.sum(operation(*args) ** 2)
 
         traced = jax.jit(jax.grad(loss)).trace(shapes_on(mesh, args, specs))
         lowered = traced.lower(lowering_platforms=("cuda",))
