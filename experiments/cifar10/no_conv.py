@@ -1,4 +1,7 @@
-"""FastVim on CIFAR-10 without the depthwise convolution before the scan (as Table 7)."""
+"""FastVim on CIFAR-10 without the depthwise convolution before the scan (as Table 7).
+
+Seen: 87.09 % (1 seed).
+"""
 
 from dataclasses import replace
 

