@@ -213,9 +213,7 @@ class Mixer(nnx.Module):
         precision = self.config.precision
         xz = linear(self.in_proj, h, precision)
         if runs_fused(self, pooling):
-            # Rounded once, unlike all other tokens: half the bytes. The mean-pooled golden models with post norm bear
-            # it (every gradient within 5e-2 of its largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
-            gated = fused_core(self, xz, pooling).astype(precision.compute)
+            gated = fused_core(self, xz, pooling)
         else:
             x, z = jnp.split(xz, 2, axis=-1)
             x = pooling.to_scan_order(x)
