@@ -1,12 +1,14 @@
 """The selective scan (Mamba's S6 recurrence), channels last.
 
-`api` is the public function, `reference` the definition, `xla_sequential` and `xla_associative` the
-backends for any platform, `chunks` the chunk-by-chunk driver they share, `vjp` the derivative rule,
+`api` is the public function, `bidirectional` that of both directions of a mixer at once, `reference` the
+definition, `xla_sequential` and `xla_associative` the backends for any platform, `chunks` the chunk-by-chunk driver
+they share, `mosaic` and `mosaic_pair` the GPU kernels of one and of both directions, `vjp` the derivative rule,
 `sharded` the scan under a sharded `jit`, `implementations` the names and the rule behind `"auto"`,
 `arg_specs` the shapes that tests and bench use.
 """
 
 from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
 from pallas_kernels.selective_scan.implementations import IMPLEMENTATIONS
 
-__all__ = ["IMPLEMENTATIONS", "selective_scan"]
+__all__ = ["IMPLEMENTATIONS", "bidirectional_scan", "selective_scan"]

@@ -12,6 +12,7 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
+from pallas_kernels.selective_scan.each_direction import DIRECTIONS, EachDirection, of_direction
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
 from pallas_kernels.sharding import varying
@@ -22,6 +23,8 @@ _MODULES = {
     "xla_sequential": "pallas_kernels.selective_scan.xla_sequential",
     "reference": "pallas_kernels.selective_scan.reference",
 }
+
+_PAIR = "pallas_kernels.selective_scan.mosaic_pair"
 
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", *_MODULES)
 """Every name that `selective_scan(..., implementation=...)` takes; a later version may add some."""
@@ -98,7 +101,7 @@ def xla_backend() -> Backend:
 
 
 def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tuple]:
-    """The function that runs `inputs`.
+    """The function that runs `inputs`: one scan, or those of both directions if u is `d b l e`.
 
     Raises:
         ValueError: no implementation has this name.
@@ -107,12 +110,20 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
     if name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
         raise ValueError(f"selective_scan: implementation must be one of {choices}; got {name!r}")
+    pair = inputs.u.ndim == 4
+    one = lambda backend: EachDirection(backend) if pair else backend  # noqa: E731
     if name == "reference":
-        return _module(name).scan
-    xla = xla_backend()
+        scan = _module(name).scan
+        if not pair:
+            return scan
+        return lambda x, options: (
+            tuple(scan(*of_direction(x, options, d))[0] for d in DIRECTIONS),
+            None,
+        )
+    xla = one(xla_backend())
     if name in ("auto", "pallas"):
         missing = gpu.kernels_missing()
-        kernel = None if missing else _module("pallas")
+        kernel = None if missing else _module("pallas_pair" if pair else "pallas")
         reason = missing or kernel.unsupported(inputs)
         if reason is None:
             backend = Sharded(
@@ -127,13 +138,13 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
             raise NotImplementedError(f"selective_scan: 'pallas' cannot run here: {reason}")
         if missing != "there is no GPU":
             gpu.log_once(f"selective_scan: using XLA and not the GPU kernels, since {reason}")
-    chosen = xla if name in ("auto", "xla") else _module(name)
+    chosen = xla if name in ("auto", "xla") else one(_module(name))
     chosen = Sharded(chosen, opaque=False)
     return lambda inputs, options: vjp.scan(chosen, options, inputs)
 
 
 def _module(name: str) -> ModuleType:
-    path = _MODULES[name]
+    path = _PAIR if name == "pallas_pair" else _MODULES[name]
     if importlib.util.find_spec(path) is None:
         raise NotImplementedError(
             f"selective_scan: there is no {name!r} implementation in this version; "

@@ -3,6 +3,10 @@
 What a call saves for its gradient is its inputs and, every 8 or 16 steps, the state
 (n float32 a channel); nothing if the scan is no longer than that.  See
 `mosaic_forward` and `mosaic_backward` for the kernels.
+
+Both directions of a mixer come as inputs whose b holds the sequences of the first and then
+those of the second, and whose A, D and delta_bias have a leading axis of two: see
+`mosaic_pair`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,12 @@ import jax.numpy as jnp
 from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward, tuned
 from pallas_kernels.selective_scan.mosaic_common import WARPS
 from pallas_kernels.selective_scan.mosaic_forward import Plan
-from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
+from pallas_kernels.selective_scan.types import (
+    ScanForward,
+    ScanInputs,
+    ScanOptions,
+    ScanOutput,
+)
 
 MAX_STATES = 64
 ENOUGH_BLOCKS = 384  # of 128 threads: about three for each processor of an H100
@@ -40,7 +49,7 @@ def unsupported(inputs: ScanInputs) -> str | None:
     for name, x in inputs._asdict().items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}, and the kernels compute in float32"
-    states = inputs.A.shape[1]
+    states = inputs.A.shape[-1]
     if states > MAX_STATES:
         return f"it has {states} states, and the kernels hold at most {MAX_STATES}"
     width, groups = inputs.u.shape[2], inputs.B.shape[2]
@@ -54,7 +63,7 @@ def chunk_length(inputs: ScanInputs) -> int:
     measured = tuned.find(inputs, gradient=True)
     if measured is not None:
         return measured.chunk
-    length, states = inputs.u.shape[1], inputs.A.shape[1]
+    length, states = inputs.u.shape[1], inputs.A.shape[-1]
     return 8 if length <= 8 or states > 16 or _two_channels_a_lane(inputs) else 16
 
 
@@ -65,7 +74,7 @@ def _two_channels_a_lane(inputs: ScanInputs) -> bool:
     parallelism: a gain where there are blocks enough, or where time is cut anyway.
     """
     batch, length, width = inputs.u.shape
-    states, of_group = inputs.A.shape[1], width // inputs.B.shape[2]
+    states, of_group = inputs.A.shape[-1], width // inputs.B.shape[2]
     if length <= 16 or states > 16 or width < 64 or (of_group != width and of_group % 64):
         return False
     blocks = math.ceil(width / 64) * batch
@@ -85,7 +94,7 @@ def forward_chunk(inputs: ScanInputs) -> int:
 def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     """Cuts a scan into blocks."""
     batch, length, width = inputs.u.shape
-    groups, states = inputs.B.shape[2], inputs.A.shape[1]
+    groups, states = inputs.B.shape[2], inputs.A.shape[-1]
     # A device's share of a sharded scan may call for other blocks than the whole, which chose the chunk.
     wide = options.keep_boundaries and options.chunk <= 8 and _two_channels_a_lane(inputs)
     channels = 64 if wide else 32
@@ -112,7 +121,12 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
         slots=min(2, math.ceil(chunks / splits)),
         reverse=options.reverse,
         softplus=options.delta_softplus,
+        directions=_directions(inputs),
     )
+
+
+def _directions(inputs: ScanInputs) -> int:
+    return inputs.A.shape[0] if inputs.A.ndim == 3 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +182,15 @@ def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands
         return x.reshape(*x.shape[:3], cut.warps, cut.rest)
 
     def per_channel(x):
-        return None if x is None else _pad_to(x.astype(jnp.float32), 0, cut.padded_width)
+        if x is None:
+            return None
+        return _pad_to(x.astype(jnp.float32), x.ndim - 1, cut.padded_width).reshape(-1)
 
     return _Operands(
         plan=cut,
         u=streamed(inputs.u),
         delta=streamed(inputs.delta),
-        A=_state_in(inputs.A, cut),
+        A=_state_in(inputs.A, cut).reshape(-1, cut.warps, cut.rest),
         B=per_step(inputs.B),
         C=per_step(inputs.C),
         D=per_channel(inputs.D),
@@ -214,32 +230,37 @@ def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
     chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
     o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
-    y, *more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
-    states = inputs.A.shape[1]
+    more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
+    y = [more.pop(0)[:, :length, :width] for _ in range(o.plan.directions)]
+    states = inputs.A.shape[-1]
     boundaries = last_state = None
     if save:
         boundaries = _state_out(more.pop(0), width, states)[:, : math.ceil(length / chunk)]
     if options.return_last_state:
         last_state = _state_out(more.pop(0), width, states)
-    return y[:, :length, :width], last_state, boundaries
+    return (y[0] if len(y) == 1 else (y[0], y[1])), last_state, boundaries
 
 
 def backward(
     inputs: ScanInputs,
     options: ScanOptions,
     boundaries: jax.Array | None,
-    y_bar: jax.Array,
+    y_bar: ScanOutput,
     last_state_bar: jax.Array | None,
 ) -> ScanInputs:
     """See `types.Backend`."""
     batch, length, width = inputs.u.shape
-    groups, states = inputs.B.shape[2], inputs.A.shape[1]
+    groups, states = inputs.B.shape[2], inputs.A.shape[-1]
     z_bar = None
     if inputs.z is not None:
+        assert isinstance(y_bar, jax.Array), "of one direction"
         y_bar, z_bar = _through_gate(inputs, options, y_bar)
     o = _operands(inputs._replace(z=None), options, options.chunk)
     cut = o.plan
-    y_bar = _pad_to(_pad_to(y_bar.astype(inputs.u.dtype), 1, o.u.shape[1]), 2, o.u.shape[2])
+    y_bars = [
+        _pad_to(_pad_to(g.astype(inputs.u.dtype), 1, o.u.shape[1]), 2, o.u.shape[2])
+        for g in (y_bar if isinstance(y_bar, tuple) else [y_bar])
+    ]
     if last_state_bar is not None:
         last_state_bar = _state_in(last_state_bar, cut)
     if boundaries is not None:
@@ -247,24 +268,30 @@ def backward(
     leaving = None
     if cut.splits > 1:
         leaving = mosaic_forward.split_ends(
-            y_bar, o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
+            y_bars[0], o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
             scaled=False, post_decay=True, interpret=_interpret,
         )  # fmt: skip
     shares = mosaic_backward.scan_gradients(
-        o.u, o.delta, o.B, o.C, o.A, o.D, o.bias, boundaries, y_bar, leaving, last_state_bar, cut,
+        o.u, o.delta, o.B, o.C, o.A, o.D, o.bias, boundaries, y_bars, leaving, last_state_bar, cut,
         interpret=_interpret,
     )  # fmt: skip
 
     bc = shares["bc"][:, :, :length]
     bc = bc.reshape(groups, -1, batch, length, 2, cut.warps * cut.rest).sum(1)
     bc = jnp.moveaxis(bc, 0, 2)[..., :states]  # b l g 2 n
-    of_channels = {
-        name: shares[name].sum((0, 1))[:width] for name in ("D", "bias") if name in shares
-    }
+
+    def summed(name):
+        """Over sequences and splits, of each direction."""
+        x = shares[name]
+        if cut.directions == 1:
+            return x.sum((0, 1))
+        return x.reshape(cut.directions, -1, *x.shape[1:]).sum((1, 2))
+
+    of_channels = {name: summed(name)[..., :width] for name in ("D", "bias") if name in shares}
     gradients = ScanInputs(
         u=shares["u"][:, :length, :width],
         delta=shares["delta"][:, :length, :width],
-        A=_state_out(shares["A"].sum((0, 1)), width, states),
+        A=_state_out(summed("A"), width, states),
         B=bc[..., 0, :],
         C=bc[..., 1, :],
         D=of_channels.get("D"),

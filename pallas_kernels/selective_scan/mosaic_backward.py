@@ -42,6 +42,7 @@ from pallas_kernels.selective_scan.mosaic_forward import (
     _inputs,
     _mesh,
     along_channels,
+    by_direction,
     entering_state,
     prepare_tile,
     raw_steps,
@@ -64,7 +65,7 @@ class _BackwardStream(Stream):
         super().fetch(index - self.first, slot)
         self.sources = sources
         if "h" in sources:
-            columns = pl.ds(self.block * self.plan.channels, self.plan.channels)
+            columns = self.plan.columns(self.block)
             part = sources["h"].at[self.batch, self.plan.place(index), columns]
             plgpu.copy_gmem_to_smem(part, self.tiles["h"].at[slot], self.barrier.at[slot])
 
@@ -73,11 +74,11 @@ class _BackwardStream(Stream):
 def scan_gradients(
     u, delta, B, C, A, D, bias, states, y_bar, leaving, last_state_bar, plan, *, interpret
 ):
-    """Gradients of :func:`mosaic_forward.scan` without its gate.
+    """Gradients of :func:`mosaic_forward.scan` without its gate, of one or both directions.
 
     Args:
         states: the state entering every chunk, ``b k e w r``; None if there is one chunk.
-        y_bar: gradient of y, ``b l e``.
+        y_bar: gradients of y, ``b l e``, one for each direction.
         leaving: what ``split_ends`` of the way back returned, when ``plan.splits > 1``.
         last_state_bar: gradient of the last state ``b e w r``, or None.
 
@@ -86,7 +87,7 @@ def scan_gradients(
         whole chunks, and A ``b s e w r``, D and bias ``b s e``: float32 shares still to be added up.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
-    sources = {"x": u, "delta": delta, "g": y_bar, "b": B, "c": C}
+    sources = {"x": u, "delta": delta, "g": y_bar[0], "b": B, "c": C}
     if states is not None:
         sources["h"] = states
     names = list(sources)
@@ -97,11 +98,13 @@ def scan_gradients(
     sums_of = [name for name in ("D", "bias") if name in extras]
     base_rows = 16 if plan.chunk % 16 == 0 else 8
 
-    def body(*refs):
+    def body(plan, direction, *refs):
         queue = list(refs)
         stream_refs = {name: queue.pop(0) for name in names}
         a_ref = queue.pop(0)
         extra = {name: queue.pop(0) for name in extras}
+        of_direction = [stream_refs["g"], *(queue.pop(0) for _ in y_bar[1:])]
+        stream_refs["g"] = of_direction[direction]
         du_ref, ddelta_ref, dbc_ref, dA_ref = (queue.pop(0) for _ in range(4))
         sum_refs = {name: queue.pop(0) for name in sums_of}
         (
@@ -116,14 +119,14 @@ def scan_gradients(
         ) = queue
 
         reader = StepReader(plan, layouts, interpret)
-        stream = _BackwardStream(plan, stream_refs, tiles, barrier)
+        stream = _BackwardStream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
         block, batch, split = stream.block, stream.batch, lax.axis_index("split")
-        columns = pl.ds(block * plan.channels, plan.channels)
+        columns, weights = plan.columns(block), plan.columns(block, direction)
         stream.begin()
-        decays = reader.decays(a_ref.at[columns])
+        decays = reader.decays(a_ref.at[weights])
         vectors = {
-            n: _channel_vectors([extra[n]], block, plan)[0] for n in ("D", "bias") if n in extra
+            n: _channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
         }
         last_bar = reader.state(extra["last"].at[batch, columns]) if "last" in extra else None
         carry = reader.zeros() if last_bar is None else last_bar
@@ -241,7 +244,7 @@ def scan_gradients(
         stored = (plan.channels, plan.warps, plan.rest)
         tiles["h"] = plgpu.SMEM((plan.slots, *stored), jnp.float32)
     outputs = plgpu.kernel(
-        body,
+        by_direction(plan, body),
         out_type=[
             jax.ShapeDtypeStruct(u.shape, u.dtype),
             jax.ShapeDtypeStruct(delta.shape, delta.dtype),
@@ -265,7 +268,7 @@ def scan_gradients(
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_gradients",
         **_mesh(plan),
-    )(*sources.values(), A, *extras.values())
+    )(*sources.values(), A, *extras.values(), *y_bar[1:])
     return dict(zip(["u", "delta", "bc", "A", *sums_of], outputs, strict=True))
 
 

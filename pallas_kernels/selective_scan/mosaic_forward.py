@@ -6,6 +6,9 @@ steps softplus(delta + bias) and their products with u for the whole tile, then 
 the recurrence step by step, and last sums the warps' shares of y, adds the skip and
 the gate, and sends the tile out.
 
+One launch may hold both directions of a mixer: a block then first finds out which one it
+belongs to and runs that one's code, the same as in a launch of its own.
+
 The time axis is cut into ``splits`` where batch and channels cannot fill the GPU:
 :func:`split_ends` finds what each split does to a zero state, then every block of
 :func:`scan` first combines the splits before its own.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,7 +48,8 @@ class Plan:
     length, width, groups: of the scan; channels: of a block; chunk: steps of a tile;
     per_split: chunks of a split; splits: of the time axis; warps, rest: state groups
     and the states of one; unroll: steps per turn of the inner loop; slots: tiles in
-    flight.
+    flight; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
+    ``batch`` sequences, in reverse in the second, each half with its own A, D and bias.
     """
 
     batch: int
@@ -60,6 +65,7 @@ class Plan:
     slots: int
     reverse: bool
     softplus: bool
+    directions: int = 1
 
     @property
     def per_split(self) -> int:
@@ -102,6 +108,29 @@ class Plan:
 
     def group(self, block: Any) -> Any:
         return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
+
+    def columns(self, block: Any, direction: int = 0) -> Any:
+        """A block's channels, of all directions' one after another."""
+        start = block * self.channels
+        return pl.ds(start + direction * self.padded_width if direction else start, self.channels)
+
+
+def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
+    """The kernel that runs ``body(plan, direction, *refs)``, where the plan is that of one direction.
+
+    Of two, each has code of its own: a place in time that depended on the block would cost an addition at every
+    access, a fifth of a step's instructions. Two conditions, since lowering tries the first branch of each twice.
+    """
+    if plan.directions == 1:
+        return functools.partial(body, plan, 0)
+
+    def kernel(*refs: Any) -> None:
+        second = lax.axis_index("batch") >= plan.batch // 2
+        for direction, here in enumerate((jnp.logical_not(second), second)):
+            own = dataclasses.replace(plan, reverse=bool(direction))
+            pl.when(here)(functools.partial(body, own, direction, *refs))
+
+    return kernel
 
 
 def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:
@@ -204,11 +233,22 @@ def _inputs(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any]:
 
 
 class Stream:
-    """Brings the chunks of a split into shared memory, ``slots`` ahead."""
+    """Brings the chunks of a split into shared memory, ``slots`` ahead.
 
-    def __init__(self, plan: Plan, sources: dict[str, Any], tiles: dict[str, Any], barrier: Any):
+    ``batch`` numbers the sequences of all directions, ``own`` those of this one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        direction: int,
+        sources: dict[str, Any],
+        tiles: dict[str, Any],
+        barrier: Any,
+    ):
         self.plan, self.sources, self.tiles, self.barrier = plan, sources, tiles, barrier
         self.batch, self.block = lax.axis_index("batch"), lax.axis_index("block")
+        self.own = self.batch - plan.batch // 2 if direction else self.batch
         self.first = lax.axis_index("split") * plan.per_split
 
     def fetch(self, k: Any, slot: Any) -> None:
@@ -218,8 +258,8 @@ class Stream:
             if name in ("b", "c"):
                 part = source.at[self.batch, rows, plan.group(self.block)]
             else:
-                columns = pl.ds(self.block * plan.channels, plan.channels)
-                part = source.at[self.batch, rows, columns]
+                batch = self.own if name == "g" else self.batch
+                part = source.at[batch, rows, plan.columns(self.block)]
             plgpu.copy_gmem_to_smem(part, self.tiles[name].at[slot], self.barrier.at[slot])
 
     def begin(self) -> None:
@@ -246,15 +286,14 @@ def _mesh(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _channel_vectors(refs: list[Any], block: Any, plan: Plan) -> list[jax.Array]:
+def _channel_vectors(refs: list[Any], columns: Any, plan: Plan) -> list[jax.Array]:
     layout = tile_channel_layout(plan.chunk)
-    columns = pl.ds(block * plan.channels, plan.channels)
     return [plgpu.load(ref.at[columns], layout=layout, optimized=False) for ref in refs]
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
-    """What each split makes of a zero state.
+    """What each split makes of a zero state, in one direction.
 
     Args:
         x, delta: ``b l e``; coefficients: ``b l g w r`` float32 (B, or C for the
@@ -277,11 +316,11 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         bias_ref = rest.pop(0) if has_bias else None
         ends_ref, totals_ref, tiles, steps_ref, inputs_ref, barrier = rest
         reader = StepReader(plan, layouts, interpret)
-        stream = Stream(plan, stream_refs, tiles, barrier)
-        columns = pl.ds(stream.block * plan.channels, plan.channels)
+        stream = Stream(plan, 0, stream_refs, tiles, barrier)
+        columns = plan.columns(stream.block)
         stream.begin()
         decays = reader.decays(a_ref.at[columns])
-        bias_vector = _channel_vectors([bias_ref], stream.block, plan)[0] if has_bias else None
+        bias_vector = _channel_vectors([bias_ref], columns, plan)[0] if has_bias else None
 
         def chunk(k, carry):
             slot = stream.wait(k)
@@ -351,13 +390,14 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
 
     Args:
         u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; A:
-            ``e w r``, and D, bias: ``e`` (or None), float32, padded.
+            ``e w r``, and D, bias: ``e`` (or None), float32, padded. Of two directions one
+            after the other, along b and (A, D, bias) along e; time is then not split.
         entering: what :func:`split_ends` returned, when ``plan.splits > 1``.
         save_states: also return the state entering every chunk.
         last_state: also return the state after the last step.
 
     Returns:
-        y ``b l e`` in u's dtype; then, where asked for, the entering states
+        y ``b l e`` in u's dtype, one for each direction; then, where asked for, the entering states
         ``b k e w r`` and the last state ``b e w r``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
@@ -368,25 +408,25 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
     if plan.splits > 1:
         extras |= {"ends": entering[0], "totals": entering[1]}
 
-    def body(*refs):
+    def body(plan, direction, *refs):
         queue = list(refs)
         stream_refs = {name: queue.pop(0) for name in names}
         a_ref = queue.pop(0)
         extra = {name: queue.pop(0) for name in extras}
-        y_ref = queue.pop(0)
+        y_ref = [queue.pop(0) for _ in range(plan.directions)][direction]
         states_ref = queue.pop(0) if save_states else None
         last_ref = queue.pop(0) if last_state else None
         tiles, steps_ref, inputs_ref, shares_ref, y_tile, barrier = queue
 
         reader = StepReader(plan, layouts, interpret)
-        stream = Stream(plan, stream_refs, tiles, barrier)
+        stream = Stream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
         block, batch, split = stream.block, stream.batch, lax.axis_index("split")
-        columns = pl.ds(block * plan.channels, plan.channels)
+        columns, weights = plan.columns(block), plan.columns(block, direction)
         stream.begin()
-        decays = reader.decays(a_ref.at[columns])
+        decays = reader.decays(a_ref.at[weights])
         vectors = {
-            n: _channel_vectors([extra[n]], block, plan)[0] for n in ("D", "bias") if n in extra
+            n: _channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
         }
         state = reader.zeros()
         if plan.splits > 1:
@@ -448,7 +488,8 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                 y = y * gate * sigmoid(gate, layout, interpret)
             store(y_tile, y.astype(u.dtype))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[batch, pl.ds(start, plan.chunk), columns])
+            rows = pl.ds(start, plan.chunk)
+            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[stream.own, rows, columns])
             stream.refill(k, slot)
             return state
 
@@ -463,13 +504,14 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
 
     tile = (plan.chunk, plan.channels)
     states = plan.stored_shape
-    out = [jax.ShapeDtypeStruct(u.shape, u.dtype)]
+    of_direction = (plan.batch // plan.directions, *u.shape[1:])
+    out = [jax.ShapeDtypeStruct(of_direction, u.dtype)] * plan.directions
     if save_states:
         out.append(jax.ShapeDtypeStruct((plan.batch, plan.chunks, *states), jnp.float32))
     if last_state:
         out.append(jax.ShapeDtypeStruct((plan.batch, *states), jnp.float32))
     return plgpu.kernel(
-        body,
+        by_direction(plan, body),
         out_type=out,
         scratch_types=[
             _inputs(plan, plan.slots, {n: s.dtype for n, s in sources.items()}),

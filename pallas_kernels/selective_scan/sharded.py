@@ -19,6 +19,7 @@ from pallas_kernels.sharding import Shard, like, per_shard
 _DIMS: Any = {"u": "b l e", "delta": "b l e", "A": "e n", "B": "b l g n", "C": "b l g n"}
 _DIMS = ScanInputs(**_DIMS, D="e", z="b l e", delta_bias="e")  # type: ignore[arg-type]
 _STATE, _STATES = "b e n", "b c e n"  # the last one, and those entering the chunks c
+_PAIR = jax.tree.map(lambda dims: f"d {dims}", _DIMS)
 # B and C are divided with the channels where whole groups go to every device.
 _SPLIT: dict[str, Any] = {"split": "b e", "tied": {"g": "e"}}
 
@@ -36,13 +37,14 @@ class Sharded:
         def run(shard, inputs):
             return self.backend.forward(_own_groups(inputs, shard), options)
 
-        chunks = math.ceil(inputs.u.shape[1] / options.chunk)
+        chunks = math.ceil(inputs.u.shape[-2] / options.chunk)
+        dims, of_y, of_states = _dims(inputs)
         results = (
-            "b l e",
+            of_y,
             _STATE if options.return_last_state else None,
-            _STATES if options.keep_boundaries and chunks > 1 else None,
+            of_states if options.keep_boundaries and chunks > 1 else None,
         )
-        operands = (_of(_DIMS, inputs),)
+        operands = (_of(dims, inputs),)
         return per_shard(run, operands, results, opaque=self.opaque, **_SPLIT)(inputs)
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
@@ -54,12 +56,13 @@ class Sharded:
             if own is inputs:
                 return bars
             groups = _groups(inputs, shard)
-            back = lambda bar, x: jnp.zeros_like(x).at[:, :, groups].add(bar)  # noqa: E731
+            back = lambda bar, x: jnp.zeros_like(x).at[..., groups, :].add(bar)  # noqa: E731
             return bars._replace(B=back(bars.B, inputs.B), C=back(bars.C, inputs.C))
 
-        dims = _of(_DIMS, inputs)
+        dims, of_y, of_states = _dims(inputs)
+        dims = _of(dims, inputs)
         operands = (dims, *(_of(*pair) for pair in (
-            (_STATES, boundaries), ("b l e", y_bar), (_STATE, last_state_bar)
+            (of_states, boundaries), (of_y, y_bar), (_STATE, last_state_bar)
         )))  # fmt: skip
         # Sums over devices are in the wide dtype.
         wide = {
@@ -73,24 +76,33 @@ class Sharded:
         return like(bars, inputs)
 
 
+def _dims(inputs: ScanInputs) -> tuple[Any, Any, str]:
+    """Letters of the inputs, of y and of the states kept, of one direction or of both (d)."""
+    if inputs.u.ndim == 3:
+        return _DIMS, "b l e", _STATES
+    return _PAIR, ("b l e", "b l e"), f"d {_STATES}"
+
+
 def _of(dims, arrays):
     """The dimensions of those arrays that are there."""
     if isinstance(dims, str):
         return None if arrays is None else dims
+    if type(dims) is tuple:  # both directions' y
+        return dims
     return type(dims)(*map(_of, dims, arrays))
 
 
 def _own_groups(inputs: ScanInputs, shard: Shard) -> ScanInputs:
     """The inputs with B and C of this device's channels only."""
-    if inputs.B.shape[2] == 1 or shard.parts("e") == 1 or "g" in shard.axes:
+    if inputs.B.shape[-2] == 1 or shard.parts("e") == 1 or "g" in shard.axes:
         return inputs
     groups = _groups(inputs, shard)
-    return inputs._replace(B=inputs.B[:, :, groups], C=inputs.C[:, :, groups])
+    return inputs._replace(B=inputs.B[..., groups, :], C=inputs.C[..., groups, :])
 
 
 def _groups(inputs: ScanInputs, shard: Shard) -> jax.Array:
     """The groups that this device's channels belong to, each as often as makes the device's groups equal."""
-    whole, parts = inputs.B.shape[2], shard.parts("e")
+    whole, parts = inputs.B.shape[-2], shard.parts("e")
     fine = math.lcm(whole, parts)
     own = shard.index("e") * (fine // parts) + jnp.arange(fine // parts)
     return own * whole // fine

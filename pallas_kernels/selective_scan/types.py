@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 class ScanInputs(NamedTuple):
     """Every array of one scan, as the caller gave it (its own dtype), except that B and C always have groups.
 
-    Also carries the gradients, entry by entry; absent inputs are None in both.
+    Also carries the gradients, entry by entry; absent inputs are None in both. The scans of both directions of a
+    mixer, the first forward, the second in reverse, are one value with a further leading axis of two on every array.
     """
 
     u: Float[Array, "b l e"]
@@ -47,14 +48,21 @@ class ScanOptions:
     keep_boundaries: bool = True
 
 
+# `b l e`; of both directions, two of them.
+ScanOutput = jax.Array | tuple[jax.Array, jax.Array]
+
 # Output, state after the last visited step (None unless asked for), and the state entering each chunk
 # (None unless asked for, or when the scan is one chunk, which starts from zero): `b chunks e n`, in order of time.
-ScanForward = tuple[jax.Array, jax.Array | None, jax.Array | None]
+ScanForward = tuple[ScanOutput, jax.Array | None, jax.Array | None]
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A module with these two functions is an implementation; see `implementations`."""
+    """A module with these two functions is an implementation; see `implementations`.
+
+    One that takes both directions' inputs gives and takes y as a tuple of two, and states with a leading axis of two;
+    neither gate nor last state are asked of it, and `options.reverse` says nothing.
+    """
 
     def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
         """Run the scan, leaving the state that enters each chunk for `backward`."""
@@ -65,7 +73,7 @@ class Backend(Protocol):
         inputs: ScanInputs,
         options: ScanOptions,
         boundaries: jax.Array | None,
-        y_bar: Float[Array, "b l e"],
+        y_bar: ScanOutput,
         last_state_bar: Float[Array, "b e n"] | None,
     ) -> ScanInputs:
         """Gradients with respect to every input, each in its input's dtype."""

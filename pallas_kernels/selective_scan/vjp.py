@@ -11,14 +11,14 @@ import functools
 
 import jax
 
-from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions
+from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions, ScanOutput
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return y `b l e` and, when `options` ask for it, the last state `b e n`."""
+) -> tuple[ScanOutput, jax.Array | None]:
+    """Return y `b l e` (of both directions, two) and, when `options` ask for it, the last state `b e n`."""
     options = dataclasses.replace(options, keep_boundaries=False)
     y, last_state, _ = backend.forward(inputs, options)
     return y, last_state

@@ -1,0 +1,65 @@
+"""The scans of both directions of a mixer as one operation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.selective_scan import implementations
+from pallas_kernels.selective_scan.api import _inputs
+from pallas_kernels.selective_scan.chunks import chunk_length
+from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+
+def bidirectional_scan(
+    u: Float[Array, "2 b l e"],
+    delta: Float[Array, "2 b l e"],
+    A: Float[Array, "2 e n"],
+    B: Float[Array, "2 b l *g n"],
+    C: Float[Array, "2 b l *g n"],
+    *,
+    D: Float[Array, "2 e"] | None = None,
+    delta_bias: Float[Array, "2 e"] | None = None,
+    delta_softplus: bool = True,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
+    """Two selective scans, the first visiting the steps forward, the second from last to first.
+
+    Equal to two calls of `selective_scan`, one with `reverse=True`, and differentiable likewise; on Hopper GPUs both
+    scans are one kernel, where their time is not cut into parts that run side by side, and so are their gradients.
+    Under a sharded `jit` every device scans its share of b and of e.
+
+    Args:
+        u: inputs of both directions, in stored order.
+        delta, A, B, C, D, delta_bias, delta_softplus: as in `selective_scan`, for each direction.
+        implementation: as in `selective_scan`.
+
+    Returns:
+        y of the first and of the second direction, in u's dtype: two arrays, since what reads them takes them
+        as such and their gradients often are the same one.
+
+    Raises:
+        ValueError: a shape, rank or dtype does not fit, or the implementation's name is unknown.
+        NotImplementedError: the implementation asked for by name cannot take this call.
+    """
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+    arrays = {name: None if x is None else jnp.asarray(x) for name, x in given.items()}
+    for name, x in arrays.items():
+        if x is not None and (x.ndim < 1 or x.shape[0] != 2):
+            raise ValueError(
+                f"bidirectional_scan: the first axis of {name} must be the two directions', got shape {x.shape}"
+            )
+    first = {name: None if x is None else x[0] for name, x in arrays.items()}
+    jax.eval_shape(lambda: _inputs(**first, z=None))  # the errors of one direction
+    if arrays["B"].ndim == 4:
+        arrays |= {name: arrays[name][..., None, :] for name in "BC"}
+    inputs = ScanInputs(**arrays, z=None)
+    run = implementations.get(implementation, inputs)
+    options = ScanOptions(
+        delta_softplus=bool(delta_softplus),
+        reverse=False,
+        return_last_state=False,
+        chunk=chunk_length(inputs.u.shape[2]),
+    )
+    return run(inputs, options)[0]

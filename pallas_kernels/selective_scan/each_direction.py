@@ -1,0 +1,46 @@
+"""Both directions of a mixer by a backend that knows one: one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
+
+DIRECTIONS = (0, 1)  # the second visits the steps from last to first
+
+
+def of_direction(
+    inputs: ScanInputs, options: ScanOptions, direction: int
+) -> tuple[ScanInputs, ScanOptions]:
+    """The scan of one direction, from those of both."""
+    own = jax.tree.map(lambda x: x[direction], inputs)
+    return own, dataclasses.replace(options, reverse=bool(direction))
+
+
+@dataclasses.dataclass(frozen=True)
+class EachDirection:
+    """Takes and gives what `types.Backend` says of pairs."""
+
+    backend: Backend
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+        """See `types.Backend`."""
+        runs = [self.backend.forward(*of_direction(inputs, options, d)) for d in DIRECTIONS]
+        y, _, boundaries = zip(*runs, strict=True)
+        return y, None, None if boundaries[0] is None else jnp.stack(boundaries)
+
+    def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
+        """See `types.Backend`."""
+        bars = [
+            self.backend.backward(
+                *of_direction(inputs, options, d),
+                None if boundaries is None else boundaries[d],
+                y_bar[d],
+                last_state_bar,
+            )
+            for d in DIRECTIONS
+        ]
+        return jax.tree.map(lambda *bars: jnp.stack(bars), *bars)

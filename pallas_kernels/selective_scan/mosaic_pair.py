@@ -1,0 +1,77 @@
+"""Both directions of a mixer in one launch of the Mosaic GPU kernels.
+
+A scan of 14 steps takes less time than starting it does work, and the second direction's blocks can run in the
+meantime. Where one direction alone has so few blocks that its time is cut into splits, it is long, and each
+direction is launched by itself: a second pair of kernels costs nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.selective_scan import mosaic
+from pallas_kernels.selective_scan.each_direction import EachDirection
+from pallas_kernels.selective_scan.mosaic import interpreted as interpreted
+from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
+
+
+def _folded(inputs: ScanInputs, reshape: Callable[..., Any] = jnp.reshape) -> ScanInputs:
+    """Sequences of the first direction, then those of the second: `d b ...` as `(d b) ...`; weights as they are."""
+    fold = lambda x: reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))  # noqa: E731
+    streamed = {name: fold(getattr(inputs, name)) for name in ("u", "delta", "B", "C")}
+    return inputs._replace(**streamed)
+
+
+def _folded_shapes(inputs: ScanInputs) -> ScanInputs:
+    return _folded(inputs, lambda x, shape: jax.ShapeDtypeStruct(shape, x.dtype))
+
+
+def _unfolded(x: jax.Array) -> jax.Array:
+    return x.reshape(2, -1, *x.shape[1:])
+
+
+def unsupported(inputs: ScanInputs) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    return mosaic.unsupported(_folded_shapes(inputs))
+
+
+def chunk_length(inputs: ScanInputs) -> int:
+    """Steps between the states kept for the gradient."""
+    return mosaic.chunk_length(_folded_shapes(inputs))
+
+
+def _cuts_time(folded: ScanInputs, options: ScanOptions) -> bool:
+    chunk = options.chunk if options.keep_boundaries else mosaic.forward_chunk(folded)
+    return mosaic.plan(folded, options, chunk).splits > 1
+
+
+def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
+    """See `types.Backend`."""
+    folded = _folded(inputs)
+    if _cuts_time(folded, options):
+        return EachDirection(mosaic).forward(inputs, options)
+    y, _, boundaries = mosaic.forward(folded, options)
+    return y, None, None if boundaries is None else _unfolded(boundaries)
+
+
+def backward(
+    inputs: ScanInputs,
+    options: ScanOptions,
+    boundaries: jax.Array | None,
+    y_bar: tuple[jax.Array, jax.Array],
+    last_state_bar: None,
+) -> ScanInputs:
+    """See `types.Backend`."""
+    folded = _folded(inputs)
+    if _cuts_time(folded, options):
+        each = EachDirection(mosaic)
+        return each.backward(inputs, options, boundaries, y_bar, last_state_bar)
+    if boundaries is not None:
+        boundaries = boundaries.reshape(-1, *boundaries.shape[2:])
+    bars = mosaic.backward(folded, options, boundaries, y_bar, last_state_bar)
+    streamed = {name: _unfolded(getattr(bars, name)) for name in ("u", "delta", "B", "C")}
+    return bars._replace(**streamed)
