@@ -21,6 +21,7 @@ from fastvim_jax.models import create_model
 from pallas_kernels import gpu, selective_scan
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_scan as scan
+from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels.mosaic_support import relative_errors
 from tests.support import x64
 
@@ -105,6 +106,51 @@ def test_core(seed, case, transposed, method):
     assert max(relative_errors(got, wanted)) < (1e-2 if "dtype" in case else 1e-5)
 
 
+SEQUENCES = [
+    {"b": 128, "l": 197, "e": 384, "dtype": "bfloat16"},  # blocks of several tiles
+    {"b": 64, "l": 64, "e": 384},
+    {"b": 3, "l": 67, "e": 256, "dtype": "bfloat16", "taps": 3},
+    {"b": 3, "l": 50, "e": 128, "taps": 2},
+    {"b": 1, "l": 2500, "e": 768},
+    {"b": 2, "l": 33, "e": 1536, "dtype": "bfloat16"},
+    {"b": 2, "l": 1, "e": 128},
+    None,
+]
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_sequence(seed, case):
+    rng = np.random.default_rng(seed)
+    if case is None:
+        case = {"b": int(rng.integers(1, 9)), "l": int(rng.integers(1, 300)), "e": 128}
+        case["e"] *= int(rng.integers(1, 9))
+    print(case)
+    args, out_bar = sequence.draw(rng, **case)
+    run = jax.jit(lambda a, g: sequence.value_and_gradients(a, g, "auto"))
+    compiled = run.lower(args, out_bar).compile()
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == len(sequence.KERNELS)
+    wanted = on_cpu_in_float64(
+        lambda a, g: sequence.value_and_gradients(a, g, "xla"), args, out_bar
+    )
+    first = jax.device_get(compiled(args, out_bar))
+    assert max(relative_errors(first, wanted)) < (1e-2 if "dtype" in case else 1e-5)
+    again = jax.device_get(compiled(args, out_bar))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_sequence_under_vmap(seed):
+    """Ragged tiles of one example leave the next one alone."""
+    args, out_bar = sequence.draw(np.random.default_rng(seed), 3, 21, 128)
+    run = lambda a, g: sequence.value_and_gradients(a, g, "auto")  # noqa: E731
+    stack = lambda x: jnp.stack([x, x[::-1]])  # noqa: E731
+    xz, *weights = args
+    both = jax.jit(jax.vmap(lambda xz, g: run((xz, *weights), g)))(stack(xz), stack(out_bar))
+    wanted = jax.jit(run)(args, out_bar)
+    assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
+    wanted = jax.jit(run)((xz[::-1], *weights), out_bar[::-1])
+    assert max(relative_errors(jax.tree.map(lambda x: x[1], both), wanted)) < 1e-5
+
+
 def test_vmap_remat_and_export(seed):
     args = scan.draw(np.random.default_rng(seed), 2, 30, 64, 16)
     scanned = lambda a: selective_scan(**a)  # noqa: E731
@@ -143,7 +189,7 @@ def placed(arrays, whole, types, devices):
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("operation", ["scan", "core"])
+@pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_sharded(seed, operation, types, devices):
     """The kernels run on every device's share of a batch, and give what one device gives without a mesh."""
     if devices > jax.device_count():
@@ -153,6 +199,9 @@ def test_sharded(seed, operation, types, devices):
         args = scan.draw(rng, batch, 50, 96, 12)
         cotangents = (args["z"] + 1, jnp.asarray(rng.standard_normal((batch, 96, 12)), jnp.float32))
         run = lambda a, c: scan.values_and_gradients(a, c, "auto")  # noqa: E731
+    elif operation == "sequence":
+        args, cotangents = sequence.draw(rng, batch, 37, 384)
+        run = lambda a, c: sequence.value_and_gradients(a, c, "auto")  # noqa: E731
     else:
         args, cotangents = core.draw(rng, batch, 6, 7, 384)
         run = lambda a, c: core.value_and_gradients(a, c, "auto", rows=6, columns=7)  # noqa: E731
