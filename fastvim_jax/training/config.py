@@ -133,6 +133,11 @@ class TrainConfig:
             raise UserError(
                 f"model.channels={self.model.channels}, but data.channels={self.data.channels}: make them equal."
             )
+        if self.model.image_size != self.data.height_width:
+            raise UserError(
+                f"model.image_size={self.model.image_size}, but data.image_size={self.data.image_size}: make them "
+                "equal, or the model's position embedding is resized in every step."
+            )
 
     def to_json(self) -> str:
         """The config as JSON text; `TrainConfig.from_json` gives it back exactly."""

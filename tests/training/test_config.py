@@ -13,10 +13,16 @@ from fastvim_jax.training import OptimizerConfig, TrainConfig
 from tests.support import checked
 from tests.training.tiny import tiny_config
 
-VIT = ViTConfig(image_size=(8, 12), patch_size=4, channels=1, num_classes=10, embed_dim=12, depth=2)
+VIT = ViTConfig(image_size=8, patch_size=4, channels=1, num_classes=10, embed_dim=12, depth=2)
+WIDE = dataclasses.replace(tiny_config().data, image_size=(8, 12))
 CONFIGS = [
     tiny_config(),
-    tiny_config(model=VIT, ema_decay=None, checkpoint_every_steps=None),
+    tiny_config(
+        model=dataclasses.replace(VIT, image_size=(8, 12)),
+        data=WIDE,
+        ema_decay=None,
+        checkpoint_every_steps=None,
+    ),
     tiny_config(
         optimizer=OptimizerConfig(learning_rate=1 / 3, layer_decay=0.65, warmup_epochs=1.0)
     ),
@@ -87,6 +93,7 @@ def test_a_missing_field_without_default_is_named():
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"model": dataclasses.replace(VIT, channels=3)}, "data.channels=1: make them equal"),
+        ({"data": WIDE}, "data.image_size=(8, 12): make them equal"),
         ({"model": dataclasses.replace(VIT, num_classes=0)}, "needs a classifier"),
         ({"optimizer": OptimizerConfig(warmup_epochs=2.0)}, "optimizer.warmup_epochs=2.0 leaves"),
     ],
@@ -120,7 +127,7 @@ def test_impossible_optimizers_are_refused_by_field(field, value):
 def test_the_command_line_overrides_any_field():
     arguments = (
         "--epochs 7 --model.depth 3 --ema-decay None --optimizer.clip-grad-norm 3"
-        " --model.image-size 8 16 --data.batch-size 64"
+        " --model.image-size 8 16 --data.image-size 8 16 --data.batch-size 64"
     )
     config = tyro.cli(
         TrainConfig,
@@ -128,11 +135,12 @@ def test_the_command_line_overrides_any_field():
         args=arguments.split(),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    data = dataclasses.replace(tiny_config().data, image_size=(8, 16), batch_size=64)
     expected = tiny_config(
         epochs=7,
         ema_decay=None,
+        data=data,
         model=dataclasses.replace(tiny_config().model, depth=3, image_size=(8, 16)),
         optimizer=dataclasses.replace(tiny_config().optimizer, clip_grad_norm=3.0),
     )
-    expected = dataclasses.replace(expected, data=dataclasses.replace(expected.data, batch_size=64))
     assert config == expected
