@@ -81,7 +81,7 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def front(xz: jax.Array, convolutions: Convolutions) -> Pair:
+def front(xz: jax.Array, convolutions: Convolutions) -> jax.Array:
     """See `sequence_xla.front`; reads x out of xz in place."""
     cut = cut_sequences(xz, convolutions.kernels.shape[1], gradients=False)
     return mosaic_sequence_front.front(
@@ -107,7 +107,9 @@ def back_gradients(xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, ep
     return y_bar, xz_bar, norm_bar
 
 
-def front_gradients(xz: jax.Array, c_bar: Pair, xz_bar: jax.Array, convolutions: Convolutions):
+def front_gradients(
+    xz: jax.Array, c_bar: jax.Array, xz_bar: jax.Array, convolutions: Convolutions
+) -> tuple[jax.Array, Convolutions]:
     """See `sequence_xla.front_gradients`."""
     taps = convolutions.kernels.shape[1]
     cut = cut_sequences(xz, taps, gradients=True)

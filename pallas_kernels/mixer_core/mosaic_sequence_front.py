@@ -117,12 +117,12 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
         kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
 
     Returns:
-        Forward and backward tokens, ``b l e`` in xz's dtype each.
+        Forward and backward tokens, ``2 b l e`` in xz's dtype.
     """
     layout = row_layout(CHANNELS)
     segment, halo = cut.segment, cut.halo
 
-    def body(x_ref, kernels_ref, biases_ref, first_ref, second_ref, x_tiles, c_tiles, barrier):
+    def body(x_ref, kernels_ref, biases_ref, c_ref, x_tiles, c_tiles, barrier):
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
         row = lambda ref: read_row(ref, layout)  # noqa: E731
 
@@ -141,8 +141,8 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
                     store(c_tiles.at[d, t], silu(c, layout, interpret).astype(xz.dtype))
                 window.pop(0)
             plgpu.commit_smem()
-            for d, ref in enumerate((first_ref, second_ref)):
-                part = cut.part(ref, cut.start(item), segment)
+            for d in (0, 1):
+                part = cut.part(c_ref.at[d], cut.start(item), segment)
                 plgpu.copy_smem_to_gmem(c_tiles.at[d], part)
             refill()
             return ()
@@ -154,9 +154,9 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
 
     # A tile as wide as the array is copied in one piece, past the end of its sequence: make room for it.
     length = cut.tiles * segment if cut.width == CHANNELS else cut.length
-    out = plgpu.kernel(
+    c = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((cut.batch, length, cut.width), xz.dtype)] * 2,
+        out_type=jax.ShapeDtypeStruct((2, cut.batch, length, cut.width), xz.dtype),
         scratch_types=[
             plgpu.SMEM((2, segment + 2 * halo, CHANNELS), xz.dtype),
             plgpu.SMEM((2, segment, CHANNELS), xz.dtype),
@@ -167,7 +167,7 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
         kernel_name="mixer_sequence_front",
         **cut.mesh,
     )(xz, kernels, biases)
-    return tuple(c[:, : cut.length] for c in out)
+    return c[:, :, : cut.length]
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "interpret"))
@@ -178,7 +178,7 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         dx_t = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]
 
     Args:
-        c_bar: of both directions, ``b l e`` in xz's dtype.
+        c_bar: of both directions, ``2 b l e`` in xz's dtype.
         xz_bar: ``b l 2e``, whose first half is written; the others as in :func:`front`.
 
     Returns:
@@ -189,8 +189,8 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
     segment, halo, taps = cut.segment, cut.halo, cut.taps
 
     def body(*refs):
-        x_bar_ref, x_ref, forward_ref, backward_ref, kernels_ref, biases_ref, sums_ref = refs[:7]
-        x_tiles, forward_tiles, backward_tiles, x_bar_tile, barrier = refs[7:]
+        x_bar_ref, x_ref, c_bar_ref, kernels_ref, biases_ref, sums_ref = refs[:6]
+        x_tiles, *c_bar_tiles, x_bar_tile, barrier = refs[6:]
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
         row = lambda ref: read_row(ref, layout)  # noqa: E731
@@ -198,8 +198,9 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         def fetch(start, slot):
             at = barrier.at[slot]
             cut.fetch_from_before(x_ref, x_tiles.at[slot], at, start, segment + 2 * halo)
-            cut.fetch(forward_ref, forward_tiles.at[slot], at, start, segment + halo)
-            cut.fetch_from_before(backward_ref, backward_tiles.at[slot], at, start, segment + halo)
+            forward, backward = (tiles.at[slot] for tiles in c_bar_tiles)
+            cut.fetch(c_bar_ref.at[0], forward, at, start, segment + halo)
+            cut.fetch_from_before(c_bar_ref.at[1], backward, at, start, segment + halo)
 
         def visit(item, slot, refill, sums):
             plgpu.barrier_wait(barrier.at[slot])
@@ -211,14 +212,14 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
             # and p - halo that of the backward one, whose windows are then the same tokens.
             for p in range(segment + halo):
                 window.append(row(x_tiles.at[slot, p + halo]))
-                for d, at, tiles in ((0, p, forward_tiles), (1, p - halo, backward_tiles)):
+                for d, at in ((0, p), (1, p - halo)):
                     seen = window[::-1] if d else window
                     total = bias[d]
                     for j in range(taps):
                         total = total + kernel[d][j] * seen[j]
                     sigma = reciprocal(lax.exp2(total * -LOG2E) + 1.0, layout, interpret)
                     slope = sigma + total * sigma * (1.0 - sigma)
-                    p_bar = row(tiles.at[slot, p]) * slope
+                    p_bar = row(c_bar_tiles[d].at[slot, p]) * slope
                     if 0 <= at < segment:
                         for j in range(taps):
                             sums[d][j] = sums[d][j] + p_bar * seen[j]
@@ -280,5 +281,5 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         arrays = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
         return jax.lax.map(lambda arrays: in_place(*arrays), arrays), (True, True)
 
-    xz_bar, sums = in_place(xz_bar, xz, *c_bar, kernels, biases)
+    xz_bar, sums = in_place(xz_bar, xz, c_bar, kernels, biases)
     return xz_bar, sums.reshape(-1, *sums.shape[2:])

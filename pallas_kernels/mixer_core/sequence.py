@@ -26,7 +26,7 @@ def sequence_core(
     norm: Norm,
     middle_params: Any,
     *,
-    middle: Callable[[Any, tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]],
+    middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
     eps: float = 1e-5,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
@@ -48,8 +48,8 @@ def sequence_core(
         convolutions: last tap on the current token.
         norm: LayerNorm over the channels.
         middle_params: pytree handed to `middle`, differentiated.
-        middle: maps (middle_params, (c_f, c_b)), each `b l e` in xz's dtype, to (y_f, y_b) of the same shapes, which
-            are rounded to xz's dtype. Closes over no tracer.
+        middle: maps (middle_params, c), c of both directions `2 b l e` in xz's dtype, to (y_f, y_b), each `b l e`,
+            which are rounded to xz's dtype. Closes over no tracer.
         eps: of the LayerNorm.
         implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
 
@@ -91,7 +91,7 @@ class _Rounded:
 
 
 # Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
-_XZ, _TOKENS, _PAIR = "b l w", "b l e", ("b l e", "b l e")
+_XZ, _TOKENS, _PAIR, _BOTH = "b l w", "b l e", ("b l e", "b l e"), "d b l e"
 _CONVOLUTIONS = Convolutions("d k e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]
 
@@ -104,7 +104,7 @@ class _Stages:
     eps: float
 
     def front(self, xz, convolutions):
-        return self._run("front", (_XZ, _CONVOLUTIONS), _PAIR)(xz, convolutions)
+        return self._run("front", (_XZ, _CONVOLUTIONS), _BOTH)(xz, convolutions)
 
     def back(self, xz, y, norm):
         return self._run("back", (_XZ, _PAIR, _NORM), _TOKENS, eps=self.eps)(xz, y, norm)
@@ -114,7 +114,7 @@ class _Stages:
         return self._run("back_gradients", *dims, eps=self.eps)(xz, y, norm, out_bar)
 
     def front_gradients(self, xz, c_bar, xz_bar, convolutions):
-        dims = (_XZ, _PAIR, _XZ, _CONVOLUTIONS), (_XZ, _CONVOLUTIONS)
+        dims = (_XZ, _BOTH, _XZ, _CONVOLUTIONS), (_XZ, _CONVOLUTIONS)
         return self._run("front_gradients", *dims)(xz, c_bar, xz_bar, convolutions)
 
     def _run(self, name: str, operands: Any, results: Any, **options: float) -> Callable:

@@ -22,14 +22,15 @@ class Convolutions(NamedTuple):
 Pair = tuple[Float[Array, "b l e"], Float[Array, "b l e"]]
 
 
-def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Pair:
+def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Float[Array, "2 b l e"]:
     """Convolution and SiLU of both directions, in xz's dtype."""
     x, _ = jnp.split(xz, 2, axis=-1)
-    forward, backward = (
-        conv1d.conv(x, kernel, bias, activation="silu", reverse=reverse)
-        for kernel, bias, reverse in zip(*convolutions, (False, True), strict=True)
+    return jnp.stack(
+        [
+            conv1d.conv(x, kernel, bias, activation="silu", reverse=reverse)
+            for kernel, bias, reverse in zip(*convolutions, (False, True), strict=True)
+        ]
     )
-    return forward, backward
 
 
 def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Array, "b l e"]:
@@ -63,7 +64,7 @@ def back_gradients(
 
 
 def front_gradients(
-    xz: jax.Array, c_bar: Pair, xz_bar: jax.Array, convolutions: Convolutions
+    xz: jax.Array, c_bar: jax.Array, xz_bar: jax.Array, convolutions: Convolutions
 ) -> tuple[jax.Array, Convolutions]:
     """The gradient of xz, whose second half is there already, and those of the convolutions."""
     _, pull = jax.vjp(front, xz, convolutions)
