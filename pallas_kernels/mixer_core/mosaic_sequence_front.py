@@ -278,8 +278,8 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
     @in_place.def_vmap  # run_state has no rule for it
     def one_by_one(axis_size, batched, *arrays):
         repeat = lambda x: jnp.broadcast_to(x, (axis_size, *x.shape))  # noqa: E731
-        arrays = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
-        return jax.lax.map(lambda arrays: in_place(*arrays), arrays), (True, True)
+        stacked = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
+        return lax.map(lambda arrays: in_place(*arrays), stacked), (True, True)
 
     xz_bar, sums = in_place(xz_bar, xz, c_bar, kernels, biases)
     return xz_bar, sums.reshape(-1, *sums.shape[2:])
