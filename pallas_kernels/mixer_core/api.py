@@ -26,7 +26,7 @@ def mixer_core(
     norm: Norm,
     middle_params: Any,
     *,
-    middle: Callable[[Any, tuple[jax.Array, jax.Array]], tuple[jax.Array, jax.Array]],
+    middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
     rows: int,
     columns: int,
     transposed: bool = False,
@@ -54,8 +54,8 @@ def mixer_core(
         directions: convolutions and skips, last tap on the current token.
         norm: LayerNorm over the channels.
         middle_params: pytree handed to `middle`, differentiated.
-        middle: maps (middle_params, (u_f, u_b)), each `b s e` in float32 or wider, to (y_f, y_b) of the same
-            shapes. Closes over no tracer.
+        middle: maps (middle_params, u), where u `2 b s e` in float32 or wider holds both directions' pooled tokens,
+            to (y_f, y_b), `b s e` each. Closes over no tracer.
         rows, columns: the grid of tokens.
         transposed: visit column by column, so that lines are columns; rows otherwise.
         method: "mean" or "max", over a line.
@@ -92,18 +92,19 @@ def mixer_core(
 
 # Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
 _XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
+_BOTH = "d b s e"
 _PLACES = "places"  # as _POOLED with "max", else none
 _DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
-    "front": ((_XZ, _DIRECTIONS), (_POOLED, _PLACES)),
+    "front": ((_XZ, _DIRECTIONS), (_BOTH, _PLACES)),
     "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM), _TOKENS),
     "back_gradients": (
         (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS),
         (_TOKENS, _TOKENS, "b s e", _NORM),
     ),
     "front_gradients": (
-        (_XZ, _TOKENS, _TOKENS, _POOLED, _PLACES, _DIRECTIONS),
+        (_XZ, _TOKENS, _TOKENS, _BOTH, _PLACES, _DIRECTIONS),
         (_XZ, _DIRECTIONS),
     ),
 }

@@ -129,7 +129,7 @@ def front(xz: jax.Array, directions: Directions, options: CoreOptions):
         _on_grid(xz, options), d.kernels, d.biases, grid,
         method=options.method, scale=options.scale, interpret=_interpret,
     )  # fmt: skip
-    return tuple(out[:2]), tuple(out[2:])
+    return out[0], tuple(out[1:])
 
 
 def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax.Array:

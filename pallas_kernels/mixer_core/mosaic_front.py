@@ -64,15 +64,16 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         method: "mean" (times ``scale``) or "max".
 
     Returns:
-        Forward and backward, ``b lines e`` float32 each; with "max" then, likewise, the
-        maxima's first places in their lines, int32 (any place of a line with a NaN).
+        Forward and backward, ``2 b lines e`` float32 (one array, as the projections of both
+        take it); with "max" then, ``b lines e`` int32 each, the maxima's first places in
+        their lines (any place of a line with a NaN).
     """
     largest = method == "max"
     layout = row_layout(CHANNELS)
     rows = grid.segment + 2 * grid.halo
 
     def body(x_ref, kernels_ref, biases_ref, *refs):
-        *out_refs, tiles, barrier = refs
+        pooled_ref, *place_refs, tiles, barrier = refs
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         columns = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -131,17 +132,20 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             if not largest:
                 pooled = [side * (scale / grid.tokens) for side in pooled]
             places = [side.astype(jnp.int32) for side in places]
-            for value, ref in zip((*pooled, *places), out_refs, strict=True):
+            for d in range(2):
+                store(pooled_ref.at[d, batch, first + index, columns], pooled[d])
+            for value, ref in zip(places, place_refs, strict=True):
                 store(ref.at[batch, first + index, columns], value)
             return ()
 
         lax.fori_loop(0, grid.per_block, line_of, ())
 
+    shape = (grid.batch, grid.lines, grid.width)
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((grid.batch, grid.lines, grid.width), dtype)
-            for dtype in [jnp.float32] * 2 + [jnp.int32] * 2 * largest
+            jax.ShapeDtypeStruct((2, *shape), jnp.float32),
+            *[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2 * largest,
         ],
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),

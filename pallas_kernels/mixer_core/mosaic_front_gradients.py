@@ -36,9 +36,9 @@ def front_gradients(
     x, ds, dz, pooled_bar, places, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
 ):
     """Args:
-        x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar: of both
-            directions, ``b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
-        places: of the maxima in their lines, as pooled_bar but int32; () for means.
+        x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar:
+            ``2 b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
+        places: of the maxima in their lines, ``b lines e`` int32 of each direction; () for means.
         scale: factor on the pooled mean.
 
     Returns:
@@ -51,7 +51,8 @@ def front_gradients(
     items = grid.per_block * grid.segments
 
     def body(*refs):
-        x_ref, ds_ref, dz_ref, *pooled_refs, k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[:-5]
+        x_ref, ds_ref, dz_ref, pooled_ref, *place_refs = refs[:-10]
+        k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[-10:-5]
         x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[-5:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
@@ -85,9 +86,10 @@ def front_gradients(
             share = 1.0 if places else scale / grid.tokens
             factor = lax.select(inside, jnp.float32(share), jnp.float32(0.0))
             line = jnp.clip(line, 0, grid.lines - 1)
-            load = lambda ref: plgpu.load(ref.at[batch, line, channels], layout=layout)  # noqa: E731
-            bars = [load(ref) * factor for ref in pooled_refs[:2]]
-            chosen = [load(ref) - first_token for ref in pooled_refs[2:]]
+            at_line = (batch, line, channels)
+            load = lambda ref: plgpu.load(ref, layout=layout)  # noqa: E731
+            bars = [load(pooled_ref.at[d, *at_line]) * factor for d in (0, 1)]
+            chosen = [load(ref.at[*at_line]) - first_token for ref in place_refs]
             if not places:
                 return lambda d, at: bars[d]
             return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
@@ -182,5 +184,5 @@ def front_gradients(
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, ds, dz, *pooled_bar, *places, kernels, biases, D)
+    )(x, ds, dz, pooled_bar, *places, kernels, biases, D)
     return dxz, sums.reshape(-1, *sums.shape[2:])

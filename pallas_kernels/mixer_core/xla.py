@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 
-Pair = tuple[Float[Array, "b s e"], Float[Array, "b s e"]]  # forward, backward
-Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]
+Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
 
 
 def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
@@ -32,7 +31,7 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 
 def front(
     x: Float[Array, "b l e"], directions: Directions, options: CoreOptions
-) -> tuple[Pair, Places]:
+) -> tuple[Float[Array, "2 b s e"], Places]:
     """Convolutions, SiLU and the mean or maximum over each line; with "max", where in the line it first is."""
     lines = _lines(x, directions, options)
     if options.method == "mean":
@@ -48,13 +47,12 @@ def _lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[j
     return [c.reshape(shape) for c in _convolved(x, directions)]
 
 
-def _mean(lines: list[jax.Array], options: CoreOptions) -> Pair:
+def _mean(lines: list[jax.Array], options: CoreOptions) -> jax.Array:
     wide = jnp.promote_types(jnp.float32, lines[0].dtype)
-    forward, backward = (jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines)
-    return forward, backward
+    return jnp.stack([jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines])
 
 
-def _at(lines: list[jax.Array], places: Places) -> Pair:
+def _at(lines: list[jax.Array], places: Places) -> jax.Array:
     """The tokens at their lines' places, which get all of the gradient."""
     wide = jnp.promote_types(jnp.float32, lines[0].dtype)
 
@@ -62,8 +60,7 @@ def _at(lines: list[jax.Array], places: Places) -> Pair:
         here = jax.lax.broadcasted_iota(jnp.int32, c.shape, 2) == place[:, :, None]
         return jnp.sum(jnp.where(here, c, 0), axis=2, dtype=wide)
 
-    forward, backward = map(one, lines, places)
-    return forward, backward
+    return jnp.stack(list(map(one, lines, places)))
 
 
 def mix(
@@ -124,7 +121,7 @@ def front_gradients(
     xz: jax.Array,
     s_bar: jax.Array,
     z_bar: jax.Array,
-    pooled_bar: tuple[jax.Array, jax.Array],
+    pooled_bar: Float[Array, "2 b s e"],
     places: Places,
     directions: Directions,
     options: CoreOptions,
@@ -133,7 +130,7 @@ def front_gradients(
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):
-        no_scan = jax.tree.map(jnp.zeros_like, pooled_bar)
+        no_scan = (jnp.zeros_like(pooled_bar[0]),) * 2
         lines = _lines(x, directions, options)
         pooled = _at(lines, places) if places else _mean(lines, options)
         return pooled, mix(x, no_scan, directions, options)
