@@ -21,6 +21,7 @@ from pallas_kernels import causal_conv1d, gpu, selective_scan, sharding
 from pallas_kernels.mixer_core import mixer_core, sequence_core
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.sharded import Sharded
+from tests.pallas_kernels import test_bidirectional_scan as pair
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
@@ -115,6 +116,26 @@ def check_scan(seed, types, place, length=9, implementation="xla_sequential", dt
 def test_scan(seed, monkeypatch, types, place):
     asked(monkeypatch)
     check_scan(seed, types, place, length=70 if place == "channels" else 9)
+
+
+@TYPES
+def test_both_directions(seed, monkeypatch, types):
+    """Each device scans its sequences and channels of both."""
+    asked(monkeypatch)
+    rng = np.random.default_rng(seed)
+    args = pair.draw(rng, 8, 9, 48, 2, int(rng.integers(1, 3)))
+    gradients = jax.grad(lambda a: pair.loss(a, "xla_sequential"))
+    wanted = jax.jit(gradients)(args)
+    of_weights = {name: P(None, "model") for name in ("A", "D", "delta_bias")}
+    of_steps = {name: P(None, BATCH) for name in "BC"}
+    specs = {
+        name: (of_weights | of_steps).get(name, P(None, BATCH, None, "model")) for name in args
+    }
+    args = put(args, specs, mesh_of(types))
+    run, gathers = compiled(gradients, args)
+    share = args["u"].sharding.shard_shape(args["u"].shape)
+    assert all(size < math.prod(share) for size in gathers)  # groups of B and C
+    assert max(relative_errors(run(args), wanted)) < BOUND
 
 
 @pytest.mark.slow
