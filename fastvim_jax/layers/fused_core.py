@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastvim_jax.layers.pooling import GridPooling, Pooling
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from pallas_kernels import gpu
-from pallas_kernels.mixer_core import Directions, Norm, mixer_core
+from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
+from pallas_kernels.selective_scan import bidirectional_scan
 
 if TYPE_CHECKING:
     from fastvim_jax.layers.mixer import Mixer
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
     """Whether this mixer with this pooling is what the fused kernels compute, where they can run."""
     config = mixer.config
-    return (
-        config.scan_implementation in ("auto", "pallas")
-        and isinstance(pooling, GridPooling)
+    pools = (
+        isinstance(pooling, GridPooling)
         and pooling.method in ("mean", "max")
         and pooling.class_index is None
-        and config.post_norm == "layer"
         and config.unpool == "before_skip"
+    )
+    return (
+        config.scan_implementation in ("auto", "pallas")
+        and (pools or isinstance(pooling, NoPooling))
+        and config.post_norm == "layer"
         and config.conv_width >= 2
         and config.conv_bias
         and gpu.kernels_missing() is None
@@ -38,8 +42,10 @@ def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
 def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
     """From in_proj's output to out_proj's input: xz `b l 2e` → `b l e`. See `runs_fused`.
 
-    In xz's dtype where maxima are pooled, in the compute dtype where means are.
+    In the compute dtype where means are pooled, in xz's dtype elsewhere.
     """
+    if isinstance(pooling, NoPooling):
+        return _unpooled_core(mixer, xz)
     assert isinstance(pooling, GridPooling), "ask runs_fused first"
     wide = mixer.config.precision.wide
     pair = (mixer.forward, mixer.backward)
@@ -69,3 +75,35 @@ def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
     # Rounded once, unlike all other tokens: half the bytes. The mean-pooled golden models with post norm bear it (every
     # gradient within 5e-2 of its largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
     return out.astype(mixer.config.precision.compute) if pooling.method == "mean" else out
+
+
+def _unpooled_core(mixer: Mixer, xz: jax.Array) -> jax.Array:
+    """The same where every token is a step of the scan, which then adds the skip."""
+    config = mixer.config
+    wide = config.precision.wide
+    pair = (mixer.forward, mixer.backward)
+    graphdefs, states = zip(*(nnx.split(direction) for direction in pair), strict=True)
+
+    def scans(params, c):
+        def inputs(params, c):
+            direction = nnx.merge(graphdefs[0], params)  # nothing here depends on which one
+            A = -jnp.exp(direction.A_log[...].astype(wide))
+            D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
+            return *direction.select(c), A, D, bias
+
+        delta, B, C, A, D, bias = jax.vmap(inputs)(params, c)
+        return bidirectional_scan(
+            c, delta, A, B, C, D=D, delta_bias=bias, implementation=config.scan_implementation
+        )
+
+    return sequence_core(
+        xz,
+        Convolutions(
+            kernels=jnp.stack([d.conv.kernel[...] for d in pair]),
+            biases=jnp.stack([d.conv.bias[...] for d in pair]),
+        ),
+        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
+        jax.tree.map(lambda *sides: jnp.stack(sides), *states),
+        middle=scans,
+        eps=config.norm_eps,
+    )

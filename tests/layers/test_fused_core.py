@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,38 +12,87 @@ from flax import nnx
 
 from fastvim_jax.layers.fused_core import fused_core, runs_fused
 from fastvim_jax.layers.mixer import Mixer, MixerConfig
-from fastvim_jax.layers.pooling import GridPooling
+from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
 from pallas_kernels import gpu
-from tests.pallas_kernels.mosaic_support import needs_mosaic, relative_errors
+from pallas_kernels.mixer_core import sequence_core
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    needs_mosaic,
+    relative_errors,
+)
 
 pytestmark = needs_mosaic
 
 
-def test_grid(key, rng, monkeypatch):
-    """On this CPU the fused core's stages are XLA's, derivative rule included."""
-    method = str(rng.choice(["mean", "max"]))
-    pooling = GridPooling(3, 4, transposed=True, method=method, scale=0.25)
-    mixer = Mixer(MixerConfig(64), rngs=nnx.Rngs(key))
-    graphdef, params = nnx.split(mixer)
-    h = jax.random.normal(key, (2, 12, 64))
+GRID = GridPooling(3, 4, transposed=True, method="mean", scale=0.25)
+MAXIMA = dataclasses.replace(GRID, method="max")
+EXACT, NARROW = Precision(), Precision("bfloat16", activations="compute")
 
+
+def value_and_gradients(graphdef, pooling):
     def run(params, h):
         out, pull = jax.vjp(lambda p, h: nnx.merge(graphdef, p)(h, pooling), params, h)
         return out, pull(jnp.cos(out))
 
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("poolings", "precision"),
+    [([GRID, MAXIMA], EXACT), ([NoPooling(12)], EXACT), ([NoPooling(12)], NARROW)],
+    ids=["pooled", "unpooled", "unpooled, narrow"],
+)
+def test_same_function(key, rng, monkeypatch, poolings, precision):
+    """On this CPU the fused core's stages are XLA's, derivative rule included."""
+    pooling = poolings[rng.integers(len(poolings))]
+    mixer = Mixer(MixerConfig(64, precision=precision), rngs=nnx.Rngs(key))
+    graphdef, params = nnx.split(mixer)
+    h = jax.random.normal(key, (2, 12, 64))
     assert not runs_fused(mixer, pooling)
-    wanted = jax.jit(run)(params, h)
+    wanted = value_and_gradients(graphdef, pooling)(params, h)
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     assert runs_fused(mixer, pooling)
-    got = jax.jit(lambda *args: run(*args))(params, h)
-    assert max(relative_errors(got, wanted)) < 1e-5
+    got = value_and_gradients(graphdef, pooling)(params, h)
+    assert max(relative_errors(got, wanted)) < (1e-5 if precision is EXACT else 2e-2)
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("mean", jnp.bfloat16), ("max", jnp.float32)])
-def test_only_what_means_lead_to_is_rounded(key, monkeypatch, method, dtype):
+@pytest.mark.slow
+def test_unpooled_through_every_kernel(key, monkeypatch):
+    """In the interpreter, scans included."""
+    from pallas_kernels.mixer_core import mosaic as core
+    from pallas_kernels.selective_scan import mosaic as scan
+
+    graphdef, params = nnx.split(Mixer(MixerConfig(64, state_size=4), rngs=nnx.Rngs(key)))
+    h = jax.random.normal(key, (1, 9, 64))
+    wanted = value_and_gradients(graphdef, NoPooling(9))(params, h)
+    config = MixerConfig(64, state_size=4, scan_implementation="pallas")
+    graphdef = nnx.graphdef(Mixer(config, rngs=nnx.Rngs(key)))
+    with_kernels = functools.partial(sequence_core, implementation="pallas")
+    monkeypatch.setattr("fastvim_jax.layers.fused_core.sequence_core", with_kernels)
+    with abstract_h100(), interpreted(core, scan):
+        run = value_and_gradients(graphdef, NoPooling(9)).trace(params, h).lower().compile()
+    assert max(relative_errors(run(params, h), wanted)) < 1e-5
+
+
+def test_what_does_not_run_fused(key, monkeypatch):
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    for options in ({"post_norm": "none"}, {"conv_width": 0}, {"conv_bias": False}):
+        mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
+        assert not runs_fused(mixer, GRID)
+        assert not runs_fused(mixer, NoPooling(12))
+    mixer = Mixer(MixerConfig(64, unpool="after_skip"), rngs=nnx.Rngs(key))
+    assert not runs_fused(mixer, GRID)
+    assert runs_fused(mixer, NoPooling(12))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "dtype"),
+    [(GRID, jnp.bfloat16), (MAXIMA, jnp.float32), (NoPooling(12), jnp.float32)],
+)
+def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     mixer = Mixer(MixerConfig(64, precision=Precision("bfloat16")), rngs=nnx.Rngs(key))
-    pooling = GridPooling(3, 4, method=method)
     xz = jnp.zeros((1, 12, 4 * 64))
     assert jax.eval_shape(lambda xz: fused_core(mixer, xz, pooling), xz).dtype == dtype
