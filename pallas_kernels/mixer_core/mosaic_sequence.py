@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -29,18 +30,29 @@ def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
         return f"{width} channels are not made of whole blocks of {BLOCK}"
     if not 2 <= taps <= 8:
         return f"convolutions of width {taps} are not between 2 and 8"
+    if (
+        _bytes_of_rows(cut_rows(xz, gradients=True), xz, gradients=True)
+        > mosaic.SHARED_MEMORY - 4096
+    ):
+        return f"tiles of {width} channels do not fit into shared memory"
     return None
 
 
-def tiles_of_a_block(tiles: int, others: int, resident: int, start: float) -> int:
-    """Tiles for a block that take the fewest waves of blocks times tiles, where starting one costs ``start`` tiles."""
-    slots = mosaic.PROCESSORS * resident
+def tiles_of_a_block(tiles: int, others: int, resident: int, *, start: float, fewest: int) -> int:
+    """Tiles for a block that take the fewest waves of blocks times tiles, where starting one costs ``start`` tiles.
+
+    Of those that leave at least ``fewest`` blocks, where any does.
+    """
+
+    def blocks(per_block):
+        return others * math.ceil(tiles / per_block)
 
     def cost(per_block):
-        waves = math.ceil(others * math.ceil(tiles / per_block) / slots)
+        waves = math.ceil(blocks(per_block) / (mosaic.PROCESSORS * resident))
         return waves * (per_block + start)
 
-    return min(range(1, min(tiles, 32) + 1), key=lambda per_block: (cost(per_block), per_block))
+    enough = [n for n in range(1, min(tiles, 32) + 1) if blocks(n) >= fewest]
+    return min(enough or [1], key=lambda per_block: (cost(per_block), per_block))
 
 
 def _resident(used: int, most: int) -> int:
@@ -63,7 +75,10 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     segment = min(fitting or SEGMENTS[:1], key=lambda s: (math.ceil(length / s) * (s + reread), s))
     resident = _resident(used(segment), 4 if gradients else 8)
     columns = batch * (width // CHANNELS)
-    per_block = tiles_of_a_block(math.ceil(length / segment), columns, resident, 1.5)
+    # Many, for what limits these kernels is not only memory: four warps wait for each other at every tile.
+    per_block = tiles_of_a_block(
+        math.ceil(length / segment), columns, resident, start=1.5, fewest=4 * mosaic.PROCESSORS
+    )
     return Sequences(batch, length, width, taps, segment, per_block)
 
 
@@ -72,9 +87,16 @@ def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
     tokens, width = xz.shape[0] * xz.shape[1], xz.shape[2] // 2
     of_token = width * xz.dtype.itemsize
     tile = max(2 ** int(math.log2(max(1, TILE // of_token))), TokenLayouts(width // BLOCK).at_once)
-    arrays = 4 if gradients else 3
-    resident = _resident(2 * arrays * tile * of_token, 4 if gradients else 6)
-    return Rows(tokens, width, tile, tiles_of_a_block(math.ceil(tokens / tile), 1, resident, 0.5))
+    cut = Rows(tokens, width, tile, 1)
+    used = _bytes_of_rows(cut, xz, gradients=gradients)
+    resident = _resident(used, 4 if gradients else 6)
+    per_block = tiles_of_a_block(cut.tiles, 1, resident, start=0.5, fewest=1)
+    return dataclasses.replace(cut, per_block=per_block)
+
+
+def _bytes_of_rows(cut: Rows, xz: jax.Array, *, gradients: bool) -> int:
+    """Shared memory of a block of the back."""
+    return 2 * (4 if gradients else 3) * cut.tile * cut.width * xz.dtype.itemsize
 
 
 def _float32(tree):

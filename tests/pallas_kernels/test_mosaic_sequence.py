@@ -56,7 +56,7 @@ def compare(monkeypatch, rng, bound, **case):
     checking = plgpu.InterpretGPUParams(detect_races=True)
     for module in (mosaic_sequence_front, mosaic_sequence_back):
         monkeypatch.setattr(module, "interpret_params", lambda interpret: checking)
-    monkeypatch.setattr(mosaic_sequence, "tiles_of_a_block", lambda *_: 3)
+    monkeypatch.setattr(mosaic_sequence, "tiles_of_a_block", lambda *_, **__: 3)
     args, out_bar = draw(rng, **case)
     with abstract_h100(), interpreted(mosaic):
         run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas"))
@@ -184,6 +184,7 @@ def test_bad_calls():
         ({"e": 96}, "whole blocks of 128"),
         ({"e": 128, "taps": 9}, "not between 2 and 8"),
         ({"e": 128, "dtype": "float16"}, "float16"),
+        ({"e": 8192}, "do not fit into shared memory"),
     ],
 )
 def test_what_the_kernels_do_not_take(case, reason):
