@@ -56,6 +56,8 @@ class Scan:
     """Of the sequences; the kernels alone are measured in bfloat16."""
     directions: tuple[Direction, ...] = ("forward", "both")
     """forward, or forward and backward with all gradients."""
+    pair: bool = False
+    """Instead measure the scans of a mixer's two directions, one by one and at once; by default those of FastVim."""
     tune: bool = False
     """Instead try block sizes for the Pallas kernels, and keep those that beat the built-in rules (Hopper GPUs)."""
     tuned_file: Path | None = None
@@ -131,6 +133,8 @@ def scan(arguments: Sequence[str]) -> int:
             else default_specs(chosen.channels, chosen.states)
         )
     gradients = _gradients(chosen.directions)
+    if chosen.pair:
+        return _pair(shapes if chosen.lengths else None, gradients, chosen, arguments)
     if chosen.tune:
         return _tune(shapes, gradients, chosen, arguments)
     cases = bench.cases(
@@ -145,6 +149,19 @@ def scan(arguments: Sequence[str]) -> int:
         plot(rows, chosen.plot)
         print(f"The plot is {chosen.plot}.")
     return _status(rows)
+
+
+def _pair(
+    shapes: Sequence[ScanSpec] | None,
+    gradients: Sequence[bool],
+    chosen: Scan,
+    arguments: Sequence[str],
+) -> int:
+    from pallas_kernels.selective_scan import bench_pair
+
+    cases = bench_pair.cases(shapes or bench_pair.SPECS, dtypes=chosen.dtypes, gradients=gradients)
+    columns = bench_pair.COLUMNS
+    return _status(_measure("scan", cases, columns, arguments, chosen.json, record="pair"))
 
 
 def _tune(

@@ -58,6 +58,21 @@ def test_scan(fastvim: Cli, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_both_directions_of_a_scan(fastvim: Cli, tmp_path):
+    file = tmp_path / "pair.json"
+    code, out, _ = fastvim(
+        "bench", "scan", "--pair", "--lengths", 3, "--batches", 2, "--channels", 4, "--states", 2,
+        "--dtypes", "float32", "--directions", "both", "--json", file,
+    )  # fmt: skip
+    assert code == 0 and "at once" in out
+    record = json.loads(file.read_text())
+    assert record["bench"] == "pair"  # which the page of results does not read
+    assert [(r["scans"], r["gradient"]) for r in record["rows"]] == [
+        ("one by one", True), ("at once", True)
+    ]  # fmt: skip
+    assert all(r["correct"] and r["median"] > 0 for r in record["rows"])
+
+
 def test_mixer(fastvim: Cli, tmp_path):
     common = ["mixer", "--pixels", 16, "--batch", 2, "--width", 8]
     rows, *_ = bench(fastvim, tmp_path, *common, "--parts", "stages", "--directions", "forward")
