@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from pallas_kernels.mixer_core import Convolutions, Norm, sequence_core
 from tests.pallas_kernels.mosaic_support import (
@@ -139,6 +140,18 @@ def test_vmap_remat_and_blocks_under_scan_lower_for_an_h100():
 
     gradients = jax.vmap(jax.grad(loss, (0, 1)), (0, None))
     text = lower_for_h100(gradients, jax.ShapeDtypeStruct((2, *xz.shape), xz.dtype), stacked)
+    for kernel in KERNELS:
+        assert f"mixer_sequence_{kernel}" in text
+
+
+@needs_mosaic
+def test_export_for_cuda(seed):
+    args, out_bar = draw(np.random.default_rng(seed), 1, 9, 128)
+    allowed = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    run = jax.jit(lambda a, g: value_and_gradients(a, g, "auto"))
+    with abstract_h100():
+        exported = export.export(run, platforms=["cuda"], disabled_checks=allowed)(args, out_bar)
+    text = exported.mlir_module()
     for kernel in KERNELS:
         assert f"mixer_sequence_{kernel}" in text
 
