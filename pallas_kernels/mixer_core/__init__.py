@@ -2,8 +2,8 @@
 
 `api` is the public function of mixers that pool and its derivative rule, `xla` the definition and the path of other
 platforms, `mosaic` the Mosaic GPU kernels behind the same interface (`mosaic_front`, `mosaic_back`,
-`mosaic_front_gradients`, cut into blocks by `grid`). `sequence`, `sequence_xla` and `mosaic_sequence` are the same for
-mixers that pool nothing.
+`mosaic_front_gradients`, cut into blocks by `grid`; `mosaic_ragged_front` where tokens are missing). `sequence`,
+`sequence_xla` and `mosaic_sequence` are the same for mixers that pool nothing.
 """
 
 from pallas_kernels.mixer_core.api import mixer_core

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import xla
@@ -29,6 +29,7 @@ def mixer_core(
     middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
     rows: int,
     columns: int,
+    row_ids: tuple[Int[Array, "b _"], Int[Array, "b _"]] | None = None,
     transposed: bool = False,
     method: str = "mean",
     scale: float = 1.0,
@@ -46,6 +47,12 @@ def mixer_core(
     for the gradient are xz and tensors of the size of u, with "max" among them where in its line each maximum
     first is (int32), since that token alone gets its gradient. A NaN in a line makes its maximum NaN.
 
+    A ragged grid lacks tokens, other ones in each sample: xz then holds those that there are, and `row_ids` says in
+    which rows. u_d is the sum over a row's tokens divided by the length of a whole row, 0 where there are none; the
+    convolutions take for neighbours what is next to each other in xz. Each direction has row ids of its own: the
+    released masked models reverse the tokens and not their rows, so that the second direction's are
+    `rows - 1 - ids[:, ::-1]`; otherwise both are the same.
+
     Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
     needs all channels of a token).
 
@@ -56,7 +63,9 @@ def mixer_core(
         middle_params: pytree handed to `middle`, differentiated.
         middle: maps (middle_params, u), where u `2 b s e` in float32 or wider holds both directions' pooled tokens,
             to (y_f, y_b), `b s e` each. Closes over no tracer.
-        rows, columns: the grid of tokens.
+        rows, columns: the grid of tokens, whole.
+        row_ids: of a ragged grid, forward and backward: from 0 to rows - 1, falling nowhere in a sample. Such a grid is
+            pooled by "mean" and not transposed.
         transposed: visit column by column, so that lines are columns; rows otherwise.
         method: "mean" or "max", over a line.
         scale: factor on the pooled mean; a maximum has none.
@@ -76,35 +85,47 @@ def mixer_core(
         )
     if method not in METHODS:
         raise ValueError(f"mixer_core: method must be one of {METHODS}; got {method!r}")
-    if xz.shape[1] != rows * columns:
+    if row_ids is not None:
+        _check_ragged(xz, row_ids, method, transposed)
+    elif xz.shape[1] != rows * columns:
         raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
     if 2 * directions.D.shape[1] != xz.shape[2]:
         raise ValueError(
             f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
         )
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
-    stages = _stages(implementation, xz, directions, options)
+    ids = () if row_ids is None else row_ids
+    stages = _stages(implementation, xz, directions, ids, options)
     if stages is None:
-        u, _ = _of_share("front", _xla_front, options)(xz, directions)
-        return _of_share("back", xla.back, options)(xz, middle(middle_params, u), directions, norm)
-    return _core(stages, middle, options, xz, directions, norm, middle_params)
+        u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)
+        y = middle(middle_params, u)
+        return _of_share("back", xla.back, options)(xz, y, directions, norm, ids)
+    return _core(stages, middle, options, xz, directions, norm, middle_params, ids)
+
+
+def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
+    if method != "mean" or transposed:
+        raise ValueError("mixer_core: a ragged grid is pooled by 'mean' and not transposed")
+    shapes = [ids.shape for ids in row_ids]
+    if shapes != [xz.shape[:2]] * 2:
+        raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
 
 
 # Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
 _XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
-_PLACES = "places"  # as _POOLED with "max", else none
+_PLACES, _IDS = "places", "ids"  # as _POOLED with "max", else none; of a ragged grid, else none
 _DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
-    "front": ((_XZ, _DIRECTIONS), (_BOTH, _PLACES)),
-    "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM), _TOKENS),
+    "front": ((_XZ, _DIRECTIONS, _IDS), (_BOTH, _PLACES)),
+    "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM, _IDS), _TOKENS),
     "back_gradients": (
-        (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS),
-        (_TOKENS, _TOKENS, "b s e", _NORM),
+        (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS, _IDS),
+        (_TOKENS, _TOKENS, _POOLED, _NORM),
     ),
     "front_gradients": (
-        (_XZ, _TOKENS, _TOKENS, _BOTH, _PLACES, _DIRECTIONS),
+        (_XZ, _TOKENS, _TOKENS, _BOTH, _PLACES, _DIRECTIONS, _IDS),
         (_XZ, _DIRECTIONS),
     ),
 }
@@ -114,15 +135,21 @@ def _of_share(
     name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
 ) -> Callable:
     """A stage on each device's share of the batch."""
-    places = _POOLED if options.method == "max" else ()
-    operands, results = jax.tree.map(lambda d: places if d == _PLACES else d, _DIMS[name])
-    return per_shard(
-        lambda shard, *arrays: stage(*arrays, options), operands, results, split="b", opaque=opaque
-    )
+
+    def run(*arrays):
+        known = {
+            _PLACES: _POOLED if options.method == "max" else (),
+            _IDS: ("b l", "b l") if arrays[-1] else (),
+        }
+        operands, results = jax.tree.map(lambda dims: known.get(dims, dims), _DIMS[name])
+        on_share = lambda _, *arrays: stage(*arrays, options)  # noqa: E731
+        return per_shard(on_share, operands, results, split="b", opaque=opaque)(*arrays)
+
+    return run
 
 
-def _xla_front(xz, directions, options):
-    return xla.front(jnp.split(xz, 2, axis=-1)[0], directions, options)
+def _xla_front(xz, directions, ids, options):
+    return xla.front(jnp.split(xz, 2, axis=-1)[0], directions, ids, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +181,7 @@ class _Stages:
         return run
 
 
-def _stages(name: str, xz, directions, options) -> _Stages | None:
+def _stages(name: str, xz, directions, ids, options) -> _Stages | None:
     """None for plain XLA."""
     if name == "xla":
         return None
@@ -162,7 +189,7 @@ def _stages(name: str, xz, directions, options) -> _Stages | None:
     if missing is None:
         from pallas_kernels.mixer_core import mosaic
 
-        reason = mosaic.unsupported(xz, directions, options)
+        reason = mosaic.unsupported(xz, directions, ids, options)
     if reason is None:
         return _Stages(always=name == "pallas")
     if name == "pallas":
@@ -173,31 +200,35 @@ def _stages(name: str, xz, directions, options) -> _Stages | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _core(stages, middle, options, xz, directions, norm, middle_params):
-    u, _ = stages.front(xz, directions, options)
+def _core(stages, middle, options, xz, directions, norm, middle_params, ids):
+    u, _ = stages.front(xz, directions, ids, options)
     y = middle(middle_params, u)
-    return stages.back(xz, y, directions, norm, options)
+    return stages.back(xz, y, directions, norm, ids, options)
 
 
-def _forward(stages, middle, options, xz, directions, norm, middle_params):
-    u, places = stages.front(xz, directions, options)
+def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
+    u, places = stages.front(xz, directions, ids, options)
     y, pull = jax.vjp(middle, middle_params, u)
-    out = stages.back(xz, y, directions, norm, options)
-    return out, (xz, y, places, pull, directions, norm)
+    out = stages.back(xz, y, directions, norm, ids, options)
+    return out, (xz, y, places, ids, pull, directions, norm)
 
 
 def _backward(stages, middle, options, residuals, out_bar):
-    xz, y, places, pull, *weights = residuals
+    xz, y, places, ids, pull, *weights = residuals
     # Sums over devices are in float32 or wider.
     directions, norm = jax.tree.map(
         lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
     )
-    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(xz, y, directions, norm, out_bar, options)
-    middle_bar, u_bar = pull(tuple(y_bar.astype(side.dtype) for side in y))
-    xz_bar, directions_bar = stages.front_gradients(
-        xz, s_bar, z_bar, u_bar, places, directions, options
+    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(
+        xz, y, directions, norm, out_bar, ids, options
     )
-    return like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
+    y_bar = tuple(bar.astype(side.dtype) for bar, side in zip(y_bar, y, strict=True))
+    middle_bar, u_bar = pull(y_bar)
+    xz_bar, directions_bar = stages.front_gradients(
+        xz, s_bar, z_bar, u_bar, places, directions, ids, options
+    )
+    gradients = like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
+    return *gradients, jax.tree.map(lambda _: None, ids)
 
 
 _core.defvjp(_forward, _backward)

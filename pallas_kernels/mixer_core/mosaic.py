@@ -7,14 +7,21 @@ back, the gradient of s exists once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mixer_core import mosaic_back, mosaic_front, mosaic_front_gradients
-from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+from pallas_kernels.mixer_core import (
+    mosaic_back,
+    mosaic_front,
+    mosaic_front_gradients,
+    mosaic_ragged_front,
+    xla,
+)
+from pallas_kernels.mixer_core.grid import Grid, largest_divisor
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 
 PROCESSORS = 132
 SHARED_MEMORY = 227 * 1024  # bytes a processor can give to blocks
@@ -92,7 +99,17 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
     )
 
 
-def unsupported(xz: jax.Array, directions: Directions, options: CoreOptions) -> str | None:
+def _visited(xz: jax.Array, ids: RowIds, options: CoreOptions) -> CoreOptions:
+    """The grid as the kernels visit it: a ragged one's tokens in lines of any kind, up to 16 long."""
+    if not ids:
+        return options
+    columns = largest_divisor(xz.shape[1], 16)
+    return dataclasses.replace(options, rows=xz.shape[1] // columns, columns=columns)
+
+
+def unsupported(
+    xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions
+) -> str | None:
     """Why the kernels cannot take this call, or None."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
@@ -101,6 +118,11 @@ def unsupported(xz: jax.Array, directions: Directions, options: CoreOptions) -> 
         return f"{width} channels are not made of whole blocks of 128"
     if not 2 <= taps <= 8:
         return f"convolutions of width {taps} are not between 2 and 8"
+    if ids and 0 in xz.shape:
+        return f"xz {xz.shape} is empty"
+    options = _visited(xz, ids, options)
+    if ids and options.tokens < max(4, taps - 1):
+        return f"{xz.shape[1]} tokens are no whole number of segments of {max(4, taps - 1)} to 16"
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
     for kind in ("front", "back", "front_gradients", "back_gradients"):
@@ -121,10 +143,17 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def front(xz: jax.Array, directions: Directions, options: CoreOptions):
+def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions):
     """See `xla.front`; reads x out of xz in place."""
-    grid = cut("front", xz, directions.kernels.shape[1], options)
+    visited = _visited(xz, ids, options)
+    grid = cut("front", xz, directions.kernels.shape[1], visited)
     d = _float32(directions)
+    if ids:
+        u = mosaic_ragged_front.front(
+            _on_grid(xz, visited), ids, d.kernels, d.biases, grid,
+            rows=options.rows, share=options.scale / options.columns, interpret=_interpret,
+        )  # fmt: skip
+        return u, ()
     out = mosaic_front.front(
         _on_grid(xz, options), d.kernels, d.biases, grid,
         method=options.method, scale=options.scale, interpret=_interpret,
@@ -132,40 +161,51 @@ def front(xz: jax.Array, directions: Directions, options: CoreOptions):
     return out[0], tuple(out[1:])
 
 
-def back(xz, y, directions: Directions, norm: Norm, options: CoreOptions) -> jax.Array:
+def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
     """See `xla.back`."""
+    options = _visited(xz, ids, options)
     grid = cut("back", xz, directions.kernels.shape[1], options)
     d, n = _float32((directions, norm))
     out = mosaic_back.back(
-        _on_grid(xz, options), _float32(y), *d, *n, grid,
+        _on_grid(xz, options), _float32(y), ids, *d, *n, grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
     return _flat(out)
 
 
-def back_gradients(xz, y, directions: Directions, norm: Norm, out_bar, options: CoreOptions):
+def back_gradients(
+    xz, y, directions: Directions, norm: Norm, out_bar, ids: RowIds, options: CoreOptions
+):
     """See `xla.back_gradients`."""
-    grid = cut("back_gradients", xz, directions.kernels.shape[1], options)
+    visited = _visited(xz, ids, options)
+    grid = cut("back_gradients", xz, directions.kernels.shape[1], visited)
     d, n = _float32((directions, norm))
     s_bar, z_bar, y_bar, norm_bar = mosaic_back.back_gradients(
-        _on_grid(xz, options), _float32(y), *d, *n, _on_grid(out_bar, options), grid,
+        _on_grid(xz, visited), _float32(y), ids, *d, *n, _on_grid(out_bar, visited), grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
     norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
-    return _flat(s_bar), _flat(z_bar), y_bar, norm_bar
+    s_bar = _flat(s_bar)
+    y_bars = (y_bar, y_bar)
+    if ids:
+        forward, backward = (xla.row_sums(s_bar, of_row, options.rows) / 2 for of_row in ids)
+        y_bars = (forward, backward)
+    return s_bar, _flat(z_bar), y_bars, norm_bar
 
 
 def front_gradients(
-    xz, s_bar, z_bar, pooled_bar, places, directions: Directions, options: CoreOptions
+    xz, s_bar, z_bar, pooled_bar, places, directions: Directions, ids: RowIds, options: CoreOptions
 ):
     """See `xla.front_gradients`."""
     taps = directions.kernels.shape[1]
-    grid = cut("front_gradients", xz, taps, options)
+    visited = _visited(xz, ids, options)
+    grid = cut("front_gradients", xz, taps, visited)
     d = _float32(directions)
+    tokens = (_on_grid(x, visited) for x in (xz, s_bar, z_bar))
+    share = 1.0 if places else options.scale / options.tokens
     xz_bar, shares = mosaic_front_gradients.front_gradients(
-        *(_on_grid(x, options) for x in (xz, s_bar, z_bar)), _float32(pooled_bar), places, *d, grid,
-        scale=options.scale, interpret=_interpret,
-    )  # fmt: skip
+        *tokens, _float32(pooled_bar), places, ids, *d, grid, share=share, interpret=_interpret
+    )
     sums = shares.sum(0)
     directions_bar = Directions(sums[:, :taps], sums[:, taps], sums[:, taps + 1])
     return _flat(xz_bar), jax.tree.map(lambda g, p: g.astype(p.dtype), directions_bar, directions)

@@ -139,18 +139,33 @@ class Segments:
             [row(D.at[d, channels]) * 0.5 for d in (0, 1)],
         )
 
-    def mix(self, x_tile, y, line, s_tile, parameters):
+    def repeated(self, y, ids, item, channels):
+        """Half the sum of both scans' outputs at the segment's token number t, as a function of t."""
+        batch = lax.axis_index("batch")
+        line, start = self.place(item)
+
+        def at(rows):
+            sides = zip(y, rows, strict=True)
+            first, second = (read_row(ref.at[batch, row, channels], self.row) for ref, row in sides)
+            return (first + second) * 0.5
+
+        if not ids:
+            of_line = at((line, line))
+            return lambda t: of_line
+        token = line * self.grid.tokens + start
+        return lambda t: at([ref[batch, token + t] for ref in ids])
+
+    def mix(self, x_tile, y, ids, item, s_tile, parameters):
         """Writes s of the segment; ``parameters(channels)`` gives kernels, biases and D / 2."""
-        grid, batch = self.grid, lax.axis_index("batch")
+        grid = self.grid
 
         def run(channels):
             kernel, bias, skip = parameters(channels)
-            sides = [read_row(ref.at[batch, line, channels], self.row) for ref in y]
-            repeated = (sides[0] + sides[1]) * 0.5
+            repeated = self.repeated(y, ids, item, channels)
             window = [read_row(x_tile.at[j, channels], self.row) for j in range(2 * grid.halo)]
             for t in range(grid.segment):
                 window.append(read_row(x_tile.at[t + 2 * grid.halo, channels], self.row))
-                s = repeated
+                s = repeated(t)
                 for d in (0, 1):
                     c = convolve(window, kernel[d], bias[d], bool(d))
                     s = s + skip[d] * silu(c, self.row, self.interpret)
@@ -183,10 +198,12 @@ def blocked(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
-def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
+def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
     """Args:
         xz: ``b rows columns 2e``, x then z.
         y: scan outputs, forward and backward, ``b lines e`` float32 each.
+        ids: of a ragged grid, for each direction ``b tokens`` int32: which of y's lines is a
+            token's; ``grid`` is then any that holds the tokens. Else ().
         kernels: ``2 k e``; biases, D: ``2 e``; scale, shift of the LayerNorm: ``e``; float32.
 
     Returns:
@@ -196,8 +213,8 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
     layouts = work.layouts
 
     def body(*refs):
-        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs[:9]
-        x_tile, z_tile, s_tile, x_barrier, z_barrier = refs[9:]
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs[:-5]
+        x_tile, z_tile, s_tile, x_barrier, z_barrier = refs[-5:]
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
         work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
         parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
@@ -207,9 +224,8 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
             parameters, norm = (lambda channels: held), (lambda: held_norm)
 
         def item_of(item, _):
-            line, _start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, sides, line, s_tile, parameters)
+            work.mix(x_tile, sides[:2], sides[2:], item, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)
@@ -257,28 +273,31 @@ def back(xz, y, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, int
         kernel_name="mixer_back",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
-    )(*map(blocked, (xz, *y, kernels, biases, D, scale, shift)))
+    )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift)))
     return out.reshape(*out.shape[:3], grid.width)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
-def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret):
+def back_gradients(
+    xz, y, ids, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret
+):
     """First half of the core's way back: through gate, LayerNorm and repeat.
 
     Args:
         out_bar: gradient of :func:`back`'s output; the others as there.
 
     Returns:
-        The gradients of s and of z, ``b rows columns e`` in xz's dtype; of each y
-        ``b lines e`` float32; and shares of those of scale and shift ``2 parts e``.
+        The gradients of s and of z, ``b rows columns e`` in xz's dtype; half the sums of
+        the former over the lines of ``grid``, ``b lines e`` float32, which are y's if there
+        are no ids; and shares of those of scale and shift ``2 parts e``.
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
 
     def body(*refs):
-        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:9]
-        ds_ref, dz_ref, dy_ref, norm_ref = refs[9:13]
-        x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = refs[13:]
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:-10]
+        ds_ref, dz_ref, dy_ref, norm_ref = refs[-10:-6]
+        x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = refs[-6:]
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
 
@@ -296,7 +315,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         def item_of(item, sums):
             line, start = work.place(item)
             plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, sides, line, s_tile, parameters)
+            work.mix(x_tile, sides[:2], sides[2:], item, s_tile, parameters)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)
@@ -381,7 +400,7 @@ def back_gradients(xz, y, kernels, biases, D, scale, shift, out_bar, grid: Grid,
         kernel_name="mixer_back_gradients",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
-    )(*map(blocked, (xz, *y, kernels, biases, D, scale, shift, out_bar)))
+    )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift, out_bar)))
     ds, dz = (x.reshape(*x.shape[:3], grid.width) for x in (ds, dz))
     dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
     return ds, dz, dy, norm.reshape(2, -1, grid.width)

@@ -31,15 +31,17 @@ from pallas_kernels.selective_scan.mosaic_common import (
 )
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("grid", "share", "interpret"))
 def front_gradients(
-    x, ds, dz, pooled_bar, places, kernels, biases, D, grid: Grid, *, scale: float, interpret: bool
+    x, ds, dz, pooled_bar, places, ids, kernels, biases, D, grid: Grid, *, share: float, interpret
 ):
     """Args:
         x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar:
             ``2 b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
         places: of the maxima in their lines, ``b lines e`` int32 of each direction; () for means.
-        scale: factor on the pooled mean.
+        ids: of a ragged grid, for each direction ``b tokens`` int32: which of pooled_bar's lines
+            is a token's; ``grid`` is then any that holds the tokens. Else ().
+        share: a token's factor in its line's sum; 1 for maxima.
 
     Returns:
         dx and dz side by side, ``b rows columns 2e`` in x's dtype, and shares of the gradients of kernels, biases
@@ -51,7 +53,7 @@ def front_gradients(
     items = grid.per_block * grid.segments
 
     def body(*refs):
-        x_ref, ds_ref, dz_ref, pooled_ref, *place_refs = refs[:-10]
+        x_ref, ds_ref, dz_ref, pooled_ref, *index_refs = refs[:-10]
         k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[-10:-5]
         x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[-5:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
@@ -83,28 +85,45 @@ def front_gradients(
             ``first_token + at`` of it. Nothing outside the grid.
             """
             inside = jnp.logical_and(line >= 0, line < grid.lines)
-            share = 1.0 if places else scale / grid.tokens
             factor = lax.select(inside, jnp.float32(share), jnp.float32(0.0))
             line = jnp.clip(line, 0, grid.lines - 1)
             at_line = (batch, line, channels)
             load = lambda ref: plgpu.load(ref, layout=layout)  # noqa: E731
             bars = [load(pooled_ref.at[d, *at_line]) * factor for d in (0, 1)]
-            chosen = [load(ref.at[*at_line]) - first_token for ref in place_refs]
+            chosen = [load(ref.at[*at_line]) - first_token for ref in index_refs]
             if not places:
                 return lambda d, at: bars[d]
             return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
 
-        def item_of(item, sums):
-            line, start = place(item)
-            slot = lax.rem(item, 2)
+        def of_token(line, start):
+            """The same of a ragged grid: to token ``at`` after the start of a segment."""
+
+            def of(d, at):
+                token = line * grid.tokens + start + at
+                inside = jnp.logical_and(token >= 0, token < grid.lines * grid.tokens)
+                token = jnp.clip(token, 0, grid.lines * grid.tokens - 1)
+                bar = row(pooled_ref.at[d, batch, index_refs[d][batch, token], channels])
+                return bar * lax.select(inside, jnp.float32(share), jnp.float32(0.0))
+
+            return of
+
+        def pooled_around(line, start):
+            """Of the tokens before, in and after a segment."""
+            if ids:
+                return (of_token(line, start),) * 3
             opens, closes = start == 0, start + segment == grid.tokens
-            here = pooled_of(line, start)
             before = pooled_of(
                 lax.select(opens, line - 1, line), lax.select(opens, grid.tokens, start)
             )
             after = pooled_of(
                 lax.select(closes, line + 1, line), lax.select(closes, -segment, start)
             )
+            return before, pooled_of(line, start), after
+
+        def item_of(item, sums):
+            line, start = place(item)
+            slot = lax.rem(item, 2)
+            before, here, after = pooled_around(line, start)
             plgpu.barrier_wait(barrier.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
@@ -184,5 +203,5 @@ def front_gradients(
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, ds, dz, pooled_bar, *places, kernels, biases, D)
+    )(x, ds, dz, pooled_bar, *places, *ids, kernels, biases, D)
     return dxz, sums.reshape(-1, *sums.shape[2:])

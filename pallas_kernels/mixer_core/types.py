@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+RowIds = (
+    tuple[Int[Array, "b l"], Int[Array, "b l"]] | tuple[()]
+)  # of a ragged grid's tokens, else ()
 
 
 class Directions(NamedTuple):
@@ -25,7 +29,7 @@ class Norm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CoreOptions:
-    """The static half of a call: see `api.mixer_core`."""
+    """The static half of a call: see `api.mixer_core`. Of a ragged grid, rows and columns are the whole one's."""
 
     rows: int
     columns: int

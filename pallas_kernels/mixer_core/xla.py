@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv1d
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 
 Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
 
@@ -30,12 +30,12 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 
 
 def front(
-    x: Float[Array, "b l e"], directions: Directions, options: CoreOptions
+    x: Float[Array, "b l e"], directions: Directions, ids: RowIds, options: CoreOptions
 ) -> tuple[Float[Array, "2 b s e"], Places]:
     """Convolutions, SiLU and the mean or maximum over each line; with "max", where in the line it first is."""
-    lines = _lines(x, directions, options)
     if options.method == "mean":
-        return _mean(lines, options), ()
+        return _mean(x, directions, ids, options), ()
+    lines = _lines(x, directions, options)
     forward, backward = (jnp.argmax(c, axis=2).astype(jnp.int32) for c in lines)
     return _at(lines, (forward, backward)), (forward, backward)
 
@@ -47,9 +47,22 @@ def _lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[j
     return [c.reshape(shape) for c in _convolved(x, directions)]
 
 
-def _mean(lines: list[jax.Array], options: CoreOptions) -> jax.Array:
-    wide = jnp.promote_types(jnp.float32, lines[0].dtype)
+def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions) -> jax.Array:
+    if ids:
+        sides = zip(_convolved(x, directions), ids, strict=True)
+        sums = jnp.stack([row_sums(c, of_row, options.rows) for c, of_row in sides])
+        return sums * (options.scale / options.columns)
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    lines = _lines(x, directions, options)
     return jnp.stack([jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines])
+
+
+def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Float[Array, "b s e"]:
+    """Each row's sum of tokens, in float32 or wider: a product, since scattered sums change from run to run on GPUs."""
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    of_row = (jnp.arange(rows)[:, None] == ids[:, None, :]).astype(x.dtype)
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("bsl,ble->bse", of_row, x, precision=exact, preferred_element_type=wide)
 
 
 def _at(lines: list[jax.Array], places: Places) -> jax.Array:
@@ -67,11 +80,19 @@ def mix(
     x: Float[Array, "b l e"],
     y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
     directions: Directions,
+    ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
     """Mean of both directions' repeated scan outputs and skips, in stored order, float32 or wider."""
     x = _swap(x, options.rows, options)
-    total = jnp.repeat(y[0] + y[1], options.tokens, axis=1)
+    if ids:
+        forward, backward = (
+            jnp.take_along_axis(side, of_row[:, :, None], axis=1)
+            for side, of_row in zip(y, ids, strict=True)
+        )
+        total = forward + backward
+    else:
+        total = jnp.repeat(y[0] + y[1], options.tokens, axis=1)
     for D, c in zip(directions.D, _convolved(x, directions), strict=True):
         total = total + D.astype(total.dtype) * c
     return _swap(total / 2, options.columns, options)
@@ -92,11 +113,12 @@ def back(
     y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
     directions: Directions,
     norm: Norm,
+    ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
     """Everything after the scan: see `mix` and `gate`."""
     x, z = jnp.split(xz, 2, axis=-1)
-    return gate(mix(x, y, directions, options), z, norm, options)
+    return gate(mix(x, y, directions, ids, options), z, norm, options)
 
 
 def back_gradients(
@@ -105,16 +127,21 @@ def back_gradients(
     directions: Directions,
     norm: Norm,
     out_bar: jax.Array,
+    ids: RowIds,
     options: CoreOptions,
-) -> tuple[jax.Array, jax.Array, jax.Array, Norm]:
-    """Gradients of s and z, ``b l e`` in xz's dtype, of y (the same for both directions) and of norm."""
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Norm]:
+    """Gradients of s and z, ``b l e`` in xz's dtype, of y and of norm."""
     x, z = jnp.split(xz, 2, axis=-1)
-    s = mix(x, y, directions, options)
+    s = mix(x, y, directions, ids, options)
     _, pull = jax.vjp(lambda s, z, norm: gate(s, z, norm, options), s, z, norm)
     s_bar, z_bar, norm_bar = pull(out_bar)
-    visited = _swap(s_bar, options.rows, options)
-    visited = visited.reshape(s.shape[0], options.lines, options.tokens, s.shape[-1])
-    return s_bar.astype(xz.dtype), z_bar, visited.sum(2) / 2, norm_bar
+    if ids:
+        forward, backward = (row_sums(s_bar, of_row, options.rows) / 2 for of_row in ids)
+    else:
+        visited = _swap(s_bar, options.rows, options)
+        visited = visited.reshape(s.shape[0], options.lines, options.tokens, s.shape[-1])
+        forward = backward = visited.sum(2) / 2
+    return s_bar.astype(xz.dtype), z_bar, (forward, backward), norm_bar
 
 
 def front_gradients(
@@ -124,6 +151,7 @@ def front_gradients(
     pooled_bar: Float[Array, "2 b s e"],
     places: Places,
     directions: Directions,
+    ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, Directions]:
     """Gradients of xz, in its dtype, and of directions, from those of s, z and the pooled tokens."""
@@ -131,9 +159,11 @@ def front_gradients(
 
     def run(x, directions):
         no_scan = (jnp.zeros_like(pooled_bar[0]),) * 2
-        lines = _lines(x, directions, options)
-        pooled = _at(lines, places) if places else _mean(lines, options)
-        return pooled, mix(x, no_scan, directions, options)
+        if places:
+            pooled = _at(_lines(x, directions, options), places)
+        else:
+            pooled = _mean(x, directions, ids, options)
+        return pooled, mix(x, no_scan, directions, ids, options)
 
     (_, s), pull = jax.vjp(run, x, directions)
     x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from fastvim_jax.models import create_model
 from pallas_kernels import gpu, selective_scan
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels.mosaic_support import relative_errors
@@ -149,6 +150,27 @@ def test_sequence_under_vmap(seed):
     assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
     wanted = jax.jit(run)((xz[::-1], *weights), out_bar[::-1])
     assert max(relative_errors(jax.tree.map(lambda x: x[1], both), wanted)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 8, "kept": 49, "rows": 14, "columns": 14, "e": 384},
+        {"b": 2, "kept": 98, "rows": 14, "columns": 14, "e": 1536, "dtype": "bfloat16"},
+        {"b": 2, "kept": 21, "rows": 12, "columns": 9, "e": 768, "taps": 3},
+    ],
+)
+def test_ragged_core(seed, case):
+    args, out_bar = ragged.draw(np.random.default_rng(seed), **case)
+    options = {"rows": case["rows"], "columns": case["columns"]}
+    run = jax.jit(lambda a, g: ragged.value_and_gradients(a, g, "auto", **options))
+    compiled = run.lower(args, out_bar).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    with jax.default_device(jax.devices("cpu")[0]), x64():
+        wide = ragged.in_float64(jax.device_get((args, out_bar)))
+        wanted = jax.device_get(ragged.value_and_gradients(*wide, "xla", **options))
+    got = jax.device_get(compiled(args, out_bar))
+    assert max(relative_errors(got, wanted)) < (1e-2 if "dtype" in case else 1e-5)
 
 
 def test_vmap_remat_and_export(seed):

@@ -23,6 +23,7 @@ from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.sharded import Sharded
 from tests.pallas_kernels import test_bidirectional_scan as pair
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
 from tests.pallas_kernels.test_mosaic_scan import draw
@@ -257,6 +258,23 @@ def test_mixer_core(seed, monkeypatch, types, pooled, weights="fsdp"):
     program, gathers = compiled(lambda a, g: run(a, g, "auto"), args, out_bar)
     assert all(size <= 2 * 4 * 128 for size in gathers)  # convolutions
     assert gathers
+    assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
+
+
+@needs_mosaic
+def test_ragged_core(seed, monkeypatch):
+    """The rows of the tokens are split with them."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    rng = np.random.default_rng(seed)
+    types = (AxisType.Auto, AxisType.Explicit)[rng.integers(2)]
+    args, out_bar = ragged.draw(rng, 8, 12, 5, 4, 128)
+    run = lambda a, g, name: ragged.value_and_gradients(a, g, name, rows=5, columns=4)  # noqa: E731
+    wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
+    mesh = mesh_of(types)
+    args = put(args, jax.tree.map(lambda x: P(BATCH) if len(x) == 8 else P(), args), mesh)
+    out_bar = jax.device_put(out_bar, NamedSharding(mesh, P(BATCH)))
+    program, gathers = compiled(lambda a, g: run(a, g, "auto"), args, out_bar)
+    assert not gathers
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 

@@ -82,8 +82,8 @@ def test_maxima(seed):
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, "max")
     assert mosaic.cut("front", xz, 3, options).segments == 2
     with abstract_h100(), interpreted(mosaic):
-        got = jax.device_get(mosaic.front(xz, directions, options))
-    u, places = jax.device_get(xla.front(xz[..., :e], directions, options))
+        got = jax.device_get(mosaic.front(xz, directions, (), options))
+    u, places = jax.device_get(xla.front(xz[..., :e], directions, (), options))
     assert sum(np.isnan(side).sum() for side in u) >= 2
     for side, wanted, place, first in zip(got[0], u, got[1], places, strict=True):
         np.testing.assert_allclose(side, wanted, rtol=1e-6)

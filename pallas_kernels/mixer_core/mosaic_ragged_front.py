@@ -1,0 +1,107 @@
+"""Front of the mixer over a ragged grid: both convolutions with SiLU and each row's sum, as one Mosaic GPU kernel.
+
+As in `mosaic_front` a thread owns a channel and walks the tokens, here all of a sample. Where the next token is of
+another row, which differs between the directions, it writes what it has added up.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.mosaic_front import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.selective_scan.mosaic_common import compiler_params, interpret_params, store
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))
+def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, interpret: bool):
+    """Row sums of both directions.
+
+    Args:
+        x: ``b lines tokens ≥e``, the tokens on any grid that holds them; channels beyond e are not read.
+        ids: forward and backward, the tokens' rows, ``b tokens`` int32, falling nowhere.
+        kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
+        share: factor on the sums.
+
+    Returns:
+        ``2 b rows e`` float32, zeros for rows without tokens.
+    """
+    layout = row_layout(CHANNELS)
+    items, length = grid.lines * grid.segments, grid.lines * grid.tokens
+
+    def body(x_ref, *refs):
+        *ids_refs, kernels_ref, biases_ref, u_ref, tiles, barrier = refs
+        batch = lax.axis_index("batch")
+        channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
+
+        def fetch(item, slot):
+            line, start = lax.div(item, grid.segments), lax.rem(item, grid.segments) * grid.segment
+            grid.fetch_with_halo(
+                x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
+            )
+
+        for slot in range(min(2, items)):
+            fetch(jnp.int32(slot), slot)
+        row = lambda ref: read_row(ref, layout)  # noqa: E731
+        kernel = [[row(kernels_ref.at[d, j, channels]) for j in range(grid.taps)] for d in (0, 1)]
+        bias = [row(biases_ref.at[d, channels]) for d in (0, 1)]
+        zero = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), layout)
+
+        def clear(index, _):
+            for d in (0, 1):
+                store(u_ref.at[d, batch, index, channels], zero)
+            return ()
+
+        lax.fori_loop(0, rows, clear, ())
+
+        def item_of(item, sums):
+            slot = lax.rem(item, 2)
+            first = item * grid.segment
+            at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
+            rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
+            plgpu.barrier_wait(barrier.at[slot])
+            window = [row(tiles.at[slot, j]) for j in range(2 * grid.halo)]
+            sums = list(sums)
+            for t in range(grid.segment):
+                window.append(row(tiles.at[slot, t + 2 * grid.halo]))
+                for d in (0, 1):
+                    c = convolve(window, kernel[d], bias[d], bool(d))
+                    sums[d] = sums[d] + silu(c, layout, interpret)
+                    here = rows_of[d][t]
+                    ends = jnp.logical_or(here != rows_of[d][t + 1], first + t == length - 1)
+
+                    @pl.when(ends)
+                    def _(d=d, here=here, total=sums[d] * share):
+                        store(u_ref.at[d, batch, here, channels], total)
+
+                    sums[d] = jnp.where(ends, 0.0, sums[d])
+                window.pop(0)
+            plgpu.commit_smem()
+
+            @pl.when(item + 2 < items)
+            def _():
+                fetch(item + 2, slot)
+
+            return tuple(sums)
+
+        lax.fori_loop(0, items, item_of, (zero, zero))
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((2, grid.batch, rows, grid.width), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((2, grid.segment + 2 * grid.halo, CHANNELS), x.dtype),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_ragged_front",
+        grid=(grid.width // CHANNELS, grid.batch),
+        grid_names=("block", "batch"),
+    )(x, *ids, kernels, biases)

@@ -1,0 +1,165 @@
+"""The fused mixer core over ragged grids: against the equations, in the interpreter, and lowered for an H100."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import mixer_core
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+
+def draw_ids(rng, b, kept, rows, columns):
+    """Rows of some tokens of a grid, others in each sample, as the released masked models number them."""
+    kept_ids = [np.sort(rng.permutation(rows * columns)[:kept]) // columns for _ in range(b)]
+    ids = np.asarray(kept_ids, np.int32).reshape(b, kept)
+    return jnp.asarray(ids), jnp.asarray(rows - 1 - ids[:, ::-1])
+
+
+def draw(rng, b, kept, rows, columns, e, **more):
+    """Arguments with the rows last, and the gradient of the output."""
+    args, out_bar = core.draw(rng, b, 1, kept, e, **more)
+    return (*args, draw_ids(rng, b, kept, rows, columns)), out_bar
+
+
+def value_and_gradients(args, out_bar, implementation, **options):
+    args, ids = args[:-1], args[-1]
+
+    def run(args):
+        return mixer_core(
+            *args, middle=core.middle, row_ids=ids, implementation=implementation, **options
+        )
+
+    out, pull = jax.vjp(run, args)
+    return out, pull(out_bar)[0]
+
+
+def in_float64(tree):
+    """Floats alone: rows stay whole numbers."""
+    wide = lambda x: x if x.dtype == jnp.int32 else jnp.asarray(np.asarray(x, np.float64))  # noqa: E731
+    return jax.tree.map(wide, tree)
+
+
+def compare(rng, bound, b, kept, rows, columns, e, **more):
+    from pallas_kernels.mixer_core import mosaic
+
+    options = {"rows": rows, "columns": columns, "scale": 0.5}
+    args, out_bar = draw(rng, b, kept, rows, columns, e, **more)
+    with abstract_h100(), interpreted(mosaic):
+        run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas", **options))
+        got = run.trace(args, out_bar).lower().compile()(args, out_bar)
+    with x64():
+        wanted = value_and_gradients(*in_float64((args, out_bar)), "xla", **options)
+    assert max(relative_errors(got, wanted)) < bound
+
+
+@needs_mosaic
+def test_random_rows(seed):
+    rng = np.random.default_rng(seed)
+    rows, columns = (int(x) for x in rng.integers(5, 8, 2))
+    compare(rng, 3e-6, 1, int(rng.choice([8, 21])), rows, columns, 128)
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "kept": 24, "rows": 6, "columns": 7, "e": 128, "taps": 3},
+        {"b": 1, "kept": 7, "rows": 9, "columns": 3, "e": 768},
+        {"b": 1, "kept": 12, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16"},
+    ],
+)
+def test_cases(seed, case):
+    compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "kept": 49, "rows": 14, "columns": 14, "e": 384},
+        {"b": 2, "kept": 98, "rows": 14, "columns": 14, "e": 768, "dtype": "bfloat16"},
+    ],
+)
+def test_lowers_for_an_h100(case):
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **case))
+    options = {"rows": case["rows"], "columns": case["columns"]}
+    text = lower_for_h100(lambda a, g: value_and_gradients(a, g, "auto", **options), *args)
+    for kernel in ("ragged_front", "back", "back_gradients", "front_gradients"):
+        assert f"mixer_{kernel}" in text
+
+
+def test_xla_equals_the_equations(seed):
+    """Against loops over tokens that reverse them for the second direction, and not their rows."""
+    rng = np.random.default_rng(seed)
+    b, kept, rows, columns, e, taps = 2, 9, 5, 4, 3, 3
+    (xz, d, norm, params, row_ids), _ = draw(rng, b, kept, rows, columns, e, taps=taps)
+    ids = np.asarray(row_ids[0])
+    got = mixer_core(
+        xz, d, norm, params, middle=core.middle, rows=rows, columns=columns, row_ids=row_ids,
+        scale=0.5, implementation="xla",
+    )  # fmt: skip
+    xz, params = np.asarray(xz, np.float64), np.asarray(params, np.float64)
+    kernels, biases, D = (np.asarray(v, np.float64) for v in d)
+    x, z = xz[..., :e], xz[..., e:]
+    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
+    s = np.zeros_like(x)
+    for sample in range(b):
+        for side in (0, 1):
+            seen = x[sample, ::-1] if side else x[sample]
+            c, u = np.zeros((kept, e)), np.zeros((rows, e))
+            for t in range(kept):
+                for j in range(min(taps, t + 1)):
+                    c[t] += kernels[side, taps - 1 - j] * seen[t - j]
+                c[t] = silu(c[t] + biases[side])
+                u[ids[sample, t]] += 0.5 * c[t] / columns
+            out = np.tanh(u * params[side])[ids[sample]] + D[side] * c
+            s[sample] += (out[::-1] if side else out) / 2
+    s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-5)
+    wanted = (s * np.asarray(norm.scale) + np.asarray(norm.shift)) * silu(z)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+def test_whole_rows_are_a_grid(seed):
+    """With all tokens there, in XLA's form with its derivative."""
+    args, out_bar = core.draw(np.random.default_rng(seed), 2, 3, 4, 8)
+    ids = jnp.repeat(jnp.arange(3, dtype=jnp.int32), 4)[None].repeat(2, 0)
+    options = {"rows": 3, "columns": 4, "scale": 0.25}
+    wanted = core.value_and_gradients(args, out_bar, "xla", **options)
+    got = value_and_gradients((*args, (ids, ids)), out_bar, "xla", **options)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+@needs_mosaic
+def test_what_the_kernels_cannot_take_falls_back(seed, monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    args, out_bar = draw(np.random.default_rng(seed), 1, 11 + 2 * 13, 9, 9, 128)
+    options = {"rows": 9, "columns": 9}
+    gpu.log_once.cache_clear()
+    got = value_and_gradients(args, out_bar, "auto", **options)
+    assert "37 tokens are no whole number of segments" in caplog.text
+    assert max(relative_errors(got, value_and_gradients(args, out_bar, "xla", **options))) < 1e-6
+    with pytest.raises(NotImplementedError, match="37 tokens"):
+        value_and_gradients(args, out_bar, "pallas", **options)
+
+
+def test_bad_calls():
+    (xz, *rest, ids), _ = draw(np.random.default_rng(0), 1, 6, 3, 3, 4)
+    call = {"middle": core.middle, "rows": 3, "columns": 3}
+    for options in ({"method": "max"}, {"transposed": True}):
+        with pytest.raises(ValueError, match="pooled by 'mean' and not transposed"):
+            mixer_core(xz, *rest, row_ids=ids, **options, **call)
+    with pytest.raises(ValueError, match="row_ids .* must fit"):
+        mixer_core(xz[:, :5], *rest, row_ids=ids, **call)
