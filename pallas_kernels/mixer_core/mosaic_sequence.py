@@ -96,7 +96,9 @@ def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
 
 def _bytes_of_rows(cut: Rows, xz: jax.Array, *, gradients: bool) -> int:
     """Shared memory of a block of the back."""
-    return 2 * (4 if gradients else 3) * cut.tile * cut.width * xz.dtype.itemsize
+    tiles = 2 * (4 if gradients else 3) * cut.tile * xz.dtype.itemsize
+    sums = 4 * TokenLayouts(cut.blocks).at_once if gradients else 0
+    return (tiles + sums) * cut.width
 
 
 def _float32(tree):

@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts, blocked
-from pallas_kernels.mixer_core.mosaic_front import silu
+from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts, blocked, owned_blocks
+from pallas_kernels.mixer_core.mosaic_front import read_row, row_layout, silu
 from pallas_kernels.selective_scan.mosaic_common import (
     LOG2E,
     compiler_params,
@@ -189,10 +189,12 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
     """
     work = Walk(cut, eps)
     layouts = work.layouts
+    owned = owned_blocks(cut.blocks)
+    row = row_layout(owned, BLOCK)
 
     def body(*refs):
         z_ref, first_ref, second_ref, scale_ref, shift_ref, g_ref = refs[:6]
-        y_bar_ref, xz_bar_ref, norm_ref, *tiles, barrier = refs[6:]
+        y_bar_ref, xz_bar_ref, norm_ref, *tiles, sums_tile, barrier = refs[6:]
 
         def visit(tiles, rows, sums):
             gamma, beta = parameters
@@ -215,19 +217,27 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
         sources = ((first_ref, 0), (second_ref, 0), (z_ref, 1), (g_ref, 0))
         results = {0: (y_bar_ref, 0), 2: (xz_bar_ref, 1)}
         sums = work.run(sources, tiles, barrier, results, visit, (zeros, zeros))
+        # What the warps have added up for tokens of their own, added up in turn.
         for i in (0, 1):
-            store(norm_ref.at[i, lax.axis_index("group")], sums[i])
+            store(sums_tile, sums[i])
+            plgpu.commit_smem()
+            for start in range(0, cut.blocks, owned):
+                channels = pl.ds(start, owned)
+                rows = [read_row(sums_tile.at[t, channels], row) for t in range(layouts.at_once)]
+                total = functools.reduce(jnp.add, rows)
+                store(norm_ref.at[i, lax.axis_index("group"), channels], total)
+            plgpu.commit_smem()
 
-    parts = (2, cut.groups, layouts.at_once, cut.blocks, BLOCK)
     y_bar, xz_bar, norm = plgpu.kernel(
         body,
         out_type=[
             cut.out(xz.dtype),
             jax.ShapeDtypeStruct((cut.tokens, 2 * cut.blocks, BLOCK), xz.dtype),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct((2, cut.groups, cut.blocks, BLOCK), jnp.float32),
         ],
         scratch_types=[
             *[cut.smem(xz.dtype)] * 4,
+            plgpu.SMEM((layouts.at_once, cut.blocks, BLOCK), jnp.float32),
             plgpu.Barrier(num_arrivals=4, num_barriers=2),
         ],
         compiler_params=compiler_params(),
@@ -237,4 +247,4 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
         grid_names=("group",),
     )(*map(_rows, (xz, *y)), *map(blocked, (scale, shift)), _rows(out_bar))
     y_bar = y_bar[: cut.tokens].reshape(out_bar.shape)
-    return y_bar, xz_bar.reshape(xz.shape), norm.reshape(2, -1, cut.width)
+    return y_bar, xz_bar.reshape(xz.shape), norm.reshape(2, cut.groups, cut.width)
