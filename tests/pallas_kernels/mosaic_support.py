@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 
 import jax
 import numpy as np
@@ -30,6 +32,24 @@ def lower_for_h100(function, *args) -> str:
     """The program's text as lowered for CUDA."""
     with abstract_h100():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(text: str, kernel: str) -> int:
+    """How often a lowered program starts a kernel; equal calls of a jitted function are lowered to one function."""
+    parts = re.split(r"(?m)^\s*func\.func ", text)[1:]
+    functions = {re.search(r"@([\w.]+)\(", part)[1]: part for part in parts}
+
+    def own(line: str) -> bool:
+        return "custom_call @mosaic_gpu" in line and (
+            f"{kernel}_mosaic_gpu" in line or f'"{kernel}"' in line
+        )
+
+    @functools.cache
+    def inside(name: str) -> int:
+        called = re.findall(r"(?<!custom_)call @([\w.]+)\(", functions[name])
+        return sum(map(own, functions[name].splitlines())) + sum(map(inside, called))
+
+    return inside("main")
 
 
 @contextlib.contextmanager
