@@ -94,7 +94,7 @@ def mixer_core(
             f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
         )
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
-    ids = () if row_ids is None else row_ids
+    ids = () if row_ids is None else tuple(of_row.astype(jnp.int32) for of_row in row_ids)
     stages = _stages(implementation, xz, directions, ids, options)
     if stages is None:
         u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)

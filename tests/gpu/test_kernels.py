@@ -152,6 +152,10 @@ def test_sequence_under_vmap(seed):
     assert max(relative_errors(jax.tree.map(lambda x: x[1], both), wanted)) < 1e-5
 
 
+def test_maxima(seed):
+    core.check_maxima(seed)
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -67,6 +67,13 @@ def test_random_grid(seed):
 
 @needs_mosaic
 def test_maxima(seed):
+    from pallas_kernels.mixer_core import mosaic
+
+    with abstract_h100(), interpreted(mosaic):
+        check_maxima(seed)
+
+
+def check_maxima(seed):
     """The first of equal ones in the order of visits, and none that hides a NaN; lines in two segments."""
     from pallas_kernels.mixer_core import mosaic, xla
     from pallas_kernels.mixer_core.types import CoreOptions
@@ -81,12 +88,11 @@ def test_maxima(seed):
     directions = Directions(small(2, 3, e), small(2, e), small(2, e))
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, "max")
     assert mosaic.cut("front", xz, 3, options).segments == 2
-    with abstract_h100(), interpreted(mosaic):
-        got = jax.device_get(mosaic.front(xz, directions, (), options))
+    got = jax.device_get(mosaic.front(xz, directions, (), options))
     u, places = jax.device_get(xla.front(xz[..., :e], directions, (), options))
     assert sum(np.isnan(side).sum() for side in u) >= 2
     for side, wanted, place, first in zip(got[0], u, got[1], places, strict=True):
-        np.testing.assert_allclose(side, wanted, rtol=1e-6)
+        np.testing.assert_allclose(side, wanted, rtol=1e-5)
         finite = np.isfinite(wanted)
         np.testing.assert_array_equal(place[finite], first[finite])
         assert np.all((place >= 0) & (place < 34))
