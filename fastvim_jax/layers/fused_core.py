@@ -5,7 +5,8 @@ The plain form in `mixer` stays the definition and the path of every other platf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core
 from pallas_kernels.selective_scan import bidirectional_scan
 
 if TYPE_CHECKING:
-    from fastvim_jax.layers.mixer import Mixer
+    from fastvim_jax.layers.mixer import Mixer, ScanDirection
 
 
 def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
@@ -47,21 +48,10 @@ def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
     if isinstance(pooling, NoPooling):
         return _unpooled_core(mixer, xz)
     assert isinstance(pooling, GridPooling), "ask runs_fused first"
-    wide = mixer.config.precision.wide
-    pair = (mixer.forward, mixer.backward)
-    graphdef, params = nnx.split(nnx.List(pair))
-
-    def scans(params, u):
-        forward, backward = nnx.merge(graphdef, params)
-        return forward.scan(u[0]).astype(wide), backward.scan(u[1]).astype(wide)
-
+    both, params, scans = _together(mixer, skip=False)
     out = mixer_core(
         xz,
-        Directions(
-            kernels=jnp.stack([d.conv.kernel[...] for d in pair]),
-            biases=jnp.stack([d.conv.bias[...] for d in pair]),
-            D=jnp.stack([d.D[...] for d in pair]),
-        ),
+        Directions(both.conv.kernel[...], both.conv.bias[...], both.D[...]),
         Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
         params,
         middle=scans,
@@ -79,31 +69,47 @@ def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
 
 def _unpooled_core(mixer: Mixer, xz: jax.Array) -> jax.Array:
     """The same where every token is a step of the scan, which then adds the skip."""
+    both, params, scans = _together(mixer, skip=True)
+    return sequence_core(
+        xz,
+        Convolutions(both.conv.kernel[...], both.conv.bias[...]),
+        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
+        params,
+        middle=scans,
+        eps=mixer.config.norm_eps,
+    )
+
+
+def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable[..., Any]]:
+    """Both directions as one, every parameter with a further leading axis of two; its parameters; and the scans, of
+    these and of u `2 b s e`, with the skip D · u or without.
+
+    Each projection is one product for both and the scans are one kernel, where that wins: pooled tokens are so few that
+    starting a kernel takes longer than running it.
+    """
     config = mixer.config
     wide = config.precision.wide
     pair = (mixer.forward, mixer.backward)
-    graphdefs, states = zip(*(nnx.split(direction) for direction in pair), strict=True)
+    (graphdef, *_), states = zip(*(nnx.split(direction) for direction in pair), strict=True)
+    params = jax.tree.map(lambda *sides: jnp.stack(sides), *states)
 
-    def scans(params, c):
-        def inputs(params, c):
-            direction = nnx.merge(graphdefs[0], params)  # nothing here depends on which one
-            A = -jnp.exp(direction.A_log[...].astype(wide))
-            D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
-            return *direction.select(c), A, D, bias
+    def inputs(params, u):
+        direction = nnx.merge(graphdef, params)  # nothing here depends on which one
+        A = -jnp.exp(direction.A_log[...].astype(wide))
+        D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
+        return *direction.select(u), A, D, bias
 
-        delta, B, C, A, D, bias = jax.vmap(inputs)(params, c)
+    def scans(params, u):
+        delta, B, C, A, D, bias = jax.vmap(inputs)(params, u)
         return bidirectional_scan(
-            c, delta, A, B, C, D=D, delta_bias=bias, implementation=config.scan_implementation
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D=D if skip else None,
+            delta_bias=bias,
+            implementation=config.scan_implementation,
         )
 
-    return sequence_core(
-        xz,
-        Convolutions(
-            kernels=jnp.stack([d.conv.kernel[...] for d in pair]),
-            biases=jnp.stack([d.conv.bias[...] for d in pair]),
-        ),
-        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
-        jax.tree.map(lambda *sides: jnp.stack(sides), *states),
-        middle=scans,
-        eps=config.norm_eps,
-    )
+    return nnx.merge(graphdef, params), params, scans

@@ -1,0 +1,57 @@
+"""Whole models whose mixers run the fused core: the kernels they launch, and their values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from fastvim_jax.models import create_model
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    launches,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+
+pytestmark = needs_mosaic
+
+
+def split(seed=0, **options):
+    return nnx.split(create_model("fastvim_tiny_patch16_224", rngs=nnx.Rngs(seed), **options))
+
+
+@pytest.mark.parametrize("batch", [1, 128])
+def test_one_kernel_scans_both_directions_of_a_block(batch):
+    depth = 3
+    graphdef, params = split(depth=depth, blocks="unroll", dtype="bfloat16", activations="compute")
+    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
+    forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
+    text = lower_for_h100(forward, params, images)
+    for kernel in ("mixer_front", "selective_scan", "mixer_back"):
+        assert launches(text, kernel) == depth
+    # Of each mixer in_proj, the two projections of both directions, and out_proj; patches; head.
+    assert text.count("stablehlo.dot_general") == 4 * depth + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        pytest.param({}, 1e-5, id="float32"),
+        pytest.param({"dtype": "bfloat16"}, 2e-2, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_fused_equals_plain(seed, options, bound):
+    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place, derivative rules included."""
+    graphdef, params = split(
+        seed, depth=2, embed_dim=64, image_size=48, patch_size=16, num_classes=7, **options
+    )
+    images = jax.random.normal(jax.random.key(seed), (2, 48, 48, 3))
+    run = jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x))))
+    with abstract_h100():
+        traced = jax.jit(run).trace(params, images)
+    got = traced.lower().compile()(params, images)
+    wanted = jax.jit(lambda p, x: run(p, x))(params, images)
+    assert max(relative_errors(got, wanted)) < bound
