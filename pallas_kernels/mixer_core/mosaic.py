@@ -20,7 +20,7 @@ from pallas_kernels.mixer_core import (
     mosaic_ragged_front,
     xla,
 )
-from pallas_kernels.mixer_core.grid import Grid, largest_divisor
+from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 
 PROCESSORS = 132
@@ -149,8 +149,10 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
     grid = cut("front", xz, directions.kernels.shape[1], visited)
     d = _float32(directions)
     if ids:
+        per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
         u = mosaic_ragged_front.front(
-            _on_grid(xz, visited), ids, d.kernels, d.biases, grid,
+            _on_grid(xz, visited), ids, d.kernels, d.biases,
+            dataclasses.replace(grid, per_block=per_block),
             rows=options.rows, share=options.scale / options.columns, interpret=_interpret,
         )  # fmt: skip
         return u, ()

@@ -1,7 +1,8 @@
 """Front of the mixer over a ragged grid: both convolutions with SiLU and each row's sum, as one Mosaic GPU kernel.
 
-As in `mosaic_front` a thread owns a channel and walks the tokens, here all of a sample. Where the next token is of
-another row, which differs between the directions, it writes what it has added up.
+As in `mosaic_front` a thread owns a channel and walks the tokens. Where the next token is of another row, which differs
+between the directions, it writes what it has added up. Few samples are cut into runs of tokens, each with sums of its
+own.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
         ``2 b rows e`` float32, zeros for rows without tokens.
     """
     layout = row_layout(CHANNELS)
-    items, length = grid.lines * grid.segments, grid.lines * grid.tokens
+    items, length = grid.per_block * grid.segments, grid.lines * grid.tokens
 
     def body(x_ref, *refs):
         *ids_refs, kernels_ref, biases_ref, u_ref, tiles, barrier = refs
-        batch = lax.axis_index("batch")
+        batch, group = lax.axis_index("batch"), lax.axis_index("group")
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
 
         def fetch(item, slot):
-            line, start = lax.div(item, grid.segments), lax.rem(item, grid.segments) * grid.segment
+            line = group * grid.per_block + lax.div(item, grid.segments)
+            start = lax.rem(item, grid.segments) * grid.segment
             grid.fetch_with_halo(
                 x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
             )
@@ -55,14 +57,14 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         def clear(index, _):
             for d in (0, 1):
-                store(u_ref.at[d, batch, index, channels], zero)
+                store(u_ref.at[d, batch, group, index, channels], zero)
             return ()
 
         lax.fori_loop(0, rows, clear, ())
 
         def item_of(item, sums):
             slot = lax.rem(item, 2)
-            first = item * grid.segment
+            first = (group * items + item) * grid.segment
             at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
             rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
             plgpu.barrier_wait(barrier.at[slot])
@@ -74,11 +76,13 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
                     c = convolve(window, kernel[d], bias[d], bool(d))
                     sums[d] = sums[d] + silu(c, layout, interpret)
                     here = rows_of[d][t]
-                    ends = jnp.logical_or(here != rows_of[d][t + 1], first + t == length - 1)
+                    ends = here != rows_of[d][t + 1]
+                    if t == grid.segment - 1:
+                        ends = jnp.logical_or(ends, item == items - 1)
 
                     @pl.when(ends)
                     def _(d=d, here=here, total=sums[d] * share):
-                        store(u_ref.at[d, batch, here, channels], total)
+                        store(u_ref.at[d, batch, group, here, channels], total)
 
                     sums[d] = jnp.where(ends, 0.0, sums[d])
                 window.pop(0)
@@ -92,9 +96,9 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         lax.fori_loop(0, items, item_of, (zero, zero))
 
-    return plgpu.kernel(
+    u = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((2, grid.batch, rows, grid.width), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((2, grid.batch, grid.groups, rows, grid.width), jnp.float32),
         scratch_types=[
             plgpu.SMEM((2, grid.segment + 2 * grid.halo, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
@@ -102,6 +106,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_ragged_front",
-        grid=(grid.width // CHANNELS, grid.batch),
-        grid_names=("block", "batch"),
+        grid=(grid.width // CHANNELS, grid.groups, grid.batch),
+        grid_names=("block", "group", "batch"),
     )(x, *ids, kernels, biases)
+    return u.sum(2) if grid.groups > 1 else u[:, :, 0]

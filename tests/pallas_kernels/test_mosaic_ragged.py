@@ -65,8 +65,12 @@ def compare(rng, bound, b, kept, rows, columns, e, **more):
 
 
 @needs_mosaic
-def test_random_rows(seed):
+def test_random_rows(seed, monkeypatch):
+    """With sums by one block a sample, as in large batches, or by several."""
+    from pallas_kernels.mixer_core import mosaic
+
     rng = np.random.default_rng(seed)
+    monkeypatch.setattr(mosaic, "PROCESSORS", int(rng.choice([1, 132])))
     rows, columns = (int(x) for x in rng.integers(5, 8, 2))
     compare(rng, 3e-6, 1, int(rng.choice([8, 21])), rows, columns, 128)
 
