@@ -58,6 +58,7 @@ start scan_targets scan --lengths 14 196 1024 16384 --batches 128 128 32 2 --imp
 start model_tiny_scanned model --models "$tiny" --pixels 512 1024 2048 --blocks scan
 start model_tiny_f32_scanned model --models "$tiny" --precisions f32 --pixels 224 512 1024 2048 --blocks scan
 start model_vim_scanned model --models "$vim" --pixels 224 2048 --blocks scan
+start scan_pair scan --pair
 start mixer_core_f32 mixer --parts core --dtypes float32 --pixels 224 512
 start mixer_core_f32_large mixer --parts core --dtypes float32 --pixels 1024 2048
 finish

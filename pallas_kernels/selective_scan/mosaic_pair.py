@@ -1,8 +1,8 @@
 """Both directions of a mixer in one launch of the Mosaic GPU kernels.
 
-A scan of 14 steps takes less time than starting it does work, and the second direction's blocks can run in the
-meantime. Where one direction alone has so few blocks that its time is cut into splits, it is long, and each
-direction is launched by itself: a second pair of kernels costs nothing there.
+A scan of 14 steps is over before its launch has paid off, and its last blocks leave most of the GPU idle, where
+those of the other direction can run. Where even both together have so few blocks that their time is cut into splits,
+they are long, at least 16 tiles, and each direction is launched by itself: nothing would be gained there.
 """
 
 from __future__ import annotations
