@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from pallas_kernels.mixer_core import mixer_core
+from pallas_kernels.mixer_core import mixer_core, xla
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels.mosaic_support import (
     abstract_h100,
@@ -17,7 +19,7 @@ from tests.pallas_kernels.mosaic_support import (
     needs_mosaic,
     relative_errors,
 )
-from tests.support import x64
+from tests.support import assert_close, parity_dir, x64
 
 
 def draw_ids(rng, b, kept, rows, columns):
@@ -144,6 +146,23 @@ def test_whole_rows_are_a_grid(seed):
     wanted = core.value_and_gradients(args, out_bar, "xla", **options)
     got = value_and_gradients((*args, (ids, ids)), out_bar, "xla", **options)
     assert max(relative_errors(got, wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("number", ["00", "01"])
+def test_golden_row_means(number):
+    """The authors' sums over kept tokens, of a sequence and of one reversed under the same rows."""
+    if parity_dir() is None:
+        pytest.skip("the golden numbers are not here")
+    golden = np.load(parity_dir() / f"masked_row_means_constant_{number}.npz")
+    sizes = json.loads(str(golden["meta"]))["kwargs"]
+    rows, columns = sizes["rows"], sizes["cols"]
+    ids = jnp.asarray(golden["input/row_ids"], jnp.int32)
+    tokens = lambda name: jnp.asarray(golden[name].swapaxes(1, 2), jnp.float32)  # noqa: E731
+    forward = xla.row_sums(tokens("input/x"), ids, rows) / columns
+    assert_close(forward, tokens("output/pooled"), 1e-5)
+    reversed_ids = rows - 1 - ids[:, ::-1]
+    backward = xla.row_sums(tokens("input/x_flip")[:, ::-1], reversed_ids, rows) / columns
+    assert_close(backward[:, ::-1], tokens("output/pooled_flip"), 1e-5)
 
 
 @needs_mosaic
