@@ -27,7 +27,7 @@ def bidirectional_scan(
     """Two selective scans, the first visiting the steps forward, the second from last to first.
 
     Equal to two calls of `selective_scan`, one with `reverse=True`, and differentiable likewise; on Hopper GPUs both
-    scans are one kernel, where their time is not cut into parts that run side by side, and so are their gradients.
+    scans are one kernel (two where their time is cut into parts that run side by side), and so are their gradients.
     Under a sharded `jit` every device scans its share of b and of e.
 
     Args:

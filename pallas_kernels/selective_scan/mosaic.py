@@ -215,7 +215,7 @@ def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[j
     entering = None
     if o.plan.splits > 1:
         entering = mosaic_forward.split_ends(
-            o.u, o.delta, o.B, o.A, o.bias, o.plan,
+            [o.u], o.delta, o.B, o.A, o.bias, o.plan,
             scaled=True, post_decay=False, interpret=_interpret,
         )  # fmt: skip
     return mosaic_forward.scan(
@@ -268,7 +268,7 @@ def backward(
     leaving = None
     if cut.splits > 1:
         leaving = mosaic_forward.split_ends(
-            y_bars[0], o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
+            y_bars, o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
             scaled=False, post_decay=True, interpret=_interpret,
         )  # fmt: skip
     shares = mosaic_backward.scan_gradients(

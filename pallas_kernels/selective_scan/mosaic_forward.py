@@ -49,7 +49,8 @@ class Plan:
     per_split: chunks of a split; splits: of the time axis; warps, rest: state groups
     and the states of one; unroll: steps per turn of the inner loop; slots: tiles in
     flight; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
-    ``batch`` sequences, in reverse in the second, each half with its own A, D and bias.
+    ``batch`` sequences, in reverse in the second (with ``reverse`` the other way about),
+    each half with its own A, D and bias.
     """
 
     batch: int
@@ -127,7 +128,7 @@ def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
     def kernel(*refs: Any) -> None:
         second = lax.axis_index("batch") >= plan.batch // 2
         for direction, here in enumerate((jnp.logical_not(second), second)):
-            own = dataclasses.replace(plan, reverse=bool(direction))
+            own = dataclasses.replace(plan, reverse=bool(direction) != plan.reverse)
             pl.when(here)(functools.partial(body, own, direction, *refs))
 
     return kernel
@@ -293,11 +294,12 @@ def _channel_vectors(refs: list[Any], columns: Any, plan: Plan) -> list[jax.Arra
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
-    """What each split makes of a zero state, in one direction.
+    """What each split makes of a zero state.
 
     Args:
-        x, delta: ``b l e``; coefficients: ``b l g w r`` float32 (B, or C for the
-            gradients' way back); A: ``e w r`` and bias: ``e`` (or None), float32, padded.
+        x: a list of ``b l e``, of all directions or one for each; delta: ``b l e``;
+            coefficients: ``b l g w r`` float32 (B, or C for the gradients' way back);
+            A: ``e w r`` and bias: ``e`` (or None), float32, padded.
         scaled: the input of a step is step · x rather than x.
         post_decay: a step decays what it has added too (the gradients' way back).
 
@@ -305,29 +307,32 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         ends ``b s e w r``, and the sum of a split's steps ``b s e``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
-    sources = {"x": x, "delta": delta, "b": coefficients}
+    of = "x" if len(x) == 1 else "g"
+    sources = {of: x[0], "delta": delta, "b": coefficients}
     names = list(sources)
     has_bias = bias is not None
 
-    def body(*refs):
+    def body(plan, direction, *refs):
         stream_refs = dict(zip(names, refs[:3], strict=True))
         rest = list(refs[3:])
         a_ref = rest.pop(0)
         bias_ref = rest.pop(0) if has_bias else None
+        of_direction = [stream_refs[of], *(rest.pop(0) for _ in x[1:])]
+        stream_refs[of] = of_direction[direction if x[1:] else 0]
         ends_ref, totals_ref, tiles, steps_ref, inputs_ref, barrier = rest
         reader = StepReader(plan, layouts, interpret)
-        stream = Stream(plan, 0, stream_refs, tiles, barrier)
-        columns = plan.columns(stream.block)
+        stream = Stream(plan, direction, stream_refs, tiles, barrier)
+        columns, weights = plan.columns(stream.block), plan.columns(stream.block, direction)
         stream.begin()
-        decays = reader.decays(a_ref.at[columns])
-        bias_vector = _channel_vectors([bias_ref], columns, plan)[0] if has_bias else None
+        decays = reader.decays(a_ref.at[weights])
+        bias_vector = _channel_vectors([bias_ref], weights, plan)[0] if has_bias else None
 
         def chunk(k, carry):
             slot = stream.wait(k)
             start = plan.start(stream.first + k)
             prepare_tile(
                 tiles["delta"].at[slot],
-                tiles["x"].at[slot],
+                tiles[of].at[slot],
                 steps_ref,
                 inputs_ref,
                 bias_vector,
@@ -364,9 +369,9 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
 
     shape = (plan.batch, plan.splits)
     tile = (plan.chunk, plan.channels)
-    operands = [x, delta, coefficients, A] + ([bias] if has_bias else [])
+    operands = [*sources.values(), A] + ([bias] if has_bias else []) + x[1:]
     return plgpu.kernel(
-        body,
+        by_direction(plan, body),
         out_type=[
             jax.ShapeDtypeStruct((*shape, *plan.stored_shape), jnp.float32),
             jax.ShapeDtypeStruct((*shape, plan.padded_width), jnp.float32),
@@ -391,7 +396,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
     Args:
         u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; A:
             ``e w r``, and D, bias: ``e`` (or None), float32, padded. Of two directions one
-            after the other, along b and (A, D, bias) along e; time is then not split.
+            after the other, along b and (A, D, bias) along e.
         entering: what :func:`split_ends` returned, when ``plan.splits > 1``.
         save_states: also return the state entering every chunk.
         last_state: also return the state after the last step.

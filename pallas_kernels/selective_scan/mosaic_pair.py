@@ -1,8 +1,8 @@
 """Both directions of a mixer in one launch of the Mosaic GPU kernels.
 
 A scan of 14 steps is over before its launch has paid off, and its last blocks leave most of the GPU idle, where
-those of the other direction can run. Where even both together have so few blocks that their time is cut into splits,
-they are long, at least 16 tiles, and each direction is launched by itself: nothing would be gained there.
+those of the other direction can run. Long ones, whose time is cut into splits, gain little beyond fewer splits, but
+taking both directions' arrays apart first would cost a copy of each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import mosaic
-from pallas_kernels.selective_scan.each_direction import EachDirection
 from pallas_kernels.selective_scan.mosaic import interpreted as interpreted
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
 
@@ -44,17 +43,9 @@ def chunk_length(inputs: ScanInputs) -> int:
     return mosaic.chunk_length(_folded_shapes(inputs))
 
 
-def _cuts_time(folded: ScanInputs, options: ScanOptions) -> bool:
-    chunk = options.chunk if options.keep_boundaries else mosaic.forward_chunk(folded)
-    return mosaic.plan(folded, options, chunk).splits > 1
-
-
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
     """See `types.Backend`."""
-    folded = _folded(inputs)
-    if _cuts_time(folded, options):
-        return EachDirection(mosaic).forward(inputs, options)
-    y, _, boundaries = mosaic.forward(folded, options)
+    y, _, boundaries = mosaic.forward(_folded(inputs), options)
     return y, None, None if boundaries is None else _unfolded(boundaries)
 
 
@@ -66,12 +57,8 @@ def backward(
     last_state_bar: None,
 ) -> ScanInputs:
     """See `types.Backend`."""
-    folded = _folded(inputs)
-    if _cuts_time(folded, options):
-        each = EachDirection(mosaic)
-        return each.backward(inputs, options, boundaries, y_bar, last_state_bar)
     if boundaries is not None:
         boundaries = boundaries.reshape(-1, *boundaries.shape[2:])
-    bars = mosaic.backward(folded, options, boundaries, y_bar, last_state_bar)
+    bars = mosaic.backward(_folded(inputs), options, boundaries, y_bar, last_state_bar)
     streamed = {name: _unfolded(getattr(bars, name)) for name in ("u", "delta", "B", "C")}
     return bars._replace(**streamed)
