@@ -84,6 +84,23 @@ def _unpooled_core(mixer: Mixer, xz: jax.Array) -> jax.Array:
     )
 
 
+def join_directions(mixers: Mixer) -> Mixer:
+    """Mixers whose parameters have a leading `depth` axis, with both directions' parameters `depth 2 ...` as one.
+
+    Laid together once for all blocks: block by block it takes as many kernels as there are parameters.
+    """
+    joined = nnx.merge(*nnx.split(mixers))
+    joined.both = _joined(joined.forward, joined.backward, axis=1)
+    del joined.forward, joined.backward
+    return joined
+
+
+def _joined(forward: ScanDirection, backward: ScanDirection, *, axis: int) -> ScanDirection:
+    graphdef, first = nnx.split(forward)  # nothing that is used here depends on the direction
+    stack = lambda *sides: jnp.stack(sides, axis)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(stack, first, nnx.state(backward)))
+
+
 def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable[..., Any]]:
     """Both directions as one, every parameter with a further leading axis of two; its parameters; and the scans, of
     these and of u `2 b s e`, with the skip D · u or without.
@@ -93,12 +110,11 @@ def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable
     """
     config = mixer.config
     wide = config.precision.wide
-    pair = (mixer.forward, mixer.backward)
-    (graphdef, *_), states = zip(*(nnx.split(direction) for direction in pair), strict=True)
-    params = jax.tree.map(lambda *sides: jnp.stack(sides), *states)
+    both = mixer.both or _joined(mixer.forward, mixer.backward, axis=0)
+    graphdef, params = nnx.split(both)
 
     def inputs(params, u):
-        direction = nnx.merge(graphdef, params)  # nothing here depends on which one
+        direction = nnx.merge(graphdef, params)
         A = -jnp.exp(direction.A_log[...].astype(wide))
         D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
         return *direction.select(u), A, D, bias
@@ -116,4 +132,4 @@ def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable
             implementation=config.scan_implementation,
         )
 
-    return nnx.merge(graphdef, params), params, scans
+    return both, params, scans

@@ -190,6 +190,9 @@ class Mixer(nnx.Module):
         )
         self.forward = ScanDirection(config, reverse=False, rngs=rngs)
         self.backward = ScanDirection(config, reverse=True, rngs=rngs)
+        self.both = nnx.data(
+            None
+        )  # instead of the two, while a stack runs fused: `fused_core.join_directions`
         self.post_norm = (
             nnx.data(None)
             if config.post_norm == "none"

@@ -7,7 +7,7 @@ One program per pooling pattern instead of one per block: `scan` runs `lax.scan`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,15 @@ from flax import nnx
 from fastvim_jax.distributed.sharding import gather
 from fastvim_jax.layers.pooling import Pooling
 
+Block = TypeVar("Block", bound=nnx.Module)
+
 REMAT_POLICIES: dict[str, Any] = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
-def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """Build `depth` independently initialised blocks as one module whose parameters have a leading axis."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), depth)

@@ -14,6 +14,7 @@ from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
+from fastvim_jax.layers.fused_core import join_directions, runs_fused
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
@@ -163,10 +164,14 @@ class VisionMamba(nnx.Module):
         keep = keep_factors(
             key, drop_path_keep, config.drop_path, (config.depth, images.shape[0]), residual.dtype
         )
+        blocks, poolings = self.blocks, self.poolings(grid)
+        if all(runs_fused(blocks.mixer, pooling) for pooling in poolings):
+            blocks = nnx.merge(*nnx.split(blocks))
+            blocks.mixer = join_directions(blocks.mixer)
         residual, outputs = run_blocks(
-            self.blocks,
+            blocks,
             residual,
-            self.poolings(grid),
+            poolings,
             depth=config.depth,
             keep=keep,
             mode=config.blocks,
