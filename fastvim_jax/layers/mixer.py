@@ -190,9 +190,8 @@ class Mixer(nnx.Module):
         )
         self.forward = ScanDirection(config, reverse=False, rngs=rngs)
         self.backward = ScanDirection(config, reverse=True, rngs=rngs)
-        self.both = nnx.data(
-            None
-        )  # instead of the two, while a stack runs fused: `fused_core.join_directions`
+        # A ScanDirection instead of the two while a stack runs fused: see `fused_core.join_directions`.
+        self.both: Any = nnx.data(None)
         self.post_norm = (
             nnx.data(None)
             if config.post_norm == "none"
