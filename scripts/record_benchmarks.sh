@@ -50,7 +50,7 @@ ln -s first.compiling "$locks/last.compiling"
 exec 9>"$locks/last.timing"
 flock -x 9
 FASTVIM_BENCH_LOCK=$locks/last bench train_base_largest_batch \
-  train --models "$base" --largest-batch --batches 1024 768 --blocks scan && sleep "${HEAD_START:-35}"
+  train --models "$base" --largest-batch --batches 1024 768 --blocks unroll && sleep "${HEAD_START:-35}"
 last=${!:-}
 
 lot first # compiles fast: blocks scanned
