@@ -22,7 +22,7 @@ from jax.nn.initializers import constant, ones, zeros
 from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.fused_core import fused_core, runs_fused
 from fastvim_jax.layers.linear import linear, product
-from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled, Tokens
@@ -222,7 +222,7 @@ class Mixer(nnx.Module):
             y = (self.forward(x, pooling) + self.backward(x, pooling)) / 2
             y = pooling.from_scan_order(y)
             if self.post_norm is not None:
-                y = self.post_norm(y)
+                y = keeping_input(self.post_norm, y)
             gated = y * jax.nn.silu(z.astype(y.dtype))
         out = linear(self.out_proj, gated, precision)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from fastvim_jax.precision import Precision
 
@@ -23,3 +25,15 @@ def make_norm(
         use_fast_variance=False,
         rngs=rngs,
     )
+
+
+def keeping_input(
+    norm: nnx.RMSNorm | nnx.LayerNorm, x: Float[Array, "*rows d"]
+) -> Float[Array, "*rows d"]:
+    """norm(x), for whose gradient x alone is kept: the rest is made again from it, in the pass that reads it anyway.
+
+    JAX's own rule keeps two more wide arrays of the size of x, which a loop over blocks then holds for every block.
+    """
+    graphdef, params = nnx.split(norm)
+    run = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x), prevent_cse=False)
+    return run(params, x)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.fused_core import join_directions, runs_fused
 from fastvim_jax.layers.mixer import Mixer
-from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
 from fastvim_jax.layers.pos_embed import resize_pos_embed, resize_with_class_row
@@ -39,7 +39,7 @@ class Block(nnx.Module):
         self, residual: Tokens, pooling: Pooling, keep: Keep | None
     ) -> tuple[Tokens, Tokens]:
         """Return the new residual stream and the mixer's own output, both `b l d`."""
-        hidden = self.mixer(self.norm(residual), pooling)
+        hidden = self.mixer(keeping_input(self.norm, residual), pooling)
         update = hidden.astype(residual.dtype)
         if keep is not None:
             update = update * broadcast_keep(keep, update)
