@@ -36,6 +36,16 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     assert text.count("stablehlo.dot_general") == 4 * depth + 2
 
 
+def test_directions_are_laid_together_once_for_all_blocks():
+    def concatenations(depth):
+        graphdef, params = split(depth=depth, blocks="unroll", embed_dim=64)
+        images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        run = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
+        return lower_for_h100(run, params, images).count("stablehlo.concatenate")
+
+    assert concatenations(2) == concatenations(3) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
