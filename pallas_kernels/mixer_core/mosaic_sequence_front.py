@@ -273,7 +273,10 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
             xz_bar_ref, sums_ref = refs
             sums_ref[...] = run(xz_bar_ref, *others)
 
-        return pl.run_state(write)((xz_bar, jnp.zeros(parts, jnp.float32)))
+        # XLA fuses slices and updates of stacks into the calls that read and write them, also where that separates
+        # xz_bar from the place it is to be written to; the barriers keep this call's own buffer.
+        arrays = (lax.optimization_barrier(xz_bar), jnp.zeros(parts, jnp.float32))
+        return lax.optimization_barrier(pl.run_state(write)(arrays))
 
     @in_place.def_vmap  # run_state has no rule for it
     def one_by_one(axis_size, batched, *arrays):

@@ -35,13 +35,13 @@ def front(
     """Convolutions, SiLU and the mean or maximum over each line; with "max", where in the line it first is."""
     if options.method == "mean":
         return _mean(x, directions, ids, options), ()
-    lines = _lines(x, directions, options)
+    lines = tokens_of_lines(x, directions, options)
     forward, backward = (jnp.argmax(c, axis=2).astype(jnp.int32) for c in lines)
     return _at(lines, (forward, backward)), (forward, backward)
 
 
-def _lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
-    """The tokens after convolution and SiLU, ``b lines tokens e``."""
+def tokens_of_lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
+    """The tokens after convolution and SiLU, of each direction ``b lines tokens e``."""
     x = _swap(x, options.rows, options)
     shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
     return [c.reshape(shape) for c in _convolved(x, directions)]
@@ -53,7 +53,7 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
         sums = jnp.stack([row_sums(c, of_row, options.rows) for c, of_row in sides])
         return sums * (options.scale / options.columns)
     wide = jnp.promote_types(jnp.float32, x.dtype)
-    lines = _lines(x, directions, options)
+    lines = tokens_of_lines(x, directions, options)
     return jnp.stack([jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines])
 
 
@@ -160,7 +160,7 @@ def front_gradients(
     def run(x, directions):
         no_scan = (jnp.zeros_like(pooled_bar[0]),) * 2
         if places:
-            pooled = _at(_lines(x, directions, options), places)
+            pooled = _at(tokens_of_lines(x, directions, options), places)
         else:
             pooled = _mean(x, directions, ids, options)
         return pooled, mix(x, no_scan, directions, ids, options)

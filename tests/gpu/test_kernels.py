@@ -94,9 +94,9 @@ CORES = [
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_core(seed, case, transposed, method):
-    args, out_bar = core.draw(np.random.default_rng(seed), **case)
-    options = {"rows": case["rows"], "columns": case["columns"], "transposed": transposed}
-    options["method"] = method
+    options = {"transposed": transposed, "method": method}
+    args, out_bar = core.draw_apart(np.random.default_rng(seed), **case, **options)
+    options |= {"rows": case["rows"], "columns": case["columns"]}
     run = jax.jit(lambda a, g: core.value_and_gradients(a, g, "auto", **options))
     compiled = run.lower(args, out_bar).compile()
     assert "mosaic_gpu" in compiled.as_text()
@@ -150,6 +150,18 @@ def test_sequence_under_vmap(seed):
     assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
     wanted = jax.jit(run)((xz[::-1], *weights), out_bar[::-1])
     assert max(relative_errors(jax.tree.map(lambda x: x[1], both), wanted)) < 1e-5
+
+
+def test_sequence_in_a_loop(seed):
+    """What a kernel writes in place reaches the stack."""
+    args, out_bar = sequence.draw(np.random.default_rng(seed), 3, 21, 128)
+    run = lambda a, g: sequence.value_and_gradients(a, g, "auto")  # noqa: E731
+    stack = lambda x: jnp.stack([x, x[::-1]])  # noqa: E731
+    xz, *weights = args
+    loop = lambda xz, g: jax.lax.map(lambda a: run((a[0], *weights), a[1]), (xz, g))  # noqa: E731
+    both = jax.jit(loop)(stack(xz), stack(out_bar))
+    wanted = jax.jit(run)(args, out_bar)
+    assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
 
 
 def test_maxima(seed):

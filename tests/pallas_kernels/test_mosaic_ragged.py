@@ -49,7 +49,7 @@ def value_and_gradients(args, out_bar, implementation, **options):
 
 def in_float64(tree):
     """Floats alone: rows stay whole numbers."""
-    wide = lambda x: x if x.dtype == jnp.int32 else jnp.asarray(np.asarray(x, np.float64))  # noqa: E731
+    wide = lambda x: jnp.asarray(x, None if x.dtype == jnp.int32 else jnp.float64)  # noqa: E731
     return jax.tree.map(wide, tree)
 
 
