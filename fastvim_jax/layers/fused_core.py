@@ -21,22 +21,18 @@ if TYPE_CHECKING:
     from fastvim_jax.layers.mixer import Mixer, ScanDirection
 
 
-# The kernels of "max" and "none" pass every test without a GPU and compile for one, but have not run on one yet.
-SEEN_ON_A_GPU = {"mean"}
-
-
 def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
     """Whether this mixer with this pooling is what the fused kernels compute, where they can run."""
     config = mixer.config
     pools = (
         isinstance(pooling, GridPooling)
-        and pooling.method in SEEN_ON_A_GPU
+        and pooling.method in ("mean", "max")
         and pooling.class_index is None
         and config.unpool == "before_skip"
     )
     return (
         config.scan_implementation in ("auto", "pallas")
-        and (pools or (isinstance(pooling, NoPooling) and "none" in SEEN_ON_A_GPU))
+        and (pools or isinstance(pooling, NoPooling))
         and config.post_norm == "layer"
         and config.conv_width >= 2
         and config.conv_bias

@@ -28,14 +28,7 @@ pytestmark = needs_mosaic
 
 GRID = GridPooling(3, 4, transposed=True, method="mean", scale=0.25)
 MAXIMA = dataclasses.replace(GRID, method="max")
-ALL = {"mean", "max", "none"}
 EXACT, NARROW = Precision(), Precision("bfloat16", activations="compute")
-
-
-@pytest.fixture(autouse=True)
-def every_kernel(monkeypatch):
-    """Also those that wait to be seen on a GPU."""
-    monkeypatch.setattr("fastvim_jax.layers.fused_core.SEEN_ON_A_GPU", ALL)
 
 
 def value_and_gradients(graphdef, pooling):
