@@ -225,7 +225,7 @@ def targets() -> list[Target]:
     found.append(
         Target(
             "FastVim-B training step, trace + compile, no cache, blocks scanned",
-            "s", match, lambda r: _first_compile(r), 60, 30,
+            "s", {**match, "blocks": "scan"}, lambda r: _first_compile(r), 60, 30,
         )
     )  # fmt: skip
     match = {

@@ -44,14 +44,20 @@ finish() {
   printf '%4d s  done with the %s lot\n' "$SECONDS" "$lot"
 }
 
-# The largest batch wants the whole memory: it compiles first, alone, since that is timed as well, and runs last.
-touch "$locks/first.compiling"
-ln -s first.compiling "$locks/last.compiling"
+# The largest batches want the whole memory: they compile with a lot and run last, one after the other.
 exec 9>"$locks/last.timing"
 flock -x 9
-FASTVIM_BENCH_LOCK=$locks/last bench train_base_largest_batch \
-  train --models "$base" --largest-batch --batches 1024 768 --blocks unroll && sleep "${HEAD_START:-35}"
-last=${!:-}
+large=()
+largest() { # LOT NAME BATCH BLOCKS
+  touch "$locks/$1.compiling"
+  ln -s "$1.compiling" "$locks/large_$1.compiling"
+  ln -s last.timing "$locks/large_$1.timing"
+  FASTVIM_BENCH_LOCK=$locks/large_$1 bench "$2" \
+    train --models "$base" --largest-batch --batches "$3" --blocks "$4" && large+=($!)
+}
+
+# The first one is alone at first, since its compile time counts.
+largest first train_base_largest_batch 768 scan && sleep "${HEAD_START:-35}"
 
 lot first # compiles fast: blocks scanned
 start scan_targets scan --lengths 14 196 1024 16384 --batches 128 128 32 2 --implementations pallas mamba_ssm --dtypes float32
@@ -64,6 +70,7 @@ start mixer_core_f32_large mixer --parts core --dtypes float32 --pixels 1024 204
 finish
 
 lot second # blocks written out, which runs faster
+largest second train_base_largest_batch_unrolled 1024 unroll
 start train_tiny train --models "$tiny" --batches 128
 start train_small train --models "$small" --batches 128
 start model_tiny_f32 model --models "$tiny" --precisions f32
@@ -72,8 +79,8 @@ start model_tiny_224 model --models "$tiny" --batches 128 1
 start model_sizes model --models "$small" "$base"
 finish
 exec 9>&-
-[ -z "$last" ] || wait "$last"
-printf '%4d s  largest batch done\n' "$SECONDS"
+((${#large[@]})) && wait "${large[@]}"
+printf '%4d s  largest batches done\n' "$SECONDS"
 
 if ((SECONDS < ${MORE_UNTIL:-330})); then
   lot third

@@ -55,10 +55,6 @@ class Rows:
         """Two tiles: one is worked on while the other leaves and is filled again."""
         return plgpu.SMEM((2, self.tile, self.blocks, BLOCK), dtype)
 
-    def out(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        """An output of whole tiles: they leave in one piece, which no end of an array but the last stops."""
-        return jax.ShapeDtypeStruct((self.tiles * self.tile, self.blocks, BLOCK), dtype)
-
 
 class Walk:
     """What both kernels do: bring tiles in, hand them over token by token, send them out."""
@@ -67,10 +63,10 @@ class Walk:
         self.cut, self.eps = cut, eps
         self.layouts = TokenLayouts(cut.blocks)
 
-    def part(self, ref: Any, item: Any, half: int = 0) -> Any:
+    def part(self, ref: Any, item: Any, half: int = 0, rows: int = 0) -> Any:
         cut = self.cut
         start = (lax.axis_index("group") * cut.per_block + item) * cut.tile
-        return ref.at[pl.ds(start, cut.tile), pl.ds(half * cut.blocks, cut.blocks)]
+        return ref.at[pl.ds(start, rows or cut.tile), pl.ds(half * cut.blocks, cut.blocks)]
 
     def run(self, sources, tiles, barrier, results, visit, carry):
         """``visit(tiles, rows, carry)`` for groups of tokens.
@@ -101,14 +97,30 @@ class Walk:
             step = lambda i, carry: visit(held, pl.ds(i * at_once, at_once), carry)  # noqa: E731
             carry = lax.fori_loop(0, cut.tile // at_once, step, carry)
             plgpu.commit_smem()
-            for number, (ref, half) in results.items():
-                plgpu.copy_smem_to_gmem(tiles[number].at[slot], self.part(ref, item, half))
+            self.send(results, tiles, slot, item)
             return carry
 
         fetch(jnp.int32(0), 0)
         carry = lax.fori_loop(0, items, turn, carry)
         plgpu.wait_smem_to_gmem(0)
         return carry
+
+    def send(self, results, tiles, slot, item):
+        """A tile leaves in one piece, which no end of an array stops: of the last one, only what there is."""
+        cut = self.cut
+
+        def rows_of_it(rows):
+            for number, (ref, half) in results.items():
+                tile = tiles[number].at[slot, pl.ds(0, rows)]
+                plgpu.copy_smem_to_gmem(tile, self.part(ref, item, half, rows))
+
+        rest = cut.tokens % cut.tile
+        if not rest:
+            rows_of_it(cut.tile)
+            return
+        last = lax.axis_index("group") * cut.per_block + item == cut.tiles - 1
+        pl.when(last)(lambda: rows_of_it(rest))
+        pl.when(jnp.logical_not(last))(lambda: rows_of_it(cut.tile))
 
     def tokens(self, ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=self.layouts.tokens, optimized=False).astype(jnp.float32)
@@ -164,7 +176,7 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
 
     out = plgpu.kernel(
         body,
-        out_type=cut.out(xz.dtype),
+        out_type=jax.ShapeDtypeStruct((cut.tokens, cut.blocks, BLOCK), xz.dtype),
         scratch_types=[
             *[cut.smem(xz.dtype)] * 3,
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
@@ -175,7 +187,7 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
         grid=(cut.groups,),
         grid_names=("group",),
     )(*map(_rows, (xz, *y)), *map(blocked, (scale, shift)))
-    return out[: cut.tokens].reshape(y[0].shape)
+    return out.reshape(y[0].shape)
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
@@ -231,7 +243,7 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
     y_bar, xz_bar, norm = plgpu.kernel(
         body,
         out_type=[
-            cut.out(xz.dtype),
+            jax.ShapeDtypeStruct((cut.tokens, cut.blocks, BLOCK), xz.dtype),
             jax.ShapeDtypeStruct((cut.tokens, 2 * cut.blocks, BLOCK), xz.dtype),
             jax.ShapeDtypeStruct((2, cut.groups, cut.blocks, BLOCK), jnp.float32),
         ],
@@ -246,5 +258,8 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
         grid=(cut.groups,),
         grid_names=("group",),
     )(*map(_rows, (xz, *y)), *map(blocked, (scale, shift)), _rows(out_bar))
-    y_bar = y_bar[: cut.tokens].reshape(out_bar.shape)
-    return y_bar, xz_bar.reshape(xz.shape), norm.reshape(2, cut.groups, cut.width)
+    return (
+        y_bar.reshape(out_bar.shape),
+        xz_bar.reshape(xz.shape),
+        norm.reshape(2, cut.groups, cut.width),
+    )

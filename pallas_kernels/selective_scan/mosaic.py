@@ -249,7 +249,7 @@ def backward(
     last_state_bar: jax.Array | None,
 ) -> ScanInputs:
     """See `types.Backend`."""
-    batch, length, width = inputs.u.shape
+    _, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[-1]
     z_bar = None
     if inputs.z is not None:
@@ -276,9 +276,9 @@ def backward(
         interpret=_interpret,
     )  # fmt: skip
 
-    bc = shares["bc"][:, :, :length]
-    bc = bc.reshape(groups, -1, batch, length, 2, cut.warps * cut.rest).sum(1)
-    bc = jnp.moveaxis(bc, 0, 2)[..., :states]  # b l g 2 n
+    bc = shares["bc"].reshape(groups, -1, *shares["bc"].shape[1:4], cut.warps * cut.rest).sum(1)
+    bc = jax.lax.optimization_barrier(bc)  # the sums first, in one piece, then their parts
+    bc = jnp.moveaxis(bc[:, :, :length], 0, 2)[..., :states]  # b l g 2 n
 
     def summed(name):
         """Over sequences and splits, of each direction."""

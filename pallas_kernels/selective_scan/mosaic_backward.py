@@ -36,6 +36,7 @@ from pallas_kernels.selective_scan.mosaic_common import (
     tile_layout,
 )
 from pallas_kernels.selective_scan.mosaic_forward import (
+    Plan,
     StepReader,
     Stream,
     _channel_vectors,
@@ -48,6 +49,19 @@ from pallas_kernels.selective_scan.mosaic_forward import (
     raw_steps,
     tile_rows,
 )
+
+
+def _factors_kept(plan: Plan) -> int:
+    """Steps of a chunk whose factors wait in registers instead of being computed again.
+
+    As many as leave room for three blocks a processor: 168 registers. Both directions of 64 channels need more than
+    that without any, and at two blocks have room for all.
+    """
+    if plan.rest > 4:
+        return 0
+    if plan.channels == 32:
+        return 6
+    return plan.chunk if plan.directions == 2 else 2
 
 
 class _BackwardStream(Stream):
@@ -140,8 +154,9 @@ def scan_gradients(
                 carry,
             )
 
-        # The steps of a chunk in the order of the way back.
+        # The steps of a chunk in the order of the way back; the factors of the first ones fit into registers as well.
         visits = list(plan.steps() if plan.reverse else reversed(plan.steps()))
+        kept = _factors_kept(plan)
 
         def chunk(k, carry):
             carry, dA, *sums = carry
@@ -165,30 +180,32 @@ def scan_gradients(
             state = reader.state(tiles["h"].at[slot]) if "h" in sources else reader.zeros()
             history = []
             for t in reversed(visits):
-                history.append(state)
                 step = reader.over_state(reader.channel(steps_ref.at[t]))
                 added = reader.over_state(reader.channel(inputs_ref.at[t]))
                 added = added * reader.coefficients(tiles["b"].at[slot, t])
-                state = lax.exp2(step * decays) * state + added
+                factor = lax.exp2(step * decays)
+                history.append((state, factor))
+                state = factor * state + added
 
             # The tiles sent out last time must have left before they are written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
-            for t in visits:
-                before = history.pop()
+            for i, t in enumerate(visits):
+                before, factor = history.pop()
                 step = reader.over_state(reader.channel(steps_ref.at[t]))
                 x = reader.over_state(reader.channel(inputs_ref.at[t]))
                 dy = reader.channel(tiles["g"].at[slot, t]).astype(jnp.float32)
                 dy = reader.over_state(dy)
-                factor = lax.exp2(step * decays)
+                if i >= kept:
+                    factor = lax.exp2(step * decays)
                 gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
                 store(dbc_tile.at[t], lane_sums(gradient * x, dy * state, layouts, interpret))
                 share = jnp.sum(gradient * reader.coefficients(tiles["b"].at[slot, t]), axis=2)
                 store(shares.at[0, :, t, :], share)
-                decayed = gradient * (factor * before)
+                carry = factor * gradient
+                decayed = carry * before
                 store(shares.at[1, :, t, :], jnp.sum(decayed * decays, axis=2))
                 dA = dA + decayed * step
-                carry = factor * gradient
                 state = before
             plgpu.commit_smem()
 

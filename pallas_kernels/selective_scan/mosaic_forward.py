@@ -212,16 +212,27 @@ class StepReader:
         return plgpu.layout_cast(jnp.zeros(self.plan.state_shape, jnp.float32), self.layouts.state)
 
 
+AT_ONCE = 4  # splits whose ends are on their way together
+
+
 def entering_state(
     reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any, initial: jax.Array
 ) -> jax.Array:
     """State before split ``split``: the earlier splits' ends, each decayed onwards."""
+    last = reader.plan.splits - 1
 
-    def absorb(i, state):
-        total = reader.over_state(reader.channel(totals.at[i]))
-        return state * lax.exp2(decay * total) + reader.state(ends.at[i])
+    def absorb(group, state):
+        numbers = [group * AT_ONCE + i for i in range(AT_ONCE)]
+        read = [
+            (reader.channel(totals.at[at]), reader.state(ends.at[at]))
+            for at in (jnp.minimum(n, last) for n in numbers)
+        ]
+        for number, (total, end) in zip(numbers, read, strict=True):
+            after = state * lax.exp2(decay * reader.over_state(total)) + end
+            state = jnp.where(number < split, after, state)
+        return state
 
-    return lax.fori_loop(0, split, absorb, initial)
+    return lax.fori_loop(0, lax.div(split + AT_ONCE - 1, AT_ONCE), absorb, initial)
 
 
 def _inputs(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any]:
