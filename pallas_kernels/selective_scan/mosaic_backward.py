@@ -27,10 +27,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan.mosaic_common import (
-    WARPS,
     StateLayouts,
     compiler_params,
     interpret_params,
+    lane_sums,
     sigmoid,
     store,
     tile_layout,
@@ -49,12 +49,6 @@ from pallas_kernels.selective_scan.mosaic_forward import (
     raw_steps,
     tile_rows,
 )
-from pallas_kernels.selective_scan.mosaic_paired import GROUPS, PairedReader
-
-
-def _paired(plan: Plan) -> bool:
-    """Whether lanes own two channels and two states each; where they own two channels anyway, it takes registers."""
-    return plan.rest == 4 and plan.warps == WARPS and plan.channels == 32
 
 
 def _factors_kept(plan: Plan) -> int:
@@ -106,8 +100,7 @@ def scan_gradients(
         A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l 2 w r``, dB and dC, of
         whole chunks, and A ``b s e w r``, D and bias ``b s e``: float32 shares still to be added up.
     """
-    paired = _paired(plan)
-    groups = GROUPS if paired else plan.warps
+    layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": u, "delta": delta, "g": y_bar[0], "b": B, "c": C}
     if states is not None:
         sources["h"] = states
@@ -139,10 +132,7 @@ def scan_gradients(
             barrier,
         ) = queue
 
-        if paired:
-            reader = PairedReader(plan, interpret)
-        else:
-            reader = StepReader(plan, StateLayouts(plan.warps, plan.rest), interpret)
+        reader = StepReader(plan, layouts, interpret)
         stream = _BackwardStream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
         block, batch, split = stream.block, stream.batch, lax.axis_index("split")
@@ -209,21 +199,20 @@ def scan_gradients(
                 if i >= kept:
                     factor = lax.exp2(step * decays)
                 gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
-                store(dbc_tile.at[t], reader.channel_sums(gradient * x, dy * state))
-                terms = gradient * reader.coefficients(tiles["b"].at[slot, t])
-                reader.store_share(shares.at[0, :, t, :], terms)
+                store(dbc_tile.at[t], lane_sums(gradient * x, dy * state, layouts, interpret))
+                share = jnp.sum(gradient * reader.coefficients(tiles["b"].at[slot, t]), axis=2)
+                store(shares.at[0, :, t, :], share)
                 carry = factor * gradient
                 decayed = carry * before
-                reader.store_share(shares.at[1, :, t, :], decayed * decays)
+                store(shares.at[1, :, t, :], jnp.sum(decayed * decays, axis=2))
                 dA = dA + decayed * step
                 state = before
             plgpu.commit_smem()
 
             def shared(kind):
                 total = plgpu.load(shares.at[kind, 0], layout=layout, optimized=False)
-                for group in range(1, groups):
-                    part = plgpu.load(shares.at[kind, group], layout=layout, optimized=False)
-                    total = total + part
+                for w in range(1, plan.warps):
+                    total = total + plgpu.load(shares.at[kind, w], layout=layout, optimized=False)
                 return total
 
             def tile(ref):
@@ -286,7 +275,7 @@ def scan_gradients(
             tiles,
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM(tile, jnp.float32),
-            plgpu.SMEM((2, groups, *tile), jnp.float32),
+            plgpu.SMEM((2, plan.warps, *tile), jnp.float32),
             plgpu.SMEM(tile, u.dtype),
             plgpu.SMEM(tile, delta.dtype),
             plgpu.SMEM((plan.chunk, 2, plan.warps, plan.rest), jnp.float32),

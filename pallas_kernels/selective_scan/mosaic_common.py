@@ -171,15 +171,13 @@ def lane_sums(
     )(functools.partial(_lane_sums, shape=shape, layout=layouts.sums.to_mgpu()))(first, second)
 
 
-def _lane_sums(ctx, first, second, *, shape, layout, lanes=LANES):
-    """``lanes``: how many neighbouring ones share the channels."""
+def _lane_sums(ctx, first, second, *, shape, layout):
     del ctx
     utils = mgpu.utils
-    add = functools.partial(arith.addf, fastmath=arith.FastMathFlags.contract)
     i32 = ir.IntegerType.get_signless(32)
 
     def items(array):
-        total = functools.reduce(add, array.registers.flat)  # blocks one lane holds
+        total = functools.reduce(arith.addf, array.registers.flat)  # blocks one lane holds
         return [
             vector.extract(
                 total, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
@@ -189,7 +187,7 @@ def _lane_sums(ctx, first, second, *, shape, layout, lanes=LANES):
 
     values = items(first) + items(second)
     lane = arith.remui(utils.thread_idx(), utils.c(LANES, i32))
-    stride = lanes // 2
+    stride = LANES // 2
     while len(values) > 1:
         half = len(values) // 2
         bit = arith.andi(lane, utils.c(stride, i32))
@@ -198,12 +196,12 @@ def _lane_sums(ctx, first, second, *, shape, layout, lanes=LANES):
         for low, high in zip(values[:half], values[half:], strict=True):
             keep = arith.select(upper, high, low)
             send = arith.select(upper, low, high)
-            merged.append(add(keep, utils.shfl_bfly(send, stride)))
+            merged.append(arith.addf(keep, utils.shfl_bfly(send, stride)))
         values = merged
         stride //= 2
     (value,) = values
     while stride:
-        value = add(value, utils.shfl_bfly(value, stride))
+        value = arith.addf(value, utils.shfl_bfly(value, stride))
         stride //= 2
     registers = np.empty(layout.registers_shape(shape), dtype=object)
     registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), value)

@@ -32,7 +32,6 @@ from pallas_kernels.selective_scan.mosaic_common import (
     StateLayouts,
     compiler_params,
     interpret_params,
-    lane_sums,
     relabel,
     sigmoid,
     softplus,
@@ -181,18 +180,17 @@ class StepReader:
 
     def __init__(self, plan: Plan, layouts: StateLayouts, interpret: bool):
         self.plan, self.layouts, self.interpret = plan, layouts, interpret
-        self.shape, self.groups = plan.state_shape, plan.warps
 
     def channel(self, ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=self.layouts.channel, optimized=False)
 
     def over_state(self, vector: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(vector, self.shape, (1,))
+        spread = lax.broadcast_in_dim(vector, self.plan.state_shape, (1,))
         return plgpu.layout_cast(spread, self.layouts.state)
 
     def coefficients(self, ref: Any) -> jax.Array:
         row = plgpu.load(ref, layout=self.layouts.step, optimized=False)
-        spread = lax.broadcast_in_dim(row, self.shape, (0, 2))
+        spread = lax.broadcast_in_dim(row, self.plan.state_shape, (0, 2))
         return plgpu.layout_cast(spread, self.layouts.state)
 
     def state(self, ref: Any) -> jax.Array:
@@ -211,15 +209,7 @@ class StepReader:
         return self.state(a_ref) * LOG2E
 
     def zeros(self) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layouts.state)
-
-    def store_share(self, ref: Any, terms: jax.Array) -> None:
-        """Writes each group's sums over its states, ``(groups, channels)``."""
-        store(ref, jnp.sum(terms, axis=2))
-
-    def channel_sums(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        """Sums of two states over their channels, as memory has them: ``(2, warps, rest)``."""
-        return lane_sums(first, second, self.layouts, self.interpret)
+        return plgpu.layout_cast(jnp.zeros(self.plan.state_shape, jnp.float32), self.layouts.state)
 
 
 AT_ONCE = 4  # splits whose ends are on their way together
@@ -494,8 +484,8 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                     added = reader.over_state(reader.channel(inputs_ref.at[t]))
                     added = added * reader.coefficients(tiles["b"].at[slot, t])
                     state = lax.exp2(step * decays) * state + added
-                    terms = state * reader.coefficients(tiles["c"].at[slot, t])
-                    reader.store_share(shares_ref.at[:, t, :], terms)
+                    share = jnp.sum(state * reader.coefficients(tiles["c"].at[slot, t]), axis=2)
+                    store(shares_ref.at[:, t, :], share)
                 return state
 
             state = lax.fori_loop(0, plan.chunk // plan.unroll, turn, state)
