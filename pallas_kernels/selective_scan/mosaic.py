@@ -103,7 +103,12 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     blocks = math.ceil(width / channels) * batch
     splits = 1
     if 2 * blocks <= ENOUGH_BLOCKS:  # and no split shorter than 8 tiles
-        splits = max(1, min(ENOUGH_BLOCKS // blocks, chunks // 8))
+        enough = ENOUGH_BLOCKS
+        if _directions(inputs) == 2 and not options.keep_boundaries:
+            enough = (
+                2 * ENOUGH_BLOCKS
+            )  # 4 % faster at 2 x 16,384 steps; one direction is 2 % slower so
+        splits = max(1, min(enough // blocks, chunks // 8))
     measured = tuned.find(inputs, options.keep_boundaries)
     if measured is not None and measured.chunk == chunk:
         channels, splits = measured.channels, measured.splits

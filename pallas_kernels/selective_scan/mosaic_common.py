@@ -174,10 +174,11 @@ def lane_sums(
 def _lane_sums(ctx, first, second, *, shape, layout):
     del ctx
     utils = mgpu.utils
+    add = functools.partial(arith.addf, fastmath=arith.FastMathFlags.contract)
     i32 = ir.IntegerType.get_signless(32)
 
     def items(array):
-        total = functools.reduce(arith.addf, array.registers.flat)  # blocks one lane holds
+        total = functools.reduce(add, array.registers.flat)  # blocks one lane holds
         return [
             vector.extract(
                 total, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
@@ -196,12 +197,12 @@ def _lane_sums(ctx, first, second, *, shape, layout):
         for low, high in zip(values[:half], values[half:], strict=True):
             keep = arith.select(upper, high, low)
             send = arith.select(upper, low, high)
-            merged.append(arith.addf(keep, utils.shfl_bfly(send, stride)))
+            merged.append(add(keep, utils.shfl_bfly(send, stride)))
         values = merged
         stride //= 2
     (value,) = values
     while stride:
-        value = arith.addf(value, utils.shfl_bfly(value, stride))
+        value = add(value, utils.shfl_bfly(value, stride))
         stride //= 2
     registers = np.empty(layout.registers_shape(shape), dtype=object)
     registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), value)
