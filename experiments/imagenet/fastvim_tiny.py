@@ -4,8 +4,8 @@ The recipe of every file in this folder: 300 epochs of 1,281,167 images at an ef
 crop, flip, RandAugment, random erasing, mixup and cutmix, label smoothing; AdamW; an average of the weights. It is
 evaluated with the raw weights and with their average.
 
-Cost: on one H100 a step of batch 128 of this model takes 13.5 ms (9,507 images/s, benchmarks/README.md), so the steps
-alone are about 11 hours there, at that batch and without augmentation. Set FASTVIM_IMAGENET_DIR to a folder with
+Cost: on one H100 a step of batch 128 of this model takes 12.5 ms (10,238 images/s, benchmarks/README.md), so the steps
+alone are about 10 hours there, at that batch and without augmentation. Set FASTVIM_IMAGENET_DIR to a folder with
 `train` and `val`, one sub-folder a class.
 """
 

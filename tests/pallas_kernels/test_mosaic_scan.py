@@ -5,6 +5,7 @@ The interpreter fills fresh buffers with NaN, so that an element nobody wrote sh
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import jax
@@ -109,6 +110,17 @@ def test_time_cut_into_splits(seed, monkeypatch):
     options = ScanOptions(delta_softplus=True, reverse=False, return_last_state=True, chunk=16)
     assert mosaic.plan(ScanInputs(**inputs), options, 16).splits > 1
     compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
+
+
+def test_states_carried_over_many_splits(seed, monkeypatch):
+    """More splits than are read together, and the last of them past the end."""
+    from pallas_kernels.selective_scan import mosaic, mosaic_forward
+
+    plan = mosaic.plan
+    monkeypatch.setattr(mosaic, "plan", lambda *a: dataclasses.replace(plan(*a), splits=6))
+    assert 6 > mosaic_forward.AT_ONCE
+    length = int(np.random.default_rng(seed).integers(70, 97))
+    compare(np.random.default_rng(seed), 3e-6, b=1, l=length, e=32, n=4, reverse=bool(seed % 2))
 
 
 @pytest.mark.parametrize(
