@@ -428,6 +428,7 @@ def plot_models(rows: list[Row], file: Path) -> bool:
     if drawn:
         axis.set(xlabel="pixels a side", ylabel="images a second", title="Forward passes, one H100")
         axis.set_xticks(PIXELS, [str(p) for p in PIXELS])
+        axis.set_xticks([], minor=True)
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
         figure.tight_layout()

@@ -81,11 +81,11 @@ def plot(rows: Sequence[Row], file: Path, *, title: str = "Selective scan, float
                 axis.loglog(sorted(times), [times[x] for x in sorted(times)], "o-", label=label)
         axis.set(title="forward + backward" if gradient else "forward", xlabel="length")
         axis.grid(True, which="both", alpha=0.3)
-        if axis.lines:
-            axis.legend()
     axes[0].set_ylabel("ns a step and sequence")
     figure.suptitle(title)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=max(1, len(lines)))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
