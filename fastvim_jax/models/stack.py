@@ -68,8 +68,12 @@ def run_blocks(
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))
 
+    apart = _unstack((stacked, keep), depth) if mode == "unroll" else None
+
     def one(i: int, residual):
-        params, keep_i = jax.tree.map(lambda leaf: leaf[i], (stacked, keep))
+        params, keep_i = (
+            jax.tree.map(lambda x: x[i], (stacked, keep)) if apart is None else apart[i]
+        )
         return apply(i % period, params, keep_i, residual)
 
     def segment(start: int, stop: int, residual):
@@ -101,6 +105,20 @@ def run_blocks(
         outputs[tap] = (before, hidden)
         start = tap + 1
     return segment(start, depth, residual), outputs
+
+
+def _unstack(tree: Any, depth: int) -> list[Any]:
+    """The tree of each block.
+
+    All at once: the gradient is then one concatenation, where that of `depth` slices is the sum of as many padded
+    arrays, which XLA adds up element by element inside the optimizer's update.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
+    return [
+        structure.unflatten([part.squeeze(0) for part in block])
+        for block in zip(*parts, strict=True)
+    ]
 
 
 def broadcast_keep(keep: jax.Array, like: jax.Array) -> jax.Array:
