@@ -116,7 +116,7 @@ def _unstack(tree: Any, depth: int) -> list[Any]:
     leaves, structure = jax.tree.flatten(tree)
     parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
     return [
-        structure.unflatten([part.squeeze(0) for part in block])
+        jax.tree.unflatten(structure, [part.squeeze(0) for part in block])
         for block in zip(*parts, strict=True)
     ]
 
