@@ -95,3 +95,19 @@ def test_weights_rounded_once_give_the_same_model(seed, name):
     assert float(jnp.abs(first - second).max()) < 2e-2 * float(jnp.abs(first).max())
     wide = round_products(params, jnp.dtype(jnp.float32))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), wide, params))
+
+
+def test_gradients_of_blocks_written_out_are_put_together_without_sums(key):
+    """One array from those of all blocks, and no additions of padded ones."""
+    model = create_model(
+        "fastvim_tiny_patch16_224", depth=3, embed_dim=16, image_size=32, num_classes=4,
+        conv_width=0, blocks="unroll", rngs=nnx.Rngs(key),
+    )  # fmt: skip
+    graphdef, params = nnx.split(model)
+    images = jnp.ones((1, 32, 32, 3))
+    loss = lambda params: nnx.merge(graphdef, params)(images).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    stacked = str(params["blocks"]["mixer"]["in_proj"]["kernel"][...].shape).replace(" ", "")[1:-1]
+    made = [line for line in text.splitlines() if f":f32[{stacked}]" in line.split("=")[0]]
+    assert any("concatenate" in line for line in made)
+    assert not any(" pad[" in line or "add_any" in line for line in made)

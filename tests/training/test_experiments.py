@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from fastvim_jax.analysis.flops import gmacs
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig, build_model
@@ -78,7 +79,10 @@ def test_every_experiment_builds_what_it_claims(name):
     assert config.model.num_classes == claims["classes"]
     docs = experiment_docs(name)
     if name.startswith("imagenet/"):
-        assert f"{claims['parameters']:,} parameters" in docs and "Cost: " in docs
+        assert f"{claims['parameters']:,} parameters" in docs
+        cost = gmacs(config.model)
+        flops = f"{6e9 * cost * config.epochs * 1_281_167:.1e}".replace("e+", "e")
+        assert f"Cost: {flops} FLOPs (6 × {cost:.2f} GMACs an image)" in " ".join(docs.split())
         assert "% top-1" in docs or "No result of the paper" in docs
 
 
