@@ -2,7 +2,7 @@
 
 What a call saves for its gradient is its inputs and, every 8 or 16 steps, the state
 (n float32 a channel); nothing if the scan is no longer than that.  See
-`mosaic_forward` and `mosaic_backward` for the kernels.
+`mosaic_walk`, `mosaic_forward` and `mosaic_backward` for the kernels.
 
 Both directions of a mixer come as inputs whose b holds the sequences of the first and then
 those of the second, and whose A, D and delta_bias have a leading axis of two: see
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward, tuned
 from pallas_kernels.selective_scan.mosaic_common import WARPS
-from pallas_kernels.selective_scan.mosaic_forward import Plan
+from pallas_kernels.selective_scan.mosaic_walk import Plan
 from pallas_kernels.selective_scan.types import (
     ScanForward,
     ScanInputs,

@@ -35,16 +35,15 @@ from pallas_kernels.selective_scan.mosaic_common import (
     store,
     tile_layout,
 )
-from pallas_kernels.selective_scan.mosaic_forward import (
+from pallas_kernels.selective_scan.mosaic_walk import (
     Plan,
     StepReader,
     Stream,
-    _channel_vectors,
-    _inputs,
-    _mesh,
     along_channels,
     by_direction,
+    channel_vectors,
     entering_state,
+    input_tiles,
     prepare_tile,
     raw_steps,
     tile_rows,
@@ -140,7 +139,7 @@ def scan_gradients(
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
         vectors = {
-            n: _channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
+            n: channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
         }
         last_bar = reader.state(extra["last"].at[batch, columns]) if "last" in extra else None
         carry = reader.zeros() if last_bar is None else last_bar
@@ -256,7 +255,7 @@ def scan_gradients(
     tile = (plan.chunk, plan.channels)
     parts = (plan.batch, plan.splits)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    tiles = _inputs(plan, plan.slots, {n: s.dtype for n, s in sources.items() if n != "h"})
+    tiles = input_tiles(plan, plan.slots, {n: s.dtype for n, s in sources.items() if n != "h"})
     if states is not None:
         stored = (plan.channels, plan.warps, plan.rest)
         tiles["h"] = plgpu.SMEM((plan.slots, *stored), jnp.float32)
@@ -284,7 +283,7 @@ def scan_gradients(
         compiler_params=dataclasses.replace(compiler_params(), reduction_scratch_bytes=2048),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_gradients",
-        **_mesh(plan),
+        **plan.mesh,
     )(*sources.values(), A, *extras.values(), *y_bar[1:])
     return dict(zip(["u", "delta", "bc", "A", *sums_of], outputs, strict=True))
 

@@ -16,10 +16,7 @@ The time axis is cut into ``splits`` where batch and channels cannot fill the GP
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,279 +25,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     StateLayouts,
     compiler_params,
     interpret_params,
-    relabel,
     sigmoid,
-    softplus,
     store,
-    tile_channel_layout,
     tile_layout,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a scan is cut: static numbers that shape the kernels.
-
-    length, width, groups: of the scan; channels: of a block; chunk: steps of a tile;
-    per_split: chunks of a split; splits: of the time axis; warps, rest: state groups
-    and the states of one; unroll: steps per turn of the inner loop; slots: tiles in
-    flight; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
-    ``batch`` sequences, in reverse in the second (with ``reverse`` the other way about),
-    each half with its own A, D and bias.
-    """
-
-    batch: int
-    length: int
-    width: int
-    groups: int
-    channels: int
-    chunk: int
-    splits: int
-    warps: int
-    rest: int
-    unroll: int
-    slots: int
-    reverse: bool
-    softplus: bool
-    directions: int = 1
-
-    @property
-    def per_split(self) -> int:
-        return pl.cdiv(pl.cdiv(self.length, self.chunk), self.splits)
-
-    @property
-    def chunks(self) -> int:
-        return self.per_split * self.splits
-
-    @property
-    def blocks(self) -> int:
-        return pl.cdiv(self.width, self.channels)
-
-    @property
-    def padded_width(self) -> int:
-        return self.blocks * self.channels
-
-    @property
-    def ragged(self) -> bool:
-        return self.chunks * self.chunk != self.length
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return (self.warps, self.channels, self.rest)
-
-    @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        return (self.padded_width, self.warps, self.rest)
-
-    def place(self, index: Any) -> Any:
-        """Where in time the chunk visited as number ``index`` lies."""
-        return self.chunks - 1 - index if self.reverse else index
-
-    def start(self, index: Any) -> Any:
-        """First step of the chunk visited as number ``index``."""
-        return self.place(index) * self.chunk
-
-    def steps(self) -> range:
-        return range(self.chunk)
-
-    def group(self, block: Any) -> Any:
-        return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
-
-    def columns(self, block: Any, direction: int = 0) -> Any:
-        """A block's channels, of all directions' one after another."""
-        start = block * self.channels
-        return pl.ds(start + direction * self.padded_width if direction else start, self.channels)
-
-
-def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
-    """The kernel that runs ``body(plan, direction, *refs)``, where the plan is that of one direction.
-
-    Of two, each has code of its own: a place in time that depended on the block would cost an addition at every
-    access, a fifth of a step's instructions. Two conditions, since lowering tries the first branch of each twice.
-    """
-    if plan.directions == 1:
-        return functools.partial(body, plan, 0)
-
-    def kernel(*refs: Any) -> None:
-        second = lax.axis_index("batch") >= plan.batch // 2
-        for direction, here in enumerate((jnp.logical_not(second), second)):
-            own = dataclasses.replace(plan, reverse=bool(direction) != plan.reverse)
-            pl.when(here)(functools.partial(body, own, direction, *refs))
-
-    return kernel
-
-
-def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:
-    """The step numbers of a tile, for masking what lies past the end."""
-    shape = (plan.chunk, plan.channels)
-    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), layout) + start
-
-
-def along_channels(vector: jax.Array, plan: Plan, layout: Any) -> jax.Array:
-    """A ``(channels,)`` vector repeated over a tile's rows."""
-    shape = (plan.chunk, plan.channels)
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (1,)), layout)
-
-
-def raw_steps(delta_tile: Any, bias: jax.Array | None, plan: Plan, layout: Any):
-    """delta + bias of a tile, float32."""
-    raw = plgpu.load(delta_tile, layout=layout, optimized=False).astype(jnp.float32)
-    return raw if bias is None else raw + along_channels(bias, plan, layout)
-
-
-def prepare_tile(
-    delta_tile: Any,
-    x_tile: Any,
-    steps_ref: Any,
-    inputs_ref: Any,
-    bias: jax.Array | None,
-    start: Any,
-    plan: Plan,
-    scaled: bool,
-    interpret: bool,
-) -> None:
-    """Fills the steps and the (scaled) inputs of one tile, both float32, in shared memory."""
-    layout = tile_layout(plan.chunk)
-    steps = raw_steps(delta_tile, bias, plan, layout)
-    if plan.softplus:
-        steps = softplus(steps, layout, interpret)
-    if plan.ragged:  # past the end nothing decays
-        steps = jnp.where(tile_rows(start, plan, layout) < plan.length, steps, 0.0)
-    x = plgpu.load(x_tile, layout=layout, optimized=False).astype(jnp.float32)
-    store(steps_ref, steps)
-    store(inputs_ref, x * steps if scaled else x)
-
-
-class StepReader:
-    """Reads what one step needs, spread over the state's registers."""
-
-    def __init__(self, plan: Plan, layouts: StateLayouts, interpret: bool):
-        self.plan, self.layouts, self.interpret = plan, layouts, interpret
-
-    def channel(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref, layout=self.layouts.channel, optimized=False)
-
-    def over_state(self, vector: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(vector, self.plan.state_shape, (1,))
-        return plgpu.layout_cast(spread, self.layouts.state)
-
-    def coefficients(self, ref: Any) -> jax.Array:
-        row = plgpu.load(ref, layout=self.layouts.step, optimized=False)
-        spread = lax.broadcast_in_dim(row, self.plan.state_shape, (0, 2))
-        return plgpu.layout_cast(spread, self.layouts.state)
-
-    def state(self, ref: Any) -> jax.Array:
-        """A state that memory holds as ``(channels, warps, rest)``."""
-        layouts = self.layouts
-        stored = plgpu.load(ref, layout=layouts.stored, optimized=False)
-        return relabel(stored, (1, 0, 2), layouts.stored, layouts.state, self.interpret)
-
-    def to_store(self, state: jax.Array) -> jax.Array:
-        """The inverse of :meth:`state`, for writing."""
-        layouts = self.layouts
-        return relabel(state, (1, 0, 2), layouts.state, layouts.stored, self.interpret)
-
-    def decays(self, a_ref: Any) -> jax.Array:
-        """A · log2(e), so that a step's factor is one exp2."""
-        return self.state(a_ref) * LOG2E
-
-    def zeros(self) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros(self.plan.state_shape, jnp.float32), self.layouts.state)
-
-
-AT_ONCE = 4  # splits whose ends are on their way together
-
-
-def entering_state(
-    reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any, initial: jax.Array
-) -> jax.Array:
-    """State before split ``split``: the earlier splits' ends, each decayed onwards."""
-    last = reader.plan.splits - 1
-
-    def absorb(group, state):
-        numbers = [group * AT_ONCE + i for i in range(AT_ONCE)]
-        read = [
-            (reader.channel(totals.at[at]), reader.state(ends.at[at]))
-            for at in (jnp.minimum(n, last) for n in numbers)
-        ]
-        for number, (total, end) in zip(numbers, read, strict=True):
-            after = state * lax.exp2(decay * reader.over_state(total)) + end
-            state = jnp.where(number < split, after, state)
-        return state
-
-    return lax.fori_loop(0, lax.div(split + AT_ONCE - 1, AT_ONCE), absorb, initial)
-
-
-def _inputs(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any]:
-    """Shared-memory tiles of the streamed inputs."""
-    tile = (slots, plan.chunk, plan.channels)
-    rows = (slots, plan.chunk, plan.warps, plan.rest)
-    return {
-        name: plgpu.SMEM(rows if name in "bc" else tile, dtype) for name, dtype in dtypes.items()
-    }
-
-
-class Stream:
-    """Brings the chunks of a split into shared memory, ``slots`` ahead.
-
-    ``batch`` numbers the sequences of all directions, ``own`` those of this one.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        direction: int,
-        sources: dict[str, Any],
-        tiles: dict[str, Any],
-        barrier: Any,
-    ):
-        self.plan, self.sources, self.tiles, self.barrier = plan, sources, tiles, barrier
-        self.batch, self.block = lax.axis_index("batch"), lax.axis_index("block")
-        self.own = self.batch - plan.batch // 2 if direction else self.batch
-        self.first = lax.axis_index("split") * plan.per_split
-
-    def fetch(self, k: Any, slot: Any) -> None:
-        plan = self.plan
-        rows = pl.ds(plan.start(self.first + k), plan.chunk)
-        for name, source in self.sources.items():
-            if name in ("b", "c"):
-                part = source.at[self.batch, rows, plan.group(self.block)]
-            else:
-                batch = self.own if name == "g" else self.batch
-                part = source.at[batch, rows, plan.columns(self.block)]
-            plgpu.copy_gmem_to_smem(part, self.tiles[name].at[slot], self.barrier.at[slot])
-
-    def begin(self) -> None:
-        for k in range(min(self.plan.slots, self.plan.per_split)):
-            self.fetch(k, k)
-
-    def wait(self, k: Any) -> Any:
-        slot = lax.rem(k, self.plan.slots)
-        plgpu.barrier_wait(self.barrier.at[slot])
-        return slot
-
-    def refill(self, k: Any, slot: Any) -> None:
-        """After everyone is done with chunk ``k``: fetch the one that takes its slot."""
-
-        @pl.when(k + self.plan.slots < self.plan.per_split)
-        def _():
-            self.fetch(k + self.plan.slots, slot)
-
-
-def _mesh(plan: Plan) -> dict[str, Any]:
-    return {
-        "grid": (plan.blocks, plan.splits, plan.batch),
-        "grid_names": ("block", "split", "batch"),
-    }
-
-
-def _channel_vectors(refs: list[Any], columns: Any, plan: Plan) -> list[jax.Array]:
-    layout = tile_channel_layout(plan.chunk)
-    return [plgpu.load(ref.at[columns], layout=layout, optimized=False) for ref in refs]
+from pallas_kernels.selective_scan.mosaic_walk import (
+    StepReader,
+    Stream,
+    along_channels,
+    by_direction,
+    channel_vectors,
+    entering_state,
+    input_tiles,
+    prepare_tile,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
@@ -336,7 +77,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         columns, weights = plan.columns(stream.block), plan.columns(stream.block, direction)
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
-        bias_vector = _channel_vectors([bias_ref], weights, plan)[0] if has_bias else None
+        bias_vector = channel_vectors([bias_ref], weights, plan)[0] if has_bias else None
 
         def chunk(k, carry):
             slot = stream.wait(k)
@@ -388,7 +129,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
             jax.ShapeDtypeStruct((*shape, plan.padded_width), jnp.float32),
         ],
         scratch_types=[
-            _inputs(plan, plan.slots, {n: s.dtype for n, s in sources.items()}),
+            input_tiles(plan, plan.slots, {n: s.dtype for n, s in sources.items()}),
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM(tile, jnp.float32),
             plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
@@ -396,7 +137,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_split_ends",
-        **_mesh(plan),
+        **plan.mesh,
     )(*operands)
 
 
@@ -442,7 +183,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
         vectors = {
-            n: _channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
+            n: channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
         }
         state = reader.zeros()
         if plan.splits > 1:
@@ -530,7 +271,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
         by_direction(plan, body),
         out_type=out,
         scratch_types=[
-            _inputs(plan, plan.slots, {n: s.dtype for n, s in sources.items()}),
+            input_tiles(plan, plan.slots, {n: s.dtype for n, s in sources.items()}),
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM((plan.warps, *tile), jnp.float32),
@@ -540,5 +281,5 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan",
-        **_mesh(plan),
+        **plan.mesh,
     )(*sources.values(), A, *extras.values())

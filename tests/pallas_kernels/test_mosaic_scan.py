@@ -114,11 +114,11 @@ def test_time_cut_into_splits(seed, monkeypatch):
 
 def test_states_carried_over_many_splits(seed, monkeypatch):
     """More splits than are read together, and the last of them past the end."""
-    from pallas_kernels.selective_scan import mosaic, mosaic_forward
+    from pallas_kernels.selective_scan import mosaic, mosaic_walk
 
     plan = mosaic.plan
     monkeypatch.setattr(mosaic, "plan", lambda *a: dataclasses.replace(plan(*a), splits=6))
-    assert 6 > mosaic_forward.AT_ONCE
+    assert 6 > mosaic_walk.AT_ONCE
     length = int(np.random.default_rng(seed).integers(70, 97))
     compare(np.random.default_rng(seed), 3e-6, b=1, l=length, e=32, n=4, reverse=bool(seed % 2))
 
