@@ -68,7 +68,7 @@ def run_blocks(
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))
 
-    apart = _unstack((stacked, keep), depth) if mode == "unroll" else None
+    apart = _unstack((stacked, keep)) if mode == "unroll" else None
 
     def one(i: int, residual):
         params, keep_i = (
@@ -107,18 +107,15 @@ def run_blocks(
     return segment(start, depth, residual), outputs
 
 
-def _unstack(tree: Any, depth: int) -> list[Any]:
+def _unstack(tree: Any) -> list[Any]:
     """The tree of each block.
 
-    All at once: the gradient is then one concatenation, where that of `depth` slices is the sum of as many padded
+    All at once: the gradient is then one concatenation, where that of a slice for each is the sum of as many padded
     arrays, which XLA adds up element by element inside the optimizer's update.
     """
     leaves, structure = jax.tree.flatten(tree)
-    parts = [jax.lax.split(leaf, (1,) * depth) for leaf in leaves]
-    return [
-        jax.tree.unflatten(structure, [part.squeeze(0) for part in block])
-        for block in zip(*parts, strict=True)
-    ]
+    blocks = zip(*map(jnp.unstack, leaves), strict=True)
+    return [jax.tree.unflatten(structure, block) for block in blocks]
 
 
 def broadcast_keep(keep: jax.Array, like: jax.Array) -> jax.Array:
