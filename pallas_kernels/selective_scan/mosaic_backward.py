@@ -50,17 +50,19 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 )
 
 
-def _factors_kept(plan: Plan) -> int:
-    """Steps of a chunk whose factors wait in registers instead of being computed again.
+def _ahead(plan: Plan) -> tuple[int, int]:
+    """Steps whose sums over channels are exchanged together, and steps whose factors wait in registers instead of being
+    computed again.
 
-    As many as leave room for three blocks a processor: 168 registers. Both directions of 64 channels need more than
-    that without any, and at two blocks have room for all.
+    Every exchange waits for the one before: the more steps together, the more there is to do meanwhile. Both as far as
+    there are registers, 168 for three blocks a processor. With 64 channels and blocks enough, or both directions, which
+    need more than that in any case, two blocks a processor are faster, and have room for all.
     """
     if plan.rest > 4:
-        return 0
+        return 1, 0
     if plan.channels == 32:
-        return 6
-    return plan.chunk if plan.directions == 2 else 2
+        return 2, 0
+    return (1, 2) if plan.splits > 1 and plan.directions == 1 else (4, plan.chunk)
 
 
 class _BackwardStream(Stream):
@@ -155,7 +157,7 @@ def scan_gradients(
 
         # The steps of a chunk in the order of the way back; the factors of the first ones fit into registers as well.
         visits = list(plan.steps() if plan.reverse else reversed(plan.steps()))
-        kept = _factors_kept(plan)
+        together, kept = _ahead(plan)
 
         def chunk(k, carry):
             carry, dA, *sums = carry
@@ -189,23 +191,31 @@ def scan_gradients(
             # The tiles sent out last time must have left before they are written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
-            for i, t in enumerate(visits):
-                before, factor = history.pop()
-                step = reader.over_state(reader.channel(steps_ref.at[t]))
-                x = reader.over_state(reader.channel(inputs_ref.at[t]))
-                dy = reader.channel(tiles["g"].at[slot, t]).astype(jnp.float32)
-                dy = reader.over_state(dy)
-                if i >= kept:
-                    factor = lax.exp2(step * decays)
-                gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
-                store(dbc_tile.at[t], lane_sums(gradient * x, dy * state, layouts, interpret))
-                share = jnp.sum(gradient * reader.coefficients(tiles["b"].at[slot, t]), axis=2)
-                store(shares.at[0, :, t, :], share)
-                carry = factor * gradient
-                decayed = carry * before
-                store(shares.at[1, :, t, :], jnp.sum(decayed * decays, axis=2))
-                dA = dA + decayed * step
-                state = before
+            for first in range(0, plan.chunk, together):
+                group = {}
+                for i, t in enumerate(visits[first : first + together], first):
+                    before, factor = history.pop()
+                    step = reader.over_state(reader.channel(steps_ref.at[t]))
+                    x = reader.over_state(reader.channel(inputs_ref.at[t]))
+                    dy = reader.channel(tiles["g"].at[slot, t]).astype(jnp.float32)
+                    dy = reader.over_state(dy)
+                    if i >= kept:
+                        factor = lax.exp2(step * decays)
+                    gradient = carry + reader.coefficients(tiles["c"].at[slot, t]) * dy
+                    through_b = gradient * reader.coefficients(tiles["b"].at[slot, t])
+                    carry = factor * gradient
+                    decayed = carry * before
+                    parts = [jnp.sum(part, axis=2) for part in (through_b, decayed * decays)]
+                    group[t] = [gradient * x, dy * state], parts
+                    dA = dA + decayed * step
+                    state = before
+                # Written together, last: the compiler lets no read pass a write.
+                for t, (_, parts) in group.items():
+                    for kind, part in enumerate(parts):
+                        store(shares.at[kind, :, t, :], part)
+                terms = [term for t in sorted(group) for term in group[t][0]]
+                rows = pl.ds(min(group), together)
+                store(dbc_tile.at[rows], lane_sums(terms, layouts, interpret))
             plgpu.commit_smem()
 
             def shared(kind):

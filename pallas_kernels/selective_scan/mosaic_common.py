@@ -67,11 +67,15 @@ class StateLayouts:
             *((k, 1, rest) for k in (4, 2, 1)),
         )
         _, self.stored = _tiled(tiles, (-14, -15), (-12, -6, -9), -1)
-        # (2, warps, rest): one value a group of lanes.
-        if 2 * rest <= LANES and warps == WARPS:
-            copies = LANES // (2 * rest)
-            lanes = (-6, -4, plgpu.Replicated(copies)) if copies > 1 else (-6, -4)
-            _, self.sums = _tiled(((2, WARPS, rest), (1, 1, 1)), (-5,), lanes, -1)
+        self.warps, self.rest = warps, rest
+
+    def sums(self, steps: int) -> Any:
+        """Layout of ``(steps, 2, warps, rest)``: one value a group of lanes, so at most 32 values a warp."""
+        copies, left = divmod(LANES, 2 * steps * self.rest)
+        if left or self.warps != WARPS:
+            raise ValueError(f"no layout for sums of {steps} steps with {self.rest} states a lane")
+        lanes = (-8, -7, -5, plgpu.Replicated(copies)) if copies > 1 else (-8, -7, -5)
+        return _tiled(((steps, 2, WARPS, self.rest), (1, 1, 1, 1)), (-6,), lanes, -1)[1]
 
 
 @functools.cache
@@ -153,25 +157,23 @@ def relabel(
     )(keep)(x)
 
 
-def lane_sums(
-    first: jax.Array, second: jax.Array, layouts: StateLayouts, interpret: bool
-) -> jax.Array:
-    """Sums of two states over their channels: ``(2, warps, rest)``.
+def lane_sums(states: list[jax.Array], layouts: StateLayouts, interpret: bool) -> jax.Array:
+    """Sums over their channels of two states for each of some steps: ``(steps, 2, warps, rest)``.
 
-    On the device the lanes halve the list of values at every exchange, so that
-    2·rest values cost 2·rest − 1 shuffles and a few more, not 5 each.  The order of
-    the additions is fixed: the result is deterministic.
+    On the device the lanes halve the list of values at every exchange, so that n values cost n - 1 shuffles and a few
+    more, not 5 each. The order of the additions is fixed: the result is deterministic.
     """
+    shape = (len(states) // 2, 2, states[0].shape[0], states[0].shape[2])
     if interpret:
-        return jnp.stack([jnp.sum(first, axis=1), jnp.sum(second, axis=1)])
-    shape = (2, first.shape[0], first.shape[2])
+        return jnp.stack([jnp.sum(state, axis=1) for state in states]).reshape(shape)
+    layout = layouts.sums(shape[0])
     return plgpu.inline_mgpu(
-        arg_types=(layouts.state, layouts.state),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layouts.sums),
-    )(functools.partial(_lane_sums, shape=shape, layout=layouts.sums.to_mgpu()))(first, second)
+        arg_types=(layouts.state,) * len(states),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout),
+    )(functools.partial(_lane_sums, shape=shape, layout=layout.to_mgpu()))(*states)
 
 
-def _lane_sums(ctx, first, second, *, shape, layout):
+def _lane_sums(ctx, *states, shape, layout):
     del ctx
     utils = mgpu.utils
     add = functools.partial(arith.addf, fastmath=arith.FastMathFlags.contract)
@@ -186,7 +188,7 @@ def _lane_sums(ctx, first, second, *, shape, layout):
             for i in range(ir.VectorType(total.type).shape[0])
         ]
 
-    values = items(first) + items(second)
+    values = [item for state in states for item in items(state)]
     lane = arith.remui(utils.thread_idx(), utils.c(LANES, i32))
     stride = LANES // 2
     while len(values) > 1:

@@ -218,6 +218,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
             plgpu.commit_smem()
 
             def turn(i, state):
+                shares = []
                 for j in range(plan.unroll):
                     t = i * plan.unroll + j
                     t = plan.chunk - 1 - t if plan.reverse else t
@@ -226,6 +227,9 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                     added = added * reader.coefficients(tiles["b"].at[slot, t])
                     state = lax.exp2(step * decays) * state + added
                     share = jnp.sum(state * reader.coefficients(tiles["c"].at[slot, t]), axis=2)
+                    shares.append((t, share))
+                # Written together, last: the compiler lets no read pass a write.
+                for t, share in shares:
                     store(shares_ref.at[:, t, :], share)
                 return state
 
