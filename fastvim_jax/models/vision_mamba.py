@@ -19,7 +19,7 @@ from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
-from fastvim_jax.layers.pos_embed import resize_pos_embed, resize_with_class_row
+from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_with_class_row
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
@@ -195,7 +195,7 @@ class VisionMamba(nnx.Module):
             )
             tokens = jnp.concatenate([tokens[:, :index], token, tokens[:, index:]], axis=1)
         if self.pos_embed is not None:
-            tokens = tokens + self._position_table(grid).astype(wide)
+            tokens = add_table(tokens, self._position_table(grid).astype(wide))
         return tokens, grid
 
     def _position_table(self, grid: tuple[int, int]) -> Float[Array, "1 l d"]:

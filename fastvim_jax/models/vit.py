@@ -15,7 +15,7 @@ from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
-from fastvim_jax.layers.pos_embed import resize_with_class_row
+from fastvim_jax.layers.pos_embed import add_table, resize_with_class_row
 from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Tokens
@@ -152,7 +152,7 @@ class VisionTransformer(nnx.Module):
             self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
         )
         table = resize_with_class_row(self.pos_embed[...], config.grid, grid, 0, 0)
-        residual = jnp.concatenate([token, tokens], axis=1) + table.astype(wide)
+        residual = add_table(jnp.concatenate([token, tokens], axis=1), table.astype(wide))
         keep = keep_factors(
             key, drop_path_keep, config.drop_path, (config.depth, 2, images.shape[0]), wide
         )
