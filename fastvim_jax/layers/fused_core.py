@@ -86,9 +86,26 @@ def join_directions(mixers: Mixer) -> Mixer:
     Laid together once for all blocks: block by block it takes as many kernels as there are parameters.
     """
     joined = nnx.merge(*nnx.split(mixers))
-    joined.both = _joined(joined.forward, joined.backward, axis=1)
+    joined.both = _aligned(_joined(joined.forward, joined.backward, axis=1))
     del joined.forward, joined.backward
     return joined
+
+
+def _aligned(both: ScanDirection) -> ScanDirection:
+    """The same with the rank of Δ filled up with zeros, so that x_proj writes and dt_proj reads rows of whole 16 bytes.
+
+    cuBLAS is twice as fast with those: 44 columns of FastVim-T, 88 bytes in bf16, become 48.
+    """
+    out, step = both.x_proj.kernel[...], both.dt_proj.kernel[...]  # `... e r+2n`, `... r e`
+    rank = step.shape[-2]
+    missing = -rank % (16 // both.config.precision.compute.itemsize)
+    zeros = jnp.zeros((*out.shape[:-1], missing), out.dtype)
+    columns = jnp.concatenate([out[..., :rank], zeros, out[..., rank:]], axis=-1)
+    rows = jnp.concatenate(
+        [step, jnp.zeros((*step.shape[:-2], missing, step.shape[-1]), step.dtype)], axis=-2
+    )
+    both.x_proj.kernel, both.dt_proj.kernel = nnx.Param(columns), nnx.Param(rows)
+    return both
 
 
 def _joined(forward: ScanDirection, backward: ScanDirection, *, axis: int) -> ScanDirection:

@@ -140,9 +140,9 @@ class ScanDirection(nnx.Module):
         Wide, but narrow tokens (unpooled, with activations="compute") have a narrow Δ: it is as large as they are.
         """
         precision = self.config.precision
-        r, n = self.config.rank, self.config.state_size
-        dt, B, C = jnp.split(linear(self.x_proj, u, precision), [r, r + n], axis=-1)
         kernel = self.dt_proj.kernel[...]
+        r, n = kernel.shape[0], self.config.state_size  # `join_directions` fills up the rank
+        dt, B, C = jnp.split(linear(self.x_proj, u, precision), [r, r + n], axis=-1)
         if precision.activations == "compute" and u.dtype == precision.compute:
             delta = jnp.matmul(dt, kernel.astype(dt.dtype), precision=precision.lax)
         else:

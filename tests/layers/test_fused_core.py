@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fastvim_jax.layers.fused_core import fused_core, runs_fused
+from fastvim_jax.layers.fused_core import fused_core, join_directions, runs_fused
 from fastvim_jax.layers.mixer import Mixer, MixerConfig
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
@@ -96,3 +96,43 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     mixer = Mixer(MixerConfig(64, precision=Precision("bfloat16")), rngs=nnx.Rngs(key))
     xz = jnp.zeros((1, 12, 4 * 64))
     assert jax.eval_shape(lambda xz: fused_core(mixer, xz, pooling), xz).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("width", "precision", "rank"),
+    [(64, EXACT, 4), (96, EXACT, 8), (64, NARROW, 8), (192, NARROW, 16), (128, NARROW, 8)],
+)
+def test_joined_directions_fill_up_the_rank(key, width, precision, rank):
+    """To rows of whole 16 bytes; what the directions select and its gradients stay."""
+    config = MixerConfig(width, precision=precision)
+    mixers = nnx.vmap(lambda key: Mixer(config, rngs=nnx.Rngs(key)))(jax.random.split(key, 3))
+    graphdef, params = nnx.split(mixers)
+    u = jax.random.normal(key, (2, 5, config.inner), precision.compute)
+
+    def apart(params):
+        def select(p):
+            mixer = nnx.merge(graphdef, p)
+            return [side.select(u) for side in (mixer.forward, mixer.backward)]
+
+        return jax.tree.leaves(jax.vmap(select)(params))
+
+    def joined(params):
+        both = join_directions(nnx.merge(graphdef, params)).both
+        assert both.dt_proj.kernel.shape[-2] == rank
+        graph, together = nnx.split(both)
+        out = jax.vmap(jax.vmap(lambda p: nnx.merge(graph, p).select(u)))(together)
+        return [a[:, 0] for a in out] + [a[:, 1] for a in out]
+
+    wanted, pull_apart = jax.vjp(apart, params)
+    got, pull_joined = jax.vjp(joined, params)
+    tolerance = 1e-5 if precision is EXACT else 2e-2
+    assert max(relative_errors(got, wanted)) < tolerance
+    gradients = [
+        [
+            side[name].kernel[...]
+            for side in (g.forward, g.backward)
+            for name in ("x_proj", "dt_proj")
+        ]
+        for g in (pull([jnp.cos(a) for a in wanted])[0] for pull in (pull_joined, pull_apart))
+    ]
+    assert max(relative_errors(*gradients)) < tolerance
