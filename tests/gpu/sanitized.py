@@ -1,0 +1,52 @@
+"""Every kernel once with its gradients, on shapes that fill no tile: `test_memory` runs it under compute-sanitizer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.pallas_kernels import test_bidirectional_scan as pair
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_ragged as ragged
+from tests.pallas_kernels import test_mosaic_scan as scan
+from tests.pallas_kernels import test_mosaic_sequence as sequence
+
+
+def cases(rng):
+    """Name, function and its two arguments."""
+    for shape in ((2, 37, 24, 7), (1, 2100, 72, 16)):  # as it is; time is split
+        args = scan.draw(rng, *shape)
+        b, _, e, n = shape
+        states = jnp.asarray(rng.standard_normal((b, e, n)), jnp.float32)
+        run = lambda a, c: scan.values_and_gradients(a, c, "pallas")  # noqa: E731
+        yield f"scan {shape}", run, args, (args["z"] + 1, states)
+    args = pair.draw(rng, 2, 37, 24, 7)
+    run = lambda a, c: pair.values_and_gradients(a, c, "pallas")  # noqa: E731
+    yield "both directions", run, args, pair.of_output(rng, args)
+    grid = {"rows": 5, "columns": 7}
+    for options in (
+        {"method": "mean"},
+        {"method": "mean", "transposed": True},
+        {"method": "max"},
+        {"method": "max", "transposed": True},
+    ):
+        options |= grid
+        run = lambda a, g, o=options: core.value_and_gradients(a, g, "pallas", **o)  # noqa: E731
+        yield f"core {options}", run, *core.draw(rng, 2, 5, 7, 128)
+    run = lambda a, g: ragged.value_and_gradients(a, g, "pallas", rows=12, columns=9)  # noqa: E731
+    yield "ragged core", run, *ragged.draw(rng, 2, 21, 12, 9, 256)
+    run = lambda a, g: sequence.value_and_gradients(a, g, "pallas")  # noqa: E731
+    yield "unpooled core", run, *sequence.draw(rng, 3, 37, 128)
+
+
+def main() -> None:
+    for name, run, args, cotangents in cases(np.random.default_rng(0)):
+        compiled = jax.jit(run).lower(args, cotangents).compile()
+        assert "mosaic_gpu" in compiled.as_text()
+        jax.block_until_ready(compiled(args, cotangents))
+        print("ran", name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""No kernel reads or writes out of bounds, says compute-sanitizer on a real Hopper GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from pallas_kernels import gpu
+from tests.support import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(
+        jax.__version_info__ < gpu.OLDEST_JAX or jax.default_backend() != "gpu",
+        reason="no GPU that the kernels run on",
+    ),
+    pytest.mark.skipif(
+        shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+    ),
+]
+
+
+def test_every_access_is_in_bounds():
+    # An array from an allocation of its own: in JAX's pool, what lies beyond its end is somebody's, and allowed.
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
+    }
+    tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    done = subprocess.run(
+        [*tool, sys.executable, "-m", "tests.gpu.sanitized"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report[-8000:]
+    assert "ERROR SUMMARY: 0 errors" in report
+    assert report.count("\nran ") + report.startswith("ran ") == 9
