@@ -127,7 +127,10 @@ class Program:
 
 
 class Measured:
-    """`function(*make_arguments(seed))`, compiled, and run once for its result unless that needs over `large` bytes."""
+    """`function(*make_arguments(seed))`, compiled, and run once unless that needs over `large` bytes.
+
+    Holds no arrays: many measurements wait for their turn at once.
+    """
 
     def __init__(
         self,
@@ -145,31 +148,29 @@ class Measured:
         self.count = min(max_sets, -int(-COLD_BYTES // size)) if self.profiled else 1
         self.program = Program(function, *shapes)
         self.loop = None if self.profiled else Program(repeated(function), shapes, jnp.int32(1))
-        self.sets: list[tuple] = []
-        self.result: Any = None
         if self.program.costs()["peak_bytes"] < large:
-            self.prepare()
+            self.result()
 
-    def prepare(self) -> Any:
-        """Make the inputs and run once; returns the result for seed 0."""
-        if not self.sets:
-            self.sets = [self.make_arguments(seed) for seed in range(max(1, self.count))]
-            self.result = jax.block_until_ready(self.program(*self.sets[0]))
-        return self.result
+    def result(self) -> Any:
+        """Of the arguments for seed 0."""
+        return jax.block_until_ready(self.program(*self.make_arguments(0)))
+
+    def inputs(self) -> list[tuple]:
+        """The arguments that calls take by turns."""
+        return [self.make_arguments(seed) for seed in range(max(1, self.count))]
 
     def time(self, *, calls: int = 20, seconds: float = 0.2, repeats: int = 5) -> Time:
         """Time it; `seconds` and `repeats` are those of programs timed by the clock."""
-        self.prepare()
-        self.result = None
+        sets = self.inputs()
         if self.loop is not None:
-            return _loop_time(self.loop, self.sets[0], seconds, repeats)
-        run = lambda i: self.program(*self.sets[i % len(self.sets)])  # noqa: E731
+            return _loop_time(self.loop, sets[0], seconds, repeats)
+        run = lambda i: self.program(*sets[i % len(sets)])  # noqa: E731
         once = min(clock(run, warm_up=1, steps=1, repeats=2))
         if once > LONG:
             calls = max(1, min(calls, int(1e3 * seconds / once)))
             median, fastest, slowest = clock(run, warm_up=0, steps=calls, repeats=3)
-            return Time("clock", median, fastest, slowest, None, None, 3 * calls, len(self.sets))
-        if len(self.sets) == 1:
+            return Time("clock", median, fastest, slowest, None, None, 3 * calls, len(sets))
+        if len(sets) == 1:
             return profile(run, calls)
         # Both in one trace: starting and ending one takes longer than what is measured.
         events = _profile(lambda i: run(i if i < calls else 0), 2 * calls)
@@ -177,11 +178,7 @@ class Measured:
             profiled_time(half, calls)
             for half in (events[: len(events) // 2], events[len(events) // 2 :])
         )
-        return dataclasses.replace(time, warm=warm.median, input_sets=len(self.sets))
-
-    def free(self) -> None:
-        """Let go of the arrays."""
-        self.sets, self.result = [], None
+        return dataclasses.replace(time, warm=warm.median, input_sets=len(sets))
 
 
 def repeated(function: Callable[..., Any]) -> Callable[[tuple, jax.Array], jax.Array]:

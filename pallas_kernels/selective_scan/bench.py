@@ -121,7 +121,7 @@ def checked(
         max_sets=12 if spec.length < 100 else 4,
     )
     expected = _expected(spec, dtype, gradient)
-    return measured, timing.relative_error(measured.prepare(), expected)
+    return measured, timing.relative_error(measured.result(), expected)
 
 
 def _case(spec: ScanSpec, dtype: str, gradient: bool, implementation: str) -> timing.Case:

@@ -91,7 +91,7 @@ def _case(spec: ScanSpec, dtype: str, gradient: bool, way: str) -> timing.Case:
     measured = timing.Measured(
         _function(way, spec, gradient), lambda seed: _arguments(spec, dtype, seed)
     )
-    error = timing.relative_error(measured.prepare(), _expected(spec, dtype, gradient))
+    error = timing.relative_error(measured.result(), _expected(spec, dtype, gradient))
     yield None
     time = measured.time()
     yield {

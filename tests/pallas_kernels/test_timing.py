@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -41,12 +42,21 @@ def test_relative_error_sees_one_wrong_entry():
 
 def test_a_program_repeated_n_times_depends_on_n():
     measured = timing.Measured(lambda x: x * 2, lambda seed: (jnp.full(3, seed + 1.0),))
-    assert measured.prepare().tolist() == [2, 2, 2]
-    assert float(measured.loop(measured.sets[0], jnp.int32(5))) == 10
+    assert measured.result().tolist() == [2, 2, 2]
+    assert float(measured.loop(measured.inputs()[0], jnp.int32(5))) == 10
     time = measured.time(seconds=1e-3, repeats=3)
     assert time.method == "loop" and 0 < time.fastest <= time.median <= time.slowest
     costs = measured.program.costs()
     assert costs["argument_bytes"] == 12 and costs["peak_bytes"] >= 24
+
+
+def test_what_waits_for_its_turn_holds_no_arrays():
+    """A lot of programs would fill the device's memory."""
+    before = {id(x) for x in jax.live_arrays()}
+    measured = timing.Measured(lambda x: x * 2, lambda seed: (jnp.full(1000, seed + 1.0),))
+    assert not [x for x in jax.live_arrays() if id(x) not in before and x.size == 1000]
+    measured.time(seconds=1e-3, repeats=3)
+    assert not [x for x in jax.live_arrays() if id(x) not in before and x.size == 1000]
 
 
 def case(log, name, error=None):

@@ -231,8 +231,8 @@ def _measure(
     shapes = jax.eval_shape(lambda: checked(*arguments(0)))
     plain = timing.Program(reference, *shapes, hasty=True)
     yield None
-    out, grads = measured.prepare()
-    wanted, wanted_grads = plain(*checked(*measured.sets[0]))
+    out, grads = measured.result()
+    wanted, wanted_grads = plain(*checked(*arguments(0)))
     errors = {"error": timing.relative_error(some(out), wanted)}
     if gradient:
         grad, wanted_grad = some(grads["arrays"]), wanted_grads["arrays"]
@@ -245,7 +245,6 @@ def _measure(
     del out, grads, wanted, wanted_grads, plain
     time = measured.time(calls=8)
     costs = measured.program.costs()
-    measured.free()
     moved = more.get("least_bytes", costs["argument_bytes"] + costs["output_bytes"])
     yield {
         **errors,

@@ -100,13 +100,13 @@ def _case(
     images = arguments(0)[1][:CHECKED]
     reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
     wanted = reference(params, images)
-    error = timing.relative_error(measured.prepare()[:CHECKED], wanted)
+    error = timing.relative_error(measured.result()[:CHECKED], wanted)
     del images, wanted, reference
     yield None
-    sets = measured.sets
     calls = 10
     row: timing.Row = {}
     if measured.profiled:
+        sets = measured.inputs()
         run = lambda i: measured.program(*sets[i % len(sets)])  # noqa: E731
         median, fastest, slowest = timing.clock(run)
         device = timing.profile(run, calls)
@@ -116,9 +116,9 @@ def _case(
         )  # fmt: skip
         waits = sorted(timing.clock(run, warm_up=0, steps=1, repeats=1)[0] for _ in range(20))
         row = {"device_ms": device.median, "latency_ms": waits[len(waits) // 2]}
+        del run, sets
     else:
         time = measured.time()
-    measured.free()
     yield {
         "ms": time.median, "fastest_ms": time.fastest, "slowest_ms": time.slowest,
         "images_per_s": 1e3 * batch / time.median,
