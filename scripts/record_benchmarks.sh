@@ -84,10 +84,12 @@ printf '%4d s  largest batches done\n' "$SECONDS"
 
 if ((SECONDS < ${MORE_UNTIL:-330})); then
   lot third
-  start mixer_stages mixer --parts stages --pixels 224 512
-  start mixer_stages_large mixer --parts stages --pixels 1024 2048
   start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
+  start mixer_stages_large mixer --parts stages --pixels 1024 2048
+  start mixer_stages mixer --parts stages --pixels 224 512
   start mixer_core_bf16 mixer --parts core --dtypes bfloat16
+  finish
+  lot fourth
   start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
   start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
   start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
