@@ -240,9 +240,9 @@ def scan_gradients(
                 dstep = jnp.where(tile_rows(start, plan, layout) < plan.length, dstep, 0.0)
             store(du_tile, du.astype(u.dtype))
             store(ddelta_tile, dstep.astype(delta.dtype))
-            terms = {"D": lambda: x * dy, "bias": lambda: dstep}
+            summands = {"D": lambda: x * dy, "bias": lambda: dstep}
             sums = [
-                total + _fold_rows(terms[name](), base_rows)
+                total + _fold_rows(summands[name](), base_rows)
                 for name, total in zip(sums_of, sums, strict=True)
             ]
             plgpu.commit_smem()
