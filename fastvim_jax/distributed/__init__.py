@@ -15,6 +15,7 @@ from fastvim_jax.distributed.sharding import (
     replicated,
     split_batch,
     state_shardings,
+    with_auto_axes,
 )
 from fastvim_jax.distributed.start import Launch, detect, start
 
@@ -38,4 +39,5 @@ __all__ = [
     "state_shardings",
     "union",
     "wait",
+    "with_auto_axes",
 ]

@@ -11,11 +11,13 @@ Inside a step these functions read the ambient mesh (`jax.set_mesh`); without on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import KeyPath
@@ -23,6 +25,7 @@ from jax.tree_util import KeyPath
 from fastvim_jax.distributed.mesh import DATA, FSDP
 
 BATCH = P((DATA, FSDP))
+Method = TypeVar("Method", bound=Callable[..., Any])
 SMALLEST = 2**16
 """Parameters of fewer entries are on every device: spreading them saves nothing and costs a message each."""
 
@@ -68,6 +71,29 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
         for key, value in batch.items()
     }
+
+
+def with_auto_axes(method: Method) -> Method:
+    """Decorates a model's method of images, for meshes with Explicit axes (`jax.make_mesh` makes them by default).
+
+    Inside, the axes are Auto: the compiler splits the work by where images and parameters lie. Results are split as
+    the images' batch is; a parameter's gradient lies like the parameter.
+    """
+
+    @functools.wraps(method)
+    def call(self, images, **options):
+        lies = jax.typeof(images).sharding
+        if AxisType.Explicit not in lies.mesh.axis_types:
+            return method(self, images, **options)
+        graphdef, state = nnx.split(self)
+
+        def run(state, images, options):
+            return method(nnx.merge(graphdef, state), images, **options)
+
+        split = NamedSharding(lies.mesh, P(lies.spec[0]))
+        return jax.sharding.auto_axes(run, out_sharding=split)(state, images, options)
+
+    return call  # type: ignore[return-value]
 
 
 def gather(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from jaxtyping import Array, Float
 
+from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.fused_core import join_directions, runs_fused
 from fastvim_jax.layers.mixer import Mixer
@@ -95,6 +96,7 @@ class VisionMamba(nnx.Module):
             else nnx.data(None)
         )
 
+    @with_auto_axes
     def __call__(
         self,
         images: Images,
@@ -127,11 +129,13 @@ class VisionMamba(nnx.Module):
         logits = self.head(features)
         return largest(logits, axis=1) if self._reads_all("max") else logits
 
+    @with_auto_axes
     def features(self, images: Images) -> Array:
         """What the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
         residual, _, _ = self._run(images, None, None)
         return self._pool(self.norm(residual))
 
+    @with_auto_axes
     def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
         """(residual stream before the block, the block's mixer output) of every block, in stored token order."""
         _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))

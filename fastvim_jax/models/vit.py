@@ -10,6 +10,7 @@ from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
 from jaxtyping import Array, Float
 
+from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.layers.attention import Attention, Mlp
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.norms import keeping_input, make_norm
@@ -91,6 +92,7 @@ class VisionTransformer(nnx.Module):
             else nnx.data(None)
         )
 
+    @with_auto_axes
     def __call__(
         self,
         images: Images,
@@ -113,10 +115,12 @@ class VisionTransformer(nnx.Module):
         features = self._pool(residual)
         return features if self.head is None else self.head(features)
 
+    @with_auto_axes
     def features(self, images: Images) -> Float[Array, "b d"]:
         """What the head reads."""
         return self._pool(self._run(images, None, None)[0])
 
+    @with_auto_axes
     def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
         """(residual stream before the block, after the block) of every block."""
         _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))

@@ -302,29 +302,59 @@ def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
 
 
 @needs_mosaic
-@pytest.mark.slow
-@pytest.mark.parametrize("blocks", ["scan", "unroll"])
-def test_model(seed, monkeypatch, blocks):
+@pytest.mark.parametrize(
+    ("types", "blocks"),
+    [
+        (AxisType.Explicit, "scan"),
+        pytest.param(AxisType.Auto, "scan", marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, "unroll", marks=pytest.mark.slow),
+    ],
+)
+def test_model(seed, monkeypatch, types, blocks):
     """A FastVim with every parameter split over half the mesh."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    check_model(seed, types, "fastvim_tiny_patch16_224", blocks=blocks, remat="block")
+
+
+@pytest.mark.slow
+def test_vit(seed):
+    check_model(seed, AxisType.Explicit, "vit_tiny_patch16_224", num_heads=4)
+
+
+def check_model(seed, types, name, **options):
+    """Training and evaluation, against one device; gradients lie like parameters, features like images."""
     from flax import nnx
 
     from fastvim_jax.models import create_model
 
-    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     model = create_model(
-        "fastvim_tiny_patch16_224", num_classes=4, depth=2, embed_dim=64, image_size=32,
-        patch_size=8, blocks=blocks, remat="block", rngs=nnx.Rngs(seed),
+        name, num_classes=4, depth=2, embed_dim=64, image_size=32,
+        patch_size=8, drop_path=0.3, rngs=nnx.Rngs(seed), **options,
     )  # fmt: skip
     graphdef, params = nnx.split(model)
     images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3))
-    run = jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x))))
-    wanted = jax.jit(run)(params, images)
-    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    keep = model.draw_drop_path(jax.random.key(seed), 8)
+
+    def loss(params, images):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(images, drop_path_keep=keep)))
+
+    def features(params, images):
+        model = nnx.merge(graphdef, params)
+        return model.features(images), model.intermediates(images)
+
+    run, look = jax.jit(jax.value_and_grad(loss)), jax.jit(features)
+    wanted, seen = run(params, images), look(params, images)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(types,) * 2)
     spread = lambda x: P(*[None] * (x.ndim - 1), None if x.shape[-1] % 2 else "fsdp")  # noqa: E731
     params = put(params, jax.tree.map(spread, params), mesh)
     images = jax.device_put(images, NamedSharding(mesh, P(BATCH)))
-    got = jax.jit(run)(params, images)
+    got = run(params, images)
     assert max(relative_errors(got, wanted)) < 1e-4
+    looked = look(params, images)
+    assert max(relative_errors(looked, seen)) < 1e-4
+    if types == AxisType.Explicit:
+        assert jax.tree.map(jax.typeof, got[1]) == jax.tree.map(jax.typeof, params)
+        assert all(jax.typeof(x).sharding.spec[0] == BATCH for x in jax.tree.leaves(looked))
 
 
 def shapes_on(mesh, arrays, specs):
