@@ -293,7 +293,7 @@ def scan_gradients(
         compiler_params=dataclasses.replace(compiler_params(), reduction_scratch_bytes=2048),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_gradients",
-        **plan.mesh,
+        **plan.mesh(plan.splits),
     )(*sources.values(), A, *extras.values(), *y_bar[1:])
     return dict(zip(["u", "delta", "bc", "A", *sums_of], outputs, strict=True))
 

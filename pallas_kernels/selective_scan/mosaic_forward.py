@@ -46,7 +46,7 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
-    """What each split makes of a zero state.
+    """What each split but the last, which nothing follows, makes of a zero state.
 
     Args:
         x: a list of ``b l e``, of all directions or one for each; delta: ``b l e``;
@@ -56,7 +56,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         post_decay: a step decays what it has added too (the gradients' way back).
 
     Returns:
-        ends ``b s e w r``, and the sum of a split's steps ``b s e``, both float32.
+        ends ``b s-1 e w r``, and the sum of a split's steps ``b s-1 e``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     of = "x" if len(x) == 1 else "g"
@@ -119,7 +119,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         store(ends_ref.at[stream.batch, split, columns], reader.to_store(state))
         store(totals_ref.at[stream.batch, split, columns], total)
 
-    shape = (plan.batch, plan.splits)
+    shape = (plan.batch, plan.splits - 1)
     tile = (plan.chunk, plan.channels)
     operands = [*sources.values(), A] + ([bias] if has_bias else []) + x[1:]
     return plgpu.kernel(
@@ -137,7 +137,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_split_ends",
-        **plan.mesh,
+        **plan.mesh(plan.splits - 1),
     )(*operands)
 
 
@@ -285,5 +285,5 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan",
-        **plan.mesh,
+        **plan.mesh(plan.splits),
     )(*sources.values(), A, *extras.values())

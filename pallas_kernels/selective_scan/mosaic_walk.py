@@ -67,11 +67,10 @@ class Plan:
     def padded_width(self) -> int:
         return self.blocks * self.channels
 
-    @property
-    def mesh(self) -> dict[str, Any]:
-        """The blocks."""
+    def mesh(self, splits: int) -> dict[str, Any]:
+        """The blocks of so many splits."""
         return {
-            "grid": (self.blocks, self.splits, self.batch),
+            "grid": (self.blocks, splits, self.batch),
             "grid_names": ("block", "split", "batch"),
         }
 
@@ -210,7 +209,7 @@ def entering_state(
     reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any, initial: jax.Array
 ) -> jax.Array:
     """State before split ``split``: the earlier splits' ends, each decayed onwards."""
-    last = reader.plan.splits - 1
+    last = reader.plan.splits - 2
 
     def absorb(group, state):
         numbers = [group * AT_ONCE + i for i in range(AT_ONCE)]
