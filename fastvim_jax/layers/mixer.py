@@ -141,8 +141,10 @@ class ScanDirection(nnx.Module):
         """
         precision = self.config.precision
         kernel = self.dt_proj.kernel[...]
-        r, n = kernel.shape[0], self.config.state_size  # `join_directions` fills up the rank
-        dt, B, C = jnp.split(linear(self.x_proj, u, precision), [r, r + n], axis=-1)
+        projected = linear(self.x_proj, u, precision)
+        # Rows that `join_directions` adds are zeros; they may be as many as there are columns here.
+        dt = projected[..., : kernel.shape[0]]
+        B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
         if precision.activations == "compute" and u.dtype == precision.compute:
             delta = jnp.matmul(dt, kernel.astype(dt.dtype), precision=precision.lax)
         else:

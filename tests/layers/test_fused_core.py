@@ -99,11 +99,17 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
 
 
 @pytest.mark.parametrize(
-    ("width", "precision", "rank"),
-    [(64, EXACT, 4), (96, EXACT, 8), (64, NARROW, 8), (192, NARROW, 16), (128, NARROW, 8)],
+    ("width", "precision", "columns", "rows"),
+    [
+        (64, EXACT, 36, 4),
+        (96, EXACT, 40, 8),
+        (64, NARROW, 40, 40),
+        (192, NARROW, 48, 48),
+        (128, NARROW, 40, 40),
+    ],
 )
-def test_joined_directions_fill_up_the_rank(key, width, precision, rank):
-    """To rows of whole 16 bytes; what the directions select and its gradients stay."""
+def test_joined_directions_fill_up_the_rank(key, width, precision, columns, rows):
+    """To rows of whole 16 bytes, read whole by narrow products; what the directions select and its gradients stay."""
     config = MixerConfig(width, precision=precision)
     mixers = nnx.vmap(lambda key: Mixer(config, rngs=nnx.Rngs(key)))(jax.random.split(key, 3))
     graphdef, params = nnx.split(mixers)
@@ -118,7 +124,8 @@ def test_joined_directions_fill_up_the_rank(key, width, precision, rank):
 
     def joined(params):
         both = join_directions(nnx.merge(graphdef, params)).both
-        assert both.dt_proj.kernel.shape[-2] == rank
+        assert both.x_proj.kernel.shape[-1] == columns
+        assert both.dt_proj.kernel.shape[-2] == rows
         graph, together = nnx.split(both)
         out = jax.vmap(jax.vmap(lambda p: nnx.merge(graph, p).select(u)))(together)
         return [a[:, 0] for a in out] + [a[:, 1] for a in out]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +38,22 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     assert text.count("stablehlo.dot_general") == 4 * depth + 2
 
 
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({"dtype": "bfloat16", "activations": "compute"}, {16, 32}), ({}, {12, 16, 32})],
+    ids=["bfloat16", "float32"],
+)
+def test_what_is_taken_out_of_x_projs_columns(options, taken):
+    """B and C, written as one array, and the steps' rank where dt_proj does not read all columns."""
+    graphdef, params = split(depth=2, blocks="unroll", **options)
+    images = jax.ShapeDtypeStruct((3, 224, 224, 3), jnp.float32)
+    forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
+    text = lower_for_h100(forward, params, images)
+    assert text.count("optimization_barrier") == 2
+    widths = re.findall(r"stablehlo.slice .* -> tensor<2x(?:3x14|42)x(\d+)xb?f\d+>", text)
+    assert set(map(int, widths)) == taken
+
+
 def test_directions_are_laid_together_once_for_all_blocks():
     def concatenations(depth):
         graphdef, params = split(depth=depth, blocks="unroll", embed_dim=64)
@@ -43,7 +61,7 @@ def test_directions_are_laid_together_once_for_all_blocks():
         run = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
         return lower_for_h100(run, params, images).count("stablehlo.concatenate")
 
-    assert concatenations(2) == concatenations(3) > 0
+    assert concatenations(3) == concatenations(2) + 1  # of each block B and C
 
 
 @pytest.mark.parametrize(
