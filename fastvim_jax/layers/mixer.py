@@ -141,14 +141,22 @@ class ScanDirection(nnx.Module):
         """
         precision = self.config.precision
         kernel = self.dt_proj.kernel[...]
-        projected = linear(self.x_proj, u, precision)
-        # Rows that `join_directions` adds are zeros; they may be as many as there are columns here.
-        dt = projected[..., : kernel.shape[0]]
-        B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
-        if precision.activations == "compute" and u.dtype == precision.compute:
-            delta = jnp.matmul(dt, kernel.astype(dt.dtype), precision=precision.lax)
+        if precision.activations == "compute":
+            narrow = precision.compute != precision.wide
+
+            def multiply(x, kernel):
+                # As x is: rounding the few pooled tokens would take a kernel longer than TF32's products do.
+                mode = jax.lax.Precision.DEFAULT if narrow else precision.lax
+                return jnp.matmul(x, kernel.astype(x.dtype), precision=mode)
         else:
-            delta = product(dt, kernel, precision.compute, precision.lax)
+
+            def multiply(x, kernel):
+                return product(x, kernel, precision.compute, precision.lax)
+
+        projected = multiply(u, self.x_proj.kernel[...])
+        # Rows that `join_directions` adds are zeros; they may be as many as there are columns here.
+        delta = multiply(projected[..., : kernel.shape[0]], kernel)
+        B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
         return delta, B, C
 
     def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:

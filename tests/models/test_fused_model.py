@@ -52,6 +52,9 @@ def test_what_is_taken_out_of_x_projs_columns(options, taken):
     assert text.count("optimization_barrier") == 2
     widths = re.findall(r"stablehlo.slice .* -> tensor<2x(?:3x14|42)x(\d+)xb?f\d+>", text)
     assert set(map(int, widths)) == taken
+    # Pooled tokens go as they are into a product of float32, or TF32, and are in float32 for the scan.
+    assert re.search(r"\(tensor<2x3x14x384xf32>, tensor<2x384x\d+xf32>\)", text)
+    assert not re.search(r"\(tensor<2x3x14x384xf32>\) -> tensor<2x3x14x384xbf16>", text)
 
 
 def test_directions_are_laid_together_once_for_all_blocks():
