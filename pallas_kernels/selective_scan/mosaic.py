@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,20 +153,19 @@ def _pad_to(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
-def _streamed_shape(inputs: ScanInputs, chunk: int) -> tuple[int, int]:
-    """Length and width that the copy engine can address: rows of whole 16 bytes.
-
-    A tile as wide as the array leaves by a plain bulk copy, which knows no end of a
-    sequence: there the length is made of whole tiles as well.
-    """
-    _, length, width = inputs.u.shape
-    width = max(32, math.ceil(width / 8) * 8)
-    return (math.ceil(length / chunk) * chunk if width in (32, 64) else length), width
-
-
 def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
-    width = _streamed_shape(inputs, chunk)[1]
+    """The plan, of rows that the copy engine can address: whole 16 bytes."""
+    width = max(32, math.ceil(inputs.u.shape[2] / 8) * 8)
     return dataclasses.replace(plan(inputs, options, chunk), width=width)
+
+
+def _streamed_length(cut: Plan) -> int:
+    """The steps that streamed arrays need to have.
+
+    A tile as wide as the array leaves by a plain bulk copy, which knows no end of a sequence: there all splits' whole
+    tiles have a place, also those past the end.
+    """
+    return cut.chunks * cut.chunk if cut.channels == cut.width else cut.length
 
 
 def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands:
@@ -175,7 +173,7 @@ def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands
     if reason is not None:
         raise NotImplementedError(f"selective_scan: implementation 'pallas' cannot run: {reason}")
     cut = _cut(inputs, options, chunk)
-    length, width = _streamed_shape(inputs, chunk)
+    length, width = _streamed_length(cut), cut.width
     states = cut.warps * cut.rest
 
     def streamed(x):
@@ -215,7 +213,7 @@ def _state_out(x: jax.Array, width: int, states: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)[..., :width, :states]
 
 
-def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[jax.Array]:
+def _run(o: _Operands, *, save_states: bool, last_state: bool, dtype: jnp.dtype) -> list[jax.Array]:
     entering = None
     if o.plan.splits > 1:
         entering = mosaic_forward.split_ends(
@@ -223,18 +221,22 @@ def _run(o: _Operands, *, z: Any, save_states: bool, last_state: bool) -> list[j
             scaled=True, post_decay=False, interpret=_interpret,
         )  # fmt: skip
     return mosaic_forward.scan(
-        o.u, o.delta, o.B, o.C, o.A, o.D, z, o.bias, entering, o.plan,
-        save_states=save_states, last_state=last_state, interpret=_interpret,
+        o.u, o.delta, o.B, o.C, o.A, o.D, o.z, o.bias, entering, o.plan,
+        save_states=save_states, last_state=last_state, dtype=dtype, interpret=_interpret,
     )  # fmt: skip
 
 
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
     """See `types.Backend`."""
+    return _forward(inputs, options, inputs.u.dtype)
+
+
+def _forward(inputs: ScanInputs, options: ScanOptions, dtype: jnp.dtype) -> ScanForward:
     _, length, width = inputs.u.shape
     chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
     o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
-    more = _run(o, z=o.z, save_states=save, last_state=options.return_last_state)
+    more = _run(o, save_states=save, last_state=options.return_last_state, dtype=dtype)
     y = [more.pop(0)[:, :length, :width] for _ in range(o.plan.directions)]
     states = inputs.A.shape[-1]
     boundaries = last_state = None
@@ -262,7 +264,7 @@ def backward(
     o = _operands(inputs._replace(z=None), options, options.chunk)
     cut = o.plan
     y_bars = [
-        _pad_to(_pad_to(g.astype(inputs.u.dtype), 1, o.u.shape[1]), 2, o.u.shape[2])
+        _pad_to(_pad_to(g, 1, o.u.shape[1]), 2, o.u.shape[2])
         for g in (y_bar if isinstance(y_bar, tuple) else [y_bar])
     ]
     if last_state_bar is not None:
@@ -306,9 +308,9 @@ def backward(
 
 
 def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):
-    """Gradients of the ungated output and of z; the output is computed again, ungated."""
+    """Gradients of the ungated output, in float32, and of z; the output is computed again, ungated."""
     options = dataclasses.replace(options, keep_boundaries=False, return_last_state=False)
-    y, _, _ = forward(inputs._replace(z=None), options)
-    gated = lambda y, z: y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))  # noqa: E731
+    y, _, _ = _forward(inputs._replace(z=None), options, jnp.dtype(jnp.float32))
+    gated = lambda y, z: y * jax.nn.silu(z.astype(jnp.float32))  # noqa: E731
     _, pull = jax.vjp(gated, y, inputs.z)
     return pull(y_bar.astype(jnp.float32))

@@ -62,7 +62,7 @@ def _ahead(plan: Plan) -> tuple[int, int]:
         return 1, 0
     if plan.channels == 32:
         return 2, 0
-    return (1, 2) if plan.splits > 1 and plan.directions == 1 else (4, plan.chunk)
+    return (1, 1) if plan.splits > 1 and plan.directions == 1 else (4, plan.chunk)
 
 
 class _BackwardStream(Stream):

@@ -141,8 +141,12 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
     )(*operands)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "save_states", "last_state", "interpret"))
-def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, interpret):
+@functools.partial(
+    jax.jit, static_argnames=("plan", "save_states", "last_state", "dtype", "interpret")
+)
+def scan(
+    u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, dtype, interpret
+):
     """The scan itself.
 
     Args:
@@ -152,9 +156,10 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
         entering: what :func:`split_ends` returned, when ``plan.splits > 1``.
         save_states: also return the state entering every chunk.
         last_state: also return the state after the last step.
+        dtype: of y.
 
     Returns:
-        y ``b l e`` in u's dtype, one for each direction; then, where asked for, the entering states
+        y ``b l e``, one for each direction; then, where asked for, the entering states
         ``b k e w r`` and the last state ``b e w r``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
@@ -247,7 +252,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
                 gate = plgpu.load(tiles["z"].at[slot], layout=layout, optimized=False)
                 gate = gate.astype(jnp.float32)
                 y = y * gate * sigmoid(gate, layout, interpret)
-            store(y_tile, y.astype(u.dtype))
+            store(y_tile, y.astype(dtype))
             plgpu.commit_smem()
             rows = pl.ds(start, plan.chunk)
             plgpu.copy_smem_to_gmem(y_tile, y_ref.at[stream.own, rows, columns])
@@ -266,7 +271,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
     tile = (plan.chunk, plan.channels)
     states = plan.stored_shape
     of_direction = (plan.batch // plan.directions, *u.shape[1:])
-    out = [jax.ShapeDtypeStruct(of_direction, u.dtype)] * plan.directions
+    out = [jax.ShapeDtypeStruct(of_direction, dtype)] * plan.directions
     if save_states:
         out.append(jax.ShapeDtypeStruct((plan.batch, plan.chunks, *states), jnp.float32))
     if last_state:
@@ -279,7 +284,7 @@ def scan(u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_sta
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM(tile, jnp.float32),
             plgpu.SMEM((plan.warps, *tile), jnp.float32),
-            plgpu.SMEM(tile, u.dtype),
+            plgpu.SMEM(tile, dtype),
             plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
         ],
         compiler_params=compiler_params(),

@@ -65,13 +65,19 @@ def interpreted(*modules):
 
 
 def relative_errors(got, wanted) -> list[float]:
-    """‖got - wanted‖ / ‖wanted‖ of every array; NaN, unwritten or missing values are errors of infinity."""
+    """‖got - wanted‖ / ‖wanted‖ of every array; NaN, unwritten or missing values are errors of infinity.
+
+    Where all of `wanted` is 0, as A's gradient of a single step is, so has `got` to be.
+    """
 
     def error(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape, (a.shape, b.shape)
+        assert np.all(np.isfinite(b)), "the reference is not finite"
         if not np.all(np.isfinite(a)):
             return np.inf
+        if not b.any():
+            return np.inf if a.any() else 0.0
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
