@@ -43,9 +43,9 @@ def mixer_core(
         out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
 
     with d the two directions; the second one's window looks ahead. On Hopper GPUs, xz is read twice and
-    out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode); kept
-    for the gradient are xz and tensors of the size of u, with "max" among them where in its line each maximum
-    first is (int32), since that token alone gets its gradient. A NaN in a line makes its maximum NaN.
+    out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode, and once
+    where kernels run); kept for the gradient are xz and tensors of the size of u, with "max" among them where in its
+    line each maximum first is (int32), since that token alone gets its gradient. A NaN in a line makes its maximum NaN.
 
     A ragged grid lacks tokens, other ones in each sample: xz then holds those that there are, and `row_ids` says in
     which rows. u_d is the sum over a row's tokens divided by the length of a whole row, 0 where there are none; the
@@ -94,7 +94,8 @@ def mixer_core(
             f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
         )
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
-    ids = () if row_ids is None else tuple(of_row.astype(jnp.int32) for of_row in row_ids)
+    # Held to the grid: the kernels address memory by them.
+    ids = tuple(jnp.clip(of_row, 0, rows - 1).astype(jnp.int32) for of_row in row_ids or ())
     stages = _stages(implementation, xz, directions, ids, options)
     if stages is None:
         u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)

@@ -66,6 +66,7 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
         s
         for s in range(1, min(options.tokens, 32) + 1)
         if options.tokens % s == 0
+        and s >= taps - 1  # a halo reaches no further than the next segment
         and _bytes(kind, s, taps, width, size) <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
     ]
     limit = 16 if any(4 <= s <= 16 for s in fitting) else 32
@@ -118,7 +119,7 @@ def unsupported(
         return f"{width} channels are not made of whole blocks of 128"
     if not 2 <= taps <= 8:
         return f"convolutions of width {taps} are not between 2 and 8"
-    if ids and 0 in xz.shape:
+    if 0 in xz.shape:
         return f"xz {xz.shape} is empty"
     options = _visited(xz, ids, options)
     if ids and options.tokens < max(4, taps - 1):

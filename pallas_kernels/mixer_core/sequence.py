@@ -37,8 +37,8 @@ def sequence_core(
         out = LayerNorm((y_f + y_b) / 2) · silu(z)
 
     with d the two directions; the second one's window looks ahead. On Hopper GPUs what comes before and after the
-    scans is one pass over memory each, forward and backward. Differentiable (reverse mode); kept for the gradient are
-    xz, both y, and what `middle` keeps (its scans keep both c).
+    scans is one pass over memory each, forward and backward. Differentiable (reverse mode, and once where
+    kernels run); kept for the gradient are xz, both y, and what `middle` keeps (its scans keep both c).
 
     Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
     needs all channels of a token).

@@ -58,7 +58,10 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
 
 
 def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Float[Array, "b s e"]:
-    """Each row's sum of tokens, in float32 or wider: a product, since scattered sums change from run to run on GPUs."""
+    """Each row's sum of tokens, in float32 or wider: a product, since scattered sums change from run to run on GPUs.
+
+    A NaN or infinity is in all rows of its sample then, where the kernel has it in one.
+    """
     wide = jnp.promote_types(jnp.float32, x.dtype)
     of_row = (jnp.arange(rows)[:, None] == ids[:, None, :]).astype(x.dtype)
     exact = jax.lax.Precision.HIGHEST

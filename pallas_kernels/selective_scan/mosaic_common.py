@@ -59,7 +59,6 @@ class StateLayouts:
         base, self.state = _tiled(tiles, (-15, -14), (-11, -5, -8), -1)
         self.channel = _reduced(base, (0, 2))  # (channels,)
         self.step = _reduced(base, (1,))  # (warps, rest)
-        self.partial = _reduced(base, (2,))  # (warps, channels)
         # The same values in the same registers, as (channels, warps, rest): how memory holds them.
         tiles = (
             (across * LANES, warps, rest),
@@ -229,5 +228,5 @@ def compiler_params() -> plgpu.CompilerParams:
 
 
 def interpret_params(interpret: bool) -> Any:
-    """Parameters for the CPU interpreter, where it is asked for."""
-    return plgpu.InterpretGPUParams() if interpret else None
+    """Parameters for the CPU interpreter, where it is asked for: a race in shared memory is an error."""
+    return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
