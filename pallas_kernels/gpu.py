@@ -15,8 +15,8 @@ OLDEST_JAX = (0, 11, 1)
 def kernels_missing() -> str | None:
     """Why programs traced now cannot hold Mosaic GPU kernels; None if they can.
 
-    They can on NVIDIA GPUs from Hopper on.  On a machine without one, trace under
-    `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
+    They can on NVIDIA's data centre GPUs from Hopper on, compute capabilities 9 and 10.  On a machine without one,
+    trace under `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
     """
     if jax.__version_info__ < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
@@ -42,12 +42,15 @@ def _no_device() -> str | None:
         return "there is no GPU"
     for device in devices:
         capability = getattr(device, "compute_capability", None)
+        name = f"{device.device_kind} (compute capability {capability})"
         try:
-            recent = float(capability) >= 9.0
+            version = float(capability)
         except (TypeError, ValueError):  # not NVIDIA's
-            recent = False
-        if not recent:
-            return f"{device.device_kind} (compute capability {capability}) is older than Hopper"
+            version = 0.0
+        if version < 9.0:
+            return f"{name} is older than Hopper"
+        if version >= 11.0:
+            return f"{name} has less shared memory than the 227 KB that the kernels are cut for"
     return None
 
 

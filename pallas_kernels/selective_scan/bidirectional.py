@@ -51,7 +51,10 @@ def bidirectional_scan(
                 f"bidirectional_scan: the first axis of {name} must be the two directions', got shape {x.shape}"
             )
     first = {name: None if x is None else x[0] for name, x in arrays.items()}
-    jax.eval_shape(lambda: _inputs(**first, z=None))  # the errors of one direction
+    try:
+        jax.eval_shape(lambda: _inputs(**first, z=None))
+    except ValueError as error:
+        raise ValueError(f"bidirectional_scan, one direction's arrays: {error}") from None
     if arrays["B"].ndim == 4:
         arrays |= {name: arrays[name][..., None, :] for name in "BC"}
     inputs = ScanInputs(**arrays, z=None)

@@ -1,7 +1,7 @@
 """Block sizes found by measuring, by device: `tuned/<device>.json`, made by `fastvim bench scan --tune`.
 
-A shape that was measured takes its blocks from there, any other from the rules in `mosaic`. Only blocks that were
-clearly faster than the rules' are kept.
+A shape that was measured takes its blocks from there, any other from the rules in `mosaic`; scans of both directions
+in one launch, whose best blocks differ, always do. Only blocks that were clearly faster than the rules' are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def find(inputs: ScanInputs, gradient: bool) -> Blocks | None:
     """The measured blocks of this shape on the device that is traced for; None if there are none."""
     if _forced:
         return _forced[-1]
-    if inputs.B.shape[2] != 1:
+    if inputs.B.shape[2] != 1 or inputs.A.ndim == 3:
         return None
     batch, length, width = inputs.u.shape
     return _table(gpu.device_kind()).get(key(batch, length, width, inputs.A.shape[1], gradient))

@@ -44,6 +44,9 @@ SCANS = [
     {"b": 4, "l": 196, "e": 384, "n": 16, "dtype": "bfloat16"},
     {"b": 100, "l": 40, "e": 384, "n": 16},  # two channels a lane
     {"b": 1, "l": 2500, "e": 392, "n": 16},
+    {"b": 2, "l": 2100, "e": 64, "n": 16},  # tiles as wide as the array, and time is split
+    {"b": 2, "l": 2100, "e": 30, "n": 16},
+    {"b": 1, "l": 1, "e": 1, "n": 1},
     {"b": 2, "l": 700, "e": 50, "n": 7},
     {"b": 2, "l": 37, "e": 24, "n": 16},
     {"b": 2, "l": 65, "e": 96, "n": 16, "g": 3},
@@ -87,6 +90,7 @@ CORES = [
     {"b": 2, "rows": 12, "columns": 14, "e": 768},
     {"b": 2, "rows": 8, "columns": 10, "e": 1536, "dtype": "bfloat16"},
     {"b": 2, "rows": 5, "columns": 7, "e": 128, "taps": 3},
+    {"b": 2, "rows": 3, "columns": 68, "e": 128, "taps": 8},
     {"b": 1, "rows": 33, "columns": 64, "e": 256},
 ]
 

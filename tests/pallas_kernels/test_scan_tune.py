@@ -12,6 +12,7 @@ from pallas_kernels import gpu, timing
 from pallas_kernels.selective_scan import bench, tune, tuned
 from pallas_kernels.selective_scan.arg_specs import TARGETS, ScanSpec
 from pallas_kernels.selective_scan.tuned import Blocks
+from pallas_kernels.selective_scan.types import ScanInputs
 from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic
 
 pytestmark = needs_mosaic
@@ -76,6 +77,14 @@ def test_what_is_kept_is_found_on_that_device_alone(tmp_path, monkeypatch):
     tuned._table.cache_clear()
 
 
+def test_both_directions_never_take_blocks_of_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "_table", lambda kind: pytest.fail("looked up"))
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, "float32")  # noqa: E731
+    steps, coefficients = shape(4, 14, 32), shape(4, 14, 1, 8)
+    pair = ScanInputs(steps, steps, shape(2, 32, 8), coefficients, coefficients, None, None, None)
+    assert tuned.find(pair, True) is None
+
+
 def test_the_device_traced_for_counts():
     with abstract_h100():
         assert gpu.device_kind() == "NVIDIA H100 80GB HBM3"
@@ -83,7 +92,10 @@ def test_the_device_traced_for_counts():
 
 
 def test_what_is_committed_can_be_read():
-    for file in tuned.FOLDER.glob("*.json"):
+    files = list(tuned.FOLDER.glob("*.json"))
+    if not files:
+        pytest.skip("no blocks are committed")
+    for file in files:
         record = json.loads(file.read_text())
         assert file == tuned.file_of(record["circumstances"]["device"])
         for name, blocks in record["blocks"].items():
