@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-COLD_BYTES = 256e6
+COLD_BYTES = 256e6  # what calls read before one reads the same again
+MOST_SETS = 64  # of inputs: what needs more, below 4 MB a call, finds some of them in the cache
 LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
 PATIENCE = 180.0  # seconds after which a timing no longer waits for others to finish compiling
 _started = time.monotonic()
@@ -137,18 +138,18 @@ class Measured:
         function: Callable[..., Any],
         make_arguments: Callable[[int], tuple],
         *,
-        max_sets: int = 12,
         large: float = 2e9,
     ):
         shapes = jax.eval_shape(lambda: make_arguments(0))
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         self.make_arguments = make_arguments
         self.profiled = jax.default_backend() == "gpu"
-        # A single set that is larger than all caches is cold by itself.
-        self.count = min(max_sets, -int(-COLD_BYTES // size)) if self.profiled else 1
         self.program = Program(function, *shapes)
+        costs = self.program.costs()
+        # A single set that is larger than all caches is cold by itself. What the program does not read is no argument.
+        enough = -int(-COLD_BYTES // max(1, costs["argument_bytes"]))
+        self.count = min(MOST_SETS, enough) if self.profiled else 1
         self.loop = None if self.profiled else Program(repeated(function), shapes, jnp.int32(1))
-        if self.program.costs()["peak_bytes"] < large:
+        if costs["peak_bytes"] < large:
             self.result()
 
     def result(self) -> Any:
@@ -160,7 +161,7 @@ class Measured:
         return [self.make_arguments(seed) for seed in range(max(1, self.count))]
 
     def time(self, *, calls: int = 20, seconds: float = 0.2, repeats: int = 5) -> Time:
-        """Time it; `seconds` and `repeats` are those of programs timed by the clock."""
+        """Time it: at least `calls` calls, each set of inputs once; `seconds` and `repeats` are for the clock's."""
         sets = self.inputs()
         if self.loop is not None:
             return _loop_time(self.loop, sets[0], seconds, repeats)
@@ -172,6 +173,7 @@ class Measured:
             return Time("clock", median, fastest, slowest, None, None, 3 * calls, len(sets))
         if len(sets) == 1:
             return profile(run, calls)
+        calls = max(calls, len(sets))
         # Both in one trace: starting and ending one takes longer than what is measured.
         events = _profile(lambda i: run(i if i < calls else 0), 2 * calls)
         time, warm = (

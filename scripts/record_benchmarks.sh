@@ -2,14 +2,18 @@
 # Records what benchmarks/README.md shows, on the GPU at hand, a JSON file a program:
 #     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100
 # About 10 minutes on an H100 with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
-# compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out.
+# compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out. Ends with
+# status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${1:?folder for the results}
-logs=build/benchmarks
-mkdir -p "$out" "$logs"
+mkdir -p "$out" build/benchmarks
+logs=$(mktemp -d build/benchmarks/XXXXXX)
 locks=$(mktemp -d)
+trap 'rm -rf "$locks"' EXIT
+declare -A running=() # process: name
+begun=0 failures=0
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.96 FASTVIM_COMPILATION_CACHE=off
 
 wanted() { # NAME: $FASTVIM_BENCH_ONLY may hold patterns of the names to run
@@ -25,7 +29,20 @@ bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
   shift
   wanted "$name" || return
   "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 9>&- &
+  running[$!]=$name
+  begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
+}
+ended() { # PROCESS...: waits for them
+  local process code
+  for process in "$@"; do
+    code=0
+    wait "$process" || code=$?
+    if ((code)); then
+      printf '%4d s  FAILED %s (status %d)\n' "$SECONDS" "${running[$process]}" "$code"
+      failures=$((failures + 1))
+    fi
+  done
 }
 tiny=fastvim_tiny_patch16_224 small=fastvim_small_patch16_224 base=fastvim_base_patch16_224 vim=vim_tiny_patch16_224
 
@@ -40,7 +57,7 @@ start() { # NAME BENCH OPTIONS...
   sleep "${STAGGER:-1}"
 }
 finish() {
-  ((${#others[@]})) && wait "${others[@]}"
+  ended "${others[@]}"
   printf '%4d s  done with the %s lot\n' "$SECONDS" "$lot"
 }
 
@@ -79,30 +96,37 @@ start model_tiny_224 model --models "$tiny" --batches 128 1
 start model_sizes model --models "$small" "$base"
 finish
 exec 9>&-
-((${#large[@]})) && wait "${large[@]}"
+ended "${large[@]}"
 printf '%4d s  largest batches done\n' "$SECONDS"
+if wanted train_base_compile; then # alone, as nothing else compiles
+  bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
+  ended $!
+fi
 
 if ((SECONDS < ${MORE_UNTIL:-330})); then
   lot third
-  start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --dtypes float32
+  start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --batches 4096 128 1024 512 256 128 32 8 2 --dtypes float32
   start mixer_stages_large mixer --parts stages --pixels 1024 2048
   start mixer_stages mixer --parts stages --pixels 224 512
   start mixer_core_bf16 mixer --parts core --dtypes bfloat16
   finish
   lot fourth
-  start scan_tune scan --tune --tuned-file "$logs/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
   start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
   start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
   start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 512 1024 2048
   start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
   finish
+  lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, under the device's name
+  start scan_tune scan --tune --tuned-file "$out/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
+  finish
 fi
-if wanted train_base_compile && ((SECONDS < ${MORE_UNTIL:-330})); then # alone, as nothing else compiles
-  bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
-  wait $!
+if ((!begun)); then
+  printf 'No program has a name like %s.\n' "${FASTVIM_BENCH_ONLY:-}"
+  exit 1
 fi
 for log in "$logs"/*.txt; do
   printf '\n== %s\n' "$(basename "$log" .txt)"
   grep -v '^W0\|^I0\|^E0' "$log" | cut -c-230 | tail -n 30
 done
 printf '\n%4d s  done\n' "$SECONDS"
+((!failures))

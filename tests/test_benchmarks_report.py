@@ -51,7 +51,7 @@ def test_the_latest_right_row_counts(report, tmp_path):
     write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": True})
     assert line_of(report, report.load(tmp_path), what)[4:6] == ["**0.006**", "aim"]
     write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": False})
-    assert line_of(report, report.load(tmp_path), what)[4] == "not measured"
+    assert line_of(report, report.load(tmp_path), what)[4:] == ["wrong result", "", ""]
     write(tmp_path, "c", "2026-01-05", {"implementation": "pallas", "skipped": "no GPU"})
     assert line_of(report, report.load(tmp_path), what)[4] == "**0.009**"
 
@@ -65,6 +65,28 @@ def test_more_images_a_second_are_better(report, tmp_path):
         tmp_path, "model_b", "2", row | {"blocks": "unroll", "images_per_s": 33000}, bench="model"
     )
     assert line_of(report, report.load(tmp_path), what)[4:6] == ["**33,000**", "yes"]
+
+
+def test_wrong_results_are_named_and_in_no_table(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    write(tmp_path, "a", "2026-01-04", SCAN | {"median": 0.0012345, "correct": False})
+    report.main()
+    page = (tmp_path / "README.md").read_text()
+    assert "Wrong results, in no other table:\n\n- `fastvim bench scan`" in page
+    assert "wrong result" in page and "0.0012" not in page
+
+
+def test_a_record_says_if_it_is_of_changed_code_or_ended_early(report, tmp_path):
+    changed = CIRCUMSTANCES | {"commit": "abcdefghij with changes", "date": "1"}
+    record = {
+        "bench": "scan",
+        "circumstances": changed,
+        "complete": False,
+        "rows": [SCAN | {"median": 1.0}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    line = report.sources(report.load(tmp_path))
+    assert "commit abcdefg with changes, 1;" in line and line.endswith("; ended early\n")
 
 
 def test_nothing_recorded_is_nothing_measured(report):

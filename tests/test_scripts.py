@@ -118,3 +118,36 @@ def test_the_quickstart_reaches_its_accuracy_and_draws_its_picture(tmp_path: Pat
     assert right and int(right.group(1)) >= 0.97 * 360
     assert str(folder) in result.stdout.splitlines()[-1]
     assert (folder / "quickstart.png").stat().st_size > 20_000
+
+
+def record(tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The recording of benchmarks, by a stand-in for Python that fails at scan_pair."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *scan_pair.json) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    quick = {"PYTHON": str(python), "STAGGER": "0", "HEAD_START": "0"}
+    return run("record_benchmarks.sh", str(tmp_path / "out"), **quick, **environment)
+
+
+def test_recording_says_which_program_failed(tmp_path):
+    done = record(tmp_path)
+    assert done.returncode == 1 and re.findall(r"FAILED (.*)", done.stdout) == [
+        "scan_pair (status 3)"
+    ]
+    assert len(set(re.findall(r"started (\w+)", done.stdout))) == 25
+    assert "bench scan --tune" in done.stdout and "train_base_compile.json" in done.stdout
+
+
+def test_recording_runs_what_is_named_and_shows_no_older_logs(tmp_path):
+    done = record(tmp_path, FASTVIM_BENCH_ONLY="train_base* scan_bf16")
+    assert done.returncode == 0 and "FAILED" not in done.stdout
+    names = {
+        "train_base_largest_batch",
+        "train_base_largest_batch_unrolled",
+        "train_base_compile",
+        "scan_bf16",
+    }
+    assert set(re.findall(r"started (\w+)", done.stdout)) == names
+    assert set(re.findall(r"== (\w+)", done.stdout)) == names
+    done = record(tmp_path, FASTVIM_BENCH_ONLY="nothing")
+    assert done.returncode == 1 and "No program has a name like nothing." in done.stdout

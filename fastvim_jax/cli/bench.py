@@ -34,14 +34,40 @@ Benches:
 
 Precision = Literal["bf16", "tf32", "f32"]
 Direction = Literal["forward", "both"]
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+class _Options:
+    """Refuses numbers below one, and nothing where something is needed."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            many = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(n, int) and not isinstance(n, bool) and n < 1 for n in many):
+                raise UserError(
+                    f"{_flag(field.name)} must be positive, got {' '.join(map(str, many))}."
+                )
+            if field.default and value == ():
+                raise UserError(f"{_flag(field.name)} needs at least one value.")
+
+    def refuse(self, mode: str, *names: str) -> None:
+        """Options that a mode would ignore."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise UserError(f"{mode} does not use {_flag(field.name)}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scan:
+class Scan(_Options):
     """What to measure of the selective scan."""
 
     lengths: tuple[int, ...] = ()
-    """Scan lengths; by default 7 to 16384, and the shapes that kernels are tuned for."""
+    """Scan lengths; by default 7 to 16384 and the shapes that kernels are tuned for on a GPU, 7 to 4096 elsewhere."""
     batches: tuple[int, ...] = ()
     """Sequences at a time, one number for each length; by default so many that all lengths are about equal work."""
     channels: int | None = None
@@ -63,17 +89,34 @@ class Scan:
     tuned_file: Path | None = None
     """Where --tune keeps them; by default beside the kernels, which read them there."""
     plot: Path | None = None
-    """Draw the times over the lengths into this file."""
+    """Draw the times over the lengths into this file, a .png, .svg, .pdf or .jpg."""
     json: Path | None = None
     """Keep all rows in this file, with device, versions and commit."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pair and self.tune:
+            raise UserError("choose one of --pair and --tune.")
+        if not self.lengths:
+            self.refuse("without --lengths, the bench", "batches")
+        if self.pair:
+            self.refuse("--pair", "implementations", "plot")
+            if not self.lengths:
+                self.refuse("--pair without --lengths", "channels", "states")
+        if self.tune:
+            self.refuse("--tune", "implementations", "dtypes", "plot")
+        elif self.tuned_file is not None:
+            raise UserError("--tuned-file is for --tune.")
+        if self.plot is not None and self.plot.suffix.lower() not in PICTURES:
+            raise UserError(f"--plot {self.plot} must end in one of {', '.join(PICTURES)}.")
+
 
 @dataclasses.dataclass(frozen=True)
-class Mixer:
+class Mixer(_Options):
     """What to measure of one mixer."""
 
     pixels: tuple[int, ...] = ()
-    """Sides of the images, of patches of 16; by default 224 to 2048 on a GPU, 64 and 128 elsewhere."""
+    """Sides of the images, in whole patches of 16; by default 224 to 2048 on a GPU, 64 and 128 elsewhere."""
     batch: int | None = None
     """Images; by default 128 on a GPU, 2 elsewhere."""
     width: int | None = None
@@ -87,9 +130,14 @@ class Mixer:
     json: Path | None = None
     """Keep all rows in this file, with device, versions and commit."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(side % 16 for side in self.pixels):
+            raise UserError("--pixels must be multiples of 16, the side of a patch.")
+
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(_Options):
     """Which models to measure. All combinations of models, pixels, batches and precisions are taken."""
 
     models: tuple[str, ...] = ()
@@ -118,6 +166,11 @@ class Train(Model):
     """Instead find the first of the batches, as given, of which a step fits into the device's memory."""
     compile_only: bool = False
     """Instead trace and compile only, and count the program's lines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.largest_batch and self.compile_only:
+            raise UserError("choose one of --largest-batch and --compile-only.")
 
 
 def scan(arguments: Sequence[str]) -> int:
@@ -212,8 +265,6 @@ def train(arguments: Sequence[str]) -> int:
     chosen = parse(Train, "bench train", arguments, f"{Train.__doc__}")
     from fastvim_jax.training import benchmark as bench
 
-    if chosen.largest_batch and chosen.compile_only:
-        raise UsageError("choose one of --largest-batch and --compile-only.")
     make = bench.largest_batch_cases if chosen.largest_batch else bench.step_cases
     make = bench.compile_cases if chosen.compile_only else make
     with as_usage_error():
@@ -274,6 +325,8 @@ def _measure(
 def _status(rows: Sequence[dict[str, Any]]) -> int:
     from fastvim_jax.analysis.benchmarks.record import sound
 
+    if all("skipped" in row for row in rows):
+        raise UserError("nothing of what was asked for runs here: see the reasons above.")
     return 0 if sound(rows) else 1
 
 

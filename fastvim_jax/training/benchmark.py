@@ -226,6 +226,7 @@ COLUMNS: Columns = (
     ("peak MB", 8, lambda r: f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "-"),
     ("trace s", 8, lambda r: f"{r['trace_seconds']:.1f}" if "trace_seconds" in r else "-"),
     ("compile s", 9, lambda r: f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "-"),
+    ("lines", 6, lambda r: str(r.get("lines", "-"))),
     ("loss error", 10, lambda r: f"{r['loss_error']:.0e}" if "loss_error" in r else "-"),
     (
         "gradient error",

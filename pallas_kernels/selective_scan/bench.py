@@ -118,7 +118,6 @@ def checked(
     measured = timing.Measured(
         function(implementation, _options(spec), gradient),
         lambda seed: _arguments(spec, dtype, seed),
-        max_sets=12 if spec.length < 100 else 4,
     )
     expected = _expected(spec, dtype, gradient)
     return measured, timing.relative_error(measured.result(), expected)

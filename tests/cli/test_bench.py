@@ -28,7 +28,7 @@ def bench(fastvim, tmp_path, *arguments):
     assert status == 0, out + err
     assert out.startswith("device: cpu")
     record = json.loads(file.read_text())
-    assert record["bench"] == arguments[0]
+    assert record["bench"] == arguments[0] and record["complete"] is True
     assert set(record["circumstances"]) == CIRCUMSTANCES
     assert record["circumstances"]["command"].startswith(f"fastvim bench {arguments[0]} --")
     rows = [r for r in record["rows"] if "skipped" not in r]
@@ -66,7 +66,7 @@ def test_both_directions_of_a_scan(fastvim: Cli, tmp_path):
     )  # fmt: skip
     assert code == 0 and "at once" in out
     record = json.loads(file.read_text())
-    assert record["bench"] == "pair"  # which the page of results does not read
+    assert record["bench"] == "pair"
     assert [(r["scans"], r["gradient"]) for r in record["rows"]] == [
         ("one by one", True), ("at once", True)
     ]  # fmt: skip
@@ -109,6 +109,49 @@ def test_model(fastvim: Cli, tmp_path):
 def test_train(fastvim: Cli, tmp_path):
     (row,), *_ = bench(fastvim, tmp_path, "train", "--pixels", 32, "--depth", 1)
     assert set(row) >= MODEL | COSTS | {"first_loss", "loss_error", "gradient_error", "remat"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scan", "--channels", 0], "--channels must be positive, got 0."),
+        (["scan", "--lengths", 7, -1], "--lengths must be positive, got 7 -1."),
+        (["scan", "--batches", 2], "without --lengths, the bench does not use --batches."),
+        (["scan", "--pair", "--plot", "x.png"], "--pair does not use --plot."),
+        (["scan", "--pair", "--channels", 8], "--pair without --lengths does not use --channels."),
+        (["scan", "--tune", "--dtypes", "float32"], "--tune does not use --dtypes."),
+        (["scan", "--pair", "--tune"], "choose one of --pair and --tune."),
+        (["scan", "--tuned-file", "x.json"], "--tuned-file is for --tune."),
+        (["scan", "--plot", "x.xyz"], "must end in one of .png"),
+        (["scan", "--dtypes"], "--dtypes needs at least one value."),
+        (["mixer", "--batch", 0], "--batch must be positive"),
+        (["mixer", "--pixels", 30], "--pixels must be multiples of 16"),
+        (["model", "--batches", 0], "--batches must be positive"),
+        (["train", "--largest-batch", "--compile-only"], "choose one of --largest-batch and"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
+    fastvim: Cli, arguments, message
+):
+    status, out, err = fastvim("bench", *arguments)
+    assert status == 2 and message in err and "device:" not in out
+
+
+@pytest.mark.parametrize("place", ["folder", "file/rows.json"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
+    fastvim: Cli, tmp_path, place
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    common = ["--lengths", 3, "--batches", 1, "--channels", 2, "--states", 1]
+    status, out, err = fastvim("bench", "scan", *common, "--json", tmp_path / place)
+    assert status == 1 and "cannot be written" in err and "device:" not in out
+
+
+def test_nothing_measured_is_no_success(fastvim: Cli):
+    common = ["--lengths", 3, "--batches", 1, "--channels", 2, "--states", 1]
+    status, out, err = fastvim("bench", "scan", *common, "--implementations", "mamba_ssm")
+    assert status == 1 and "skipped" in out and "nothing of what was asked for runs here" in err
 
 
 @pytest.mark.parametrize("name", BENCHES)

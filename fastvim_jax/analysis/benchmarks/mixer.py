@@ -120,10 +120,16 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
     )
 
 
+def least_bytes(elements: int, dtype: str, gradient: bool) -> int:
+    """The fewest bytes that a core must move, of tensors of two widths each and `elements` = tokens times width.
+
+    x twice, z and the result; on the way back x and the result's gradient twice, z, and the gradients of x and z.
+    """
+    return (8 + (14 if gradient else 0)) * elements * jnp.dtype(dtype).itemsize
+
+
 def _least(elements: int, dtype: str, gradient: bool) -> timing.Row:
-    """The fewest bytes that a core must move: x (2 widths) twice, z (2) and the result (2); for the gradient as much
-    again, the result's gradient twice, and the gradients of x and z."""
-    moved = (24 if gradient else 8) * elements * jnp.dtype(dtype).itemsize
+    moved = least_bytes(elements, dtype, gradient)
     most = timing.ceilings()
     floor = {} if most is None else {"floor_memory_ms": 1e3 * moved / most.bandwidth}
     return {"least_bytes": moved, **floor}
@@ -221,7 +227,7 @@ def _measure(
     A batch of too many elements is compared in its first two images alone, without the gradients of parameters.
     Those are compared as one vector: some are sums that nearly cancel.
     """
-    measured = timing.Measured(function, arguments, max_sets=4)
+    measured = timing.Measured(function, arguments)
     images = None if elements <= CHECKED else 2
     some = lambda tree: jax.tree.map(lambda x: x[:images], tree)  # noqa: E731
 

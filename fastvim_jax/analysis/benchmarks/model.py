@@ -96,7 +96,7 @@ def _case(
         shape = (batch, pixels, pixels, config.channels)
         return once, jax.random.normal(jax.random.key(seed), shape)
 
-    measured = timing.Measured(forward(graphdef), arguments, max_sets=4)
+    measured = timing.Measured(forward(graphdef), arguments)
     images = arguments(0)[1][:CHECKED]
     reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
     wanted = reference(params, images)
@@ -115,7 +115,12 @@ def _case(
             input_sets=len(sets),
         )  # fmt: skip
         waits = sorted(timing.clock(run, warm_up=0, steps=1, repeats=1)[0] for _ in range(20))
-        row = {"device_ms": device.median, "latency_ms": waits[len(waits) // 2]}
+        row = {
+            "device_ms": device.median,
+            "device_fastest_ms": device.fastest,
+            "device_slowest_ms": device.slowest,
+            "latency_ms": waits[len(waits) // 2],
+        }
         del run, sets
     else:
         time = measured.time()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.errors import UserError
 from pallas_kernels import timing
 
 Row = dict[str, Any]
@@ -19,23 +21,50 @@ def show(
     """Print every row as it comes, after a line about the device; keep all in `file` as well, if given.
 
     The file is written anew after every row, so that a run cut short keeps what it has: `bench`, `circumstances`
-    (device, versions, commit, date, command) and `rows`. Times are in milliseconds, sizes in bytes.
+    (device, versions, commit, date, command), `complete` (whether the run came to its end) and `rows`. Times are in
+    milliseconds, sizes in bytes.
 
     Returns:
         The rows.
+
+    Raises:
+        UserError: the file cannot be written, found out before anything is measured.
     """
     circumstances = timing.circumstances(command)
+    seen: list[Row] = []
+
+    def keep(complete: bool) -> None:
+        if file is not None:
+            record = {
+                "bench": bench,
+                "circumstances": circumstances,
+                "complete": complete,
+                "rows": seen,
+            }
+            _write(file, json.dumps(record, indent=1) + "\n")
+
+    keep(False)
     print(f"device: {circumstances['device']}, JAX {circumstances['jax']}", flush=True)
     print("  ".join(name.ljust(width) for name, width, _ in columns).rstrip(), flush=True)
-    seen = []
     for row in rows:
         seen.append(row)
         print(_line(row, columns), flush=True)
-        if file is not None:
-            record = {"bench": bench, "circumstances": circumstances, "rows": seen}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=1) + "\n")
+        keep(False)
+    keep(True)
     return seen
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it, or nothing."""
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}. Give --json another file."
+        ) from error
 
 
 def _line(row: Row, columns: Columns) -> str:
