@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import TypeVar
 
 import jax
 
 logger = logging.getLogger("pallas_kernels")
 
 OLDEST_JAX = (0, 11, 1)
+T = TypeVar("T")
 
 
 def kernels_missing() -> str | None:
@@ -58,3 +60,12 @@ def _no_device() -> str | None:
 def log_once(message: str) -> None:
     """Say something once per process."""
     logger.warning(message)
+
+
+def run_once(results: T) -> T:
+    """What kernels return on the way forward, behind a barrier.
+
+    Where `lax.scan` keeps a result for the gradient, XLA would have the kernel write it into the stack, and run the
+    kernel a second time for whoever else reads the result.
+    """
+    return jax.lax.optimization_barrier(results)

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu
 from pallas_kernels.mixer_core import (
     mosaic_back,
     mosaic_front,
@@ -156,12 +157,13 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
             dataclasses.replace(grid, per_block=per_block),
             rows=options.rows, share=options.scale / options.columns, interpret=_interpret,
         )  # fmt: skip
-        return u, ()
+        return gpu.run_once(u), ()
     out = mosaic_front.front(
         _on_grid(xz, options), d.kernels, d.biases, grid,
         method=options.method, scale=options.scale, interpret=_interpret,
     )  # fmt: skip
-    return out[0], tuple(out[1:])
+    u, *places = gpu.run_once(out)
+    return u, tuple(places)
 
 
 def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
@@ -173,7 +175,7 @@ def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOp
         _on_grid(xz, options), _float32(y), ids, *d, *n, grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
-    return _flat(out)
+    return gpu.run_once(_flat(out))
 
 
 def back_gradients(

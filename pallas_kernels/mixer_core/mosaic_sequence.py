@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu
 from pallas_kernels.mixer_core import mosaic, mosaic_sequence_back, mosaic_sequence_front
 from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts
 from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
@@ -108,16 +109,20 @@ def _float32(tree):
 def front(xz: jax.Array, convolutions: Convolutions) -> jax.Array:
     """See `sequence_xla.front`; reads x out of xz in place."""
     cut = cut_sequences(xz, convolutions.kernels.shape[1], gradients=False)
-    return mosaic_sequence_front.front(
-        xz, *_float32(convolutions), cut, interpret=mosaic.interpreted()
+    return gpu.run_once(
+        mosaic_sequence_front.front(
+            xz, *_float32(convolutions), cut, interpret=mosaic.interpreted()
+        )
     )
 
 
 def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float) -> jax.Array:
     """See `sequence_xla.back`."""
     cut = cut_rows(xz, gradients=False)
-    return mosaic_sequence_back.back(
-        xz, y, *_float32(norm), cut, eps=eps, interpret=mosaic.interpreted()
+    return gpu.run_once(
+        mosaic_sequence_back.back(
+            xz, y, *_float32(norm), cut, eps=eps, interpret=mosaic.interpreted()
+        )
     )
 
 

@@ -17,6 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu
 from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward, tuned
 from pallas_kernels.selective_scan.mosaic_common import WARPS
 from pallas_kernels.selective_scan.mosaic_walk import Plan
@@ -236,7 +237,9 @@ def _forward(inputs: ScanInputs, options: ScanOptions, dtype: jnp.dtype) -> Scan
     chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
     o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
-    more = _run(o, save_states=save, last_state=options.return_last_state, dtype=dtype)
+    more = gpu.run_once(
+        _run(o, save_states=save, last_state=options.return_last_state, dtype=dtype)
+    )
     y = [more.pop(0)[:, :length, :width] for _ in range(o.plan.directions)]
     states = inputs.A.shape[-1]
     boundaries = last_state = None

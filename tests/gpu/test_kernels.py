@@ -5,6 +5,7 @@ References are computed in float64 on the CPU of the same machine.
 
 from __future__ import annotations
 
+import collections
 import re
 
 import jax
@@ -258,6 +259,22 @@ def test_sharded(seed, operation, types, devices):
     first = jax.tree.leaves(got)[0]
     assert first.sharding.shard_shape(first.shape)[0] == batch // devices
     assert max(relative_errors(got, wanted)) < 1e-5
+
+
+@pytest.mark.parametrize(("pooling", "period"), [("mean", 2), ("none", 1)])
+def test_a_stack_of_blocks_runs_each_kernel_once(pooling, period):
+    """XLA may run one twice, once for `lax.scan`'s stack of what is kept and once for the next operation."""
+    model = create_model(
+        "fastvim_tiny_patch16_224", num_classes=10, depth=4, embed_dim=64, image_size=64,
+        patch_size=8, pooling=pooling, blocks="scan", rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graphdef, params = nnx.split(model)
+    images = jnp.zeros((4, 64, 64, 3))
+    loss = lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(images)))  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    calls = [line for line in text.splitlines() if "custom-call(" in line and "mosaic_gpu" in line]
+    names = collections.Counter(re.search(r'op_name="[^"]*?(\w+)/mpmd_map"', c)[1] for c in calls)
+    assert len(names) == 6 and set(names.values()) == {period}, names
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "none"])
