@@ -5,8 +5,9 @@ Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is
 convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, losses — is held in `wide`, that is
 float32 or more. `matmul` says how float32 products are carried out on a GPU, whose default would be TF32: "highest"
 is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide results of
-the mixers' linear layers: tokens are rounded once and results stored in `dtype`, for half the memory traffic; pooled
-tokens, steps, state, norms and residual stream stay wide, and the few pooled tokens' projections are TF32 products.
+the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the memory
+traffic; pooled tokens, steps, state, norms and residual stream stay wide, and the few pooled tokens' projections are
+TF32 products.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class PatchEmbed(nnx.Module):
             raise UserError(
                 f"an image of {height}x{width} pixels is smaller than one {p}x{q} patch; resize it first."
             )
+        if self.precision.activations == "compute":  # rounded once, as tokens are then
+            images = images.astype(self.precision.compute)
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
         patches = rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q)
         kernel = rearrange(self.proj.kernel[...], "p q c d -> (p q c) d")

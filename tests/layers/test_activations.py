@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from flax import nnx
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.linear import linear
+from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.models import create_model
 from fastvim_jax.precision import Precision
 
@@ -36,6 +39,20 @@ def test_a_model_stays_close_to_float32(seed, name):
     exact, narrow = logits(), logits(dtype="bfloat16", activations="compute")
     assert narrow.dtype == jnp.float32
     assert 0 < float(jnp.max(jnp.abs(narrow - exact))) < 0.03 * float(jnp.max(jnp.abs(exact)))
+
+
+@pytest.mark.parametrize(("activations", "terms"), [("compute", 1), ("wide", 2)])
+def test_images_are_rounded_once(seed, activations, terms):
+    """Patches enter their product as one array of 8 bits of mantissa, or as two."""
+    precision = Precision("bfloat16", activations=activations)
+    embed = PatchEmbed((4, 4), 3, 16, precision=precision, rngs=nnx.Rngs(seed))
+    images = jax.random.normal(jax.random.key(seed), (2, 8, 8, 3))
+    (product,) = re.findall(r"dot_general .*", jax.jit(embed).lower(images).as_text())
+    assert f"tensor<2x2x2x{48 * terms}xbf16>" in product
+    exact = PatchEmbed((4, 4), 3, 16, precision=Precision(), rngs=nnx.Rngs(seed))(images)
+    narrow = embed(images)
+    assert narrow.dtype == jnp.float32
+    assert 0 < float(jnp.max(jnp.abs(narrow - exact))) < 0.02 * float(jnp.max(jnp.abs(exact)))
 
 
 def test_unknown_choice():
