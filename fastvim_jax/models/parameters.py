@@ -60,7 +60,8 @@ def round_products(params: Any, dtype: jnp.dtype) -> Any:
     """`params` with the weights of products in `dtype`, the model's compute dtype; all others as they are.
 
     For inference: the model rounds these weights at every call, a sixth of the time that one image takes.
-    Convolutions, A, D, biases, norms and the head are not rounded by the model and stay.
+    Convolutions, A, D, biases, norms and the head are not rounded by the model and stay. With activations="compute" it
+    leaves the weights that pooled tokens meet as they are, too, and here they are rounded, as elsewhere.
     """
 
     def rounded(info: ParameterInfo, leaf: Any) -> Any:
