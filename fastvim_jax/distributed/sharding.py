@@ -77,13 +77,16 @@ def with_auto_axes(method: Method) -> Method:
     """Decorates a model's method of images, for meshes with Explicit axes (`jax.make_mesh` makes them by default).
 
     Inside, the axes are Auto: the compiler splits the work by where images and parameters lie. Results are split as
-    the images' batch is; a parameter's gradient lies like the parameter.
+    the images' batch is; a parameter's gradient lies like the parameter. Outside of `jit`, JAX wants the parameters on
+    the mesh as well, and for gradients the mesh set by `jax.set_mesh`.
     """
 
     @functools.wraps(method)
     def call(self, images, **options):
         lies = jax.typeof(images).sharding
-        if AxisType.Explicit not in lies.mesh.axis_types:
+        kinds = zip(lies.mesh.axis_names, lies.mesh.axis_types, strict=True)
+        explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+        if not explicit:
             return method(self, images, **options)
         graphdef, state = nnx.split(self)
 
@@ -91,7 +94,8 @@ def with_auto_axes(method: Method) -> Method:
             return method(nnx.merge(graphdef, state), images, **options)
 
         split = NamedSharding(lies.mesh, P(lies.spec[0]))
-        return jax.sharding.auto_axes(run, out_sharding=split)(state, images, options)
+        inner = jax.sharding.auto_axes(run, axes=explicit, out_sharding=split)
+        return inner(state, images, options)
 
     return call  # type: ignore[return-value]
 

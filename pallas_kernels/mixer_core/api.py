@@ -95,7 +95,8 @@ def mixer_core(
         )
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     # Held to the grid: the kernels address memory by them.
-    ids = tuple(jnp.clip(of_row, 0, rows - 1).astype(jnp.int32) for of_row in row_ids or ())
+    given = () if row_ids is None else row_ids
+    ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
     stages = _stages(implementation, xz, directions, ids, options)
     if stages is None:
         u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)

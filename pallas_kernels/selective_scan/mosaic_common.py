@@ -228,5 +228,5 @@ def compiler_params() -> plgpu.CompilerParams:
 
 
 def interpret_params(interpret: bool) -> Any:
-    """Parameters for the CPU interpreter, where it is asked for: a race in shared memory is an error."""
+    """Parameters for the CPU interpreter, where it is asked for; it looks for races in shared memory."""
     return plgpu.InterpretGPUParams(detect_races=True) if interpret else None

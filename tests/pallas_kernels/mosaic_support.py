@@ -54,7 +54,10 @@ def launches(text: str, kernel: str) -> int:
 
 @contextlib.contextmanager
 def interpreted(*modules):
-    """Kernels of these modules run in the CPU interpreter."""
+    """Kernels of these modules run in the CPU interpreter, and the last of them without a race in shared memory.
+
+    From JAX 0.12 on the interpreter itself ends at any kernel's race.
+    """
     for module in modules:
         module.interpret(True)
     try:
@@ -62,6 +65,11 @@ def interpreted(*modules):
     finally:
         for module in modules:
             module.interpret(False)
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    jax.effects_barrier()
+    races = gpu_callbacks.get_races()
+    assert races is None or not races.races_found
 
 
 def relative_errors(got, wanted) -> list[float]:

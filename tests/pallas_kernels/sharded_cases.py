@@ -321,6 +321,29 @@ def test_vit(seed):
     check_model(seed, AxisType.Explicit, "vit_tiny_patch16_224", num_heads=4)
 
 
+def test_model_inside_a_partly_manual_shard_map(seed):
+    """Axes that are still Explicit there become Auto; the caller's own stay Manual."""
+    from flax import nnx
+
+    from fastvim_jax.models import create_model
+
+    model = create_model(
+        "fastvim_tiny_patch16_224", num_classes=4, depth=2, embed_dim=32, image_size=16,
+        patch_size=8, rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    graphdef, params = nnx.split(model)
+    images = jax.random.normal(jax.random.key(seed), (8, 16, 16, 3))
+    run = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
+    wanted = jax.jit(run)(params, images)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    own = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"}
+    )
+    placed = put(params, jax.tree.map(lambda _: P(), params), mesh)
+    images = jax.device_put(images, NamedSharding(mesh, P(("data", "fsdp"))))
+    assert max(relative_errors(jax.jit(own)(placed, images), wanted)) < 1e-5
+
+
 def check_model(seed, types, name, **options):
     """Training and evaluation, against one device; gradients lie like parameters, features like images."""
     from flax import nnx

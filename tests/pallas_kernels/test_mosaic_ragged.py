@@ -190,6 +190,17 @@ def test_rows_outside_the_grid_are_its_first_and_last(seed):
     np.testing.assert_array_equal(run(wild), run(held))
 
 
+def test_more_rows_than_their_ids_can_count(seed):
+    """A bound put into so narrow a dtype would wrap around."""
+    rows = 300
+    (xz, *rest, _), _ = draw(np.random.default_rng(seed), 1, 6, rows, 3, 4)
+    run = lambda ids: mixer_core(  # noqa: E731
+        xz, *rest, row_ids=(ids, ids), middle=core.middle, rows=rows, columns=3
+    )
+    ids = jnp.asarray([[0, 3, 10, 50, 100, 120]])
+    np.testing.assert_array_equal(run(ids.astype("int8")), run(ids))
+
+
 def test_bad_calls():
     (xz, *rest, ids), _ = draw(np.random.default_rng(0), 1, 6, 3, 3, 4)
     call = {"middle": core.middle, "rows": 3, "columns": 3}
