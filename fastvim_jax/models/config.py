@@ -90,7 +90,7 @@ class VisionMambaConfig:
     """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
     activations: Literal["wide", "compute"] = "wide"
     """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
-    close to exact, or `dtype` from tokens rounded once, which is faster."""
+    close to exact, or `dtype` from images and tokens rounded once, which is faster."""
     blocks: BlockMode = "scan"
     """Compile one period of the stack and loop over it, or every block."""
     remat: Remat = "none"

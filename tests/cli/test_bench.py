@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 
 import pytest
 
@@ -146,6 +148,33 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
     common = ["--lengths", 3, "--batches", 1, "--channels", 2, "--states", 1]
     status, out, err = fastvim("bench", "scan", *common, "--json", tmp_path / place)
     assert status == 1 and "cannot be written" in err and "device:" not in out
+
+
+def test_a_record_outlives_a_run_that_measures_nothing(tmp_path, monkeypatch):
+    """And a link stays a link; what is no file is written as it is."""
+    kept, link = tmp_path / "kept.json", tmp_path / "link.json"
+    kept.write_text("old")
+    link.symlink_to(kept)
+
+    def failing():
+        raise RuntimeError("too large")
+        yield
+
+    with pytest.raises(RuntimeError, match="too large"):
+        record.show("scan", failing(), (), command="c", file=link)
+    assert kept.read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {
+        "kept.json",
+        "link.json",
+    }
+    record.show("scan", iter([{"median": 1.0}]), (), command="c", file=link)
+    assert link.is_symlink() and json.loads(kept.read_text())["rows"] == [{"median": 1.0}]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=pipe.read_text)
+    reader.start()
+    record.show("scan", iter([]), (), command="c", file=pipe)
+    reader.join(timeout=60)
+    assert pipe.is_fifo()
 
 
 def test_nothing_measured_is_no_success(fastvim: Cli):

@@ -109,7 +109,7 @@ def _case(
         sets = measured.inputs()
         run = lambda i: measured.program(*sets[i % len(sets)])  # noqa: E731
         median, fastest, slowest = timing.clock(run)
-        device = timing.profile(run, calls)
+        device = timing.profile(run, max(calls, len(sets)))
         time = dataclasses.replace(
             device, method="clock", median=median, fastest=fastest, slowest=slowest, calls=5 * calls,
             input_sets=len(sets),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def show(
             }
             _write(file, json.dumps(record, indent=1) + "\n")
 
-    keep(False)
+    if file is not None:
+        _check(file)
     print(f"device: {circumstances['device']}, JAX {circumstances['jax']}", flush=True)
     print("  ".join(name.ljust(width) for name, width, _ in columns).rstrip(), flush=True)
     for row in rows:
@@ -54,17 +57,41 @@ def show(
     return seen
 
 
-def _write(file: Path, text: str) -> None:
-    """All of it, or nothing."""
-    part = file.with_name(file.name + ".part")
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        os.replace(part, file)
+        yield
     except OSError as error:
         raise UserError(
             f"{file} cannot be written: {error.strerror}. Give --json another file."
         ) from error
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(file.name + ".part")
+
+
+def _check(file: Path) -> None:
+    """That the file can be written, without touching what it holds."""
+    with _told(file):
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():  # a device or a pipe
+            return
+        _part(file.resolve()).touch()
+        _part(file.resolve()).unlink()
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it, or nothing; through links, and into what is no file as it is."""
+    with _told(file):
+        if file.exists() and not file.is_file():
+            file.write_text(text)
+            return
+        file = file.resolve()
+        _part(file).write_text(text)
+        os.replace(_part(file), file)
 
 
 def _line(row: Row, columns: Columns) -> str:
