@@ -136,7 +136,8 @@ def test_time_cut_into_splits(seed, monkeypatch):
 
     options = ScanOptions(delta_softplus=True, reverse=False, return_last_state=True, chunk=16)
     assert mosaic.plan(ScanInputs(**inputs), options, 16).splits > 1
-    compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
+    # A's gradient over so many steps is off by up to 4e-6 by XLA's float32, too, in 48,000 draws.
+    compare(np.random.default_rng(seed), 1e-5, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
 
 
 def test_states_carried_over_many_splits(seed, monkeypatch):
