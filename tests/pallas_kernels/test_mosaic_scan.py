@@ -68,7 +68,13 @@ def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options)
     with x64():
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, cotangents))
         wanted = values_and_gradients(*wide, "reference", **options)
-    assert max(relative_errors(got, wanted)) < bound
+    errors = relative_errors(got, wanted)
+    bounds = [bound] * len(errors)
+    if max(errors) >= bound:
+        # One draw in some ten thousand is so badly conditioned that XLA's float32 does not keep to the bound either.
+        plain = values_and_gradients(args, cotangents, "xla_sequential", **options)
+        bounds = [max(bound, 3 * error) for error in relative_errors(plain, wanted)]
+    assert all(e < most for e, most in zip(errors, bounds, strict=True)), (errors, bounds)
 
 
 def test_random_ragged_scan(seed):
@@ -136,8 +142,7 @@ def test_time_cut_into_splits(seed, monkeypatch):
 
     options = ScanOptions(delta_softplus=True, reverse=False, return_last_state=True, chunk=16)
     assert mosaic.plan(ScanInputs(**inputs), options, 16).splits > 1
-    # A's gradient over so many steps is off by up to 4e-6 by XLA's float32, too, in 48,000 draws.
-    compare(np.random.default_rng(seed), 1e-5, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
+    compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
 
 
 def test_states_carried_over_many_splits(seed, monkeypatch):
