@@ -18,14 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_front import convolve, read_row, row_layout, silu
+from pallas_kernels.mixer_core.mosaic_front import convolve, logistic, read_row, row_layout, silu
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     _reduced,
     _tiled,
     compiler_params,
     interpret_params,
-    reciprocal,
     store,
 )
 
@@ -168,7 +166,7 @@ class Segments:
                 s = repeated(t)
                 for d in (0, 1):
                     c = convolve(window, kernel[d], bias[d], bool(d))
-                    s = s + skip[d] * silu(c, self.row, self.interpret)
+                    s = s + skip[d] * silu(c, self.row, self.interpret, x_tile.dtype)
                 store(s_tile.at[t, channels], s)
                 window.pop(0)
 
@@ -241,7 +239,10 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
                 s = s + layouts.over_tokens(beta)
                 # In place: the thread that read a value of z writes the output there.
                 z = work.tokens(z_tile.at[rows])
-                store(z_tile.at[rows], (s * silu(z, layouts.tokens, interpret)).astype(xz.dtype))
+                store(
+                    z_tile.at[rows],
+                    (s * silu(z, layouts.tokens, interpret, xz.dtype)).astype(xz.dtype),
+                )
                 return ()
 
             work.each_token(finish)
@@ -330,7 +331,7 @@ def back_gradients(
                 s = s * deviation
                 gamma, beta = (layouts.over_tokens(v) for v in norm())
                 z, g = work.tokens(z_tile.at[rows]), work.tokens(g_tile.at[rows])
-                sigma = reciprocal(lax.exp2(z * -LOG2E) + 1.0, layouts.tokens, interpret)
+                sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
                 dz = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
                 g = g * z * sigma
                 if work.padded != grid.segment:  # rows past the segment hold anything

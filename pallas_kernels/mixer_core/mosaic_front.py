@@ -26,9 +26,23 @@ from pallas_kernels.selective_scan.mosaic_common import (
 CHANNELS = 128
 
 
-def silu(x: jax.Array, layout, interpret: bool) -> jax.Array:
-    """x / (1 + exp(-x)); for large -x the reciprocal is 0."""
-    return x * reciprocal(lax.exp2(x * -LOG2E) + 1.0, layout, interpret)
+def logistic(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
+    """1 / (1 + exp(-x)), float32; for large -x the reciprocal is 0.
+
+    Where the tokens' dtype is of half precision, by the hardware's tanh: one instruction of its special function
+    unit instead of two, and wrong by up to 2^-12, an eighth of what rounding to bfloat16 may do.
+    """
+    if jnp.dtype(dtype).itemsize == 2:
+        return lax.tanh(x * 0.5) * 0.5 + 0.5
+    return reciprocal(lax.exp2(x * -LOG2E) + 1.0, layout, interpret)
+
+
+def silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
+    """x · `logistic`(x)."""
+    if jnp.dtype(dtype).itemsize == 2:
+        half = x * 0.5
+        return lax.tanh(half) * half + half
+    return x * logistic(x, layout, interpret, dtype)
 
 
 def row_layout(*shape: int):
@@ -105,7 +119,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                     window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
                     for d in range(2):
                         c = convolve(window, kernel[d], bias[d], bool(d))
-                        c = silu(c, layout, interpret)
+                        c = silu(c, layout, interpret, x.dtype)
                         if not largest:
                             pooled[d] = pooled[d] + c
                             continue

@@ -21,12 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_front import CHANNELS, read_row, row_layout
+from pallas_kernels.mixer_core.mosaic_front import CHANNELS, logistic, read_row, row_layout
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     compiler_params,
     interpret_params,
-    reciprocal,
     store,
 )
 
@@ -144,7 +142,7 @@ def front_gradients(
                     total = bias[d]
                     for j in range(taps):
                         total = total + kernel[d][j] * window[taps - 1 - j if d else j]
-                    sigma = reciprocal(lax.exp2(total * -LOG2E) + 1.0, layout, interpret)
+                    sigma = logistic(total, layout, interpret, x.dtype)
                     g = row(ds_tiles.at[slot, at + halo])
                     c_bar = skip[d] * g + place_of(at)(d, at)
                     c = total * sigma

@@ -74,7 +74,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
                 window.append(row(tiles.at[slot, t + 2 * grid.halo]))
                 for d in (0, 1):
                     c = convolve(window, kernel[d], bias[d], bool(d))
-                    sums[d] = sums[d] + silu(c, layout, interpret)
+                    sums[d] = sums[d] + silu(c, layout, interpret, x.dtype)
                     here = rows_of[d][t]
                     ends = here != rows_of[d][t + 1]
                     if t == grid.segment - 1:

@@ -19,12 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts, blocked, owned_blocks
-from pallas_kernels.mixer_core.mosaic_front import read_row, row_layout, silu
+from pallas_kernels.mixer_core.mosaic_front import logistic, read_row, row_layout, silu
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     compiler_params,
     interpret_params,
-    reciprocal,
     store,
 )
 
@@ -166,7 +164,7 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
             gamma, beta = parameters
             s, _ = work.normalise(tiles, rows)
             z = work.tokens(tiles[2].at[rows])
-            out = (s * gamma + beta) * silu(z, work.layouts.tokens, interpret)
+            out = (s * gamma + beta) * silu(z, work.layouts.tokens, interpret, xz.dtype)
             store(tiles[2].at[rows], out.astype(xz.dtype))
             return carry
 
@@ -212,7 +210,7 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
             gamma, beta = parameters
             s, inverse = work.normalise(tiles, rows)
             z, g = work.tokens(tiles[2].at[rows]), work.tokens(tiles[3].at[rows])
-            sigma = reciprocal(lax.exp2(z * -LOG2E) + 1.0, layouts.tokens, interpret)
+            sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
             z_bar = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
             store(tiles[2].at[rows], z_bar.astype(xz.dtype))
             g = g * z * sigma

@@ -17,12 +17,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.mosaic_front import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.mixer_core.mosaic_front import (
+    CHANNELS,
+    convolve,
+    logistic,
+    read_row,
+    row_layout,
+    silu,
+)
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     compiler_params,
     interpret_params,
-    reciprocal,
     store,
 )
 
@@ -138,7 +143,7 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
                 window.append(row(x_tiles.at[slot, t + 2 * halo]))
                 for d in (0, 1):
                     c = convolve(window, kernel[d], bias[d], bool(d))
-                    store(c_tiles.at[d, t], silu(c, layout, interpret).astype(xz.dtype))
+                    store(c_tiles.at[d, t], silu(c, layout, interpret, xz.dtype).astype(xz.dtype))
                 window.pop(0)
             plgpu.commit_smem()
             for d in (0, 1):
@@ -217,7 +222,7 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
                     total = bias[d]
                     for j in range(taps):
                         total = total + kernel[d][j] * seen[j]
-                    sigma = reciprocal(lax.exp2(total * -LOG2E) + 1.0, layout, interpret)
+                    sigma = logistic(total, layout, interpret, xz.dtype)
                     slope = sigma + total * sigma * (1.0 - sigma)
                     p_bar = row(c_bar_tiles[d].at[slot, p]) * slope
                     if 0 <= at < segment:

@@ -91,7 +91,7 @@ CORES = [
     {"b": 2, "rows": 12, "columns": 14, "e": 768},
     {"b": 2, "rows": 8, "columns": 10, "e": 1536, "dtype": "bfloat16"},
     {"b": 2, "rows": 5, "columns": 7, "e": 128, "taps": 3},
-    {"b": 2, "rows": 3, "columns": 68, "e": 128, "taps": 8},
+    {"b": 2, "rows": 9, "columns": 68, "e": 128, "taps": 8},
     {"b": 1, "rows": 33, "columns": 64, "e": 256},
 ]
 
