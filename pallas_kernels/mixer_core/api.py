@@ -124,10 +124,10 @@ _DIMS: dict[str, tuple[Any, Any]] = {
     "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM, _IDS), _TOKENS),
     "back_gradients": (
         (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS, _IDS),
-        (_TOKENS, _TOKENS, _POOLED, _NORM),
+        (_TOKENS, _XZ, _POOLED, _NORM),
     ),
     "front_gradients": (
-        (_XZ, _TOKENS, _TOKENS, _BOTH, _PLACES, _DIRECTIONS, _IDS),
+        (_XZ, _TOKENS, _XZ, _BOTH, _PLACES, _DIRECTIONS, _IDS),
         (_XZ, _DIRECTIONS),
     ),
 }
@@ -221,13 +221,13 @@ def _backward(stages, middle, options, residuals, out_bar):
     directions, norm = jax.tree.map(
         lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
     )
-    s_bar, z_bar, y_bar, norm_bar = stages.back_gradients(
+    s_bar, xz_bar, y_bar, norm_bar = stages.back_gradients(
         xz, y, directions, norm, out_bar, ids, options
     )
     y_bar = tuple(bar.astype(side.dtype) for bar, side in zip(y_bar, y, strict=True))
     middle_bar, u_bar = pull(y_bar)
     xz_bar, directions_bar = stages.front_gradients(
-        xz, s_bar, z_bar, u_bar, places, directions, ids, options
+        xz, s_bar, xz_bar, u_bar, places, directions, ids, options
     )
     gradients = like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
     return *gradients, jax.tree.map(lambda _: None, ids)

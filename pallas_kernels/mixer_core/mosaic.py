@@ -48,7 +48,7 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
     if kind == "front":
         return 2 * halo * 128 * size
     if kind == "front_gradients":
-        return (4 * halo + 3 * segment) * 128 * size
+        return (4 * halo + segment) * 128 * size
     tiles = 1 if kind == "back" else 2
     return width * (size * (halo + tiles * padded) + 4 * padded)
 
@@ -185,7 +185,7 @@ def back_gradients(
     visited = _visited(xz, ids, options)
     grid = cut("back_gradients", xz, directions.kernels.shape[1], visited)
     d, n = _float32((directions, norm))
-    s_bar, z_bar, y_bar, norm_bar = mosaic_back.back_gradients(
+    s_bar, xz_bar, y_bar, norm_bar = mosaic_back.back_gradients(
         _on_grid(xz, visited), _float32(y), ids, *d, *n, _on_grid(out_bar, visited), grid,
         eps=options.eps, interpret=_interpret,
     )  # fmt: skip
@@ -195,18 +195,18 @@ def back_gradients(
     if ids:
         forward, backward = (xla.row_sums(s_bar, of_row, options.rows) / 2 for of_row in ids)
         y_bars = (forward, backward)
-    return s_bar, _flat(z_bar), y_bars, norm_bar
+    return s_bar, _flat(xz_bar), y_bars, norm_bar
 
 
 def front_gradients(
-    xz, s_bar, z_bar, pooled_bar, places, directions: Directions, ids: RowIds, options: CoreOptions
+    xz, s_bar, xz_bar, pooled_bar, places, directions: Directions, ids: RowIds, options: CoreOptions
 ):
     """See `xla.front_gradients`."""
     taps = directions.kernels.shape[1]
     visited = _visited(xz, ids, options)
     grid = cut("front_gradients", xz, taps, visited)
     d = _float32(directions)
-    tokens = (_on_grid(x, visited) for x in (xz, s_bar, z_bar))
+    tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))
     share = 1.0 if places else options.scale / options.tokens
     xz_bar, shares = mosaic_front_gradients.front_gradients(
         *tokens, _float32(pooled_bar), places, ids, *d, grid, share=share, interpret=_interpret

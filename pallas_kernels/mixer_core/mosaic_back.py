@@ -108,12 +108,11 @@ class Segments:
         batch = lax.axis_index("batch")
         self.grid.fetch_with_halo(ref, tile, barrier, batch, line, start, channels)
 
-    def send(self, tile, ref, item):
+    def send(self, tile, ref, item, half: int = 0):
         line, start = self.place(item)
+        channels = pl.ds(half * self.blocks, self.blocks)
         size = self.grid.segment
-        part = self.grid.part(
-            ref, lax.axis_index("batch"), line, start, size, pl.ds(0, self.blocks)
-        )
+        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, channels)
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
 
     def each_group(self, run):
@@ -288,16 +287,16 @@ def back_gradients(
         out_bar: gradient of :func:`back`'s output; the others as there.
 
     Returns:
-        The gradients of s and of z, ``b rows columns e`` in xz's dtype; half the sums of
-        the former over the lines of ``grid``, ``b lines e`` float32, which are y's if there
-        are no ids; and shares of those of scale and shift ``2 parts e``.
+        The gradient of s, ``b rows columns e`` in xz's dtype; that of xz, ``b rows columns 2e``, whose first half
+        is not written; half the sums of the former over the lines of ``grid``, ``b lines e`` float32, which are y's
+        if there are no ids; and shares of those of scale and shift ``2 parts e``.
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
 
     def body(*refs):
         xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:-10]
-        ds_ref, dz_ref, dy_ref, norm_ref = refs[-10:-6]
+        ds_ref, dxz_ref, dy_ref, norm_ref = refs[-10:-6]
         x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = refs[-6:]
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
@@ -353,7 +352,7 @@ def back_gradients(
             sums = work.each_token(finish, sums)
             plgpu.commit_smem()
             work.send(g_tile, ds_ref, item)
-            work.send(z_tile, dz_ref, item)
+            work.send(z_tile, dxz_ref, item, 1)
 
             def add_up(channels):
                 total = read_row(s_tile.at[0, channels], work.row)
@@ -378,13 +377,13 @@ def back_gradients(
             store(norm_ref.at[i, batch, group], sums[i])
         plgpu.wait_smem_to_gmem(0)
 
-    streamed = jax.ShapeDtypeStruct((*xz.shape[:3], work.blocks, BLOCK), xz.dtype)
+    streamed = lambda blocks: jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)  # noqa: E731
     float32 = lambda *shape: jax.ShapeDtypeStruct((*shape, work.blocks, BLOCK), jnp.float32)  # noqa: E731
-    ds, dz, dy, norm = plgpu.kernel(
+    ds, dxz, dy, norm = plgpu.kernel(
         body,
         out_type=[
-            streamed,
-            streamed,
+            streamed(work.blocks),
+            streamed(2 * work.blocks),
             float32(grid.batch, grid.lines, grid.segments),
             float32(2, grid.batch, grid.groups, layouts.at_once),
         ],
@@ -402,6 +401,6 @@ def back_gradients(
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
     )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift, out_bar)))
-    ds, dz = (x.reshape(*x.shape[:3], grid.width) for x in (ds, dz))
     dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
-    return ds, dz, dy, norm.reshape(2, -1, grid.width)
+    ds = ds.reshape(*ds.shape[:3], grid.width)
+    return ds, dxz.reshape(xz.shape), dy, norm.reshape(2, -1, grid.width)

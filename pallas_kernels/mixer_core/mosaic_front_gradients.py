@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.in_place import in_place
 from pallas_kernels.mixer_core.mosaic_front import CHANNELS, logistic, read_row, row_layout
 from pallas_kernels.selective_scan.mosaic_common import (
     compiler_params,
@@ -31,19 +32,19 @@ from pallas_kernels.selective_scan.mosaic_common import (
 
 @functools.partial(jax.jit, static_argnames=("grid", "share", "interpret"))
 def front_gradients(
-    x, ds, dz, pooled_bar, places, ids, kernels, biases, D, grid: Grid, *, share: float, interpret
+    x, ds, dxz, pooled_bar, places, ids, kernels, biases, D, grid: Grid, *, share: float, interpret
 ):
     """Args:
-        x: ``b rows columns ≥e``; ds, dz: ``b rows columns e``; pooled_bar:
-            ``2 b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
+        x: ``b rows columns ≥e``; ds: ``b rows columns e``; dxz: ``b rows columns 2e``, whose first half is
+            written; pooled_bar: ``2 b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
         places: of the maxima in their lines, ``b lines e`` int32 of each direction; () for means.
         ids: of a ragged grid, for each direction ``b tokens`` int32: which of pooled_bar's lines
             is a token's; ``grid`` is then any that holds the tokens. Else ().
         share: a token's factor in its line's sum; 1 for maxima.
 
     Returns:
-        dx and dz side by side, ``b rows columns 2e`` in x's dtype, and shares of the gradients of kernels, biases
-        and D, ``parts 2 (k + 2) e`` float32.
+        dxz, in its old place where nothing else needs that, and shares of the gradients of kernels, biases and D,
+        ``parts 2 (k + 2) e`` float32.
     """
     layout = row_layout(CHANNELS)
     halo, segment, taps = grid.halo, grid.segment, grid.taps
@@ -51,9 +52,8 @@ def front_gradients(
     items = grid.per_block * grid.segments
 
     def body(*refs):
-        x_ref, ds_ref, dz_ref, pooled_ref, *index_refs = refs[:-10]
-        k_ref, b_ref, D_ref, dxz_ref, sums_ref = refs[-10:-5]
-        x_tiles, ds_tiles, dz_tiles, dx_tile, barrier = refs[-5:]
+        dxz_ref, x_ref, ds_ref, pooled_ref, *index_refs = refs[:-8]
+        k_ref, b_ref, D_ref, sums_ref, x_tiles, ds_tiles, dx_tile, barrier = refs[-8:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
         first = group * grid.per_block
@@ -68,8 +68,6 @@ def front_gradients(
                 grid.fetch_with_halo(
                     ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
                 )
-            part = grid.part(dz_ref, batch, line, start, segment, channels)
-            plgpu.copy_gmem_to_smem(part, dz_tiles.at[slot], barrier.at[slot])
 
         for slot in range(min(2, items)):
             fetch(jnp.int32(slot), slot)
@@ -123,13 +121,7 @@ def front_gradients(
             slot = lax.rem(item, 2)
             before, here, after = pooled_around(line, start)
             plgpu.barrier_wait(barrier.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
-            # dz only passes through, to lie beside dx.
-            other = pl.ds(grid.width + block * CHANNELS, CHANNELS)
-            plgpu.copy_smem_to_gmem(
-                dz_tiles.at[slot], grid.part(dxz_ref, batch, line, start, segment, other)
-            )
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
             sums = [list(s) for s in sums]
             window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
             back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
@@ -167,7 +159,6 @@ def front_gradients(
             plgpu.commit_smem()
             part = grid.part(dxz_ref, batch, line, start, segment, channels)
             plgpu.copy_smem_to_gmem(dx_tile, part)
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the slot's dz has left
 
             @pl.when(item + 2 < items)
             def _():
@@ -183,23 +174,21 @@ def front_gradients(
                 store(sums_ref.at[batch, group, d, j, channels], sums[d][j] * factor)
         plgpu.wait_smem_to_gmem(0)
 
-    dxz, sums = plgpu.kernel(
+    shares = jax.ShapeDtypeStruct((grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32)
+    run = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((*x.shape[:3], 2 * grid.width), x.dtype),
-            jax.ShapeDtypeStruct((grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32),
-        ],
+        out_type=shares,
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.SMEM((2, rows, CHANNELS), ds.dtype),
-            plgpu.SMEM((2, segment, CHANNELS), dz.dtype),
             plgpu.SMEM((segment, CHANNELS), x.dtype),
-            plgpu.Barrier(num_arrivals=7, num_barriers=2),
+            plgpu.Barrier(num_arrivals=6, num_barriers=2),
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, ds, dz, pooled_bar, *places, *ids, kernels, biases, D)
+    )
+    dxz, sums = in_place(run, shares)(dxz, x, ds, pooled_bar, *places, *ids, kernels, biases, D)
     return dxz, sums.reshape(-1, *sums.shape[2:])

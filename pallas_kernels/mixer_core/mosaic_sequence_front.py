@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mixer_core.in_place import in_place
 from pallas_kernels.mixer_core.mosaic_front import (
     CHANNELS,
     convolve,
@@ -255,10 +256,10 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         plgpu.wait_smem_to_gmem(0)
 
     tile = lambda rows: plgpu.SMEM((2, rows, CHANNELS), xz.dtype)  # noqa: E731
-    parts = (cut.batch, cut.groups, 2, taps + 1, cut.width)
+    shares = jax.ShapeDtypeStruct((cut.batch, cut.groups, 2, taps + 1, cut.width), jnp.float32)
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(parts, jnp.float32),
+        out_type=shares,
         scratch_types=[
             tile(segment + 2 * halo),
             tile(segment + halo),
@@ -272,22 +273,5 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
         **cut.mesh,
     )
 
-    @jax.custom_batching.custom_vmap
-    def in_place(xz_bar, *others):
-        def write(refs):
-            xz_bar_ref, sums_ref = refs
-            sums_ref[...] = run(xz_bar_ref, *others)
-
-        # XLA fuses slices and updates of stacks into the calls that read and write them, also where that separates
-        # xz_bar from the place it is to be written to; the barriers keep this call's own buffer.
-        arrays = (lax.optimization_barrier(xz_bar), jnp.zeros(parts, jnp.float32))
-        return lax.optimization_barrier(pl.run_state(write)(arrays))
-
-    @in_place.def_vmap  # run_state has no rule for it
-    def one_by_one(axis_size, batched, *arrays):
-        repeat = lambda x: jnp.broadcast_to(x, (axis_size, *x.shape))  # noqa: E731
-        stacked = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
-        return lax.map(lambda arrays: in_place(*arrays), stacked), (True, True)
-
-    xz_bar, sums = in_place(xz_bar, xz, c_bar, kernels, biases)
+    xz_bar, sums = in_place(run, shares)(xz_bar, xz, c_bar, kernels, biases)
     return xz_bar, sums.reshape(-1, *sums.shape[2:])

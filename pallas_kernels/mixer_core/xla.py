@@ -133,7 +133,10 @@ def back_gradients(
     ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Norm]:
-    """Gradients of s and z, ``b l e`` in xz's dtype, of y and of norm."""
+    """Gradients of s, ``b l e``, of xz as far as z goes (the first half is left), of y and of norm.
+
+    The first two are of xz's dtype. Written side by side here, the halves of xz's gradient need no pass to join them.
+    """
     x, z = jnp.split(xz, 2, axis=-1)
     s = mix(x, y, directions, ids, options)
     _, pull = jax.vjp(lambda s, z, norm: gate(s, z, norm, options), s, z, norm)
@@ -144,20 +147,21 @@ def back_gradients(
         visited = _swap(s_bar, options.rows, options)
         visited = visited.reshape(s.shape[0], options.lines, options.tokens, s.shape[-1])
         forward = backward = visited.sum(2) / 2
-    return s_bar.astype(xz.dtype), z_bar, (forward, backward), norm_bar
+    xz_bar = jnp.pad(z_bar, ((0, 0), (0, 0), (z.shape[-1], 0)))
+    return s_bar.astype(xz.dtype), xz_bar, (forward, backward), norm_bar
 
 
 def front_gradients(
     xz: jax.Array,
     s_bar: jax.Array,
-    z_bar: jax.Array,
+    xz_bar: jax.Array,
     pooled_bar: Float[Array, "2 b s e"],
     places: Places,
     directions: Directions,
     ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, Directions]:
-    """Gradients of xz, in its dtype, and of directions, from those of s, z and the pooled tokens."""
+    """The gradient of xz, whose second half is there already, and those of directions."""
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):
@@ -170,4 +174,4 @@ def front_gradients(
 
     (_, s), pull = jax.vjp(run, x, directions)
     x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))
-    return jnp.concatenate([x_bar, z_bar], axis=-1), directions_bar
+    return xz_bar.at[..., : x.shape[-1]].set(x_bar), directions_bar

@@ -1,0 +1,37 @@
+"""Kernels that write one half of an array whose other half is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+def in_place(run: Callable[..., jax.Array], shares: jax.ShapeDtypeStruct) -> Callable[..., Any]:
+    """``(array, *others) → (array, shares)`` of a kernel ``run(array's reference, *others) → shares``.
+
+    The array stays in its buffer where nothing else needs that.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(array, *others):
+        def write(refs):
+            array_ref, shares_ref = refs
+            shares_ref[...] = run(array_ref, *others)
+
+        # XLA fuses slices and updates of stacks into the calls that read and write them, also where that separates
+        # the array from the place it is to be written to; the barriers keep this call's own buffer.
+        arrays = (lax.optimization_barrier(array), jnp.zeros(shares.shape, shares.dtype))
+        return lax.optimization_barrier(pl.run_state(write)(arrays))
+
+    @call.def_vmap  # run_state has no rule for it
+    def one_by_one(axis_size, batched, *arrays):
+        repeat = lambda x: jnp.broadcast_to(x, (axis_size, *x.shape))  # noqa: E731
+        stacked = [x if has else repeat(x) for x, has in zip(arrays, batched, strict=True)]
+        return lax.map(lambda arrays: call(*arrays), stacked), (True, True)
+
+    return call
