@@ -23,8 +23,8 @@ from pallas_kernels.mixer_core import (
 )
 from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
+from pallas_kernels.selective_scan.mosaic_common import PROCESSORS
 
-PROCESSORS = 132
 SHARED_MEMORY = 227 * 1024  # bytes a processor can give to blocks
 START = 1.5  # what starting a block costs, in segments
 _interpret = False

@@ -15,6 +15,7 @@ from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
 from pallas_kernels.mixer_core.mosaic_sequence_front import CHANNELS, Sequences
 from pallas_kernels.mixer_core.sequence_xla import Convolutions, Pair
 from pallas_kernels.mixer_core.types import Norm
+from pallas_kernels.selective_scan.mosaic_common import PROCESSORS
 
 SEGMENTS = (8, 12, 16, 20, 24)  # tokens of a tile, written out in the kernels
 TILE = 8 * 1024  # bytes of an array that a tile of the back holds
@@ -49,7 +50,7 @@ def tiles_of_a_block(tiles: int, others: int, resident: int, *, start: float, fe
         return others * math.ceil(tiles / per_block)
 
     def cost(per_block):
-        waves = math.ceil(blocks(per_block) / (mosaic.PROCESSORS * resident))
+        waves = math.ceil(blocks(per_block) / (PROCESSORS * resident))
         return waves * (per_block + start)
 
     enough = [n for n in range(1, min(tiles, 32) + 1) if blocks(n) >= fewest]
@@ -78,7 +79,7 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     columns = batch * (width // CHANNELS)
     # Many, for what limits these kernels is not only memory: four warps wait for each other at every tile.
     per_block = tiles_of_a_block(
-        math.ceil(length / segment), columns, resident, start=1.5, fewest=4 * mosaic.PROCESSORS
+        math.ceil(length / segment), columns, resident, start=1.5, fewest=4 * PROCESSORS
     )
     return Sequences(batch, length, width, taps, segment, per_block)
 

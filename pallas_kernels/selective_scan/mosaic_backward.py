@@ -66,23 +66,10 @@ def _ahead(plan: Plan) -> tuple[int, int]:
 
 
 class _BackwardStream(Stream):
-    """The chunks of a split from last to first, with the states that entered them."""
-
-    def fetch(self, k, slot):
-        self.fetch_chunk(self.chunk(k), slot)
+    """The chunks of a split from last to first."""
 
     def chunk(self, k):
-        return self.first + self.plan.per_split - 1 - k
-
-    def fetch_chunk(self, index, slot):
-        sources = self.sources
-        self.sources = {name: s for name, s in sources.items() if name != "h"}
-        super().fetch(index - self.first, slot)
-        self.sources = sources
-        if "h" in sources:
-            columns = self.plan.columns(self.block)
-            part = sources["h"].at[self.batch, self.plan.place(index), columns]
-            plgpu.copy_gmem_to_smem(part, self.tiles["h"].at[slot], self.barrier.at[slot])
+        return super().chunk(self.plan.per_split - 1 - k)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "interpret"))
@@ -99,7 +86,7 @@ def scan_gradients(
 
     Returns:
         A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l 2 w r``, dB and dC, of
-        whole chunks, and A ``b s e w r``, D and bias ``b s e``: float32 shares still to be added up.
+        whole chunks, and A ``p s e w r``, D and bias ``p s e``: float32 shares still to be added up.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": u, "delta": delta, "g": y_bar[0], "b": B, "c": C}
@@ -136,21 +123,26 @@ def scan_gradients(
         reader = StepReader(plan, layouts, interpret)
         stream = _BackwardStream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
-        block, batch, split = stream.block, stream.batch, lax.axis_index("split")
+        block, part, split = stream.block, stream.part, lax.axis_index("split")
         columns, weights = plan.columns(block), plan.columns(block, direction)
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
         vectors = {
             n: channel_vectors([extra[n]], weights, plan)[0] for n in ("D", "bias") if n in extra
         }
-        last_bar = reader.state(extra["last"].at[batch, columns]) if "last" in extra else None
-        carry = reader.zeros() if last_bar is None else last_bar
+
+        def last_bar(batch):
+            if "last" not in extra:
+                return reader.zeros()
+            return reader.state(extra["last"].at[batch, columns])
+
+        carry = reader.zeros() if plan.sequences > 1 else last_bar(part)
         if plan.splits > 1:
             carry = entering_state(
                 reader,
                 decays,
-                extra["ends"].at[batch, :, columns],
-                extra["totals"].at[batch, :, columns],
+                extra["ends"].at[part, :, columns],
+                extra["totals"].at[part, :, columns],
                 plan.splits - 1 - split,
                 carry,
             )
@@ -162,8 +154,9 @@ def scan_gradients(
         def chunk(k, carry):
             carry, dA, *sums = carry
             slot = stream.wait(k)
-            index = stream.chunk(k)
-            start = plan.start(index)
+            batch, start = stream.batch(k), plan.start(stream.chunk(k))
+            if plan.sequences > 1:
+                carry = last_bar(batch)
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles["x"].at[slot],
@@ -255,15 +248,15 @@ def scan_gradients(
 
         no_sum = plgpu.layout_cast(jnp.zeros((base_rows, plan.channels), jnp.float32), layout)
         result = lax.fori_loop(
-            0, plan.per_split, chunk, (carry, reader.zeros(), *[no_sum] * len(sums_of))
+            0, plan.visits, chunk, (carry, reader.zeros(), *[no_sum] * len(sums_of))
         )
-        store(dA_ref.at[batch, split, columns], reader.to_store(result[1]))
+        store(dA_ref.at[part, split, columns], reader.to_store(result[1]))
         for name, total in zip(sums_of, result[2:], strict=True):
-            store(sum_refs[name].at[batch, split, columns], jnp.sum(total, axis=0))
+            store(sum_refs[name].at[part, split, columns], jnp.sum(total, axis=0))
         plgpu.wait_smem_to_gmem(0)
 
     tile = (plan.chunk, plan.channels)
-    parts = (plan.batch, plan.splits)
+    parts = (plan.parts, plan.splits)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     tiles = input_tiles(plan, plan.slots, {n: s.dtype for n, s in sources.items() if n != "h"})
     if states is not None:

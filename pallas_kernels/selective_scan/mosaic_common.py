@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = math.log2(math.e)
 WARPS = 4  # warps of a warpgroup
 LANES = 32
+PROCESSORS = 132  # of an H100
 
 
 def _tiled(tiles, warp_dims, lane_dims, vector_dim):

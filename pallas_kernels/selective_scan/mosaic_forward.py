@@ -1,7 +1,8 @@
 """Forward selective scan as a Mosaic GPU kernel (Hopper and newer).
 
 A block owns ``channels`` channels of one sequence and walks its share of the time
-axis in chunks brought in by the copy engine.  Of each chunk it first computes the
+axis in chunks brought in by the copy engine, or of several short sequences one after
+another.  Of each chunk it first computes the
 steps softplus(delta + bias) and their products with u for the whole tile, then runs
 the recurrence step by step, and last sums the warps' shares of y, adds the skip and
 the gate, and sends the tile out.
@@ -81,7 +82,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
 
         def chunk(k, carry):
             slot = stream.wait(k)
-            start = plan.start(stream.first + k)
+            start = plan.start(stream.chunk(k))
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles[of].at[slot],
@@ -116,8 +117,8 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         no_steps = plgpu.layout_cast(jnp.zeros((plan.channels,), jnp.float32), layouts.channel)
         state, total = lax.fori_loop(0, plan.per_split, chunk, (reader.zeros(), no_steps))
         split = lax.axis_index("split")
-        store(ends_ref.at[stream.batch, split, columns], reader.to_store(state))
-        store(totals_ref.at[stream.batch, split, columns], total)
+        store(ends_ref.at[stream.part, split, columns], reader.to_store(state))
+        store(totals_ref.at[stream.part, split, columns], total)
 
     shape = (plan.batch, plan.splits - 1)
     tile = (plan.chunk, plan.channels)
@@ -183,7 +184,7 @@ def scan(
         reader = StepReader(plan, layouts, interpret)
         stream = Stream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
-        block, batch, split = stream.block, stream.batch, lax.axis_index("split")
+        block, part, split = stream.block, stream.part, lax.axis_index("split")
         columns, weights = plan.columns(block), plan.columns(block, direction)
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
@@ -195,18 +196,20 @@ def scan(
             state = entering_state(
                 reader,
                 decays,
-                extra["ends"].at[batch, :, columns],
-                extra["totals"].at[batch, :, columns],
+                extra["ends"].at[part, :, columns],
+                extra["totals"].at[part, :, columns],
                 split,
                 state,
             )
 
         def chunk(k, state):
             slot = stream.wait(k)
-            start = plan.start(stream.first + k)
+            start = plan.start(stream.chunk(k))
+            if plan.sequences > 1:
+                state = reader.zeros()
             if save_states:
                 store(
-                    states_ref.at[batch, plan.place(stream.first + k), columns],
+                    states_ref.at[part, plan.place(stream.chunk(k)), columns],
                     reader.to_store(state),
                 )
             prepare_tile(
@@ -239,6 +242,8 @@ def scan(
                 return state
 
             state = lax.fori_loop(0, plan.chunk // plan.unroll, turn, state)
+            if last_state and plan.sequences > 1:
+                store(last_ref.at[stream.batch(k), columns], reader.to_store(state))
             # The tile sent out last time must have left before it is written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
@@ -255,16 +260,16 @@ def scan(
             store(y_tile, y.astype(dtype))
             plgpu.commit_smem()
             rows = pl.ds(start, plan.chunk)
-            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[stream.own, rows, columns])
+            plgpu.copy_smem_to_gmem(y_tile, y_ref.at[stream.own(k), rows, columns])
             stream.refill(k, slot)
             return state
 
-        state = lax.fori_loop(0, plan.per_split, chunk, state)
-        if last_state:
+        state = lax.fori_loop(0, plan.visits, chunk, state)
+        if last_state and plan.sequences == 1:
 
             @pl.when(split == plan.splits - 1)
             def _():
-                store(last_ref.at[batch, columns], reader.to_store(state))
+                store(last_ref.at[part, columns], reader.to_store(state))
 
         plgpu.wait_smem_to_gmem(0)
 

@@ -31,7 +31,8 @@ class Plan:
     length, width, groups: of the scan; channels: of a block; chunk: steps of a tile;
     per_split: chunks of a split; splits: of the time axis; warps, rest: state groups
     and the states of one; unroll: steps per turn of the inner loop; slots: tiles in
-    flight; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
+    flight; sequences: of a block, one after another, more than one only where a sequence is
+    one chunk; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
     ``batch`` sequences, in reverse in the second (with ``reverse`` the other way about),
     each half with its own A, D and bias.
     """
@@ -50,6 +51,7 @@ class Plan:
     reverse: bool
     softplus: bool
     directions: int = 1
+    sequences: int = 1
 
     @property
     def per_split(self) -> int:
@@ -58,6 +60,16 @@ class Plan:
     @property
     def chunks(self) -> int:
         return self.per_split * self.splits
+
+    @property
+    def visits(self) -> int:
+        """Tiles that a block visits: the chunks of its split, or its sequences."""
+        return self.per_split * self.sequences
+
+    @property
+    def parts(self) -> int:
+        """Blocks along the sequences: of those of one, all have the direction."""
+        return self.batch // self.sequences
 
     @property
     def blocks(self) -> int:
@@ -70,8 +82,8 @@ class Plan:
     def mesh(self, splits: int) -> dict[str, Any]:
         """The blocks of so many splits."""
         return {
-            "grid": (self.blocks, splits, self.batch),
-            "grid_names": ("block", "split", "batch"),
+            "grid": (self.blocks, splits, self.parts),
+            "grid_names": ("block", "split", "part"),
         }
 
     @property
@@ -116,7 +128,7 @@ def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
         return functools.partial(body, plan, 0)
 
     def kernel(*refs: Any) -> None:
-        second = lax.axis_index("batch") >= plan.batch // 2
+        second = lax.axis_index("part") >= plan.parts // 2
         for direction, here in enumerate((jnp.logical_not(second), second)):
             own = dataclasses.replace(plan, reverse=bool(direction) != plan.reverse)
             pl.when(here)(functools.partial(body, own, direction, *refs))
@@ -235,7 +247,7 @@ def input_tiles(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any
 
 
 class Stream:
-    """Brings the chunks of a split into shared memory, ``slots`` ahead.
+    """Brings the tiles that a block visits into shared memory, ``slots`` ahead: see `Plan.visits`.
 
     ``batch`` numbers the sequences of all directions, ``own`` those of this one.
     """
@@ -249,23 +261,38 @@ class Stream:
         barrier: Any,
     ):
         self.plan, self.sources, self.tiles, self.barrier = plan, sources, tiles, barrier
-        self.batch, self.block = lax.axis_index("batch"), lax.axis_index("block")
-        self.own = self.batch - plan.batch // 2 if direction else self.batch
+        self.direction = direction
+        self.part, self.block = lax.axis_index("part"), lax.axis_index("block")
         self.first = lax.axis_index("split") * plan.per_split
+
+    def batch(self, k: Any) -> Any:
+        sequences = self.plan.sequences
+        return self.part * sequences + k if sequences > 1 else self.part
+
+    def own(self, k: Any) -> Any:
+        return self.batch(k) - self.plan.batch // 2 if self.direction else self.batch(k)
+
+    def chunk(self, k: Any) -> Any:
+        """The number of visit k's chunk in the order of visiting a sequence."""
+        return self.first + k if self.plan.sequences == 1 else self.first  # which is 0
 
     def fetch(self, k: Any, slot: Any) -> None:
         plan = self.plan
-        rows = pl.ds(plan.start(self.first + k), plan.chunk)
+        rows = pl.ds(plan.start(self.chunk(k)), plan.chunk)
         for name, source in self.sources.items():
-            if name in ("b", "c"):
-                part = source.at[self.batch, rows, plan.group(self.block)]
+            if name == "h":
+                where = self.batch(k), plan.place(self.chunk(k)), plan.columns(self.block)
+            elif name in ("b", "c"):
+                where = self.batch(k), rows, plan.group(self.block)
             else:
-                batch = self.own if name == "g" else self.batch
-                part = source.at[batch, rows, plan.columns(self.block)]
-            plgpu.copy_gmem_to_smem(part, self.tiles[name].at[slot], self.barrier.at[slot])
+                batch = self.own(k) if name == "g" else self.batch(k)
+                where = batch, rows, plan.columns(self.block)
+            plgpu.copy_gmem_to_smem(
+                source.at[where], self.tiles[name].at[slot], self.barrier.at[slot]
+            )
 
     def begin(self) -> None:
-        for k in range(min(self.plan.slots, self.plan.per_split)):
+        for k in range(min(self.plan.slots, self.plan.visits)):
             self.fetch(k, k)
 
     def wait(self, k: Any) -> Any:
@@ -274,9 +301,9 @@ class Stream:
         return slot
 
     def refill(self, k: Any, slot: Any) -> None:
-        """After everyone is done with chunk ``k``: fetch the one that takes its slot."""
+        """After everyone is done with tile ``k``: fetch the one that takes its slot."""
 
-        @pl.when(k + self.plan.slots < self.plan.per_split)
+        @pl.when(k + self.plan.slots < self.plan.visits)
         def _():
             self.fetch(k + self.plan.slots, slot)
 

@@ -161,6 +161,16 @@ def test_time_cut_into_splits(seed):
 
 
 @needs_mosaic
+def test_blocks_of_several_sequences(seed, monkeypatch):
+    """All of a block's are of one direction."""
+    from pallas_kernels.selective_scan import mosaic
+
+    monkeypatch.setattr(mosaic, "_sequences", lambda *_: 2)
+    length = int(np.random.default_rng(seed).integers(1, 17))
+    compare(np.random.default_rng(seed), 3e-6, b=4, l=length, e=33, n=4)
+
+
+@needs_mosaic
 @pytest.mark.slow
 def test_two_channels_a_lane(seed, monkeypatch):
     """Blocks of 64 channels, as large batches have them."""

@@ -156,6 +156,29 @@ def test_states_carried_over_many_splits(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=length, e=32, n=4, reverse=bool(seed % 2))
 
 
+def test_blocks_of_several_sequences(seed, monkeypatch):
+    """Of one tile each, in turn by one block: nothing of the sequence before is left, and what is summed is summed."""
+    from pallas_kernels.selective_scan import mosaic
+
+    monkeypatch.setattr(mosaic, "_sequences", lambda *_: 3)
+    length = int(np.random.default_rng(seed).integers(1, 17))
+    compare(np.random.default_rng(seed), 3e-6, b=6, l=length, e=40, n=5, reverse=bool(seed % 2))
+
+
+def test_how_many_sequences_a_block_visits(seed):
+    from pallas_kernels.selective_scan import mosaic
+
+    rng = np.random.default_rng(seed)
+    for _ in range(100):
+        directions = int(rng.integers(1, 3))
+        blocks, batch = int(rng.integers(1, 50)), directions * int(rng.integers(1, 300))
+        found = mosaic._sequences(blocks, batch, directions, resident=int(rng.integers(1, 9)))
+        assert (batch // directions) % found == 0
+    assert mosaic._sequences(12, 1, 1, mosaic.FORWARD) == 1  # batch 1
+    assert mosaic._sequences(12, 16, 2, mosaic.FORWARD) == 1  # all blocks run at once anyway
+    assert mosaic._sequences(12, 256, 2, mosaic.BACKWARD) > 1  # FastVim-T, batch 128
+
+
 def padded(b, length, e, keep):
     """The plan of a scan of no values, and the shape of u as its kernels see it."""
     from pallas_kernels.selective_scan import mosaic
@@ -169,8 +192,10 @@ def padded(b, length, e, keep):
     inputs = ScanInputs(**jax.tree.map(steps, one))
     chunk = mosaic.chunk_length(inputs) if keep else mosaic.forward_chunk(inputs)
     options = ScanOptions(True, False, False, chunk, keep_boundaries=keep)
-    u = jax.eval_shape(lambda inputs: mosaic._operands(inputs, options, chunk).u, inputs)
-    return mosaic._cut(inputs, options, chunk), u.shape
+    u = jax.eval_shape(
+        lambda inputs: mosaic._operands(inputs, options, chunk, mosaic.FORWARD).u, inputs
+    )
+    return mosaic._cut(inputs, options, chunk, mosaic.FORWARD), u.shape
 
 
 def test_every_tile_lies_in_its_own_sequence(seed):
