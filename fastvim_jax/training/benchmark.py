@@ -136,9 +136,11 @@ def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
         return metrics["loss"]
 
     gpu = jax.default_backend() == "gpu"
-    calls = 5 if gpu else 2
-    median, fastest, slowest = timing.clock(one, steps=calls)
-    device = timing.profile(one, calls) if gpu else None
+    if gpu:
+        median, fastest, slowest, _ = timing.steady_clock(one)
+    else:
+        median, fastest, slowest = timing.clock(one, steps=2)
+    device = timing.profile(one, 5) if gpu else None
     more = {} if device is None else {"device_ms": device.median, "kernels": device.kernels}
     precision = row["precision"]
     yield {

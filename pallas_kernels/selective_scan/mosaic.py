@@ -30,8 +30,8 @@ from pallas_kernels.selective_scan.types import (
 
 MAX_STATES = 64
 ENOUGH_BLOCKS = 384  # of 128 threads: about three for each processor of an H100
-FORWARD, BACKWARD = 7, 3  # blocks that a processor's registers hold
-START = 1.5  # what starting a block costs, in tiles
+RESIDENT = 3  # blocks of the gradients' kernel that a processor's registers hold
+START = 1.5  # what starting one costs, in tiles
 _interpret = False
 
 
@@ -93,8 +93,8 @@ def forward_chunk(inputs: ScanInputs) -> int:
     return min(sizes, key=lambda size: (math.ceil(length / size) * size * (1 + 0.8 / size), size))
 
 
-def plan(inputs: ScanInputs, options: ScanOptions, chunk: int, resident: int = FORWARD) -> Plan:
-    """Cuts a scan into blocks, of which ``resident`` share a processor."""
+def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
+    """Cuts a scan into blocks."""
     batch, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[-1]
     # A device's share of a sharded scan may call for other blocks than the whole, which chose the chunk.
@@ -113,10 +113,6 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int, resident: int = F
     measured = tuned.find(inputs, options.keep_boundaries)
     if measured is not None and measured.chunk == chunk:
         channels, splits = measured.channels, measured.splits
-    directions = _directions(inputs)
-    sequences = 1
-    if chunks == 1:
-        sequences = _sequences(math.ceil(width / channels), batch, directions, resident)
     return Plan(
         batch=batch,
         length=length,
@@ -128,25 +124,27 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int, resident: int = F
         warps=WARPS,
         rest=rest,
         unroll=8 if rest <= 4 else 2,
-        slots=min(2, math.ceil(chunks / splits) * sequences),
+        slots=min(2, math.ceil(chunks / splits)),
         reverse=options.reverse,
         softplus=options.delta_softplus,
-        directions=directions,
-        sequences=sequences,
+        directions=_directions(inputs),
     )
 
 
-def _sequences(blocks: int, batch: int, directions: int, resident: int) -> int:
-    """Sequences of one tile that a block visits: as many as take the fewest waves of blocks times tiles.
+def _sequences(cut: Plan) -> int:
+    """Sequences that a block of the gradients' kernel visits: as many as take the fewest waves of blocks times tiles.
 
-    The next tile is on its way meanwhile, and what belongs to the channels is read once.
+    The next tile is on its way meanwhile, and what belongs to the channels is read and added up once. The forward
+    kernel gains nothing by it.
     """
 
     def cost(sequences):
-        waves = math.ceil(blocks * batch / sequences / (PROCESSORS * resident))
+        waves = math.ceil(cut.blocks * cut.batch / sequences / (PROCESSORS * RESIDENT))
         return waves * (sequences + START), sequences
 
-    return min((n for n in range(1, 17) if (batch // directions) % n == 0), key=cost)
+    if cut.chunks > 1:
+        return 1
+    return min((n for n in range(1, 17) if (cut.batch // cut.directions) % n == 0), key=cost)
 
 
 def _directions(inputs: ScanInputs) -> int:
@@ -174,10 +172,10 @@ def _pad_to(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
-def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int, resident: int) -> Plan:
+def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
     """The plan, of rows that the copy engine can address: whole 16 bytes."""
     width = max(32, math.ceil(inputs.u.shape[2] / 8) * 8)
-    return dataclasses.replace(plan(inputs, options, chunk, resident), width=width)
+    return dataclasses.replace(plan(inputs, options, chunk), width=width)
 
 
 def _streamed_length(cut: Plan) -> int:
@@ -189,11 +187,11 @@ def _streamed_length(cut: Plan) -> int:
     return cut.chunks * cut.chunk if cut.channels == cut.width else cut.length
 
 
-def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int, resident: int) -> _Operands:
+def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands:
     reason = unsupported(inputs)
     if reason is not None:
         raise NotImplementedError(f"selective_scan: implementation 'pallas' cannot run: {reason}")
-    cut = _cut(inputs, options, chunk, resident)
+    cut = _cut(inputs, options, chunk)
     length, width = _streamed_length(cut), cut.width
     states = cut.warps * cut.rest
 
@@ -255,7 +253,7 @@ def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
 def _forward(inputs: ScanInputs, options: ScanOptions, dtype: jnp.dtype) -> ScanForward:
     _, length, width = inputs.u.shape
     chunk = options.chunk if options.keep_boundaries else forward_chunk(inputs)
-    o = _operands(inputs, options, chunk, FORWARD)
+    o = _operands(inputs, options, chunk)
     save = options.keep_boundaries and o.plan.chunks > 1
     more = gpu.run_once(
         _run(o, save_states=save, last_state=options.return_last_state, dtype=dtype)
@@ -284,8 +282,11 @@ def backward(
     if inputs.z is not None:
         assert isinstance(y_bar, jax.Array), "of one direction"
         y_bar, z_bar = _through_gate(inputs, options, y_bar)
-    o = _operands(inputs._replace(z=None), options, options.chunk, BACKWARD)
-    cut = o.plan
+    o = _operands(inputs._replace(z=None), options, options.chunk)
+    sequences = _sequences(o.plan)
+    cut = dataclasses.replace(
+        o.plan, sequences=sequences, slots=2 if sequences > 1 else o.plan.slots
+    )
     y_bars = [
         _pad_to(_pad_to(g, 1, o.u.shape[1]), 2, o.u.shape[2])
         for g in (y_bar if isinstance(y_bar, tuple) else [y_bar])

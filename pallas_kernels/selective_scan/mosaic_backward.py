@@ -1,6 +1,7 @@
 """Backward selective scan as a Mosaic GPU kernel (Hopper and newer).
 
-The blocks are those of the forward kernel, visiting the chunks from last to first.
+The blocks are those of the forward kernel, visiting the chunks from last to first, or
+several sequences of one chunk one after another.
 For a chunk, the states are recomputed from the one that entered it and kept in
 registers; then the recurrence of the gradients runs back over its steps:
 
@@ -184,7 +185,7 @@ def scan_gradients(
             # The tiles sent out last time must have left before they are written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
-            for first in range(0, plan.chunk, together):
+            for first in range(0, len(visits), together):
                 group = {}
                 for i, t in enumerate(visits[first : first + together], first):
                     before, factor = history.pop()
@@ -207,7 +208,7 @@ def scan_gradients(
                     for kind, part in enumerate(parts):
                         store(shares.at[kind, :, t, :], part)
                 terms = [term for t in sorted(group) for term in group[t][0]]
-                rows = pl.ds(min(group), together)
+                rows = pl.ds(min(group), len(group))
                 store(dbc_tile.at[rows], lane_sums(terms, layouts, interpret))
             plgpu.commit_smem()
 

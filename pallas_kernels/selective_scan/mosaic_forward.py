@@ -1,8 +1,7 @@
 """Forward selective scan as a Mosaic GPU kernel (Hopper and newer).
 
 A block owns ``channels`` channels of one sequence and walks its share of the time
-axis in chunks brought in by the copy engine, or of several short sequences one after
-another.  Of each chunk it first computes the
+axis in chunks brought in by the copy engine.  Of each chunk it first computes the
 steps softplus(delta + bias) and their products with u for the whole tile, then runs
 the recurrence step by step, and last sums the warps' shares of y, adds the skip and
 the gate, and sends the tile out.
@@ -40,6 +39,7 @@ from pallas_kernels.selective_scan.mosaic_walk import (
     by_direction,
     channel_vectors,
     entering_state,
+    in_turns,
     input_tiles,
     prepare_tile,
 )
@@ -96,11 +96,9 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
             )
             plgpu.commit_smem()
 
-            def turn(i, carry):
+            def turn(steps, carry):
                 state, total = carry
-                for j in range(plan.unroll):
-                    t = i * plan.unroll + j
-                    t = plan.chunk - 1 - t if plan.reverse else t
+                for t in steps:
                     step = reader.channel(steps_ref.at[t])
                     factor = lax.exp2(reader.over_state(step) * decays)
                     added = reader.over_state(reader.channel(inputs_ref.at[t]))
@@ -109,7 +107,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
                     total = total + step
                 return state, total
 
-            carry = lax.fori_loop(0, plan.chunk // plan.unroll, turn, carry)
+            carry = in_turns(plan, turn, carry)
             plgpu.commit_smem()
             stream.refill(k, slot)
             return carry
@@ -117,8 +115,8 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         no_steps = plgpu.layout_cast(jnp.zeros((plan.channels,), jnp.float32), layouts.channel)
         state, total = lax.fori_loop(0, plan.per_split, chunk, (reader.zeros(), no_steps))
         split = lax.axis_index("split")
-        store(ends_ref.at[stream.part, split, columns], reader.to_store(state))
-        store(totals_ref.at[stream.part, split, columns], total)
+        store(ends_ref.at[stream.batch(0), split, columns], reader.to_store(state))
+        store(totals_ref.at[stream.batch(0), split, columns], total)
 
     shape = (plan.batch, plan.splits - 1)
     tile = (plan.chunk, plan.channels)
@@ -184,7 +182,7 @@ def scan(
         reader = StepReader(plan, layouts, interpret)
         stream = Stream(plan, direction, stream_refs, tiles, barrier)
         layout = tile_layout(plan.chunk)
-        block, part, split = stream.block, stream.part, lax.axis_index("split")
+        block, batch, split = stream.block, stream.batch(0), lax.axis_index("split")
         columns, weights = plan.columns(block), plan.columns(block, direction)
         stream.begin()
         decays = reader.decays(a_ref.at[weights])
@@ -196,8 +194,8 @@ def scan(
             state = entering_state(
                 reader,
                 decays,
-                extra["ends"].at[part, :, columns],
-                extra["totals"].at[part, :, columns],
+                extra["ends"].at[batch, :, columns],
+                extra["totals"].at[batch, :, columns],
                 split,
                 state,
             )
@@ -205,11 +203,9 @@ def scan(
         def chunk(k, state):
             slot = stream.wait(k)
             start = plan.start(stream.chunk(k))
-            if plan.sequences > 1:
-                state = reader.zeros()
             if save_states:
                 store(
-                    states_ref.at[part, plan.place(stream.chunk(k)), columns],
+                    states_ref.at[batch, plan.place(stream.chunk(k)), columns],
                     reader.to_store(state),
                 )
             prepare_tile(
@@ -225,11 +221,9 @@ def scan(
             )
             plgpu.commit_smem()
 
-            def turn(i, state):
+            def turn(steps, state):
                 shares = []
-                for j in range(plan.unroll):
-                    t = i * plan.unroll + j
-                    t = plan.chunk - 1 - t if plan.reverse else t
+                for t in steps:
                     step = reader.over_state(reader.channel(steps_ref.at[t]))
                     added = reader.over_state(reader.channel(inputs_ref.at[t]))
                     added = added * reader.coefficients(tiles["b"].at[slot, t])
@@ -241,9 +235,7 @@ def scan(
                     store(shares_ref.at[:, t, :], share)
                 return state
 
-            state = lax.fori_loop(0, plan.chunk // plan.unroll, turn, state)
-            if last_state and plan.sequences > 1:
-                store(last_ref.at[stream.batch(k), columns], reader.to_store(state))
+            state = in_turns(plan, turn, state)
             # The tile sent out last time must have left before it is written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
@@ -264,12 +256,12 @@ def scan(
             stream.refill(k, slot)
             return state
 
-        state = lax.fori_loop(0, plan.visits, chunk, state)
-        if last_state and plan.sequences == 1:
+        state = lax.fori_loop(0, plan.per_split, chunk, state)
+        if last_state:
 
             @pl.when(split == plan.splits - 1)
             def _():
-                store(last_ref.at[part, columns], reader.to_store(state))
+                store(last_ref.at[batch, columns], reader.to_store(state))
 
         plgpu.wait_smem_to_gmem(0)
 

@@ -107,7 +107,8 @@ class Plan:
         return self.place(index) * self.chunk
 
     def steps(self) -> range:
-        return range(self.chunk)
+        """Of a chunk; what lies past the end of a single one is left out."""
+        return range(self.length if self.chunks == 1 else self.chunk)
 
     def group(self, block: Any) -> Any:
         return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
@@ -134,6 +135,20 @@ def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
             pl.when(here)(functools.partial(body, own, direction, *refs))
 
     return kernel
+
+
+def in_turns(plan: Plan, turn: Callable[[list[Any], Any], Any], carry: Any) -> Any:
+    """``turn(steps, carry)`` over a chunk's steps in the order of the scan, `Plan.unroll` at a time."""
+    steps = plan.steps()
+    last = len(steps) - 1
+
+    def of(i, count):
+        numbers = [i * plan.unroll + j for j in range(count)]
+        return [last - n for n in numbers] if plan.reverse else numbers
+
+    whole, left = divmod(len(steps), plan.unroll)
+    carry = lax.fori_loop(0, whole, lambda i, carry: turn(of(i, plan.unroll), carry), carry)
+    return turn(of(whole, left), carry) if left else carry
 
 
 def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:

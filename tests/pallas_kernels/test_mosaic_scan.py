@@ -170,13 +170,16 @@ def test_how_many_sequences_a_block_visits(seed):
 
     rng = np.random.default_rng(seed)
     for _ in range(100):
-        directions = int(rng.integers(1, 3))
-        blocks, batch = int(rng.integers(1, 50)), directions * int(rng.integers(1, 300))
-        found = mosaic._sequences(blocks, batch, directions, resident=int(rng.integers(1, 9)))
-        assert (batch // directions) % found == 0
-    assert mosaic._sequences(12, 1, 1, mosaic.FORWARD) == 1  # batch 1
-    assert mosaic._sequences(12, 16, 2, mosaic.FORWARD) == 1  # all blocks run at once anyway
-    assert mosaic._sequences(12, 256, 2, mosaic.BACKWARD) > 1  # FastVim-T, batch 128
+        case = {"b": int(rng.integers(1, 300)), "length": int(rng.integers(1, 40))}
+        cut, _ = padded(**case, e=int(rng.integers(1, 800)), keep=True)
+        found = mosaic._sequences(cut)
+        assert cut.batch % found == 0
+        assert found == 1 or cut.chunks == 1
+    alone, _ = padded(b=1, length=14, e=384, keep=True)
+    few, _ = padded(b=16, length=14, e=384, keep=True)  # all blocks run at once anyway
+    many, _ = padded(b=128, length=14, e=384, keep=True)
+    assert (mosaic._sequences(alone), mosaic._sequences(few)) == (1, 1)
+    assert mosaic._sequences(many) > 1
 
 
 def padded(b, length, e, keep):
@@ -192,10 +195,8 @@ def padded(b, length, e, keep):
     inputs = ScanInputs(**jax.tree.map(steps, one))
     chunk = mosaic.chunk_length(inputs) if keep else mosaic.forward_chunk(inputs)
     options = ScanOptions(True, False, False, chunk, keep_boundaries=keep)
-    u = jax.eval_shape(
-        lambda inputs: mosaic._operands(inputs, options, chunk, mosaic.FORWARD).u, inputs
-    )
-    return mosaic._cut(inputs, options, chunk, mosaic.FORWARD), u.shape
+    u = jax.eval_shape(lambda inputs: mosaic._operands(inputs, options, chunk).u, inputs)
+    return mosaic._cut(inputs, options, chunk), u.shape
 
 
 def test_every_tile_lies_in_its_own_sequence(seed):

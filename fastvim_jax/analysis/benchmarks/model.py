@@ -108,10 +108,10 @@ def _case(
     if measured.profiled:
         sets = measured.inputs()
         run = lambda i: measured.program(*sets[i % len(sets)])  # noqa: E731
-        median, fastest, slowest = timing.clock(run)
+        median, fastest, slowest, queued = timing.steady_clock(run)
         device = timing.profile(run, max(calls, len(sets)))
         time = dataclasses.replace(
-            device, method="clock", median=median, fastest=fastest, slowest=slowest, calls=5 * calls,
+            device, method="clock", median=median, fastest=fastest, slowest=slowest, calls=queued,
             input_sets=len(sets),
         )  # fmt: skip
         waits = sorted(timing.clock(run, warm_up=0, steps=1, repeats=1)[0] for _ in range(20))
