@@ -91,7 +91,7 @@ largest second train_base_largest_batch_unrolled 1024 unroll
 start train_tiny train --models "$tiny" --batches 128
 start train_small train --models "$small" --batches 128
 start model_tiny_f32 model --models "$tiny" --precisions f32
-start model_vim model --models "$vim"
+start model_vim model --models "$vim" --pixels 224 2048
 start model_tiny_224 model --models "$tiny" --batches 128 1
 start model_sizes model --models "$small" "$base"
 finish

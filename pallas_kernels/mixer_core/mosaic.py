@@ -26,7 +26,9 @@ from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowId
 from pallas_kernels.selective_scan.mosaic_common import PROCESSORS
 
 SHARED_MEMORY = 227 * 1024  # bytes a processor can give to blocks
-START = 1.5  # what starting a block costs, in segments
+# What starting a block costs, in segments, and how many of them a processor's registers hold.
+START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.5}
+RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
 _interpret = False
 
 
@@ -70,25 +72,23 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
         and s >= taps - 1  # a halo reaches no further than the next segment
         and _bytes(kind, s, taps, width, size) <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
     ]
-    limit = 16 if any(4 <= s <= 16 for s in fitting) else 32
+    # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
+    limits = (8, 16, 32) if kind == "front_gradients" else (16, 32)
+    limit = next((n for n in limits if any(4 <= s <= n for s in fitting)), 32)
     segment = max((s for s in fitting if s <= limit), default=0)
     if segment < min(4, options.tokens):
         return None
-    resident = min(8, SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024))
+    held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024)
+    resident = min(RESIDENT[kind], held)
     slots = PROCESSORS * resident
     others = batch * (width // 128 if kind.startswith("front") else 1)
     segments = options.tokens // segment
 
     def cost(per_block):
         waves = math.ceil(others * options.lines / per_block / slots)
-        return waves * (per_block * segments + START)
+        return waves * (per_block * segments + START[kind])
 
     divisors = [d for d in range(1, options.lines + 1) if options.lines % d == 0]
-    if (
-        kind == "front_gradients"
-    ):  # its registers leave room for fewer blocks: keep many to choose from
-        many = [d for d in divisors if others * options.lines >= 4 * PROCESSORS * d]
-        divisors = many or divisors[:1]
     return Grid(
         batch=batch,
         rows=options.rows,
