@@ -67,8 +67,7 @@ queued calls, gaps between kernels included, are in their own tables. "aim": the
     "scan": """\
 Device time with inputs read cold; softplus and step bias inside, 16 states; milliseconds. The peer's times are eager
 calls of its kernel on another machine of the same kind. Floor: the larger of memory traffic at 3.0 TB/s and
-exponentials at 16 a clock and processor. Operations: 7 a step, state and channel, 26 with gradients. The associative
-scan has become up to 2.3 times faster since it was recorded here (NOTES, "XLA's associative scan").
+exponentials at 16 a clock and processor. Operations: 7 a step, state and channel, 26 with gradients.
 """,
     "pair": """\
 The scans of a mixer's two directions, device time: as two operations, and as one that is one kernel each way. One

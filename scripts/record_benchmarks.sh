@@ -117,7 +117,9 @@ if ((SECONDS < ${MORE_UNTIL:-330})); then
   start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
   finish
   lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, under the device's name
-  start scan_tune scan --tune --tuned-file "$out/tuned.json" --lengths 14 196 1024 16384 --batches 128 128 32 2
+  for shape in "14 128" "196 128" "1024 32" "16384 2"; do
+    start "scan_tune_${shape% *}" scan --tune --tuned-file "$out/tuned.json" --lengths "${shape% *}" --batches "${shape#* }"
+  done
   finish
 fi
 if ((!begun)); then
