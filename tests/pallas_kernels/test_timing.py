@@ -50,6 +50,23 @@ def test_a_program_repeated_n_times_depends_on_n():
     assert costs["argument_bytes"] == 12 and costs["peak_bytes"] >= 24
 
 
+def test_a_steady_clock_leaves_out_the_first_calls(monkeypatch):
+    """Of a program that is slow at first, as a GPU's is until its kernels are launched as a graph."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def step(i):
+        calls.append(i)
+        now[0] += 1e-3 if len(calls) <= 30 else 0.25e-3
+
+    median, fastest, slowest, timed = timing.steady_clock(step, seconds=0.02, repeats=3)
+    assert (median, fastest, slowest) == pytest.approx((0.25, 0.25, 0.25))
+    assert timed == 3 * 20
+    assert (
+        len(calls) == 2 + 2 + 2 * 20 + timed
+    )  # the estimate's, those that warm up, those that count
+
+
 def test_what_waits_for_its_turn_holds_no_arrays():
     """A lot of programs would fill the device's memory."""
     before = {id(x) for x in jax.live_arrays()}
