@@ -7,52 +7,33 @@ what is required, is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from targets import (
+    BATCHES,
+    PAPER,
+    PEER,
+    PIXELS,
+    Row,
+    device_images_per_s,
+    find,
+    right,
+    targets,
+    way,
+)
 
-from fastvim_jax.analysis.benchmarks.mixer import least_bytes
 from fastvim_jax.analysis.benchmarks.scan import plot as plot_scan
 from pallas_kernels.selective_scan import bench
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
-from pallas_kernels.timing import CEILINGS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "h100"
-Row = dict[str, Any]
 
-# Milliseconds of the mamba CUDA kernel called eagerly on the same kind of GPU (PyTorch 2.11), float32.
-PEER = {
-    (128, 14, 384): (0.201, 0.653),
-    (128, 196, 384): (0.357, 1.458),
-    (32, 1024, 384): (0.409, 1.481),
-    (8, 4096, 384): (0.431, 1.506),
-    (2, 16384, 384): (0.465, 1.651),
-}
-# Table 23 of the paper, an H100: milliseconds of both directions of one Tiny block, batch 128, float32.
-PAPER = {
-    ("vim", "scan"): (0.79, 3.20, 14.52, 58.20),
-    ("vim", "projection"): (0.17, 0.44, 1.80, 6.90),
-    ("vim", "total"): (0.96, 3.64, 16.32, 65.10),
-    ("fastvim", "scan"): (0.44, 0.41, 0.42, 0.30),
-    ("fastvim", "projection"): (0.07, 0.08, 0.11, 0.20),
-    ("fastvim", "pool"): (0.10, 0.80, 1.70, 3.46),
-    ("fastvim", "repeat"): (0.06, 0.26, 1.00, 3.90),
-    ("fastvim", "skip"): (0.17, 0.78, 3.10, 12.2),
-    ("fastvim", "total"): (0.84, 2.33, 6.33, 20.06),
-}
-PIXELS = (224, 512, 1024, 2048)
-BATCHES = {224: 128, 512: 32, 1024: 8, 2048: 2}
-TINY, SMALL, BASE, VIM = (
-    "fastvim_tiny_patch16_224", "fastvim_small_patch16_224", "fastvim_base_patch16_224",
-    "vim_tiny_patch16_224",
-)  # fmt: skip
 INTRODUCTION = """\
 # Measured on one H100
 
@@ -62,7 +43,9 @@ What was tried on the way is in [NOTES.md](NOTES.md).
 ABOUT = {
     "targets": """\
 Device time: the sum of the kernels' durations; for scan and mixer core inputs are read cold. Models by the clock over
-queued calls, gaps between kernels included, are in their own tables. "aim": the aim is reached, too.
+queued calls, gaps between kernels included, are in their own tables. "aim": the aim is reached, too. "others": on
+another machine of the same kind, the authors' code in its fastest precision, called eagerly, of the core without
+convolution, norm and gate and of training without an optimizer; DeiT with fused attention and CUDA graphs.
 """,
     "scan": """\
 Device time with inputs read cold; softplus and step bias inside, 16 states; milliseconds. The peer's times are eager
@@ -76,8 +59,7 @@ image's inputs are 0.1 MB, so that the cache holds them.
     "core": """\
 From in_proj's output to out_proj's input: convolutions, pooling, projections, scans, skip, LayerNorm, gate; device
 time, kernels' durations summed. Floor, at 3.0 TB/s: x read twice, z once, the result written once; for the backward
-pass x and the gradient of the result read twice, z once, and the gradients of x and z written. "unchecked": by a
-program that did not compare the result.
+pass x and the gradient of the result read twice, z once, and the gradients of x and z written.
 """,
     "stages": """\
 Both directions of one Tiny block, batch 128, float32, forward, in milliseconds; in brackets the paper's. Without
@@ -101,179 +83,27 @@ def load(folder: Path) -> list[Row]:
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
-        bench = record.get("bench") or file.stem.split("_")[0]
+        bench = record["bench"]
         if bench not in ("scan", "pair", "mixer", "model", "train"):
             continue
         for row in record["rows"]:
             if "skipped" in row or "failed" in row:
                 continue
-            row = _completed(bench, row) | {"from": file.stem, **record["circumstances"]}
-            row["complete"] = record.get("complete", True)
+            row = {"bench": bench, "activations": "wide", **_kind(bench, row), **row}
+            row |= {"from": file.stem, "complete": record["complete"], **record["circumstances"]}
             key = json.dumps([row.get(name) for name in IDENTITY])
             if key not in rows or rows[key]["date"] <= row["date"]:
                 rows[key] = row
     return list(rows.values())
 
 
-def _completed(bench: str, row: Row) -> Row:
-    """What older records left to be understood."""
-    if bench in ("scan", "pair"):
-        default: Row = {"states": 16}
-    elif bench == "mixer":
-        default = {"part": "core", "model": "fastvim", "width": 192}
-        if row.get("part", "core") == "core":
-            tokens = row["batch"] * (row["pixels"] // 16) ** 2
-            least = least_bytes(tokens * row.get("width", 192), row["dtype"], row["gradient"])
-            row = {
-                **row,
-                "floor_memory_ms": 1e3 * least / CEILINGS["NVIDIA H100 80GB HBM3"].bandwidth,
-            }
-    else:
-        precision = {"bfloat16": "bf16", "float32": "f32"}[row["dtype"]]
-        kind = "largest" if "largest_batch_of" in row else "time" if "ms" in row else "compile"
-        default = {"pixels": 224, "precision": precision, "activations": "wide", "blocks": "scan"}
-        default["kind"] = kind
-    return {"bench": bench, **default, **row}
-
-
-def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows with these values."""
-    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
-
-
-def right(row: Row) -> bool:
-    """Whether the result was not seen to be wrong in the same run."""
-    return row.get("correct", True)
-
-
-@dataclass(frozen=True)
-class Target:
-    """One requirement: `value` of the best of the rows that match."""
-
-    what: str
-    unit: str
-    match: Row
-    value: Callable[[Row], float | None]
-    required: float | None
-    aim: float
-    more_is_better: bool = False
-
-    def row(self, rows: list[Row]) -> list[str]:
-        matching = find(rows, **self.match)
-        found = [(v, r) for r in matching if right(r) and (v := self.value(r)) is not None]
-        required = "–" if self.required is None else _number(self.required)
-        line = [self.what, self.unit, required, _number(self.aim)]
-        if not found:
-            wrong = any(not right(r) for r in matching)
-            return [*line, "wrong result" if wrong else "not measured", "", ""]
-        seen, row = (max if self.more_is_better else min)(found, key=lambda pair: pair[0])
-
-        def reaches(bound: float | None) -> bool:
-            return bound is not None and (seen >= bound if self.more_is_better else seen <= bound)
-
-        met = "aim" if reaches(self.aim) else "yes" if reaches(self.required) else "no"
-        if self.required is None and met == "no":
-            met = "short of the aim"
-        return [*line, f"**{_number(seen)}**", met, f"`{row['from']}`"]
-
-
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def targets() -> list[Target]:
-    """Everything that is required of the kernels and models on one H100."""
-    found = []
-    median = lambda r: r["median"]  # noqa: E731
-    per_second = device_images_per_s
-    scans = ((128, 14, 384), (128, 196, 384), (32, 1024, 384), (2, 16384, 384))
-    for gradient, required, aims in (
-        (False, (0.010, 0.085, 0.12, 0.19), (0.007, 0.06, 0.08, 0.14)),
-        (True, (0.05, 0.42, 0.42, 0.55), (0.025, 0.25, 0.28, 0.38)),
-    ):
-        for shape, least, aim in zip(scans, required, aims, strict=True):
-            match = {"bench": "scan", "shape": list(shape), "dtype": "float32", "gradient": gradient,
-                     "implementation": "pallas"}  # fmt: skip
-            what = f"scan f32 {_way(gradient)} {'×'.join(map(str, shape))}"
-            found.append(Target(what, "ms", match, median, least, aim))
-    for dtype, gradient, required, aims in (
-        ("float32", False, (0.13, 0.50, 1.8, 7), (0.067, 0.35, 1.4, 5.6)),
-        ("float32", True, (0.45, 1.7, 6, 24), (0.25, 1.2, 4.8, 19)),
-        ("bfloat16", False, (None,) * 4, (0.0335, 0.175, 0.7, 2.8)),
-    ):
-        for pixels, least, aim in zip(PIXELS, required, aims, strict=True):
-            match = {"bench": "mixer", "part": "core", "pixels": pixels, "dtype": dtype,
-                     "gradient": gradient, "batch": 128, "width": 192}  # fmt: skip
-            what = f"FastVim-T mixer core, batch 128, {dtype} {_way(gradient)} {pixels} px"
-            found.append(Target(what, "ms", match, median, least, aim))
-
-    def forward(
-        name, title, precision, pixels, least, aim, unit="images/s", value=per_second, batch=None
-    ):
-        match = {"bench": "model", "model": name, "precision": precision, "pixels": pixels,
-                 "batch": batch or BATCHES[pixels]}  # fmt: skip
-        what = f"{title} forward {precision} {pixels} px, batch {match['batch']}"
-        found.append(Target(what, unit, match, value, least, aim, unit == "images/s"))
-
-    for precision, required, aims in (
-        ("bf16", (32000, 6000, 1500, 370), (54000, 10000, 2500, 600)),
-        ("f32", (12000, 2300, 580, 145), (15000, 3000, 750, 190)),
-    ):
-        for pixels, least, aim in zip(PIXELS, required, aims, strict=True):
-            forward(TINY, "FastVim-T", precision, pixels, least, aim)
-    forward(SMALL, "FastVim-S", "bf16", 224, 16000, 25500)
-    forward(BASE, "FastVim-B", "bf16", 224, 6500, 10000)
-    forward(VIM, "Vim-T", "bf16", 224, 15000, 22000)
-    forward(VIM, "Vim-T", "bf16", 2048, 220, 300)
-    device = lambda r: r.get("device_ms")  # noqa: E731
-    forward(TINY, "FastVim-T", "bf16", 224, 0.8, 0.4, "ms", device, batch=1)
-    for name, title, least, aim in (
-        (TINY, "FastVim-T", 8000, 14000), (SMALL, "FastVim-S", 3500, 6000)
-    ):  # fmt: skip
-        match = {"bench": "train", "kind": "time", "model": name, "precision": "bf16", "batch": 128}
-        what = f"{title} training step bf16 224 px, batch 128"
-        found.append(Target(what, "images/s", match, per_second, least, aim, True))
-    match = {
-        "bench": "train",
-        "kind": "largest",
-        "model": BASE,
-        "precision": "bf16",
-        "remat": "none",
+def _kind(bench: str, row: Row) -> Row:
+    """What a row of training measured."""
+    if bench != "train":
+        return {}
+    return {
+        "kind": "largest" if "largest_batch_of" in row else "time" if "ms" in row else "compile"
     }
-    what = "FastVim-B largest training batch, 224 px, bf16, no remat"
-    found.append(Target(what, "images", match, lambda r: r["largest_batch"], 768, 1024, True))
-    found.append(
-        Target(
-            "FastVim-B training step, trace + compile, no cache, blocks scanned",
-            "s", {**match, "blocks": "scan"}, lambda r: _first_compile(r), 60, 30,
-        )
-    )  # fmt: skip
-    match = {
-        "bench": "train",
-        "kind": "compile",
-        "model": BASE,
-        "precision": "bf16",
-        "blocks": "unroll",
-    }
-    what = "the same, blocks written out"
-    found.append(
-        Target(what, "s", match, lambda r: r["trace_seconds"] + r["compile_seconds"], 60, 30)
-    )
-    return found
-
-
-def device_images_per_s(row: Row) -> float:
-    """Images a second of device time; by the clock where that alone was recorded."""
-    return 1e3 * row["batch"] / row["device_ms"] if "device_ms" in row else row["images_per_s"]
-
-
-def _first_compile(row: Row) -> float:
-    first = row["tried"][0]
-    return first["trace_seconds"] + first["compile_seconds"]
-
-
-def _way(gradient: bool) -> str:
-    return "forward + backward" if gradient else "forward"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -331,7 +161,7 @@ def scan_table(rows: list[Row]) -> str:
     body = []
     for shape in _shapes(rows):
         for gradient in (False, True):
-            line = ["×".join(map(str, shape)), _way(gradient)]
+            line = ["×".join(map(str, shape)), way(gradient)]
             for _, wanted, text in SCAN_COLUMNS:
                 found = find(rows, shape=list(shape), gradient=gradient, **wanted)
                 line.append(text(found[0]) if found else "–")
@@ -366,7 +196,7 @@ def pair_table(rows: list[Row]) -> str:
                     for scans in ("one by one", "at once")
                 ]
                 times = [f"{f[0]['median']:.4f}" if f else "–" for f in found]
-                body.append(["×".join(map(str, shape)), dtype, _way(gradient), *times])
+                body.append(["×".join(map(str, shape)), dtype, way(gradient), *times])
     return table(["batch×length×channels", "", "", "one by one, ms", "at once, ms"], body)
 
 
@@ -379,12 +209,12 @@ def core_table(rows: list[Row]) -> str:
             [
                 str(r["pixels"]),
                 r["dtype"],
-                _way(r["gradient"]),
+                way(r["gradient"]),
                 f"**{r['median']:.3f}**",
                 _spread(r, 3),
-                f"{r['floor_memory_ms']:.3f}" if "floor_memory_ms" in r else "–",
+                f"{r['floor_memory_ms']:.3f}",
                 f"{r['temporary_bytes'] / 1e6:.0f}",
-                f"{r['error']:.0e}" if "error" in r else "unchecked",
+                f"{r['error']:.0e}",
                 ", ".join(
                     f"{name.removesuffix('_mosaic_gpu_kernel')[:40]} {value:.3f}"
                     for name, value in list(r["kernels"].items())[:4]
@@ -506,7 +336,7 @@ def main() -> None:
         "## Required and seen\n",
         ABOUT["targets"],
         table(
-            ["what", "unit", "required", "aim", "seen", "met", "record"],
+            ["what", "unit", "others", "required", "aim", "seen", "met", "record"],
             [target.row(recorded) for target in targets()],
         ),
         "Wrong results, in no other table:\n\n" + sources(wrong) if wrong else "",

@@ -1,0 +1,182 @@
+"""What is required of the kernels and models on one H100, and what others measured there; no result of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+# Milliseconds of the mamba CUDA kernel called eagerly on the same kind of GPU (PyTorch 2.11), float32.
+PEER = {
+    (128, 14, 384): (0.201, 0.653),
+    (128, 196, 384): (0.357, 1.458),
+    (32, 1024, 384): (0.409, 1.481),
+    (8, 4096, 384): (0.431, 1.506),
+    (2, 16384, 384): (0.465, 1.651),
+}
+# Table 23 of the paper, an H100: milliseconds of both directions of one Tiny block, batch 128, float32.
+PAPER = {
+    ("vim", "scan"): (0.79, 3.20, 14.52, 58.20),
+    ("vim", "projection"): (0.17, 0.44, 1.80, 6.90),
+    ("vim", "total"): (0.96, 3.64, 16.32, 65.10),
+    ("fastvim", "scan"): (0.44, 0.41, 0.42, 0.30),
+    ("fastvim", "projection"): (0.07, 0.08, 0.11, 0.20),
+    ("fastvim", "pool"): (0.10, 0.80, 1.70, 3.46),
+    ("fastvim", "repeat"): (0.06, 0.26, 1.00, 3.90),
+    ("fastvim", "skip"): (0.17, 0.78, 3.10, 12.2),
+    ("fastvim", "total"): (0.84, 2.33, 6.33, 20.06),
+}
+PIXELS = (224, 512, 1024, 2048)
+BATCHES = {224: 128, 512: 32, 1024: 8, 2048: 2}
+TINY, SMALL, BASE, VIM = (
+    "fastvim_tiny_patch16_224", "fastvim_small_patch16_224", "fastvim_base_patch16_224",
+    "vim_tiny_patch16_224",
+)  # fmt: skip
+TITLES = {TINY: "FastVim-T", SMALL: "FastVim-S", BASE: "FastVim-B", VIM: "Vim-T"}
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values."""
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def right(row: Row) -> bool:
+    """Whether the result was not seen to be wrong in the same run."""
+    return row.get("correct", True)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One requirement: `value` of the best of the rows that match; `others`: what others reach."""
+
+    what: str
+    unit: str
+    match: Row
+    value: Callable[[Row], float | None]
+    required: float | None
+    aim: float
+    others: str = "–"
+    more_is_better: bool = False
+
+    def row(self, rows: list[Row]) -> list[str]:
+        matching = find(rows, **self.match)
+        found = [(v, r) for r in matching if right(r) and (v := self.value(r)) is not None]
+        required = "–" if self.required is None else _number(self.required)
+        line = [self.what, self.unit, self.others, required, _number(self.aim)]
+        if not found:
+            wrong = any(not right(r) for r in matching)
+            return [*line, "wrong result" if wrong else "not measured", "", ""]
+        seen, row = (max if self.more_is_better else min)(found, key=lambda pair: pair[0])
+
+        def reaches(bound: float | None) -> bool:
+            return bound is not None and (seen >= bound if self.more_is_better else seen <= bound)
+
+        met = "aim" if reaches(self.aim) else "yes" if reaches(self.required) else "no"
+        if self.required is None and met == "no":
+            met = "short of the aim"
+        return [*line, f"**{_number(seen)}**", met, f"`{row['from']}`"]
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def device_images_per_s(row: Row) -> float:
+    """Images a second of device time; by the clock where that alone was recorded."""
+    return 1e3 * row["batch"] / row["device_ms"] if "device_ms" in row else row["images_per_s"]
+
+
+def _compile(row: Row) -> float:
+    return row["trace_seconds"] + row["compile_seconds"]
+
+
+def _compile_of_the_first_batch(row: Row) -> float:
+    return _compile(row["tried"][0])
+
+
+def way(gradient: bool) -> str:
+    """What was timed."""
+    return "forward + backward" if gradient else "forward"
+
+
+SCANS = ((128, 14, 384), (128, 196, 384), (32, 1024, 384), (2, 16384, 384))
+
+
+def targets() -> list[Target]:
+    """Everything that is required of the kernels and models on one H100."""
+    return [*_scans(), *_cores(), *_forward_passes(), *_training()]
+
+
+def _scans() -> Iterator[Target]:
+    for gradient, required, aims in (
+        (False, (0.010, 0.085, 0.12, 0.19), (0.007, 0.06, 0.08, 0.14)),
+        (True, (0.05, 0.42, 0.42, 0.55), (0.025, 0.25, 0.28, 0.38)),
+    ):
+        for shape, least, aim in zip(SCANS, required, aims, strict=True):
+            match = {"bench": "scan", "shape": list(shape), "dtype": "float32", "gradient": gradient,
+                     "implementation": "pallas"}  # fmt: skip
+            what = f"scan f32 {way(gradient)} {'×'.join(map(str, shape))}"
+            others = f"authors {PEER[shape][gradient]}"
+            yield Target(what, "ms", match, lambda r: r["median"], least, aim, others)
+
+
+def _cores() -> Iterator[Target]:
+    for dtype, gradient, authors, required, aims in (
+        ("float32", False, (0.85, 2.3, 6.3, 20.3), (0.13, 0.50, 1.8, 7), (0.067, 0.35, 1.4, 5.6)),
+        ("float32", True, (2.5, 6.9, 20, 69), (0.45, 1.7, 6, 24), (0.25, 1.2, 4.8, 19)),
+        ("bfloat16", False, (None,) * 4, (None,) * 4, (0.0335, 0.175, 0.7, 2.8)),
+    ):
+        for pixels, part, least, aim in zip(PIXELS, authors, required, aims, strict=True):
+            match = {"bench": "mixer", "part": "core", "pixels": pixels, "dtype": dtype,
+                     "gradient": gradient, "batch": 128, "width": 192}  # fmt: skip
+            what = f"FastVim-T mixer core, batch 128, {dtype} {way(gradient)} {pixels} px"
+            others = "–" if part is None else f"authors > {part}"
+            yield Target(what, "ms", match, lambda r: r["median"], least, aim, others)
+
+
+def _forward_passes() -> Iterator[Target]:
+    def of(name, precision, pixels, required, aim, authors, deit=None):
+        title = TITLES[name]
+        match = {"bench": "model", "model": name, "precision": precision, "pixels": pixels,
+                 "batch": BATCHES[pixels]}  # fmt: skip
+        what = f"{title} forward {precision} {pixels} px, batch {BATCHES[pixels]}"
+        others = f"authors {authors:,}" + (f", DeiT-{title[-1]} {deit:,}" if deit else "")
+        return Target(
+            what, "images/s", match, device_images_per_s, required, aim, others, more_is_better=True
+        )
+
+    yield of(TINY, "bf16", 224, 32000, 54000, 4202, 53217)
+    yield of(TINY, "bf16", 512, 6000, 10000, 1020, 8253)
+    yield of(TINY, "bf16", 1024, 1500, 2500, 293, 1372)
+    yield of(TINY, "bf16", 2048, 370, 600, 79, 134)
+    yield of(TINY, "f32", 224, 12000, 15000, 3563)
+    yield of(TINY, "f32", 512, 2300, 3000, 784)
+    yield of(TINY, "f32", 1024, 580, 750, 216)
+    yield of(TINY, "f32", 2048, 145, 190, 56)
+    yield of(SMALL, "bf16", 224, 16000, 25500, 2062, 25440)
+    yield of(BASE, "bf16", 224, 6500, 10000, 1032, 9954)
+    yield of(VIM, "bf16", 224, 15000, 22000, 3780)
+    yield of(VIM, "bf16", 2048, 220, 300, 52)
+    match = {"bench": "model", "model": TINY, "precision": "bf16", "pixels": 224, "batch": 1}
+    what = "FastVim-T forward bf16 224 px, batch 1"
+    yield Target(what, "ms", match, lambda r: r.get("device_ms"), 0.8, 0.4)
+
+
+def _training() -> Iterator[Target]:
+    train = {"bench": "train", "precision": "bf16"}
+    for name, required, aim, authors in ((TINY, 8000, 14000, 946), (SMALL, 3500, 6000, 625)):
+        match = train | {"kind": "time", "model": name, "batch": 128}
+        what = f"{TITLES[name]} training step bf16 224 px, batch 128"
+        yield Target(
+            what, "images/s", match, device_images_per_s, required, aim, f"authors {authors}", True
+        )
+    largest = train | {"kind": "largest", "model": BASE, "remat": "none"}
+    what = "FastVim-B largest training batch, 224 px, bf16, no remat"
+    yield Target(
+        what, "images", largest, lambda r: r["largest_batch"], 768, 1024, more_is_better=True
+    )
+    what = "FastVim-B training step, trace + compile, no cache, blocks scanned"
+    yield Target(what, "s", largest | {"blocks": "scan"}, _compile_of_the_first_batch, 60, 30)
+    match = train | {"kind": "compile", "model": BASE, "blocks": "unroll"}
+    yield Target("the same, blocks written out", "s", match, _compile, 60, 30)
