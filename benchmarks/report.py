@@ -44,8 +44,10 @@ ABOUT = {
     "targets": """\
 Device time: the sum of the kernels' durations; for scan and mixer core inputs are read cold. Models by the clock over
 queued calls, gaps between kernels included, are in their own tables. "aim": the aim is reached, too. "others": on
-another machine of the same kind, the authors' code in its fastest precision, called eagerly, of the core without
-convolution, norm and gate and of training without an optimizer; DeiT with fused attention and CUDA graphs.
+another machine of the same kind. Scans: mamba's CUDA kernel, called eagerly. Core: the authors' code with that kernel,
+without convolution, norm and gate. Forward: theirs as a CUDA graph with the faster of their two scans, beside bf16 in
+the fastest precision; DeiT with fused attention, T and S compiled with CUDA graphs. Training: theirs, eager, in the
+faster of float32 and bf16, without an optimizer.
 """,
     "scan": """\
 Device time with inputs read cold; softplus and step bias inside, 16 states; milliseconds. The peer's times are eager

@@ -117,7 +117,7 @@ def _scans() -> Iterator[Target]:
             match = {"bench": "scan", "shape": list(shape), "dtype": "float32", "gradient": gradient,
                      "implementation": "pallas"}  # fmt: skip
             what = f"scan f32 {way(gradient)} {'×'.join(map(str, shape))}"
-            others = f"authors {PEER[shape][gradient]}"
+            others = f"mamba {PEER[shape][gradient]}"
             yield Target(what, "ms", match, lambda r: r["median"], least, aim, others)
 
 

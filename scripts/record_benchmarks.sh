@@ -3,8 +3,7 @@
 #     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100
 # About 16 minutes on an H100 with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
 # compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out. Ends with
-# status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone; with MORE_UNTIL=330 what
-# matters less is left out if the first part took longer than that.
+# status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -104,25 +103,24 @@ if wanted train_base_compile; then # alone, as nothing else compiles
   ended $!
 fi
 
-if ((SECONDS < ${MORE_UNTIL:-100000})); then
-  lot third
-  start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --batches 4096 128 1024 512 256 128 32 8 2 --dtypes float32
-  start mixer_stages_large mixer --parts stages --pixels 1024 2048
-  start mixer_stages mixer --parts stages --pixels 224 512
-  start mixer_core_bf16 mixer --parts core --dtypes bfloat16
-  finish
-  lot fourth
-  start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
-  start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
-  start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 512 1024 2048
-  start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
-  finish
-  lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, under the device's name
-  for shape in "14 128" "196 128" "1024 32" "16384 2"; do
-    start "scan_tune_${shape% *}" scan --tune --tuned-file "$out/tuned.json" --lengths "${shape% *}" --batches "${shape#* }"
-  done
-  finish
-fi
+lot third
+start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --batches 4096 128 1024 512 256 128 32 8 2 --dtypes float32
+start mixer_stages_large mixer --parts stages --pixels 1024 2048
+start mixer_stages mixer --parts stages --pixels 224 512
+start mixer_core_bf16 mixer --parts core --dtypes bfloat16
+finish
+lot fourth
+start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
+start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
+start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 512 1024 2048
+start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
+finish
+lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, under the device's name
+for shape in "14 128" "196 128" "1024 32" "16384 2"; do
+  start "scan_tune_${shape% *}" scan --tune --tuned-file "$out/tuned.json" --lengths "${shape% *}" --batches "${shape#* }"
+done
+finish
+
 if ((!begun)); then
   printf 'No program has a name like %s.\n' "${FASTVIM_BENCH_ONLY:-}"
   exit 1

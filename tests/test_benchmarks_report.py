@@ -15,9 +15,7 @@ from tests.support import ROOT
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(
-        ROOT / "benchmarks"
-    )  # where `targets` lies, as for who runs the script
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for who runs the script
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "report", module)
@@ -63,13 +61,9 @@ def test_the_latest_right_row_counts(report, tmp_path):
 
 def test_more_images_a_second_are_better(report, tmp_path):
     row = {
-        "model": "fastvim_tiny_patch16_224",
-        "pixels": 224,
-        "batch": 128,
-        "dtype": "bfloat16",
-        "ms": 4.0,
-    }
-    row |= {"activations": "compute", "precision": "bf16"}
+        "model": "fastvim_tiny_patch16_224", "pixels": 224, "batch": 128, "dtype": "bfloat16",
+        "precision": "bf16", "activations": "compute", "ms": 4.0,
+    }  # fmt: skip
     what = "FastVim-T forward bf16 224 px, batch 128"
     write(tmp_path, "model_a", "1", row | {"blocks": "scan", "images_per_s": 31000}, bench="model")
     write(

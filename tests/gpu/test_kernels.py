@@ -145,28 +145,40 @@ def test_sequence(seed, case):
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
-def test_sequence_under_vmap(seed):
+def written_in_place(rng, operation):
+    """An operation whose gradient writes into an array in place, its arguments, and the gradient of its output."""
+    if operation == "sequence":
+        return lambda a, g: sequence.value_and_gradients(a, g, "auto"), *sequence.draw(
+            rng, 3, 21, 128
+        )
+    grid = {"rows": 6, "columns": 7, "method": "mean"}
+    run = lambda a, g: core.value_and_gradients(a, g, "auto", **grid)  # noqa: E731
+    return run, *core.draw(rng, 3, 6, 7, 128)
+
+
+def both_ways_round(x):
+    return jnp.stack([x, x[::-1]])
+
+
+@pytest.mark.parametrize("operation", ["core", "sequence"])
+def test_in_place_under_vmap(seed, operation):
     """Ragged tiles of one example leave the next one alone."""
-    args, out_bar = sequence.draw(np.random.default_rng(seed), 3, 21, 128)
-    run = lambda a, g: sequence.value_and_gradients(a, g, "auto")  # noqa: E731
-    stack = lambda x: jnp.stack([x, x[::-1]])  # noqa: E731
-    xz, *weights = args
-    both = jax.jit(jax.vmap(lambda xz, g: run((xz, *weights), g)))(stack(xz), stack(out_bar))
-    wanted = jax.jit(run)(args, out_bar)
-    assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
-    wanted = jax.jit(run)((xz[::-1], *weights), out_bar[::-1])
-    assert max(relative_errors(jax.tree.map(lambda x: x[1], both), wanted)) < 1e-5
+    run, (xz, *weights), out_bar = written_in_place(np.random.default_rng(seed), operation)
+    one = lambda xz, g: run((xz, *weights), g)  # noqa: E731
+    both = jax.jit(jax.vmap(one))(both_ways_round(xz), both_ways_round(out_bar))
+    for i, turn in enumerate((1, -1)):
+        wanted = jax.jit(one)(xz[::turn], out_bar[::turn])
+        assert max(relative_errors(jax.tree.map(lambda x, i=i: x[i], both), wanted)) < 1e-5
 
 
-def test_sequence_in_a_loop(seed):
+@pytest.mark.parametrize("operation", ["core", "sequence"])
+def test_in_place_in_a_loop(seed, operation):
     """What a kernel writes in place reaches the stack."""
-    args, out_bar = sequence.draw(np.random.default_rng(seed), 3, 21, 128)
-    run = lambda a, g: sequence.value_and_gradients(a, g, "auto")  # noqa: E731
-    stack = lambda x: jnp.stack([x, x[::-1]])  # noqa: E731
-    xz, *weights = args
-    loop = lambda xz, g: jax.lax.map(lambda a: run((a[0], *weights), a[1]), (xz, g))  # noqa: E731
-    both = jax.jit(loop)(stack(xz), stack(out_bar))
-    wanted = jax.jit(run)(args, out_bar)
+    run, (xz, *weights), out_bar = written_in_place(np.random.default_rng(seed), operation)
+    one = lambda a: run((a[0], *weights), a[1])  # noqa: E731
+    loop = jax.jit(lambda xz, g: jax.lax.map(one, (xz, g)))
+    both = loop(both_ways_round(xz), both_ways_round(out_bar))
+    wanted = jax.jit(one)((xz, out_bar))
     assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
 
 

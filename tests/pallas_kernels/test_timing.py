@@ -62,9 +62,8 @@ def test_a_steady_clock_leaves_out_the_first_calls(monkeypatch):
     median, fastest, slowest, timed = timing.steady_clock(step, seconds=0.02, repeats=3)
     assert (median, fastest, slowest) == pytest.approx((0.25, 0.25, 0.25))
     assert timed == 3 * 20
-    assert (
-        len(calls) == 2 + 2 + 2 * 20 + timed
-    )  # the estimate's, those that warm up, those that count
+    estimate, warm_up = 2 + 2, 2 * 20
+    assert len(calls) == estimate + warm_up + timed
 
 
 def test_what_waits_for_its_turn_holds_no_arrays():
