@@ -38,6 +38,11 @@ def parity_dir() -> Path | None:
     return _shared("FASTVIM_PARITY_DIR", "parity")
 
 
+def dense_dir() -> Path | None:
+    """The golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense, None when absent."""
+    return _shared("FASTVIM_DENSE_DIR", "dense")
+
+
 def data_dir() -> Path | None:
     """The small real data sets: $FASTVIM_DATA_DIR, default ../shared/data, None when absent."""
     return _shared("FASTVIM_DATA_DIR", "data")

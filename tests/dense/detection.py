@@ -1,0 +1,7 @@
+"""Checkers of the detection fixtures, by the class that made them."""
+
+from __future__ import annotations
+
+from tests.dense.golden import Checker
+
+CHECKERS: dict[str, Checker] = {}

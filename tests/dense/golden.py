@@ -1,0 +1,40 @@
+"""The golden files of segmentation and detection: where they are, and how one is read.
+
+The format is that of `tests.parity.golden`: one `.npz` each, with the class that made it in `meta`. A checker takes
+one fixture and returns its comparisons; `tests.dense.segmentation` and `tests.dense.detection` map classes to theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tests.parity.compare import Comparison
+from tests.parity.golden import Golden, read
+from tests.support import dense_dir
+
+Checker = Callable[[Golden], list[Comparison]]
+"""From a fixture to its comparisons, one for each dtype or mode."""
+
+__all__ = ["Checker", "Golden", "fixtures", "read", "table"]
+
+
+def fixtures() -> dict[Path, str]:
+    """Class of every fixture, by path; empty where there are no golden numbers."""
+    folder = dense_dir()
+    return {path: _class_of(path) for path in sorted(folder.glob("*.npz"))} if folder else {}
+
+
+def table(name: str) -> dict | None:
+    """Content of the JSON table `name`, or None where it is absent."""
+    folder = dense_dir()
+    path = folder / name if folder else None
+    return json.loads(path.read_text()) if path and path.exists() else None
+
+
+def _class_of(path: Path) -> str:
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(str(archive["meta"]))["class"]
