@@ -10,7 +10,7 @@ the results and the cost of this file and those beside it. Seen: 90.06 % of the 
 minutes on an H100 shared by seven runs.
 """
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -28,7 +28,7 @@ config = TrainConfig(
         activations="compute",
         blocks="unroll",
     ),
-    data=DataConfig(
+    data=ClassificationData(
         source="packed_npz",
         path="$FASTVIM_DATA_DIR/cifar10",
         resident=True,

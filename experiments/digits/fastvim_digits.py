@@ -6,7 +6,7 @@ chance is 10 %.
 Cost: 1,760 steps, about 2 minutes on two CPU cores, some 20 seconds of it compilation.
 """
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -22,7 +22,7 @@ config = TrainConfig(
         depth=4,
         drop_path=0.1,
     ),
-    data=DataConfig(
+    data=ClassificationData(
         source="digits",
         image_size=8,
         channels=1,

@@ -11,7 +11,7 @@ FLOPs, here and in the other files, are those of the products of all epochs: 2 a
 Set FASTVIM_IMAGENET_DIR to a folder with `train` and `val`, one sub-folder a class.
 """
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import model_config
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -25,7 +25,7 @@ config = TrainConfig(
         activations="compute",
         blocks="unroll",
     ),
-    data=DataConfig(
+    data=ClassificationData(
         source="image_folder",
         path="$FASTVIM_IMAGENET_DIR",
         eval_split="val",

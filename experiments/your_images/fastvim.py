@@ -12,7 +12,7 @@ another 120 by the averaged weights from the 25th epoch on.
 Cost: 600 images take 7 minutes of processor time, about 4 minutes on two CPU cores.
 """
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -27,7 +27,7 @@ config = TrainConfig(
         depth=6,
         drop_path=0.05,
     ),
-    data=DataConfig(
+    data=ClassificationData(
         source="image_folder",
         path="my_images",  # yours: --data.path
         eval_split="val",

@@ -49,13 +49,13 @@ def data(arguments: Sequence[str]) -> int:
     if chosen.seconds <= 0 or any(count < 1 for count in chosen.workers):
         raise UsageError("--seconds must be positive, and --workers at least 1 each.")
     from fastvim_jax.analysis.benchmarks.record import show
-    from fastvim_jax.data import DataConfig
+    from fastvim_jax.data import ClassificationData
     from fastvim_jax.data.bench import measure
     from fastvim_jax.data.sources.layout import guess_source
 
     with as_usage_error():
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
-        config = DataConfig(
+        config = ClassificationData(
             source=kind,
             path=chosen.path,
             train_split=chosen.split,

@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check(arguments: Sequence[str]) -> int:
     chosen = parse(Check, "data check", arguments, "List what is wrong with a data set.")
-    from fastvim_jax.data.check import check
+    from fastvim_jax.data.prepare.check import check
 
     kind, splits = _kind_and_splits(chosen)
     reports = {}
@@ -143,7 +143,7 @@ def _train_command(chosen: _Where, kind: str, classes: dict[str, int]) -> str | 
 
 def _prepare(arguments: Sequence[str]) -> int:
     chosen = parse(Prepare, "data prepare", arguments, "Write a data set as ArrayRecord shards.")
-    from fastvim_jax.data.prepare import prepare
+    from fastvim_jax.data.prepare.shards import prepare
     from fastvim_jax.data.sources import expand_path
 
     kind, splits = _kind_and_splits(chosen)

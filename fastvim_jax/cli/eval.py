@@ -87,12 +87,12 @@ def _data(run_dir: Path) -> Any:
 
 def _arguments(arguments: Sequence[str]) -> type:
     """The arguments, those of the data having the run's values as defaults where the run is named first."""
-    from fastvim_jax.data import DataConfig
+    from fastvim_jax.data import ClassificationData
 
-    kind: Any = Annotated[DataConfig | None, tyro.conf.Suppress]
+    kind: Any = Annotated[ClassificationData | None, tyro.conf.Suppress]
     default = None
     if arguments and not arguments[0].startswith("-") and Path(arguments[0]).is_dir():
-        kind, default = DataConfig, _data(Path(arguments[0]))
+        kind, default = ClassificationData, _data(Path(arguments[0]))
     field = ("data", kind, dataclasses.field(default=default))
     return dataclasses.make_dataclass("Arguments", [field], bases=(Arguments,), frozen=True)
 

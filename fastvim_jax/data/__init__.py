@@ -1,5 +1,7 @@
 """Image data: sources, transforms and grain pipelines. Knows no model.
 
+A file here is shared by all tasks, or is the pipeline of the one task it is named after.
+
 The iterators load on first use: grain imports JAX, which the command line's help need not wait for.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.records import DecodeError, Record, Source
@@ -15,7 +18,7 @@ from fastvim_jax.data.sources import SOURCES, open_source
 
 if TYPE_CHECKING:
     from fastvim_jax.data.batches import Batch, BatchIterator
-    from fastvim_jax.data.pipeline import load_image, make_eval_iterator, make_train_iterator
+    from fastvim_jax.data.classification import load_image, make_eval_iterator, make_train_iterator
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -23,6 +26,7 @@ __all__ = [
     "SOURCES",
     "Batch",
     "BatchIterator",
+    "ClassificationData",
     "DataConfig",
     "DecodeError",
     "Record",
@@ -37,6 +41,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        home = "batches" if name in ("Batch", "BatchIterator") else "pipeline"
+        home = "batches" if name in ("Batch", "BatchIterator") else "classification"
         return getattr(importlib.import_module(f"fastvim_jax.data.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data import transforms
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.classification import make_train_iterator, train_batches
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import decode_image
-from fastvim_jax.data.pipeline import make_train_iterator, train_batches
 from fastvim_jax.data.randaugment import rand_augment
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources import open_source
@@ -33,7 +33,7 @@ _WINDOWS = 5  # other work on the machine disturbs some of them
 
 
 def measure(
-    config: DataConfig, *, seconds: float = 2.0, workers: Sequence[int] = ()
+    config: ClassificationData, *, seconds: float = 2.0, workers: Sequence[int] = ()
 ) -> Iterator[Row]:
     """Measure the training pipeline of `config` on its files.
 
@@ -59,7 +59,7 @@ def measure(
 
 
 def _whole(
-    source: Source, config: DataConfig, decoders: Iterable[Any], seconds: float
+    source: Source, config: ClassificationData, decoders: Iterable[Any], seconds: float
 ) -> Iterator[Row]:
     """The pipeline with each decoder, and the DataLoader; they take turns, so that other work disturbs all alike."""
     behind = f", {_processes(config.workers)}" if config.workers else ""
@@ -88,7 +88,7 @@ def _whole(
 
 
 def _stages(
-    source: Source, config: DataConfig, decoder: str
+    source: Source, config: ClassificationData, decoder: str
 ) -> Iterator[tuple[str, Callable[[], int]]]:
     """Name of each stage, and a function that does it once for a number of records, which it returns."""
     # Spread over the source: neighbours may be of one class, or of one size.
@@ -156,7 +156,7 @@ def _time(work: Callable[[], int], seconds: float) -> float:
     return best
 
 
-def _ours(source: Source, config: DataConfig) -> Iterator[Any]:
+def _ours(source: Source, config: ClassificationData) -> Iterator[Any]:
     if config.workers:
         return make_train_iterator(config, seed=0)
     # In one thread: two on a core's two hardware threads would each look slower.
@@ -165,7 +165,7 @@ def _ours(source: Source, config: DataConfig) -> Iterator[Any]:
 
 
 def _time_batches(
-    running: Sequence[Iterator[Any]], config: DataConfig, seconds: float
+    running: Sequence[Iterator[Any]], config: ClassificationData, seconds: float
 ) -> list[float]:
     """Milliseconds an image of each: of processor time without workers, else of the clock, one after the other."""
     if config.workers:
@@ -201,7 +201,7 @@ def _take_turns(
     return best
 
 
-def _torch(source: Source, config: DataConfig) -> Iterator[Any]:
+def _torch(source: Source, config: ClassificationData) -> Iterator[Any]:
     """The same files through a PyTorch DataLoader: Pillow, torchvision's transforms, normalised float32 batches."""
     import torch
     from torchvision import transforms as vision
@@ -243,7 +243,7 @@ class _Endless:
         opened = (
             Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
         )
-        return self.transform(opened.convert("RGB")), record.label
+        return self.transform(opened.convert("RGB")), record.target
 
 
 def _shuffled(count: int) -> Iterator[int]:

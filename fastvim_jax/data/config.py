@@ -1,4 +1,7 @@
-"""What to read, how to batch it and how to augment it: one frozen dataclass."""
+"""Settings that every task's data share: what to read, how to decode it and how to batch it.
+
+A task's own settings (crops, augmentation) are a subclass beside its pipeline, as in `classification_config.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data of a supervised run. Every value is a plain number, string or tuple, so it goes through JSON.
+    """Data of any task. Every value is a plain number, string or tuple, so it goes through JSON.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field.
@@ -37,8 +40,8 @@ class DataConfig:
     """Class list (.txt: one name a line; .tsv: label, folder, name) where the folder's own is not the right one."""
     image_size: int | tuple[int, int] = 224
     """Side, or height and width, of the model's input in pixels."""
-    channels: Literal[1, 3] = 3
-    """3: every image becomes RGB; 1: every image becomes greyscale."""
+    channels: int = 3
+    """Channels of the model's input."""
     batch_size: int = 128
     """Images a training step takes, over all processes."""
     eval_batch_size: int | None = None
@@ -48,43 +51,10 @@ class DataConfig:
     decoder: Literal["auto", "pillow", "turbo"] = "auto"
     """turbo: libjpeg-turbo and a SIMD resizer (the extra `data`), several times faster, for upright colour JPEG files;
     pillow: Pillow for everything; auto: turbo if it is installed. Their pixels differ by rounding; see `turbo.py`."""
-    crop: Literal["random_resized", "pad_shift", "resize"] = "random_resized"
-    """Training crop: random resized crop; resize, pad and shift at random (small images); only resize."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """random_resized: the crop's share of the image's area, lowest and highest."""
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """random_resized: the crop's width over height, lowest and highest (log-uniform)."""
-    pad: int = 4
-    """pad_shift: zero pixels added on each side before a crop of the input size is taken at random."""
-    flip: float = 0.5
-    """Probability of a horizontal flip in training."""
-    rand_augment: float | None = None
-    """RandAugment's magnitude, from 0 to 10 (the recipes use 9); None: off."""
-    rand_augment_std: float = 0.5
-    """Standard deviation of the magnitude of each of RandAugment's operations."""
-    colour_jitter: float = 0.0
-    """Largest relative change of brightness, contrast and saturation (0.3 in the recipes, without RandAugment)."""
-    random_erasing: float = 0.0
-    """Probability that one box of a training image is filled with noise (0.25 in the recipes)."""
-    mixup: float = 0.0
-    """Mixup's alpha (0.8 in the recipes); 0: off."""
-    cutmix: float = 0.0
-    """Cutmix's alpha (1.0 in the recipes); 0: off."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed, if mixup or cutmix is on."""
-    mix_switch_prob: float = 0.5
-    """Probability that it is cutmix that mixes, if both are on."""
-    mix_mode: Literal["batch"] = "batch"
-    """What is mixed with what: the whole batch, with itself reversed, in the same proportion."""
-    eval_crop: float = 0.875
-    """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Subtracted per channel, on a pixel scale of 0 to 1."""
     std: tuple[float, ...] = IMAGENET_STD
     """Divides per channel, on a pixel scale of 0 to 1."""
-    resident: bool = False
-    """Decode all training images once and keep them on the device, where they are cropped (pad_shift or resize)
-    and flipped: for sets of small images."""
     max_corrupt: int = 0
     """Undecodable training records replaced by others (and counted) before the run stops; 0: the first one stops it."""
 
@@ -96,56 +66,22 @@ class DataConfig:
             )
         if self.source != "digits" and not self.path:
             raise UserError(f"data.path is empty: the source {self.source!r} needs its folder.")
-        _one_of("channels", self.channels, (1, 3))
-        _one_of("decoder", self.decoder, ("auto", "pillow", "turbo"))
-        _one_of("crop", self.crop, ("random_resized", "pad_shift", "resize"))
+        self._one_of("decoder", ("auto", "pillow", "turbo"))
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        if len(sizes) not in (1, 2) or not all(_is_int(s) and s >= 1 for s in sizes):
-            _fail("image_size", self.image_size, "a positive side, or height and width")
-        _require(
-            _is_int(self.batch_size) and self.batch_size >= 1, "batch_size", self, "at least 1"
-        )
+        sound = len(sizes) in (1, 2) and all(_is_int(s) and s >= 1 for s in sizes)
+        self._require(sound, "image_size", "a positive side, or height and width")
+        self._whole("channels", 1)
+        self._whole("batch_size", 1)
         if self.eval_batch_size is not None:
-            ok = _is_int(self.eval_batch_size) and self.eval_batch_size >= 1
-            _require(ok, "eval_batch_size", self, "at least 1, or None")
-        _require(_is_int(self.workers) and self.workers >= 0, "workers", self, "0 or more")
-        _require(_is_int(self.pad) and self.pad >= 0, "pad", self, "0 or more")
-        _require(
-            _is_int(self.max_corrupt) and self.max_corrupt >= 0, "max_corrupt", self, "0 or more"
-        )
-        for name in ("flip", "random_erasing", "mix_prob", "mix_switch_prob"):
-            _require(0 <= getattr(self, name) <= 1, name, self, "a probability from 0 to 1")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            ok = math.isfinite(value) and value >= 0
-            _require(ok, name, self, "0 (off) or a positive number")
-        _one_of("mix_mode", self.mix_mode, ("batch",))
-        ok = self.rand_augment is None or 0 <= self.rand_augment <= 10
-        _require(ok, "rand_augment", self, "a magnitude from 0 to 10, or None")
-        _require(self.rand_augment_std >= 0, "rand_augment_std", self, "0 or more")
-        _require(self.colour_jitter >= 0, "colour_jitter", self, "0 or more")
-        _require(0 < self.eval_crop <= 1, "eval_crop", self, "more than 0 and at most 1")
-        ordered = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
-        _require(ordered, "crop_scale", self, "lowest and highest share, within 0 to 1")
-        ordered = len(self.crop_aspect) == 2 and 0 < self.crop_aspect[0] <= self.crop_aspect[1]
-        _require(ordered, "crop_aspect", self, "lowest and highest positive ratio")
+            self._whole("eval_batch_size", 1, " or None")
+        self._whole("workers", 0)
+        self._whole("max_corrupt", 0)
         for name in ("mean", "std"):
             values = getattr(self, name)
             ok = len(values) == self.channels and all(math.isfinite(v) for v in values)
             if name == "std":
                 ok = ok and all(v > 0 for v in values)
-            _require(ok, name, self, f"{self.channels} numbers, one per channel")
-
-        if self.resident:
-            self._check_resident()
-
-    def _check_resident(self) -> None:
-        """Resident images are augmented on the device, which knows crop and flip only."""
-        _require(
-            self.crop != "random_resized", "crop", self, "pad_shift or resize if resident=True"
-        )
-        _require(self.rand_augment is None, "rand_augment", self, "None if resident=True")
-        _require(not self.colour_jitter, "colour_jitter", self, "0 if resident=True")
+            self._require(ok, name, f"{self.channels} numbers, one per channel")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -154,24 +90,23 @@ class DataConfig:
             return self.image_size[0], self.image_size[-1]
         return self.image_size, self.image_size
 
+    def _require(self, ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")
+
+    def _whole(self, name: str, least: int, otherwise: str = "") -> None:
+        value = getattr(self, name)
+        expected = f"a whole number of at least {least}{otherwise}"
+        self._require(_is_int(value) and value >= least, name, expected)
+
+    def _one_of(self, name: str, choices: tuple[object, ...]) -> None:
+        value, texts = getattr(self, name), [str(choice) for choice in choices]
+        hint = suggest(str(value), texts)
+        if value not in choices:
+            raise UserError(
+                f"data.{name} is {value!r}, but must be one of {', '.join(texts)}.{hint}"
+            )
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _fail(name: str, value: object, expected: str) -> None:
-    raise UserError(f"data.{name} is {value!r}, but must be {expected}.")
-
-
-def _require(ok: bool, name: str, config: DataConfig, expected: str) -> None:
-    if not ok:
-        _fail(name, getattr(config, name), expected)
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        _fail(
-            name,
-            value,
-            f"one of {', '.join(map(str, choices))}" + suggest(str(value), map(str, choices)),
-        )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import DataConfig
 
 Batch = Mapping[str, Any]
@@ -39,7 +40,9 @@ def make_preprocess(config: DataConfig) -> Preprocess:
     return preprocess
 
 
-def make_augment(config: DataConfig, num_classes: int, *, label_smoothing: float = 0.0) -> Augment:
+def make_augment(
+    config: ClassificationData, num_classes: int, *, label_smoothing: float = 0.0
+) -> Augment:
     """The map `augment(key, batch) -> batch` of a training batch, for use inside the step.
 
     In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch. Out: `image` float32, normalised,

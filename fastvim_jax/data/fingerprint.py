@@ -54,4 +54,4 @@ def _content(source: Source, index: int) -> str:
     else:
         content, shape = record.image, ""
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return f"{digest} {shape} {record.label} {record.name}"
+    return f"{digest} {shape} {record.target} {record.name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,19 +12,20 @@ from fastvim_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One labelled image as the source holds it."""
+    """One image and what is known of it, as the source holds them."""
 
     image: bytes | np.ndarray
     """An encoded file's bytes (JPEG, PNG, ...), or uint8 pixels `h w` or `h w c`."""
-    label: int
-    """Index into the source's `class_names`."""
+    target: Any
+    """What a model is to predict. For classification an int, the index into the source's `class_names`; sources of
+    other tasks hold a mask or boxes here."""
     name: str
     """Where the record comes from (a path, or `file[index]`): error messages name it."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to labelled images. Sources are pickled to worker processes, so they stay light."""
+    """Random access to records. Sources are pickled to worker processes, so they stay light."""
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, UInt8
 
+from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.records import DecodeError, Source
-from fastvim_jax.data.transforms import eval_transform, resized, to_array
+from fastvim_jax.data.transforms import resized, to_array
 from fastvim_jax.data.turbo import Picture
 from fastvim_jax.errors import UserError
 
@@ -28,7 +29,12 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def resident_training(
-    source: Source, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    source: Source,
+    config: ClassificationData,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> BatchIterator:
     """Return an endless iterator over training batches, reshuffled each epoch; see `make_train_iterator`.
 
@@ -68,7 +74,7 @@ def resident_training(
 
 def resident_evaluation(
     source: Source,
-    config: DataConfig,
+    config: ClassificationData,
     *,
     split: str,
     batch_size: int,
@@ -111,7 +117,7 @@ class _Images:
     def __init__(
         self,
         source: Source,
-        config: DataConfig,
+        config: ClassificationData,
         transform: Callable[[Picture], UInt8[np.ndarray, "h w c"]],
     ) -> None:
         shape = (len(source), *config.height_width, config.channels)
@@ -123,7 +129,7 @@ class _Images:
                 record, image = decode_record(source, index, channels=config.channels)
             except DecodeError:
                 return False
-            pixels[index], labels[index] = transform(image), record.label
+            pixels[index], labels[index] = transform(image), record.target
             return True
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
@@ -84,7 +84,7 @@ class TrainConfig:
 
     model: VisionMambaConfig | ViTConfig
     """The backbone and its head; model.num_classes must be the data's number of classes."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ClassificationData = field(default_factory=ClassificationData)
     """Where the images come from, how they are batched and augmented."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its groups and its schedules."""

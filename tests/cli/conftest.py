@@ -14,7 +14,7 @@ from fastvim_jax.data import open_source
 EXPERIMENT = '''\
 """A tiny FastVim on the digits, for the tests of the commands."""
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -22,7 +22,7 @@ config = TrainConfig(
     model=VisionMambaConfig(
         image_size=8, patch_size=4, channels=1, num_classes=10, embed_dim=8, depth=2
     ),
-    data=DataConfig(
+    data=ClassificationData(
         source="digits", image_size=8, channels=1, batch_size=128, crop="pad_shift", pad=1, flip=0.0,
         eval_crop=1.0, mean=(0.3,), std=(0.4,),
     ),

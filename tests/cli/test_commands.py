@@ -104,7 +104,7 @@ def test_eval_by_class(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     status, out, _ = fastvim("eval", run_dir, "--per-class", "--json", "--confusion", picture)
     report = json.loads(out)
     assert status == 0
-    labels = [open_source("digits", "test")[i].label for i in range(360)]
+    labels = [open_source("digits", "test")[i].target for i in range(360)]
     for scores in report["scores"].values():
         assert [row["class"] for row in scores["classes"]] == list("0123456789")
         assert [row["count"] for row in scores["classes"]] == np.bincount(labels).tolist()
@@ -121,7 +121,7 @@ def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None
     """The first 60 held-out digits as files of any size; greyscale, 16 bits and with colours."""
     source = open_source("digits", "test")
     for i in range(60):
-        folder = tmp_path / "held out" / str(source[i].label)
+        folder = tmp_path / "held out" / str(source[i].target)
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(source[i].image)
         if i % 3 == 1:

@@ -95,7 +95,7 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     assert status == 0 and "1 shards (1 written again, as their records have changed)" in out
     assert "1 shards (1 were there already)" in out
     train = open_source("array_record", "train", path=str(out_dir))
-    assert [train[i].label for i in range(6)] == [0, 0, 1, 1, 1, 1]
+    assert [train[i].target for i in range(6)] == [0, 0, 1, 1, 1, 1]
     assert fastvim("data", "check", out_dir)[0] == 0
     shard = next(out_dir.glob("val-*"))
     content = bytearray(shard.read_bytes())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.cli.bench_data import data
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.data.bench import measure
 
 
@@ -30,7 +30,9 @@ def test_rows_are_complete(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "torch" else found(name)
     )
-    config = DataConfig(source="image_folder", path=str(photos), image_size=16, batch_size=8)
+    config = ClassificationData(
+        source="image_folder", path=str(photos), image_size=16, batch_size=8
+    )
     rows = list(measure(config, seconds=0.05))
     for decoder in ("turbo", "pillow") if found("cykooz_resizer") else ("pillow",):
         ours = {row["what"]: row for row in rows if row["with"] == decoder}

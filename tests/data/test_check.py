@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.data import open_source
-from fastvim_jax.data.check import check
+from fastvim_jax.data.prepare.check import check
 from tests.data.test_sources import _pack
 
 
@@ -16,7 +16,7 @@ from tests.data.test_sources import _pack
 def test_everything_wrong_is_listed(
     image_tree: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvim_jax.data.check._CHUNK", 8)
+    monkeypatch.setattr("fastvim_jax.data.prepare.check._CHUNK", 8)
     ant, bee = image_tree / "train" / "ant", image_tree / "train" / "bee"
     (ant / "04.png").write_bytes((ant / "04.png").read_bytes()[:50])
     (ant / "05.png").write_bytes(b"")
@@ -40,7 +40,7 @@ def test_everything_wrong_is_listed(
 
 def test_labels_outside_the_classes_are_listed(tmp_path: Path, rng: np.random.Generator) -> None:
     digits = open_source("digits", "test")
-    from fastvim_jax.data.prepare import encoded
+    from fastvim_jax.data.prepare.shards import encoded
 
     images = [encoded(digits[i], None) for i in range(4)]
     _pack(tmp_path / "train.npz", images, [0, 3, 1, 7])

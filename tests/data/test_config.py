@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ from fastvim_jax.errors import UserError
     ],
 )
 def test_bad_values_name_their_field(field: str, value: Any) -> None:
-    config = copy.copy(DataConfig())
+    config = copy.copy(ClassificationData())
     # Set behind the constructor, whose annotations the test run checks before __post_init__ could.
     object.__setattr__(config, field, value)
     with pytest.raises(UserError, match=rf"data\.{field}"):
@@ -47,17 +47,19 @@ def test_bad_values_name_their_field(field: str, value: Any) -> None:
 
 def test_a_folder_source_needs_its_folder() -> None:
     with pytest.raises(UserError, match=r"data.path is empty"):
-        DataConfig(source="image_folder")
+        ClassificationData(source="image_folder")
 
 
 def test_height_and_width() -> None:
-    assert DataConfig(image_size=32).height_width == (32, 32)
-    assert DataConfig(image_size=(32, 48)).height_width == (32, 48)
+    assert ClassificationData(image_size=32).height_width == (32, 32)
+    assert ClassificationData(image_size=(32, 48)).height_width == (32, 48)
 
 
 def test_json_and_back() -> None:
     from fastvim_jax.training import serialise
 
-    config = DataConfig(image_size=(8, 12), channels=1, mean=(0.5,), std=(0.25,), crop="pad_shift")
-    again = serialise.from_json(DataConfig, serialise.to_json(config))
+    config = ClassificationData(
+        image_size=(8, 12), channels=1, mean=(0.5,), std=(0.25,), crop="pad_shift"
+    )
+    again = serialise.from_json(ClassificationData, serialise.to_json(config))
     assert again == config

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.data import device_transforms as dt
 from tests.support import ROOT
 
-CONFIG = DataConfig(source="digits", image_size=(12, 16))
+CONFIG = ClassificationData(source="digits", image_size=(12, 16))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNLIKELY = 1e-5  # a run in a hundred thousand may fail by chance
 
@@ -272,11 +272,11 @@ SHARDED = """
 import dataclasses, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from fastvim_jax.data import DataConfig, make_train_iterator
+from fastvim_jax.data import ClassificationData, make_train_iterator
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.distributed import make_mesh, place_batch
 assert len(jax.devices()) == 4
-config = DataConfig(
+config = ClassificationData(
     source="digits", image_size=(8, 12), crop="pad_shift", resident=True, random_erasing=0.5,
 )
 rng = np.random.default_rng(int(sys.argv[1]))

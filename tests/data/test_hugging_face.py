@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, make_eval_iterator, make_train_iterator, open_source
+from fastvim_jax.data import (
+    ClassificationData,
+    make_eval_iterator,
+    make_train_iterator,
+    open_source,
+)
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources import hugging_face
 from fastvim_jax.data.sources.layout import guess_source, list_splits
@@ -75,7 +80,7 @@ def test_every_image_is_there_with_its_label(hub: tuple[Path, list[bytes], list[
     assert source.class_names == NAMES
     for copy in (source, pickle.loads(pickle.dumps(source))):
         assert [copy[i].image for i in range(len(copy))] == images
-        assert [copy[i].label for i in range(9)] == labels == copy.labels.tolist()
+        assert [copy[i].target for i in range(9)] == labels == copy.labels.tolist()
         assert len({fingerprint(copy, i, i + 1) for i in range(9)}) == 9
         assert fingerprint(copy, 0, 9) == fingerprint(source, 0, 9)
     assert [source[i].image for i in (8, 0, 5)] == [images[i] for i in (8, 0, 5)]
@@ -105,7 +110,7 @@ def test_it_feeds_the_pipeline_in_workers(
     hub: tuple[Path, list[bytes], list[int]], seed: int
 ) -> None:
     root, _, labels = hub
-    config = DataConfig(
+    config = ClassificationData(
         source="hugging_face", path=str(root), eval_split="train", image_size=8, batch_size=4
     )
     batches = list(make_eval_iterator(config))
@@ -114,7 +119,7 @@ def test_it_feeds_the_pipeline_in_workers(
     taken = []
     for workers in (0, 1):
         iterator = make_train_iterator(
-            DataConfig(**{**config.__dict__, "workers": workers}), seed=seed
+            ClassificationData(**{**config.__dict__, "workers": workers}), seed=seed
         )
         taken.append([next(iterator) for _ in range(3)])
         iterator.close()
@@ -136,7 +141,7 @@ def test_other_columns_and_names(tmp_path: Path, rng: np.random.Generator) -> No
     _write(file, [image] * 3, [0, 2, 1], names=None, caption=["x", "y", "z"], width=[4, 4, 4])
     source = open_source("hugging_face", "train", path=str(tmp_path))  # the only config
     assert source.class_names == ("0", "1", "2")
-    assert [source[i].label for i in range(3)] == [0, 2, 1]
+    assert [source[i].target for i in range(3)] == [0, 2, 1]
     listed = tmp_path / "names.txt"
     listed.write_text("a\nb\nc\n")
     assert open_source(
@@ -160,7 +165,7 @@ def test_it_says_what_is_wrong(hub: tuple[Path, list[bytes], list[int]]) -> None
     _write(data / "high.parquet", images[:2], [1, 4])
     with pytest.raises(UserError, match=r"label 4, but the class list names only 4"):
         open_source("hugging_face", "high", path=path)
-    assert open_source("hugging_face", "high", path=path, any_label=True)[1].label == 4
+    assert open_source("hugging_face", "high", path=path, any_label=True)[1].target == 4
     _write(data / "empty.parquet", [], [])
     with pytest.raises(UserError, match="holds no record"):
         open_source("hugging_face", "empty", path=path)

@@ -11,10 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from fastvim_jax.data import DataConfig, DecodeError, make_eval_iterator, make_train_iterator
+from fastvim_jax.data import (
+    ClassificationData,
+    DecodeError,
+    make_eval_iterator,
+    make_train_iterator,
+)
 from fastvim_jax.data.prefetch import DevicePrefetch
 
-DIGITS = DataConfig(
+DIGITS = ClassificationData(
     source="digits", channels=1, image_size=8, batch_size=100, crop="pad_shift", pad=1,
     eval_crop=1.0, mean=(0.5,), std=(0.5,),
 )  # fmt: skip
@@ -93,7 +98,9 @@ def test_batches_are_made_while_the_last_one_is_worked_on(seed):
 
 
 def test_an_error_comes_with_the_batch_it_belongs_to(image_tree: Path, seed: int) -> None:
-    config = DataConfig(source="image_folder", path=str(image_tree), image_size=8, batch_size=2)
+    config = ClassificationData(
+        source="image_folder", path=str(image_tree), image_size=8, batch_size=2
+    )
     count = len(list((image_tree / "test").rglob("*.png")))
     assert count == 6
     (image_tree / "test" / "cat" / "01.png").write_bytes(b"no image")

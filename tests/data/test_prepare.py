@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, DecodeError, make_train_iterator, open_source
-from fastvim_jax.data.check import check
-from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data import ClassificationData, DecodeError, make_train_iterator, open_source
+from fastvim_jax.data.prepare.check import check
+from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.data.sources.part import SourcePart
@@ -39,7 +39,7 @@ def test_the_records_come_back(image_tree: Path, tmp_path: Path) -> None:
     assert source.class_names == ("ant", "bee", "cat")  # the empty class too
     for copy in (source, pickle.loads(pickle.dumps(source))):
         assert [copy[i].image for i in range(30)] == [tree[i].image for i in range(30)]
-        assert [copy[i].label for i in range(30)] == [tree[i].label for i in range(30)]
+        assert [copy[i].target for i in range(30)] == [tree[i].target for i in range(30)]
     assert source[8].name == f"{out / 'train-00001-of-00005.array_record'}[1] ({tree[8].name})"
     with pytest.raises(IndexError):
         source[30]
@@ -65,7 +65,7 @@ def test_workers_and_threads_read_the_same(image_tree: Path, tmp_path: Path, see
         ("array_record", tmp_path / "s", 0),
         ("array_record", tmp_path / "s", 1),
     ):
-        config = DataConfig(
+        config = ClassificationData(
             source=source, path=str(path), image_size=8, batch_size=10, workers=workers
         )
         iterator = make_train_iterator(config, seed=seed)
@@ -113,7 +113,7 @@ _SLOW = """
 import sys, time
 from pathlib import Path
 from fastvim_jax.data import open_source
-from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 
 class Slow(ImageFolderSource):
@@ -160,8 +160,8 @@ def test_what_changed_in_the_source_is_written_again(image_tree: Path, tmp_path:
         done = prepare(tree, out, "train", shard_records=10)
         assert done.records == 30
         source = open_source("array_record", "train", path=str(out))
-        assert [(source[i].image, source[i].label) for i in range(30)] == [
-            (tree[i].image, tree[i].label) for i in range(30)
+        assert [(source[i].image, source[i].target) for i in range(30)] == [
+            (tree[i].image, tree[i].target) for i in range(30)
         ]
         return done.kept, done.changed
 
@@ -202,7 +202,7 @@ def test_a_source_without_stamps_is_read(tmp_path: Path, rng: np.random.Generato
     source = Plain()
     prepare(source, tmp_path, "train", shard_records=2)
     for changes in (
-        {"label": 1},
+        {"target": 1},
         {"name": "other"},
         {"image": source[2].image ^ np.uint8(1)},
         {"image": source[2].image.reshape(5, 4)},
@@ -284,7 +284,7 @@ def test_damage_is_found(image_tree: Path, tmp_path: Path) -> None:
 _FULL = """
 import resource, signal, sys
 from fastvim_jax.data import open_source
-from fastvim_jax.data.prepare import prepare
+from fastvim_jax.data.prepare.shards import prepare
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tree = open_source("image_folder", "train", path=sys.argv[1])

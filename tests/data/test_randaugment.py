@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, randaugment, transforms
+from fastvim_jax.data import ClassificationData, randaugment
+from fastvim_jax.data.augment import train_transform
 from fastvim_jax.data.randaugment import OPERATIONS, SIGNED, colour_jitter, rand_augment
 
 
@@ -140,13 +141,11 @@ def test_colour_jitter_stays_within_its_factors(rng: np.random.Generator) -> Non
 
 def test_the_training_transform_uses_them(pixels: np.ndarray) -> None:
     image = Image.fromarray(pixels)
-    plain = DataConfig(image_size=(20, 24), crop="resize", flip=0.0)
+    plain = ClassificationData(image_size=(20, 24), crop="resize", flip=0.0)
     for options in ({"rand_augment": 9.0}, {"colour_jitter": 0.3}):
         config = dataclasses.replace(plain, **options)
-        outs = [
-            transforms.train_transform(image, config, np.random.default_rng(s)) for s in range(20)
-        ]
+        outs = [train_transform(image, config, np.random.default_rng(s)) for s in range(20)]
         changed = sum(not np.array_equal(out, pixels) for out in outs)
         assert changed > 5
-        again = transforms.train_transform(image, config, np.random.default_rng(7))
+        again = train_transform(image, config, np.random.default_rng(7))
         np.testing.assert_array_equal(again, outs[7])

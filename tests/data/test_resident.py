@@ -11,11 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from fastvim_jax.data import DataConfig, DecodeError, make_eval_iterator, make_train_iterator
+from fastvim_jax.data import (
+    ClassificationData,
+    DecodeError,
+    make_eval_iterator,
+    make_train_iterator,
+)
 from fastvim_jax.data import resident as resident_module
 from fastvim_jax.errors import UserError
 
-DIGITS = DataConfig(
+DIGITS = ClassificationData(
     source="digits", channels=1, image_size=8, batch_size=100, crop="pad_shift", pad=2,
     flip=0.5, eval_crop=1.0, mean=(0.5,), std=(0.5,), resident=True,
 )  # fmt: skip
@@ -60,7 +65,7 @@ def test_an_epoch_holds_the_images_that_the_pipeline_decodes(seed: int) -> None:
 
 
 def test_real_cifar(real_data: Path, seed: int) -> None:
-    config = DataConfig(
+    config = ClassificationData(
         source="packed_npz", path=str(real_data / "cifar10"), image_size=32, crop="pad_shift",
         batch_size=250, train_split="test[:1000]", eval_split="test[9000:]", eval_crop=1.0,
     )  # fmt: skip
@@ -141,7 +146,7 @@ def test_evaluation_is_the_pipelines_and_rewinds() -> None:
 def test_undecodable_records_are_left_out_and_counted(image_tree: Path, seed: int) -> None:
     broken = image_tree / "train" / "ant" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    config = DataConfig(
+    config = ClassificationData(
         source="image_folder", path=str(image_tree), image_size=(12, 16), batch_size=29,
         crop="resize", resident=True, max_corrupt=1,
     )  # fmt: skip

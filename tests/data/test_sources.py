@@ -24,7 +24,7 @@ def test_digits_split_and_scale() -> None:
     images, labels = load_digits(return_X_y=True)
     for source, offset, index in ((train, 0, 17), (test, 1437, 359)):
         record = source[index]
-        assert record.label == labels[offset + index]
+        assert record.target == labels[offset + index]
         np.testing.assert_allclose(
             record.image, images[offset + index].reshape(8, 8) * 255 / 16, atol=0.5
         )
@@ -54,7 +54,7 @@ def test_packed_npz_gives_back_each_file(tmp_path: Path, rng: np.random.Generato
     assert source.class_names == ("red", "green", "blue")
     for copy in (source, pickle.loads(pickle.dumps(source))):
         assert [copy[i].image for i in range(len(copy))] == images
-        assert [copy[i].label for i in range(6)] == [0, 1, 2, 0, 1, 2]
+        assert [copy[i].target for i in range(6)] == [0, 1, 2, 0, 1, 2]
         assert copy[4].name.endswith("train.npz[4] (e)")
 
 
@@ -87,9 +87,9 @@ def test_image_folder_labels_come_from_train(image_tree: Path) -> None:
     train = open_source("image_folder", "train", path=str(image_tree))
     test = open_source("image_folder", "test", path=str(image_tree))
     assert train.class_names == test.class_names == ("ant", "bee", "cat")
-    labels = [train[i].label for i in range(len(train))]
+    labels = [train[i].target for i in range(len(train))]
     assert labels == [0] * 23 + [1] * 7
-    assert [test[i].label for i in range(len(test))] == [1] * 4 + [2] * 2
+    assert [test[i].target for i in range(len(test))] == [1] * 4 + [2] * 2
     assert test[5].name.endswith("test/cat/01.png")
 
 
@@ -98,11 +98,11 @@ def test_image_folder_takes_a_class_list(image_tree: Path) -> None:
     (image_tree / "classes.tsv").write_text("\n".join(rows) + "\n")
     test = open_source("image_folder", "test", path=str(image_tree))
     assert test.class_names == ("A cat", "A bee", "An ant")
-    assert [test[i].label for i in range(len(test))] == [1] * 4 + [0] * 2
+    assert [test[i].target for i in range(len(test))] == [1] * 4 + [0] * 2
     other = image_tree / "mine.txt"
     other.write_text("bee\ncat\n")
     named = open_source("image_folder", "test", path=str(image_tree), class_list=str(other))
-    assert [named[i].label for i in range(len(named))] == [0] * 4 + [1] * 2
+    assert [named[i].target for i in range(len(named))] == [0] * 4 + [1] * 2
     with pytest.raises(UserError, match=r"no known class: ant"):
         open_source("image_folder", "train", path=str(image_tree), class_list=str(other))
 
@@ -139,7 +139,7 @@ def test_real_sets(real_data: Path) -> None:
     cifar = open_source("packed_npz", "test", path=str(real_data / "cifar10"))
     assert len(cifar) == 10_000
     assert cifar.class_names[0] == "airplane" and cifar.class_names[9] == "truck"
-    assert [cifar[i].label for i in range(10)] == list(range(10))
+    assert [cifar[i].target for i in range(10)] == list(range(10))
     assert decode_image(cifar[123].image, channels=3).size == (32, 32)
     tiny = open_source("packed_npz", "val", path=str(real_data / "tiny_imagenet"))
     assert len(tiny) == 2000 and len(tiny.class_names) == 200
@@ -152,7 +152,7 @@ def test_real_sets(real_data: Path) -> None:
     label_of = {r.split("\t")[0]: int(r.split("\t")[columns.index("label")]) for r in rows[1:]}
     for i in range(41):
         record = imagenet[i]
-        assert record.label == label_of[str(Path(record.name).relative_to(samples))]
+        assert record.target == label_of[str(Path(record.name).relative_to(samples))]
 
 
 def test_decode_error_is_a_user_error() -> None:
@@ -167,7 +167,7 @@ def test_a_slice_takes_a_part_of_a_split(part: str, numbers: range) -> None:
     whole, some = open_source("digits", "test"), open_source("digits", f"test{part}")
     assert len(some) == len(numbers) and some.class_names == whole.class_names
     for ours, number in zip((0, len(some) - 1), (numbers[0], numbers[-1]), strict=True):
-        assert some[ours].name == whole[number].name and some[ours].label == whole[number].label
+        assert some[ours].name == whole[number].name and some[ours].target == whole[number].target
     with pytest.raises(IndexError):
         some[len(some)]
     copy = pickle.loads(pickle.dumps(some))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
+from fastvim_jax.data import ClassificationData, make_eval_iterator, open_source
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
@@ -72,7 +72,7 @@ def test_the_stored_bytes_come_back(pets: tuple[Path, list[bytes]]) -> None:
             # TFDS shuffles when it writes.
             found = [copy[i] for i in range(len(copy))]
             assert sorted(r.image for r in found) == sorted(images[:7])
-            assert all(r.label == images.index(r.image) % 3 for r in found)
+            assert all(r.target == images.index(r.image) % 3 for r in found)
             assert fingerprint(copy, 0, 7) == fingerprint(source, 0, 7) != fingerprint(copy, 1, 8)
     assert source[4].name.endswith("tiny_pets/1.0.0 train[4]")
     with pytest.raises(IndexError):
@@ -99,7 +99,7 @@ def test_it_feeds_the_pipeline_in_workers(pets: tuple[Path, list[bytes]]) -> Non
     folder, _ = pets
     taken = []
     for workers in (0, 1):
-        config = DataConfig(
+        config = ClassificationData(
             source="tfds", path=str(folder / "tiny_pets"), eval_split="train", image_size=8,
             batch_size=4, workers=workers,
         )  # fmt: skip

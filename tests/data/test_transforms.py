@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, transforms
+from fastvim_jax.data import ClassificationData, transforms
+from fastvim_jax.data.augment import train_transform
 
 
 def _coordinates(height: int, width: int) -> Image.Image:
@@ -126,13 +127,13 @@ def test_whole_image_at_ratio_one(rng: np.random.Generator) -> None:
 
 def test_train_transform_takes_the_configured_crop(rng: np.random.Generator) -> None:
     image = _coordinates(20, 20)
-    config = DataConfig(image_size=(12, 16), flip=0.0)
+    config = ClassificationData(image_size=(12, 16), flip=0.0)
     for crop in ("random_resized", "pad_shift", "resize"):
-        out = transforms.train_transform(image, dataclasses.replace(config, crop=crop), rng)
+        out = train_transform(image, dataclasses.replace(config, crop=crop), rng)
         assert out.shape == (12, 16, 3) and out.dtype == np.uint8
     resized = np.asarray(image.resize((16, 12), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(out, resized)
-    grey = transforms.train_transform(
+    grey = train_transform(
         image.convert("L"), dataclasses.replace(config, channels=1, mean=(0.5,), std=(0.5,)), rng
     )
     assert grey.shape == (12, 16, 1)

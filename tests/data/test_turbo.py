@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, DecodeError, make_train_iterator, turbo
+from fastvim_jax.data import ClassificationData, DecodeError, make_train_iterator, turbo
+from fastvim_jax.data.augment import eval_transform, train_transform
 from fastvim_jax.data.transforms import (
-    eval_transform,
     horizontal_flip,
     random_resized_crop,
-    train_transform,
 )
 from fastvim_jax.data.turbo import TurboJpeg, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
@@ -184,7 +183,7 @@ def test_damage_is_named(rng: np.random.Generator) -> None:
 
 
 def test_transforms_agree(real_data: Path, seed: int) -> None:
-    config = DataConfig(image_size=96, flip=0.5, rand_augment=None)
+    config = ClassificationData(image_size=96, flip=0.5, rand_augment=None)
     for data in _photos(real_data)[:12]:
         ours, theirs = (
             [
@@ -200,7 +199,7 @@ def test_transforms_agree(real_data: Path, seed: int) -> None:
 
 def test_the_short_way_draws_and_gives_the_same(rng: np.random.Generator, seed: int) -> None:
     picture = _turbo(encode(_smooth(rng, 90, 120), "JPEG"))
-    config = DataConfig(image_size=(24, 32))
+    config = ClassificationData(image_size=(24, 32))
     for i in range(8):
         draws = np.random.default_rng(seed + i)
         image = random_resized_crop(picture, (24, 32), draws)
@@ -220,7 +219,7 @@ def _tree(folder: Path, rng: np.random.Generator) -> Path:
 def test_workers_threads_and_restarts_agree(
     tmp_path: Path, rng: np.random.Generator, seed: int
 ) -> None:
-    config = DataConfig(
+    config = ClassificationData(
         source="image_folder", path=str(_tree(tmp_path, rng)), image_size=24, batch_size=4,
         decoder="turbo",
     )  # fmt: skip
@@ -244,7 +243,7 @@ def test_a_cut_file_is_skipped_and_counted(
 ) -> None:
     file = _tree(tmp_path, rng) / "train" / "a" / "3.jpg"
     file.write_bytes(file.read_bytes()[:-400])
-    config = DataConfig(
+    config = ClassificationData(
         source="image_folder", path=str(tmp_path), image_size=24, batch_size=8, max_corrupt=1,
         decoder="turbo",
     )  # fmt: skip
@@ -255,9 +254,9 @@ def test_a_cut_file_is_skipped_and_counted(
 
 
 def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen_decoder(DataConfig()) == "turbo"
-    assert chosen_decoder(DataConfig(decoder="pillow")) == "pillow"
+    assert chosen_decoder(ClassificationData()) == "turbo"
+    assert chosen_decoder(ClassificationData(decoder="pillow")) == "pillow"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert chosen_decoder(DataConfig()) == "pillow"
+    assert chosen_decoder(ClassificationData()) == "pillow"
     with pytest.raises(UserError, match=r"simplejpeg and cykooz_resizer: pip install 'fastvim-jax"):
-        chosen_decoder(DataConfig(decoder="turbo"))
+        chosen_decoder(ClassificationData(decoder="turbo"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import DataConfig, make_eval_iterator, open_source
+from fastvim_jax.data import ClassificationData, make_eval_iterator, open_source
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources.layout import list_splits
 from fastvim_jax.errors import UserError
@@ -57,12 +57,12 @@ def test_every_image_is_there_with_its_label(shards: tuple[Path, list[bytes], li
     assert source.class_names == ("ant", "bee", "cat", "dog")
     for copy in (source, pickle.loads(pickle.dumps(source))):
         assert [copy[i].image for i in range(len(copy))] == images
-        assert [copy[i].label for i in range(9)] == labels
+        assert [copy[i].target for i in range(9)] == labels
     assert source[5].name == f"{root / 'train-000001.tar'}/v1.0/1000.png"
     assert source[8].image == images[8]  # any order
     assert source.labels.tolist() == labels
     test = open_source("webdataset", "test", path=str(root))
-    assert (len(test), test[0].label, test[0].image) == (1, 3, images[0])
+    assert (len(test), test[0].target, test[0].image) == (1, 3, images[0])
 
 
 def test_a_stamp_tells_a_mended_label(shards: tuple[Path, list[bytes], list[int]]) -> None:
@@ -111,7 +111,7 @@ def test_a_split_is_its_own_shards_only(
 
 def test_it_feeds_the_pipeline(shards: tuple[Path, list[bytes], list[int]]) -> None:
     root, _, labels = shards
-    config = DataConfig(
+    config = ClassificationData(
         source="webdataset", path=str(root), eval_split="train", image_size=8, batch_size=4
     )
     batches = list(make_eval_iterator(config))

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.distributed import MeshConfig, make_mesh, on_mesh, place_batch, sharding, start
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
@@ -26,7 +26,7 @@ from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimize
 from fastvim_jax.training.steps import build_state, init_state, make_train_step, state_shapes
 
 STEPS, BATCH, CLASSES = 10, 32, 16
-DATA = DataConfig(
+DATA = ClassificationData(
     image_size=16, batch_size=BATCH, mixup=0.8, cutmix=1.0, random_erasing=0.25, crop="resize"
 )
 OPTIMIZER = OptimizerConfig(

@@ -6,7 +6,7 @@ import json
 import pytest
 import tyro
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
@@ -40,7 +40,9 @@ def test_json_round_trip_is_exact(config):
 def test_every_field_is_in_the_json():
     values = json.loads(tiny_config().to_json())
     assert set(values) == {"class"} | {f.name for f in dataclasses.fields(TrainConfig)}
-    assert set(values["data"]) == {"class"} | {f.name for f in dataclasses.fields(DataConfig)}
+    assert set(values["data"]) == {"class"} | {
+        f.name for f in dataclasses.fields(ClassificationData)
+    }
     assert values["model"]["class"] == "VisionMambaConfig"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvim_jax.data import DataConfig
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig
 
@@ -30,7 +30,7 @@ def tiny_model(**changes: Any) -> VisionMambaConfig:
 
 
 def tiny_config(*, model: Any = None, optimizer: Any = None, **changes: Any) -> TrainConfig:
-    data = DataConfig(
+    data = ClassificationData(
         source="digits",
         image_size=8,
         channels=1,

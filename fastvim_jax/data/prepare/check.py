@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastvim_jax.data.decode import decode_image
-from fastvim_jax.data.prepare import Progress, sha256
-from fastvim_jax.data.processes import map_source
+from fastvim_jax.data.prepare.processes import map_source
+from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
@@ -144,7 +144,7 @@ def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
             error_text = None
         except DecodeError as error:
             error_text = str(error)
-        yield _Scanned(index, record.label, _digest(record), error_text)
+        yield _Scanned(index, record.target, _digest(record), error_text)
 
 
 def _digest(record: Record) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 
 from fastvim_jax.data import (
     BatchIterator,
-    DataConfig,
+    ClassificationData,
     DecodeError,
     load_image,
     make_eval_iterator,
@@ -23,14 +23,16 @@ from fastvim_jax.data import (
 )
 from fastvim_jax.errors import UserError
 
-DIGITS = DataConfig(
+DIGITS = ClassificationData(
     source="digits", channels=1, image_size=16, batch_size=100, crop="pad_shift", pad=2,
     flip=0.5, eval_crop=1.0, mean=(0.5,), std=(0.5,),
 )  # fmt: skip
 
 
-def _tree(path: Path, **options: object) -> DataConfig:
-    base = DataConfig(source="image_folder", path=str(path), image_size=(12, 16), batch_size=8)
+def _tree(path: Path, **options: object) -> ClassificationData:
+    base = ClassificationData(
+        source="image_folder", path=str(path), image_size=(12, 16), batch_size=8
+    )
     return dataclasses.replace(base, **options)  # type: ignore[arg-type]
 
 
@@ -87,10 +89,10 @@ def test_a_restart_in_a_new_process_continues(seed: int) -> None:
     expected = [float(b["image"].astype(np.float64).sum()) for b in _take(iterator, 3)]
     program = (
         "import json, sys\n"
-        "from fastvim_jax.data import DataConfig, make_train_iterator\n"
+        "from fastvim_jax.data import ClassificationData, make_train_iterator\n"
         "config, state = json.loads(sys.argv[1]), json.loads(sys.argv[2])\n"
         "config['mean'], config['std'] = tuple(config['mean']), tuple(config['std'])\n"
-        "it = make_train_iterator(DataConfig(**config), seed=state['seed'])\n"
+        "it = make_train_iterator(ClassificationData(**config), seed=state['seed'])\n"
         "it.set_state(state)\n"
         "print(json.dumps([float(next(it)['image'].astype('float64').sum()) for _ in range(3)]))\n"
     )
@@ -124,7 +126,7 @@ def test_each_epoch_is_a_new_order_of_the_same_records(seed: int) -> None:
 def test_labels_stay_with_their_images(seed: int) -> None:
     config = dataclasses.replace(DIGITS, crop="resize", flip=0.0, image_size=8)
     source = open_source("digits", "train")
-    label_of = {source[i].image.tobytes(): source[i].label for i in range(len(source))}  # type: ignore[union-attr]
+    label_of = {source[i].image.tobytes(): source[i].target for i in range(len(source))}  # type: ignore[union-attr]
     batch = next(make_train_iterator(config, seed=seed))
     assert [label_of[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
 
@@ -161,7 +163,7 @@ def test_evaluation_counts_every_record_once() -> None:
     assert sum(int(batch["valid"].sum()) for batch in batches) == 360
     labels = np.concatenate([batch["label"][batch["valid"]] for batch in batches])
     source = open_source("digits", "test")
-    assert labels.tolist() == [source[i].label for i in range(360)]
+    assert labels.tolist() == [source[i].target for i in range(360)]
     last = batches[-1]
     assert last["valid"].tolist() == [True] * 24 + [False] * 24
     assert not last["image"][24:].any()
@@ -264,7 +266,7 @@ def test_load_image_is_what_evaluation_sees(image_tree: Path) -> None:
 
 
 def test_real_cifar(real_data: Path, seed: int) -> None:
-    config = DataConfig(
+    config = ClassificationData(
         source="packed_npz", path=str(real_data / "cifar10"), image_size=32, crop="pad_shift"
     )
     train = next(make_train_iterator(config, seed=seed))

@@ -21,11 +21,11 @@ from PIL import Image
 
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.fingerprint import fingerprint
-from fastvim_jax.data.processes import map_source
+from fastvim_jax.data.prepare.processes import map_source
+from fastvim_jax.data.prepare.writing import writing
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources.array_record import FORMAT, join_record
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
-from fastvim_jax.data.writing import writing
 from fastvim_jax.errors import UserError
 
 JPEG_QUALITY = 95
@@ -245,8 +245,10 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
         for index in range(task.start, task.stop):
             try:
                 record = source[index]
-                if not 0 <= record.label < len(source.class_names):
-                    raise UserError(stray_label(record.name, record.label, len(source.class_names)))
+                if not 0 <= record.target < len(source.class_names):
+                    raise UserError(
+                        stray_label(record.name, record.target, len(source.class_names))
+                    )
                 image = encoded(record, task.max_size)
             except DecodeError as error:
                 corrupt.append(str(error))
@@ -255,7 +257,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
                 corrupt.append(f"{error.filename}: {error.strerror or error}.")
                 continue
             with writing(folder):
-                writer.write(join_record(image, record.label, record.name))
+                writer.write(join_record(image, record.target, record.name))
         with writing(folder):
             writer.close()
             with temporary.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Batches from a source: grain pipelines that shuffle, decode, augment and batch records by index.
+"""Batches of labelled images: grain pipelines that shuffle, decode, augment and batch records by index.
 
 Everything up to the finished batch is random access (`grain.MapDataset`), so batch number i of a seed is
 the same for any number of workers or processes and after any restart, and the iterator's state is little
@@ -8,7 +8,7 @@ more than the number of batches taken.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from fastvim_jax.data.batches import BatchIterator, Stream, decode_record, local_batch
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.augment import eval_transform, train_transform
+from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.records import DecodeError, Source
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.sources import open_source
-from fastvim_jax.data.transforms import eval_transform, train_transform
+from fastvim_jax.data.stream import grain_stream
 from fastvim_jax.data.turbo import chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
@@ -29,7 +30,7 @@ _REPLACEMENTS = 100
 
 
 def make_train_iterator(
-    config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    config: ClassificationData, *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> BatchIterator:
     """Return an endless iterator over augmented training batches, reshuffled each epoch.
 
@@ -63,7 +64,7 @@ def make_train_iterator(
         )
     batches = train_batches(source, config, seed=seed, batch_size=local)
     return BatchIterator(
-        _grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(batches[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
@@ -77,7 +78,7 @@ def make_train_iterator(
 
 
 def train_batches(
-    source: Source, config: DataConfig, *, seed: int, batch_size: int
+    source: Source, config: ClassificationData, *, seed: int, batch_size: int
 ) -> grain.MapDataset:
     """The endless sequence of training batches by their number; taking one reads, decodes and augments its records.
 
@@ -94,7 +95,7 @@ def train_batches(
 
 
 def make_eval_iterator(
-    config: DataConfig,
+    config: ClassificationData,
     *,
     split: str | None = None,
     batch_size: int | None = None,
@@ -130,7 +131,7 @@ def make_eval_iterator(
     load = _LoadForEvaluation(source, config, chosen_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
     return BatchIterator(
-        _grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(batches[process_index::process_count], config.workers),
         source,
         config,
         steps_per_epoch=steps,
@@ -138,7 +139,7 @@ def make_eval_iterator(
     )
 
 
-def load_image(file: str | Path, config: DataConfig) -> UInt8[np.ndarray, "h w c"]:
+def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray, "h w c"]:
     """Read one image file the way evaluation does: decode, resize, centre crop.
 
     Raises:
@@ -159,7 +160,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
     """Decode and augment a record; an undecodable one is replaced by another, drawn at random."""
 
     source: Source
-    config: DataConfig
+    config: ClassificationData
     decoder: str
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
-            return {"image": pixels, "label": record.label, "corrupt": corrupt}
+            return {"image": pixels, "label": record.target, "corrupt": corrupt}
         raise UserError(
             f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
             f"among them {self.source[corrupt[0]].name}: is data.path the right folder?"
@@ -186,7 +187,7 @@ class _LoadForEvaluation(grain.transforms.Map):
     """Decode a record; positions past the end, and undecodable records, become zeros that do not count."""
 
     source: Source
-    config: DataConfig
+    config: ClassificationData
     decoder: str
 
     def map(self, index: int) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class _LoadForEvaluation(grain.transforms.Map):
                     self.source, index, channels=self.config.channels, decoder=self.decoder
                 )
                 pixels = eval_transform(image, self.config)
-                return {"image": pixels, "label": record.label, "valid": True, "corrupt": corrupt}
+                return {"image": pixels, "label": record.target, "valid": True, "corrupt": corrupt}
             except DecodeError:
                 corrupt.append(index)
         zeros = np.zeros((*self.config.height_width, self.config.channels), np.uint8)
@@ -214,34 +215,3 @@ def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     if "valid" in elements[0]:
         batch["valid"] = np.asarray([e["valid"] for e in elements], np.bool_)
     return batch
-
-
-def _grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
-    def stream(first: int) -> Generator[dict[str, Any], None, None]:
-        running = _read_ahead(batches[first:], workers)
-        try:
-            for batch in running:
-                # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
-                yield {key: np.array(value) for key, value in batch.items()}
-        finally:
-            close = getattr(running, "close", None)
-            if close is not None:
-                close()
-
-    return stream
-
-
-def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Start reading ahead: in two threads of this process, or in worker processes."""
-    if workers == 0:
-        return iter(
-            batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-        )
-    from absl import flags
-
-    # grain's workers inherit absl's flags and refuse to start when nobody parsed them.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.mp_prefetch(options))
