@@ -78,7 +78,9 @@ def imports(path: Path, known: set[str]) -> Iterator[tuple[str, bool]]:
 
     def visit(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            return
+            # A circle of types counts too, but not the package's own face, which names everything.
+            if path.name == "__init__.py":
+                return
         if isinstance(node, ast.Import):
             yield from ((alias.name, at_once) for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):

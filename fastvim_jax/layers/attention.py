@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
 
+from fastvim_jax.layers.conv import DepthwiseConv
 from fastvim_jax.layers.linear import linear
-from fastvim_jax.layers.mixer import DepthwiseConv
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens

@@ -1,38 +1,44 @@
 """Where a mixer's core can run as the fused kernels of `pallas_kernels.mixer_core`, and how it is handed to them.
 
-The plain form in `mixer` stays the definition and the path of every other platform, pooling and option.
+The plain form in `mixer` stays the definition and the path of every other platform, pooling and option. A new pooling
+that has a kernel adds one line to `CORES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
 from pallas_kernels.selective_scan import bidirectional_scan
 
-if TYPE_CHECKING:
-    from fastvim_jax.layers.mixer import Mixer, ScanDirection
+
+class Core(NamedTuple):
+    """The kernels for one class of poolings.
+
+    Attributes:
+        takes: `takes(config, pooling)` says whether they compute this mixer with this pooling.
+        run: `run(xz, pooling, both, post_norm)` maps in_proj's output xz `b l 2e` to out_proj's input `b l e`.
+    """
+
+    takes: Callable[[MixerConfig, Any], bool]
+    run: Callable[[jax.Array, Any, ScanDirection, Any], jax.Array]
 
 
-def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
-    """Whether this mixer with this pooling is what the fused kernels compute, where they can run."""
-    config = mixer.config
-    pools = (
-        isinstance(pooling, GridPooling)
-        and pooling.method in ("mean", "max")
-        and pooling.class_index is None
-        and config.unpool == "before_skip"
-    )
+def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
+    """Say whether the fused kernels compute a mixer with this pooling, and can run here."""
+    core = CORES.get(type(pooling))
     return (
-        config.scan_implementation in ("auto", "pallas")
-        and (pools or isinstance(pooling, NoPooling))
+        core is not None
+        and core.takes(config, pooling)
+        and config.scan_implementation in ("auto", "pallas")
         and config.post_norm == "layer"
         and config.conv_width >= 2
         and config.conv_bias
@@ -40,19 +46,34 @@ def runs_fused(mixer: Mixer, pooling: Pooling) -> bool:
     )
 
 
-def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
-    """From in_proj's output to out_proj's input: xz `b l 2e` → `b l e`. See `runs_fused`.
+def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: Any) -> jax.Array:
+    """Run from in_proj's output to out_proj's input: xz `b l 2e` → `b l e`. Ask `runs_fused` first.
 
-    In the compute dtype where means are pooled, in xz's dtype elsewhere.
+    Args:
+        xz: x and z one after the other on the channel axis, in stored token order.
+        pooling: of a class that `CORES` has.
+        both: both directions' parameters with a leading axis of two (`stack_directions`).
+        post_norm: LayerNorm over the inner channels.
+
+    Returns:
+        In the compute dtype where means are pooled, in xz's dtype elsewhere.
     """
-    if isinstance(pooling, NoPooling):
-        return _unpooled_core(mixer, xz)
-    assert isinstance(pooling, GridPooling), "ask runs_fused first"
-    both, params, scans = _together(mixer, skip=False)
+    return CORES[type(pooling)].run(xz, pooling, both, post_norm)
+
+
+def _grid_takes(config: MixerConfig, pooling: GridPooling) -> bool:
+    pools = pooling.method in ("mean", "max") and pooling.class_index is None
+    return pools and config.unpool == "before_skip"
+
+
+def _grid_core(
+    xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+) -> jax.Array:
+    params, scans = _scans(both, skip=False)
     out = mixer_core(
         xz,
         Directions(both.conv.kernel[...], both.conv.bias[...], both.D[...]),
-        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
+        Norm(post_norm.scale[...], post_norm.bias[...]),
         params,
         middle=scans,
         rows=pooling.rows,
@@ -60,72 +81,44 @@ def fused_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
         transposed=pooling.transposed,
         method=pooling.method,
         scale=pooling.scale,
-        eps=mixer.config.norm_eps,
+        eps=both.config.norm_eps,
     )
     # Rounded once, unlike all other tokens: half the bytes. The mean-pooled golden models with post norm bear it (every
     # gradient within 5e-2 of its largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
-    return out.astype(mixer.config.precision.compute) if pooling.method == "mean" else out
+    return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
 
 
-def _unpooled_core(mixer: Mixer, xz: jax.Array) -> jax.Array:
-    """The same where every token is a step of the scan, which then adds the skip."""
-    both, params, scans = _together(mixer, skip=True)
+def _sequence_core(
+    xz: jax.Array, pooling: NoPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+) -> jax.Array:
+    params, scans = _scans(
+        both, skip=True
+    )  # every token is a step of the scan, which adds the skip
     return sequence_core(
         xz,
         Convolutions(both.conv.kernel[...], both.conv.bias[...]),
-        Norm(mixer.post_norm.scale[...], mixer.post_norm.bias[...]),
+        Norm(post_norm.scale[...], post_norm.bias[...]),
         params,
         middle=scans,
-        eps=mixer.config.norm_eps,
+        eps=both.config.norm_eps,
     )
 
 
-def join_directions(mixers: Mixer) -> Mixer:
-    """Mixers whose parameters have a leading `depth` axis, with both directions' parameters `depth 2 ...` as one.
+CORES: dict[type, Core] = {
+    GridPooling: Core(_grid_takes, _grid_core),
+    NoPooling: Core(lambda config, pooling: True, _sequence_core),
+}
+"""The kernels by the pooling's class; a pooling without an entry runs in the plain form everywhere."""
 
-    Laid together once for all blocks: block by block it takes as many kernels as there are parameters.
+
+def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]:
+    """Split off the parameters of both directions, and return them with a function (params, u `2 b s e`) → both scans.
+
+    Each projection is one product for both directions and the scans are one kernel. Pooled tokens are so few that
+    starting a kernel takes longer than running it. With `skip`, the scans add D · u.
     """
-    joined = nnx.merge(*nnx.split(mixers))
-    joined.both = _aligned(_joined(joined.forward, joined.backward, axis=1))
-    del joined.forward, joined.backward
-    return joined
-
-
-def _aligned(both: ScanDirection) -> ScanDirection:
-    """The same with the rank of Δ filled up with zeros, so that x_proj writes rows of whole 16 bytes.
-
-    cuBLAS is twice as fast with those: 44 columns of FastVim-T, 88 bytes in bf16, become 48. In half precision dt_proj
-    has zeros for B and C as well and reads the rows whole: the longer product costs less than taking its part out.
-    """
-    out, step = both.x_proj.kernel[...], both.dt_proj.kernel[...]  # `... e r+2n`, `... r e`
-    rank, size = step.shape[-2], both.config.precision.compute.itemsize
-    missing = -rank % (16 // size)
-    zeros = jnp.zeros((*out.shape[:-1], missing), out.dtype)
-    columns = jnp.concatenate([out[..., :rank], zeros, out[..., rank:]], axis=-1)
-    below = columns.shape[-1] - rank if size < 4 else missing
-    rows = jnp.concatenate(
-        [step, jnp.zeros((*step.shape[:-2], below, step.shape[-1]), step.dtype)], axis=-2
-    )
-    both.x_proj.kernel, both.dt_proj.kernel = nnx.Param(columns), nnx.Param(rows)
-    return both
-
-
-def _joined(forward: ScanDirection, backward: ScanDirection, *, axis: int) -> ScanDirection:
-    graphdef, first = nnx.split(forward)  # nothing that is used here depends on the direction
-    stack = lambda *sides: jnp.stack(sides, axis)  # noqa: E731
-    return nnx.merge(graphdef, jax.tree.map(stack, first, nnx.state(backward)))
-
-
-def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable[..., Any]]:
-    """Both directions as one, every parameter with a further leading axis of two; its parameters; and the scans, of
-    these and of u `2 b s e`, with the skip D · u or without.
-
-    Each projection is one product for both and the scans are one kernel, where that wins: pooled tokens are so few that
-    starting a kernel takes longer than running it.
-    """
-    config = mixer.config
+    config = both.config
     wide = config.precision.wide
-    both = mixer.both or _joined(mixer.forward, mixer.backward, axis=0)
     graphdef, params = nnx.split(both)
 
     def inputs(params, u):
@@ -148,12 +141,15 @@ def _together(mixer: Mixer, *, skip: bool) -> tuple[ScanDirection, Any, Callable
             implementation=config.scan_implementation,
         )
 
-    return both, params, scans
+    return params, scans
 
 
 @jax.custom_vjp
 def _written_at_once(parts: jax.Array) -> jax.Array:
-    """The same array, by one kernel of XLA's, whose parts the scan reads where they lie; else each part has its own."""
+    """Return `parts` behind an optimization barrier.
+
+    XLA then writes B and C with one kernel, and the scan reads slices of that buffer.
+    """
     return jax.lax.optimization_barrier(parts)
 
 

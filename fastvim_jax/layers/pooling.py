@@ -6,7 +6,6 @@ mixer. Tokens are stored in one order throughout the model; a pooling says in wh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,27 +17,38 @@ from fastvim_jax.typing import Inner, Pooled, Scores
 
 @runtime_checkable
 class Pooling(Protocol):
-    """What a mixer needs to know about the token grid of its block."""
+    """What a mixer needs to know about the token grid of its block.
+
+    A pooling may hold arrays, traced ones too (row ids of a ragged grid). Blocks close over it, so it need not be a
+    pytree, and it may not change between blocks of one `lax.scan` other than by its place in the period. Methods
+    get `reverse=True` from the direction that visits the tokens from last to first; arrays keep the stored order
+    then too, and a pooling that treats both directions alike ignores it.
+    """
 
     @property
     def scan_length(self) -> int:
         """Number of steps of the scan (`s`)."""
         ...
 
+    @property
+    def every_token(self) -> bool:
+        """Whether each token is a step of its own: `pool` and `unpool` return what they are given."""
+        ...
+
     def to_scan_order(self, x: Inner) -> Inner:
-        """Stored order → the order in which the convolution and the scan visit the tokens."""
+        """Bring tokens from stored order into the order in which convolution and scan visit them."""
         ...
 
     def from_scan_order(self, y: Inner) -> Inner:
-        """Inverse of `to_scan_order`."""
+        """Undo `to_scan_order`."""
         ...
 
-    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
-        """Tokens in scan order → what the scan reads, in float32 or wider if anything is averaged."""
+    def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
+        """Pool tokens in scan order to what the scan reads, in float32 or wider if anything is averaged."""
         ...
 
-    def unpool(self, y: Pooled) -> Inner:
-        """Results of the scan → one result for each token in scan order."""
+    def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
+        """Give each token, in scan order, its result of the scan."""
         ...
 
 
@@ -52,16 +62,20 @@ class NoPooling:
     def scan_length(self) -> int:
         return self.tokens
 
+    @property
+    def every_token(self) -> bool:
+        return True
+
     def to_scan_order(self, x: Inner) -> Inner:
         return x
 
     def from_scan_order(self, y: Inner) -> Inner:
         return y
 
-    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
+    def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
         return x
 
-    def unpool(self, y: Pooled) -> Inner:
+    def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
         return y
 
 
@@ -104,6 +118,10 @@ class GridPooling:
         return self.scan_rows + (self.class_index is not None)
 
     @property
+    def every_token(self) -> bool:
+        return self.method == "none"
+
+    @property
     def class_step(self) -> int | None:
         """The class token's place among the pooled steps."""
         return None if self.class_index is None else self.class_index // self.scan_columns
@@ -114,7 +132,7 @@ class GridPooling:
     def from_scan_order(self, y: Inner) -> Inner:
         return self._transpose(y, self.columns, self.rows)
 
-    def pool(self, x: Inner, scores: Scores | None = None) -> Pooled:
+    def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
         if self.method == "none":
             return x
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -131,7 +149,7 @@ class GridPooling:
             pooled = jnp.sum(weights * grid, axis=2)
         return _put_in(pooled.astype(wide), class_token, self.class_step)
 
-    def unpool(self, y: Pooled) -> Inner:
+    def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
         if self.method == "none":
             return y
         y, class_token = _take_out(y, self.class_step)
@@ -156,11 +174,6 @@ def largest(x: jax.Array, axis: int) -> jax.Array:
     where = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
     chosen = where == jnp.argmax(x, axis=axis, keepdims=True)
     return jnp.sum(jnp.where(chosen, x, 0), axis=axis)
-
-
-def parallel_steps(scan_length: int) -> int:
-    """Dependent steps of a parallel scan over `scan_length` elements: ceil(log2(length))."""
-    return math.ceil(math.log2(scan_length)) if scan_length > 1 else 0
 
 
 def _take_out(x: jax.Array, index: int | None) -> tuple[jax.Array, jax.Array | None]:

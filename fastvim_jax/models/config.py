@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from fastvim_jax.errors import UserError, suggest
-from fastvim_jax.layers.mixer import MixerConfig
+from fastvim_jax.layers.direction import MixerConfig
 from fastvim_jax.layers.patch_embed import grid_of
 from fastvim_jax.precision import Precision
 

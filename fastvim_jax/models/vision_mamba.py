@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 
 from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
-from fastvim_jax.layers.fused_core import join_directions, runs_fused
-from fastvim_jax.layers.mixer import Mixer
+from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
@@ -168,12 +167,9 @@ class VisionMamba(nnx.Module):
         keep = keep_factors(
             key, drop_path_keep, config.drop_path, (config.depth, images.shape[0]), residual.dtype
         )
-        blocks, poolings = self.blocks, self.poolings(grid)
-        if all(runs_fused(blocks.mixer, pooling) for pooling in poolings):
-            blocks = nnx.merge(*nnx.split(blocks))
-            blocks.mixer = join_directions(blocks.mixer)
+        poolings = self.poolings(grid)
         residual, outputs = run_blocks(
-            blocks,
+            prepare_blocks(self.blocks, poolings),
             residual,
             poolings,
             depth=config.depth,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fastvim_jax.layers.fused_core import fused_core, join_directions, runs_fused
-from fastvim_jax.layers.mixer import Mixer, MixerConfig
+from fastvim_jax.layers.direction import MixerConfig
+from fastvim_jax.layers.fused_core import runs_fused
+from fastvim_jax.layers.mixer import Mixer, join_directions
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
 from pallas_kernels import gpu
@@ -50,10 +51,10 @@ def test_same_function(key, rng, monkeypatch, poolings, precision):
     mixer = Mixer(MixerConfig(64, precision=precision), rngs=nnx.Rngs(key))
     graphdef, params = nnx.split(mixer)
     h = jax.random.normal(key, (2, 12, 64))
-    assert not runs_fused(mixer, pooling)
+    assert not runs_fused(mixer.config, pooling)
     wanted = value_and_gradients(graphdef, pooling)(params, h)
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
-    assert runs_fused(mixer, pooling)
+    assert runs_fused(mixer.config, pooling)
     got = value_and_gradients(graphdef, pooling)(params, h)
     assert max(relative_errors(got, wanted)) < (1e-5 if precision is EXACT else 2e-2)
 
@@ -81,11 +82,11 @@ def test_what_does_not_run_fused(key, monkeypatch):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     for options in ({"post_norm": "none"}, {"conv_width": 0}, {"conv_bias": False}):
         mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
-        assert not runs_fused(mixer, GRID)
-        assert not runs_fused(mixer, NoPooling(12))
+        assert not runs_fused(mixer.config, GRID)
+        assert not runs_fused(mixer.config, NoPooling(12))
     mixer = Mixer(MixerConfig(64, unpool="after_skip"), rngs=nnx.Rngs(key))
-    assert not runs_fused(mixer, GRID)
-    assert runs_fused(mixer, NoPooling(12))
+    assert not runs_fused(mixer.config, GRID)
+    assert runs_fused(mixer.config, NoPooling(12))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     mixer = Mixer(MixerConfig(64, precision=Precision("bfloat16")), rngs=nnx.Rngs(key))
     xz = jnp.zeros((1, 12, 4 * 64))
-    assert jax.eval_shape(lambda xz: fused_core(mixer, xz, pooling), xz).dtype == dtype
+    assert jax.eval_shape(lambda xz: mixer.core(xz, pooling), xz).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.interop import from_torch_state_dict, to_torch_names
+from fastvim_jax.layers.direction import MixerConfig
 from fastvim_jax.layers.linear import linear
-from fastvim_jax.layers.mixer import Mixer, MixerConfig
+from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.pooling import GridPooling
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.registry import build_model
@@ -202,7 +203,7 @@ def inner_values(mixer: Mixer, hidden: jax.Array, pooling: GridPooling) -> dict[
     values = {}
     for prefix, branch in (("fwd", mixer.forward), ("bwd", mixer.backward)):
         tokens = branch.convolve(x)
-        u = pooling.pool(tokens)
+        u = pooling.pool(tokens, reverse=branch.reverse)
         delta, B, C = branch.select(u)
         inner = {"conv_silu": tokens, "scan_u": u, "scan_delta": delta, "scan_B": B, "scan_C": C}
         inner["scan_y"] = branch.scan(u)

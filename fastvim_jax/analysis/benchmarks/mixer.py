@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fastvim_jax.analysis.benchmarks.record import Columns
-from fastvim_jax.layers.fused_core import fused_core, runs_fused
-from fastvim_jax.layers.mixer import Mixer, MixerConfig, ScanDirection
+from fastvim_jax.layers.direction import MixerConfig, ScanDirection
+from fastvim_jax.layers.fused_core import runs_fused
+from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.precision import Precision
 from pallas_kernels import selective_scan, timing
@@ -95,7 +96,7 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
     pooling = GridPooling(side, side)
     policy = Precision(dtype, activations="wide" if dtype == "float32" else "compute")
     mixer = _mixer(width, precision=policy)
-    fused = runs_fused(mixer, pooling)
+    fused = runs_fused(mixer.config, pooling)
     graphdef, params = nnx.split(mixer)
 
     def function(core, graphdef):
@@ -109,7 +110,7 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
         return params, draw(keys[0], 4 * width), draw(keys[1], 2 * width)
 
     yield from _measure(
-        function(fused_core if fused else plain_core, graphdef),
+        function(Mixer.core if fused else plain_core, graphdef),
         function(plain_core, nnx.graphdef(_mixer(width, scan_implementation="xla_sequential"))),
         arguments,
         TOLERANCES[dtype],
@@ -190,10 +191,10 @@ def _scan(d: ScanDirection, _: Pooling, u, delta, B, C):
 
 
 _RUN: dict[str, Callable[..., Any]] = {
-    "pool": lambda d, pooling, c: pooling.pool(c),
+    "pool": lambda d, pooling, c: pooling.pool(c, reverse=d.reverse),
     "projection": lambda d, pooling, u: d.select(u),
     "scan": _scan,
-    "repeat": lambda d, pooling, y: pooling.unpool(y),
+    "repeat": lambda d, pooling, y: pooling.unpool(y, reverse=d.reverse),
     "skip": lambda d, pooling, y, c: y + d.D[...] * c,
     "total": lambda d, pooling, c: pooling.unpool(d.scan(pooling.pool(c))) + d.D[...] * c,
 }

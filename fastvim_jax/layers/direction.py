@@ -1,0 +1,190 @@
+"""One direction of the mixer: convolution, pooling, projections to Δ, B and C, selective scan, skip.
+
+    c = silu(conv(x));   u = pool(c);   Δ, B, C = projections of u;   y = unpool(scan(u, Δ, A, B, C)) + D · c
+
+The backward direction visits the same tokens from last to first: an argument, not a flipped copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import ones, zeros
+
+from fastvim_jax.layers import initializers as init
+from fastvim_jax.layers.conv import DepthwiseConv
+from fastvim_jax.layers.linear import linear, product
+from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.precision import Precision
+from fastvim_jax.typing import Inner, Pooled
+from pallas_kernels import selective_scan
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """Hold the sizes and choices of one mixer; `VisionMambaConfig` documents them.
+
+    `depth` only enters the initialisation: out_proj is divided by sqrt(depth).
+    """
+
+    width: int
+    depth: int = 1
+    state_size: int = 16
+    expand: int = 2
+    conv_width: int = 4
+    dt_rank: int | None = None
+    proj_bias: bool = False
+    conv_bias: bool = True
+    post_norm: str = "layer"
+    norm_eps: float = 1e-5
+    unpool: str = "before_skip"
+    attention_pooling: bool = False
+    layer_scale: float | None = None
+    scan_implementation: str = "auto"
+    precision: Precision = Precision()
+
+    @property
+    def inner(self) -> int:
+        """Inner width e."""
+        return self.expand * self.width
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the projection that gives Δ."""
+        return self.dt_rank or math.ceil(self.width / 16)
+
+
+class ScanDirection(nnx.Module):
+    """One direction of the mixer, with its own convolution, projections, A and D."""
+
+    def __init__(self, config: MixerConfig, *, reverse: bool, rngs: nnx.Rngs):
+        p = config.precision
+        e, n, r = config.inner, config.state_size, config.rank
+        self.config, self.reverse = config, reverse
+        self.conv = (
+            DepthwiseConv(e, config.conv_width, bias=config.conv_bias, dtype=p.params, rngs=rngs)
+            if config.conv_width
+            else nnx.data(None)
+        )
+        dense: dict[str, Any] = {
+            "dtype": p.compute,
+            "param_dtype": p.params,
+            "precision": p.lax,
+            "rngs": rngs,
+        }
+        self.x_proj = nnx.Linear(
+            e, r + 2 * n, use_bias=False, kernel_init=init.fan_in_uniform(e), **dense
+        )
+        # The authors protect only the forward bias from a general reset, so the backward one starts at zero.
+        self.dt_proj = nnx.Linear(
+            r,
+            e,
+            kernel_init=init.fan_in_uniform(r),
+            bias_init=zeros if reverse else init.step_bias(),
+            **dense,
+        )
+        self.A_log = nnx.Param(init.log_range(rngs.params(), (e, n), p.params))
+        self.D = nnx.Param(ones(rngs.params(), (e,), p.params))
+        self.score = (
+            nnx.Linear(e, 1, kernel_init=init.fan_in_uniform(e), **dense)
+            if config.attention_pooling
+            else nnx.data(None)
+        )
+
+    def __call__(self, x: Inner, pooling: Pooling) -> Inner:
+        """x `b l e` in scan order → y `b l e` in scan order, float32 or wider."""
+        precision = self.config.precision
+        wide = precision.wide
+        c = self.convolve(x)
+        if pooling.every_token:  # the scan has every token at hand, and adds the skip
+            return self.scan(c, D=self.D[...].astype(wide)).astype(wide)
+        scores = None if self.score is None else linear(self.score, c, precision)
+        u = pooling.pool(c, scores, reverse=self.reverse)
+        y = self.scan(u).astype(wide)
+        D = self.D[...].astype(wide)
+        if self.config.unpool == "after_skip":
+            return pooling.unpool(y + D * u, reverse=self.reverse)
+        return pooling.unpool(y, reverse=self.reverse) + D * c
+
+    def convolve(self, x: Inner) -> Inner:
+        """Apply the convolution and SiLU to the tokens."""
+        return jax.nn.silu(x) if self.conv is None else self.conv(x, reverse=self.reverse)
+
+    def select(self, u: Pooled) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Project the scan's tokens u to Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`.
+
+        Float32 or wider, except for unpooled tokens with activations="compute": Δ is as large as the tokens, so it
+        stays in the compute dtype.
+        """
+        precision = self.config.precision
+        kernel = self.dt_proj.kernel[...]
+        if precision.activations == "compute":
+            narrow = precision.compute != precision.wide
+
+            def multiply(x, kernel):
+                # As x is: rounding the few pooled tokens would take a kernel longer than TF32's products do.
+                mode = jax.lax.Precision.DEFAULT if narrow else precision.lax
+                return jnp.matmul(x, kernel.astype(x.dtype), precision=mode)
+        else:
+
+            def multiply(x, kernel):
+                return product(x, kernel, precision.compute, precision.lax)
+
+        projected = multiply(u, self.x_proj.kernel[...])
+        # Rows that `pad_rank` adds are zeros; they may be as many as there are columns here.
+        delta = multiply(projected[..., : kernel.shape[0]], kernel)
+        B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
+        return delta, B, C
+
+    def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
+        """Scan u `b s e` and add the skip D · u if D `e` is given."""
+        wide = self.config.precision.wide
+        delta, B, C = self.select(u)
+        return selective_scan(
+            u,
+            delta,
+            -jnp.exp(self.A_log[...].astype(wide)),
+            B,
+            C,
+            D=D,
+            delta_bias=self.dt_proj.bias[...].astype(wide),
+            delta_softplus=True,
+            reverse=self.reverse,
+            implementation=self.config.scan_implementation,
+        )
+
+
+def stack_directions(
+    forward: ScanDirection, backward: ScanDirection, *, axis: int
+) -> ScanDirection:
+    """Stack the parameters of both directions along a new `axis` of size two, as one module.
+
+    The result is a container of parameters: read them, or map over the new axis, but do not call it.
+    """
+    graphdef, first = nnx.split(forward)  # nothing that is read there depends on the direction
+    stack = lambda *sides: jnp.stack(sides, axis)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(stack, first, nnx.state(backward)))
+
+
+def pad_rank(both: ScanDirection) -> ScanDirection:
+    """Fill up the rank of Δ with zeros, so that x_proj writes rows of whole 16 bytes.
+
+    cuBLAS is twice as fast with such rows: 44 columns of FastVim-T, 88 bytes in bf16, become 48. In half precision
+    dt_proj gets zeros for B and C as well and reads whole rows: the longer product costs less than a slice.
+    """
+    out, step = both.x_proj.kernel[...], both.dt_proj.kernel[...]  # `... e r+2n`, `... r e`
+    rank, size = step.shape[-2], both.config.precision.compute.itemsize
+    missing = -rank % (16 // size)
+    zeros = jnp.zeros((*out.shape[:-1], missing), out.dtype)
+    columns = jnp.concatenate([out[..., :rank], zeros, out[..., rank:]], axis=-1)
+    below = columns.shape[-1] - rank if size < 4 else missing
+    rows = jnp.concatenate(
+        [step, jnp.zeros((*step.shape[:-2], below, step.shape[-1]), step.dtype)], axis=-2
+    )
+    both.x_proj.kernel, both.dt_proj.kernel = nnx.Param(columns), nnx.Param(rows)
+    return both
