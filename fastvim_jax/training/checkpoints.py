@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background by Orbax, atomically, and checked file by file before they are trusted.
+"""Write checkpoints in the background through Orbax, atomically, and check every file before it is trusted.
 
 A checkpoint holds the items `params`, `ema` (if kept), `optimizer` and `meta` (JSON: step, seeds, position in
 the data, shapes, whatever the trainer adds). Arrays are stored flat under the dotted names of the *stored*
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from jax.tree_util import DictKey, KeyPath
 
-from fastvim_jax.distributed import is_first_process
+from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
@@ -36,6 +37,8 @@ FORMAT = 1
 _DELETED = "deleted"
 # Orbax adds the time of the commit to it at the very end.
 _CHANGES_LAST = frozenset({"_CHECKPOINT_METADATA"})
+# Orbax looks for its files with glob patterns of the whole path.
+_GLOB = re.compile(r"[\[\]*?\\]")
 _log = logging.getLogger(__name__)
 
 
@@ -44,16 +47,31 @@ class CheckpointError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for what is still being written.
+    """Hold the checkpoints of one run; a context manager that waits for what is still being written.
+
+    The first checkpoint that is written here is read back at once, because a run whose checkpoints cannot be restored
+    must not go on for days.
 
     Args:
         directory: the folder that holds a folder per step; made when it is missing, unless read only.
         keep: how many of the latest are kept.
         read_only: never write or clean up, as evaluation should not.
+
+    Raises:
+        CheckpointError: read only, and there is no such folder; or its path holds a character that Orbax takes for a
+            pattern.
     """
 
     def __init__(self, directory: Path, *, keep: int = 3, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
+        if found := _GLOB.search(str(self.directory)):
+            raise CheckpointError(
+                f"checkpoints cannot lie in {self.directory}: the checkpoint library takes {found[0]!r} in a path for "
+                "a pattern and would not find its own files again. Choose a run folder whose whole path has none of "
+                "[ ] * ? \\."
+            )
+        self._verified: set[tuple[int, str]] = set()
+        self._read_back = False
         self._checksums = self.directory.parent / "checksums"
         self._saving: int | None = None
         if read_only and not self.directory.is_dir():
@@ -90,16 +108,16 @@ class Checkpoints:
             _log.error("%s", failure)  # The error that came first is the one to raise.
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
+        """List the steps of the finished checkpoints, ascending."""
         names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
         return sorted(map(int, names))
 
     def latest(self) -> int | None:
-        """The last finished checkpoint's step, or None."""
+        """Return the last finished checkpoint's step, or None."""
         return max(self.steps(), default=None)
 
     def describe_latest(self) -> str:
-        """The last finished checkpoint in words, for messages, after waiting for the one under way."""
+        """Describe the last finished checkpoint for a message, after waiting for the one under way."""
         with contextlib.suppress(CheckpointError):  # The message is about something else.
             self.wait()
         step = self.latest()
@@ -119,14 +137,16 @@ class Checkpoints:
         if step in self.steps():
             return step
         meta = {"format": FORMAT, "step": step, "parameters": _signature(state.params), **meta}
+        params = flatten(state.params)
         items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(flatten(state.params)),
+            "params": ocp.args.StandardSave(params),
             "optimizer": ocp.args.StandardSave(flatten(state.optimizer)),
             "meta": ocp.args.JsonSave(meta),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(flatten(state.ema))
         self._saving = step
+        self._shapes = _abstract(params)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
@@ -154,26 +174,33 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax and TensorStore raise many kinds.
             raise self._failed(error) from error
-        self._saving = None
+        step, self._saving = self._saving, None
+        if not self._read_back:
+            self._read(step, params=ocp.args.StandardRestore(self._shapes))
+            self._read_back = True
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """The `meta` of a checkpoint, the latest by default, after its files were checked.
+        """Read the `meta` of a checkpoint, the latest by default, after its file was checked.
 
         Raises:
             CheckpointError: when there is none, or it is incomplete or damaged.
         """
         step = self._existing(step)
-        self._verify(step)
+        self._verify(step, "meta")
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         if meta.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self._name(step)} has format {meta.get('format')!r}; this version reads {FORMAT}: "
                 "use the version of fastvim-jax that environment.json names."
             )
+        if meta.get("step") != step:
+            raise self._damaged(
+                step, f"it is the checkpoint of step {meta.get('step')}, moved or copied"
+            )
         return meta
 
     def restore_state(self, template: TrainState, step: int | None = None) -> TrainState:
-        """The whole train state, placed like `template`, whose own values do not matter.
+        """Restore the whole train state, placed like `template`, whose own values do not matter.
 
         Raises:
             CheckpointError: see `read_meta`; or the checkpoint is of another model or optimizer.
@@ -195,7 +222,7 @@ class Checkpoints:
         )
 
     def restore_weights(self, params: Any, *, weights: str, step: int | None = None) -> Any:
-        """Only the `raw` or the `ema` weights, placed like `params`.
+        """Restore only the `raw` or the `ema` weights, placed like `params`.
 
         Raises:
             CheckpointError: see `restore_state`.
@@ -236,6 +263,7 @@ class Checkpoints:
         return step
 
     def _restore(self, step: int, trees: Mapping[str, Any]) -> dict[str, Any]:
+        self._verify(step, *trees)
         abstract = {item: _abstract(flatten(tree)) for item, tree in trees.items()}
         flat = self._read(
             step, **{item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
@@ -280,9 +308,9 @@ class Checkpoints:
         return f"The checkpoint {self.directory / str(step)}"
 
     def _complete(self) -> None:
-        """Called by Orbax's thread when all files are written, just before the folder gets its name.
+        """Write the record of checksums. Orbax's thread calls this when all files are written, before the folder gets its name.
 
-        A checkpoint thus never lacks its record; a record may lack its checkpoint until the next save.
+        Therefore a checkpoint never lacks its record; a record may lack its checkpoint until the next save.
         """
         (folder,) = self.directory.glob(f"{self._saving}.*tmp*")
         record = self._checksums / f"{self._saving}.json"
@@ -290,7 +318,7 @@ class Checkpoints:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Remove what left: deleted checkpoints and the records of those that are no more."""
+        """Remove deleted checkpoints and the records of checkpoints that are gone."""
         if self._read_only or not is_first_process():
             return
         shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
@@ -300,7 +328,7 @@ class Checkpoints:
                 record.unlink(missing_ok=True)
 
     def _failed(self, error: BaseException) -> CheckpointError:
-        """The error of a save, whose remains make room."""
+        """Delete the partial files of a failed save, which makes room, and return the error to raise."""
         step, self._saving = self._saving, None
         for folder in self.directory.glob(f"{step}.*tmp*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -310,19 +338,36 @@ class Checkpoints:
             f"Last good checkpoint: {self.describe_latest()}. {GO_ON}"
         )
 
-    def _verify(self, step: int) -> None:
-        reason = find_damage(self.directory / str(step), self._checksums / f"{step}.json")
-        if reason is not None:
-            raise self._damaged(step, reason)
+    def _verify(self, step: int, *items: str) -> None:
+        """Compare the files of `items` with their checksums, once, and in one of the processes that share them."""
+        new = {item for item in items if (step, item) not in self._verified}
+        if not new:
+            return
+        folder, record = self.directory / str(step), self._checksums / f"{step}.json"
+
+        def compare() -> None:
+            try:
+                reason = find_damage(folder, record, new)
+            except FileNotFoundError:
+                _log.warning(
+                    "%s is used unchecked: its record of checksums, %s, is missing.",
+                    self._name(step), record,
+                )  # fmt: skip
+                return
+            if reason is not None:
+                raise self._damaged(step, reason)
+
+        on_first_process(compare)
+        self._verified |= {(step, item) for item in new}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The arrays of a pytree under dotted names, e.g. `blocks.mixer.in_proj.kernel`."""
+    """Flatten a pytree to its arrays under dotted names, e.g. `blocks.mixer.in_proj.kernel`."""
     return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def unflatten(template: Any, flat: Mapping[str, Any]) -> Any:
-    """The inverse of `flatten`, in the structure of `template`."""
+    """Invert `flatten`, in the structure of `template`."""
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     return jax.tree_util.tree_unflatten(structure, [flat[_dotted(path)] for path, _ in paths])
 

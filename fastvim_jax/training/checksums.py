@@ -1,11 +1,13 @@
-"""Size and digest of every file of a checkpoint, so that it can be checked before it is trusted."""
+"""Record size and digest of every file of a checkpoint, so that it can be checked before it is trusted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Container
 from pathlib import Path
+
+from fastvim_jax.training.disk import replace_file
 
 
 def write_checksums(folder: Path, record: Path, *, leave_out: frozenset[str] = frozenset()) -> None:
@@ -23,26 +25,40 @@ def write_checksums(folder: Path, record: Path, *, leave_out: frozenset[str] = f
     names = {path: path.relative_to(folder).as_posix() for path in files}
     listing = {name: _fingerprint(path) for path, name in names.items() if name not in leave_out}
     record.parent.mkdir(exist_ok=True)
-    temporary = record.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(listing, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, record)
+    replace_file(record, json.dumps(listing, indent=1))
 
 
-def find_damage(folder: Path, record: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, by its record; None if nothing is, or if there is no record."""
-    if not record.is_file():
-        return None
-    for name, (size, digest) in json.loads(record.read_text(encoding="utf-8")).items():
+def find_damage(folder: Path, record: Path, items: Container[str] | None = None) -> str | None:
+    """Compare the files of a checkpoint with its record.
+
+    Args:
+        folder: the checkpoint.
+        record: the list that `write_checksums` made.
+        items: folders directly in `folder` whose files are compared; None: all files.
+
+    Returns:
+        What is wrong, in words; None if nothing is.
+
+    Raises:
+        FileNotFoundError: there is no record.
+    """
+    try:
+        listing = json.loads(record.read_bytes())
+        expected = {name: (int(size), str(digest)) for name, (size, digest) in listing.items()}
+    except (AttributeError, TypeError, ValueError):
+        return f"its record of checksums {record} cannot be read"
+    if not expected:
+        return f"its record of checksums {record} is empty"
+    for name, fingerprint in expected.items():
         path = folder / name
+        if items is not None and name.split("/")[0] not in items:
+            continue
         if not path.is_file():
             return f"the file {name} is missing"
-        found_size, found_digest = _fingerprint(path)
-        if found_size != size:
-            return f"the file {name} has {found_size} of {size} bytes"
-        if found_digest != digest:
+        found = path.stat().st_size
+        if found != fingerprint[0]:
+            return f"the file {name} has {found} of {fingerprint[0]} bytes"
+        if _fingerprint(path) != fingerprint:
             return f"the file {name} has changed since it was written"
     return None
 

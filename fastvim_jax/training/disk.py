@@ -1,8 +1,9 @@
-"""Why a file could not be written, in words for the user."""
+"""Write small files so that no crash can damage them, and say in words for the user why a file could not be written."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ _CAUSES = (
 
 
 def why_not_written(error: BaseException, path: Path) -> str:
-    """One sentence on why `path` could not be written: the cause if it is known, the room left, or the error's text."""
+    """Say in one sentence why `path` could not be written: the cause if it is known, the room left, or the error's text."""
     texts = []
     link: BaseException | None = error
     while link is not None:
@@ -51,6 +52,27 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} could not be written: {why_not_written(error, path)}. {GO_ON}"
         ) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a crash or a power cut leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def keep_damaged(path: Path) -> Path:
+    """Rename a file that cannot be read to `<name>.damaged`, so that a new one can be written; return the new path."""
+    kept = path.with_name(path.name + ".damaged")
+    os.replace(path, kept)
+    return kept
 
 
 def _room(path: Path) -> str:

@@ -1,17 +1,20 @@
-"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard event files and, if asked, elsewhere.
+"""Write a run's numbers to the console, `metrics.jsonl`, TensorBoard event files and, if asked, elsewhere.
 
 `metrics.jsonl` holds one JSON object a line: `kind` (`train`, `eval` or `norms`), `step`, `epoch`, then the
-numbers. What `clock.TIMING` names is about the machine; everything else is the same for a run that was
-interrupted and resumed and for one that was not.
+numbers. The timings that `clock.TIMING` names depend on the machine. Everything else is the same for a run that
+was interrupted and resumed and for one that was not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, runtime_checkable
@@ -21,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.disk import writing
+from fastvim_jax.training.disk import replace_file, writing
 from fastvim_jax.training.event_file import EventFile
 from fastvim_jax.training.serialise import to_dict
 from fastvim_jax.training.wandb_log import WandbLog
@@ -46,7 +49,8 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        step: the step the run starts or resumes at; lines written past it by an interrupted run are dropped.
+        step: the step the run starts or resumes at. Lines written past it by an interrupted run are dropped. Lines that
+            cannot be read are dropped too, after a copy of the file was kept as `metrics.jsonl.damaged`.
         total_steps: length of the run, for the progress bar.
         progress: show a progress bar and messages on standard error.
         sinks: more places for the scalars; closed with the log.
@@ -71,10 +75,17 @@ class RunLog:
         if not is_first_process():
             return
         with writing(self._path):
-            kept = [record for record in read_metrics(folder) if record["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(temporary, self._path)
+            records, damaged = _read(self._path)
+            if damaged:
+                copy = self._path.with_name(METRICS_FILE + ".damaged")
+                shutil.copyfile(self._path, copy)
+                self.say(
+                    f"{damaged} lines of {METRICS_FILE} cannot be read and are left out; {copy} keeps the file as it was."
+                )
+            kept = [record for record in records if record["step"] <= step]
+            if step and not kept:
+                self.say(f"{METRICS_FILE} holds nothing of steps 1 to {step}: its curves begin later.")
+            replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = self._path.open("a")
             self._sinks.append(EventFile(Path(folder) / "tensorboard", purge_step=step + 1))
 
@@ -129,7 +140,7 @@ class _Display:
     """A progress bar on a terminal; elsewhere a line now and then, so that log files stay short."""
 
     def __init__(self, step: int, total: int, *, shown: bool) -> None:
-        self._console = Console(stderr=True, quiet=not shown, highlight=False)
+        self._console = Console(file=_StandardError(), quiet=not shown, highlight=False)
         self._live = shown and self._console.is_terminal
         self._bar = Progress(
             TextColumn("training"),
@@ -162,22 +173,81 @@ class _Display:
         self._bar.stop()
 
 
+class _StandardError(io.TextIOBase):
+    """Standard error, whose reader may go away: a closed terminal or pipe must not end a run.
+
+    The first write that fails points the file descriptor at the null device, so that tracebacks and other libraries'
+    messages cannot fail either.
+    """
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write `text`; drop it if nobody can read it."""
+        with survive_closed_output():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush standard error."""
+        with survive_closed_output():
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Return whether a person is watching."""
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        """Return the file descriptor, of which the console asks the width of the terminal."""
+        return sys.stderr.fileno()
+
+
+@contextlib.contextmanager
+def survive_closed_output() -> Iterator[None]:
+    """Ignore that standard output or error cannot be written; what follows goes to the null device."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: I/O operation on closed file.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run folder in order, of one kind if given; a line cut off by a crash is left out."""
-    path = Path(folder) / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if kind is None or record["kind"] == kind:
-            records.append(record)
-    return records
+    """Read the records of a run folder in order, of one kind if given; lines that cannot be read are left out."""
+    records, _ = _read(Path(folder) / METRICS_FILE)
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read the records of a file, and count its damaged lines. A last line cut off by a crash is not counted."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    records = [_record(line) for line in lines]
+    damaged = sum(
+        record is None and bool(line)
+        for record, line in zip(records[:-1], lines[:-1], strict=True)
+    )
+    return [record for record in records if record is not None], damaged
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors.
+        return None
+    whole = (
+        isinstance(record, dict)
+        and isinstance(record.get("kind"), str)
+        and isinstance(record.get("step"), int)
+    )
+    return record if whole else None
 
 
 def open_sinks(wandb: str | None, folder: Path, config: Any) -> list[Sink]:
-    """Places for the scalars besides the run folder: Weights & Biases, if its project is named."""
+    """Open places for the scalars besides the run folder: Weights & Biases, if its project is named."""
     sinks: list[Sink] = []
     if wandb is not None:
         on_first_process(lambda: sinks.append(WandbLog(wandb, folder, to_dict(config))))
@@ -185,5 +255,5 @@ def open_sinks(wandb: str | None, folder: Path, config: Any) -> list[Sink]:
 
 
 def evaluated(folder: Path | str, step: int) -> bool:
-    """Whether the run's log holds an evaluation of `step`."""
+    """Return whether the run's log holds an evaluation of `step`."""
     return any(record["step"] == step for record in read_metrics(folder, "eval"))

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.training import checksums
 from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints, flatten, unflatten
 from fastvim_jax.training.steps import TrainState, init_state
 
@@ -258,19 +259,79 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(run, harm,
     assert_same_bits(store.restore_state(make_state(), step=10), states[10])
     harm(big_file(path, 10))
     with pytest.raises(CheckpointError, match="There is no earlier one"):
-        store.restore_weights(make_state().params, weights="raw", step=10)
+        reopen(path).restore_weights(make_state().params, weights="raw", step=10)
 
 
 # Orbax drops a coroutine of a read that failed, and Python notes it when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage_is_seen_without_the_record_too(run):
-    """Killed between the checkpoint and its record: what Orbax cannot read is refused the same way."""
+def test_damage_is_seen_without_the_record_too(run, caplog):
+    """A lost record is said, and what Orbax cannot read is refused the same way."""
     path, states = run
     (path / "checksums" / "20.json").unlink()
     assert_same_bits(reopen(path).restore_state(make_state()), states[20])
+    assert "is used unchecked: its record of checksums" in caplog.text
     shutil.rmtree(path / "checkpoints" / "20" / "params" / "d")
     with pytest.raises(CheckpointError, match="20 is damaged.*The previous one is step 10"):
         reopen(path).restore_state(make_state())
+    gc.collect()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"meta/x": 3}', '{"params/x": [1, "a"'])
+def test_a_damaged_record_is_damage(run, text):
+    path, states = run
+    (path / "checksums" / "20.json").write_text(text)
+    store = reopen(path)
+    with pytest.raises(CheckpointError, match=r"record of checksums .*20\.json (cannot be read|is empty)"):
+        store.read_meta()
+    assert_same_bits(store.restore_state(make_state(), step=10), states[10])
+
+
+def test_a_checkpoint_under_another_number_is_refused(run):
+    path, _ = run
+    shutil.copytree(path / "checkpoints" / "10", path / "checkpoints" / "30")
+    shutil.copy(path / "checksums" / "10.json", path / "checksums" / "30.json")
+    with pytest.raises(CheckpointError, match="30 is damaged: it is the checkpoint of step 10"):
+        reopen(path, read_only=True).restore_state(make_state())
+
+
+def test_each_file_is_hashed_once_and_only_what_is_read(run, monkeypatch):
+    path, _ = run
+    hashed = []
+    fingerprint = checksums._fingerprint
+    monkeypatch.setattr(
+        checksums, "_fingerprint", lambda file: (hashed.append(file), fingerprint(file))[1]
+    )
+    store = reopen(path)
+    store.read_meta()
+    assert {file.relative_to(path / "checkpoints" / "20").parts[0] for file in hashed} == {"meta"}
+    store.restore_weights(make_state().params, weights="ema")
+    store.restore_state(make_state())
+    files = [p for p in (path / "checkpoints" / "20").rglob("*") if p.is_file()]
+    assert len(hashed) == len(set(hashed)) and set(hashed) <= set(files)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a\\b", "*"])
+def test_a_path_that_the_library_takes_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(CheckpointError, match="Choose a run folder whose whole path has none of"):
+        reopen(tmp_path / name)
+
+
+# Orbax drops a coroutine of a read that failed, and Python notes it when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_first_checkpoint_is_read_back(tmp_path, rng, monkeypatch):
+    """A run whose checkpoints cannot be restored ends at the first one."""
+    complete = Checkpoints._complete
+
+    def lose(store):
+        (folder,) = store.directory.glob("1.*tmp*")
+        shutil.rmtree(folder / "params" / "d")
+        complete(store)
+
+    monkeypatch.setattr(Checkpoints, "_complete", lose)
+    store = reopen(tmp_path)
+    store.save(make_state(rng, step=1), {})
+    with pytest.raises(CheckpointError, match="1 is damaged"):
+        store.wait()
     gc.collect()
 
 

@@ -1,6 +1,11 @@
 """The run's numbers: JSON lines that survive a crash, event files that TensorBoard reads."""
 
 import json
+import os
+import subprocess
+import sys
+
+import pytest
 
 from fastvim_jax.training.metrics import RunLog, read_metrics
 
@@ -37,6 +42,54 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6]
     write_run(tmp_path, [9], start=6)
     assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6, 9, 9]
+
+
+DAMAGED = [b"1", b"null", b"[]", b'{"kind": 3}', b'{"step": 3}', b'{"kind": "train", "st', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_costs_itself_alone(tmp_path, damage, capsys):
+    write_run(tmp_path, [3, 6])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    before = b"\n".join([lines[0], damage, *lines[1:]]) + b"\n"
+    path.write_bytes(before)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6]
+    with RunLog(tmp_path, step=6, total_steps=20) as log:
+        log.write("train", 9, {"epoch": 0.9, "loss": 1 / 9})
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6, 9]
+    assert "1 lines of metrics.jsonl cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+
+
+def test_a_log_with_a_hole_says_so(tmp_path, capsys):
+    with RunLog(tmp_path, step=6, total_steps=20):
+        pass
+    assert "holds nothing of steps 1 to 6" in capsys.readouterr().err
+
+
+def test_nobody_reading_the_output_ends_nothing(tmp_path):
+    """Run in a process of its own: `fastvim train ... 2>&1 | head` closes the pipe while the run goes on."""
+    script = f"""
+import sys
+from pathlib import Path
+from fastvim_jax.training.metrics import RunLog, read_metrics
+sys.stdin.read()
+with RunLog(Path({str(tmp_path)!r}), step=0, total_steps=5) as log:
+    for step in range(1, 6):
+        log.say("x" * 100_000)
+        log.write("train", step, {{"loss": 1.0}})
+sys.exit(0 if len(read_metrics({str(tmp_path)!r})) == 5 else 1)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=120) == 0
 
 
 def test_no_folder_no_records(tmp_path):
