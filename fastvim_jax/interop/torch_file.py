@@ -1,0 +1,176 @@
+"""Read the arrays of a PyTorch checkpoint without PyTorch, and without running anything that the file holds.
+
+A `.pth` or `.ckpt` file of PyTorch 1.6 or newer is a zip archive: `data.pkl` is a pickle that describes the tensors,
+and `data/<key>` are their bytes. A pickle names the functions to call when it is read, so a hostile one can run any
+program. Here it may name the few that rebuild tensors, and those are replaced by functions of this module. Whatever
+else it names (optimizers, `argparse.Namespace`, hooks) becomes an inert `Unread` and is listed, never imported.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fastvim_jax.errors import UserError
+
+_DTYPES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_LARGEST_PICKLE = 256 << 20  # bytes; the pickle only describes tensors, and those of FastVim-H take 1 MB
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Hold the elements of one storage, which is a member of the archive."""
+
+    values: np.ndarray
+
+
+class Unread:
+    """Stand for an object of a class that is not read. It takes in whatever a pickle does to an object, and drops it."""
+
+    name = "?"
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """Drop an item of a list."""
+
+    def extend(self, items: Any) -> None:
+        """Drop items of a list."""
+
+    def add(self, item: Any) -> None:
+        """Drop an item of a set."""
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, not read>"
+
+
+def read_torch_file(path: Path | str) -> dict[Any, Any]:
+    """Read a checkpoint that `torch.save` wrote.
+
+    Args:
+        path: a `.pth`, `.pt` or `.ckpt` file.
+
+    Returns:
+        What was saved, nested as it was: dictionaries, lists, numbers and strings as they are, tensors as NumPy arrays
+        (bfloat16 as `ml_dtypes.bfloat16`), everything else as `Unread`.
+
+    Raises:
+        UserError: the file is missing, damaged, of the format before PyTorch 1.6, or holds no dictionary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is not in the zip format of torch.save (PyTorch 1.6 or newer): it is damaged, of another kind, or "
+            "older. Load it where it is trusted and save it again, or convert it to safetensors."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(path, archive)
+    except UserError:
+        raise
+    except Exception as error:  # A damaged pickle raises anything.
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, archive: zipfile.ZipFile) -> dict[Any, Any]:
+    members = {info.filename: info for info in archive.infolist()}
+    described = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
+    if len(described) != 1:
+        raise UserError(f"{path} is no PyTorch checkpoint: it has {len(described)} members data.pkl.")
+    prefix = described[0].removesuffix("data.pkl")
+    if members[described[0]].file_size > _LARGEST_PICKLE:
+        raise UserError(f"{path} describes its tensors in more than {_LARGEST_PICKLE:,} bytes.")
+    order = archive.read(prefix + "byteorder") if prefix + "byteorder" in members else b"little"
+    if order != b"little":
+        raise UserError(f"{path} holds big-endian numbers: save it again on a little-endian machine.")
+    with archive.open(described[0]) as file:
+        saved = _Unpickler(file, archive, prefix).load()
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{path} holds {saved!r}, no dictionary of tensors.")
+    return dict(saved)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Read a pickle that may name nothing but what rebuilds tensors."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._archive, self._prefix = archive, prefix
+        self._storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return our own stand-in for a known name, and an `Unread` class for every other one."""
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return _tensor
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda data, *rest: data
+        return type("Unread", (Unread,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that a tensor names, read once."""
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise UserError(f"a tensor of an unknown kind of storage: {pid!r}")
+        key = str(key)
+        if key not in self._storages:
+            member = self._archive.getinfo(f"{self._prefix}data/{key}")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError("its tensors are compressed, which torch.save never does.")
+            if member.file_size != count * dtype.itemsize:
+                raise UserError(
+                    f"the storage {key} has {member.file_size:,} bytes, {count * dtype.itemsize:,} are described."
+                )
+            self._storages[key] = _Storage(np.frombuffer(self._archive.read(member), dtype))
+        return self._storages[key]
+
+
+def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> np.ndarray:
+    """Rebuild a tensor: a strided view of its storage, checked against the storage's end, and copied."""
+    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        raise UserError("a tensor without a storage or with other strides than axes.")
+    if offset < 0 or min(shape + strides, default=0) < 0:
+        raise UserError(f"a tensor of impossible shape {shape}, strides {strides}, offset {offset}.")
+    if math.prod(shape) > storage.values.size:
+        raise UserError(f"a tensor of shape {shape} is larger than its storage.")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(shape) and last >= storage.values.size:
+        raise UserError(f"a tensor of shape {shape} reaches past the end of its storage.")
+    itemsize = storage.values.itemsize
+    view = np.lib.stride_tricks.as_strided(
+        storage.values[offset:], shape, [step * itemsize for step in strides], writeable=False
+    )
+    return np.array(view)
