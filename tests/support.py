@@ -39,7 +39,7 @@ def parity_dir() -> Path | None:
 
 
 def dense_dir() -> Path | None:
-    """The golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense, None when absent."""
+    """Find the golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense."""
     return _shared("FASTVIM_DENSE_DIR", "dense")
 
 

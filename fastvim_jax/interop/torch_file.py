@@ -34,7 +34,9 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LARGEST_PICKLE = 256 << 20  # bytes; the pickle only describes tensors, and those of FastVim-H take 1 MB
+_LARGEST_PICKLE = (
+    256 << 20
+)  # bytes; the pickle only describes tensors, and those of FastVim-H take 1 MB
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class _Storage:
 
 
 class Unread:
-    """Stand for an object of a class that is not read. It takes in whatever a pickle does to an object, and drops it."""
+    """Stand for an object of a class that is not read, and drop whatever a pickle does to it."""
 
     name = "?"
 
@@ -105,13 +107,17 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[Any, Any]:
     members = {info.filename: info for info in archive.infolist()}
     described = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(described) != 1:
-        raise UserError(f"{path} is no PyTorch checkpoint: it has {len(described)} members data.pkl.")
+        raise UserError(
+            f"{path} is no PyTorch checkpoint: it has {len(described)} members data.pkl."
+        )
     prefix = described[0].removesuffix("data.pkl")
     if members[described[0]].file_size > _LARGEST_PICKLE:
         raise UserError(f"{path} describes its tensors in more than {_LARGEST_PICKLE:,} bytes.")
     order = archive.read(prefix + "byteorder") if prefix + "byteorder" in members else b"little"
     if order != b"little":
-        raise UserError(f"{path} holds big-endian numbers: save it again on a little-endian machine.")
+        raise UserError(
+            f"{path} holds big-endian numbers: save it again on a little-endian machine."
+        )
     with archive.open(described[0]) as file:
         saved = _Unpickler(file, archive, prefix).load()
     if not isinstance(saved, Mapping):
@@ -163,7 +169,9 @@ def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> 
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise UserError("a tensor without a storage or with other strides than axes.")
     if offset < 0 or min(shape + strides, default=0) < 0:
-        raise UserError(f"a tensor of impossible shape {shape}, strides {strides}, offset {offset}.")
+        raise UserError(
+            f"a tensor of impossible shape {shape}, strides {strides}, offset {offset}."
+        )
     if math.prod(shape) > storage.values.size:
         raise UserError(f"a tensor of shape {shape} is larger than its storage.")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))

@@ -78,6 +78,7 @@ def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    # Imported here, so that reading other files does not wait for it.
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

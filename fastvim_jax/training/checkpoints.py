@@ -308,8 +308,9 @@ class Checkpoints:
         return f"The checkpoint {self.directory / str(step)}"
 
     def _complete(self) -> None:
-        """Write the record of checksums. Orbax's thread calls this when all files are written, before the folder gets its name.
+        """Write the record of checksums.
 
+        Orbax's thread calls this when all files are written, just before the folder gets its name.
         Therefore a checkpoint never lacks its record; a record may lack its checkpoint until the next save.
         """
         (folder,) = self.directory.glob(f"{self._saving}.*tmp*")

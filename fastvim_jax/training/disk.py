@@ -27,7 +27,7 @@ _CAUSES = (
 
 
 def why_not_written(error: BaseException, path: Path) -> str:
-    """Say in one sentence why `path` could not be written: the cause if it is known, the room left, or the error's text."""
+    """Say in one sentence why `path` could not be written: the cause and the room left, or the error's text."""
     texts = []
     link: BaseException | None = error
     while link is not None:

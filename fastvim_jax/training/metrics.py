@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -80,11 +80,14 @@ class RunLog:
                 copy = self._path.with_name(METRICS_FILE + ".damaged")
                 shutil.copyfile(self._path, copy)
                 self.say(
-                    f"{damaged} lines of {METRICS_FILE} cannot be read and are left out; {copy} keeps the file as it was."
+                    f"{damaged} lines of {METRICS_FILE} cannot be read and are left out; {copy} keeps the file "
+                    "as it was."
                 )
             kept = [record for record in records if record["step"] <= step]
             if step and not kept:
-                self.say(f"{METRICS_FILE} holds nothing of steps 1 to {step}: its curves begin later.")
+                self.say(
+                    f"{METRICS_FILE} holds nothing of steps 1 to {step}: its curves begin later."
+                )
             replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = self._path.open("a")
             self._sinks.append(EventFile(Path(folder) / "tensorboard", purge_step=step + 1))
@@ -140,7 +143,9 @@ class _Display:
     """A progress bar on a terminal; elsewhere a line now and then, so that log files stay short."""
 
     def __init__(self, step: int, total: int, *, shown: bool) -> None:
-        self._console = Console(file=_StandardError(), quiet=not shown, highlight=False)
+        self._console = Console(
+            file=cast(TextIO, _StandardError()), quiet=not shown, highlight=False
+        )
         self._live = shown and self._console.is_terminal
         self._bar = Progress(
             TextColumn("training"),
@@ -227,8 +232,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     records = [_record(line) for line in lines]
     damaged = sum(
-        record is None and bool(line)
-        for record, line in zip(records[:-1], lines[:-1], strict=True)
+        record is None and bool(line) for record, line in zip(records[:-1], lines[:-1], strict=True)
     )
     return [record for record in records if record is not None], damaged
 

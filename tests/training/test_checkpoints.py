@@ -281,7 +281,9 @@ def test_a_damaged_record_is_damage(run, text):
     path, states = run
     (path / "checksums" / "20.json").write_text(text)
     store = reopen(path)
-    with pytest.raises(CheckpointError, match=r"record of checksums .*20\.json (cannot be read|is empty)"):
+    with pytest.raises(
+        CheckpointError, match=r"record of checksums .*20\.json (cannot be read|is empty)"
+    ):
         store.read_meta()
     assert_same_bits(store.restore_state(make_state(), step=10), states[10])
 

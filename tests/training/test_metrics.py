@@ -44,7 +44,15 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6, 9, 9]
 
 
-DAMAGED = [b"1", b"null", b"[]", b'{"kind": 3}', b'{"step": 3}', b'{"kind": "train", "st', b"\xff\xfe"]
+DAMAGED = [
+    b"1",
+    b"null",
+    b"[]",
+    b'{"kind": 3}',
+    b'{"step": 3}',
+    b'{"kind": "train", "st',
+    b"\xff\xfe",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGED)

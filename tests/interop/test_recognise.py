@@ -1,0 +1,67 @@
+"""A configuration is told from PyTorch names and shapes: what the names can tell comes back exactly."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax import UserError
+from fastvim_jax.interop import recognise, to_torch_names
+from fastvim_jax.models import build_model, list_models, model_config
+
+SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 3}
+
+
+def shapes_of(config):
+    """Names and shapes without computing a weight."""
+
+    def names():
+        model = build_model(config, rngs=nnx.Rngs(0))
+        return to_torch_names(model, nnx.state(model))
+
+    shapes = jax.eval_shape(names)
+    return {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes.items()}
+
+
+CASES = [
+    ("fastvim_tiny_patch16_224", SMALL),
+    ("vim_tiny_patch16_224", {**SMALL, "num_classes": 7}),
+    (
+        "fastvim_tiny_patch16_224",
+        {**SMALL, "pooling": "attention", "channels": 5, "num_classes": 0},
+    ),
+    ("fastvim_tiny_patch16_224", {**SMALL, "norm": "layer", "post_norm": "rms", "conv_width": 0}),
+    ("fastvim_tiny_patch16_224", {**SMALL, "post_norm": "none", "proj_bias": True, "dt_rank": 5}),
+    ("fastvim_tiny_patch16_224", {**SMALL, "state_size": 4, "expand": 3, "conv_bias": False}),
+    ("vit_tiny_patch16_224", {**SMALL, "num_heads": 1, "mlp_ratio": 3.0, "qkv_bias": False}),
+    ("vit_tiny_patch16_224", {**SMALL, "num_heads": 1, "head_pool": "mean"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_what_names_and_shapes_tell_comes_back(name, options):
+    config = model_config(name, **options)
+    found = recognise(shapes_of(config), **({"drop_path": config.drop_path}))
+    rank = {} if name.startswith("vit") else {"dt_rank": found.dt_rank}
+    assert found == model_config(name, **{**options, **rank, "norm_eps": found.norm_eps})
+
+
+@pytest.mark.parametrize(
+    "name", ["fastvim_base_patch16_224", "fastvim_huge_patch14_224", "vit_base_patch16_224"]
+)
+def test_presets_are_recognised(name):
+    assert name in list_models()
+    config = model_config(name)
+    found = recognise(shapes_of(config), drop_path=config.drop_path)
+    assert (found.image_size, found.patch_size, found.depth) == (
+        config.image_size, config.patch_size, config.depth,
+    )  # fmt: skip
+
+
+def test_options_override_and_other_weights_are_refused():
+    arrays = shapes_of(model_config("fastvim_tiny_patch16_224", **SMALL))
+    assert recognise(arrays, pooling="max").pooling == "max"
+    with pytest.raises(UserError, match="of no model that is known here"):
+        recognise({"conv1.weight": np.zeros((3, 3))})
