@@ -27,7 +27,7 @@ from targets import (
     way,
 )
 
-from fastvim_jax.analysis.benchmarks.scan import plot as plot_scan
+from fastvim_jax.bench.scan import plot as plot_scan
 from pallas_kernels.selective_scan import bench
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 

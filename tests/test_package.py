@@ -43,7 +43,17 @@ ROOMS: dict[str, set[str]] = {
     "interop": {"models", "layers", *BASE},
     "analysis": {"models", "layers", "pallas_kernels", *BASE},
     "training": {"models", "data", "distributed", "interop", "analysis", "pallas_kernels", *BASE},
+    "bench": {
+        "training",
+        "data",
+        "analysis",
+        "models",
+        "layers",
+        "pallas_kernels",
+        *BASE,
+    },
     "cli": {
+        "bench",
         "training",
         "data",
         "distributed",

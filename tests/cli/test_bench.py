@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from fastvim_jax.analysis.benchmarks import record
+from fastvim_jax.bench import record
 from fastvim_jax.cli.bench import BENCHES
 from tests.cli.conftest import Cli
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fastvim_jax.analysis.benchmarks.model import policy, reference_options
-from fastvim_jax.analysis.benchmarks.record import Columns
+from fastvim_jax.bench.model import policy, reference_options
+from fastvim_jax.bench.record import Columns
 from fastvim_jax.models import ModelConfig, build_model, model_config
 from fastvim_jax.training.config import OptimizerConfig
 from fastvim_jax.training.optimizer import make_optimizer

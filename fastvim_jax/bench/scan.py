@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from fastvim_jax.analysis.benchmarks.record import Row
+from fastvim_jax.bench.record import Row
 from fastvim_jax.errors import UserError
 from pallas_kernels.selective_scan import bench
 from pallas_kernels.selective_scan.arg_specs import ScanSpec, of_length

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastvim_jax.analysis.benchmarks.record import Columns
+from fastvim_jax.bench.record import Columns
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.fused_core import runs_fused
 from fastvim_jax.layers.mixer import Mixer

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fastvim_jax.training import benchmark
+from fastvim_jax.bench import train as benchmark
 from pallas_kernels import timing
 
 SMALL = {"patch_size": 4, "embed_dim": 8, "num_classes": 3, "blocks": "scan"}

@@ -48,9 +48,9 @@ def data(arguments: Sequence[str]) -> int:
     chosen = parse(Data, "bench data", arguments, f"{Data.__doc__}")
     if chosen.seconds <= 0 or any(count < 1 for count in chosen.workers):
         raise UsageError("--seconds must be positive, and --workers at least 1 each.")
-    from fastvim_jax.analysis.benchmarks.record import show
+    from fastvim_jax.bench.data import measure
+    from fastvim_jax.bench.record import show
     from fastvim_jax.data import ClassificationData
-    from fastvim_jax.data.bench import measure
     from fastvim_jax.data.sources.layout import guess_source
 
     with as_usage_error():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.cli.bench_data import data
+from fastvim_jax.bench.data import measure
+from fastvim_jax.cli.bench.data import data
 from fastvim_jax.data import ClassificationData
-from fastvim_jax.data.bench import measure
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fastvim_jax.analysis.benchmarks.record import Columns
 from fastvim_jax.analysis.flops import gmacs
+from fastvim_jax.bench.record import Columns
 from fastvim_jax.models import ViTConfig, build_model, model_config
 from fastvim_jax.models.parameters import round_products
 from pallas_kernels import timing

@@ -1,0 +1,61 @@
+"""`fastvim bench scan|mixer|model|train|data`: measurements, printed as tables and kept as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from fastvim_jax.cli.bench.data import data
+from fastvim_jax.cli.bench.mixer import mixer
+from fastvim_jax.cli.bench.model import model, train
+from fastvim_jax.cli.bench.scan import scan
+from fastvim_jax.cli.usage import UsageError
+from fastvim_jax.errors import suggest
+
+HELP = """\
+Usage: fastvim bench BENCH [--json FILE] [OPTIONS]
+
+Measures on the device at hand (device time on a GPU, the clock elsewhere), checks the results it measures, and prints
+a table. Without options it takes shapes that fit the device; `fastvim bench BENCH --help` lists the options.
+
+Benches:
+  scan     the selective scan: every implementation over lengths 7 to 16384
+  mixer    one mixer: pool, projection, scan, repeat, skip, and its whole core
+  model    images a second of FastVim, Vim and ViT
+  train    images a second of training steps; largest batch; trace and compile time
+  data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)
+"""
+
+BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
+    "scan": scan,
+    "mixer": mixer,
+    "model": model,
+    "train": train,
+    "data": data,
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure something."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHES:
+        hint = suggest(name, BENCHES) or f" Benches: {', '.join(BENCHES)}."
+        raise UsageError(f"unknown bench {name!r}.{hint}")
+    with _no_compilation_cache():
+        return BENCHES[name](rest)
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Compile times are measured, too."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
