@@ -1,9 +1,10 @@
-"""Whether the Mosaic GPU kernels can run, found out without importing any of them."""
+"""Decide whether an operation runs as Mosaic GPU kernels, without importing any of them."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -11,11 +12,50 @@ import jax
 logger = logging.getLogger("pallas_kernels")
 
 OLDEST_JAX = (0, 11, 1)
+NO_GPU = "there is no GPU"
 T = TypeVar("T")
+_interpret = False
+
+
+def interpret(on: bool) -> None:
+    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
+    global _interpret
+    _interpret = on
+
+
+def interpreted() -> bool:
+    """Return whether kernels are traced for the CPU interpreter."""
+    return _interpret
+
+
+def choose(implementation: str, operation: str, unsupported: Callable[[], str | None]) -> bool:
+    """Return whether `operation` runs as kernels.
+
+    Args:
+        implementation: kernels run only for "auto" and "pallas".
+        operation: its name, for messages.
+        unsupported: returns why the kernels cannot take this call, or None. It is called, and may import the kernels,
+            only where kernels can run.
+
+    Raises:
+        NotImplementedError: the implementation is "pallas", and the kernels cannot run. With "auto" the reason is
+            logged once, except that there is no GPU.
+    """
+    if implementation not in ("auto", "pallas"):
+        return False
+    missing = kernels_missing()
+    reason = missing or unsupported()
+    if reason is None:
+        return True
+    if implementation == "pallas":
+        raise NotImplementedError(f"{operation}: 'pallas' cannot run here: {reason}")
+    if missing != NO_GPU:
+        log_once(f"{operation}: using XLA and not the GPU kernels, since {reason}")
+    return False
 
 
 def kernels_missing() -> str | None:
-    """Why programs traced now cannot hold Mosaic GPU kernels; None if they can.
+    """Return why programs traced now cannot hold Mosaic GPU kernels, or None if they can.
 
     They can on NVIDIA's data centre GPUs from Hopper on, compute capabilities 9 and 10.  On a machine without one,
     trace under `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
@@ -32,7 +72,7 @@ def kernels_missing() -> str | None:
 
 
 def device_kind() -> str:
-    """Of the device that programs traced now are for, such as "NVIDIA H100 80GB HBM3"."""
+    """Return the kind of device that programs are traced for, such as "NVIDIA H100 80GB HBM3"."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.device_kind if device is not None else jax.local_devices()[0].device_kind
 
@@ -41,7 +81,7 @@ def device_kind() -> str:
 def _no_device() -> str | None:
     devices = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
     if not devices:
-        return "there is no GPU"
+        return NO_GPU
     for device in devices:
         capability = getattr(device, "compute_capability", None)
         name = f"{device.device_kind} (compute capability {capability})"
@@ -58,14 +98,14 @@ def _no_device() -> str | None:
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Say something once per process."""
+    """Log a warning once per process."""
     logger.warning(message)
 
 
 def run_once(results: T) -> T:
-    """What kernels return on the way forward, behind a barrier.
+    """Return kernels' results behind an optimization barrier, because XLA would otherwise run the kernels twice.
 
-    Where `lax.scan` keeps a result for the gradient, XLA would have the kernel write it into the stack, and run the
-    kernel a second time for whoever else reads the result.
+    Where `lax.scan` keeps a result for the gradient, XLA lets the kernel write into the stack of results, and runs it
+    again for the other operations that read the result.
     """
     return jax.lax.optimization_barrier(results)

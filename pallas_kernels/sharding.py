@@ -29,6 +29,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import gpu
+
 Dims = tuple[str, ...]  # of one array: its dimensions' letters
 
 
@@ -238,7 +240,7 @@ def per_shard(
         mesh = _typed_mesh(arrays)
         if mesh is not None and any(t != AxisType.Manual for t in mesh.axis_types):
             out = operation.under_shard_map(mesh, arrays)
-        elif mesh is None and opaque:
+        elif mesh is None and opaque and not gpu.interpreted():  # whose ordered effects do not pass
             out = operation.under_the_partitioner(arrays)
         else:
             return varying(function(Shard(), *varying(arguments, arguments)), arguments)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.causal_conv1d import reference, xla
 from pallas_kernels.sharding import per_shard
 
-IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "pallas", "reference")
+IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "reference")
 """Every name that `causal_conv1d(..., implementation=...)` takes."""
 
 
@@ -33,14 +33,13 @@ def causal_conv1d(
         bias: added before the activation.
         activation: "silu", or None for none.
         reverse: look ahead instead of back. Equal to flipping x and y along l.
-        implementation: "auto" or "xla"; "pallas"; "reference".
+        implementation: "auto" (as "xla"), "xla" or "reference".
 
     Returns:
         y in x's dtype.
 
     Raises:
         ValueError: a shape, rank, dtype or name does not fit.
-        NotImplementedError: the implementation asked for by name cannot take this call.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
@@ -66,11 +65,6 @@ def causal_conv1d(
         choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
         raise ValueError(
             f"causal_conv1d: implementation must be one of {choices}; got {implementation!r}"
-        )
-    if implementation == "pallas":
-        raise NotImplementedError(
-            "causal_conv1d: there is no 'pallas' implementation in this version; "
-            "use implementation='auto', which picks the fastest one there is"
         )
     run = reference.conv if implementation == "reference" else xla.conv
     return per_shard(

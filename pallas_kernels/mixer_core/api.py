@@ -178,27 +178,21 @@ class _Stages:
 
         def run(*args):
             *arrays, options = args
-            return _of_share(name, either, options, opaque=not mosaic.interpreted())(*arrays)
+            return _of_share(name, either, options, opaque=True)(*arrays)
 
         return run
 
 
 def _stages(name: str, xz, directions, ids, options) -> _Stages | None:
-    """None for plain XLA."""
-    if name == "xla":
-        return None
-    reason = missing = gpu.kernels_missing()
-    if missing is None:
+    """Return the stages that may run as kernels, or None for plain XLA."""
+
+    def unsupported():
         from pallas_kernels.mixer_core import mosaic
 
-        reason = mosaic.unsupported(xz, directions, ids, options)
-    if reason is None:
-        return _Stages(always=name == "pallas")
-    if name == "pallas":
-        raise NotImplementedError(f"mixer_core: 'pallas' cannot run here: {reason}")
-    if missing != "there is no GPU":
-        gpu.log_once(f"mixer_core: using XLA and not the GPU kernels, since {reason}")
-    return None
+        return mosaic.unsupported(xz, directions, ids, options)
+
+    runs = gpu.choose(name, "mixer_core", unsupported)
+    return _Stages(always=name == "pallas") if runs else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -23,24 +23,11 @@ from pallas_kernels.mixer_core import (
 )
 from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
-from pallas_kernels.selective_scan.mosaic_common import PROCESSORS
+from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
-SHARED_MEMORY = 227 * 1024  # bytes a processor can give to blocks
 # What starting a block costs, in segments, and how many of them a processor's registers hold.
 START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.5}
 RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
-_interpret = False
-
-
-def interpret(on: bool) -> None:
-    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
-    global _interpret
-    _interpret = on
-
-
-def interpreted() -> bool:
-    """Whether they do. The interpreter has ordered effects, which XLA's partitioner does not let through."""
-    return _interpret
 
 
 def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
@@ -155,12 +142,12 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
         u = mosaic_ragged_front.front(
             _on_grid(xz, visited), ids, d.kernels, d.biases,
             dataclasses.replace(grid, per_block=per_block),
-            rows=options.rows, share=options.scale / options.columns, interpret=_interpret,
+            rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip
         return gpu.run_once(u), ()
     out = mosaic_front.front(
         _on_grid(xz, options), d.kernels, d.biases, grid,
-        method=options.method, scale=options.scale, interpret=_interpret,
+        method=options.method, scale=options.scale, interpret=gpu.interpreted(),
     )  # fmt: skip
     u, *places = gpu.run_once(out)
     return u, tuple(places)
@@ -173,7 +160,7 @@ def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOp
     d, n = _float32((directions, norm))
     out = mosaic_back.back(
         _on_grid(xz, options), _float32(y), ids, *d, *n, grid,
-        eps=options.eps, interpret=_interpret,
+        eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(_flat(out))
 
@@ -187,7 +174,7 @@ def back_gradients(
     d, n = _float32((directions, norm))
     s_bar, xz_bar, y_bar, norm_bar = mosaic_back.back_gradients(
         _on_grid(xz, visited), _float32(y), ids, *d, *n, _on_grid(out_bar, visited), grid,
-        eps=options.eps, interpret=_interpret,
+        eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
     s_bar = _flat(s_bar)
@@ -209,7 +196,14 @@ def front_gradients(
     tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))
     share = 1.0 if places else options.scale / options.tokens
     xz_bar, shares = mosaic_front_gradients.front_gradients(
-        *tokens, _float32(pooled_bar), places, ids, *d, grid, share=share, interpret=_interpret
+        *tokens,
+        _float32(pooled_bar),
+        places,
+        ids,
+        *d,
+        grid,
+        share=share,
+        interpret=gpu.interpreted(),
     )
     sums = shares.sum(0)
     directions_bar = Directions(sums[:, :taps], sums[:, taps], sums[:, taps + 1])

@@ -18,52 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_front import convolve, logistic, read_row, row_layout, silu
-from pallas_kernels.selective_scan.mosaic_common import (
-    _reduced,
-    _tiled,
-    compiler_params,
-    interpret_params,
-    store,
+from pallas_kernels.mixer_core.mosaic_common import (
+    BLOCK,
+    TokenLayouts,
+    blocked,
+    convolve,
+    logistic,
+    owned_blocks,
+    read_row,
+    row_layout,
+    silu,
 )
-
-BLOCK = 128  # channels; the copy engine moves at most 256 along an axis
-
-
-class TokenLayouts:
-    """Layouts of ``(at_once, blocks, 128)``, a few whole tokens: each over one or more warps."""
-
-    def __init__(self, blocks: int):
-        self.blocks = blocks
-        self.at_once = 4 if blocks <= 4 or blocks % 2 else 2 if blocks <= 8 or blocks % 4 else 1
-        base, self.tokens = _tiled(
-            ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)),
-            (-9, -8),
-            (-4,),
-            -1,
-        )
-        self.channels = _reduced(base, (0,))
-        self.statistic = _reduced(base, (1, 2))
-
-    def over_tokens(self, vector: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(vector, (self.at_once, *vector.shape), (1, 2))
-        return plgpu.layout_cast(spread, self.tokens)
-
-    def over_channels(self, statistic: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(statistic, (self.at_once, self.blocks, BLOCK), (0,))
-        return plgpu.layout_cast(spread, self.tokens)
-
-    def mean(self, x: jax.Array) -> jax.Array:
-        if self.at_once == 4:  # a warp holds whole tokens: add up its registers first
-            total = jnp.sum(jnp.sum(x, axis=1), axis=1)
-        else:
-            total = jnp.sum(jnp.sum(x, axis=2), axis=1)
-        return total * (1.0 / (self.blocks * BLOCK))
-
-
-def owned_blocks(blocks: int) -> int:
-    """Blocks of channels the threads own at a time: up to three."""
-    return next(n for n in (3, 2, 1) if blocks % n == 0)
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 class Segments:
@@ -187,11 +153,6 @@ class Segments:
         at_once = self.layouts.at_once
         step = lambda i, carry: run(pl.ds(i * at_once, at_once), carry)  # noqa: E731
         return lax.fori_loop(0, self.padded // at_once, step, carry)
-
-
-def blocked(x: jax.Array) -> jax.Array:
-    """``... channels`` to ``... blocks 128``."""
-    return x.reshape(*x.shape[:-1], -1, BLOCK)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))

@@ -15,57 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
-    compiler_params,
-    interpret_params,
-    reciprocal,
-    store,
-)
-
-CHANNELS = 128
-
-
-def logistic(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
-    """1 / (1 + exp(-x)), float32; for large -x the reciprocal is 0.
-
-    Where the tokens' dtype is of half precision, by the hardware's tanh: one instruction of its special function
-    unit instead of two, and wrong by up to 2^-12, an eighth of what rounding to bfloat16 may do.
-    """
-    if jnp.dtype(dtype).itemsize == 2:
-        return lax.tanh(x * 0.5) * 0.5 + 0.5
-    return reciprocal(lax.exp2(x * -LOG2E) + 1.0, layout, interpret)
-
-
-def silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
-    """x · `logistic`(x)."""
-    if jnp.dtype(dtype).itemsize == 2:
-        half = x * 0.5
-        return lax.tanh(half) * half + half
-    return x * logistic(x, layout, interpret, dtype)
-
-
-def row_layout(*shape: int):
-    """One channel of every 128 a thread."""
-    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
-
-
-def read_row(ref, layout) -> jax.Array:
-    """A row in float32."""
-    return plgpu.load(ref, layout=layout).astype(jnp.float32)
-
-
-def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, backward: bool):
-    """The convolution at the window's middle token; backward, the window looks ahead.
-
-    The last tap meets the middle token in both directions.
-    """
-    middle = len(kernel) - 1
-    total = bias
-    for j, tap in enumerate(kernel):
-        offset = middle - j if backward else j - middle
-        total = total + tap * window[middle + offset]
-    return total
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))

@@ -22,12 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.in_place import in_place
-from pallas_kernels.mixer_core.mosaic_front import CHANNELS, logistic, read_row, row_layout
-from pallas_kernels.selective_scan.mosaic_common import (
-    compiler_params,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, logistic, read_row, row_layout
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "share", "interpret"))

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_front import CHANNELS, convolve, read_row, row_layout, silu
-from pallas_kernels.selective_scan.mosaic_common import compiler_params, interpret_params, store
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu
-from pallas_kernels.mixer_core import mosaic, mosaic_sequence_back, mosaic_sequence_front
-from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts
+from pallas_kernels.mixer_core import mosaic_sequence_back, mosaic_sequence_front
+from pallas_kernels.mixer_core.mosaic_common import BLOCK, CHANNELS, TokenLayouts
 from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
-from pallas_kernels.mixer_core.mosaic_sequence_front import CHANNELS, Sequences
+from pallas_kernels.mixer_core.mosaic_sequence_front import Sequences
 from pallas_kernels.mixer_core.sequence_xla import Convolutions, Pair
 from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.selective_scan.mosaic_common import PROCESSORS
+from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
 SEGMENTS = (8, 12, 16, 20, 24)  # tokens of a tile, written out in the kernels
 TILE = 8 * 1024  # bytes of an array that a tile of the back holds
@@ -32,10 +32,7 @@ def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
         return f"{width} channels are not made of whole blocks of {BLOCK}"
     if not 2 <= taps <= 8:
         return f"convolutions of width {taps} are not between 2 and 8"
-    if (
-        _bytes_of_rows(cut_rows(xz, gradients=True), xz, gradients=True)
-        > mosaic.SHARED_MEMORY - 4096
-    ):
+    if _bytes_of_rows(cut_rows(xz, gradients=True), xz, gradients=True) > SHARED_MEMORY - 4096:
         return f"tiles of {width} channels do not fit into shared memory"
     return None
 
@@ -59,7 +56,7 @@ def tiles_of_a_block(tiles: int, others: int, resident: int, *, start: float, fe
 
 def _resident(used: int, most: int) -> int:
     """Blocks that a processor's shared memory holds, and its registers (``most``)."""
-    return max(1, min(most, mosaic.SHARED_MEMORY // (used + 1024)))
+    return max(1, min(most, SHARED_MEMORY // (used + 1024)))
 
 
 def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
@@ -72,7 +69,7 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
         rows = 7 * segment + 8 * halo if gradients else 4 * segment + 4 * halo
         return rows * CHANNELS * xz.dtype.itemsize
 
-    fitting = [s for s in SEGMENTS if used(s) <= mosaic.SHARED_MEMORY // 4 - 1024]
+    fitting = [s for s in SEGMENTS if used(s) <= SHARED_MEMORY // 4 - 1024]
     reread = halo if gradients else 2
     segment = min(fitting or SEGMENTS[:1], key=lambda s: (math.ceil(length / s) * (s + reread), s))
     resident = _resident(used(segment), 4 if gradients else 8)
@@ -111,9 +108,7 @@ def front(xz: jax.Array, convolutions: Convolutions) -> jax.Array:
     """See `sequence_xla.front`; reads x out of xz in place."""
     cut = cut_sequences(xz, convolutions.kernels.shape[1], gradients=False)
     return gpu.run_once(
-        mosaic_sequence_front.front(
-            xz, *_float32(convolutions), cut, interpret=mosaic.interpreted()
-        )
+        mosaic_sequence_front.front(xz, *_float32(convolutions), cut, interpret=gpu.interpreted())
     )
 
 
@@ -121,9 +116,7 @@ def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float) -> jax.Array:
     """See `sequence_xla.back`."""
     cut = cut_rows(xz, gradients=False)
     return gpu.run_once(
-        mosaic_sequence_back.back(
-            xz, y, *_float32(norm), cut, eps=eps, interpret=mosaic.interpreted()
-        )
+        mosaic_sequence_back.back(xz, y, *_float32(norm), cut, eps=eps, interpret=gpu.interpreted())
     )
 
 
@@ -131,7 +124,7 @@ def back_gradients(xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, ep
     """See `sequence_xla.back_gradients`."""
     cut = cut_rows(xz, gradients=True)
     y_bar, xz_bar, norm_bar = mosaic_sequence_back.back_gradients(
-        xz, y, *_float32(norm), out_bar, cut, eps=eps, interpret=mosaic.interpreted()
+        xz, y, *_float32(norm), out_bar, cut, eps=eps, interpret=gpu.interpreted()
     )
     norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
     return y_bar, xz_bar, norm_bar
@@ -144,7 +137,7 @@ def front_gradients(
     taps = convolutions.kernels.shape[1]
     cut = cut_sequences(xz, taps, gradients=True)
     xz_bar, shares = mosaic_sequence_front.front_gradients(
-        xz, c_bar, xz_bar, *_float32(convolutions), cut, interpret=mosaic.interpreted()
+        xz, c_bar, xz_bar, *_float32(convolutions), cut, interpret=gpu.interpreted()
     )
     sums = shares.sum(0)
     gradients = Convolutions(sums[:, :taps], sums[:, taps])

@@ -18,13 +18,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.mosaic_back import BLOCK, TokenLayouts, blocked, owned_blocks
-from pallas_kernels.mixer_core.mosaic_front import logistic, read_row, row_layout, silu
-from pallas_kernels.selective_scan.mosaic_common import (
-    compiler_params,
-    interpret_params,
-    store,
+from pallas_kernels.mixer_core.mosaic_common import (
+    BLOCK,
+    TokenLayouts,
+    blocked,
+    logistic,
+    owned_blocks,
+    read_row,
+    row_layout,
+    silu,
 )
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.in_place import in_place
-from pallas_kernels.mixer_core.mosaic_front import (
+from pallas_kernels.mixer_core.mosaic_common import (
     CHANNELS,
     convolve,
     logistic,
@@ -26,11 +26,7 @@ from pallas_kernels.mixer_core.mosaic_front import (
     row_layout,
     silu,
 )
-from pallas_kernels.selective_scan.mosaic_common import (
-    compiler_params,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 @dataclasses.dataclass(frozen=True)

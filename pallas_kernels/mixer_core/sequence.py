@@ -123,7 +123,7 @@ class _Stages:
             return per_shard(
                 lambda _, *arrays: plain(*arrays), operands, results, split="b", opaque=False
             )
-        from pallas_kernels.mixer_core import mosaic, mosaic_sequence
+        from pallas_kernels.mixer_core import mosaic_sequence
 
         kernel = functools.partial(getattr(mosaic_sequence, name), **options)
 
@@ -134,26 +134,19 @@ class _Stages:
                 *arrays, cuda=lambda *arrays: varying(kernel(*arrays), arrays), default=plain
             )
 
-        opaque = not mosaic.interpreted()
-        return per_shard(either, operands, results, split="b", opaque=opaque)
+        return per_shard(either, operands, results, split="b", opaque=True)
 
 
 def _stages(name: str, xz, convolutions, eps: float) -> _Stages | None:
-    """None for plain XLA."""
-    if name == "xla":
-        return None
-    reason = missing = gpu.kernels_missing()
-    if missing is None:
+    """Return the stages that may run as kernels, or None for plain XLA."""
+
+    def unsupported():
         from pallas_kernels.mixer_core import mosaic_sequence
 
-        reason = mosaic_sequence.unsupported(xz, convolutions)
-    if reason is None:
-        return _Stages("always" if name == "pallas" else "on CUDA", eps)
-    if name == "pallas":
-        raise NotImplementedError(f"sequence_core: 'pallas' cannot run here: {reason}")
-    if missing != "there is no GPU":
-        gpu.log_once(f"sequence_core: using XLA and not the GPU kernels, since {reason}")
-    return None
+        return mosaic_sequence.unsupported(xz, convolutions)
+
+    runs = gpu.choose(name, "sequence_core", unsupported)
+    return _Stages("always" if name == "pallas" else "on CUDA", eps) if runs else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

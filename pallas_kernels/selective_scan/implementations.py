@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
@@ -12,7 +11,7 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
-from pallas_kernels.selective_scan.each_direction import DIRECTIONS, EachDirection, of_direction
+from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, Bidirectional, of_direction
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
 from pallas_kernels.sharding import varying
@@ -24,7 +23,7 @@ _MODULES = {
     "reference": "pallas_kernels.selective_scan.reference",
 }
 
-_PAIR = "pallas_kernels.selective_scan.mosaic_pair"
+_BIDIRECTIONAL = "pallas_kernels.selective_scan.mosaic_bidirectional"
 
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", *_MODULES)
 """Every name that `selective_scan(..., implementation=...)` takes; a later version may add some."""
@@ -96,58 +95,48 @@ class KernelOnCuda:
 # On a GPU every step is a launch: on an H100, forward, 1.20 against 1.62 ms at (128, 196, 384), 1.59
 # against 12.9 at (32, 1024, 384). Shorter scans have not been measured there.
 def xla_backend() -> Backend:
-    """The faster of the two XLA backends on the platform lowered for."""
+    """Return the faster of the two XLA backends on the platform lowered for."""
     return ByPlatform(cpu=_module("xla_sequential"), default=_module("xla_associative"))
 
 
 def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tuple]:
-    """The function that runs `inputs`: one scan, or those of both directions if u is `d b l e`.
+    """Return the function that runs `inputs`: one scan, or those of both directions if u is `d b l e`.
 
     Raises:
         ValueError: no implementation has this name.
-        NotImplementedError: this version or this shape has none of this name.
+        NotImplementedError: the kernels, asked for by name, cannot run.
     """
     if name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
         raise ValueError(f"selective_scan: implementation must be one of {choices}; got {name!r}")
-    pair = inputs.u.ndim == 4
-    one = lambda backend: EachDirection(backend) if pair else backend  # noqa: E731
+    both = inputs.u.ndim == 4
     if name == "reference":
-        scan = _module(name).scan
-        if not pair:
-            return scan
-        return lambda x, options: (
-            tuple(scan(*of_direction(x, options, d))[0] for d in DIRECTIONS),
-            None,
+        return _reference(both)
+    one_or_both = lambda backend: Bidirectional(backend) if both else backend  # noqa: E731
+    xla = one_or_both(xla_backend())
+    kernel_name = "pallas_bidirectional" if both else "pallas"
+    if gpu.choose(name, "selective_scan", lambda: _module(kernel_name).unsupported(inputs)):
+        kernel = _module(kernel_name)
+        backend = kernel if name == "pallas" else KernelOnCuda(kernel, xla)
+        chunk = kernel.chunk_length(inputs)
+        return lambda inputs, options: vjp.scan(
+            Sharded(backend, opaque=True), dataclasses.replace(options, chunk=chunk), inputs
         )
-    xla = one(xla_backend())
-    if name in ("auto", "pallas"):
-        missing = gpu.kernels_missing()
-        kernel = None if missing else _module("pallas_pair" if pair else "pallas")
-        reason = missing or kernel.unsupported(inputs)
-        if reason is None:
-            backend = Sharded(
-                kernel if name == "pallas" else KernelOnCuda(kernel, xla),
-                opaque=not kernel.interpreted(),
-            )
-            chunk = kernel.chunk_length(inputs)
-            return lambda inputs, options: vjp.scan(
-                backend, dataclasses.replace(options, chunk=chunk), inputs
-            )
-        if name == "pallas":
-            raise NotImplementedError(f"selective_scan: 'pallas' cannot run here: {reason}")
-        if missing != "there is no GPU":
-            gpu.log_once(f"selective_scan: using XLA and not the GPU kernels, since {reason}")
-    chosen = xla if name in ("auto", "xla") else one(_module(name))
-    chosen = Sharded(chosen, opaque=False)
-    return lambda inputs, options: vjp.scan(chosen, options, inputs)
+    chosen = xla if name in ("auto", "xla") else one_or_both(_module(name))
+    return lambda inputs, options: vjp.scan(Sharded(chosen, opaque=False), options, inputs)
+
+
+def _reference(both: bool) -> Callable[[ScanInputs, ScanOptions], tuple]:
+    """Return the reference of one scan or of both directions' scans."""
+    scan = _module("reference").scan
+    if not both:
+        return scan
+    return lambda x, options: (
+        tuple(scan(*of_direction(x, options, d))[0] for d in DIRECTIONS),
+        None,
+    )
 
 
 def _module(name: str) -> ModuleType:
-    path = _PAIR if name == "pallas_pair" else _MODULES[name]
-    if importlib.util.find_spec(path) is None:
-        raise NotImplementedError(
-            f"selective_scan: there is no {name!r} implementation in this version; "
-            "use implementation='auto', which picks the fastest one there is"
-        )
+    path = _BIDIRECTIONAL if name == "pallas_bidirectional" else _MODULES[name]
     return importlib.import_module(path)

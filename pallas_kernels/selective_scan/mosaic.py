@@ -6,7 +6,7 @@ What a call saves for its gradient is its inputs and, every 8 or 16 steps, the s
 
 Both directions of a mixer come as inputs whose b holds the sequences of the first and then
 those of the second, and whose A, D and delta_bias have a leading axis of two: see
-`mosaic_pair`.
+`mosaic_bidirectional`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu
+from pallas_kernels.mosaic import PROCESSORS, WARPS
 from pallas_kernels.selective_scan import mosaic_backward, mosaic_forward, tuned
-from pallas_kernels.selective_scan.mosaic_common import PROCESSORS, WARPS
 from pallas_kernels.selective_scan.mosaic_walk import Plan
 from pallas_kernels.selective_scan.types import (
     ScanForward,
@@ -32,18 +32,6 @@ MAX_STATES = 64
 ENOUGH_BLOCKS = 384  # of 128 threads: about three for each processor of an H100
 RESIDENT = 3  # blocks of the gradients' kernel that a processor's registers hold
 START = 1.5  # what starting one costs, in tiles
-_interpret = False
-
-
-def interpret(on: bool) -> None:
-    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
-    global _interpret
-    _interpret = on
-
-
-def interpreted() -> bool:
-    """Whether they do. The interpreter has ordered effects, which XLA's partitioner does not let through."""
-    return _interpret
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
@@ -237,11 +225,11 @@ def _run(o: _Operands, *, save_states: bool, last_state: bool, dtype: jnp.dtype)
     if o.plan.splits > 1:
         entering = mosaic_forward.split_ends(
             [o.u], o.delta, o.B, o.A, o.bias, o.plan,
-            scaled=True, post_decay=False, interpret=_interpret,
+            scaled=True, post_decay=False, interpret=gpu.interpreted(),
         )  # fmt: skip
     return mosaic_forward.scan(
         o.u, o.delta, o.B, o.C, o.A, o.D, o.z, o.bias, entering, o.plan,
-        save_states=save_states, last_state=last_state, dtype=dtype, interpret=_interpret,
+        save_states=save_states, last_state=last_state, dtype=dtype, interpret=gpu.interpreted(),
     )  # fmt: skip
 
 
@@ -299,11 +287,11 @@ def backward(
     if cut.splits > 1:
         leaving = mosaic_forward.split_ends(
             y_bars, o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
-            scaled=False, post_decay=True, interpret=_interpret,
+            scaled=False, post_decay=True, interpret=gpu.interpreted(),
         )  # fmt: skip
     shares = mosaic_backward.scan_gradients(
         o.u, o.delta, o.B, o.C, o.A, o.D, o.bias, boundaries, y_bars, leaving, last_state_bar, cut,
-        interpret=_interpret,
+        interpret=gpu.interpreted(),
     )  # fmt: skip
 
     bc = shares["bc"].reshape(groups, -1, *shares["bc"].shape[1:4], cut.warps * cut.rest).sum(1)

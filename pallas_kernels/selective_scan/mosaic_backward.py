@@ -27,15 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.mosaic_common import (
-    StateLayouts,
-    compiler_params,
-    interpret_params,
-    lane_sums,
-    sigmoid,
-    store,
-    tile_layout,
-)
+from pallas_kernels.mosaic import compiler_params, interpret_params, sigmoid, store
+from pallas_kernels.selective_scan.mosaic_common import StateLayouts, lane_sums, tile_layout
 from pallas_kernels.selective_scan.mosaic_walk import (
     Plan,
     StepReader,

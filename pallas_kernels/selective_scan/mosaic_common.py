@@ -14,7 +14,6 @@ Mosaic moves single words by ldmatrix, and then also loads what a store overwrit
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,29 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LOG2E = math.log2(math.e)
-WARPS = 4  # warps of a warpgroup
-LANES = 32
-PROCESSORS = 132  # of an H100
-
-
-def _tiled(tiles, warp_dims, lane_dims, vector_dim):
-    layout = mgpu.TiledLayout(
-        plgpu.Tiling(tiles), warp_dims, lane_dims, vector_dim, _check_canonical=False
-    ).canonicalize()
-    return layout, _public(layout)
-
-
-def _public(layout) -> Any:
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
-def _reduced(layout, axes):
-    return _public(layout.reduce(axes))
+from pallas_kernels.mosaic import LANES, LOG2E, WARPS, reciprocal, reduced, tiled
 
 
 class StateLayouts:
@@ -57,16 +38,16 @@ class StateLayouts:
             (1, LANES, rest),
             *((1, k, rest) for k in (4, 2, 1)),
         )
-        base, self.state = _tiled(tiles, (-15, -14), (-11, -5, -8), -1)
-        self.channel = _reduced(base, (0, 2))  # (channels,)
-        self.step = _reduced(base, (1,))  # (warps, rest)
+        base, self.state = tiled(tiles, (-15, -14), (-11, -5, -8), -1)
+        self.channel = reduced(base, (0, 2))  # (channels,)
+        self.step = reduced(base, (1,))  # (warps, rest)
         # The same values in the same registers, as (channels, warps, rest): how memory holds them.
         tiles = (
             (across * LANES, warps, rest),
             (LANES, 1, rest),
             *((k, 1, rest) for k in (4, 2, 1)),
         )
-        _, self.stored = _tiled(tiles, (-14, -15), (-12, -6, -9), -1)
+        _, self.stored = tiled(tiles, (-14, -15), (-12, -6, -9), -1)
         self.warps, self.rest = warps, rest
 
     def sums(self, steps: int) -> Any:
@@ -75,7 +56,7 @@ class StateLayouts:
         if left or self.warps != WARPS:
             raise ValueError(f"no layout for sums of {steps} steps with {self.rest} states a lane")
         lanes = (-8, -7, -5, plgpu.Replicated(copies)) if copies > 1 else (-8, -7, -5)
-        return _tiled(((steps, 2, WARPS, self.rest), (1, 1, 1, 1)), (-6,), lanes, -1)[1]
+        return tiled(((steps, 2, WARPS, self.rest), (1, 1, 1, 1)), (-6,), lanes, -1)[1]
 
 
 @functools.cache
@@ -87,32 +68,13 @@ def tile_layout(rows: int) -> Any:
         tiles = ((8, 32), (2, 32), (1, 2))
     else:
         raise ValueError(f"tile rows must be a multiple of 8, got {rows}")
-    return _tiled(tiles, (-6,), (-4, -3), -1)[1]
+    return tiled(tiles, (-6,), (-4, -3), -1)[1]
 
 
 @functools.cache
 def tile_channel_layout(rows: int) -> Any:
     """Layout of a ``(channels,)`` vector that broadcasts along a tile's rows."""
-    return _reduced(tile_layout(rows).to_mgpu(), (0,))
-
-
-def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """1 / x to about one rounding, in one instruction."""
-    if interpret:
-        return 1.0 / x
-    return plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )(_reciprocal)(x)
-
-
-def _reciprocal(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    del ctx
-
-    def one(value):
-        return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
-
-    return x._pointwise(x._lift_fast_instr(one))
+    return reduced(tile_layout(rows).to_mgpu(), (0,))
 
 
 def softplus(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
@@ -128,13 +90,6 @@ def softplus(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
         p = p * q + 2 / k
     p = p * q + 2.0
     return lax.max(x, lax.full_like(x, 0.0)) + s * p
-
-
-def sigmoid(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """1 / (1 + exp(-x)), with no overflow for large |x|."""
-    e = lax.exp2(lax.abs(x) * -LOG2E)
-    r = reciprocal(e + 1.0, layout, interpret)
-    return jnp.where(x >= 0.0, r, e * r)
 
 
 def relabel(
@@ -209,25 +164,3 @@ def _lane_sums(ctx, *states, shape, layout):
     registers = np.empty(layout.registers_shape(shape), dtype=object)
     registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), value)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def store(ref: Any, value: jax.Array) -> None:
-    """Writes to shared or global memory, in whatever pattern the layout gives."""
-    if hasattr(plgpu, "store"):  # from JAX 0.12 on; plain assignment then insists on good patterns
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
-
-
-def compiler_params() -> plgpu.CompilerParams:
-    """Fast exponentials; barriers are written by hand where tiles change hands."""
-    return plgpu.CompilerParams(
-        approx_math=True,
-        unsafe_no_auto_barriers=True,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
-    )
-
-
-def interpret_params(interpret: bool) -> Any:
-    """Parameters for the CPU interpreter, where it is asked for; it looks for races in shared memory."""
-    return plgpu.InterpretGPUParams(detect_races=True) if interpret else None

@@ -24,14 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.mosaic_common import (
-    StateLayouts,
-    compiler_params,
-    interpret_params,
-    sigmoid,
-    store,
-    tile_layout,
-)
+from pallas_kernels.mosaic import compiler_params, interpret_params, sigmoid, store
+from pallas_kernels.selective_scan.mosaic_common import StateLayouts, tile_layout
 from pallas_kernels.selective_scan.mosaic_walk import (
     StepReader,
     Stream,

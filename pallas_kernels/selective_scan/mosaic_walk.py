@@ -13,12 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import LOG2E, store
 from pallas_kernels.selective_scan.mosaic_common import (
-    LOG2E,
     StateLayouts,
     relabel,
     softplus,
-    store,
     tile_channel_layout,
     tile_layout,
 )

@@ -19,7 +19,7 @@ from pallas_kernels.sharding import Shard, like, per_shard
 _DIMS: Any = {"u": "b l e", "delta": "b l e", "A": "e n", "B": "b l g n", "C": "b l g n"}
 _DIMS = ScanInputs(**_DIMS, D="e", z="b l e", delta_bias="e")  # type: ignore[arg-type]
 _STATE, _STATES = "b e n", "b c e n"  # the last one, and those entering the chunks c
-_PAIR = jax.tree.map(lambda dims: f"d {dims}", _DIMS)
+_BIDIRECTIONAL = jax.tree.map(lambda dims: f"d {dims}", _DIMS)
 # B and C are divided with the channels where whole groups go to every device.
 _SPLIT: dict[str, Any] = {"split": "b e", "tied": {"g": "e"}}
 
@@ -80,7 +80,7 @@ def _dims(inputs: ScanInputs) -> tuple[Any, Any, str]:
     """Letters of the inputs, of y and of the states kept, of one direction or of both (d)."""
     if inputs.u.ndim == 3:
         return _DIMS, "b l e", _STATES
-    return _PAIR, ("b l e", "b l e"), f"d {_STATES}"
+    return _BIDIRECTIONAL, ("b l e", "b l e"), f"d {_STATES}"
 
 
 def _of(dims, arrays):

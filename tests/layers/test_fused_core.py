@@ -62,8 +62,6 @@ def test_same_function(key, rng, monkeypatch, poolings, precision):
 @pytest.mark.slow
 def test_unpooled_through_every_kernel(key, monkeypatch):
     """In the interpreter, scans included."""
-    from pallas_kernels.mixer_core import mosaic as core
-    from pallas_kernels.selective_scan import mosaic as scan
 
     graphdef, params = nnx.split(Mixer(MixerConfig(64, state_size=4), rngs=nnx.Rngs(key)))
     h = jax.random.normal(key, (1, 9, 64))
@@ -72,7 +70,7 @@ def test_unpooled_through_every_kernel(key, monkeypatch):
     graphdef = nnx.graphdef(Mixer(config, rngs=nnx.Rngs(key)))
     with_kernels = functools.partial(sequence_core, implementation="pallas")
     monkeypatch.setattr("fastvim_jax.layers.fused_core.sequence_core", with_kernels)
-    with abstract_h100(), interpreted(core, scan):
+    with abstract_h100(), interpreted():
         run = value_and_gradients(graphdef, NoPooling(9)).trace(params, h).lower().compile()
         got = run(params, h)
     assert max(relative_errors(got, wanted)) < 1e-5

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import gpu
+
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 1), reason="the Mosaic GPU kernels need JAX 0.11.1"
 )
@@ -53,18 +55,16 @@ def launches(text: str, kernel: str) -> int:
 
 
 @contextlib.contextmanager
-def interpreted(*modules):
-    """Kernels of these modules run in the CPU interpreter, and the last of them without a race in shared memory.
+def interpreted():
+    """Run kernels in the CPU interpreter; fail if the last of them had a race in shared memory.
 
     From JAX 0.12 on the interpreter itself ends at any kernel's race.
     """
-    for module in modules:
-        module.interpret(True)
+    gpu.interpret(True)
     try:
         yield
     finally:
-        for module in modules:
-            module.interpret(False)
+        gpu.interpret(False)
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     jax.effects_barrier()

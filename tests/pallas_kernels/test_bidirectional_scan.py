@@ -105,8 +105,10 @@ def test_wrong_shapes(change, message):
 
 def test_names():
     args = draw(np.random.default_rng(0), 1, 2, 3, 1)
-    with pytest.raises(ValueError, match=r"'auto', 'xla', .*'reference'; got 'pallas_pair'"):
-        bidirectional_scan(**args, implementation="pallas_pair")
+    with pytest.raises(
+        ValueError, match=r"'auto', 'xla', .*'reference'; got 'pallas_bidirectional'"
+    ):
+        bidirectional_scan(**args, implementation="pallas_bidirectional")
     if gpu.kernels_missing():
         with pytest.raises(NotImplementedError, match="cannot run here"):
             bidirectional_scan(**args, implementation="pallas")
@@ -114,14 +116,13 @@ def test_names():
 
 def compare(rng, bound, *, drop=(), delta_softplus=True, **case):
     """Kernels in the interpreter against the reference in float64."""
-    from pallas_kernels.selective_scan import mosaic
 
     args = {k: x for k, x in draw(rng, **case).items() if k not in drop}
     options = {"delta_softplus": delta_softplus}
     if not delta_softplus:  # steps are then the numbers themselves
         args |= {"delta": jnp.abs(args["delta"]), "delta_bias": jnp.abs(args["delta_bias"])}
     cotangents = of_output(rng, args)
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, c: values_and_gradients(a, c, "pallas", **options))
         got = run.trace(args, cotangents).lower().compile()(args, cotangents)
     with x64():

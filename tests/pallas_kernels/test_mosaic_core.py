@@ -64,11 +64,10 @@ def value_and_gradients(args, out_bar, implementation, **options):
 
 
 def compare(rng, bound, b, e, taps=4, dtype="float32", scale=1.0, **options):
-    from pallas_kernels.mixer_core import mosaic
 
     args, out_bar = draw_apart(rng, b=b, e=e, taps=taps, dtype=dtype, **options)
     options["scale"] = scale
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas", **options))
         got = run.trace(args, out_bar).lower().compile()(args, out_bar)
     with x64():
@@ -88,9 +87,8 @@ def test_random_grid(seed):
 
 @needs_mosaic
 def test_maxima(seed):
-    from pallas_kernels.mixer_core import mosaic
 
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         check_maxima(seed)
 
 

@@ -55,11 +55,10 @@ def in_float64(tree):
 
 
 def compare(rng, bound, b, kept, rows, columns, e, **more):
-    from pallas_kernels.mixer_core import mosaic
 
     options = {"rows": rows, "columns": columns, "scale": 0.5}
     args, out_bar = draw(rng, b, kept, rows, columns, e, **more)
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas", **options))
         got = run.trace(args, out_bar).lower().compile()(args, out_bar)
     with x64():

@@ -52,7 +52,6 @@ def values_and_gradients(args, cotangents, implementation, **options):
 
 def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options):
     """Kernel in the interpreter against the reference in float64."""
-    from pallas_kernels.selective_scan import mosaic
 
     args = {k: v for k, v in draw(rng, b, l, e, n, g, dtype).items() if k not in drop}
     if not options.get("delta_softplus", True):  # steps are then the numbers themselves
@@ -61,7 +60,7 @@ def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options)
         jnp.asarray(rng.standard_normal((b, l, e)), dtype),
         jnp.asarray(rng.standard_normal((b, e, n)), jnp.float32),
     )
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, c: values_and_gradients(a, c, "pallas", **options))
         traced = run.trace(args, cotangents)
         got = traced.lower().compile()(args, cotangents)
@@ -97,7 +96,6 @@ def test_one_step_of_one_channel_and_state(seed):
 @pytest.mark.parametrize("dtype", ["u", "delta"])
 def test_arrays_of_two_dtypes(seed, dtype):
     """What is in float32 keeps its gradients to float32's accuracy, beside tokens in bfloat16."""
-    from pallas_kernels.selective_scan import mosaic
 
     rng = np.random.default_rng(seed)
     args = draw(rng, 1, 11, 32, 4)
@@ -106,7 +104,7 @@ def test_arrays_of_two_dtypes(seed, dtype):
         jnp.asarray(rng.standard_normal((1, 11, 32)), args["u"].dtype),
         jnp.asarray(rng.standard_normal((1, 32, 4)), jnp.float32),
     )
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, c: values_and_gradients(a, c, "pallas"))
         _, got = run.trace(args, cotangents).lower().compile()(args, cotangents)
     with x64():

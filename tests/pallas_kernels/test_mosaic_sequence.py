@@ -46,12 +46,12 @@ def value_and_gradients(args, out_bar, implementation):
 
 def compare(monkeypatch, rng, bound, **case):
     """Blocks of up to three small tiles, which follow one another."""
-    from pallas_kernels.mixer_core import mosaic, mosaic_sequence
+    from pallas_kernels.mixer_core import mosaic_sequence
 
     monkeypatch.setattr(mosaic_sequence, "tiles_of_a_block", lambda *_, **__: 3)
     monkeypatch.setattr(mosaic_sequence, "SEGMENTS", (int(rng.choice([8, 11])),))
     args, out_bar = draw(rng, **case)
-    with abstract_h100(), interpreted(mosaic):
+    with abstract_h100(), interpreted():
         run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas"))
         got = run.trace(args, out_bar).lower().compile()(args, out_bar)
     with x64():

@@ -110,10 +110,12 @@ def _pair(
     chosen: Scan,
     arguments: Sequence[str],
 ) -> int:
-    from pallas_kernels.selective_scan import bench_pair
+    from pallas_kernels.selective_scan import bench_bidirectional
 
-    cases = bench_pair.cases(shapes or bench_pair.SPECS, dtypes=chosen.dtypes, gradients=gradients)
-    columns = bench_pair.COLUMNS
+    cases = bench_bidirectional.cases(
+        shapes or bench_bidirectional.SPECS, dtypes=chosen.dtypes, gradients=gradients
+    )
+    columns = bench_bidirectional.COLUMNS
     return status(measure("scan", cases, columns, arguments, chosen.json, record="pair"))
 
 

@@ -1,4 +1,4 @@
-"""Both directions of a mixer by a backend that knows one: one after the other."""
+"""Run both directions of a mixer by a backend that knows one direction: one after the other."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DIRECTIONS = (0, 1)  # the second visits the steps from last to first
 def of_direction(
     inputs: ScanInputs, options: ScanOptions, direction: int
 ) -> tuple[ScanInputs, ScanOptions]:
-    """The scan of one direction, from those of both."""
+    """Select one direction's scan from both directions' inputs."""
     own = jax.tree.map(lambda x: x[direction], inputs)
     return own, dataclasses.replace(options, reverse=bool(direction))
 
 
 @dataclasses.dataclass(frozen=True)
-class EachDirection:
-    """Takes and gives what `types.Backend` says of pairs."""
+class Bidirectional:
+    """A backend of both directions, as `types.Backend` describes it."""
 
     backend: Backend
 

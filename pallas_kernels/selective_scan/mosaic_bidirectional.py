@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import mosaic
-from pallas_kernels.selective_scan.mosaic import interpreted as interpreted
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
 
 
