@@ -6,12 +6,15 @@ has a function `run(arguments) -> int`, the exit status.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fastvim_jax import __version__
 from fastvim_jax.cli.usage import UsageError
@@ -76,8 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Orbax reports its routine through absl, and its errors too, with tracebacks, before it raises them.
     logging.getLogger("absl").setLevel(logging.ERROR if show_traceback else logging.CRITICAL)
     try:
-        command = importlib.import_module(f"fastvim_jax.cli.{name.replace('-', '_')}")
-        return command.run(rest)
+        with _stop_early() if name == "train" else contextlib.nullcontext():
+            command = importlib.import_module(f"fastvim_jax.cli.{name.replace('-', '_')}")
+            return command.run(rest)
+    except _StoppedEarly as stopped:
+        _complain(str(stopped))
+        return 75
     except SystemExit as stop:  # tyro has printed help, or what is wrong with the arguments.
         return int(stop.code or 0)
     except UserError as error:
@@ -97,6 +104,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return _failed(1)
+
+
+class _StoppedEarly(BaseException):
+    """A signal came before training began to handle it; a BaseException, so that nothing on its way catches it."""
+
+
+@contextlib.contextmanager
+def _stop_early() -> Iterator[None]:
+    """Let a signal that comes before training handles it end with the status that asks to be started again.
+
+    Importing JAX and building the data pipeline take seconds, in which a scheduler may already take the machine away.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        raise _StoppedEarly(
+            f"{name}: stopped before training began; the same command starts it again."
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [
+        each
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(each) is not signal.SIG_IGN
+    ]
+    earlier = {each: signal.signal(each, stop) for each in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
 
 
 def _failed(status: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -9,6 +11,11 @@ import grain
 import numpy as np
 
 from fastvim_jax.data.batches import Stream
+from fastvim_jax.errors import UserError
+
+
+class WorkersEnded(UserError):
+    """A worker process that makes batches ended before its work did, or was ended from outside."""
 
 
 def grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
@@ -25,12 +32,36 @@ def grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
             for batch in running:
                 # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
                 yield {key: np.array(value) for key, value in batch.items()}
+        except RuntimeError as error:
+            found = _ENDED.search(str(error))
+            if found is None:
+                raise
+            raise WorkersEnded(
+                f"a data worker ended with exit code {found[1]}{_why(int(found[1]))}. Use fewer data.workers or "
+                "smaller batches if memory is short."
+            ) from error
         finally:
             close = getattr(running, "close", None)
             if close is not None:
                 close()
 
     return stream
+
+
+# grain's words for a worker process that is gone.
+_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+
+
+def _why(code: int) -> str:
+    """Explain the exit code of a process that a signal ended."""
+    if code >= 0:
+        return ""
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return (
+        f" ({name}, as the kernel sends when memory runs out)"
+        if name == "SIGKILL"
+        else f" ({name})"
+    )
 
 
 def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:

@@ -212,6 +212,7 @@ def survive_closed_output() -> Iterator[None]:
     """Ignore that standard output or error cannot be written; what follows goes to the null device."""
     try:
         yield
+        sys.stdout.flush()
     except (OSError, ValueError):  # ValueError: I/O operation on closed file.
         for stream in (sys.stdout, sys.stderr):
             try:

@@ -1,14 +1,13 @@
-"""Stopping a run when it is asked to: SIGTERM, as sent before a machine is taken away, or SIGINT (Ctrl-C).
+"""Stop a run when it is asked to: SIGTERM, as sent before a machine is taken away, SIGINT (Ctrl-C), or SIGHUP.
 
 The current step is finished, its state saved, and the run ends with exit status 75 (EX_TEMPFAIL: try again).
-A second SIGINT stops at once and saves nothing.
+A second SIGINT stops at once and saves nothing. A run whose data worker died is saved and ends the same way.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -17,13 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fastvim_jax.data.stream import WorkersEnded
+
 T = TypeVar("T")
 
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop, and saved: EX_TEMPFAIL of sysexits.h."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_GRACE = 0.5  # seconds
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ASK_EVERY = 4  # steps; only with several processes
 
 
@@ -43,9 +43,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while it is entered; earlier handlers return afterwards.
+    """Note SIGTERM, SIGINT and SIGHUP while it is entered; earlier handlers return afterwards.
 
-    Outside the main thread, where Python lets nobody handle signals, only `ask` sets it.
+    Outside the main thread, where Python lets nobody handle signals, only `ask` sets it. A signal that is ignored, as
+    `nohup` does with SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,11 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {each: signal.signal(each, self._note) for each in _SIGNALS}
+            self._earlier = {
+                each: signal.signal(each, self._note)
+                for each in _SIGNALS
+                if signal.getsignal(each) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(
@@ -79,23 +84,33 @@ class StopRequest:
         self.ask(signal.Signals(number).name)
 
     def next_of(self, batches: Iterator[T]) -> T | None:
-        """The next batch; None if the signal reached the processes that make batches as well, and ended them."""
+        """Return the next batch; None if a data worker died, which asks the run to stop.
+
+        Raises:
+            WorkersEnded: a data worker died, and other processes would wait for this one if it stopped to save.
+        """
         try:
             return next(batches)
-        except Exception:
-            if jax.process_count() == 1:
-                deadline = time.monotonic() + _GRACE
-                while self.reason is None and time.monotonic() < deadline:
-                    time.sleep(0.01)  # Our own signal may be the later one.
-                if self.reason is not None:
-                    return None
-            raise
+        except WorkersEnded as error:
+            if jax.process_count() > 1:
+                raise
+            self.ask(str(error))
+            return None
+
+    def before_start(self, total_steps: int, step: int = 0) -> None:
+        """End the run before its first step if it was asked to stop meanwhile: compiling may take minutes.
+
+        Raises:
+            Stopped: nothing is lost, because nothing was done.
+        """
+        if jax.process_count() == 1 and self.reason is not None:
+            raise Stopped(self.reason, step, total_steps)
 
     def agreed(self, step: int) -> bool:
-        """Whether the run stops after `step`: the same answer in every process, which all must call at every step.
+        """Return whether the run stops after `step`: the same answer in every process, which all call at every step.
 
-        With several processes any one's request stops all. They exchange theirs every few steps, and read the
-        answers of the exchange before the last, which are there by then, so that nobody waits.
+        With several processes a request of any of them stops all. Every `_ASK_EVERY` steps the processes exchange their
+        requests. Each call reads the result of the previous exchange, so no process waits for another.
         """
         if jax.process_count() == 1:
             return self.reason is not None
@@ -110,7 +125,7 @@ class StopRequest:
         return stop
 
     def _exchange(self) -> jax.Array:
-        """Whether any process has a request: a number on one device of each process."""
+        """Reduce the requests of all processes to one number on one device of each process."""
         if self._any is None:
             first: dict[int, Any] = {}
             for device in jax.devices():

@@ -4,10 +4,13 @@ import os
 import signal
 import threading
 
+import grain
 import pytest
 
 from fastvim_jax.cli.main import main
+from fastvim_jax.data import stream
 from fastvim_jax.data.prefetch import DevicePrefetch
+from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.training import STOPPED_STATUS, Stopped, load_run, read_metrics, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.stopping import StopRequest
@@ -76,18 +79,17 @@ def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
     assert_same_run(folder, finished)
 
 
-def test_a_signal_that_ends_the_data_workers_too_is_no_error(tmp_path, monkeypatch):
-    """As when Ctrl-C or a launcher signals the whole process group."""
+def test_a_dead_data_worker_is_named_and_the_run_saved(tmp_path, monkeypatch):
+    """As when the kernel ends one because memory ran out."""
     take, count = DevicePrefetch.__next__, iter(range(1, TOTAL + 1))
 
     def end(batches):
         if next(count) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise RuntimeError("a worker process ended")
+            raise WorkersEnded("a data worker ended with exit code -9")
         return take(batches)
 
     monkeypatch.setattr(DevicePrefetch, "__next__", end)
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(Stopped, match="a data worker ended with exit code -9") as caught:
         train(CONFIG, tmp_path, progress=False)
     assert caught.value.step == 5 and steps_of(tmp_path) == [5]
 
@@ -95,13 +97,61 @@ def test_a_signal_that_ends_the_data_workers_too_is_no_error(tmp_path, monkeypat
 def test_an_error_of_the_data_stays_one():
     def batches():
         yield 1
-        raise RuntimeError("a worker process ended")
+        raise RuntimeError("a record is odd")
 
     made = batches()
     with StopRequest() as stop:
         assert stop.next_of(made) == 1
-        with pytest.raises(RuntimeError, match="a worker process ended"):
+        with pytest.raises(RuntimeError, match="a record is odd"):
             stop.next_of(made)
+
+
+def test_the_exit_code_of_a_worker_is_explained():
+    """Raised by the stream from what grain says; the pipeline's own errors pass."""
+
+    def ended(message):
+        raise RuntimeError(message)
+        yield
+
+    grain_words = "Worker process was terminated unexpectedly with exit code -9. Search the logs"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkersEnded) as caught:
+        patch.setattr(stream, "_read_ahead", lambda batches, workers: ended(grain_words))
+        next(stream.grain_stream(grain.MapDataset.range(3), 2)(0))
+    assert "exit code -9 (SIGKILL, as the kernel sends when memory runs out)" in str(caught.value)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="odd record"):
+        patch.setattr(stream, "_read_ahead", lambda batches, workers: ended("odd record"))
+        next(stream.grain_stream(grain.MapDataset.range(3), 2)(0))
+
+
+def test_a_hang_up_stops_as_well_unless_it_is_ignored():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.agreed(1) and stop.reason == "SIGHUP"
+        with pytest.raises(Stopped, match="SIGHUP: stopped after step 0 of 9"):
+            stop.before_start(9)
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed(1)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_training_asks_to_be_started_again(monkeypatch, capsys, number):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
+    monkeypatch.setattr(
+        "fastvim_jax.cli.main.importlib.import_module", lambda name: os.kill(os.getpid(), number)
+    )
+    assert main(["train", "digits/fastvim_digits"]) == 75
+    said = capsys.readouterr().err
+    assert f"{signal.Signals(number).name}: stopped before training began" in said
+    assert handlers == [
+        signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ]
 
 
 def test_a_second_interrupt_stops_at_once_and_a_second_sigterm_does_not():
