@@ -39,18 +39,18 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
     return P(*(FSDP if axis == largest else None for axis in range(largest + 1)))
 
 
-def state_shardings(mesh: Mesh, tree: Any, *, stack: str) -> Any:
+def state_shardings(mesh: Mesh, tree: Any, *, stacked_key: Callable[[KeyPath], int | None]) -> Any:
     """A `NamedSharding` for every leaf of parameters, or of anything that has parameters in it.
 
     Args:
         mesh: the mesh.
         tree: arrays or shapes.
-        stack: the dictionary key below which leaves have a leading axis of blocks.
+        stacked_key: returns None for the path of a leaf that has no leading axis of blocks.
     """
     fsdp = mesh.shape[FSDP]
 
     def place(path: KeyPath, leaf: Any) -> NamedSharding:
-        stacked = stack in (getattr(key, "key", None) for key in path) and leaf.ndim > 0
+        stacked = stacked_key(path) is not None and leaf.ndim > 0
         spec = parameter_spec(leaf.shape[1:] if stacked else leaf.shape, fsdp)
         return NamedSharding(mesh, P(None, *spec) if stacked and spec else spec)
 

@@ -20,9 +20,9 @@ BlockMode = Literal["scan", "unroll"]
 Remat = Literal["none", "block", "dots"]
 
 
-@dataclass(frozen=True)
-class VisionMambaConfig:
-    """A FastVim or Vim backbone with its head.
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What the configs of all backbones share. A new model's config extends this one, in a file beside the model.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
@@ -39,6 +39,55 @@ class VisionMambaConfig:
     """Classes of the head; 0 for none (the model then returns its pooled features)."""
     embed_dim: int = 192
     """Model width d."""
+    depth: int = 12
+    """Number of blocks."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
+    out_indices: tuple[int, ...] = ()
+    """Blocks whose outputs are returned as dense features, each through its own LayerNorm, instead of logits."""
+    norm_eps: float = 1e-5
+    """Added to the mean square or variance in the norms."""
+    dtype: DtypeName = "float32"
+    """Dtype of the operands of products; see fastvim_jax.precision."""
+    param_dtype: ParamDtypeName = "float32"
+    """Dtype in which parameters are stored."""
+    matmul_precision: MatmulPrecision = "highest"
+    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    blocks: BlockMode = "scan"
+    """Compile one period of the stack and loop over it, or every block."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
+
+    def __post_init__(self) -> None:
+        _normalise_sizes(self)
+        _check_choices(self)
+        _check_positive(self, "embed_dim", "depth", "channels")
+        _check_common(self)
+
+    @property
+    def precision(self) -> Precision:
+        """The dtype policy."""
+        return Precision(self.dtype, self.param_dtype, self.matmul_precision)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        return grid_of(_pair(self.image_size), self.patch)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return _pair(self.patch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionMambaConfig(BackboneConfig):
+    """A FastVim or Vim backbone with its head.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
     depth: int = 24
     """Number of blocks."""
     pooling: PoolingMethod = "mean"
@@ -73,36 +122,18 @@ class VisionMambaConfig:
     """Biases in the convolutions."""
     pos_embed: bool = True
     """Learned position embeddings."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
     head_pool: Literal["mean", "last", "max", "all"] = "mean"
     """The head reads the mean of the tokens or the last one, or all of them: the largest or every token's logits.
     A class token takes precedence."""
-    out_indices: tuple[int, ...] = ()
-    """Blocks whose outputs are returned as dense features, each through its own LayerNorm, instead of logits."""
-    norm_eps: float = 1e-5
-    """Added to the mean square or variance in input norms and final norm."""
-    dtype: DtypeName = "float32"
-    """Dtype of the operands of products; see fastvim_jax.precision."""
-    param_dtype: ParamDtypeName = "float32"
-    """Dtype in which parameters are stored."""
-    matmul_precision: MatmulPrecision = "highest"
-    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
     activations: Literal["wide", "compute"] = "wide"
     """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
     close to exact, or `dtype` from images and tokens rounded once, which is faster."""
-    blocks: BlockMode = "scan"
-    """Compile one period of the stack and loop over it, or every block."""
-    remat: Remat = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
     scan_implementation: str = "auto"
     """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas or reference."""
 
     def __post_init__(self) -> None:
-        _normalise_sizes(self)
-        _check_choices(self)
-        _check_positive(self, "embed_dim", "depth", "channels", "state_size", "expand")
-        _check_common(self)
+        super().__post_init__()
+        _check_positive(self, "state_size", "expand")
         if self.conv_width < 0:
             raise UserError(f"conv_width={self.conv_width}: use 0 to leave the convolution out.")
         if self.dt_rank is not None and self.dt_rank < 1:
@@ -118,16 +149,6 @@ class VisionMambaConfig:
     def precision(self) -> Precision:
         """The dtype policy."""
         return Precision(self.dtype, self.param_dtype, self.matmul_precision, self.activations)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        return grid_of(_pair(self.image_size), self.patch)
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch."""
-        return _pair(self.patch_size)
 
     @property
     def mixer(self) -> MixerConfig:
@@ -150,27 +171,14 @@ class VisionMambaConfig:
         )
 
 
-@dataclass(frozen=True)
-class ViTConfig:
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(BackboneConfig):
     """A Vision Transformer (the DeiT architecture), also with pooled attention (Table 7 of the paper).
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    image_size: int | tuple[int, int] = 224
-    """Pixels, height and width (one number: square), for which position embeddings are learned. Other sizes are
-    accepted at call time."""
-    patch_size: int | tuple[int, int] = 16
-    """Pixels of a patch, height and width."""
-    channels: int = 3
-    """Image channels."""
-    num_classes: int = 1000
-    """Classes of the head; 0 for none (the model then returns its pooled features)."""
-    embed_dim: int = 192
-    """Model width d."""
-    depth: int = 12
-    """Number of blocks."""
     num_heads: int = 3
     """Attention heads; must divide embed_dim."""
     mlp_ratio: float = 4.0
@@ -186,48 +194,16 @@ class ViTConfig:
     """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows."""
     conv_width: int = 0
     """Width of a depthwise causal convolution with SiLU before the pooling; 0 for none."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
-    out_indices: tuple[int, ...] = ()
-    """Blocks after which the tokens are returned as dense features, each through its own LayerNorm, instead of
-    logits."""
     norm_eps: float = 1e-6
     """Added to the variance in every norm."""
-    dtype: DtypeName = "float32"
-    """Dtype of products and of the activations between them; see fastvim_jax.precision."""
-    param_dtype: ParamDtypeName = "float32"
-    """Dtype in which parameters are stored."""
-    matmul_precision: MatmulPrecision = "highest"
-    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
-    blocks: BlockMode = "scan"
-    """Compile one block and loop over it, or every block."""
-    remat: Remat = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
 
     def __post_init__(self) -> None:
-        _normalise_sizes(self)
-        _check_choices(self)
-        _check_positive(self, "embed_dim", "depth", "channels", "num_heads")
-        _check_common(self)
+        super().__post_init__()
+        _check_positive(self, "num_heads")
         if self.embed_dim % self.num_heads:
             raise UserError(
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; choose one that does."
             )
-
-    @property
-    def precision(self) -> Precision:
-        """The dtype policy."""
-        return Precision(self.dtype, self.param_dtype, self.matmul_precision)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        return grid_of(_pair(self.image_size), self.patch)
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Height and width of a patch."""
-        return _pair(self.patch_size)
 
 
 ModelConfig = VisionMambaConfig | ViTConfig

@@ -1,8 +1,9 @@
 """Parameters by name. What is defined per parameter is defined on the unstacked one.
 
 Blocks are stored stacked: the leaf `blocks.mixer.D` of shape `depth e` stands for the parameters
-`blocks.0.mixer.D`, `blocks.1.mixer.D`, ... of shape `e`. These functions work on the parameters and on every pytree
-of the same structure: gradients, Adam's moments, averages.
+`blocks.0.mixer.D`, `blocks.1.mixer.D`, ... of shape `e`. So does every leaf below a key `blocks`, for example
+`decoder.blocks.mixer.D`: the name is kept for stacks, and a model may hold several. These functions work on the
+parameters and on every pytree of the same structure: gradients, Adam's moments, averages.
 """
 
 from __future__ import annotations
@@ -13,10 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from fastvim_jax.errors import UserError
 
 STACK = "blocks"
+
+
+def stacked_key(path: KeyPath) -> int | None:
+    """Find the key `blocks` in a leaf's path: the leaf then has a leading axis of blocks. Else return None.
+
+    This is the one rule of what is stacked, for parameters and for every pytree that has them in it, such as the
+    optimizer's state.
+    """
+    for index, key in enumerate(path):
+        if getattr(key, "key", None) == STACK:
+            return index
+    return None
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,13 @@ class ParameterInfo:
         name: Dotted stored name, for example `blocks.mixer.in_proj.kernel`.
         shape: Shape of the unstacked parameter.
         depth: Number of blocks stacked in this leaf, or None for a leaf outside the blocks.
+        stack: Dotted name of the stack that the leaf is in, for example `blocks` or `decoder.blocks`, else empty.
     """
 
     name: str
     shape: tuple[int, ...]
     depth: int | None
+    stack: str = ""
 
     @property
     def ndim(self) -> int:
@@ -47,8 +63,8 @@ class ParameterInfo:
         """Names of the parameters this leaf holds."""
         if self.depth is None:
             return [self.name]
-        rest = self.name.removeprefix(STACK + ".")
-        return [f"{STACK}.{i}.{rest}" for i in range(self.depth)]
+        rest = self.name.removeprefix(self.stack + ".")
+        return [f"{self.stack}.{i}.{rest}" for i in range(self.depth)]
 
 
 def map_parameters(fn: Callable[[ParameterInfo, Any], Any], params: Any) -> Any:
@@ -66,7 +82,7 @@ def round_products(params: Any, dtype: jnp.dtype) -> Any:
 
     def rounded(info: ParameterInfo, leaf: Any) -> Any:
         in_block = info.stacked and info.name.endswith(".kernel") and ".conv." not in info.name
-        product = in_block or info.name == "patch_embed.proj.kernel"
+        product = in_block or f".{info.name}".endswith(".patch_embed.proj.kernel")
         return leaf.astype(dtype) if product else leaf
 
     return map_parameters(rounded, params)
@@ -130,9 +146,11 @@ def _info(path, leaf) -> ParameterInfo:
     # A Variable adds an attribute step ("value") of its own below its path in the state.
     keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
     shape = tuple(leaf.shape)
-    stacked = keys[0] == STACK
+    if stacked_key(path) is None:
+        return ParameterInfo(name=".".join(keys), shape=shape, depth=None)
     return ParameterInfo(
         name=".".join(keys),
-        shape=shape[1:] if stacked else shape,
-        depth=shape[0] if stacked else None,
+        shape=shape[1:],
+        depth=shape[0],
+        stack=".".join(keys[: keys.index(STACK) + 1]),
     )

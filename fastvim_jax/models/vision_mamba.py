@@ -7,14 +7,17 @@ logits   = head(pool(norm(residual)))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal, zeros
+from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
+from fastvim_jax.layers.head import make_head
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
@@ -81,16 +84,7 @@ class VisionMamba(nnx.Module):
             else make_norm(config.norm, d, eps=config.norm_eps, precision=p, rngs=rngs)
         )
         self.head = (
-            nnx.Linear(
-                d,
-                config.num_classes,
-                kernel_init=small,
-                bias_init=zeros,
-                dtype=p.wide,
-                param_dtype=p.params,
-                precision=p.lax,
-                rngs=rngs,
-            )
+            make_head(d, config.num_classes, kernel_init=small, precision=p, rngs=rngs)
             if config.num_classes and not dense_features
             else nnx.data(None)
         )
@@ -117,8 +111,13 @@ class VisionMamba(nnx.Module):
         Raises:
             UserError: wrong channel count, or an image smaller than a patch.
         """
-        residual, outputs, grid = self._run(
-            images, key, drop_path_keep, taps=self.config.out_indices
+        tokens, grid = self.embed(images)
+        residual, outputs = self.encode(
+            tokens,
+            self.poolings(grid),
+            key=key,
+            drop_path_keep=drop_path_keep,
+            taps=self.config.out_indices,
         )
         if self.config.out_indices:
             return self._dense_features([outputs[i][1] for i in self.config.out_indices], grid)
@@ -131,13 +130,15 @@ class VisionMamba(nnx.Module):
     @with_auto_axes
     def features(self, images: Images) -> Array:
         """What the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
-        residual, _, _ = self._run(images, None, None)
+        tokens, grid = self.embed(images)
+        residual, _ = self.encode(tokens, self.poolings(grid))
         return self._pool(self.norm(residual))
 
     @with_auto_axes
     def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
         """(residual stream before the block, the block's mixer output) of every block, in stored token order."""
-        _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
+        tokens, grid = self.embed(images)
+        _, outputs = self.encode(tokens, self.poolings(grid), taps=range(self.config.depth))
         return [outputs[i] for i in range(self.config.depth)]
 
     def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth b"] | None:
@@ -161,16 +162,33 @@ class VisionMamba(nnx.Module):
             for transposed in orders[config.pool_axes]
         )
 
-    def _run(self, images, key, drop_path_keep, taps=()):
+    def encode(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth b"] | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        """Run all blocks over tokens `b l d`, as `embed` makes them or any others.
+
+        Args:
+            tokens: float32 or wider, in stored order.
+            poolings: one period of the stack's poolings, for example `self.poolings(grid)`.
+            key, drop_path_keep: as for a call of the model.
+            taps: blocks whose (residual before, own output) are returned.
+
+        Returns:
+            The residual stream before the final norm, and the tapped pairs by block index.
+        """
         config = self.config
-        residual, grid = self._embed(images)
         keep = keep_factors(
-            key, drop_path_keep, config.drop_path, (config.depth, images.shape[0]), residual.dtype
+            key, drop_path_keep, config.drop_path, (config.depth, tokens.shape[0]), tokens.dtype
         )
-        poolings = self.poolings(grid)
-        residual, outputs = run_blocks(
+        return run_blocks(
             prepare_blocks(self.blocks, poolings),
-            residual,
+            tokens,
             poolings,
             depth=config.depth,
             keep=keep,
@@ -178,10 +196,9 @@ class VisionMamba(nnx.Module):
             remat=config.remat,
             taps=taps,
         )
-        return residual, outputs, grid
 
-    def _embed(self, images: Images) -> tuple[Tokens, tuple[int, int]]:
-        """Tokens with class token and position embedding, wide, and the stored grid."""
+    def embed(self, images: Images) -> tuple[Tokens, tuple[int, int]]:
+        """Make tokens `b l d`, with class token and position embedding, and the stored grid; float32 or wider."""
         wide = self.config.precision.wide
         patches = self.patch_embed(images)
         if self.config.token_order == "column":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import truncated_normal, zeros
+from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.layers.attention import Attention, Mlp
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
+from fastvim_jax.layers.head import make_head
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
@@ -78,16 +80,7 @@ class VisionTransformer(nnx.Module):
             self._norm(rngs) if classify and config.head_pool == "mean" else nnx.data(None)
         )
         self.head = (
-            nnx.Linear(
-                d,
-                config.num_classes,
-                kernel_init=small,
-                bias_init=zeros,
-                dtype=p.wide,
-                param_dtype=p.params,
-                precision=p.lax,
-                rngs=rngs,
-            )
+            make_head(d, config.num_classes, kernel_init=small, precision=p, rngs=rngs)
             if config.num_classes and classify
             else nnx.data(None)
         )
@@ -104,8 +97,13 @@ class VisionTransformer(nnx.Module):
 
         `drop_path_keep` has one mask for the attention and one for the MLP of each block.
         """
-        residual, outputs, grid = self._run(
-            images, key, drop_path_keep, taps=self.config.out_indices
+        tokens, grid = self.embed(images)
+        residual, outputs = self.encode(
+            tokens,
+            self.poolings(grid),
+            key=key,
+            drop_path_keep=drop_path_keep,
+            taps=self.config.out_indices,
         )
         if self.config.out_indices:
             return tuple(
@@ -118,12 +116,15 @@ class VisionTransformer(nnx.Module):
     @with_auto_axes
     def features(self, images: Images) -> Float[Array, "b d"]:
         """What the head reads."""
-        return self._pool(self._run(images, None, None)[0])
+        tokens, grid = self.embed(images)
+        residual, _ = self.encode(tokens, self.poolings(grid))
+        return self._pool(residual)
 
     @with_auto_axes
     def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
         """(residual stream before the block, after the block) of every block."""
-        _, outputs, _ = self._run(images, None, None, taps=range(self.config.depth))
+        tokens, grid = self.embed(images)
+        _, outputs = self.encode(tokens, self.poolings(grid), taps=range(self.config.depth))
         return [outputs[i] for i in range(self.config.depth)]
 
     def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth 2 b"] | None:
@@ -146,7 +147,8 @@ class VisionTransformer(nnx.Module):
             "layer", config.embed_dim, eps=config.norm_eps, precision=config.precision, rngs=rngs
         )
 
-    def _run(self, images, key, drop_path_keep, taps=()):
+    def embed(self, images: Images) -> tuple[Tokens, tuple[int, int]]:
+        """Make tokens `b l d`, the class token first, with position embedding, and the grid; float32 or wider."""
         config = self.config
         wide = config.precision.wide
         patches = self.patch_embed(images)
@@ -156,21 +158,32 @@ class VisionTransformer(nnx.Module):
             self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
         )
         table = resize_with_class_row(self.pos_embed[...], config.grid, grid, 0, 0)
-        residual = add_table(jnp.concatenate([token, tokens], axis=1), table.astype(wide))
+        return add_table(jnp.concatenate([token, tokens], axis=1), table.astype(wide)), grid
+
+    def encode(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth 2 b"] | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        """Run all blocks over tokens `b l d`; arguments and results as `VisionMamba.encode`."""
+        config = self.config
         keep = keep_factors(
-            key, drop_path_keep, config.drop_path, (config.depth, 2, images.shape[0]), wide
+            key, drop_path_keep, config.drop_path, (config.depth, 2, tokens.shape[0]), tokens.dtype
         )
-        residual, outputs = run_blocks(
+        return run_blocks(
             self.blocks,
-            residual,
-            self.poolings(grid),
+            tokens,
+            poolings,
             depth=config.depth,
             keep=keep,
             mode=config.blocks,
             remat=config.remat,
             taps=taps,
         )
-        return residual, outputs, grid
 
     def _pool(self, tokens: Tokens) -> Float[Array, "b d"]:
         if self.config.head_pool == "token":

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fastvim_jax.models.parameters import map_parameters, named_parameters, parameter_infos
+from fastvim_jax.models.parameters import (
+    STACK,
+    ParameterInfo,
+    map_parameters,
+    named_parameters,
+    parameter_infos,
+)
 from fastvim_jax.training.config import DecayGroups, OptimizerConfig
 from fastvim_jax.training.schedules import (
     Schedule,
@@ -28,6 +34,7 @@ from fastvim_jax.training.schedules import (
 )
 
 _INPUT_NAMES = ("pos_embed", "class_token")
+_EMBEDDING = "patch_embed"
 
 
 def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
@@ -40,7 +47,7 @@ def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
     if groups == "pretrain":
         return True
     if groups == "finetune":
-        return ndim > 1 and name not in _INPUT_NAMES
+        return ndim > 1 and name.split(".")[-1] not in _INPUT_NAMES
     return ndim > 1 and not name.endswith(".bias")
 
 
@@ -58,22 +65,44 @@ def weight_decay_mask(params: Any, groups: DecayGroups) -> Any:
 
 
 def learning_rate_scales(params: Any, decay: float) -> Any:
-    """A tree like `params` of layer-wise factors: scalars, or vectors over the depth axis for stacked leaves.
+    """Return a tree like `params` of layer-wise factors: scalars, or vectors over the depth axis for stacked leaves.
+
+    Each backbone in the model counts its own layers: a stack `blocks` with a `patch_embed` beside it, at the root or
+    at any depth of the model. All that stands behind a backbone has factor 1: norms, heads, and stacks of blocks
+    without an embedding of their own, such as a decoder.
 
     Args:
         params: the model's parameters.
         decay: the factor per two layers, 0 < decay ≤ 1.
     """
-    depth = next(info.depth for info in parameter_infos(params) if info.depth is not None)
-    by_block = np.array([layer_scale(i + 1, depth, decay) for i in range(depth)])
+    depths = _backbone_depths(params)
 
-    def scale(info: Any, leaf: Any) -> np.ndarray:
-        if info.stacked:
+    def scale(info: ParameterInfo, leaf: Any) -> np.ndarray:
+        prefix = next((p for p in depths if info.name.startswith(p)), None)
+        if prefix is None:  # no backbone around it
+            return np.asarray(1.0, leaf.dtype)
+        depth, local = depths[prefix], info.name.removeprefix(prefix).split(".")[0]
+        if local == STACK:
+            by_block = np.array([layer_scale(i + 1, depth, decay) for i in range(depth)])
             return by_block.reshape((depth,) + (1,) * info.ndim).astype(leaf.dtype)
-        inputs = info.name.startswith("patch_embed.") or info.name in _INPUT_NAMES
-        return np.asarray(layer_scale(0 if inputs else depth + 1, depth, decay), leaf.dtype)
+        layer = 0 if local in (_EMBEDDING, *_INPUT_NAMES) else depth + 1
+        return np.asarray(layer_scale(layer, depth, decay), leaf.dtype)
 
     return map_parameters(scale, params)
+
+
+def _backbone_depths(params: Any) -> dict[str, int]:
+    """Find the depth of every backbone by the prefix of its parameters' names (empty at the root), longest first."""
+    infos = parameter_infos(params)
+    names = [info.name for info in infos]
+    depths = {
+        info.stack.removesuffix(STACK): info.depth for info in infos if info.depth is not None
+    }
+    return {
+        prefix: depths[prefix]
+        for prefix in sorted(depths, key=len, reverse=True)
+        if any(name.startswith(f"{prefix}{_EMBEDDING}.") for name in names)
+    }
 
 
 class ParameterGroup(NamedTuple):

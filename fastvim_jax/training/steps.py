@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from fastvim_jax.data.device_transforms import Augment, Preprocess
 from fastvim_jax.distributed import gather, on_every_device, split_batch, state_shardings
-from fastvim_jax.models.parameters import STACK, map_parameters
+from fastvim_jax.models.parameters import map_parameters, stacked_key
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.losses import classification_loss
@@ -65,7 +65,7 @@ def state_shapes(mesh: Mesh, begin: Callable[[], TrainState]) -> TrainState:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        state_shardings(mesh, shapes, stack=STACK),
+        state_shardings(mesh, shapes, stacked_key=stacked_key),
     )
 
 
