@@ -133,7 +133,9 @@ def test_parameters_and_moments_lie_as_the_unstacked_do(model):
         strict=True,
     ):
         spec = parameter_spec(info.shape, 2)
-        assert tuple(place.spec) == ((None, *spec) if info.stacked and spec else tuple(spec)), info.name
+        assert tuple(place.spec) == ((None, *spec) if info.stacked and spec else tuple(spec)), (
+            info.name
+        )
         split += bool(spec)
         assert not spec or leaf.size >= SMALLEST
     assert split > 5
