@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 Images = Float[Array, "b h w c"]
 Grid = Float[Array, "b rows columns d"]
+FeatureMap = Float[Array, "b _ _ _"]
+"""As `Grid`, of any size and width: what convolutions and resizing change."""
 Tokens = Float[Array, "b l d"]
 Inner = Float[Array, "b l e"]
 Pooled = Float[Array, "b s e"]

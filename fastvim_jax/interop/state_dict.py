@@ -11,6 +11,15 @@ from flax import nnx
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop.torch_names import MIXER, VISION_MAMBA, VISION_TRANSFORMER, NameTable
+from fastvim_jax.interop.torch_segmentation_names import (
+    DECONVOLUTION_NECK,
+    FCN_HEAD,
+    MULTILEVEL_NECK,
+    PYRAMID_POOLING,
+    SEGMENTOR,
+    UPER_HEAD,
+    prefixed,
+)
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.models.parameters import (
     list_mismatches,
@@ -18,6 +27,9 @@ from fastvim_jax.models.parameters import (
     parameter_infos,
     replace_parameters,
 )
+from fastvim_jax.models.segmentation.heads import FCNHead, PyramidPooling, UPerHead
+from fastvim_jax.models.segmentation.necks import DeconvolutionNeck, MultiLevelNeck
+from fastvim_jax.models.upernet import UperNet
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
@@ -25,6 +37,11 @@ TABLES = {
     VisionMamba: NameTable(tuple(VISION_MAMBA)),
     VisionTransformer: NameTable(tuple(VISION_TRANSFORMER)),
     Mixer: NameTable(tuple(MIXER)),
+    UPerHead: NameTable(tuple(UPER_HEAD)),
+    FCNHead: NameTable(tuple(FCN_HEAD)),
+    PyramidPooling: NameTable(tuple(PYRAMID_POOLING)),
+    DeconvolutionNeck: NameTable(tuple(DECONVOLUTION_NECK)),
+    MultiLevelNeck: NameTable(tuple(MULTILEVEL_NECK)),
 }
 
 
@@ -32,7 +49,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
     """Load weights into `model`, in place.
 
     Args:
-        model: A FastVim, Vim or ViT model (or a single `Mixer`).
+        model: A FastVim, Vim or ViT model, a segmentation model, or a single `Mixer`, head or neck.
         mapping: The authors' state-dict names to NumPy arrays (anything `numpy.asarray` takes). Never a pickle: load
             a `.pth` file with `torch.load(..., weights_only=True)` and convert its tensors, or use safetensors.
 
@@ -76,6 +93,10 @@ def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, jax.Array]:
 
 
 def _table(model: nnx.Module) -> NameTable:
+    if isinstance(model, UperNet):
+        backbone = prefixed("backbone.", "backbone.", list(_table(model.backbone).entries))
+        neck = [] if model.neck is None else list(_table(model.neck).entries)
+        return NameTable((*backbone, *SEGMENTOR, *prefixed("neck.", "neck.", neck)))
     if type(model) not in TABLES:
         known = ", ".join(cls.__name__ for cls in TABLES)
         raise UserError(f"no name table for {type(model).__name__}; there is one for {known}.")

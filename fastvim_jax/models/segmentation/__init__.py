@@ -1,0 +1,1 @@
+"""Necks and heads of semantic segmentation, on the dense features of any backbone."""

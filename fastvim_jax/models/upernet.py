@@ -1,0 +1,186 @@
+"""UperNet: a backbone's dense features, perhaps a neck, UPerHead, and an auxiliary FCN head for training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
+from fastvim_jax.models.segmentation.heads import FCNHead, UPerHead
+from fastvim_jax.models.segmentation.necks import DeconvolutionNeck, MultiLevelNeck
+from fastvim_jax.precision import Precision
+from fastvim_jax.typing import Images
+
+
+@dataclass(frozen=True)
+class UperNetConfig:
+    """A segmentation model: its backbone, neck and heads.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    backbone: VisionMambaConfig | ViTConfig
+    """The backbone, whose `out_indices` name the four blocks to read."""
+    num_classes: int = 150
+    """Classes to tell apart; ignored pixels are no class."""
+    neck: Literal["none", "deconvolution", "multilevel"] = "none"
+    """none: four maps of stride 16 (FastVim); deconvolution: Vim's pyramid; multilevel: DeiT + MLN."""
+    channels: int = 512
+    """Width of UPerHead."""
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    """Grid sizes of the pooling pyramid."""
+    auxiliary_channels: int = 256
+    """Width of the auxiliary head, which only training runs; 0: no such head."""
+    auxiliary_level: int = 2
+    """Which of the four maps the auxiliary head reads, from 0."""
+    dropout: float = 0.1
+    """Share of whole channels dropped before the classifiers in training."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool_scales", tuple(self.pool_scales))
+        if len(self.backbone.out_indices) != 4:
+            raise UserError(
+                f"backbone.out_indices={self.backbone.out_indices}: UperNet reads four blocks, for example "
+                f"{quarter_blocks(self.backbone.depth)}; fastvim_jax.models.upernet() chooses them."
+            )
+        if self.num_classes < 2 or self.channels < 1 or self.auxiliary_channels < 0:
+            raise UserError(
+                f"num_classes={self.num_classes} must be at least 2, channels={self.channels} at least 1, "
+                f"auxiliary_channels={self.auxiliary_channels} at least 0."
+            )
+        if self.neck not in ("none", "deconvolution", "multilevel"):
+            raise UserError(f"neck={self.neck!r} is not one of none, deconvolution, multilevel.")
+        if not self.pool_scales or min(self.pool_scales) < 1:
+            raise UserError(f"pool_scales={self.pool_scales} must be positive grid sizes.")
+        if not 0 <= self.auxiliary_level < 4:
+            raise UserError(f"auxiliary_level={self.auxiliary_level} must be 0, 1, 2 or 3.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1.")
+
+    @property
+    def precision(self) -> Precision:
+        """The dtype policy, that of the backbone."""
+        return self.backbone.precision
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width for which the backbone's position embeddings are made."""
+        return self.backbone.image_size  # type: ignore[return-value]  # a pair once it is checked
+
+    @property
+    def channels_in(self) -> int:
+        """Image channels."""
+        return self.backbone.channels
+
+
+class SegmentationLogits(NamedTuple):
+    """What a training call returns, float32 or wider."""
+
+    main: Float[Array, "b rows columns classes"]
+    """Logits of UPerHead, at the size of its finest map."""
+    auxiliary: Float[Array, "b rows2 columns2 classes"] | None
+    """Logits of the auxiliary head, or None without one."""
+
+
+class UperNet(nnx.Module):
+    """A segmentation model. Build it with `fastvim_jax.models.build_model(upernet(...), rngs=...)`.
+
+    Trained values are `nnx.Param`; running statistics of batch norms are `nnx.BatchStat`.
+    """
+
+    def __init__(self, config: UperNetConfig, *, backbone: nnx.Module, rngs: nnx.Rngs):
+        """Put neck and heads on `backbone`, which maps images to four maps of `config.backbone.embed_dim` channels."""
+        self.config, p = config, config.precision
+        width = config.backbone.embed_dim
+        self.backbone = backbone
+        if config.neck == "deconvolution":
+            self.neck = DeconvolutionNeck(width, precision=p, rngs=rngs)
+        elif config.neck == "multilevel":
+            self.neck = MultiLevelNeck((width,) * 4, width, precision=p, rngs=rngs)
+        else:
+            self.neck = nnx.data(None)
+        self.decode_head = UPerHead(
+            (width,) * 4,
+            features=config.channels,
+            classes=config.num_classes,
+            pool_scales=config.pool_scales,
+            dropout=config.dropout,
+            precision=p,
+            rngs=rngs,
+        )
+        self.auxiliary_head = (
+            FCNHead(
+                width,
+                features=config.auxiliary_channels,
+                classes=config.num_classes,
+                dropout=config.dropout,
+                precision=p,
+                rngs=rngs,
+            )
+            if config.auxiliary_channels
+            else nnx.data(None)
+        )
+
+    def __call__(
+        self, images: Images, *, train: bool = False, key: jax.Array | None = None
+    ) -> SegmentationLogits:
+        """Compute logits at the stride of the finest map.
+
+        Args:
+            images: `b h w c`, normalised, any float dtype.
+            train: normalise by the batch, update the running statistics and run the auxiliary head.
+            key: PRNG key of this step's drop path and dropout, or None for neither.
+        """
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        maps = self.features(images, train=train, key=keys[0])
+        main = self.decode_head(maps, train=train, key=keys[1])
+        auxiliary = None
+        if train and self.auxiliary_head is not None:
+            level = maps[self.config.auxiliary_level]
+            auxiliary = self.auxiliary_head(level, train=train, key=keys[2])
+        return SegmentationLogits(main, auxiliary)
+
+    def features(
+        self, images: Images, *, train: bool = False, key: jax.Array | None = None
+    ) -> Sequence[Array]:
+        """Return the four maps `b rows columns d` that the heads read: the backbone's, through the neck."""
+        maps = self.backbone(images, key=key)
+        return maps if self.neck is None else self.neck(maps, train=train)
+
+    def segment(self, images: Images) -> Float[Array, "b h w classes"]:
+        """Return the logits resized to the images' own size (bilinear)."""
+        return resize_bilinear(self(images).main, (images.shape[1], images.shape[2]))
+
+
+def upernet(
+    backbone: VisionMambaConfig | ViTConfig, *, image_size: int | tuple[int, int] = 512, **options: Any
+) -> UperNetConfig:
+    """Describe UperNet on a backbone.
+
+    Args:
+        backbone: any backbone's config, for example `model_config("fastvim_tiny")`. Unless it says which blocks to
+            read (`out_indices`), every quarter of its depth is read; it loses its classifier.
+        image_size: height and width of training crops.
+        **options: fields of `UperNetConfig`.
+    """
+    blocks = backbone.out_indices or quarter_blocks(backbone.depth)
+    dense = dataclasses.replace(
+        backbone, out_indices=blocks, image_size=image_size, num_classes=0
+    )
+    return UperNetConfig(dense, **options)
+
+
+def quarter_blocks(depth: int) -> tuple[int, ...]:
+    """Last block of each quarter: 5, 11, 17, 23 of 24."""
+    if depth < 4:
+        return tuple(min(i, depth - 1) for i in range(4))
+    return tuple(depth * (i + 1) // 4 - 1 for i in range(4))
