@@ -39,6 +39,7 @@ class BatchIterator(Iterator[Batch]):
         config: see below.
         steps_per_epoch: see below.
         identity: what a saved position must agree with.
+        reread: reads the record of an index once more, to say why it could not be read; None: as an image.
 
     Attributes:
         source: where the records come from; `len(source)`, `source.class_names`.
@@ -55,6 +56,7 @@ class BatchIterator(Iterator[Batch]):
         *,
         steps_per_epoch: int,
         identity: Mapping[str, int | str],
+        reread: Callable[[int], Any] | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -64,6 +66,9 @@ class BatchIterator(Iterator[Batch]):
         self._identity = dict(identity)
         self._taken = 0
         self._running: Generator[dict[str, Any], None, None] | None = None
+        self._reread = reread or (
+            lambda index: decode_record(source, index, channels=config.channels)
+        )
 
     def __next__(self) -> Batch:
         if self._running is None:
@@ -110,7 +115,7 @@ class BatchIterator(Iterator[Batch]):
                 continue
             self.corrupt.add(index)
             try:
-                decode_record(self.source, index, channels=self.config.channels)
+                self._reread(index)
                 reason = f"record {index} could not be decoded once, but can be now."
             except DecodeError as error:
                 reason = str(error)

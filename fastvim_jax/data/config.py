@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastvim_jax.data.sources import SOURCES
 from fastvim_jax.errors import UserError, suggest
@@ -23,6 +23,9 @@ class DataConfig:
     Raises:
         UserError: on construction, for an impossible value; the message names the field.
     """
+
+    sources: ClassVar[tuple[str, ...]] = SOURCES
+    """The sources that `source` may name."""
 
     source: str = "digits"
     """Where records come from: digits, packed_npz, image_folder, webdataset, array_record (what `fastvim data prepare`
@@ -59,10 +62,10 @@ class DataConfig:
     """Undecodable training records replaced by others (and counted) before the run stops; 0: the first one stops it."""
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
+        if self.source not in self.sources:
             raise UserError(
-                f"data.source {self.source!r} is not known: use one of {', '.join(SOURCES)}."
-                + suggest(self.source, SOURCES)
+                f"data.source {self.source!r} is not known: use one of {', '.join(self.sources)}."
+                + suggest(self.source, self.sources)
             )
         if self.source != "digits" and not self.path:
             raise UserError(f"data.path is empty: the source {self.source!r} needs its folder.")

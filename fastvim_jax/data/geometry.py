@@ -31,7 +31,7 @@ class Scene:
         return self.image.shape[0], self.image.shape[1]
 
 
-def fitted_size(size: tuple[int, int], long: float, short: float) -> tuple[int, int]:
+def fitted_size(size: tuple[int, int], long: int | float, short: int | float) -> tuple[int, int]:
     """Return the largest size of the same aspect whose sides fit into `long` and `short`, rounded half up.
 
     Args:

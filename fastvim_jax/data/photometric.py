@@ -97,7 +97,7 @@ def hsv_to_rgb(image: Pixels) -> Pixels:
     rising = value * (1 - saturation * (1 - part))
     index = sector.astype(np.int64) % 6
     choices = np.stack([value, low, falling, rising])
-    order = np.asarray([[0, 3, 1], [2, 0, 1], [1, 0, 3], [1, 2, 0], [3, 1, 0], [0, 1, 2]])
+    order = np.asarray([[0, 3, 1], [2, 0, 1], [1, 0, 3], [1, 2, 0], [3, 1, 0], [0, 1, 2]], np.int64)
     picked = np.take_along_axis(choices, order[index].transpose(2, 0, 1), axis=0)
     return np.rint(picked * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 

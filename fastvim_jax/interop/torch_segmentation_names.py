@@ -29,7 +29,12 @@ def _up_conv(theirs: str, ours: str) -> Entries:
 
 
 def _norm(theirs: str, ours: str) -> Entries:
-    pairs = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
+    pairs = (
+        ("weight", "scale"),
+        ("bias", "bias"),
+        ("running_mean", "mean"),
+        ("running_var", "var"),
+    )
     return [(f"{theirs}.{a}", f"{ours}.{b}", SAME) for a, b in pairs]
 
 

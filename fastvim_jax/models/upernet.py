@@ -102,12 +102,11 @@ class UperNet(nnx.Module):
         self.config, p = config, config.precision
         width = config.backbone.embed_dim
         self.backbone = backbone
+        self.neck: Any = nnx.data(None)
         if config.neck == "deconvolution":
             self.neck = DeconvolutionNeck(width, precision=p, rngs=rngs)
         elif config.neck == "multilevel":
             self.neck = MultiLevelNeck((width,) * 4, width, precision=p, rngs=rngs)
-        else:
-            self.neck = nnx.data(None)
         self.decode_head = UPerHead(
             (width,) * 4,
             features=config.channels,
@@ -162,7 +161,10 @@ class UperNet(nnx.Module):
 
 
 def upernet(
-    backbone: VisionMambaConfig | ViTConfig, *, image_size: int | tuple[int, int] = 512, **options: Any
+    backbone: VisionMambaConfig | ViTConfig,
+    *,
+    image_size: int | tuple[int, int] = 512,
+    **options: Any,
 ) -> UperNetConfig:
     """Describe UperNet on a backbone.
 
@@ -173,9 +175,7 @@ def upernet(
         **options: fields of `UperNetConfig`.
     """
     blocks = backbone.out_indices or quarter_blocks(backbone.depth)
-    dense = dataclasses.replace(
-        backbone, out_indices=blocks, image_size=image_size, num_classes=0
-    )
+    dense = dataclasses.replace(backbone, out_indices=blocks, image_size=image_size, num_classes=0)
     return UperNetConfig(dense, **options)
 
 

@@ -127,10 +127,13 @@ class UPerHead(nnx.Module):
         levels = [lateral(x, train=train) for lateral, x in zip(self.laterals, lower, strict=True)]
         pooled = self.ppm(top, train=train)
         levels.append(
-            self.bottleneck(jnp.concatenate([top.astype(pooled[0].dtype), *pooled], -1), train=train)
+            self.bottleneck(
+                jnp.concatenate([top.astype(pooled[0].dtype), *pooled], -1), train=train
+            )
         )
         for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + resize_bilinear(levels[i], levels[i - 1].shape[1:3])
+            below = levels[i - 1]
+            levels[i - 1] = below + resize_bilinear(levels[i], (below.shape[1], below.shape[2]))
         outputs = [f(x, train=train) for f, x in zip(self.outputs, levels[:-1], strict=True)]
         size = (outputs[0].shape[1], outputs[0].shape[2])
         fused = [resize_bilinear(x, size) for x in (*outputs, levels[-1])]

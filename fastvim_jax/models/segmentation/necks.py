@@ -44,7 +44,13 @@ class MultiLevelNeck(nnx.Module):
         init = jax.nn.initializers.xavier_uniform()
         self.laterals = nnx.List(
             convolution(
-                d, features_out, width=1, bias=True, precision=precision, rngs=rngs, kernel_init=init
+                d,
+                features_out,
+                width=1,
+                bias=True,
+                precision=precision,
+                rngs=rngs,
+                kernel_init=init,
             )
             for d in features_in
         )
@@ -65,8 +71,8 @@ class MultiLevelNeck(nnx.Module):
             size = int(x.shape[1] * scale), int(x.shape[2] * scale)
             if min(size) < 1:
                 raise UserError(
-                    f"a feature map of {x.shape[1]}x{x.shape[2]} is too small for the multilevel neck, whose last level "
-                    "halves it; use larger images."
+                    f"a feature map of {x.shape[1]}x{x.shape[2]} is too small for the multilevel neck, whose last "
+                    "level halves it; use larger images."
                 )
             levels.append(output(resize_bilinear(lateral(x), size)))
         return tuple(levels)

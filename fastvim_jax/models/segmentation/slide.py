@@ -28,7 +28,9 @@ _BLOCK = 128
 """Rows of the original size turned into classes at a time: all logits of a large photograph fill gigabytes."""
 
 
-def window_corners(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]):
+def window_corners(
+    size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
+) -> list[tuple[int, int]]:
     """Return the top left corners (row, column) of all windows of an image of `size`, row by row."""
     starts = []
     for side, window, step in zip(size, crop, stride, strict=True):
@@ -40,7 +42,7 @@ def window_corners(size: tuple[int, int], crop: tuple[int, int], stride: tuple[i
 def merge_windows(
     logits: Float[Array, "n rows columns classes"],
     corners: Int[Array, "n 2"],
-    real: Bool[Array, "n"],
+    real: Bool[Array, " n"],
     *,
     window: tuple[int, int],
     canvas: tuple[int, int],

@@ -1,0 +1,309 @@
+"""Batches of images with label maps for training, and whole images one by one for slide inference.
+
+Everything up to the batch is random access (`grain.MapDataset`), as in classification: batch i of a seed is the same
+for any number of workers or processes and after any restart.
+
+Training: resize so that the image fits (2048 r, 512 r), r uniform; crop, at most 75 % of one class; flip; photometric
+distortion; pad. Pixels stay uint8: `normalise` runs on the device, where padding becomes 0 after normalisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from fastvim_jax.data.batches import BatchIterator, local_batch
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.geometry import Scene, fitted_size, flip, pad, resize_image, resize_mask
+from fastvim_jax.data.photometric import distort, draw_distortion
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.segmentation_config import SegmentationData
+from fastvim_jax.data.sources import expand_path
+from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask, segmentation_classes
+from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.errors import UserError
+
+IGNORED = 255
+"""Label of pixels that do not count, whatever it is in the files."""
+_REPLACEMENTS = 100
+_CROPS = 10
+
+Draw = Callable[[int, int], tuple[int, int]]
+"""From the largest offsets (rows, columns) to the offsets of a crop."""
+
+
+def open_masks(
+    config: SegmentationData, split: str, *, allow_missing: bool = False
+) -> MaskFolderSource:
+    """Open one split.
+
+    Raises:
+        UserError: a missing folder or class list, no image, images without masks, too many classes.
+    """
+    root = expand_path(config.path)
+    if not root.is_dir():
+        raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
+    listed = expand_path(config.class_list) if config.class_list else None
+    names = segmentation_classes(root, listed, config.classes)
+    if len(names) > IGNORED:
+        raise UserError(
+            f"{len(names)} classes: label maps are 8 bits wide here, so there are at most 255."
+        )
+    return MaskFolderSource(
+        root,
+        split,
+        image_pattern=config.image_pattern,
+        mask_pattern=config.mask_pattern,
+        class_names=names,
+        allow_missing=allow_missing,
+    )
+
+
+def make_train_iterator(
+    config: SegmentationData, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Return an endless iterator over augmented batches, reshuffled each epoch.
+
+    A batch holds `image` uint8 `b h w 3`, `label` uint8 `b h w` (`IGNORED` where nothing counts) and `size` int32
+    `b 2`, the height and width inside the padding. A training set smaller than a batch repeats within it.
+
+    Raises:
+        UserError: when the data cannot be found.
+    """
+    source = open_masks(config, config.train_split)
+    local = local_batch(config.batch_size, process_count, "batch_size")
+    steps = max(len(source) // config.batch_size, 1)
+    records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+    if len(source) < config.batch_size:
+        records = records.repeat(-(-config.batch_size // len(source)))
+    scenes = records.random_map(_LoadForTraining(source, config))
+    whole = steps * config.batch_size
+    batches = scenes[:whole].batch(local, batch_fn=_stack).repeat(None)
+    return BatchIterator(
+        grain_stream(batches[process_index::process_count], config.workers),
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"seed": seed, "records": len(source), "batch_size": config.batch_size},
+        reread=lambda index: load_scene(source, index, config),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationImage:
+    """One image of an evaluation split.
+
+    Attributes:
+        name: the file.
+        image: the image resized for the model.
+        label: label map at the original size; None where image or mask could not be read.
+        error: why it could not.
+    """
+
+    name: str
+    image: UInt8[np.ndarray, "h w 3"]
+    label: UInt8[np.ndarray, "m n"] | None
+    error: str = ""
+
+
+class EvaluationImages:
+    """Whole images of a split in the source's order, read ahead; every pass starts anew.
+
+    Raises:
+        UserError: on construction, when the data cannot be found.
+    """
+
+    def __init__(self, config: SegmentationData, split: str | None = None) -> None:
+        self.source = open_masks(config, split or config.eval_split)
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[EvaluationImage]:
+        indices = grain.MapDataset.source(range(len(self.source)))
+        images = indices.map(_LoadForEvaluation(self.source, self._config))
+        for item in grain_stream(images, self._config.workers)(0):
+            label = item["label"] if item["label"].size else None
+            yield EvaluationImage(str(item["name"]), item["image"], label, str(item["error"]))
+
+
+def load_scene(source: MaskFolderSource, index: int, config: SegmentationData) -> Scene:
+    """Read an image and its label map, checked against each other and against the classes.
+
+    Raises:
+        DecodeError: naming the file, the cause and the fix.
+    """
+    try:
+        record = source[index]
+    except OSError as error:
+        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+    image = np.asarray(decode_image(record.image, channels=3, name=record.name))
+    name = source.mask_name(index)
+    if record.target is None:
+        raise DecodeError(f"{record.name}: there is no mask.")
+    labels = read_mask(record.target, name=name)
+    if labels.shape != image.shape[:2]:
+        raise DecodeError(
+            f"{name}: the mask has {labels.shape[1]}x{labels.shape[0]} pixels, its image {record.name} "
+            f"{image.shape[1]}x{image.shape[0]}: save both at one size and orientation."
+        )
+    mask = relabel(
+        labels, zero_is_ignored=config.zero_is_ignored, ignored_label=config.ignored_label
+    )
+    if problem := label_problem(mask, len(source.class_names), config):
+        raise DecodeError(f"{name}: {problem}")
+    return Scene(image, mask.astype(np.uint8))
+
+
+def relabel(
+    labels: Int[np.ndarray, "*pixels"] | UInt8[np.ndarray, "*pixels"],
+    *,
+    zero_is_ignored: bool = False,
+    ignored_label: int = IGNORED,
+) -> Int[np.ndarray, "*pixels"]:
+    """Return classes from 0 and `IGNORED`: with `zero_is_ignored` label 0 is ignored and label k class k - 1."""
+    classes = labels.astype(np.int32)
+    ignored = classes == ignored_label
+    if zero_is_ignored:
+        ignored = ignored | (classes == 0)
+        classes = classes - 1
+    # A class called 255 would be taken for an ignored pixel: it stays out of range.
+    classes = np.where(classes == IGNORED, IGNORED + 1, classes)
+    return np.where(ignored, IGNORED, classes)
+
+
+def label_problem(
+    mask: Int[np.ndarray, "h w"], classes: int, config: SegmentationData
+) -> str | None:
+    """Say which labels are outside the classes and what may be the reason, or None."""
+    outside = np.unique(mask[(mask >= classes) & (mask != IGNORED)])
+    if not outside.size:
+        return None
+    shift = 1 if config.zero_is_ignored else 0
+    shown = ", ".join(str(value + shift) for value in outside[:5])
+    text = f"labels {shown}{' ...' if outside.size > 5 else ''} outside the {classes} classes"
+    if not config.zero_is_ignored and outside.max() == classes:
+        return f"{text}: if 0 means unlabelled and classes start at 1, set data.zero_is_ignored."
+    if config.zero_is_ignored:
+        return f"{text}, which are labelled 1 to {classes}."
+    return f"{text}, which are labelled 0 to {classes - 1}; {config.ignored_label} is ignored."
+
+
+def choose_crop(
+    mask: UInt8[np.ndarray, "h w"], size: tuple[int, int], max_share: float, draw: Draw
+) -> tuple[int, int]:
+    """Return the offsets of a crop in which more than one class is present and none has `max_share` of the pixels.
+
+    Ignored pixels do not count. After ten crops that fail, the next is taken as it is.
+    """
+    room = max(mask.shape[0] - size[0], 0), max(mask.shape[1] - size[1], 0)
+    top, left = draw(*room)
+    if max_share >= 1:
+        return top, left
+    for _ in range(_CROPS):
+        part = mask[top : top + size[0], left : left + size[1]]
+        counts = np.bincount(part.ravel(), minlength=IGNORED + 1)[:IGNORED]
+        if (counts > 0).sum() > 1 and counts.max() / counts.sum() < max_share:
+            break
+        top, left = draw(*room)
+    return top, left
+
+
+def train_transform(scene: Scene, config: SegmentationData, rng: np.random.Generator) -> Scene:
+    """Resize, crop, flip and distort; smaller than the crop where the image is."""
+    factor = rng.uniform(*config.scale)
+    size = fitted_size(scene.size, config.fit[0] * factor, config.fit[1] * factor)
+    assert scene.mask is not None
+    mask = resize_mask(scene.mask, size)
+
+    def draw(rows: int, columns: int) -> tuple[int, int]:
+        return int(rng.integers(rows + 1)), int(rng.integers(columns + 1))
+
+    top, left = choose_crop(mask, config.height_width, config.max_share, draw)
+    height, width = (min(side, full) for side, full in zip(config.height_width, size, strict=True))
+    # Only the crop's pixels are resized.
+    image = resize_image(scene.image, size, top=top, left=left, region=(height, width))
+    cut = Scene(image, mask[top : top + height, left : left + width])
+    if rng.random() < config.flip:
+        cut = flip(cut)
+    if config.photometric:
+        cut = Scene(distort(np.ascontiguousarray(cut.image), draw_distortion(rng)), cut.mask)
+    return cut
+
+
+def normalise(
+    images: UInt8[Array, "b h w c"],
+    size: Int[Array, "b 2"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, "b h w c"]:
+    """Return (pixels / 255 - mean) / std, float32, and 0 outside `size` (height, width), that is in the padding."""
+    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
+    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    rows = jnp.arange(images.shape[1])[None] < size[:, :1]
+    columns = jnp.arange(images.shape[2])[None] < size[:, 1:]
+    inside = rows[:, :, None] & columns[:, None]
+    return jnp.where(inside[..., None], images.astype(jnp.float32) * scale + shift, 0.0)
+
+
+@dataclasses.dataclass
+class _LoadForTraining(grain.transforms.RandomMap):
+    """Load and transform a record; one that cannot be read is replaced by another, drawn at random."""
+
+    source: MaskFolderSource
+    config: SegmentationData
+
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        corrupt: list[int] = []
+        while len(corrupt) < _REPLACEMENTS:
+            try:
+                scene = train_transform(
+                    load_scene(self.source, index, self.config), self.config, rng
+                )
+            except DecodeError:
+                corrupt.append(index)
+                index = int(rng.integers(len(self.source)))
+                continue
+            padded = pad(scene, self.config.height_width, mask=IGNORED)
+            return {
+                "image": padded.image,
+                "label": padded.mask,
+                "size": np.asarray(scene.size, np.int32),
+                "corrupt": corrupt,
+            }
+        raise UserError(
+            f"{_REPLACEMENTS} records drawn one after the other cannot be read, among them "
+            f"{self.source[corrupt[0]].name}: `fastvim data check` lists what is wrong."
+        )
+
+
+@dataclasses.dataclass
+class _LoadForEvaluation(grain.transforms.Map):
+    """Load a record and resize its image; one that cannot be read comes without labels."""
+
+    source: MaskFolderSource
+    config: SegmentationData
+
+    def map(self, index: int) -> dict[str, Any]:
+        try:
+            scene = load_scene(self.source, index, self.config)
+        except DecodeError as error:
+            nothing = np.zeros((0, 0), np.uint8)
+            image = np.zeros((1, 1, 3), np.uint8)
+            return {"name": "", "image": image, "label": nothing, "error": str(error)}
+        image = resize_image(scene.image, fitted_size(scene.size, *self.config.fit))
+        name = self.source[index].name
+        return {"name": name, "image": image, "label": scene.mask, "error": ""}
+
+
+def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    batch = {key: np.stack([e[key] for e in elements]) for key in ("image", "label", "size")}
+    corrupt = [index for e in elements for index in e["corrupt"]]
+    return {**batch, "corrupt": np.asarray(corrupt, np.int64)}

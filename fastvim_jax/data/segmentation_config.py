@@ -1,0 +1,75 @@
+"""Settings of segmentation's data: where masks lie, what their labels mean, resizing, crops and distortion."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationData(DataConfig):
+    """Images with label maps; the defaults are the ADE20K recipe. See `DataConfig` for fields that tasks share.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field.
+    """
+
+    sources: ClassVar[tuple[str, ...]] = ("mask_folder",)
+
+    source: str = "mask_folder"
+    """mask_folder: image files and mask files, matched by patterns."""
+    train_split: str = "training"
+    """What {split} stands for in training."""
+    eval_split: str = "validation"
+    """What {split} stands for in evaluation."""
+    image_size: int | tuple[int, int] = 512
+    """Side, or height and width, of training crops and of evaluation's windows."""
+    batch_size: int = 16
+    """Images a training step takes, over all processes."""
+    image_pattern: str = IMAGE_PATTERN
+    """Where images lie below data.path; {name} may span folders, the extension .* stands for any image."""
+    mask_pattern: str = MASK_PATTERN
+    """Where the mask of an image lies, under the same {name}."""
+    classes: int = 0
+    """Number of classes where there is no class list."""
+    zero_is_ignored: bool = False
+    """Label 0 means unlabelled and label k class k - 1, as in ADE20K."""
+    ignored_label: int = 255
+    """Label in the files of pixels that do not count."""
+    fit: tuple[int, int] = (2048, 512)
+    """Images are resized, aspect kept, to fit these bounds of the longer and the shorter side."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Training: both bounds are multiplied by a factor drawn uniformly from this range."""
+    max_share: float = 0.75
+    """Training: a crop is drawn again, up to ten times, while one class has a larger share; 1: never."""
+    flip: float = 0.5
+    """Training: probability of a horizontal flip."""
+    photometric: bool = True
+    """Training: distort brightness, contrast, saturation and hue."""
+    eval_stride: int | tuple[int, int] = 341
+    """Evaluation: rows and columns between windows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.channels == 3, "channels", "3")
+        self._whole("classes", 0)
+        self._require(self.classes <= 255, "classes", "at most 255")
+        self._whole("ignored_label", 0)
+        for name in ("fit", "scale"):
+            pair = getattr(self, name)
+            self._require(len(pair) == 2 and min(pair) > 0, name, "two positive numbers")
+        self._require(self.fit[0] >= self.fit[1], "fit", "the longer side first")
+        self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")
+        self._require(0 < self.max_share <= 1, "max_share", "a share from 0 (excluded) to 1")
+        self._require(0 <= self.flip <= 1, "flip", "a probability from 0 to 1")
+        fits = all(1 <= s <= c for s, c in zip(self.stride, self.height_width, strict=True))
+        self._require(fits, "eval_stride", f"from 1 to image_size {self.image_size}")
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Rows and columns between evaluation's windows."""
+        stride = self.eval_stride
+        return (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])

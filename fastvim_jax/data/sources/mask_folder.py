@@ -1,0 +1,183 @@
+"""Images and their label maps in folders: `images/<split>/x.jpg` with `annotations/<split>/x.png`, or by patterns.
+
+A pattern is a path below the data set's folder with `{split}` and `{name}`; `{name}` may span folders. Cityscapes:
+`leftImg8bit/{split}/{name}_leftImg8bit.png` with `gtFine/{split}/{name}_gtFine_labelTrainIds.png`. An extension `.*`
+stands for any image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from fastvim_jax.data.records import DecodeError, Record
+from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
+from fastvim_jax.data.sources.image_folder import EXTENSIONS
+from fastvim_jax.errors import UserError
+
+IMAGE_PATTERN = "images/{split}/{name}.jpg"
+MASK_PATTERN = "annotations/{split}/{name}.png"
+_ADE20K_CLASSES = "objectInfo150.csv"
+_SHOWN = 3
+
+
+class MaskFolderSource:
+    """One split of a folder of images and label maps.
+
+    Records hold the files' bytes: the image, and as `target` the mask (None where it is missing and allowed to be).
+
+    Args:
+        root: the data set's folder.
+        split: what `{split}` stands for.
+        image_pattern: where images lie; see the module.
+        mask_pattern: where the mask of an image lies.
+        class_names: one name a class.
+        allow_missing: accept images without a mask, for a scan that lists them.
+
+    Raises:
+        UserError: a malformed pattern, no image, or images without a mask.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        image_pattern: str = IMAGE_PATTERN,
+        mask_pattern: str = MASK_PATTERN,
+        class_names: tuple[str, ...],
+        allow_missing: bool = False,
+    ) -> None:
+        for option, pattern in (("image_pattern", image_pattern), ("mask_pattern", mask_pattern)):
+            if "{name}" not in pattern:
+                raise UserError(
+                    f"data.{option} is {pattern!r}, but must contain {{name}}: images and masks are matched by it."
+                )
+        self.class_names = class_names
+        self._root = root
+        images = _find(root, split, image_pattern)
+        if not images:
+            where = root / image_pattern.replace("{split}", split)
+            raise UserError(
+                f"no image matches {str(where)!r}: check data.path, the split's name and data.image_pattern."
+            )
+        masks = _find(root, split, mask_pattern)
+        names = sorted(images)
+        self._pairs = [(images[name], masks.get(name)) for name in names]
+        self.missing = tuple(image for image, mask in self._pairs if mask is None)
+        self.stray = tuple(masks[name] for name in sorted(masks) if name not in images)
+        if self.missing and not allow_missing:
+            expected = mask_pattern.replace("{split}", split)
+            shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
+            raise UserError(
+                f"{len(self.missing)} of {len(names)} images in {str(root)!r} have no mask at {expected!r}: {shown}. "
+                "Add the masks, remove the images, or correct data.mask_pattern."
+            )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Record:
+        image, mask = self._pairs[index]
+        target = None if mask is None else (self._root / mask).read_bytes()
+        return Record((self._root / image).read_bytes(), target, str(self._root / image))
+
+    def mask_name(self, index: int) -> str:
+        """Path of a record's mask, for messages."""
+        mask = self._pairs[index][1]
+        return "no mask" if mask is None else str(self._root / mask)
+
+
+def segmentation_classes(root: Path, class_list: Path | None, count: int) -> tuple[str, ...]:
+    """Return the names of the classes.
+
+    They come from the class list given, else from `classes.txt`, `classes.tsv` or ADE20K's `objectInfo150.csv` in
+    `root`, else they are numbered up to `count`.
+
+    Raises:
+        UserError: a list that cannot be read, or neither a list nor a count.
+    """
+    if class_list is not None and class_list.suffix != ".csv":
+        return read_class_list(class_list).names
+    table = root / _ADE20K_CLASSES if class_list is None else class_list
+    if table.is_file():
+        rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+        if not rows or "Name" not in rows[0]:
+            raise UserError(f"the class list {str(table)!r} needs a header with the column Name.")
+        return tuple(row["Name"].split(";")[0] for row in rows)
+    if class_list is not None:
+        raise UserError(f"The class list {str(class_list)!r} does not exist.")
+    found = find_class_list(root)
+    if found is not None:
+        return found.names
+    if count < 1:
+        raise UserError(
+            f"{str(root)!r} has no class list: put classes.txt (one name a line) there, name one in data.class_list, "
+            "or set data.classes to the number of classes."
+        )
+    return tuple(f"class {i}" for i in range(count))
+
+
+def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
+    """Decode a label map: 8-bit grey, palette index, 1-bit or 16-bit PNG; RGB if its channels are equal.
+
+    Raises:
+        DecodeError: no image, colours instead of class numbers, or a lossy format; the message has the fix.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(data))
+            opened.load()
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        raise DecodeError(
+            f"{name}: the mask cannot be read ({error or type(error).__name__})."
+        ) from None
+    if opened.format == "JPEG":
+        raise DecodeError(f"{name}: a JPEG mask has changed labels at every edge; save it as PNG.")
+    if opened.mode == "F":
+        raise DecodeError(
+            f"{name}: a mask of floating-point numbers; save class numbers as 8 bits."
+        )
+    labels = np.asarray(opened)
+    if labels.ndim == 3:
+        colours = labels[..., :3] if opened.mode in ("RGB", "RGBA") else labels[..., :1]
+        if (colours != colours[..., :1]).any():
+            count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
+            raise DecodeError(
+                f"{name}: a mask of {count} colours instead of class numbers (mode {opened.mode}); convert it with the "
+                "data set's palette to an 8-bit PNG whose pixels are class numbers."
+            )
+        labels = colours[..., 0]
+    return labels.astype(np.int32)
+
+
+def _find(root: Path, split: str, pattern: str) -> dict[str, str]:
+    """Paths below `root` that match, by what `{name}` stands for."""
+    filled = pattern.replace("{split}", split)
+    before, _, _ = filled.partition("{name}")
+    start = before.rpartition("/")[0]
+    head, _, tail = filled.partition("{name}")
+    any_image = tail.endswith(".*")
+    ending = re.escape(tail.removesuffix(".*")) + (r"\.[^.]+" if any_image else "")
+    matcher = re.compile(re.escape(head) + "(.+?)" + ending)
+    found: dict[str, str] = {}
+    for directory, subfolders, files in os.walk(root / start):
+        subfolders.sort()
+        for file in sorted(files):
+            path = os.path.relpath(os.path.join(directory, file), root).replace(os.sep, "/")
+            match = matcher.fullmatch(path)
+            if match is None or file.startswith("."):
+                continue
+            if any_image and os.path.splitext(file)[1].lower() not in EXTENSIONS:
+                continue
+            found[match.group(1)] = path
+    return found
