@@ -42,7 +42,16 @@ ROOMS: dict[str, set[str]] = {
     "data": BASE,
     "interop": {"models", "layers", *BASE},
     "analysis": {"models", "layers", "pallas_kernels", *BASE},
-    "training": {"models", "data", "distributed", "interop", "analysis", "pallas_kernels", *BASE},
+    "training": {
+        "models",
+        "layers",
+        "data",
+        "distributed",
+        "interop",
+        "analysis",
+        "pallas_kernels",
+        *BASE,
+    },
     "bench": {
         "training",
         "data",
