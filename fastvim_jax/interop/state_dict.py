@@ -10,6 +10,13 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.interop.detection_names import (
+    BOX_HEAD,
+    MASK_HEAD,
+    RPN,
+    SIMPLE_FPN,
+    detector_entries,
+)
 from fastvim_jax.interop.torch_names import MIXER, VISION_MAMBA, VISION_TRANSFORMER, NameTable
 from fastvim_jax.interop.torch_segmentation_names import (
     DECONVOLUTION_NECK,
@@ -21,6 +28,10 @@ from fastvim_jax.interop.torch_segmentation_names import (
     prefixed,
 )
 from fastvim_jax.layers.mixer import Mixer
+from fastvim_jax.models.detection.cascade import CascadeRCNN
+from fastvim_jax.models.detection.heads import BoxHead, MaskHead
+from fastvim_jax.models.detection.rpn import RPNHead
+from fastvim_jax.models.detection.simple_fpn import SimpleFPN
 from fastvim_jax.models.parameters import (
     list_mismatches,
     named_parameters,
@@ -42,6 +53,10 @@ TABLES = {
     PyramidPooling: NameTable(tuple(PYRAMID_POOLING)),
     DeconvolutionNeck: NameTable(tuple(DECONVOLUTION_NECK)),
     MultiLevelNeck: NameTable(tuple(MULTILEVEL_NECK)),
+    SimpleFPN: NameTable(tuple(SIMPLE_FPN)),
+    RPNHead: NameTable(tuple(RPN)),
+    BoxHead: NameTable(tuple(BOX_HEAD)),
+    MaskHead: NameTable(tuple(MASK_HEAD)),
 }
 
 
@@ -49,7 +64,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
     """Load weights into `model`, in place.
 
     Args:
-        model: A FastVim, Vim or ViT model, a segmentation model, or a single `Mixer`, head or neck.
+        model: A FastVim, Vim or ViT model, a segmentation or detection model, or a single `Mixer`, head or neck.
         mapping: The authors' state-dict names to NumPy arrays (anything `numpy.asarray` takes). Never a pickle: load
             a `.pth` file with `torch.load(..., weights_only=True)` and convert its tensors, or use safetensors.
 
@@ -97,6 +112,9 @@ def _table(model: nnx.Module) -> NameTable:
         backbone = prefixed("backbone.", "backbone.", list(_table(model.backbone).entries))
         neck = [] if model.neck is None else list(_table(model.neck).entries)
         return NameTable((*backbone, *SEGMENTOR, *prefixed("neck.", "neck.", neck)))
+    if isinstance(model, CascadeRCNN):
+        backbone = list(_table(model.backbone).entries)
+        return NameTable(tuple(detector_entries(backbone, len(model.stages))))
     if type(model) not in TABLES:
         known = ", ".join(cls.__name__ for cls in TABLES)
         raise UserError(f"no name table for {type(model).__name__}; there is one for {known}.")

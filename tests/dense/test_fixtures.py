@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.dense import detection, segmentation
+from tests.dense import detection, detection_heads, segmentation
 from tests.dense.golden import Checker, fixtures, read
 from tests.parity.compare import close
 
-CHECKERS: dict[str, Checker] = {**segmentation.CHECKERS, **detection.CHECKERS}
+CHECKERS: dict[str, Checker] = {
+    **segmentation.CHECKERS,
+    **detection.CHECKERS,
+    **detection_heads.CHECKERS,
+}
 FIXTURES = fixtures()
 COVERED = [path for path, kind in FIXTURES.items() if kind in CHECKERS]
 

@@ -1,0 +1,21 @@
+"""Detectors with plain backbones: Cascade Mask R-CNN, Mask R-CNN and Faster R-CNN."""
+
+from fastvim_jax.models.detection.build import build_detector, cascade_mask_rcnn
+from fastvim_jax.models.detection.cascade import CascadeRCNN, Detections
+from fastvim_jax.models.detection.config import (
+    CASCADE,
+    DetectorConfig,
+    ProposalConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "CASCADE",
+    "CascadeRCNN",
+    "Detections",
+    "DetectorConfig",
+    "ProposalConfig",
+    "StageConfig",
+    "build_detector",
+    "cascade_mask_rcnn",
+]

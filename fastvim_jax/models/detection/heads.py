@@ -1,0 +1,107 @@
+"""Box heads and mask heads, which read the features of one box at a time."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import he_normal, normal
+from jaxtyping import Array, Float
+
+from fastvim_jax.models.detection.simple_fpn import ConvNorm, Upsample
+from fastvim_jax.precision import Precision
+
+BOX_SIZE, MASK_SIZE = 7, 14
+"""Bins along each side that RoIAlign gives to a box head and to a mask head, which doubles them."""
+
+
+def _convs(count, width, out, eps, precision, rngs) -> list[ConvNorm]:
+    widths = [width] + [out] * count
+    return [
+        ConvNorm(a, b, 3, eps=eps, precision=precision, rngs=rngs)
+        for a, b in itertools.pairwise(widths)
+    ]
+
+
+class BoxHead(nnx.Module):
+    """Convolutions, one fully connected layer, then class scores and deltas."""
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        convs: int,
+        conv_width: int,
+        hidden: int,
+        class_agnostic: bool,
+        eps: float,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        p = precision
+        self.classes = 1 if class_agnostic else num_classes
+        self.convs = nnx.List(_convs(convs, width, conv_width, eps, precision, rngs))
+
+        def linear(width, out, std, dtype):
+            return nnx.LinearGeneral(
+                width,
+                out,
+                axis=tuple(range(-len(width), 0)),
+                kernel_init=he_normal() if std is None else normal(std),
+                dtype=dtype,
+                param_dtype=p.params,
+                precision=p.lax,
+                rngs=rngs,
+            )
+
+        self.fc = linear((BOX_SIZE, BOX_SIZE, conv_width), hidden, None, p.compute)
+        self.cls = linear((hidden,), num_classes + 1, 0.01, p.wide)
+        self.reg = linear((hidden,), 4 * self.classes, 0.001, p.wide)
+
+    def __call__(
+        self, x: Float[Array, "n h w c"]
+    ) -> tuple[Float[Array, "n classes"], Float[Array, "n boxes 4"]]:
+        """Return class logits (background last) and deltas of each class, or of one for all; float32 or wider."""
+        for conv in self.convs:
+            x = jax.nn.relu(conv(x))
+        x = jax.nn.relu(self.fc(x))
+        return self.cls(x), self.reg(x).reshape(len(x), self.classes, 4)
+
+
+class MaskHead(nnx.Module):
+    """Convolutions, doubled resolution, then one mask of logits for each class."""
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        convs: int,
+        conv_width: int,
+        eps: float,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        p = precision
+        self.convs = nnx.List(_convs(convs, width, conv_width, eps, precision, rngs))
+        self.upsample = Upsample(conv_width, conv_width, precision=p, rngs=rngs)
+        self.logits = nnx.Conv(
+            conv_width,
+            num_classes,
+            (1, 1),
+            kernel_init=he_normal(),
+            dtype=p.compute,
+            param_dtype=p.params,
+            precision=p.lax,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 classes"]:
+        """Return mask logits at twice the resolution, float32 or wider."""
+        for conv in self.convs:
+            x = jax.nn.relu(conv(x))
+        y = self.logits(jax.nn.relu(self.upsample(x)))
+        return y.astype(jnp.promote_types(y.dtype, jnp.float32))

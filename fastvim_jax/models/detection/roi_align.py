@@ -1,0 +1,164 @@
+"""RoIAlign with the reference's adaptive number of samples: exact, of fixed shape, as products of matrices.
+
+A box of w × h cells has bins of w/n × h/n cells; each bin is the mean of ceil(w/n) × ceil(h/n) bilinear samples. A
+bilinear sample on a grid is separable, so the weight of cell (y, x) in bin (p, q) is `rows[p, y] · columns[q, x]`, each
+the mean over its axis' samples of the hat function around the cell.
+
+A box reads a rectangle of cells. Its sides are unbounded (a box can be as wide as the image and one cell high) but its
+number of cells is not: the level rule sends a box to a level where it covers fewer than 28² cells, and the last level
+is small. So every box gathers the same static number of cells, `cell_bound`, from one table of all levels, and
+multiplies them by its weights: no box is cut, resampled or sorted by size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fastvim_jax.models.detection.boxes import sides
+
+BASE_SIZE = 56
+"""Side in pixels of the square boxes at which level 1 begins is twice this; level k begins at 2^k times."""
+
+
+def box_levels(boxes: Float[Array, "*n 4"], levels: int) -> Int[Array, "*n"]:
+    """Choose a pyramid level by a box's size: floor(log2(√(w·h) / 56 + 1e-6)), between 0 and `levels` - 1."""
+    width, height = sides(boxes)
+    size = jnp.sqrt(jnp.maximum(width * height, 0))
+    level = jnp.floor(jnp.log2(size / BASE_SIZE + 1e-6))
+    return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
+
+
+def cell_bound(
+    grids: Sequence[tuple[int, int]], strides: Sequence[int], levelled: bool = True
+) -> int:
+    """Return how many cells a box can read at most, whatever its shape.
+
+    Args:
+        grids: Rows and columns of each level.
+        strides: Pixels of a cell of each level.
+        levelled: Boxes are at the level that `box_levels` gives; otherwise any box may be at any level.
+    """
+    bound = 1
+    for level, ((rows, columns), stride) in enumerate(zip(grids, strides, strict=True)):
+        if not levelled or level == len(grids) - 1:
+            bound = max(bound, rows * columns)
+            continue
+        # A box of h cells reads at most ceil(h) + 2 of them along an axis, and h · w < area.
+        area = (2 ** (level + 1) * BASE_SIZE / stride) ** 2
+        height = np.arange(1, rows + 1)
+        width = np.ceil(area / np.maximum(height - 3, 1e-9)) + 2
+        bound = max(bound, int(np.max(height * np.minimum(width, columns))))
+    return min(bound, max(rows * columns for rows, columns in grids))
+
+
+def roi_align(
+    levels: Sequence[Float[Array, "_h _w c"]],
+    boxes: Float[Array, "n 4"],
+    level: Int[Array, " n"],
+    *,
+    strides: Sequence[int],
+    size: tuple[int, int],
+    cells: int,
+    ratio: int = 0,
+) -> Float[Array, "n p q c"]:
+    """Average the features inside each bin of each box. No gradient flows to the boxes.
+
+    Args:
+        levels: Feature maps of one image.
+        boxes: In pixels of the image.
+        level: The map each box reads.
+        strides: Pixels of a cell of each map.
+        size: Bins along height and width.
+        cells: Cells gathered a box, from `cell_bound`; a box that reads more loses those at its bottom.
+        ratio: Samples along each side of a bin; 0: ceil(side / bins), the reference's setting.
+
+    Returns:
+        Features of every box, in the dtype of the maps. A box without area gives zeros at ratio 0.
+    """
+    boxes = jax.lax.stop_gradient(boxes)
+    shapes = np.array([feature.shape[:2] for feature in levels])
+    starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])[:-1]
+    table = jnp.concatenate([feature.reshape(-1, feature.shape[-1]) for feature in levels])
+    grid = jnp.asarray(shapes)[level]
+    scaled = boxes / jnp.asarray(strides, boxes.dtype)[level][:, None] - 0.5
+    weights, index = jax.vmap(lambda box, grid: _cell_weights(box, grid, size, cells, ratio))(
+        scaled, grid
+    )
+    gathered = table[jnp.asarray(starts)[level][:, None] + index]
+    precision = jax.lax.Precision.HIGHEST if table.dtype != jnp.bfloat16 else None
+    pooled = jnp.einsum(
+        "nkm,nmc->nkc",
+        weights.astype(table.dtype),
+        gathered,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(table.dtype, jnp.float32),
+    )
+    return pooled.astype(table.dtype).reshape(len(boxes), *size, table.shape[-1])
+
+
+def _cell_weights(box, grid, size, cells, ratio):
+    """Weights `bins cells` of the cells that one box reads, and their index in its map, row by row."""
+    axes = []
+    for axis, bins in enumerate(size):
+        low, high = box[1 - axis], box[3 - axis]
+        limit = grid[axis]
+        # First and last cell that any sample can touch, clamped to the map as the samples are.
+        first = jnp.clip(jnp.floor(low), 0, limit - 1).astype(jnp.int32)
+        last = jnp.clip(jnp.floor(high) + 1, 0, limit - 1).astype(jnp.int32)
+        count = jnp.asarray(ratio or jnp.ceil((high - low) / bins), low.dtype)
+        axes.append((first, last - first + 1, (low, high, count, limit, bins)))
+    (top, height, along_y), (left, width, along_x) = axes
+    place = jnp.arange(cells)
+    used = place < height * width
+    y, x = top + place // width, left + place % width
+    weights = axis_weights(y, *along_y)[:, None] * axis_weights(x, *along_x)[None, :]
+    return (
+        jnp.where(used, weights.reshape(-1, cells), 0),
+        jnp.where(used, y * grid[1] + x, 0).astype(jnp.int32),
+    )
+
+
+def axis_weights(
+    cell: Int[Array, " n"],
+    low: Float[Array, ""],
+    high: Float[Array, ""],
+    count: Float[Array, ""],
+    limit: Int[Array, ""],
+    bins: int,
+) -> Float[Array, "bins n"]:
+    """Weigh cells along one axis: the mean over a bin's samples of the hat function around the cell.
+
+    The samples of a bin are evenly spaced, so those between two cells are a run of indices whose mean is its middle: no
+    loop over samples. A sample below -1 or above `limit` counts for nothing, others are clamped to the cells.
+
+    Args:
+        cell: Cells, numbers from 0 to `limit` - 1; cell i lies at i.
+        low: Start of the box.
+        high: End of the box.
+        count: Samples of a bin; 0 gives weights of 0.
+        limit: Cells of the map along this axis.
+        bins: Number of bins.
+    """
+    start = low + (high - low) / bins * jnp.arange(bins, dtype=low.dtype)[:, None]
+    step = (high - low) / bins / jnp.maximum(count, 1)
+    at = lambda i: start + (i + 0.5) * step  # noqa: E731
+
+    def below(place, inclusive=False):
+        """Count a bin's samples below `place`, by division and then exactly."""
+        i = jnp.clip(jnp.ceil((place - start) / jnp.maximum(step, 1e-30) - 0.5), 0, count)
+        i = jnp.where((i > 0) & (at(i - 1) >= place), i - 1, i)
+        i = jnp.where((i < count) & (at(i) < place), i + 1, i)
+        return jnp.where(inclusive & (i < count) & (at(i) == place), i + 1, i)
+
+    c = cell.astype(low.dtype)
+    edge = cell == limit - 1
+    before, here, after = below(c - 1), below(c), below(c + 1, edge)
+    rising = jnp.where(cell == 0, 1, at((before + here - 1) / 2) - (c - 1))
+    falling = jnp.where(edge, 1, (c + 1) - at((here + after - 1) / 2))
+    total = (here - before) * rising + (after - here) * falling
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), 0)
