@@ -52,9 +52,11 @@ ROOMS: dict[str, set[str]] = {
         "pallas_kernels",
         *BASE,
     },
+    "inference": {"training", "models", "data", "interop", "analysis", *BASE},
     "bench": {
         "training",
         "data",
+        "distributed",
         "analysis",
         "models",
         "layers",
@@ -63,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "cli": {
         "bench",
+        "inference",
         "training",
         "data",
         "distributed",
@@ -131,6 +134,38 @@ def test_arrows_point_down_only() -> None:
         if room(target) not in {room(name), "", *ROOMS[room(name)]}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def task(module: str) -> str | None:
+    """The task whose folder in training/ a module belongs to; None for what the tasks share."""
+    parts = module.split(".")
+    if parts[:2] != ["fastvim_jax", "training"] or len(parts) < 3:
+        return None
+    return parts[2] if (ROOT / "fastvim_jax" / "training" / parts[2]).is_dir() else None
+
+
+def test_no_task_imports_another_and_what_they_share_imports_none() -> None:
+    known = modules()
+    tasks = {task(name) for name in known} - {None}
+    assert "classification" in tasks
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in known.items()
+        if room(name) == "training" and name != "fastvim_jax.training"
+        for target, _ in imports(path, set(known))
+        if task(target) not in {None, task(name)}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_task_is_found_by_its_config() -> None:
+    from fastvim_jax.training.tasks import TASKS
+
+    tasks = {f"fastvim_jax.training.{task(name)}" for name in modules() if task(name)}
+    assert set(TASKS.values()) == tasks
+    for name, folder in TASKS.items():
+        assert hasattr(importlib.import_module(f"{folder}.config"), name)
+        assert callable(importlib.import_module(f"{folder}.train").train)
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

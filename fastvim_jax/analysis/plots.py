@@ -20,6 +20,8 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from fastvim_jax.analysis.headline import Headline
+
 # Tells apart also for colour-blind readers, and in print.
 _TRAIN, _RAW, _EMA = "#8a94a6", "#1f6fb4", "#e07b39"
 _RIGHT, _WRONG, _INK = "#2a7f62", "#c0392b", "#2b2f36"
@@ -53,6 +55,7 @@ def plot_run(
     file: Path | str,
     *,
     title: str,
+    headline: Headline,
     mistakes_in_all: int | None = None,
 ) -> None:
     """Draw a run as one picture: loss and accuracy on the left, images with predictions on the right.
@@ -63,7 +66,8 @@ def plot_run(
         samples: images to show whatever the model says; the first 18, or 24 if there is no mistake.
         mistakes: wrongly classified images; the first 6 are shown.
         file: the PNG to write.
-        title: the headline.
+        title: text above the picture.
+        headline: the score to draw.
         mistakes_in_all: how many mistakes there were; by default `len(mistakes)`.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
@@ -72,19 +76,19 @@ def plot_run(
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.02)
     left, right = halves
     loss, accuracy = left.subplots(2, 1, sharex=True)
-    draw_loss(loss, records)
-    draw_accuracy(accuracy, records)
+    draw_loss(loss, records, headline)
+    draw_score(accuracy, records, headline)
     _draw_samples(right, samples, mistakes, mistakes_in_all or len(mistakes))
     figure.savefig(file)
 
 
-def draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    """Training and held-out loss over the epochs."""
+def draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headline) -> None:
+    """Draw training and held-out loss over the epochs."""
     lines = _lines(records, "loss")
     train = [r for r in records if r.get("kind") == "train" and "loss" in r]
     axes.plot(
         [r["epoch"] for r in train], [r["loss"] for r in train],
-        color=_TRAIN, linewidth=1.6, label="training (smoothed labels, augmented)",
+        color=_TRAIN, linewidth=1.6, label="training",
     )  # fmt: skip
     _draw_lines(axes, lines)
     values = [r["loss"] for r in train] + [v for _, _, ys in lines.values() for v in ys]
@@ -93,18 +97,20 @@ def draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    dress(axes, "cross entropy", "Loss")
+    dress(axes, headline.loss, "Loss")
 
 
-def draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out accuracy of the raw and the averaged weights over the epochs."""
-    lines = _lines(records, "top1")
+def draw_score(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headline) -> None:
+    """Draw the headline's score of the raw and the averaged weights over the epochs."""
+    lines = _lines(records, headline.score)
     _draw_lines(axes, lines)
     values = [v for _, _, ys in lines.values() for v in ys]
-    if values:
-        axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    dress(axes, "top-1", "Accuracy on held-out images", legend="lower right")
+    if headline.percent:
+        if values:
+            axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    corner: _Corner = "lower right" if headline.higher_is_better else "upper right"
+    dress(axes, headline.label, headline.title, legend=corner)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -112,7 +118,7 @@ def draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
 def _lines(
     records: Sequence[Mapping[str, Any]], score: str
 ) -> dict[str, tuple[str, list[float], list[float]]]:
-    """Colour, epochs and values of each set of weights that was evaluated."""
+    """Return colour, epochs and values of each set of weights that was evaluated."""
     names = {"raw": ("held out", _RAW), "ema": ("held out, averaged weights", _EMA)}
     lines = {}
     for weights, (label, colour) in names.items():

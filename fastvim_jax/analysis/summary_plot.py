@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from fastvim_jax.analysis.plots import draw_accuracy, draw_loss, dress
+from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.analysis.plots import draw_loss, draw_score, dress
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -19,22 +20,23 @@ Records = Sequence[Mapping[str, Any]]
 _BLUE, _ORANGE, _GREY, _GREEN, _INK = "#1f6fb4", "#e07b39", "#8a94a6", "#2a7f62", "#2b2f36"
 
 
-def plot_summary(records: Records, file: Path | str, *, title: str) -> None:
-    """Draw loss, accuracy, learning rate, norms, throughput and where the time went over the epochs.
+def plot_summary(records: Records, file: Path | str, *, title: str, headline: Headline) -> None:
+    """Draw loss, score, learning rate, norms, throughput and where the time went over the epochs.
 
     Args:
         records: the lines of the run's `metrics.jsonl`.
         file: the PNG to write.
-        title: the headline.
+        title: text above the picture.
+        headline: the score to draw.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(15, 7.5), dpi=100, facecolor="white", layout=layout)
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
     panels: Any = figure.subplots(2, 3, sharex=True)
-    (loss, accuracy, rate), (norms, speed, time) = panels
-    draw_loss(loss, records)
-    draw_accuracy(accuracy, records)
-    accuracy.set_xlabel("")
+    (loss, score, rate), (norms, speed, time) = panels
+    draw_loss(loss, records, headline)
+    draw_score(score, records, headline)
+    score.set_xlabel("")
     train = [record for record in records if record["kind"] == "train"]
     _draw_learning_rate(rate, train)
     _draw_norms(norms, train)

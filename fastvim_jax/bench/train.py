@@ -15,6 +15,7 @@ from flax import nnx
 from fastvim_jax.bench.model import policy, reference_options
 from fastvim_jax.bench.record import Columns
 from fastvim_jax.models import ModelConfig, build_model, model_config
+from fastvim_jax.training.classification.train import make_loss
 from fastvim_jax.training.config import OptimizerConfig
 from fastvim_jax.training.optimizer import make_optimizer
 from fastvim_jax.training.steps import TrainState, init_state, make_train_step
@@ -93,7 +94,7 @@ def _batch(config: ModelConfig, batch: int, seed: int) -> dict[str, jax.Array]:
 
 def _train_step(config: ModelConfig, params: Any) -> Callable[..., Any]:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
-    return make_train_step(graphdef, _optimizer(params))
+    return make_train_step(make_loss(graphdef), _optimizer(params))
 
 
 def _program(config: ModelConfig, batch: int) -> timing.Program:

@@ -39,7 +39,7 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a trained run: top-1, top-5 and loss, every image counted once."""
     from fastvim_jax.distributed import is_first_process, start
-    from fastvim_jax.training.run_scores import RunScores, score_run
+    from fastvim_jax.training.classification.run_scores import RunScores, score_run
 
     chosen = parse(_arguments(arguments), "eval", arguments, f"{run.__doc__}")
     start()

@@ -42,8 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "predict", arguments, f"{run.__doc__}")
     if not chosen.images:
         raise UsageError("name at least one image file: fastvim predict RUN IMAGE...")
+    from fastvim_jax.inference.predict import predict_files
     from fastvim_jax.training import load_run
-    from fastvim_jax.training.predict import predict_files
 
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     predictions = predict_files(

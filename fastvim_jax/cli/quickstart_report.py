@@ -28,8 +28,8 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """Restore a trained run, classify its held-out images and draw its curves and some predictions."""
     chosen = parse(Arguments, "quickstart-report", arguments, f"{run.__doc__}")
+    from fastvim_jax.inference.report import report_run
     from fastvim_jax.training import load_run
-    from fastvim_jax.training.report import report_run
 
     loaded = load_run(chosen.run)
     picture = chosen.picture or chosen.run / "quickstart.png"

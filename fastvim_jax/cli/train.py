@@ -98,12 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         return STOPPED_STATUS
     if not is_first_process():
         return 0
-    scores = [
-        f"{weights} top-1 {100 * result.metrics[f'{weights}_top1']:.2f} %"
-        for weights in ("raw", "ema")
-        if f"{weights}_top1" in result.metrics
-    ]
-    print(f"Finished at step {result.step} after {result.seconds:.0f} s: {', '.join(scores)}.")
+    print(f"Finished at step {result.step} after {result.seconds:.0f} s: {result.headline}.")
     print(
         f"Everything is in {result.run_dir}, the curves in summary.png. Next: {command()} eval {result.run_dir}"
     )
@@ -112,10 +107,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _arguments(config: Any, run_dir: Path) -> type:
     """The arguments of this experiment: its config's fields at the top level, their values being the defaults."""
-    from fastvim_jax.training import TrainConfig
-
     # A config holds one kind of model: other kinds are other experiments, not subcommands.
-    fields = tyro.conf.AvoidSubcommands[TrainConfig]
+    kind: Any = type(config)
+    fields = tyro.conf.AvoidSubcommands[kind]
     return dataclasses.make_dataclass(
         "Arguments",
         [

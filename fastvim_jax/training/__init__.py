@@ -1,15 +1,19 @@
-"""Training, evaluation and run folders. The trainers read top to bottom; what they share is in small modules here."""
+"""Training, evaluation and run folders.
+
+A folder here is a task, whose `train.py` reads top to bottom; a file is shared by all tasks and knows none of them.
+"""
 
 from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints
-from fastvim_jax.training.config import OptimizerConfig, TrainConfig
-from fastvim_jax.training.evaluation import evaluate
+from fastvim_jax.training.classification.config import TrainConfig
+from fastvim_jax.training.classification.evaluation import evaluate
+from fastvim_jax.training.config import OptimizerConfig, RunConfig
 from fastvim_jax.training.experiments import experiment_docs, list_experiments, load_experiment
 from fastvim_jax.training.health import NonFiniteError
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.profiling import ProfileSteps
 from fastvim_jax.training.run_folder import Run, load_run
+from fastvim_jax.training.runs import RunResult, train
 from fastvim_jax.training.stopping import STOPPED_STATUS, Stopped
-from fastvim_jax.training.supervised import RunResult, train
 
 __all__ = [
     "STOPPED_STATUS",
@@ -19,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "ProfileSteps",
     "Run",
+    "RunConfig",
     "RunResult",
     "Stopped",
     "TrainConfig",

@@ -1,7 +1,7 @@
 """Write checkpoints in the background through Orbax, atomically, and check every file before it is trusted.
 
-A checkpoint holds the items `params`, `ema` (if kept), `optimizer` and `meta` (JSON: step, seeds, position in
-the data, shapes, whatever the trainer adds). Arrays are stored flat under the dotted names of the *stored*
+A checkpoint holds the items `params`, `ema` and `model_state` (if kept), `optimizer` and `meta` (JSON: step, seeds,
+position in the data, shapes, whatever the trainer adds). Arrays are stored flat under the dotted names of the *stored*
 parameters, which are the same for scanned and unrolled models, so no class of this package is needed to read
 one. Beside the folder, `checksums/<step>.json` lists size and digest of every file.
 
@@ -143,8 +143,9 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(flatten(state.optimizer)),
             "meta": ocp.args.JsonSave(meta),
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(flatten(state.ema))
+        for name in ("ema", "model_state"):
+            if (tree := getattr(state, name)) is not None:
+                items[name] = ocp.args.StandardSave(flatten(tree))
         self._saving = step
         self._shapes = _abstract(params)
         try:
@@ -208,9 +209,9 @@ class Checkpoints:
         step = self._existing(step)
         meta = self.read_meta(step)
         self._refuse_other_model(step, meta, template.params)
-        trees = {"params": template.params, "optimizer": template.optimizer}
-        if template.ema is not None:
-            trees["ema"] = template.ema
+        names = ("params", "optimizer", "ema", "model_state")
+        trees = {name: getattr(template, name) for name in names}
+        trees = {name: tree for name, tree in trees.items() if tree is not None}
         restored = self._restore(step, trees)
         made = np.asarray(meta["step"], np.int32)
         count = jax.make_array_from_callback((), template.step.sharding, lambda index: made)
@@ -219,6 +220,7 @@ class Checkpoints:
             params=restored["params"],
             optimizer=restored["optimizer"],
             ema=restored.get("ema"),
+            model_state=restored.get("model_state"),
         )
 
     def restore_weights(self, params: Any, *, weights: str, step: int | None = None) -> Any:
@@ -235,6 +237,16 @@ class Checkpoints:
                 f"{self._name(step)} holds no average of the weights: ask for weights='raw'."
             )
         return self._restore(step, {item: params})[item]
+
+    def restore_model_state(self, model_state: Any, *, step: int | None = None) -> Any:
+        """Restore what the model holds besides its weights, such as running statistics, placed like `model_state`.
+
+        Raises:
+            CheckpointError: see `restore_state`.
+        """
+        if not flatten(model_state):
+            return model_state
+        return self._restore(self._existing(step), {"model_state": model_state})["model_state"]
 
     def close(self) -> None:
         """Wait until nothing is being written, and stop.

@@ -1,4 +1,4 @@
-"""The configuration of a supervised run: what an experiment file builds and the command line overrides."""
+"""What all runs are configured by: the optimizer, and the fields that the tasks' configs share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
-from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.training import serialise
 
 DecayGroups = Literal["supervised", "pretrain", "finetune", "cell"]
@@ -55,37 +53,39 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         where = "optimizer."
-        _whole_to_float(self)
-        _positive(where, self, "learning_rate", "eps")
-        _not_negative(
+        whole_to_float(self)
+        require_positive(where, self, "learning_rate", "eps")
+        require_not_negative(
             where, self, "warmup_epochs", "warmup_start", "final_learning_rate", "weight_decay"
         )
-        _choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
-        _choice(where, self, "schedule", ("warmup_cosine", "epoch_cosine", "constant"))
-        _choice(where, self, "decay_groups", ("supervised", "pretrain", "finetune", "cell"))
+        require_choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
+        require_choice(where, self, "schedule", ("warmup_cosine", "epoch_cosine", "constant"))
+        require_choice(where, self, "decay_groups", ("supervised", "pretrain", "finetune", "cell"))
         if self.weight_decay_end is not None:
-            _not_negative(where, self, "weight_decay_end")
+            require_not_negative(where, self, "weight_decay_end")
         if self.clip_grad_norm is not None:
-            _positive(where, self, "clip_grad_norm")
+            require_positive(where, self, "clip_grad_norm")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            _refuse(where, self, "layer_decay", "within 0 (excluded) and 1, or None")
+            refuse(where, self, "layer_decay", "within 0 (excluded) and 1, or None")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                _refuse(where, self, name, "at least 0 and below 1")
+                refuse(where, self, name, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a supervised run; two runs of one config on one machine end in the same weights.
+class RunConfig:
+    """What the runs of all tasks have in common; each task's config adds its own fields (`TrainConfig` classifies).
+
+    Two runs of one config on one machine end in the same weights.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    model: VisionMambaConfig | ViTConfig
-    """The backbone and its head; model.num_classes must be the data's number of classes."""
-    data: ClassificationData = field(default_factory=ClassificationData)
-    """Where the images come from, how they are batched and augmented."""
+    model: Any
+    """The model's config; a task's config names the classes that it takes."""
+    data: Any
+    """The data's config; a task's config names its class."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its groups and its schedules."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -94,8 +94,6 @@ class TrainConfig:
     """Parts in which a batch of data.batch_size passes through the model before its one update, to save memory."""
     epochs: int = 300
     """Passes over the training images; the schedules end with the last."""
-    label_smoothing: float = 0.1
-    """Mass of each target spread evenly over all classes."""
     ema_decay: float | None = 0.9999
     """Decay of the average of the weights that is evaluated beside them; None: no average."""
     seed: int = 0
@@ -110,46 +108,35 @@ class TrainConfig:
     """Steps between lines of the log; only there the loop waits for the device."""
 
     def __post_init__(self) -> None:
-        _whole_to_float(self)
-        _integer("", self, 1, "accumulate", "epochs", "keep_checkpoints", "log_every_steps")
-        _integer("", self, 0, "evaluate_every_epochs", "seed")
+        whole_to_float(self)
+        require_integer("", self, 1, "accumulate", "epochs", "keep_checkpoints", "log_every_steps")
+        require_integer("", self, 0, "evaluate_every_epochs", "seed")
         if self.checkpoint_every_steps is not None:
-            _integer("", self, 1, "checkpoint_every_steps")
-        if not 0 <= self.label_smoothing < 1:
-            _refuse("", self, "label_smoothing", "at least 0 and below 1")
+            require_integer("", self, 1, "checkpoint_every_steps")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            _refuse("", self, "ema_decay", "at least 0 and below 1, or None for no average")
+            refuse("", self, "ema_decay", "at least 0 and below 1, or None for no average")
         if self.optimizer.schedule != "constant" and self.optimizer.warmup_epochs >= self.epochs:
             raise UserError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} leaves nothing of epochs={self.epochs} "
                 "to decay over: shorten the warm-up or train longer."
             )
-        if self.model.num_classes < 1 or self.model.out_indices:
-            raise UserError(
-                f"model.num_classes={self.model.num_classes}, model.out_indices={self.model.out_indices}: "
-                "supervised training needs a classifier; set num_classes and leave out_indices empty."
-            )
-        if self.model.channels != self.data.channels:
-            raise UserError(
-                f"model.channels={self.model.channels}, but data.channels={self.data.channels}: make them equal."
-            )
-        if self.model.image_size != self.data.height_width:
-            raise UserError(
-                f"model.image_size={self.model.image_size}, but data.image_size={self.data.image_size}: make them "
-                "equal, or the model's position embedding is resized in every step."
-            )
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype in which the model computes."""
+        return str(self.model.dtype)
 
     def to_json(self) -> str:
-        """The config as JSON text; `TrainConfig.from_json` gives it back exactly."""
+        """Return the config as JSON text; `from_json` of its class gives it back exactly."""
         return serialise.to_json(self)
 
-    @staticmethod
-    def from_json(text: str) -> TrainConfig:
-        """The inverse of `to_json`; unknown, missing and mistyped fields raise a UserError that names them."""
-        return serialise.from_json(TrainConfig, text)
+    @classmethod
+    def from_json(cls, text: str) -> Any:
+        """Return the config that `to_json` wrote; unknown, missing and mistyped fields raise a UserError."""
+        return serialise.from_json(cls, text)
 
 
-def _whole_to_float(config: Any) -> None:
+def whole_to_float(config: Any) -> None:
     """Let `warmup_epochs=5` be 5.0, so that equal configs are equal as JSON too."""
     for each in fields(config):
         value = getattr(config, each.name)
@@ -157,31 +144,36 @@ def _whole_to_float(config: Any) -> None:
             object.__setattr__(config, each.name, float(value))
 
 
-def _refuse(where: str, config: Any, name: str, expected: str) -> None:
+def refuse(where: str, config: Any, name: str, expected: str) -> None:
+    """Raise a UserError that names a field, its value and what was expected."""
     raise UserError(f"{where}{name} is {getattr(config, name)!r}, but must be {expected}.")
 
 
-def _choice(where: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_choice(where: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Refuse a field that is none of the choices."""
     if getattr(config, name) not in choices:
-        _refuse(where, config, name, f"one of {', '.join(choices)}")
+        refuse(where, config, name, f"one of {', '.join(choices)}")
 
 
-def _positive(where: str, config: Any, *names: str) -> None:
+def require_positive(where: str, config: Any, *names: str) -> None:
+    """Refuse fields that are no finite number above zero."""
     for name in names:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
-            _refuse(where, config, name, "a positive number")
+            refuse(where, config, name, "a positive number")
 
 
-def _not_negative(where: str, config: Any, *names: str) -> None:
+def require_not_negative(where: str, config: Any, *names: str) -> None:
+    """Refuse fields that are no finite number of at least zero."""
     for name in names:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
-            _refuse(where, config, name, "zero or a positive number")
+            refuse(where, config, name, "zero or a positive number")
 
 
-def _integer(where: str, config: Any, least: int, *names: str) -> None:
+def require_integer(where: str, config: Any, least: int, *names: str) -> None:
+    """Refuse fields that are no whole number of at least `least`."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            _refuse(where, config, name, f"a whole number of at least {least}")
+            refuse(where, config, name, f"a whole number of at least {least}")

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from fastvim_jax.errors import UserError, suggest
-from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.config import RunConfig
 
 
 def experiments_folder() -> Path:
@@ -29,7 +29,7 @@ def list_experiments() -> list[str]:
     return sorted(name.as_posix() for name in files if not name.name.startswith("_"))
 
 
-def load_experiment(name: str | Path) -> TrainConfig:
+def load_experiment(name: str | Path) -> RunConfig:
     """The config of an experiment.
 
     Args:
@@ -74,8 +74,10 @@ def _load(path: Path) -> object:
     return module
 
 
-def _config_of(path: Path) -> TrainConfig:
+def _config_of(path: Path) -> RunConfig:
     config = getattr(_load(path), "config", None)
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"{path} must set `config` to a TrainConfig; it holds {config!r}.")
+    if not isinstance(config, RunConfig):
+        raise UserError(
+            f"{path} must set `config` to a TrainConfig, or another task's config; it holds {config!r}."
+        )
     return config

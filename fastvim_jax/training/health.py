@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.steps import Metrics
 
 _WATCHED = ("loss", "grad_norm", "update_norm")
-_MEANS = (*_WATCHED, "param_norm")
+_NOT_MEANT = ("step", "finite_input")
 _IN_FLIGHT = 4
 
 
@@ -43,7 +43,7 @@ class Window:
         records: metrics of the window's earlier steps, from a checkpoint taken within it.
     """
 
-    def __init__(self, config: TrainConfig, records: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = ()) -> None:
         self._config = config
         self._fetched: list[dict[str, Any]] = list(records)
         self._waiting: list[tuple[int, Metrics]] = []
@@ -81,7 +81,8 @@ class Window:
         """Means over the window, which then starts anew. Raises as `fetch` does."""
         records = self.fetch(last_checkpoint)
         self._fetched.clear()
-        return {key: fmean(record[key] for record in records) for key in _MEANS}
+        names = [key for key in records[0] if key not in _NOT_MEANT]
+        return {key: fmean(record[key] for record in records) for key in names}
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
         """Norms of the last step by `grad/NAME`, `param/NAME` and `update/NAME`, for parameters `names`."""
@@ -92,14 +93,14 @@ class Window:
         }
 
 
-def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: TrainConfig) -> str:
+def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: RunConfig) -> str:
     """What probably made `record` non-finite, judged by it and the steps `before` it."""
     if not record["finite_input"]:
         return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
     if record["step"] == 1 or (not before and not math.isfinite(record["loss"])):
         return (
             f"the first loss is already not finite: the model's numbers overflow in model.dtype="
-            f"{config.model.dtype}; try float32, or check weights that were loaded"
+            f"{config.compute_dtype}; try float32, or check weights that were loaded"
         )
     norms = [r["grad_norm"] for r in before]
     remedy = "lower optimizer.learning_rate, lengthen optimizer.warmup_epochs or set optimizer.clip_grad_norm"
@@ -110,7 +111,7 @@ def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: T
         )
     if math.isfinite(record["loss"]):
         what = "gradient" if not math.isfinite(record["grad_norm"]) else "update"
-        other = ", or use model.dtype=float32" if config.model.dtype == "bfloat16" else ""
+        other = ", or use model.dtype=float32" if config.compute_dtype == "bfloat16" else ""
         return f"the loss is finite but its {what} overflowed: {remedy}{other}"
     return f"the weights went astray, most often because the learning rate is too high: {remedy}"
 
@@ -118,7 +119,7 @@ def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: T
 def _message(
     record: dict[str, Any],
     before: list[dict[str, Any]],
-    config: TrainConfig,
+    config: RunConfig,
     last_checkpoint: str,
 ) -> str:
     numbers = ", ".join(f"{key} {record[key]:.4g}" for key in _WATCHED)

@@ -1,8 +1,8 @@
 """Write a run's numbers to the console, `metrics.jsonl`, TensorBoard event files and, if asked, elsewhere.
 
-`metrics.jsonl` holds one JSON object a line: `kind` (`train`, `eval` or `norms`), `step`, `epoch`, then the
-numbers. The timings that `clock.TIMING` names depend on the machine. Everything else is the same for a run that
-was interrupted and resumed and for one that was not.
+`metrics.jsonl` holds one JSON object a line: `kind` (`train`, `norms`, `eval` or another evaluator's name),
+`step`, `epoch`, then the numbers. The timings that `clock.TIMING` names depend on the machine. Everything else is
+the same for a run that was interrupted and resumed and for one that was not.
 """
 
 from __future__ import annotations
@@ -259,6 +259,6 @@ def open_sinks(wandb: str | None, folder: Path, config: Any) -> list[Sink]:
     return sinks
 
 
-def evaluated(folder: Path | str, step: int) -> bool:
-    """Return whether the run's log holds an evaluation of `step`."""
-    return any(record["step"] == step for record in read_metrics(folder, "eval"))
+def evaluated(folder: Path | str, step: int, kind: str = "eval") -> bool:
+    """Return whether the run's log holds a record of `kind` at `step`."""
+    return any(record["step"] == step for record in read_metrics(folder, kind))

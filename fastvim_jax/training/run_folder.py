@@ -1,6 +1,6 @@
 """The run folder: all that evaluation, prediction and a resumed run need, and where the numbers came from.
 
-config.json        the TrainConfig, model included        classes.json      class names, in order
+config.json        the run's config, model included       classes.json      class names, in order (none: [])
 environment.json   versions, devices, git commit of each start
 checkpoints/ checksums/                                    metrics.jsonl tensorboard/
 lock               held by the process that trains here
@@ -24,15 +24,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-import fastvim_jax
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
-from fastvim_jax.training.config import TrainConfig
+from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import writing
 from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.serialise import to_dict
+from fastvim_jax.training.tasks import config_from_json
 
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
@@ -71,13 +71,13 @@ class Run:
     Attributes:
         model: the NNX model, holding the chosen weights.
         config: the run's configuration.
-        class_names: names of the classes, by number.
+        class_names: names of the classes, by number; empty where the task has none.
         step: the checkpoint's step.
         weights: `raw` or `ema`.
     """
 
     model: nnx.Module
-    config: TrainConfig
+    config: RunConfig
     class_names: tuple[str, ...]
     step: int
     weights: str
@@ -111,21 +111,23 @@ def load_run(
     try:
         # Only shapes: the weights come from the checkpoint, so none are drawn.
         shapes = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
-        graphdef, params = nnx.split(shapes)
+        graphdef, *states = nnx.split(shapes, nnx.Param, ...)
         place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        params = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), params
+        params, model_state = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), states
         )
         meta = checkpoints.read_meta(step)
         params = checkpoints.restore_weights(params, weights=weights, step=meta["step"])
+        model_state = checkpoints.restore_model_state(model_state, step=meta["step"])
     finally:
         checkpoints.close()
-    return Run(nnx.merge(graphdef, params), config, class_names, meta["step"], weights)
+    model = nnx.merge(graphdef, params, model_state)
+    return Run(model, config, class_names, meta["step"], weights)
 
 
 @contextlib.contextmanager
 def start_run(
-    run_dir: Path | str, config: TrainConfig, class_names: Sequence[str]
+    run_dir: Path | str, config: RunConfig, class_names: Sequence[str] | None
 ) -> Iterator[Path]:
     """Make the run folder, or check that an existing one is of the same run; record this start and hold the folder.
 
@@ -163,15 +165,16 @@ def _refuse_other_files(folder: Path) -> None:
         )
 
 
-def _record_start(folder: Path, config: TrainConfig, class_names: Sequence[str]) -> None:
+def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | None) -> None:
     if (folder / CONFIG_FILE).is_file():
         _refuse_other_run(folder, config)
-        if tuple(class_names) != read_class_names(folder):
+        if tuple(class_names or ()) != read_class_names(folder):
             raise UserError(
                 f"{folder} was trained on other classes than data.source={config.data.source!r} has now: "
                 "use its data, or another run folder."
             )
-    _write(folder / CLASSES_FILE, json.dumps(list(class_names), indent=1, ensure_ascii=False))
+    names = json.dumps(list(class_names or ()), indent=1, ensure_ascii=False)
+    _write(folder / CLASSES_FILE, names)
     _write(folder / CONFIG_FILE, config.to_json())
     starts = []
     if (folder / ENVIRONMENT_FILE).is_file():
@@ -179,7 +182,7 @@ def _record_start(folder: Path, config: TrainConfig, class_names: Sequence[str])
     _write(folder / ENVIRONMENT_FILE, json.dumps({"starts": [*starts, environment()]}, indent=1))
 
 
-def read_config(run_dir: Path | str) -> TrainConfig:
+def read_config(run_dir: Path | str) -> RunConfig:
     """The config saved in a run folder.
 
     Raises:
@@ -190,11 +193,11 @@ def read_config(run_dir: Path | str) -> TrainConfig:
         raise UserError(
             f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote."
         )
-    return TrainConfig.from_json(path.read_text())
+    return config_from_json(path.read_text())
 
 
 def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
-    """The class names saved in a run folder.
+    """Read the class names saved in a run folder; empty where the task has no classes.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -217,7 +220,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
         "cpu_count": os.cpu_count(),
-        "git": git_commit(Path(fastvim_jax.__file__).parent),
+        "git": git_commit(Path(__file__).parents[1]),
     }
 
 
@@ -253,7 +256,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _refuse_other_run(folder: Path, config: TrainConfig) -> None:
+def _refuse_other_run(folder: Path, config: RunConfig) -> None:
     saved, given = _leaves(to_dict(read_config(folder))), _leaves(to_dict(config))
     changed = [
         f"{name}: {saved.get(name)!r} there, {given.get(name)!r} now"

@@ -7,9 +7,9 @@ import os
 import time
 from pathlib import Path
 
+from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.analysis.summary_plot import plot_summary
 from fastvim_jax.distributed import is_first_process
-from fastvim_jax.training.evaluation import in_words
 from fastvim_jax.training.metrics import read_metrics
 
 SUMMARY_FILE = "summary.png"
@@ -23,11 +23,17 @@ class SummaryPicture:
 
     Args:
         folder: the run folder.
-        total_steps: the run's length, for the headline.
+        total_steps: the run's length, for the title.
+        headline: the score to draw.
+        evaluator: the kind of the records that hold this score.
     """
 
-    def __init__(self, folder: Path, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, headline: Headline, evaluator: str = "eval"
+    ) -> None:
         self._folder = folder
+        self._headline = headline
+        self._evaluator = evaluator
         self._total_steps = total_steps
         self._next = time.monotonic() + INTERVAL
 
@@ -39,13 +45,13 @@ class SummaryPicture:
         file = self._folder / SUMMARY_FILE
         temporary = file.with_name(f"{file.stem}.tmp.png")
         records = read_metrics(self._folder)
-        evaluations = [record for record in records if record["kind"] == "eval"]
+        evaluations = [record for record in records if record["kind"] == self._evaluator]
         title = f"{self._folder.resolve().name}, {self._total_steps} steps"
         if evaluations:
-            step, scores = evaluations[-1]["step"], in_words(evaluations[-1])
+            step, scores = evaluations[-1]["step"], self._headline.in_words(evaluations[-1])
             title += f"; at step {step}: {scores}"
         try:
-            plot_summary(records, temporary, title=title)
+            plot_summary(records, temporary, title=title, headline=self._headline)
             os.replace(temporary, file)
         except OSError as error:
             _log.warning("%s could not be written: %s", file, error)

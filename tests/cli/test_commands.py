@@ -13,9 +13,9 @@ from PIL import Image
 
 from fastvim_jax.analysis import model_cost
 from fastvim_jax.data import make_eval_iterator, open_source
+from fastvim_jax.inference.predict import predict_batches
 from fastvim_jax.models import list_models, model_config
 from fastvim_jax.training import evaluate, load_run, read_metrics
-from fastvim_jax.training.predict import predict_batches
 from tests.cli.conftest import Cli
 
 

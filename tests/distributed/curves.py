@@ -22,6 +22,7 @@ from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.distributed import MeshConfig, make_mesh, on_mesh, place_batch, sharding, start
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 from fastvim_jax.training import OptimizerConfig
+from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fastvim_jax.training.steps import build_state, init_state, make_train_step, state_shapes
 
@@ -91,8 +92,9 @@ def curve(name: str) -> tuple[list[float], float, int]:
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     state = build_state(begin, shapes)
     step = make_train_step(
-        graphdef,
+        make_loss(graphdef),
         optimizer,
+        draw=make_draw(graphdef),
         ema_decay=0.9,
         augment=make_augment(DATA, CLASSES, label_smoothing=0.1),
         accumulate=accumulate,

@@ -28,8 +28,8 @@ from fastvim_jax.distributed import (
 )
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig, train
+from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.metrics import RunLog
-from fastvim_jax.training.run_scores import score_run
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
 sharding.SMALLEST = 8  # So that nearly everything of a tiny model is spread.

@@ -13,12 +13,12 @@ from flax import nnx
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.pos_embed import resize_pos_embed, sincos_pos_embed
 from fastvim_jax.precision import Precision
-from fastvim_jax.training.ema import init_ema, update_ema
-from fastvim_jax.training.losses import (
+from fastvim_jax.training.classification.losses import (
     cross_entropy,
     label_smoothing_cross_entropy,
     soft_target_cross_entropy,
 )
+from fastvim_jax.training.ema import init_ema, update_ema
 from pallas_kernels import causal_conv1d, selective_scan
 from tests.parity.compare import Comparison
 from tests.parity.golden import Golden

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.interop import to_torch_names
+from fastvim_jax.training.classification.train import make_loss
 from fastvim_jax.training.optimizer import adamw, layer_scale
 from fastvim_jax.training.schedules import (
     Schedule,
@@ -156,7 +157,7 @@ def run_train_steps(comparison: Comparison, golden: Golden, blocks: str) -> None
         beta2=recipe["betas"][1],
         eps=recipe["eps"],
     )
-    step = make_train_step(graphdef, optimizer, ema_decay=golden.meta["ema_decay"])
+    step = make_train_step(make_loss(graphdef), optimizer, ema_decay=golden.meta["ema_decay"])
     state = init_state(params, optimizer)
     losses, norms = [], []
     for images, targets in zip(golden.inputs["x"], golden.inputs["targets"], strict=True):

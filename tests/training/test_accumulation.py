@@ -7,7 +7,12 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.models import build_model
-from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
+from fastvim_jax.training.accumulation import (
+    batch_first,
+    batch_last,
+    in_parts,
+    mean_value_and_grad,
+)
 from tests.training.tiny import tiny_model
 
 
@@ -20,7 +25,13 @@ def test_the_mean_over_parts_is_that_of_the_batch(rng, parts):
         return jnp.mean((part["x"] @ params["kernel"] + params["bias"] - part["y"]) ** 2)
 
     batch = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
-    loss, gradients = mean_value_and_grad(loss_of, params, in_parts(batch, parts))
+
+    def part_loss(params, carry, part):
+        return loss_of(params, part), ({"images": jnp.float32(len(part["y"]))}, carry + 1)
+
+    found, gradients = mean_value_and_grad(part_loss, params, 0, in_parts(batch, parts))
+    loss, report, carry = found
+    assert (report["images"], carry) == (6 / parts, parts)
     whole_loss, whole = jax.value_and_grad(loss_of)(params, batch)
     np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
     for name in params:
@@ -31,7 +42,8 @@ def test_part_i_holds_every_parts_th_image():
     images = jnp.arange(12).reshape(6, 2)
     np.testing.assert_array_equal(in_parts(images, 3)[1], images[1::3])
     masks = jnp.arange(4 * 2 * 6).reshape(4, 2, 6)
-    np.testing.assert_array_equal(in_parts(masks, 3, axis=-1)[2], masks[..., 2::3])
+    part = in_parts(batch_first(masks), 3)[2]
+    np.testing.assert_array_equal(batch_last(part), masks[..., 2::3])
     assert in_parts(None, 3) is None
 
 

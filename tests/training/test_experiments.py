@@ -16,6 +16,7 @@ from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig, build_model
 from fastvim_jax.training import TrainConfig, experiment_docs, list_experiments, load_experiment
+from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.experiments import experiment_claims
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fastvim_jax.training.serialise import to_dict
@@ -139,7 +140,10 @@ def _step(model, label_smoothing, ema_decay):
     graphdef, params = nnx.split(build_model(model, rngs=nnx.Rngs(0)))
     optimizer = optax.adamw(1e-3)
     step = make_train_step(
-        graphdef, optimizer, label_smoothing=label_smoothing, ema_decay=ema_decay
+        make_loss(graphdef, label_smoothing=label_smoothing),
+        optimizer,
+        draw=make_draw(graphdef),
+        ema_decay=ema_decay,
     )
     return step, init_state(params, optimizer, ema=ema_decay is not None)
 
@@ -234,5 +238,5 @@ def test_a_file_of_ones_own(tmp_path):
     )
     assert load_experiment(path).seed == 7
     path.write_text("config = 3\n")
-    with pytest.raises(UserError, match="must set `config` to a TrainConfig; it holds 3"):
+    with pytest.raises(UserError, match="must set `config` to a TrainConfig.*it holds 3"):
         load_experiment(path)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from fastvim_jax.models import ViTConfig, build_model
 from fastvim_jax.models.parameters import named_parameters, replace_parameters
+from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.config import OptimizerConfig
 from fastvim_jax.training.optimizer import (
     adamw,
@@ -186,7 +187,12 @@ def test_scanned_and_unrolled_models_take_the_same_steps(rng):
             )
             state = init_state(params, optimizer)
             start = named_parameters(jax.tree.map(np.asarray, params))
-            step = make_train_step(graphdef, optimizer, label_smoothing=0.1, ema_decay=0.9)
+            step = make_train_step(
+                make_loss(graphdef, label_smoothing=0.1),
+                optimizer,
+                draw=make_draw(graphdef),
+                ema_decay=0.9,
+            )
             for batch in batches:
                 batch = {**batch, "image": batch["image"].astype(np.float64)}
                 state, _ = step(state, batch)

@@ -9,13 +9,20 @@ from flax import nnx
 
 from fastvim_jax.layers.drop_path import draw_keep
 from fastvim_jax.models import build_model
-from fastvim_jax.training.evaluation import evaluate, evaluate_weights
-from fastvim_jax.training.losses import label_smoothing_cross_entropy, smooth_labels
-from fastvim_jax.training.steps import (
-    drop_path_key,
-    init_state,
+from fastvim_jax.training.classification.evaluation import (
+    evaluate,
+    evaluate_weights,
     label_rank,
     make_eval_step,
+)
+from fastvim_jax.training.classification.losses import (
+    classification_loss,
+    label_smoothing_cross_entropy,
+    smooth_labels,
+)
+from fastvim_jax.training.steps import (
+    draw_key,
+    init_state,
     make_train_step,
 )
 from tests.training.tiny import tiny_batch, tiny_model
@@ -43,6 +50,22 @@ def split(module):
     return nnx.split(module)
 
 
+def draw(params, key, batch):
+    """A key for every image."""
+    return jax.random.split(key, len(batch["label"]))
+
+
+def loss_with(graphdef, smoothing=0.0):
+    """The classifier's loss, of a model that takes one key."""
+
+    def loss_of(params, batch, drawn):
+        key = None if drawn is None else drawn[0]
+        logits = nnx.merge(graphdef, params)(batch["image"], key=key)
+        return classification_loss(logits, batch["label"], label_smoothing=smoothing)
+
+    return loss_of
+
+
 def kernel_of(params):
     return np.asarray(jax.tree.leaves(params)[0])
 
@@ -58,7 +81,7 @@ def test_one_step_of_plain_descent(rng):
 
     value, grad = jax.value_and_grad(loss)(jnp.asarray(start))
     optimizer = optax.sgd(0.5)
-    step = make_train_step(graphdef, optimizer, label_smoothing=0.1, ema_decay=0.9)
+    step = make_train_step(loss_with(graphdef, 0.1), optimizer, ema_decay=0.9)
     state, metrics = step(init_state(params, optimizer), batch)
     np.testing.assert_allclose(kernel_of(state.params), start - 0.5 * grad, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
@@ -70,7 +93,7 @@ def test_one_step_of_plain_descent(rng):
 def test_the_average_takes_in_the_weights_before_the_update(rng):
     graphdef, params = split(Linear())
     optimizer = optax.sgd(0.5)
-    step = make_train_step(graphdef, optimizer, ema_decay=0.8)
+    step = make_train_step(loss_with(graphdef), optimizer, ema_decay=0.8)
     state = init_state(params, optimizer)
     average = kernel_of(state.ema)
     for _ in range(3):
@@ -85,7 +108,9 @@ def test_runs_that_differ_in_the_seed_share_a_program_and_not_their_draws(rng, s
     batch = tiny_batch(rng)
     graphdef, params = split(Keyed())
     optimizer = optax.sgd(0.1)
-    steps = [make_train_step(graphdef, optimizer, seed=s) for s in (seed, seed + 1)]
+    steps = [
+        make_train_step(loss_with(graphdef), optimizer, draw=draw, seed=s) for s in (seed, seed + 1)
+    ]
     state = init_state(params, optimizer, ema=False)
     texts = [s.func.lower(state, batch, **s.keywords).as_text() for s in steps]
     assert texts[0] == texts[1]
@@ -98,7 +123,7 @@ def test_soft_targets_step_like_the_labels_they_come_from(rng):
     graphdef, params = split(Linear())
     optimizer = optax.sgd(0.1)
     soft = {**batch, "label": smooth_labels(jnp.asarray(batch["label"]), 10, 0.1)}
-    step = make_train_step(graphdef, optimizer, label_smoothing=0.1)
+    step = make_train_step(loss_with(graphdef, 0.1), optimizer)
     ends = [
         step(init_state(jax.tree.map(jnp.copy, params), optimizer, ema=False), b)[0]
         for b in (batch, soft)
@@ -111,13 +136,13 @@ def test_the_given_state_is_used_up(rng):
     graphdef, params = split(Linear())
     optimizer = optax.adam(0.1)
     state = init_state(params, optimizer)
-    make_train_step(graphdef, optimizer, ema_decay=0.9)(state, tiny_batch(rng))
+    make_train_step(loss_with(graphdef), optimizer, ema_decay=0.9)(state, tiny_batch(rng))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_keys_differ_by_seed_and_step_and_not_by_history(rng, seed):
     keys = {
-        jax.random.key_data(drop_path_key(s, jnp.asarray(step))).tobytes()
+        jax.random.key_data(draw_key(s, jnp.asarray(step))).tobytes()
         for s in (seed, seed + 1)
         for step in range(5)
     }
@@ -125,7 +150,7 @@ def test_keys_differ_by_seed_and_step_and_not_by_history(rng, seed):
     # The model is given the key of the state's step, whatever came before.
     graphdef, params = split(Keyed())
     optimizer = optax.sgd(0.0)
-    step = make_train_step(graphdef, optimizer, seed=seed)
+    step = make_train_step(loss_with(graphdef), optimizer, draw=draw, seed=seed)
     batch = tiny_batch(rng)
     state, losses = init_state(params, optimizer, ema=False), []
     for _ in range(3):
@@ -141,7 +166,7 @@ def test_drop_path_masks_differ_by_step_block_and_sample(rng, seed):
     model = build_model(tiny_model(depth=depth, drop_path=0.9), rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     images = jnp.asarray(tiny_batch(rng, size)["image"])
-    keys = [drop_path_key(seed, jnp.asarray(step)) for step in range(3)]
+    keys = [draw_key(seed, jnp.asarray(step)) for step in range(3)]
     rates = np.array([0.0, 0.45, 0.9])
     masks = [np.asarray(draw_keep(key, rates, (size,))) for key in keys]
 

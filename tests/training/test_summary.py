@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.training import summary
+from fastvim_jax.training.classification.evaluation import HEADLINE
 from fastvim_jax.training.summary import SummaryPicture
 
 SCORES = {"count": 9, "raw_top1": 0.5, "raw_loss": 1.0, "ema_top1": 0.25, "ema_loss": 2.0}
@@ -24,7 +25,7 @@ def folder(tmp_path):
 def test_it_is_drawn_at_most_once_a_minute_and_at_the_end(folder, monkeypatch):
     now = [50.0]
     monkeypatch.setattr(summary.time, "monotonic", lambda: now[0])
-    picture = SummaryPicture(folder, 3)
+    picture = SummaryPicture(folder, 3, HEADLINE)
     file = folder / "summary.png"
     picture.draw()
     assert not file.exists()
@@ -46,11 +47,11 @@ def test_a_picture_that_cannot_be_written_is_a_warning(folder, monkeypatch, capl
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(summary, "plot_summary", fail)
-    SummaryPicture(folder, 3).draw(at_once=True)
+    SummaryPicture(folder, 3, HEADLINE).draw(at_once=True)
     assert "summary.png could not be written" in caplog.text
 
 
 def test_a_log_without_a_line_can_be_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    SummaryPicture(tmp_path, 3).draw(at_once=True)
+    SummaryPicture(tmp_path, 3, HEADLINE).draw(at_once=True)
     assert (tmp_path / "summary.png").stat().st_size > 10_000

@@ -9,8 +9,9 @@ import numpy as np
 
 from fastvim_jax.analysis.plots import Sample, plot_run
 from fastvim_jax.data import make_eval_iterator
+from fastvim_jax.inference.predict import predict_batches
+from fastvim_jax.training.classification.evaluation import HEADLINE
 from fastvim_jax.training.metrics import read_metrics
-from fastvim_jax.training.predict import predict_batches
 from fastvim_jax.training.run_folder import Run
 
 _SHOWN = 24
@@ -72,6 +73,7 @@ def report_run(run: Run, run_dir: Path | str, picture: Path | str) -> Report:
         [sample(int(i)) for i in order[:_SHOWN]],
         [sample(i) for i in mistakes[:_SHOWN]],
         picture,
+        headline=HEADLINE,
         title=f"{Path(run_dir).resolve().name}: {report.correct} of {report.count} held-out images right "
         f"({report.accuracy:.1%}), step {run.step}, {run.weights} weights",
         mistakes_in_all=len(mistakes),

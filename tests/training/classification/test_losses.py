@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastvim_jax.training.losses import (
+from fastvim_jax.training.classification.losses import (
     classification_loss,
     cross_entropy,
     label_smoothing_cross_entropy,

@@ -15,9 +15,12 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.evaluation import Scores, evaluate_weights
+from fastvim_jax.training.classification.evaluation import (
+    Scores,
+    evaluate_weights,
+    make_eval_step,
+)
 from fastvim_jax.training.run_folder import load_run
-from fastvim_jax.training.steps import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)

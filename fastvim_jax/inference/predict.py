@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from fastvim_jax.data import Batch, DecodeError, load_image
 from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.evaluation import preprocess_of
+from fastvim_jax.training.classification.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run
-from fastvim_jax.training.steps import normalised
+from fastvim_jax.training.steps import require_normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _make_classifier(
     @jax.jit
     def classify(params: Any, images: Array) -> Array:
         images = images if preprocess is None else preprocess(images)
-        logits = nnx.merge(graphdef, params)(normalised(images))
+        logits = nnx.merge(graphdef, params)(require_normalised(images))
         return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
     return lambda images: classify(params, images)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import named_parameters
-from fastvim_jax.training.norms import parameter_names, parameter_norms, whole_norm
+from fastvim_jax.training.parameter_norms import parameter_names, parameter_norms, whole_norm
 from tests.training.tiny import tiny_model
 
 

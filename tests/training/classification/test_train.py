@@ -20,10 +20,10 @@ from fastvim_jax.training import (
     evaluate,
     load_run,
     read_metrics,
-    supervised,
     train,
 )
 from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.classification import train as trainer
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.steps import augment_key
 from tests.training.compare_runs import assert_same_run
@@ -190,7 +190,7 @@ def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
 
 def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     """NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
-    make = supervised.make_augment
+    make = trainer.make_augment
 
     def poisoned(*args, **kwargs):
         augment = make(*args, **kwargs)
@@ -203,7 +203,7 @@ def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
 
         return poison
 
-    monkeypatch.setattr(supervised, "make_augment", poisoned)
+    monkeypatch.setattr(trainer, "make_augment", poisoned)
     with pytest.raises(NonFiniteError) as caught:
         train(CONFIG, tmp_path / "run", progress=False)
     message = str(caught.value)
@@ -212,7 +212,7 @@ def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     assert "the batch itself holds NaN or infinite pixels" in message
     run = load_run(tmp_path / "run", weights="raw")
     assert run.step == 4
-    flat = named_parameters(jax.tree.map(np.asarray, supervised.nnx.split(run.model)[1]))
+    flat = named_parameters(jax.tree.map(np.asarray, trainer.nnx.split(run.model)[1]))
     assert all(np.isfinite(value).all() for value in flat.values())
 
 

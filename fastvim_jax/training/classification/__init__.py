@@ -1,0 +1,1 @@
+"""Supervised classification: its config, loss, evaluation and trainer."""

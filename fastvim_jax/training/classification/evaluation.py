@@ -1,0 +1,172 @@
+"""Exact evaluation: every image is counted once, whatever the batch size and the padding of the last batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.data import BatchIterator
+from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
+from fastvim_jax.distributed import on_every_device, union
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.evaluators import Evaluation, Evaluator
+from fastvim_jax.training.steps import (
+    Batch,
+    Metrics,
+    TrainState,
+    gather_outside_blocks,
+    require_normalised,
+)
+
+HEADLINE = Headline(
+    "top1", label="top-1", title="Accuracy on held-out images", loss="cross entropy"
+)
+Scores = dict[str, Any]
+
+
+def evaluate(model: nnx.Module, batches: Iterable[Batch], *, per_class: bool = False) -> Scores:
+    """Evaluate a model over one pass.
+
+    Args:
+        model: a classifier, called on `image` `b h w c`.
+        batches: batches of `image`, `label` and `valid`: of `make_eval_iterator`, whose pixels are normalised by
+            its config, or with images that are normalised already.
+        per_class: also count by class.
+
+    Returns:
+        `count` images, the shares `top1` and `top5` (0 to 1) among them, and their mean cross entropy `loss`. By
+        class, int64: `class_count` images of each, and `confusion`, images of the class of the row taken for that
+        of the column (but for those whose logits hold a NaN).
+
+    Raises:
+        UserError: when there is no image to count.
+    """
+    graphdef, params = nnx.split(model)
+    eval_step = make_eval_step(graphdef, preprocess=preprocess_of(batches), per_class=per_class)
+    return evaluate_weights(eval_step, {"it": params}, batches)["it"]
+
+
+def preprocess_of(batches: Iterable[Batch]) -> Preprocess | None:
+    """Return what makes the images of `batches` the model's input; None: they are that already."""
+    return make_preprocess(batches.config) if isinstance(batches, BatchIterator) else None
+
+
+def evaluate_weights(
+    eval_step: Any, weights: Mapping[str, Any], batches: Iterable[Batch]
+) -> dict[str, Scores]:
+    """Evaluate several sets of weights of one model in a single pass over the data; see `evaluate`.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        weights: parameters by name, e.g. `raw` and `ema`.
+        batches: see `evaluate`.
+    """
+    totals: dict[str, Metrics] = {name: {} for name in weights}
+    waiting: list[dict[str, Metrics]] = []
+    for batch in batches:
+        waiting.append({name: eval_step(params, batch) for name, params in weights.items()})
+        if len(waiting) > 1:  # The batch before is fetched while this one computes.
+            _add(totals, waiting.pop(0))
+    for counts in waiting:
+        _add(totals, counts)
+    return {name: _shares(total) for name, total in totals.items()}
+
+
+def make_evaluator(
+    eval_step: Any, batches: BatchIterator, place: Callable[[Any], Batch], *, every_epochs: int
+) -> Evaluator:
+    """Evaluate a train state's raw weights and, if kept, their average: `count`, `raw_top1`, `ema_loss`, ...
+
+    Args:
+        eval_step: from `make_eval_step`.
+        batches: one pass over the data, rewound after each.
+        place: puts a batch on the devices.
+        every_epochs: epochs between evaluations; 0: only after the last step.
+    """
+
+    def run(state: TrainState, step: int) -> Evaluation:
+        weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
+        found = evaluate_weights(eval_step, weights, map(place, batches))
+        batches.rewind()
+        scores: Scores = {"count": found["raw"]["count"]} | {
+            f"{name}_{key}": score[key]
+            for name, score in found.items()
+            for key in ("top1", "top5", "loss")
+        }
+        if corrupt := union(batches.corrupt):
+            scores["corrupt_records"] = len(corrupt)
+        return Evaluation(scores)
+
+    return Evaluator("eval", run, every_epochs=every_epochs)
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, *, preprocess: Preprocess | None = None, per_class: bool = False
+) -> Callable[[Any, Batch], Metrics]:
+    """Compile `step(params, batch) -> counts` of one evaluation batch.
+
+    A batch holds `image` `b h w c`, as `preprocess` takes them (`data.device_transforms.make_preprocess`: uint8)
+    or normalised, `label` `b` and `valid` `b`, false for padding. The counts are sums over
+    the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider); with `per_class`
+    also `class_count` `classes` by label and `confusion` `classes classes` by label and prediction (int32), from
+    which images whose logits hold a NaN are missing.
+    """
+
+    @jax.jit
+    def step(params: Any, batch: Batch) -> Metrics:
+        images = batch["image"] if preprocess is None else preprocess(batch["image"])
+        logits = nnx.merge(graphdef, gather_outside_blocks(params))(require_normalised(images))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        label, valid = batch["label"], batch["valid"]
+        rank = label_rank(logits, label)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        counts = {
+            "count": valid.sum(dtype=jnp.int32),
+            "top1": (valid & (rank < 1)).sum(dtype=jnp.int32),
+            "top5": (valid & (rank < 5)).sum(dtype=jnp.int32),
+            "loss": jnp.where(valid, loss, 0.0).sum(),
+        }
+        if per_class:
+            classes = logits.shape[-1]
+            counted = valid & ~jnp.isnan(logits).any(-1)
+            zeros = jnp.zeros((classes, classes), jnp.int32)
+            counts["class_count"] = zeros[0].at[label].add(valid.astype(jnp.int32))
+            counts["confusion"] = zeros.at[label, logits.argmax(-1)].add(counted.astype(jnp.int32))
+        return on_every_device(counts)
+
+    return step
+
+
+def label_rank(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Count the classes that come before the label: `b classes`, `b` → `b`. Equal logits rank by class number.
+
+    A row that holds a NaN ranks last, so that a broken model is never counted as right.
+    """
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    before = jnp.arange(logits.shape[-1]) < label[:, None]
+    rank = ((logits > own) | ((logits == own) & before)).sum(-1)
+    return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], rank)
+
+
+def _add(totals: dict[str, Metrics], counts: dict[str, Metrics]) -> None:
+    """Add one batch's counts on the host: whole numbers of any size, losses in float64."""
+    for name, batch in jax.device_get(counts).items():
+        for key, value in batch.items():
+            value = value.astype(np.int64) if value.ndim else value.item()
+            totals[name][key] = totals[name].get(key, 0) + value
+
+
+def _shares(total: Metrics) -> Scores:
+    if not total.get("count"):
+        raise UserError("there is no valid image to evaluate: check data.eval_split and data.path.")
+    count = total["count"]
+    shares = {key: total[key] / count for key in ("top1", "top5", "loss")}
+    by_class: Scores = {key: total[key] for key in ("class_count", "confusion") if key in total}
+    return {"count": count, **shares, **by_class}

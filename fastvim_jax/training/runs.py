@@ -1,0 +1,124 @@
+"""Starting a run of any task: what `train` was called with, and what is open while a run trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.config import RunConfig
+from fastvim_jax.training.profiling import ProfileSteps
+from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
+from fastvim_jax.training.stopping import StopRequest
+from fastvim_jax.training.tasks import trainer_of
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        run_dir: the run folder.
+        step: updates made.
+        metrics: the last record of the first evaluator, for a classifier `raw_top1`, `ema_top1`, ... as shares from
+            0 to 1; empty without one.
+        seconds: duration of this process's part.
+        headline: the scores the run is known by, in words.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, Any]
+    seconds: float
+    headline: str = ""
+
+
+@dataclass(frozen=True)
+class TrainCall:
+    """What `train` was called with besides the config.
+
+    Attributes:
+        run_dir: the run folder.
+        progress: whether to show a progress bar.
+        profile: steps to trace, or None.
+        wandb: a project of Weights & Biases, or None.
+        opened: closes what is entered into it when the run ends, however it ends.
+        started: `time.perf_counter()` at the call.
+    """
+
+    run_dir: Path
+    progress: bool
+    profile: ProfileSteps | None
+    wandb: str | None
+    opened: ExitStack
+    started: float
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder that this process holds.
+
+    Attributes:
+        call: what `train` was called with.
+        folder: the run folder.
+        checkpoints: its checkpoints.
+        stop: notes signals that ask the run to stop.
+    """
+
+    call: TrainCall
+    folder: Path
+    checkpoints: Checkpoints
+    stop: StopRequest
+
+
+def train(
+    config: RunConfig,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+    profile: ProfileSteps | None = None,
+    wandb: str | None = None,
+) -> RunResult:
+    """Train, or go on training, in a run folder, which belongs to this process meanwhile.
+
+    Args:
+        config: the run; its class says which task it is.
+        run_dir: a new folder, or one that holds an unfinished or finished run of the same config.
+        progress: show a progress bar on standard error.
+        profile: trace these steps into the folder `profile` of the run folder.
+        wandb: a project of Weights & Biases that gets the numbers too.
+
+    Raises:
+        UserError: bad input, found before any compute; a damaged checkpoint; a file that cannot be written.
+        NonFiniteError: a loss, gradient or update that is not finite.
+        Stopped: SIGTERM or SIGINT came; the run is saved as it was after the step then under way.
+    """
+    started = time.perf_counter()
+    trainer = trainer_of(config)
+    with ExitStack() as opened:
+        call = TrainCall(Path(run_dir), progress, profile, wandb, opened, started)
+        result: RunResult = trainer.train(config, call)
+    return result
+
+
+def open_run(
+    call: TrainCall, config: RunConfig, class_names: Sequence[str] | None = None
+) -> OpenRun:
+    """Make the run folder, or check that an existing one is of the same run, and hold it until the call ends.
+
+    Args:
+        call: what `train` was called with.
+        config: the run.
+        class_names: names of the classes by number, where the task has classes.
+
+    Raises:
+        UserError: see `run_folder.start_run`.
+    """
+    enter = call.opened.enter_context
+    folder = enter(start_run(call.run_dir, config, class_names))
+    checkpoints = enter(Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints))
+    return OpenRun(call, folder, checkpoints, enter(StopRequest()))

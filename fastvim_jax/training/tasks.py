@@ -1,0 +1,52 @@
+"""The tasks that can be trained, by the class of their config.
+
+A task is a folder beside this file. Its `config` module holds the config's class, a `RunConfig`; its `train` module
+holds `train(config, call) -> RunResult`, which ends in `loop.run_loop`. A new task is one more line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from types import ModuleType
+
+from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.training import serialise
+from fastvim_jax.training.config import RunConfig
+
+TASKS = {
+    "TrainConfig": "fastvim_jax.training.classification",
+}
+"""The folder of each task, by the name of its config's class."""
+
+
+def trainer_of(config: RunConfig) -> ModuleType:
+    """Return the module whose `train` trains by this config.
+
+    Raises:
+        UserError: the config's class belongs to no task.
+    """
+    return importlib.import_module(f"{_folder(type(config).__name__)}.train")
+
+
+def config_from_json(text: str) -> RunConfig:
+    """Read the config of a run of any task, as `RunConfig.to_json` wrote it.
+
+    Raises:
+        UserError: the text is no JSON, names no task's config, or a field is unknown, missing or mistyped.
+    """
+    try:
+        name = str(json.loads(text)["class"])
+    except (ValueError, TypeError, KeyError):
+        name = "TrainConfig"  # Reading the text as one says what is wrong.
+    module = importlib.import_module(f"{_folder(name)}.config")
+    config: RunConfig = serialise.from_json(getattr(module, name), text)
+    return config
+
+
+def _folder(name: str) -> str:
+    if name not in TASKS:
+        raise UserError(
+            f"no task has a config of class {name}; known are {', '.join(TASKS)}.{suggest(name, TASKS)}"
+        )
+    return TASKS[name]
