@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -59,20 +60,25 @@ class Grid:
         return ref.at[batch, line, pl.ds(start, size), channels]
 
     def fetch_with_halo(self, ref, tile, barrier, batch, line, start, channels) -> None:
-        """Three copies: the tokens before a segment, itself, and those after it.
+        """Copy a segment with its neighbours, in three parts: the tokens before it, the segment, the tokens after it.
 
-        Before the first and after the last token, the line asked for does not exist, and
-        the copy engine fills in zeros.
+        Before the first token and after the last one of the image there is none. There the copy asks for tokens past
+        the end of a line, because the copy engine fills in zeros for these. It would not always do so for a line that
+        does not exist: it addresses at most five dimensions, so that under `jax.vmap` Mosaic joins the mapped axis,
+        batch and line into one, and the line after an image's last is then the first one of the next image.
         """
         h, t = self.halo, self.segment
-        first = start == 0
-        last = start + t == self.tokens
-        before = lax.select(first, lax.select(line == 0, self.lines, line - 1), line)
-        after = lax.select(last, line + 1, line)
+        opens, closes = start == 0, start + t == self.tokens
+        first, last = line == 0, line == self.lines - 1
+        nothing, beginning = jnp.int32(self.tokens), jnp.int32(0)
+        end_of_line = lax.select(first, nothing, jnp.int32(self.tokens - h))
+        start_of_line = lax.select(last, nothing, beginning)
+        before = lax.select(opens, lax.select(first, line, line - 1), line)
+        after = lax.select(closes, lax.select(last, line, line + 1), line)
         copies = (
-            (before, lax.select(first, self.tokens - h, start - h), h, 0),
+            (before, lax.select(opens, end_of_line, start - h), h, 0),
             (line, start, t, h),
-            (after, lax.select(last, 0, start + t), h, h + t),
+            (after, lax.select(closes, start_of_line, start + t), h, h + t),
         )
         for at_line, at, size, row in copies:
             plgpu.copy_gmem_to_smem(

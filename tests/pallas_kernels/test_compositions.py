@@ -1,0 +1,95 @@
+"""Operations under vmap, loops, remat and shard_map: by XLA, and by the kernels in the interpreter."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mixer_core.grid import Grid
+from tests.pallas_kernels import compositions
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    needs_mosaic,
+    relative_errors,
+)
+
+OPERATIONS = compositions.operations(128, batch=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("scan", "core, ragged", "sequence")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPERATIONS
+    ],
+)
+def test_by_xla(seed, name):
+    case = compositions.draw(np.random.default_rng(seed), OPERATIONS[name])
+    wanted = case.wanted()
+
+    @jax.jit
+    def all_of_them(leaves):
+        return {k: f(case, "xla", leaves) for k, f in compositions.COMPOSITIONS.items()}
+
+    for composition, got in all_of_them(case.leaves).items():
+        assert max(relative_errors(got, wanted)) < 1e-5, composition
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("composition", ["vmapped", "vmapped_twice"])
+def test_kernels_in_the_interpreter(seed, name, composition):
+    small = compositions.operations(128, batch=1)
+    case = compositions.draw(np.random.default_rng(seed), small[name])
+    with abstract_h100(), interpreted():
+        run = jax.jit(lambda leaves: getattr(compositions, composition)(case, "pallas", leaves))
+        got = run.trace(case.leaves).lower().compile()(case.leaves)
+    assert max(relative_errors(got, case.wanted())) < 1e-5
+
+
+@needs_mosaic
+@pytest.mark.parametrize("transposed", [False, True])
+def test_halo_asks_for_no_line_that_does_not_exist(seed, monkeypatch, transposed):
+    """Under vmap Mosaic joins axes that are indexed, so that a line past the last one is another image's."""
+    from pallas_kernels.mixer_core import grid as module
+
+    rng = np.random.default_rng(seed)
+    segment, segments, lines = (int(rng.integers(low, low + 4)) for low in (3, 1, 1))
+    tokens = segment * segments
+    shape = {"rows": tokens, "columns": lines} if transposed else {"rows": lines, "columns": tokens}
+    grid = Grid(
+        batch=1, width=128, transposed=transposed, taps=4, segment=segment, per_block=1, **shape
+    )
+    image = rng.standard_normal((shape["rows"], shape["columns"]))
+    in_order = np.pad((image.T if transposed else image).reshape(-1), grid.halo)
+    asked: list = []
+    part = lambda ref, batch, line, start, size, channels: (int(line), int(start), size)  # noqa: E731
+    monkeypatch.setattr(Grid, "part", staticmethod(part))
+    monkeypatch.setattr(
+        module.plgpu, "copy_gmem_to_smem", lambda source, *_, **__: asked.append(source)
+    )
+
+    for line in range(lines):
+        for start in range(0, tokens, segment):
+            asked.clear()
+            grid.fetch_with_halo(
+                None, mock.MagicMock(), None, 0, jnp.int32(line), jnp.int32(start), None
+            )
+            got = []
+            for at_line, at, size in asked:
+                assert 0 <= at_line < lines
+                assert 0 <= at <= tokens - size or at == tokens  # the whole of it past the end
+                row = np.pad(image.T[at_line] if transposed else image[at_line], (0, size))
+                got.append(row[at : at + size])
+            first = line * tokens + start
+            np.testing.assert_array_equal(
+                np.concatenate(got), in_order[first : first + segment + 2 * grid.halo]
+            )
