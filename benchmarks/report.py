@@ -81,7 +81,7 @@ IDENTITY = (
 
 
 def load(folder: Path) -> list[Row]:
-    """All rows of all records, each with its circumstances and file, the latest of each kind."""
+    """Load all rows of all records, the latest of each kind, each with its circumstances and file."""
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
@@ -100,7 +100,7 @@ def load(folder: Path) -> list[Row]:
 
 
 def _kind(bench: str, row: Row) -> Row:
-    """What a row of training measured."""
+    """Name what a row of training measured."""
     if bench != "train":
         return {}
     return {
@@ -109,7 +109,7 @@ def _kind(bench: str, row: Row) -> Row:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Write a table in Markdown."""
     if not rows:
         return "Not measured.\n"
     lines = [header, ["---"] * len(header), *rows]
@@ -117,7 +117,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def sources(rows: list[Row]) -> str:
-    """The commands, devices, versions and commits behind rows."""
+    """List the commands, devices, versions and commits behind rows."""
     lines = {}
     for r in rows:
         lines[r["from"]] = (
@@ -178,7 +178,7 @@ def _shapes(rows: list[Row]) -> list[tuple[int, int, int]]:
 
 
 def steps_table(rows: list[Row]) -> str:
-    """How many steps wait for one another, by length."""
+    """Tabulate how many steps wait for one another, by length."""
     body = [
         ["×".join(map(str, s["shape"])), *(str(s[k]) for k in list(s)[1:])]
         for s in bench.steps([ScanSpec(*shape, D=False) for shape in _shapes(rows)])
@@ -188,7 +188,7 @@ def steps_table(rows: list[Row]) -> str:
 
 
 def pair_table(rows: list[Row]) -> str:
-    """A mixer's two directions, one by one and at once."""
+    """Tabulate a mixer's two directions, one after the other and in one launch."""
     body = []
     for shape in _shapes(rows):
         for dtype in ("float32", "bfloat16"):
@@ -203,7 +203,7 @@ def pair_table(rows: list[Row]) -> str:
 
 
 def core_table(rows: list[Row]) -> str:
-    """The mixer core by resolution."""
+    """Tabulate the mixer core by resolution."""
     rows = sorted(rows, key=lambda r: (r["dtype"] != "float32", r["pixels"], r["gradient"]))
     return table(
         ["pixels", "precision", "", "ms", "spread", "floor", "temporary, MB", "error", "longest kernels, ms"],

@@ -72,7 +72,7 @@ def _duration(lines: list[dict[str, Any]]) -> float:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """The kept runs by experiment, in the order of PAPER."""
+    """Load the kept runs by experiment, in the order of PAPER."""
     runs = defaultdict(list)
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text())
@@ -87,7 +87,7 @@ def scores(runs: list[dict[str, Any]]) -> list[float]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """One row an experiment."""
+    """Write one row for each experiment."""
     lines = [
         "| experiment | top-1 % | seeds | final loss | minutes a run | paper, ImageNet |",
         "|---|--:|--:|--:|--:|--:|",
@@ -106,7 +106,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def comparisons(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The paper's claims, in numbers of this size."""
+    """Compare the paper's claims with the numbers of this size."""
     mean = {name: statistics.fmean(scores(found)) for name, found in runs.items()}
     pairs = (
         ("alternating pooling ahead of only columns", "cifar10/fastvim", "cifar10/only_columns"),

@@ -37,12 +37,12 @@ TITLES = {TINY: "FastVim-T", SMALL: "FastVim-S", BASE: "FastVim-B", VIM: "Vim-T"
 
 
 def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows with these values."""
+    """Find the rows with these values."""
     return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
 def right(row: Row) -> bool:
-    """Whether the result was not seen to be wrong in the same run."""
+    """Return whether the result was not found wrong in the same run."""
     return row.get("correct", True)
 
 
@@ -96,7 +96,7 @@ def _compile_of_the_first_batch(row: Row) -> float:
 
 
 def way(gradient: bool) -> str:
-    """What was timed."""
+    """Name what was timed."""
     return "forward + backward" if gradient else "forward"
 
 

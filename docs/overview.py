@@ -24,7 +24,7 @@ def tint(colour: str, amount: float) -> tuple[float, ...]:
 
 
 def cell(axes: Axes, x: float, y: float, colour: object) -> None:
-    """One token, its lower left corner at (x, y)."""
+    """Draw one token, its lower left corner at (x, y)."""
     axes.add_patch(
         FancyBboxPatch(
             (x + 0.09, y + 0.09),
@@ -38,7 +38,7 @@ def cell(axes: Axes, x: float, y: float, colour: object) -> None:
 
 
 def grid(axes: Axes, x: float, y: float, by: str, strength: float = 0.0) -> None:
-    """The grid of tokens with its upper left corner at (x, y), coloured by row or by column."""
+    """Draw the grid of tokens with its upper left corner at (x, y), coloured by row or by column."""
     for row in range(ROWS):
         for column in range(COLUMNS):
             group, along = (row, column) if by == "row" else (column, row)
@@ -50,7 +50,7 @@ def grid(axes: Axes, x: float, y: float, by: str, strength: float = 0.0) -> None
 def arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: object
 ) -> None:
-    """A plain arrow."""
+    """Draw a plain arrow."""
     options = {"color": INK, "lw": 1.6, "arrowstyle": "-|>", "mutation_scale": 12} | style
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **options))
 
@@ -63,7 +63,7 @@ def label(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
 
 
 def draw_vim(axes: Axes) -> None:
-    """Every token is a step: the path runs row by row through the grid."""
+    """Draw Vim's scan, whose every token is a step: the path runs row by row through the grid."""
     grid(axes, 0, ROWS, "none")
     for row in range(ROWS):
         y = ROWS - row - 0.5
@@ -79,7 +79,7 @@ def draw_vim(axes: Axes) -> None:
 
 
 def step(axes: Axes, x: float, text: str) -> None:
-    """A labelled arrow of length 1.4 that starts at x."""
+    """Draw a labelled arrow of length 1.4 that starts at x."""
     arrow(axes, (x, ROWS / 2), (x + 1.4, ROWS / 2))
     label(axes, x + 0.7, ROWS / 2 + 0.45, text, fontsize=9)
 

@@ -42,16 +42,16 @@ class Shard:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def parts(self, letter: str) -> int:
-        """The number of shares a letter is divided into."""
+        """Return the number of shares a letter is divided into."""
         return math.prod(self.sizes[axis] for axis in self.axes.get(letter, ()))
 
     def index(self, letter: str) -> jax.Array | int:
-        """Which of them this device's is; only where the operation runs."""
+        """Return which of the shares is this device's; only where the operation runs."""
         axes = self.axes.get(letter, ())
         return lax.axis_index(axes) if axes else 0
 
     def spec(self, dims: Dims) -> P:
-        """The PartitionSpec of an array."""
+        """Return the PartitionSpec of an array."""
         return P(*(self.axes.get(letter) or None for letter in dims))
 
 
@@ -70,7 +70,7 @@ class _Operation:
     tied: Mapping[str, str]
 
     def shard(self, specs: Sequence[P | None], shapes: Sequence[tuple[int, ...]], sizes) -> Shard:
-        """Which axes split what, given each operand's PartitionSpec."""
+        """Find which axes split what, given each operand's PartitionSpec."""
         shard = Shard({}, dict(sizes))
         voting = [
             (dims, spec, shape)
@@ -103,7 +103,7 @@ class _Operation:
         return shard
 
     def run(self, shard: Shard, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """One device's work."""
+        """Do one device's work."""
         tied = {t for t in self.tied if t in shard.axes}
 
         def summed(x, dims):
@@ -120,7 +120,7 @@ class _Operation:
         return tuple(summed(x, dims) for x, dims in zip(out, self.results, strict=True))
 
     def under_shard_map(self, mesh, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """By the arrays' types."""
+        """Partition by the arrays' types."""
         shapes = [x.shape for x in arrays]
         shard = self.shard([jax.typeof(x).sharding.spec for x in arrays], shapes, mesh.shape)
         specs = tuple(shard.spec(dims) for dims in self.operands)
@@ -138,7 +138,7 @@ class _Operation:
         )(*(_reshard(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)))
 
     def under_the_partitioner(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """By what XLA's partitioner finds; nothing happens to a program for one device."""
+        """Partition by what XLA's partitioner finds; a program for one device stays as it is."""
 
         ambient = jax.sharding.get_abstract_mesh()
 
@@ -182,7 +182,7 @@ class _Operation:
         return run(*arrays)
 
     def vmapped(self, batched: Sequence[bool]) -> _Operation:
-        """The same with one more leading dimension, which may be split as well."""
+        """Return the same with one more leading dimension, which may be split as well."""
         new = f"v{len(self.split)}"
         dims = lambda old, has: (new, *old) if has else old  # noqa: E731
         in_axes = tuple(0 if has else None for has in batched)
@@ -206,7 +206,7 @@ def per_shard(
     tied: Mapping[str, str] | None = None,
     opaque: bool,
 ) -> Callable[..., Any]:
-    """`function` on every device's share of the arrays.
+    """Run `function` on every device's share of the arrays.
 
     Args:
         function: takes a `Shard`, then pytrees of arrays; returns a pytree of arrays. Works on any share of
@@ -250,7 +250,7 @@ def per_shard(
 
 
 def _typed_mesh(arrays: Sequence[jax.Array]):
-    """The mesh of the arrays' types, if it has Explicit or Manual axes."""
+    """Return the mesh of the arrays' types, if it has Explicit or Manual axes."""
     for x in arrays:
         mesh = jax.typeof(x).sharding.mesh
         if any(t != AxisType.Auto for t in mesh.axis_types):
@@ -259,7 +259,7 @@ def _typed_mesh(arrays: Sequence[jax.Array]):
 
 
 def _decoded(arguments: Sequence[jax.ShapeDtypeStruct], ambient) -> tuple[Mesh, list[P]]:
-    """The mesh and the PartitionSpecs where the partitioner was told neither: no argument of the jit was sharded."""
+    """Return mesh and PartitionSpecs where the partitioner knows neither: no argument of the jit was sharded."""
     devices = np.asarray(arguments[0].sharding._device_assignment)
     if ambient.empty:
         return Mesh(devices, ("devices",)), [P()] * len(arguments)
@@ -293,5 +293,5 @@ def varying(results: Any, arrays: Any) -> Any:
 
 
 def _varies(x: jax.Array) -> frozenset[str]:
-    """The Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
+    """Return the Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
     return frozenset(jax.typeof(x).mat.varying)

@@ -58,7 +58,7 @@ CEILINGS = {
 
 
 def ceilings() -> Ceilings | None:
-    """Of the device at hand, where known."""
+    """Return the ceilings of the device at hand, where known."""
     return CEILINGS.get(jax.devices()[0].device_kind)
 
 
@@ -153,11 +153,11 @@ class Measured:
             self.result()
 
     def result(self) -> Any:
-        """Of the arguments for seed 0."""
+        """Compute the result for the arguments of seed 0."""
         return jax.block_until_ready(self.program(*self.make_arguments(0)))
 
     def inputs(self) -> list[tuple]:
-        """The arguments that calls take by turns."""
+        """Return the arguments that calls take by turns."""
         return [self.make_arguments(seed) for seed in range(max(1, self.count))]
 
     def time(self, *, calls: int = 20, seconds: float = 0.2, repeats: int = 5) -> Time:
@@ -184,7 +184,7 @@ class Measured:
 
 
 def repeated(function: Callable[..., Any]) -> Callable[[tuple, jax.Array], jax.Array]:
-    """A program that calls the function n times, each call waiting for the result of the last."""
+    """Build a program that calls the function n times, each call waiting for the result of the last."""
 
     def program(arguments, n):
         def body(_, total):
@@ -231,7 +231,9 @@ def clock(
 def steady_clock(
     step: Callable[[int], Any], *, seconds: float = 0.2, repeats: int = 5
 ) -> tuple[float, float, float, int]:
-    """The same of runs of about so many seconds, and the steps of all; the program is warm before they begin.
+    """Time runs of about so many seconds each; return the times and the steps of all.
+
+    The program is warm before they begin.
 
     XLA launches a GPU's kernels as a graph, at half the time or less for small ones, only after tens of calls.
     """
@@ -270,7 +272,7 @@ def _profile(step: Callable[[int], Any], calls: int) -> list[Event]:
 
 
 def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:
-    """The times of `calls` equal calls from the events they left."""
+    """Find the times of `calls` equal calls from the events they left."""
     if not events:
         raise RuntimeError("the profiler saw nothing on the device")
     events = sorted(events, key=lambda e: e[1])
@@ -319,7 +321,7 @@ def relative_error(actual: Any, expected: Any, *, together: bool = False) -> flo
 
 
 def skipped(reason: str) -> Case:
-    """A measurement that cannot be made here."""
+    """Record a measurement that cannot be made here."""
     raise NotImplementedError(reason)
     yield
 
@@ -382,7 +384,7 @@ def _timing() -> Iterator[bool]:
 
 
 def circumstances(command: str) -> dict[str, str]:
-    """What a recorded number must say beside itself: device, versions, commit, date and command."""
+    """Return what a recorded number must say beside itself: device, versions, commit, date and command."""
     device = jax.devices()[0]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
@@ -396,7 +398,7 @@ def circumstances(command: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout this file lies in, with a mark if it was changed since; "unknown" outside one."""
+    """Return the commit of the checkout this file lies in, marked if it was changed since; "unknown" outside one."""
     git = shutil.which("git")
     if git is None:
         return "unknown"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def counts(report: Path) -> Counter[str]:
-    """Passed, failed and skipped tests of one report; an error in set-up or tear-down is a failure."""
+    """Count passed, failed and skipped tests of one report; an error in set-up or tear-down is a failure."""
     total: Counter[str] = Counter()
     for suite in ElementTree.parse(report).getroot().iter("testsuite"):
         tests, failures, errors, skipped = (
@@ -22,7 +22,7 @@ def counts(report: Path) -> Counter[str]:
 
 
 def line(count: Counter[str]) -> str:
-    """One line in the form that test runners close with."""
+    """Write one line in the form that test runners close with."""
     return f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
 
 

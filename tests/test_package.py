@@ -307,6 +307,30 @@ def test_the_wheel_is_complete_and_runs_outside_the_checkout(tmp_path: Path) -> 
         assert name in listed
 
 
+OPENINGS = set(
+    "the a an what of how whether which that those who where when one as all each every for in from by with its this "
+    "these it both two no if on only to at same but not after".split()
+)
+
+
+def test_docstrings_of_functions_open_with_a_verb() -> None:
+    """Below one in twenty opens with an article or a relative word; ruff's D401 refuses the most of them already."""
+    functions, others = 0, []
+    for room in ("fastvim_jax", "pallas_kernels", "benchmarks", "scripts"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
+                    continue
+                decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+                if decorators & {"property", "functools.cached_property", "cached_property"}:
+                    continue
+                functions += 1
+                if re.sub(r"\W", "", text.split()[0]).lower() in OPENINGS:
+                    others.append(f"{path.relative_to(ROOT)}: {node.name}: {text.splitlines()[0]}")
+    assert functions > 500
+    assert len(others) < functions / 20, "\n".join(others)
+
+
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     text = (ROOT / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]

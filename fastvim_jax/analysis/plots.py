@@ -178,7 +178,7 @@ def _draw_rows(figure: SubFigure, samples: Sequence[Sample], rows: int, title: s
 
 
 def _draw_sample(axes: Axes, sample: Sample) -> None:
-    """An image framed and captioned by whether its prediction is right; shape and colour both say so."""
+    """Draw an image framed and captioned by whether its prediction is right; shape and colour both say so."""
     grey = sample.image.shape[-1] == 1
     axes.imshow(
         sample.image[..., 0] if grey else sample.image,

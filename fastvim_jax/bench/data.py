@@ -61,7 +61,10 @@ def measure(
 def _whole(
     source: Source, config: ClassificationData, decoders: Iterable[Any], seconds: float
 ) -> Iterator[Row]:
-    """The pipeline with each decoder, and the DataLoader; they take turns, so that other work disturbs all alike."""
+    """Measure the pipeline with each decoder, and the DataLoader.
+
+    They take turns, so that other work disturbs all alike.
+    """
     behind = f", {_processes(config.workers)}" if config.workers else ""
     torch = "PyTorch DataLoader" + behind
     running: dict[tuple[str, str], Iterator[Any]] = {
@@ -202,7 +205,7 @@ def _take_turns(
 
 
 def _torch(source: Source, config: ClassificationData) -> Iterator[Any]:
-    """The same files through a PyTorch DataLoader: Pillow, torchvision's transforms, normalised float32 batches."""
+    """Read the same files through a PyTorch DataLoader: Pillow, torchvision's transforms, float32 batches."""
     import torch
     from torchvision import transforms as vision
 

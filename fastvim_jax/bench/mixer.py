@@ -40,7 +40,7 @@ def cases(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     gradients: Sequence[bool] = (False, True),
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """The measurements, for `timing.run`: stages in float32, the core in each of `dtypes`.
+    """List the measurements for `timing.run`: stages in float32, the core in each of `dtypes`.
 
     Args:
         width: of the model; 192 is the Tiny size.
@@ -84,7 +84,7 @@ def cases(
 
 
 def plain_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
-    """The core as the model runs it without fused kernels: xz `b l 2e` → `b l e`."""
+    """Compute the core as the model runs it without fused kernels: xz `b l 2e` → `b l e`."""
     x, z = jnp.split(xz, 2, axis=-1)
     x = pooling.to_scan_order(x)
     y = (mixer.forward(x, pooling) + mixer.backward(x, pooling)) / 2
@@ -122,7 +122,7 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
 
 
 def least_bytes(elements: int, dtype: str, gradient: bool) -> int:
-    """The fewest bytes that a core must move, of tensors of two widths each and `elements` = tokens times width.
+    """Count the fewest bytes that a core must move. Tensors have two widths each; `elements` is tokens times width.
 
     x twice, z and the result; on the way back x and the result's gradient twice, z, and the gradients of x and z.
     """

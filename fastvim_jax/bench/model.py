@@ -31,7 +31,7 @@ CHECKED = 2
 
 
 def policy(name: str, precision: str, *, activations: str, blocks: str) -> dict[str, Any]:
-    """The model options behind "bf16", "tf32" and "f32" (products in full float32 precision)."""
+    """Return the model options behind "bf16", "tf32" and "f32" (products in full float32 precision)."""
     options: dict[str, Any] = {
         "bf16": {"dtype": "bfloat16"},
         "tf32": {"dtype": "float32", "matmul_precision": "tf32"},
@@ -43,7 +43,7 @@ def policy(name: str, precision: str, *, activations: str, blocks: str) -> dict[
 
 
 def reference_options(name: str) -> dict[str, Any]:
-    """The model options that results are compared with: float32 throughout, by XLA, the scan step by step.
+    """Return the options of the reference model: float32 throughout, by XLA, the scan step by step.
 
     A loop of steps compiles in seconds; an associative scan of thousands of steps takes minutes on a GPU.
     """
@@ -58,7 +58,7 @@ def cases(
     blocks: str = "unroll",
     **options: Any,
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """The measurements, for `timing.run`.
+    """List the measurements for `timing.run`.
 
     Args:
         settings: (model's name, pixels, batch, precision) of each.

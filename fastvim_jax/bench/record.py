@@ -72,7 +72,7 @@ def _part(file: Path) -> Path:
 
 
 def _check(file: Path) -> None:
-    """That the file can be written, without touching what it holds."""
+    """Check that the file can be written, without touching what it holds."""
     with _told(file):
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -84,7 +84,7 @@ def _check(file: Path) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """All of it, or nothing; through links, and into what is no file as it is."""
+    """Write all of the text or nothing. Links are followed; what is no regular file is written in place."""
     with _told(file):
         if file.exists() and not file.is_file():
             file.write_text(text)
@@ -104,5 +104,5 @@ def _line(row: Row, columns: Columns) -> str:
 
 
 def sound(rows: Iterable[Row]) -> bool:
-    """Whether nothing failed and all results that were checked were right."""
+    """Return whether nothing failed and all results that were checked were right."""
     return all("failed" not in row and row.get("correct", True) for row in rows)

@@ -22,7 +22,7 @@ LABELS = {
 
 
 def default_specs(channels: int | None, states: int) -> list[ScanSpec]:
-    """The shapes measured where no lengths are asked for."""
+    """Return the shapes measured where no lengths are asked for."""
     return [
         dataclasses.replace(spec, channels=channels or spec.channels, states=states)
         for spec in bench.default_specs()
@@ -32,7 +32,7 @@ def default_specs(channels: int | None, states: int) -> list[ScanSpec]:
 def specs(
     lengths: Sequence[int], batches: Sequence[int], channels: int | None, states: int
 ) -> list[ScanSpec]:
-    """The shapes of these lengths.
+    """Return the shapes of these lengths.
 
     Raises:
         UserError: not one batch for each length.
@@ -48,7 +48,7 @@ def specs(
 
 
 def print_steps(specs: Sequence[ScanSpec]) -> None:
-    """How many steps depend on one another in each way to scan."""
+    """Print how many steps depend on one another in each way to scan."""
     print("\nSteps one after another, forward:")
     print(f"{'batch x length x channels':<26}  {'loop':>6}  {'ideal parallel scan':>19}  "
           f"{'xla_associative':>15}  {'pallas':>6}")  # fmt: skip

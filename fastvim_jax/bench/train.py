@@ -31,19 +31,19 @@ Setting = tuple[str, int, int, str]  # model's name, pixels, batch, precision
 
 
 def step_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
-    """Steps timed, for `timing.run`: forward, backward and AdamW. See `_configs` for `how`."""
+    """List the timed steps for `timing.run`: forward, backward and AdamW. See `_configs` for `how`."""
     return [(row, _step(row, config)) for row, config in _configs(settings, **how)]
 
 
 def compile_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
-    """Steps traced and compiled only: nothing is allocated, so that models larger than the memory will do."""
+    """List steps that are traced and compiled only. Nothing is allocated, so models may be larger than the memory."""
     return [(row, _compile(row, config)) for row, config in _configs(settings, **how)]
 
 
 def largest_batch_cases(
     settings: Sequence[Setting], **how: Any
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """For each model, pixels and precision, the first of its batches, as given, of which a step fits."""
+    """Find, for each model, size and precision, the first of the given batches of which a step fits."""
     batches: dict[tuple[str, int, str], list[int]] = {}
     for name, pixels, batch, precision in settings:
         batches.setdefault((name, pixels, precision), []).append(batch)

@@ -22,6 +22,6 @@ def keep_compiled_programs() -> None:
 
 
 def cache_folder() -> Path:
-    """The folder used by default: $XDG_CACHE_HOME/fastvim-jax/xla, or ~/.cache/fastvim-jax/xla."""
+    """Return the default folder: $XDG_CACHE_HOME/fastvim-jax/xla, or ~/.cache/fastvim-jax/xla."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fastvim-jax" / "xla"

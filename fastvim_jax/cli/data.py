@@ -126,7 +126,7 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _train_command(chosen: _Where, kind: str, classes: dict[str, int]) -> str | None:
-    """The experiment made for one's own images, with what it must be told of these; None without two splits."""
+    """Return the command that trains on these images; None if there are not two splits."""
     held_out = next((split for split in ("val", "validation", "test") if split in classes), None)
     if "train" not in classes or held_out is None:
         return None
@@ -205,7 +205,7 @@ def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
 
 
 def _open(chosen: _Where, kind: str, split: str) -> Any:
-    """A split with whatever labels it has: `check` lists the stray ones, and `prepare` refuses them."""
+    """Open a split with whatever labels it has: `check` lists the stray ones, and `prepare` refuses them."""
     from fastvim_jax.data.sources import open_source
 
     return open_source(kind, split, path=chosen.path, class_list=chosen.class_list, any_label=True)
@@ -213,7 +213,7 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
 
 @contextlib.contextmanager
 def _progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while somebody is looking, otherwise nothing."""
+    """Show a progress bar on standard error if it is a terminal, otherwise nothing."""
     import rich.console
     import rich.progress
 

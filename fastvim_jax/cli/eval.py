@@ -86,7 +86,7 @@ def _data(run_dir: Path) -> Any:
 
 
 def _arguments(arguments: Sequence[str]) -> type:
-    """The arguments, those of the data having the run's values as defaults where the run is named first."""
+    """Build the arguments. Those of the data default to the run's values where the run is named first."""
     from fastvim_jax.data import ClassificationData
 
     kind: Any = Annotated[ClassificationData | None, tyro.conf.Suppress]

@@ -140,7 +140,7 @@ def _stop_early() -> Iterator[None]:
 
 
 def _failed(status: int) -> int:
-    """The exit status of an error; one of several processes does not return."""
+    """Return the exit status of an error. One of several processes ends here and does not return."""
     if "fastvim_jax.distributed" in sys.modules:
         from fastvim_jax.distributed import fail_at_once
 

@@ -68,7 +68,7 @@ def _size(size: int | tuple[int, int]) -> str:
 
 
 def _stems(names: Sequence[str]) -> list[str]:
-    """The names and what they begin with: `vim`, `vim_tiny`, ..., since a pattern need not be a whole name."""
+    """List the names and their beginnings (`vim`, `vim_tiny`, ...), because a pattern need not be a whole name."""
     parts = (name.split("_") for name in names)
     return list(dict.fromkeys("_".join(p[:i]) for p in parts for i in range(1, len(p) + 1)))
 

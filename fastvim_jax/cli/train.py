@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _arguments(config: Any, run_dir: Path) -> type:
-    """The arguments of this experiment: its config's fields at the top level, their values being the defaults."""
+    """Build the arguments of this experiment: its config's fields at the top level, their values being the defaults."""
     # A config holds one kind of model: other kinds are other experiments, not subcommands.
     kind: Any = type(config)
     fields = tyro.conf.AvoidSubcommands[kind]

@@ -32,7 +32,7 @@ def as_usage_error() -> Iterator[None]:
 
 
 def command() -> str:
-    """How to call this program from where its user is: `fastvim` if the shell finds it, or else through Python."""
+    """Return how the user can call this program: `fastvim` if the shell finds it, otherwise through Python."""
     beside = Path(sys.executable).with_name("fastvim")
     found = shutil.which("fastvim")
     if found and Path(found).absolute() == beside.absolute():

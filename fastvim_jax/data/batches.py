@@ -130,7 +130,7 @@ class BatchIterator(Iterator[Batch]):
 def decode_record(
     source: Source, index: int, *, channels: int, decoder: str = "pillow"
 ) -> tuple[Record, Picture]:
-    """A record and its image, opened with a decoder of `turbo.open_image`.
+    """Read a record and open its image with a decoder of `turbo.open_image`.
 
     Raises:
         DecodeError: naming the record and the cause.
@@ -143,7 +143,7 @@ def decode_record(
 
 
 def local_batch(batch_size: int, process_count: int, name: str) -> int:
-    """A process's share of a batch.
+    """Return this process's share of a batch.
 
     Raises:
         UserError: when the batch cannot be shared evenly.

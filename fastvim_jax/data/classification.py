@@ -80,7 +80,7 @@ def make_train_iterator(
 def train_batches(
     source: Source, config: ClassificationData, *, seed: int, batch_size: int
 ) -> grain.MapDataset:
-    """The endless sequence of training batches by their number; taking one reads, decodes and augments its records.
+    """Build the endless sequence of training batches; taking one by its number reads, decodes and augments its records.
 
     Args:
         source: where the records come from.

@@ -29,7 +29,7 @@ _ATTEMPTS = 10
 
 
 def make_preprocess(config: DataConfig) -> Preprocess:
-    """The map from uint8 images `b h w c` to the model's input, float32: (pixels / 255 - mean) / std."""
+    """Build the map from uint8 images `b h w c` to the model's input, float32: (pixels / 255 - mean) / std."""
     std = np.asarray(config.std)
     scale = (1.0 / (255.0 * std)).astype(np.float32)
     shift = (-np.asarray(config.mean) / std).astype(np.float32)
@@ -43,7 +43,7 @@ def make_preprocess(config: DataConfig) -> Preprocess:
 def make_augment(
     config: ClassificationData, num_classes: int, *, label_smoothing: float = 0.0
 ) -> Augment:
-    """The map `augment(key, batch) -> batch` of a training batch, for use inside the step.
+    """Build the map `augment(key, batch) -> batch` of a training batch, for use inside the step.
 
     In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch. Out: `image` float32, normalised,
     and `label`: as it was, or where mixup or cutmix are on the soft targets `b classes`, float32, smoothed.
@@ -122,7 +122,7 @@ def random_erasing(
 
 
 def erased_box(key: Key[Array, ""], size: tuple[int, int]) -> Bool[Array, "h w"]:
-    """True inside a random box.
+    """Draw a mask that is True inside a random box.
 
     Its share of the area is uniform in `ERASED_AREA`, its height over width log-uniform in `ERASED_ASPECT`, its
     place uniform. Of ten such boxes the first smaller than the image in both directions counts; if there is
@@ -153,7 +153,7 @@ def mix_weights(
     probability: float = 1.0,
     switch_probability: float = 0.5,
 ) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
-    """How much of itself every image of a batch keeps: per pixel, and in all.
+    """Draw how much of itself every image of a batch keeps: per pixel, and in all.
 
     Mixup (Zhang et al. 2018) keeps the same share λ of every pixel; cutmix (Yun et al. 2019) replaces a box
     whose sides are √(1 - λ) of the image's, around a uniform centre and cut off at the border: its λ is then
@@ -183,7 +183,7 @@ def mix_weights(
 def cutmix_box(
     key: Key[Array, ""], size: tuple[int, int], share: Float[Array, ""]
 ) -> Bool[Array, "h w"]:
-    """True inside cutmix's box for the λ `share`; see `mix_weights`."""
+    """Draw a mask that is True inside cutmix's box for the λ `share`; see `mix_weights`."""
     side = jnp.sqrt(1.0 - share)
     bounds: list[Array] = []
     for length, centre_key in zip(size, jax.random.split(key), strict=True):
@@ -202,18 +202,21 @@ def mix(images: Float[Array, "b h w c"], weight: Float[Array, "h w"]) -> Float[A
 def mixed_targets(
     label: Int[Array, " b"], share: Float[Array, ""], num_classes: int, smoothing: float
 ) -> Float[Array, "b classes"]:
-    """The soft targets of `mix`'s images: both images' labels in their shares, then smoothed; rows sum to one."""
+    """Compute the soft targets of `mix`'s images: both images' labels in their shares, then smoothed.
+
+    Rows sum to one.
+    """
     one_hot = jax.nn.one_hot(label, num_classes)
     mixed = one_hot * share + jnp.flip(one_hot, 0) * (1.0 - share)
     return mixed * (1.0 - smoothing) + smoothing / num_classes
 
 
 def _box(size: tuple[int, int], top: Array, bottom: Array, left: Array, right: Array) -> Array:
-    """True inside the box; what lies beyond the image is cut off."""
+    """Return a mask that is True inside the box; the part beyond the image is cut off."""
     rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def _keys(key: Array, count: int) -> Array:
-    """One key per position in the batch."""
+    """Derive one key for each position in the batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))

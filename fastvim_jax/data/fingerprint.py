@@ -22,7 +22,7 @@ class Stamped(Protocol):
 
 
 def fingerprint(source: Source, start: int, stop: int) -> str:
-    """A digest of the records `start` to `stop`, as hexadecimal digits: equal as long as these are the same.
+    """Digest the records `start` to `stop`, as hexadecimal digits: equal as long as the records are the same.
 
     A `Stamped` source answers from what it knows (files' sizes and times of change); any other's records are read.
     A file that cannot be read counts as such, so that its coming back is a change.

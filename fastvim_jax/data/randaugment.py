@@ -64,12 +64,12 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
 
 
 def _rotate(image: Image.Image, level: float) -> Image.Image:
-    """Up to 30 degrees."""
+    """Rotate by up to 30 degrees."""
     return image.rotate(level / MAX_LEVEL * 30, _BICUBIC, fillcolor=_fill(image))
 
 
 def _shear_x(image: Image.Image, level: float) -> Image.Image:
-    """Up to 0.3."""
+    """Shear by up to 0.3."""
     return _affine(image, 1.0, level / MAX_LEVEL * 0.3, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -78,7 +78,7 @@ def _shear_y(image: Image.Image, level: float) -> Image.Image:
 
 
 def _translate_x(image: Image.Image, level: float) -> Image.Image:
-    """Up to 0.45 of the width."""
+    """Translate by up to 0.45 of the width."""
     return _affine(image, 1.0, 0.0, level / MAX_LEVEL * 0.45 * image.width, 0.0, 1.0, 0.0)
 
 

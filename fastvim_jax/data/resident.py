@@ -147,7 +147,7 @@ class _Images:
     def batch(
         self, indices: Int[np.ndarray, " b"], valid: Bool[np.ndarray, " b"] | None = None
     ) -> dict[str, Any]:
-        """The images and labels of these numbers, on the device; zeros where not valid."""
+        """Gather the images and labels of these numbers on the device; zeros where not valid."""
         image, label = _gather(*self._device, indices.astype(np.int32), valid)
         return {"image": image, "label": label, "corrupt": self.corrupt}
 

@@ -106,7 +106,7 @@ def open_image(
 
 
 def chosen_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
-    """The decoder that `config.decoder` means here: auto is turbo where both packages are installed.
+    """Return the decoder that `config.decoder` means here: auto is turbo where both packages are installed.
 
     Raises:
         UserError: when turbo is asked for and is not installed.
@@ -121,7 +121,7 @@ def chosen_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
 
 
 def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:
-    """The file if it is an upright JPEG of the usual colours, or None."""
+    """Return the file if it is an upright JPEG of the usual colours, or None."""
     if data[:2] != b"\xff\xd8":
         return None
     import simplejpeg

@@ -50,7 +50,7 @@ def make_mesh(
     config: MeshConfig = MeshConfig(),
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The mesh over `devices`, by default all of all processes; a smaller one takes the first.
+    """Make the mesh over `devices`, by default all of all processes; a smaller mesh takes the first.
 
     Devices are in the order of their processes, so that each process holds a contiguous share of a batch.
 
@@ -76,7 +76,7 @@ def make_mesh(
 
 
 def on_mesh(mesh: Mesh, step: Step) -> Step:
-    """A compiled `step` that is traced and run with `mesh` as the ambient one.
+    """Wrap a compiled `step` so that it is traced and run with `mesh` as the ambient mesh.
 
     Only for its time: computations of one process alone have no place on a mesh of all processes.
     """
@@ -103,5 +103,5 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def round_up(size: int, mesh: Mesh) -> int:
-    """The next batch size that the devices can share evenly: for evaluation, whose padding is not counted."""
+    """Round a batch size up to one that the devices can share evenly: for evaluation, whose padding is not counted."""
     return -(-size // mesh.size) * mesh.size

@@ -18,7 +18,7 @@ _LAST_WORDS = 3.0  # seconds
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the logs and the files that all processes share."""
+    """Return whether this process writes the logs and the files that all processes share."""
     return jax.process_index() == 0
 
 
@@ -70,7 +70,7 @@ def fail_at_once(status: int) -> None:
 
 
 def union(numbers: Iterable[int]) -> set[int]:
-    """The numbers that any process has."""
+    """Gather the set of numbers that any process has."""
     own = np.array(sorted(set(numbers)), np.int32)
     if jax.process_count() == 1:
         return set(own.tolist())

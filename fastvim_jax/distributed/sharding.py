@@ -31,7 +31,7 @@ SMALLEST = 2**16
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
-    """How an unstacked parameter of this shape is split over `fsdp` devices."""
+    """Choose how an unstacked parameter of this shape is split over `fsdp` devices."""
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or not axes or np.prod(shape) < SMALLEST:
         return P()
@@ -40,7 +40,7 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def state_shardings(mesh: Mesh, tree: Any, *, stacked_key: Callable[[KeyPath], int | None]) -> Any:
-    """A `NamedSharding` for every leaf of parameters, or of anything that has parameters in it.
+    """Build a `NamedSharding` for every leaf of parameters, or of anything that has parameters in it.
 
     Args:
         mesh: the mesh.
@@ -58,12 +58,12 @@ def state_shardings(mesh: Mesh, tree: Any, *, stacked_key: Callable[[KeyPath], i
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """Return the sharding that puts a whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """A global batch, split over the devices, from every process's own contiguous share of it."""
+    """Assemble a global batch, split over the devices, from every process's own contiguous share of it."""
     sharding = NamedSharding(mesh, BATCH)
     if jax.process_count() == 1:
         return dict(jax.device_put(dict(batch), sharding))
@@ -74,7 +74,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def with_auto_axes(method: Method) -> Method:
-    """Decorates a model's method of images, for meshes with Explicit axes (`jax.make_mesh` makes them by default).
+    """Decorate a model's method of images for meshes with Explicit axes (`jax.make_mesh` makes them by default).
 
     Inside, the axes are Auto: the compiler splits the work by where images and parameters lie. Results are split as
     the images' batch is; a parameter's gradient lies like the parameter. Outside of `jit`, JAX wants the parameters on

@@ -79,7 +79,7 @@ def detect(
     processes: int | None = None,
     process: int | None = None,
 ) -> Launch | None:
-    """This process's place in its group, or None for a process on its own.
+    """Detect this process's place in its group; None for a process on its own.
 
     Args:
         environment: the environment's variables.
@@ -145,7 +145,10 @@ class _Found:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Found | None:
-    """A task of a SLURM step. The batch script itself is none: there, SLURM_NTASKS is only what was asked for."""
+    """Detect a task of a SLURM step.
+
+    The batch script itself is none: there, SLURM_NTASKS is only what was asked for.
+    """
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
     if tasks is None:
         if "SLURM_STEP_ID" in environment or (_number(environment, "SLURM_NTASKS") or 1) == 1:
@@ -172,7 +175,7 @@ def _slurm(environment: Mapping[str, str]) -> _Found | None:
 
 
 def _open_mpi(environment: Mapping[str, str]) -> _Found | None:
-    """A rank of Open MPI, which does not tell ranks of other hosts where rank 0 is."""
+    """Detect a rank of Open MPI, which does not tell ranks of other hosts where rank 0 is."""
     size = _number(environment, "OMPI_COMM_WORLD_SIZE")
     if size is None or size == 1:
         return None if size is None else _Found(processes=1)
@@ -189,7 +192,7 @@ def _open_mpi(environment: Mapping[str, str]) -> _Found | None:
 
 
 def _own_devices(environment: Mapping[str, str], found: _Found) -> tuple[int, ...] | None:
-    """The devices of one of several processes on a host: its own, unless the launcher already shows it only one."""
+    """Choose the device of one of several processes on a host, unless the launcher already shows it only one."""
     listed = environment.get(_DEVICES)
     if listed:
         if not re.fullmatch(r"\d+(,\d+)*", listed):

@@ -124,7 +124,7 @@ def predict_batches(
 def _make_classifier(
     model: nnx.Module, preprocess: Preprocess | None
 ) -> Callable[[np.ndarray], Array]:
-    """The jitted map from images `b h w c` to probabilities `b classes`, float32 or wider."""
+    """Build the jitted map from images `b h w c` to probabilities `b classes`, float32 or wider."""
     graphdef, params = nnx.split(model)
 
     @jax.jit

@@ -82,7 +82,7 @@ def report_run(run: Run, run_dir: Path | str, picture: Path | str) -> Report:
 
 
 def _images(run: Run, wanted: set[int]) -> dict[int, np.ndarray]:
-    """The wanted images as they are cropped for the model, by their number among the valid ones."""
+    """Return the wanted images as they are cropped for the model, by their number among the valid ones."""
     found: dict[int, np.ndarray] = {}
     seen = 0
     for batch in make_eval_iterator(run.config.data):

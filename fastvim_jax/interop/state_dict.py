@@ -93,12 +93,12 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The model's weights as NumPy arrays under the authors' names and in their layouts."""
+    """Return the model's weights as NumPy arrays under the authors' names and in their layouts."""
     return {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
 
 
 def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, jax.Array]:
-    """As `to_torch_state_dict` for any pytree with the structure of the model's parameters, such as gradients."""
+    """Rename a pytree with the structure of the model's parameters, such as gradients; see `to_torch_state_dict`."""
     table = _table(model)
     named = {}
     for name, value in named_parameters(tree).items():

@@ -90,11 +90,11 @@ class NameTable:
     entries: tuple[tuple[str, str, Layout], ...]
 
     def to_ours(self, name: str) -> tuple[str, Callable[[Any], Any]] | None:
-        """Our name for the authors' `name` and the function that turns their array into ours, if there is one."""
+        """Return our name for the authors' `name`, and the function that turns their array into ours; or None."""
         return self._translate(name, 0, 1)
 
     def to_torch(self, name: str) -> tuple[str, Callable[[Any], Any]] | None:
-        """The authors' name for ours and the function that turns our array into theirs, if there is one."""
+        """Return the authors' name for ours, and the function that turns our array into theirs; or None."""
         return self._translate(name, 1, 0)
 
     def _translate(

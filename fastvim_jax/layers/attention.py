@@ -19,7 +19,7 @@ from fastvim_jax.typing import Tokens
 def dense(
     features_in: int, features_out: int, *, bias: bool, precision: Precision, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer initialised as in DeiT: truncated normal 0.02, bias 0."""
+    """Build a linear layer initialised as in DeiT: truncated normal 0.02, bias 0."""
     return nnx.Linear(
         features_in,
         features_out,

@@ -33,7 +33,7 @@ def draw_keep(
 def draw_masks(
     key: jax.Array, rate: float, shape: tuple[int, ...]
 ) -> Float[Array, "depth ..."] | None:
-    """One step's 0/1 masks of this whole shape, `rate` being the last block's; None where nothing is dropped."""
+    """Draw one step's 0/1 masks of this whole shape, `rate` being the last block's; None where nothing is dropped."""
     return draw_keep(key, drop_path_rates(rate, shape[0]), shape[1:]) if rate > 0 else None
 
 

@@ -24,7 +24,7 @@ def fan_in_uniform(fan_in: int, scale: float = 1.0) -> Initializer:
 
 
 def truncated_normal(std: float, bound: float) -> Initializer:
-    """Normal of standard deviation `std` *before* it is cut at ±`bound` (both in units of the parameter)."""
+    """Build a normal initialiser of standard deviation `std` before it is cut at ±`bound`, in the parameter's units."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         cut = bound / std

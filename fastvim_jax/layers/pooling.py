@@ -166,7 +166,7 @@ class GridPooling:
 
 
 def largest(x: jax.Array, axis: int) -> jax.Array:
-    """The maximum along `axis`; its gradient goes to the first entry that attains it.
+    """Compute the maximum along `axis`; its gradient goes to the first entry that attains it.
 
     The rule of `jnp.max` compares entries with the maximum once more, and divides by the number of those equal to
     it. Where XLA computes the entries a second time, and a bit differently, none is, and the gradient is NaN.

@@ -54,7 +54,7 @@ def resize_with_class_row(
     source_index: int,
     target_index: int,
 ) -> Float[Array, "1 m d"]:
-    """As `resize_pos_embed` for a table that also holds the class token's row, which is carried over."""
+    """Resize a table that also holds the class token's row, which is carried over; see `resize_pos_embed`."""
     if source == target:
         return table
     row = table[:, source_index : source_index + 1]
@@ -88,7 +88,7 @@ add_table.defvjp(_add_table_forward, _add_table_backward)
 
 
 def sincos_pos_embed(width: int, grid: tuple[int, int]) -> np.ndarray:
-    """Fixed table `(rows * columns) width`, float32, row-major (He et al., Masked Autoencoders).
+    """Build the fixed table `(rows * columns) width`, float32, row-major (He et al., Masked Autoencoders).
 
     The first half of the channels encodes the column, the second the row; each is sines, then cosines, of
     frequency 10000^(-k / (width / 4)). `width` must be a multiple of 4.

@@ -126,7 +126,7 @@ def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
 def list_mismatches(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """One line for each name missing, unexpected, or given with another shape."""
+    """List, a line each, the names that are missing, unexpected, or given with another shape."""
     lines = [f"missing: {name} {expected[name]}" for name in expected if name not in given]
     lines += [f"unexpected: {name} {given[name]}" for name in given if name not in expected]
     lines += [
@@ -138,7 +138,7 @@ def list_mismatches(
 
 
 def count_parameters(params: Any) -> int:
-    """Number of scalars in `params`."""
+    """Count the scalars in `params`."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -23,7 +23,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_config(name: str, **options: Any) -> ModelConfig:
-    """Configuration of the model called `name`, with `options` (fields of its config class) replaced.
+    """Return the configuration of the model called `name`, with `options` (fields of its config class) replaced.
 
     Raises:
         UserError: unknown name or option (nearest names suggested), or an impossible value.

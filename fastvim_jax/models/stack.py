@@ -108,7 +108,7 @@ def run_blocks(
 
 
 def _unstack(tree: Any) -> list[Any]:
-    """The tree of each block.
+    """Return the tree of each block.
 
     All at once: the gradient is then one concatenation, where that of a slice for each is the sum of as many padded
     arrays, which XLA adds up element by element inside the optimizer's update.

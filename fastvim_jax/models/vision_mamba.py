@@ -129,7 +129,7 @@ class VisionMamba(nnx.Module):
 
     @with_auto_axes
     def features(self, images: Images) -> Array:
-        """What the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
+        """Return what the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
         tokens, grid = self.embed(images)
         residual, _ = self.encode(tokens, self.poolings(grid))
         return self._pool(self.norm(residual))
@@ -142,11 +142,11 @@ class VisionMamba(nnx.Module):
         return [outputs[i] for i in range(self.config.depth)]
 
     def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth b"] | None:
-        """The masks that a call with this key draws for `batch` images; None if the model drops nothing."""
+        """Draw the masks that a call with this key draws for `batch` images; None if the model drops nothing."""
         return draw_masks(key, self.config.drop_path, (self.config.depth, batch))
 
     def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
-        """One period of the stack's poolings over a stored `grid`."""
+        """Return one period of the stack's poolings over a stored `grid`."""
         config = self.config
         if config.pooling == "none":
             return (NoPooling(grid[0] * grid[1] + (self.class_token is not None)),)

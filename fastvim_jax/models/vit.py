@@ -115,7 +115,7 @@ class VisionTransformer(nnx.Module):
 
     @with_auto_axes
     def features(self, images: Images) -> Float[Array, "b d"]:
-        """What the head reads."""
+        """Return what the head reads."""
         tokens, grid = self.embed(images)
         residual, _ = self.encode(tokens, self.poolings(grid))
         return self._pool(residual)
@@ -128,11 +128,11 @@ class VisionTransformer(nnx.Module):
         return [outputs[i] for i in range(self.config.depth)]
 
     def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth 2 b"] | None:
-        """The masks that a call with this key draws for `batch` images; None if the model drops nothing."""
+        """Draw the masks that a call with this key draws for `batch` images; None if the model drops nothing."""
         return draw_masks(key, self.config.drop_path, (self.config.depth, 2, batch))
 
     def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
-        """One period of the stack's poolings over `grid`; the class token, first, is never pooled."""
+        """Return one period of the stack's poolings over `grid`; the class token, first, is never pooled."""
         if self.config.pooling == "none":
             return (NoPooling(grid[0] * grid[1] + 1),)
         orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}

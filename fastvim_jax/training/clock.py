@@ -58,12 +58,12 @@ class Clock:
         self._steps += 1
 
     def first_step(self) -> None:
-        """The time since the start, compilation included, is no part of the throughput."""
+        """Leave the time since the start, compilation included, out of the throughput."""
         self._restart(self._begin)
         self._spent["first_step_seconds"] = time.perf_counter() - self._begin
 
     def lap(self) -> dict[str, float]:
-        """The lap's numbers, and a new lap.
+        """Return the lap's numbers and begin a new lap.
 
         `seconds` since the start; `images_per_second`, `step_seconds` and `mfu` of the steps alone; as shares of the
         steps' time, 0 to 1: `data_wait` for the next batch, `dispatch` of the step, `device_wait` for the device to

@@ -15,7 +15,7 @@ Tree = TypeVar("Tree")
 
 
 def init_ema(params: Tree) -> Tree:
-    """A copy of `params` in buffers of its own, since the train step is given both away."""
+    """Copy `params` into buffers of their own, because the train step donates both."""
     return jax.tree.map(jnp.copy, params)
 
 

@@ -45,7 +45,7 @@ class EventFile:
         self._file.close()
 
     def _write(self, event: Event) -> None:
-        """One TFRecord: length and data, each with its checksum."""
+        """Write one TFRecord: length and data, each with its checksum."""
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         parts = (length, _checksum(length), data, _checksum(data))

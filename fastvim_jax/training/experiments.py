@@ -10,7 +10,7 @@ from fastvim_jax.training.config import RunConfig
 
 
 def experiments_folder() -> Path:
-    """The folder of the experiments that ship: inside the package when installed, beside it in a checkout.
+    """Find the folder of the experiments that ship: inside the package when installed, beside it in a checkout.
 
     Raises:
         UserError: when neither exists.
@@ -30,7 +30,7 @@ def list_experiments() -> list[str]:
 
 
 def load_experiment(name: str | Path) -> RunConfig:
-    """The config of an experiment.
+    """Load the config of an experiment.
 
     Args:
         name: a name of `list_experiments`, or the path of a Python file.
@@ -42,12 +42,15 @@ def load_experiment(name: str | Path) -> RunConfig:
 
 
 def experiment_docs(name: str | Path) -> str:
-    """The docstring of an experiment file: expected result and cost."""
+    """Return the docstring of an experiment file: expected result and cost."""
     return (_load(_find(str(name))).__doc__ or "").strip()
 
 
 def experiment_claims(name: str | Path) -> dict[str, int]:
-    """What an experiment file says of its model in `claims`: `classes` and `parameters`; empty if it says nothing."""
+    """Return what an experiment file says of its model in `claims`: `classes` and `parameters`.
+
+    Empty if it says nothing.
+    """
     return dict(getattr(_load(_find(str(name))), "claims", {}))
 
 

@@ -60,7 +60,7 @@ class Window:
             jax.block_until_ready(self._waiting[-_IN_FLIGHT][1]["loss"])
 
     def fetch(self, last_checkpoint: Callable[[], str]) -> list[dict[str, Any]]:
-        """The window's records, as numbers, the waiting ones fetched and checked.
+        """Fetch and check the waiting records, and return all of the window's records as numbers.
 
         Raises:
             NonFiniteError: naming the first step at fault, what `last_checkpoint` says, and the likely cause.
@@ -78,7 +78,7 @@ class Window:
         return list(self._fetched)
 
     def summarise(self, last_checkpoint: Callable[[], str]) -> dict[str, float]:
-        """Means over the window, which then starts anew. Raises as `fetch` does."""
+        """Average the window, which then starts anew. Raise as `fetch` does."""
         records = self.fetch(last_checkpoint)
         self._fetched.clear()
         names = [key for key in records[0] if key not in _NOT_MEANT]
@@ -94,7 +94,7 @@ class Window:
 
 
 def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: RunConfig) -> str:
-    """What probably made `record` non-finite, judged by it and the steps `before` it."""
+    """Explain what probably made `record` non-finite, judged by it and the steps `before` it."""
     if not record["finite_input"]:
         return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
     if record["step"] == 1 or (not before and not math.isfinite(record["loss"])):

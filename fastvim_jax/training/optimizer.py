@@ -38,7 +38,7 @@ _EMBEDDING = "patch_embed"
 
 
 def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
-    """Whether a recipe decays the unstacked parameter `name` of rank `ndim`.
+    """Return whether a recipe decays the unstacked parameter `name` of rank `ndim`.
 
     `supervised` and `cell` spare one-dimensional parameters and biases (A_log, the position embedding and
     the class token are decayed); `finetune` spares one-dimensional parameters, the position embedding and
@@ -52,7 +52,7 @@ def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
 
 
 def layer_scale(layer: int, depth: int, decay: float) -> float:
-    """The learning-rate factor of a layer: one factor of `decay` for every two layers below the head.
+    """Compute the learning-rate factor of a layer: one factor of `decay` for every two layers below the head.
 
     `layer` is 0 for the embeddings, i + 1 for block i and depth + 1 for the final norm and the head.
     """
@@ -60,7 +60,7 @@ def layer_scale(layer: int, depth: int, decay: float) -> float:
 
 
 def weight_decay_mask(params: Any, groups: DecayGroups) -> Any:
-    """A tree like `params` of booleans: True where weight decay applies."""
+    """Build a tree like `params` of booleans: True where weight decay applies."""
     return map_parameters(lambda info, leaf: is_decayed(info.name, info.ndim, groups), params)
 
 
@@ -115,7 +115,7 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(
     params: Any, groups: DecayGroups, *, layer_decay: float | None = None
 ) -> dict[str, ParameterGroup]:
-    """The group of every parameter by its unstacked name, e.g. `blocks.3.mixer.D`: for logs and tests."""
+    """Return the group of every parameter by its unstacked name, e.g. `blocks.3.mixer.D`: for logs and tests."""
     ones = jax.tree.map(lambda p: np.ones(p.shape, np.float64), params)
     scales = learning_rate_scales(ones, 1.0 if layer_decay is None else layer_decay)
     mask = weight_decay_mask(ones, groups)
@@ -130,7 +130,7 @@ def parameter_groups(
 def learning_rate_schedule(
     config: OptimizerConfig, *, batch_size: int, steps_per_epoch: int, epochs: int
 ) -> Schedule:
-    """The learning rate by optimizer step, its peak scaled to the effective batch."""
+    """Build the learning rate by optimizer step, its peak scaled to the effective batch."""
     peak = scaled_learning_rate(config.learning_rate, batch_size, config.learning_rate_scaling)
     if config.schedule == "constant":
         return constant(peak)
@@ -152,7 +152,7 @@ def learning_rate_schedule(
 
 
 def weight_decay_schedule(config: OptimizerConfig, *, total_steps: int) -> Schedule:
-    """The weight decay by optimizer step: constant, or half a cosine to `weight_decay_end`."""
+    """Build the weight decay by optimizer step: constant, or half a cosine to `weight_decay_end`."""
     if config.weight_decay_end is None:
         return constant(config.weight_decay)
     return warmup_cosine(

@@ -12,7 +12,7 @@ from fastvim_jax.models.parameters import parameter_infos
 
 
 def parameter_norms(tree: Any) -> Float[Array, " p"]:
-    """The norm of each unstacked parameter of `tree`, in float32 or wider, in the order of `parameter_names`.
+    """Compute the norm of each unstacked parameter of `tree`, in float32 or wider, in the order of `parameter_names`.
 
     Args:
         tree: parameters, or their gradients or updates.
@@ -26,7 +26,7 @@ def parameter_norms(tree: Any) -> Float[Array, " p"]:
 
 
 def whole_norm(norms: Float[Array, " p"]) -> Float[Array, ""]:
-    """The norm of a tree from those of its parameters."""
+    """Compute the norm of a tree from those of its parameters."""
     return jnp.linalg.norm(norms)
 
 

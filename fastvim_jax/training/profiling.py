@@ -73,14 +73,14 @@ class Profiler:
         self._stop()
 
     def begin(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """To be entered around a step's work, from the wait for its data on; starts the trace if it is the first."""
+        """Wrap a step's work, from the wait for its data on; start the trace at the first step to be traced."""
         if self._range and step == self._range[0]:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def end(self, step: int, metrics: Any) -> Path | None:
-        """After a step; the folder of the trace if this was the last one traced."""
+        """End a step; return the folder of the trace if this was the last one traced."""
         if not self._tracing or step < self._range[-1]:
             return None
         jax.block_until_ready(metrics)  # What was begun belongs to the trace.

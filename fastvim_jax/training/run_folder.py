@@ -183,7 +183,7 @@ def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | 
 
 
 def read_config(run_dir: Path | str) -> RunConfig:
-    """The config saved in a run folder.
+    """Read the config saved in a run folder.
 
     Raises:
         UserError: the folder is no run folder, or its config is damaged.
@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:
-    """The commit that `folder` is checked out at and whether it was edited since; None outside a checkout."""
+    """Return the commit that `folder` is checked out at and whether it was edited since; None outside a checkout."""
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")
         # A virtual environment inside somebody's repository is not a checkout of this package.

@@ -24,7 +24,7 @@ _REFERENCE_BATCH = {"deit": 512, "linear": 256, "sqrt": 1024}
 
 
 def scaled_learning_rate(base: Number, batch_size: int, rule: str) -> Number:
-    """The peak learning rate for an effective batch of `batch_size` images.
+    """Compute the peak learning rate for an effective batch of `batch_size` images.
 
     `deit`: base · batch/512; `linear`: base · batch/256; `sqrt`: base · √(batch/1024); `none`: base.
 
@@ -99,7 +99,7 @@ def epoch_cosine(
 
 
 def constant(value: Number) -> Schedule:
-    """The same value at every step."""
+    """Build the schedule with the same value at every step."""
 
     def schedule(step: Any) -> Any:
         xp, step = _namespace(step)

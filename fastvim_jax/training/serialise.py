@@ -20,18 +20,18 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-able values."""
+    """Convert the dataclass to JSON-able values."""
     fields = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return {"class": type(config).__name__, **fields}
 
 
 def to_json(config: Any) -> str:
-    """The dataclass as indented JSON text."""
+    """Write the dataclass as indented JSON text."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(cls: type[Config], text: str) -> Config:
-    """The inverse of `to_json`.
+    """Read what `to_json` wrote.
 
     Raises:
         UserError: for text that is no JSON, or does not describe `cls`; the field is named.
@@ -44,7 +44,7 @@ def from_json(cls: type[Config], text: str) -> Config:
 
 
 def from_dict(cls: type[Config], values: Any, where: str = "") -> Config:
-    """The inverse of `to_dict`; `where` is the field the values were found in, for messages.
+    """Read what `to_dict` returned; `where` is the field the values were found in, for messages.
 
     Raises:
         UserError: naming the unknown, missing or mistyped field.
@@ -123,7 +123,7 @@ def _typed_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ..
 
 
 def _typed_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The member that a dataclass names, or the one whose exact type fits, or the first that accepts."""
+    """Choose the member that a dataclass names, or the one whose exact type fits, or the first that accepts."""
     if isinstance(value, Mapping) and "class" in value:
         classes: list[Any] = [arg for arg in args if dataclasses.is_dataclass(arg)]
         by_name = {each.__name__: each for each in classes}

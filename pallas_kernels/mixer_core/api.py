@@ -136,7 +136,7 @@ _DIMS: dict[str, tuple[Any, Any]] = {
 def _of_share(
     name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
 ) -> Callable:
-    """A stage on each device's share of the batch."""
+    """Run a stage on each device's share of the batch."""
 
     def run(*arrays):
         known = {

@@ -90,11 +90,11 @@ class Grid:
 
 
 def largest_divisor(n: int, limit: int) -> int:
-    """The largest divisor of n up to limit."""
+    """Find the largest divisor of n up to limit."""
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
 
 
 def lines_per_block(lines: int, other_blocks: int, enough: int) -> int:
-    """As many lines for a block as leave ``enough`` blocks."""
+    """Choose as many lines for a block as leave ``enough`` blocks."""
     wanted = max(1, math.floor(lines * other_blocks / enough))
     return largest_divisor(lines, wanted)

@@ -89,7 +89,7 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
 
 
 def _visited(xz: jax.Array, ids: RowIds, options: CoreOptions) -> CoreOptions:
-    """The grid as the kernels visit it: a ragged one's tokens in lines of any kind, up to 16 long."""
+    """Return the grid as the kernels visit it: the tokens of a ragged grid lie in lines of any kind, up to 16 long."""
     if not ids:
         return options
     columns = largest_divisor(xz.shape[1], 16)

@@ -119,7 +119,7 @@ class Segments:
         return lambda t: at([ref[batch, token + t] for ref in ids])
 
     def mix(self, x_tile, y, ids, item, s_tile, parameters):
-        """Writes s of the segment; ``parameters(channels)`` gives kernels, biases and D / 2."""
+        """Write s of the segment; ``parameters(channels)`` gives kernels, biases and D / 2."""
         grid = self.grid
 
         def run(channels):

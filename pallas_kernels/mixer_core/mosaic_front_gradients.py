@@ -73,7 +73,7 @@ def front_gradients(
         skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
 
         def pooled_of(line, first_token):
-            """What the pooling sends back to a line: for each direction, to token
+            """Return what the pooling sends back to a line: for each direction, to token
             ``first_token + at`` of it. Nothing outside the grid.
             """
             inside = jnp.logical_and(line >= 0, line < grid.lines)
@@ -88,7 +88,7 @@ def front_gradients(
             return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
 
         def of_token(line, start):
-            """The same of a ragged grid: to token ``at`` after the start of a segment."""
+            """Return the same for a ragged grid: to token ``at`` after the start of a segment."""
 
             def of(d, at):
                 token = line * grid.tokens + start + at
@@ -100,7 +100,7 @@ def front_gradients(
             return of
 
         def pooled_around(line, start):
-            """Of the tokens before, in and after a segment."""
+            """Return it for the tokens before, in and after a segment."""
             if ids:
                 return (of_token(line, start),) * 3
             opens, closes = start == 0, start + segment == grid.tokens

@@ -60,7 +60,7 @@ def _resident(used: int, most: int) -> int:
 
 
 def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
-    """Of the segments that leave room for four blocks, the one with the least padding and halo."""
+    """Choose, of the segments that leave room for four blocks, the one with the least padding and halo."""
     batch, length, width = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     halo = taps - 1
 

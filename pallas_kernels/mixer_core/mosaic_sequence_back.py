@@ -54,7 +54,7 @@ class Rows:
         return pl.cdiv(self.tiles, self.per_block)
 
     def smem(self, dtype: Any) -> Any:
-        """Two tiles: one is worked on while the other leaves and is filled again."""
+        """Allocate two tiles: one is worked on while the other is written out and filled again."""
         return plgpu.SMEM((2, self.tile, self.blocks, BLOCK), dtype)
 
 
@@ -108,7 +108,10 @@ class Walk:
         return carry
 
     def send(self, results, tiles, slot, item):
-        """A tile leaves in one piece, which no end of an array stops: of the last one, only what there is."""
+        """Copy a tile to global memory in one bulk copy; of a partial last tile, only the rows that exist.
+
+        Bulk copies are not clipped at the end of an array.
+        """
         cut = self.cut
 
         def rows_of_it(rows):
@@ -136,7 +139,7 @@ class Walk:
         ]
 
     def normalise(self, tiles: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        """The directions' mean less its own over the channels and over its deviation; and 1 / the latter."""
+        """Normalise the directions' mean over the channels; return it and 1 / its standard deviation."""
         layouts = self.layouts
         s = (self.tokens(tiles[0].at[rows]) + self.tokens(tiles[1].at[rows])) * 0.5
         s = s - layouts.over_channels(layouts.mean(s))

@@ -174,7 +174,7 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
 
 @functools.partial(jax.jit, static_argnames=("cut", "interpret"))
 def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, interpret: bool):
-    """From the gradients of both directions' tokens through SiLU and convolution, which are computed again, to x:
+    """Carry the gradients of both directions' tokens through SiLU and convolution, computed again, to x:
 
         dp_d = dc_d silu'(p_d)
         dx_t = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]

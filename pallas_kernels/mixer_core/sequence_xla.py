@@ -66,7 +66,7 @@ def back_gradients(
 def front_gradients(
     xz: jax.Array, c_bar: jax.Array, xz_bar: jax.Array, convolutions: Convolutions
 ) -> tuple[jax.Array, Convolutions]:
-    """The gradient of xz, whose second half is there already, and those of the convolutions."""
+    """Compute the gradient of xz, whose second half is there already, and those of the convolutions."""
     _, pull = jax.vjp(front, xz, convolutions)
     x_bar, convolutions_bar = pull(c_bar)
     width = xz.shape[-1] // 2

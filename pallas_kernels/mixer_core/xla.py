@@ -13,7 +13,7 @@ Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward,
 
 
 def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
-    """Stored order to the order of visits, or back (``first``: rows of the grid as it is)."""
+    """Transpose stored order to the order of visits, or back (``first``: rows of the grid as it is)."""
     if not options.transposed:
         return x
     grid = x.reshape(x.shape[0], first, -1, x.shape[-1]).swapaxes(1, 2)
@@ -41,7 +41,7 @@ def front(
 
 
 def tokens_of_lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
-    """The tokens after convolution and SiLU, of each direction ``b lines tokens e``."""
+    """Return the tokens after convolution and SiLU, of each direction ``b lines tokens e``."""
     x = _swap(x, options.rows, options)
     shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
     return [c.reshape(shape) for c in _convolved(x, directions)]
@@ -58,7 +58,7 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
 
 
 def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Float[Array, "b s e"]:
-    """Each row's sum of tokens, in float32 or wider: a product, since scattered sums change from run to run on GPUs.
+    """Sum the tokens of each row, in float32 or wider, by a product: scattered sums change from run to run on GPUs.
 
     A NaN or infinity is in all rows of its sample then, where the kernel has it in one.
     """
@@ -69,7 +69,7 @@ def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Flo
 
 
 def _at(lines: list[jax.Array], places: Places) -> jax.Array:
-    """The tokens at their lines' places, which get all of the gradient."""
+    """Return the tokens at their lines' places, which get all of the gradient."""
     wide = jnp.promote_types(jnp.float32, lines[0].dtype)
 
     def one(c, place):
@@ -161,7 +161,7 @@ def front_gradients(
     ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, Directions]:
-    """The gradient of xz, whose second half is there already, and those of directions."""
+    """Compute the gradient of xz, whose second half is there already, and those of the directions."""
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):

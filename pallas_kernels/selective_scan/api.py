@@ -64,7 +64,7 @@ def selective_scan(
     return_last_state: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"] | tuple[Float[Array, "b l e"], Float[Array, "b e n"]]:
-    """The selective state-space recurrence of Mamba (Gu and Dao 2023, equations 2-4), channels last.
+    """Compute the selective state-space recurrence of Mamba (Gu and Dao 2023, equations 2-4), channels last.
 
     Per batch entry, channel and state, over the steps t in the order visited:
 

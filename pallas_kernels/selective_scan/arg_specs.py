@@ -119,7 +119,10 @@ SMALL = (
 
 
 def of_length(length: int, tokens: int, channels: int, states: int = 16) -> ScanSpec:
-    """A scan of about `tokens` steps in all sequences together, a power of two of them; softplus and bias, no skip."""
+    """Describe a scan of about `tokens` steps in all sequences together, a power of two of them.
+
+    Softplus and bias, no skip.
+    """
     batch = 2 ** max(0, round(math.log2(tokens / length)))
     return ScanSpec(batch, length, channels, states, D=False)
 

@@ -35,7 +35,10 @@ TENSORS = {
 
 
 def default_specs() -> list[ScanSpec]:
-    """All lengths at about equal work, and the shapes kernels are measured by; less of it where there is no GPU."""
+    """Return all lengths at about equal work, and the shapes kernels are measured by.
+
+    Less work where there is no GPU.
+    """
     if jax.default_backend() != "gpu":
         return [of_length(length, 1024, 64) for length in LENGTHS if length <= 4096]
     sweep = [of_length(length, 28672, 384) for length in LENGTHS]
@@ -50,7 +53,10 @@ def cases(
     implementations: Sequence[str] = IMPLEMENTATIONS,
     gradients: Sequence[bool] = (False, True),
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """The measurements, for `timing.run`; in bfloat16 those of kernels alone. What cannot run here is skipped once."""
+    """List the measurements for `timing.run`; in bfloat16 those of kernels alone.
+
+    What cannot run here is skipped once.
+    """
     missing = {"pallas": gpu.kernels_missing(), "mamba_ssm": mamba_ssm.missing()}
     reasons = {name: missing.get(name) for name in implementations}
     found: list[tuple[timing.Row, timing.Case]] = [
@@ -99,7 +105,7 @@ def _arguments(spec: ScanSpec, dtype: str, seed: int) -> tuple[dict[str, jax.Arr
 
 @functools.lru_cache(maxsize=1)
 def _expected(spec: ScanSpec, dtype: str, gradient: bool) -> Any:
-    """The reference's values, differentiated by JAX itself."""
+    """Compute the reference's values, differentiated by JAX itself."""
     arguments = _arguments(spec, dtype, 0)
     program = timing.Program(
         function("reference", _options(spec), gradient), *arguments, hasty=True
@@ -114,7 +120,7 @@ def _options(spec: ScanSpec) -> dict[str, Any]:
 def checked(
     spec: ScanSpec, dtype: str, gradient: bool, implementation: str
 ) -> tuple[timing.Measured, float]:
-    """The compiled measurement of one scan, and its error against the reference."""
+    """Compile the measurement of one scan, and find its error against the reference."""
     measured = timing.Measured(
         function(implementation, _options(spec), gradient),
         lambda seed: _arguments(spec, dtype, seed),
@@ -163,7 +169,7 @@ def rates(spec: ScanSpec, dtype: str, gradient: bool, milliseconds: float) -> ti
 
 
 def dependent_steps(implementation: str, spec: ScanSpec) -> int | None:
-    """How many combinations the last output waits for, one after another, in a forward pass.
+    """Count the combinations that the last output waits for, one after another, in a forward pass.
 
     A step loop has one per token. A run of t tokens in an associative scan has a tree up and a tree down,
     2 log2 t, and runs follow one another. The kernels walk along time; where they split it, they do so twice, and in
@@ -189,7 +195,7 @@ def _kernel_steps(spec: ScanSpec) -> int | None:
 
 
 def kernel_plan(spec: ScanSpec, gradient: bool) -> Any:
-    """How the kernels cut this scan, for a gradient to follow or without."""
+    """Describe how the kernels cut this scan, for a gradient to follow or without."""
     from pallas_kernels.selective_scan import mosaic
 
     arrays, _ = jax.eval_shape(lambda: _arguments(spec, "float32", 0))
@@ -206,7 +212,7 @@ def _with_group(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def steps(specs: Sequence[ScanSpec]) -> list[timing.Row]:
-    """Of each scan, the steps one after another: as a loop, as an ideal parallel scan, and as implemented here."""
+    """Count each scan's dependent steps: as a loop, as an ideal parallel scan, and as implemented here."""
     return [
         {
             "shape": [spec.batch, spec.length, spec.channels],

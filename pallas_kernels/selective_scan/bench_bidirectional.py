@@ -21,12 +21,12 @@ SPECS = (ScanSpec(128, 14, 384, D=False), ScanSpec(1, 14, 384, D=False))
 
 
 def at_once(arrays: dict[str, Any], implementation: str = "auto", **options: Any) -> Any:
-    """Both outputs by one operation."""
+    """Compute both outputs by one operation."""
     return bidirectional_scan(**arrays, **options, implementation=implementation)
 
 
 def one_by_one(arrays: dict[str, Any], implementation: str = "auto", **options: Any) -> Any:
-    """Both outputs by two scans."""
+    """Compute both outputs by two scans."""
     options |= {"implementation": implementation}
     sides: list[dict[str, Any]] = [{k: x[d] for k, x in arrays.items()} for d in (0, 1)]
     return selective_scan(**sides[0], **options), selective_scan(
@@ -43,7 +43,7 @@ def cases(
     dtypes: Sequence[str] = ("float32",),
     gradients: Sequence[bool] = (False, True),
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """The measurements, for `timing.run`; specs are of one direction. The implementation is "auto"."""
+    """List the measurements for `timing.run`; specs are of one direction. The implementation is "auto"."""
     found: list[tuple[timing.Row, timing.Case]] = []
     for spec in specs:
         for dtype in dtypes:
@@ -67,7 +67,7 @@ def _arguments(spec: ScanSpec, dtype: str, seed: int) -> tuple[Any, Any]:
 
 
 def _function(way: str, spec: ScanSpec, gradient: bool, **options: Any) -> Callable[..., Any]:
-    """Outputs, and the gradients of all arrays from one of both outputs, as in a mixer."""
+    """Compute outputs, and the gradients of all arrays from one of both outputs, as in a mixer."""
 
     def run(arrays, out_bar):
         scans = lambda arrays: WAYS[way](arrays, delta_softplus=spec.delta_softplus, **options)  # noqa: E731
@@ -81,7 +81,7 @@ def _function(way: str, spec: ScanSpec, gradient: bool, **options: Any) -> Calla
 
 @functools.lru_cache(maxsize=1)
 def _expected(spec: ScanSpec, dtype: str, gradient: bool) -> Any:
-    """The reference's values, differentiated by JAX itself."""
+    """Compute the reference's values, differentiated by JAX itself."""
     arguments = _arguments(spec, dtype, 0)
     reference = _function("one by one", spec, gradient, implementation="reference")
     return jax.block_until_ready(timing.Program(reference, *arguments, hasty=True)(*arguments))

@@ -24,7 +24,7 @@ def bidirectional_scan(
     delta_softplus: bool = True,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
-    """Two selective scans, the first visiting the steps forward, the second from last to first.
+    """Compute two selective scans, the first visiting the steps forward, the second from last to first.
 
     Equal to two calls of `selective_scan`, one with `reverse=True`, and differentiable likewise; on Hopper GPUs both
     scans are one kernel (two where their time is cut into parts that run side by side), and so are their gradients.

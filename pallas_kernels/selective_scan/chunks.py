@@ -79,7 +79,7 @@ class Weights(NamedTuple):
 
 
 def chunk_length(length: int) -> int:
-    """Steps per chunk: all of a short scan, then 64, then about the square root.
+    """Choose the steps per chunk: all of a short scan, then 64, then about the square root.
 
     Chunks are made equal (196 steps are 4 of 49), so that little is padded. At 64 the states
     entering the chunks hold n / 64 of what u holds; beyond 4096 steps the square root balances them
@@ -120,7 +120,7 @@ class Layout(NamedTuple):
         return x.reshape(self.runs, self.group * self.chunk, *x.shape[1:])
 
     def sequence(self, x: jax.Array) -> jax.Array:
-        """`runs t b ...` to `b l ...`."""
+        """Reshape `runs t b ...` to `b l ...`."""
         x = x.reshape(-1, *x.shape[2:])[: self.length]
         return jnp.moveaxis(x, 0, 1)
 
@@ -173,7 +173,7 @@ def _after(s, u, z, D):
 
 
 def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
-    """The scan by `core`, on runs of `group` chunks."""
+    """Scan by `core`, on runs of `group` chunks."""
     wide = inputs.wide_dtype
     layout = _layout(inputs, options, group)
     steps, weights = _prepare(inputs, layout)
@@ -206,7 +206,7 @@ def backward(
     y_bar: jax.Array,
     last_state_bar: jax.Array | None,
 ) -> ScanInputs:
-    """The gradients of `forward`."""
+    """Compute the gradients of `forward`."""
     wide = inputs.wide_dtype
     layout = _layout(inputs, options, group)
     steps, weights = _prepare(inputs, layout)
@@ -279,7 +279,7 @@ def _state_out(h: jax.Array) -> jax.Array:
 
 
 def _state_in(h: jax.Array, groups: int) -> jax.Array:
-    """The inverse of `_state_out`."""
+    """Invert `_state_out`."""
     return jnp.moveaxis(_split(jnp.swapaxes(h, 1, 2), groups), -2, 1)
 
 

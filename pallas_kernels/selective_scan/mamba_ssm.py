@@ -52,7 +52,7 @@ class Peer:
         return tensors, options, there(jnp.swapaxes(out_bar, 1, 2))
 
     def call(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """One call on the set `index`: y, and the gradients by name."""
+        """Call it on the set `index`: y, and the gradients by name."""
         tensors, options, out_bar = self.sets[index % len(self.sets)]
         y = self.interface.selective_scan_fn(**tensors, delta_softplus=options["delta_softplus"])
         if not self.gradient:

@@ -49,7 +49,7 @@ def unsupported(inputs: ScanInputs) -> str | None:
 
 
 def chunk_length(inputs: ScanInputs) -> int:
-    """Steps between the states kept for the gradient: what the backward kernel holds in registers."""
+    """Choose the steps between the states kept for the gradient: what the backward kernel holds in registers."""
     measured = tuned.find(inputs, gradient=True)
     if measured is not None:
         return measured.chunk
@@ -58,7 +58,7 @@ def chunk_length(inputs: ScanInputs) -> int:
 
 
 def _two_channels_a_lane(inputs: ScanInputs) -> bool:
-    """Whether the gradient's blocks have 64 channels and not 32.
+    """Return whether the gradient's blocks have 64 channels and not 32.
 
     Two channels share a lane's reads of B and C and its sums of dB and dC, at half the
     parallelism: a gain where there are blocks enough, or where time is cut anyway.
@@ -72,7 +72,7 @@ def _two_channels_a_lane(inputs: ScanInputs) -> bool:
 
 
 def forward_chunk(inputs: ScanInputs) -> int:
-    """Steps of a tile where nothing is kept: little padding first, then few tiles."""
+    """Choose the steps of a tile where nothing is kept: little padding first, then few tiles."""
     measured = tuned.find(inputs, gradient=False)
     if measured is not None:
         return measured.chunk
@@ -161,13 +161,13 @@ def _pad_to(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _cut(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
-    """The plan, of rows that the copy engine can address: whole 16 bytes."""
+    """Make the plan, of rows that the copy engine can address: whole 16 bytes."""
     width = max(32, math.ceil(inputs.u.shape[2] / 8) * 8)
     return dataclasses.replace(plan(inputs, options, chunk), width=width)
 
 
 def _streamed_length(cut: Plan) -> int:
-    """The steps that streamed arrays need to have.
+    """Return the steps that streamed arrays need to have.
 
     A tile as wide as the array leaves by a plain bulk copy, which knows no end of a sequence: there all splits' whole
     tiles have a place, also those past the end.
@@ -216,7 +216,7 @@ def _state_in(x: jax.Array, cut: Plan) -> jax.Array:
 
 
 def _state_out(x: jax.Array, width: int, states: int) -> jax.Array:
-    """The inverse of :func:`_state_in`."""
+    """Invert :func:`_state_in`."""
     return x.reshape(*x.shape[:-2], -1)[..., :width, :states]
 
 

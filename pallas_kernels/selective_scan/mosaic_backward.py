@@ -45,8 +45,9 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 
 
 def _ahead(plan: Plan) -> tuple[int, int]:
-    """Steps whose sums over channels are exchanged together, and steps whose factors wait in registers instead of being
-    computed again.
+    """Choose the steps whose sums over channels are exchanged together, and those whose factors wait in registers.
+
+    Other factors are computed again.
 
     Every exchange waits for the one before: the more steps together, the more there is to do meanwhile. Both as far as
     there are registers, 168 for three blocks a processor. With 64 channels and blocks enough, or both directions, which
@@ -286,7 +287,7 @@ def scan_gradients(
 
 
 def _fold_rows(tile: jax.Array, rows: int) -> jax.Array:
-    """Adds the groups of ``rows`` rows of a tile: what a thread holds, without exchange."""
+    """Add the groups of ``rows`` rows of a tile: what a thread holds, without exchange."""
     if tile.shape[0] == rows:
         return tile
     return jnp.sum(tile.reshape(-1, rows, tile.shape[1]), axis=0)

@@ -38,7 +38,7 @@ def unsupported(inputs: ScanInputs) -> str | None:
 
 
 def chunk_length(inputs: ScanInputs) -> int:
-    """Steps between the states kept for the gradient."""
+    """Choose the steps between the states kept for the gradient."""
     return mosaic.chunk_length(_folded_shapes(inputs))
 
 

@@ -113,7 +113,7 @@ def relabel(
 
 
 def lane_sums(states: list[jax.Array], layouts: StateLayouts, interpret: bool) -> jax.Array:
-    """Sums over their channels of two states for each of some steps: ``(steps, 2, warps, rest)``.
+    """Sum over their channels two states for each of some steps: ``(steps, 2, warps, rest)``.
 
     On the device the lanes halve the list of values at every exchange, so that n values cost n - 1 shuffles and a few
     more, not 5 each. The order of the additions is fixed: the result is deterministic.

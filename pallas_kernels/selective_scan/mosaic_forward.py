@@ -41,7 +41,7 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
-    """What each split but the last, which nothing follows, makes of a zero state.
+    """Compute what each split makes of a zero state, except the last split, which nothing follows.
 
     Args:
         x: a list of ``b l e``, of all directions or one for each; delta: ``b l e``;
@@ -140,7 +140,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
 def scan(
     u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, dtype, interpret
 ):
-    """The scan itself.
+    """Run the scan itself.
 
     Args:
         u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; A:

@@ -79,7 +79,7 @@ class Plan:
         return self.blocks * self.channels
 
     def mesh(self, splits: int) -> dict[str, Any]:
-        """The blocks of so many splits."""
+        """Lay out the blocks of so many splits."""
         return {
             "grid": (self.blocks, splits, self.parts),
             "grid_names": ("block", "split", "part"),
@@ -98,7 +98,7 @@ class Plan:
         return (self.padded_width, self.warps, self.rest)
 
     def place(self, index: Any) -> Any:
-        """Where in time the chunk visited as number ``index`` lies."""
+        """Return where in time the chunk visited as number ``index`` lies."""
         return self.chunks - 1 - index if self.reverse else index
 
     def start(self, index: Any) -> Any:
@@ -106,20 +106,20 @@ class Plan:
         return self.place(index) * self.chunk
 
     def steps(self) -> range:
-        """Of a chunk; what lies past the end of a single one is left out."""
+        """Return the steps of a chunk; what lies past the end of a single chunk is left out."""
         return range(self.length if self.chunks == 1 else self.chunk)
 
     def group(self, block: Any) -> Any:
         return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
 
     def columns(self, block: Any, direction: int = 0) -> Any:
-        """A block's channels, of all directions' one after another."""
+        """Return a block's channels among those of all directions, one after another."""
         start = block * self.channels
         return pl.ds(start + direction * self.padded_width if direction else start, self.channels)
 
 
 def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
-    """The kernel that runs ``body(plan, direction, *refs)``, where the plan is that of one direction.
+    """Return the kernel that runs ``body(plan, direction, *refs)``, where the plan is that of one direction.
 
     Of two, each has code of its own: a place in time that depended on the block would cost an addition at every
     access, a fifth of a step's instructions. Two conditions, since lowering tries the first branch of each twice.
@@ -151,13 +151,13 @@ def in_turns(plan: Plan, turn: Callable[[list[Any], Any], Any], carry: Any) -> A
 
 
 def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:
-    """The step numbers of a tile, for masking what lies past the end."""
+    """Return the step numbers of a tile, for masking what lies past the end."""
     shape = (plan.chunk, plan.channels)
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), layout) + start
 
 
 def along_channels(vector: jax.Array, plan: Plan, layout: Any) -> jax.Array:
-    """A ``(channels,)`` vector repeated over a tile's rows."""
+    """Repeat a ``(channels,)`` vector over a tile's rows."""
     shape = (plan.chunk, plan.channels)
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (1,)), layout)
 
@@ -179,7 +179,7 @@ def prepare_tile(
     scaled: bool,
     interpret: bool,
 ) -> None:
-    """Fills the steps and the (scaled) inputs of one tile, both float32, in shared memory."""
+    """Fill the steps and the (scaled) inputs of one tile, both float32, in shared memory."""
     layout = tile_layout(plan.chunk)
     steps = raw_steps(delta_tile, bias, plan, layout)
     if plan.softplus:
@@ -210,18 +210,18 @@ class StepReader:
         return plgpu.layout_cast(spread, self.layouts.state)
 
     def state(self, ref: Any) -> jax.Array:
-        """A state that memory holds as ``(channels, warps, rest)``."""
+        """Read a state that memory holds as ``(channels, warps, rest)``."""
         layouts = self.layouts
         stored = plgpu.load(ref, layout=layouts.stored, optimized=False)
         return relabel(stored, (1, 0, 2), layouts.stored, layouts.state, self.interpret)
 
     def to_store(self, state: jax.Array) -> jax.Array:
-        """The inverse of :meth:`state`, for writing."""
+        """Invert :meth:`state`, for writing."""
         layouts = self.layouts
         return relabel(state, (1, 0, 2), layouts.state, layouts.stored, self.interpret)
 
     def decays(self, a_ref: Any) -> jax.Array:
-        """A · log2(e), so that a step's factor is one exp2."""
+        """Return A · log2(e), so that a step's factor is one exp2."""
         return self.state(a_ref) * LOG2E
 
     def zeros(self) -> jax.Array:
@@ -287,7 +287,7 @@ class Stream:
         return self.batch(k) - self.plan.batch // 2 if self.direction else self.batch(k)
 
     def chunk(self, k: Any) -> Any:
-        """The number of visit k's chunk in the order of visiting a sequence."""
+        """Return the number of visit k's chunk in the order of visiting a sequence."""
         return self.first + k if self.plan.sequences == 1 else self.first  # which is 0
 
     def fetch(self, k: Any, slot: Any) -> None:
@@ -315,7 +315,7 @@ class Stream:
         return slot
 
     def refill(self, k: Any, slot: Any) -> None:
-        """After everyone is done with tile ``k``: fetch the one that takes its slot."""
+        """Fetch the tile that takes the slot of tile ``k``, after everyone is done with it."""
 
         @pl.when(k + self.plan.slots < self.plan.visits)
         def _():

@@ -84,7 +84,7 @@ def _dims(inputs: ScanInputs) -> tuple[Any, Any, str]:
 
 
 def _of(dims, arrays):
-    """The dimensions of those arrays that are there."""
+    """Return the dimensions of the arrays that are given."""
     if isinstance(dims, str):
         return None if arrays is None else dims
     if type(dims) is tuple:  # both directions' y
@@ -93,7 +93,7 @@ def _of(dims, arrays):
 
 
 def _own_groups(inputs: ScanInputs, shard: Shard) -> ScanInputs:
-    """The inputs with B and C of this device's channels only."""
+    """Return the inputs with B and C of this device's channels only."""
     if inputs.B.shape[-2] == 1 or shard.parts("e") == 1 or "g" in shard.axes:
         return inputs
     groups = _groups(inputs, shard)
@@ -101,7 +101,7 @@ def _own_groups(inputs: ScanInputs, shard: Shard) -> ScanInputs:
 
 
 def _groups(inputs: ScanInputs, shard: Shard) -> jax.Array:
-    """The groups that this device's channels belong to, each as often as makes the device's groups equal."""
+    """Return the groups that this device's channels belong to, each as often as makes the device's groups equal."""
     whole, parts = inputs.B.shape[-2], shard.parts("e")
     fine = math.lcm(whole, parts)
     own = shard.index("e") * (fine // parts) + jnp.arange(fine // parts)

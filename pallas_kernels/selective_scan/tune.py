@@ -22,14 +22,14 @@ GAIN = 0.97  # of the rules' time: less is noise
 
 
 def rule(spec: ScanSpec, gradient: bool) -> Blocks:
-    """The blocks of the rules in `mosaic`."""
+    """Return the blocks that the rules in `mosaic` choose."""
     with tuned.forced(None):
         cut = bench.kernel_plan(spec, gradient)
     return Blocks(cut.chunk, cut.channels, cut.splits)
 
 
 def candidates(spec: ScanSpec, gradient: bool) -> list[Blocks]:
-    """What to try: the rules' choice first, then other tiles, widths and cuts of the time axis."""
+    """List what to try: the rules' choice first, then other tiles, widths and cuts of the time axis."""
     first = rule(spec, gradient)
     found = [first]
     for chunk in CHUNKS[gradient]:
@@ -50,7 +50,7 @@ def candidates(spec: ScanSpec, gradient: bool) -> list[Blocks]:
 def cases(
     specs: Sequence[ScanSpec], gradients: Sequence[bool] = (False, True)
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """The measurements, for `timing.run`; float32.
+    """List the measurements for `timing.run`, in float32.
 
     Raises:
         NotImplementedError: the kernels do not run here.
@@ -107,7 +107,7 @@ def keep(rows: Sequence[timing.Row], file: Path, command: str) -> list[str]:
 
 
 def default_file() -> Path:
-    """Where the kernels look for this device's blocks."""
+    """Return where the kernels look for this device's blocks."""
     return tuned.file_of(jax.devices()[0].device_kind)
 
 

@@ -42,7 +42,7 @@ def forced(blocks: Blocks | None) -> Iterator[None]:
 
 
 def find(inputs: ScanInputs, gradient: bool) -> Blocks | None:
-    """The measured blocks of this shape on the device that is traced for; None if there are none."""
+    """Find the measured blocks of this shape on the device that is traced for; None if there are none."""
     if _forced:
         return _forced[-1]
     if inputs.B.shape[2] != 1 or inputs.A.ndim == 3:
@@ -57,7 +57,7 @@ def key(batch: int, length: int, channels: int, states: int, gradient: bool) -> 
 
 
 def file_of(device_kind: str) -> Path:
-    """Where the blocks of a kind of device are kept."""
+    """Return where the blocks of a kind of device are kept."""
     return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
 
 

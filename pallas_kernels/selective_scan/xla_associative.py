@@ -18,7 +18,7 @@ RUN_STATES = 2**24
 
 
 def _recurrence(a, x, h, reverse: bool, *, written_out: bool = True):
-    """All states `t b g n k` of h <- a h + x.
+    """Compute all states `t b g n k` of h <- a h + x.
 
     Not `written_out`, the scan's last levels are fused into what reads them, and computed again for each reader: on an
     H100 up to twice as slow, except for the gradients' recurrence.
@@ -35,7 +35,7 @@ def _recurrence(a, x, h, reverse: bool, *, written_out: bool = True):
 
 
 def _shift(x, first, reverse: bool):
-    """The entry before each, in the order visited; `first` before the first."""
+    """Return the entry before each, in the order visited; `first` before the first."""
     if reverse:
         return jnp.concatenate([x[1:], first[None]])
     return jnp.concatenate([first[None], x[:-1]])

@@ -17,7 +17,7 @@ from pallas_kernels.selective_scan import chunks
 
 
 def _dot(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """The einsum of a state and weights that lack some of its axes."""
+    """Compute the einsum of a state and weights that lack some of its axes."""
     if any(axis is not None for axis in jax.typeof(x).sharding.spec):
         # A mesh with explicit axes: a sum over a sharded axis says by itself what it gives, a product does not.
         operands, out = subscripts.split("->")

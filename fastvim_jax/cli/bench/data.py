@@ -44,7 +44,7 @@ class Data:
 
 
 def data(arguments: Sequence[str]) -> int:
-    """Reading images."""
+    """Measure how fast images are read."""
     chosen = parse(Data, "bench data", arguments, f"{Data.__doc__}")
     if chosen.seconds <= 0 or any(count < 1 for count in chosen.workers):
         raise UsageError("--seconds must be positive, and --workers at least 1 each.")

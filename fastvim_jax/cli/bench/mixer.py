@@ -45,7 +45,7 @@ class Mixer(Options):
 
 
 def mixer(arguments: Sequence[str]) -> int:
-    """One mixer."""
+    """Measure one mixer."""
     chosen = parse(Mixer, "bench mixer", arguments, f"{Mixer.__doc__}")
     from fastvim_jax.bench import mixer as bench
 

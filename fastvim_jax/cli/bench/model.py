@@ -79,7 +79,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _settings(chosen: Model) -> list[tuple[str, int, int, str]]:
-    """All combinations; pixels name batches where none are given."""
+    """List all combinations. Where no batches are given, the image size chooses one."""
     from fastvim_jax.bench.model import BATCHES
 
     gpu = on_gpu()

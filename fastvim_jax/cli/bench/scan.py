@@ -74,7 +74,7 @@ class Scan(Options):
 
 
 def scan(arguments: Sequence[str]) -> int:
-    """The selective scan."""
+    """Measure the selective scan."""
     chosen = parse(Scan, "bench scan", arguments, f"{Scan.__doc__}")
     from fastvim_jax.bench.scan import default_specs, plot, print_steps, specs
     from pallas_kernels.selective_scan import bench

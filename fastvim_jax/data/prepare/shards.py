@@ -185,13 +185,13 @@ def prepare(
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
+    """Compute the SHA-256 of a file, as hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def encoded(record: Record, max_size: int | None) -> bytes:
-    """The bytes to store for a record; see `prepare`.
+    """Return the bytes to store for a record; see `prepare`.
 
     Raises:
         DecodeError: when the image had to be decoded and cannot be.
@@ -277,7 +277,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
 
 
 def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an earlier start, if it is of the same preparation."""
+    """Read the manifest of an earlier start, if it is of the same preparation."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:

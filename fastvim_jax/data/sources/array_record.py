@@ -69,7 +69,7 @@ class ArrayRecordSource:
         return Record(image, label, f"{name} ({header['name']})")
 
     def stamp(self, index: int) -> str:
-        """What changes with a record: its shard's checksum (`fingerprint.Stamped`)."""
+        """Return what changes with a record: its shard's checksum (`fingerprint.Stamped`)."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.shards[shard]['sha256']}[{index - int(self._starts[shard])}]"
 
@@ -103,7 +103,7 @@ class ArrayRecordSource:
 
 
 def read_manifest(root: Path, split: str) -> dict[str, Any]:
-    """The manifest of a finished split.
+    """Read the manifest of a finished split.
 
     Raises:
         UserError: when there is none, it cannot be read, or the preparation was not finished.
@@ -126,18 +126,18 @@ def read_manifest(root: Path, split: str) -> dict[str, Any]:
 
 
 def prepared_splits(root: Path) -> list[str]:
-    """Splits in a folder that `fastvim data prepare` wrote, finished or not."""
+    """List the splits in a folder that `fastvim data prepare` wrote, finished or not."""
     return sorted(f.stem for f in root.glob("*.json") if _load(f).get("format") == FORMAT)
 
 
 def join_record(image: bytes, label: int, name: str) -> bytes:
-    """One record's bytes."""
+    """Join header and image to the bytes of one record."""
     header = json.dumps({"label": int(label), "name": name}, ensure_ascii=False)
     return header.encode() + b"\n" + image
 
 
 def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
-    """The inverse of `join_record`: header and image.
+    """Split a record into header and image, the inverse of `join_record`.
 
     Raises:
         DecodeError: when the record is none of ours.

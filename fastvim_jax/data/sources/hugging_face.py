@@ -108,13 +108,16 @@ class ParquetSource:
         return Record(data, int(self._labels[index]), name)
 
     def stamp(self, index: int) -> str:
-        """What changes with a record: its file and label (`fingerprint.Stamped`); not an image beside the table."""
+        """Return what changes with a record: its file and label (`fingerprint.Stamped`).
+
+        Not an image beside the table.
+        """
         shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
         file = self._files[shard]
         return f"{file_stamp(file)} {self._labels[index]} {file.name}[{index}]"
 
     def _read_layout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every label, and shard, group and first record of each row group."""
+        """Read every label, and shard, group and first record of each row group."""
         labels, groups, starts, total = [], [], [], 0
         for shard, file in enumerate(self._files):
             parquet = self._file(shard)
@@ -204,7 +207,7 @@ def _by_split(files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """The image column, the label column, and the class names if the metadata have them."""
+    """Find the image column, the label column, and the class names if the metadata have them."""
     features = _features(schema)
     kinds = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict)}
     images = [n for n in schema.names if kinds.get(n) == "Image"]

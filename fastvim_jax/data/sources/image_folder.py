@@ -66,7 +66,7 @@ class ImageFolderSource:
             return Record(opened.read(), self._labels[index], file)
 
     def stamp(self, index: int) -> str:
-        """What changes with a record: its file and label (`fingerprint.Stamped`)."""
+        """Return what changes with a record: its file and label (`fingerprint.Stamped`)."""
         file = self._files[index]
         return f"{file_stamp(self._root / file)} {self._labels[index]} {file}"
 

@@ -20,7 +20,7 @@ def names_of_labels(
     class_list: Path | None = None,
     any_label: bool = False,
 ) -> tuple[str, ...]:
-    """The class names of a split: from the class list given, else the data set's own, else the list in its folder.
+    """Choose the class names of a split: the class list given, else the data set's own, else the list in its folder.
 
     Args:
         labels: every label of the split.
@@ -74,7 +74,7 @@ def refuse_stray_labels(source: Source) -> None:
 
 
 def stray_label(name: str, label: int, classes: int, others: str = "") -> str:
-    """What is wrong with a record whose label is no class, and what to do."""
+    """Say what is wrong with a record whose label is no class, and what to do."""
     return (
         f"{name}: the label {label} is outside the {classes} classes{others}. `fastvim data check` lists all such "
         "records: mend them, give the class list that they belong to, or leave this split out (--split)."

@@ -20,7 +20,7 @@ _LAYOUTS = {
 
 
 def guess_source(path: str) -> str:
-    """The kind of data set that lies in a folder; `digits`, which needs none, is itself.
+    """Guess the kind of data set that lies in a folder; `digits`, which needs no folder, is itself.
 
     Raises:
         UserError: when the folder does not exist or is of no known layout.
@@ -42,7 +42,7 @@ def guess_source(path: str) -> str:
 
 
 def list_splits(name: str, path: str) -> list[str]:
-    """The splits that `open_source(name, ..., path=path)` would find, in alphabetical order."""
+    """List the splits that `open_source(name, ..., path=path)` would find, in alphabetical order."""
     if name == "digits":
         return ["test", "train"]
     root = expand_path(path)

@@ -64,6 +64,6 @@ class SourcePart:
         return self._source[self._numbers[index]]
 
     def stamp(self, index: int) -> str:
-        """What changes with a record (`fingerprint.Stamped`), whether the whole knows it or must be read."""
+        """Return what changes with a record (`fingerprint.Stamped`), whether the whole knows it or must be read."""
         number = self._numbers[index]
         return fingerprint(self._source, number, number + 1)

@@ -52,7 +52,7 @@ class TfdsSource:
         return Record(record[self._image], label, name)
 
     def stamp(self, index: int) -> str:
-        """What changes with a record: any file of the set (`fingerprint.Stamped`)."""
+        """Return what changes with a record: any file of the set (`fingerprint.Stamped`)."""
         return f"{self._stamp} {self._split}[{index}]"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class TfdsSource:
 
 
 def tfds_splits(path: str) -> list[str]:
-    """Splits of a prepared set; `path` as in the module."""
+    """List the splits of a prepared set; `path` as in the module."""
     return sorted(_import().builder_from_directory(str(_find(path))).info.splits)
 
 
@@ -100,7 +100,7 @@ def _import() -> Any:
 
 
 def _find(path: str) -> Path:
-    """The folder of one version, which holds `dataset_info.json`."""
+    """Find the folder of one version, which holds `dataset_info.json`."""
     base = Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
     name, _, version = path.partition(":")
     folder = Path(path)

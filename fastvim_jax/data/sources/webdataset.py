@@ -72,19 +72,19 @@ class WebDatasetSource:
             return Record(file.read(size), label, f"{shard}/{self._keys[index]}")
 
     def stamp(self, index: int) -> str:
-        """What changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
+        """Return what changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
         number, *place = (int(v) for v in self._places[index])
         shard = self._shards[number]
         return f"{file_stamp(shard)} {place} {shard.name}/{self._keys[index]}"
 
 
 def shard_splits(root: Path) -> list[str]:
-    """Splits in a folder of shards: their names without the trailing numbers."""
+    """List the splits in a folder of shards: their names without the trailing numbers."""
     return sorted({file.stem[: _numbers(file.stem).start()] for file in root.glob("*.tar")})
 
 
 def _of_split(shard: Path, split: str) -> bool:
-    """Whether nothing but numbers follows the split's name; `fold1` is not the split of `fold10.tar`."""
+    """Return whether nothing but numbers follows the split's name; `fold1` is not the split of `fold10.tar`."""
     stem = shard.stem
     cut = stem[len(split) - 1 : len(split) + 1] if split else ""
     return (
@@ -95,7 +95,7 @@ def _of_split(shard: Path, split: str) -> bool:
 
 
 def _numbers(stem: str) -> re.Match[str]:
-    """The numbers at the end of a shard's name, empty if there are none."""
+    """Return the numbers at the end of a shard's name, empty if there are none."""
     match = _NUMBERS.search(stem)
     assert match is not None
     return match
@@ -133,7 +133,7 @@ def _index(shard: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _label(content: bytes, extension: str) -> int | None:
-    """The label as a whole number, or None where a JSON holds other things."""
+    """Return the label as a whole number, or None where a JSON holds other things."""
     try:
         value = json.loads(content)
     except ValueError:

@@ -44,7 +44,7 @@ class PyramidPooling(nnx.Module):
         )
 
     def __call__(self, x: FeatureMap, *, train: bool) -> list[FeatureMap]:
-        """One map `b h w o` for each scale."""
+        """Return one map `b h w o` for each scale."""
         size = (x.shape[1], x.shape[2])
         return [
             resize_bilinear(branch(adaptive_average_pool(x, (scale, scale)), train=train), size)

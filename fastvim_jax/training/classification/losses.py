@@ -59,7 +59,7 @@ def classification_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
-    """The supervised loss: integer labels are smoothed, soft targets (as mixup makes them) are used as given."""
+    """Compute the supervised loss. Integer labels are smoothed; soft targets (mixup's) are used as given."""
     if target.ndim == 2:
         return soft_target_cross_entropy(logits, target)
     if label_smoothing == 0.0:

@@ -26,7 +26,7 @@ class Areas:
 
     @staticmethod
     def zero(classes: int) -> Areas:
-        """No pixel seen."""
+        """Return the counts before any pixel was seen."""
         return Areas(*(np.zeros(classes, np.int64) for _ in range(3)))
 
     def __add__(self, other: Areas) -> Areas:
