@@ -3,10 +3,10 @@
 Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is that of the operands of products
 (`fastvim_jax.layers.linear`; in a ViT of the activations between them too). Everything else — results of products,
 convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, losses — is held in `wide`, that is
-float32 or more. `matmul` says how float32 products are carried out on a GPU, whose default would be TF32: "highest"
-is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide results of
-the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the memory
-traffic; pooled tokens, steps, state, norms and residual stream stay wide, and with a half-precision `dtype` the few
+float32 or more. `matmul_precision` says how float32 products are carried out on a GPU, whose default would be TF32:
+"highest" is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide
+results of the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the
+memory traffic; pooled tokens, steps, state, norms and residual stream stay wide, and with a half-precision `dtype` the few
 pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
 hardware's tanh, wrong by up to 2^-12.
 """
@@ -14,38 +14,43 @@ hardware's tanh, wrong by up to 2^-12.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from pydantic import BeforeValidator
 
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.config_checks import check_fields
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+def dtype_name(dtype: Any) -> Any:
+    """Return the name of a dtype given as an object (`jnp.bfloat16`, `np.dtype("float32")`); names pass through."""
+    try:
+        return dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        return dtype  # refused, with the names that there are, by the field
+
+
+DtypeName = Annotated[Literal["float32", "bfloat16", "float64"], BeforeValidator(dtype_name)]
+ParamDtypeName = Annotated[Literal["float32", "float64"], BeforeValidator(dtype_name)]
+MatmulPrecision = Literal["highest", "tf32"]
+Activations = Literal["wide", "compute"]
 MATMUL_PRECISIONS = {"highest": jax.lax.Precision.HIGHEST, "tf32": jax.lax.Precision.DEFAULT}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Names of the compute and parameter dtypes and of the float32 matmul mode; see the module docstring."""
+    """Name the compute and parameter dtypes and the float32 matmul mode; see the module docstring."""
 
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    matmul: str = "highest"
-    activations: str = "wide"
+    dtype: DtypeName = "float32"
+    param_dtype: ParamDtypeName = "float32"
+    matmul_precision: MatmulPrecision = "highest"
+    activations: Activations = "wide"
 
     def __post_init__(self) -> None:
-        for field, choices in (
-            ("dtype", DTYPES),
-            ("param_dtype", ("float32", "float64")),
-            ("matmul", MATMUL_PRECISIONS),
-            ("activations", ("wide", "compute")),
-        ):
-            value = getattr(self, field)
-            if value not in choices:
-                name = "matmul_precision" if field == "matmul" else field
-                raise UserError(
-                    f"{name}={value!r} is not one of {', '.join(choices)}.{suggest(value, choices)}"
-                )
+        check_fields(self)
 
     @property
     def compute(self) -> jnp.dtype:
@@ -65,4 +70,4 @@ class Precision:
     @property
     def lax(self) -> jax.lax.Precision:
         """The `precision=` argument of every product."""
-        return MATMUL_PRECISIONS[self.matmul]
+        return MATMUL_PRECISIONS[self.matmul_precision]

@@ -94,7 +94,8 @@ def plain_core(mixer: Mixer, xz: jax.Array, pooling: Pooling) -> jax.Array:
 
 def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timing.Case:
     pooling = GridPooling(side, side)
-    policy = Precision(dtype, activations="wide" if dtype == "float32" else "compute")
+    narrow: Any = {"dtype": dtype, "activations": "wide" if dtype == "float32" else "compute"}
+    policy = Precision(**narrow)
     mixer = _mixer(width, precision=policy)
     fused = runs_fused(mixer.config, pooling)
     graphdef, params = nnx.split(mixer)

@@ -91,7 +91,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     if q.dtype == jnp.float64:  # the library's attention would go through float32
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
-    with jax.default_matmul_precision("highest" if precision.matmul == "highest" else "default"):
+    with jax.default_matmul_precision(
+        "highest" if precision.matmul_precision == "highest" else "default"
+    ):
         if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
             return _attend_on_gpu(q, k, v)
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")

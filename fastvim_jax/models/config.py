@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from fastvim_jax.config_checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    check_fields,
+)
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.layers.direction import MixerConfig
 from fastvim_jax.layers.patch_embed import grid_of
-from fastvim_jax.precision import Precision
+from fastvim_jax.precision import (
+    Activations,
+    DtypeName,
+    MatmulPrecision,
+    ParamDtypeName,
+    Precision,
+)
 
+Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]
 PoolingMethod = Literal["mean", "max", "attention", "none"]
 PoolAxes = Literal["alternate", "columns", "rows"]
-DtypeName = Literal["float32", "bfloat16", "float64"]
-ParamDtypeName = Literal["float32", "float64"]
-MatmulPrecision = Literal["highest", "tf32"]
 BlockMode = Literal["scan", "unroll"]
 Remat = Literal["none", "block", "dots"]
+ScanName = Literal["auto", "xla", "xla_associative", "xla_sequential", "pallas", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +41,25 @@ class BackboneConfig:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    image_size: int | tuple[int, int] = 224
+    image_size: Pixels = 224
     """Pixels, height and width (one number: square), for which position embeddings are learned. Other sizes are
     accepted at call time."""
-    patch_size: int | tuple[int, int] = 16
+    patch_size: Pixels = 16
     """Pixels of a patch, height and width."""
-    channels: int = 3
+    channels: PositiveInt = 3
     """Image channels."""
-    num_classes: int = 1000
+    num_classes: NonNegativeInt = 1000
     """Classes of the head; 0 for none (the model then returns its pooled features)."""
-    embed_dim: int = 192
+    embed_dim: PositiveInt = 192
     """Model width d."""
-    depth: int = 12
+    depth: PositiveInt = 12
     """Number of blocks."""
-    drop_path: float = 0.0
+    drop_path: Rate = 0.0
     """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
     out_indices: tuple[int, ...] = ()
-    """Blocks whose outputs are returned as dense features, each through its own LayerNorm, instead of logits."""
-    norm_eps: float = 1e-5
+    """Blocks whose outputs are returned as dense features, each through its own LayerNorm, instead of logits. Negative
+    ones count from the last block."""
+    norm_eps: NonNegativeFloat = 1e-5
     """Added to the mean square or variance in the norms."""
     dtype: DtypeName = "float32"
     """Dtype of the operands of products; see fastvim_jax.precision."""
@@ -59,10 +73,14 @@ class BackboneConfig:
     """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
 
     def __post_init__(self) -> None:
-        _normalise_sizes(self)
-        _check_choices(self)
-        _check_positive(self, "embed_dim", "depth", "channels")
-        _check_common(self)
+        check_fields(self)
+        object.__setattr__(self, "image_size", _pair(self.image_size))
+        object.__setattr__(self, "patch_size", _pair(self.patch_size))
+        if any(s < p for s, p in zip(_pair(self.image_size), self.patch, strict=True)):
+            raise UserError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}."
+            )
+        object.__setattr__(self, "out_indices", _block_indices(self.out_indices, self.depth))
 
     @property
     def precision(self) -> Precision:
@@ -88,7 +106,7 @@ class VisionMambaConfig(BackboneConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    depth: int = 24
+    depth: PositiveInt = 24
     """Number of blocks."""
     pooling: PoolingMethod = "mean"
     """What the scan reads of each row of tokens: mean, max or attention (FastVim), or every token, none (Vim)."""
@@ -102,19 +120,19 @@ class VisionMambaConfig(BackboneConfig):
     """Norm between the scan and the gate; none leaves it out."""
     class_token: Literal["none", "middle", "head"] = "none"
     """A class token in the middle of the sequence or at its head; the classifier then reads it (Table 16)."""
-    conv_width: int = 4
+    conv_width: NonNegativeInt = 4
     """Width of the depthwise causal convolution; 0 leaves it out (Table 7)."""
     unpool: Literal["before_skip", "after_skip"] = "before_skip"
     """Repeat the scan's result along the row before or after D · tokens is added (Table 18)."""
-    pool_scale: float = 1.0
+    pool_scale: PositiveFloat = 1.0
     """Factor on pooled means; 0.25 after masked pre-training of ratio 0.75."""
     layer_scale: float | None = None
     """Initial value of a learned per-channel factor on mixer outputs; None for no such factor."""
-    state_size: int = 16
+    state_size: PositiveInt = 16
     """States n of each channel."""
-    expand: int = 2
+    expand: PositiveInt = 2
     """Inner width e over model width d."""
-    dt_rank: int | None = None
+    dt_rank: PositiveInt | None = None
     """Rank r of the projection to step sizes; None: ceil(embed_dim / 16)."""
     proj_bias: bool = False
     """Biases in in_proj and out_proj."""
@@ -125,21 +143,14 @@ class VisionMambaConfig(BackboneConfig):
     head_pool: Literal["mean", "last", "max", "all"] = "mean"
     """The head reads the mean of the tokens or the last one, or all of them: the largest or every token's logits.
     A class token takes precedence."""
-    activations: Literal["wide", "compute"] = "wide"
+    activations: Activations = "wide"
     """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
     close to exact, or `dtype` from images and tokens rounded once, which is faster."""
-    scan_implementation: str = "auto"
+    scan_implementation: ScanName = "auto"
     """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas or reference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "state_size", "expand")
-        if self.conv_width < 0:
-            raise UserError(f"conv_width={self.conv_width}: use 0 to leave the convolution out.")
-        if self.dt_rank is not None and self.dt_rank < 1:
-            raise UserError(
-                f"dt_rank={self.dt_rank} must be at least 1, or None for ceil(embed_dim / 16)."
-            )
         if self.pool_scale != 1.0 and self.pooling != "mean":
             raise UserError(
                 f"pool_scale={self.pool_scale} only acts on pooling='mean', not {self.pooling!r}."
@@ -179,9 +190,9 @@ class ViTConfig(BackboneConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    num_heads: int = 3
+    num_heads: PositiveInt = 3
     """Attention heads; must divide embed_dim."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: PositiveFloat = 4.0
     """Hidden width of the MLP over embed_dim."""
     qkv_bias: bool = True
     """Bias of the query, key and value projection."""
@@ -192,14 +203,17 @@ class ViTConfig(BackboneConfig):
     class token stays a token of its own."""
     pool_axes: PoolAxes = "alternate"
     """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows."""
-    conv_width: int = 0
+    conv_width: NonNegativeInt = 0
     """Width of a depthwise causal convolution with SiLU before the pooling; 0 for none."""
-    norm_eps: float = 1e-6
+    norm_eps: NonNegativeFloat = 1e-6
     """Added to the variance in every norm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "num_heads")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise UserError(
+                f"mlp_ratio={self.mlp_ratio} leaves no hidden unit of embed_dim={self.embed_dim}."
+            )
         if self.embed_dim % self.num_heads:
             raise UserError(
                 f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}; choose one that does."
@@ -229,45 +243,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _normalise_sizes(config) -> None:
-    for field in ("image_size", "patch_size"):
-        value = getattr(config, field)
-        pair = (value, value) if isinstance(value, int) else tuple(value)
-        if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-            raise UserError(
-                f"{field}={value!r} must be a positive integer or a pair (height, width)."
-            )
-        object.__setattr__(config, field, pair)
-    object.__setattr__(config, "out_indices", tuple(config.out_indices))
-    if any(s < p for s, p in zip(config.image_size, config.patch_size, strict=True)):
-        raise UserError(
-            f"image_size={config.image_size} is smaller than patch_size={config.patch_size}."
-        )
-
-
-def _check_choices(config) -> None:
-    for name, hint in get_type_hints(type(config)).items():
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        value = getattr(config, name)
-        if choices and value not in choices:
-            raise UserError(
-                f"{name}={value!r} is not one of {', '.join(choices)}.{suggest(value, choices)}"
-            )
-
-
-def _check_positive(config, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{field}={value!r} must be a positive integer.")
-
-
-def _check_common(config) -> None:
-    _ = config.precision  # raises on an unknown dtype
-    if config.num_classes < 0:
-        raise UserError(f"num_classes={config.num_classes} must not be negative (0 for no head).")
-    if not 0.0 <= config.drop_path < 1.0:
-        raise UserError(f"drop_path={config.drop_path} must be in [0, 1).")
-    bad = [i for i in config.out_indices if not 0 <= i < config.depth]
+def _block_indices(indices: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Count negative indices from the last block."""
+    bad = [i for i in indices if not -depth <= i < depth]
     if bad:
-        raise UserError(f"out_indices {bad} are outside the model's blocks 0..{config.depth - 1}.")
+        raise UserError(f"out_indices {bad} are outside the model's blocks 0..{depth - 1}.")
+    return tuple(i % depth for i in indices)

@@ -14,6 +14,7 @@ from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.patch_embed import PatchEmbed
 from fastvim_jax.models import create_model
 from fastvim_jax.precision import Precision
+from tests.support import checked
 
 
 def test_results_are_stored_in_the_compute_dtype(seed):
@@ -57,4 +58,4 @@ def test_images_are_rounded_once(seed, activations, terms):
 
 def test_unknown_choice():
     with pytest.raises(UserError, match="activations"):
-        Precision("bfloat16", activations="narrow")
+        checked(Precision("bfloat16"), activations="narrow")

@@ -218,7 +218,7 @@ def test_compute_dtype_is_that_of_the_products_operands(dtype, key):
         ({"pooling": "men"}, "Did you mean 'mean'"),
         ({"image_size": 8}, "smaller than patch_size"),
         ({"image_size": "224"}, "image_size='224'"),
-        ({"depth": 0}, "depth=0 must be a positive integer"),
+        ({"depth": 0}, "depth=0 must be at least 1"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"dtype": "float16"}, "dtype='float16'"),
         ({"matmul_precision": "tf23"}, "Did you mean 'tf32'"),
