@@ -6,8 +6,8 @@ convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, lo
 float32 or more. `matmul_precision` says how float32 products are carried out on a GPU, whose default would be TF32:
 "highest" is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide
 results of the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the
-memory traffic; pooled tokens, steps, state, norms and residual stream stay wide, and with a half-precision `dtype` the few
-pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
+memory traffic; pooled tokens, steps, state, norms and residual stream stay wide, and with a half-precision `dtype` the
+few pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
 hardware's tanh, wrong by up to 2^-12.
 """
 
