@@ -124,7 +124,7 @@ class RunConfig:
     @property
     def compute_dtype(self) -> str:
         """Name of the dtype in which the model computes."""
-        return str(self.model.dtype)
+        return str(self.model.precision.dtype)
 
     def to_json(self) -> str:
         """Return the config as JSON text; `from_json` of its class gives it back exactly."""

@@ -157,7 +157,8 @@ def make_train_step(
 
     def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:
         batch, drawn = part
-        carried = () if model_state is None else (model_state,)
+        # Rebuilt, so that its variables belong to this trace and the model may assign to them.
+        carried = () if model_state is None else (jax.tree.map(lambda leaf: leaf, model_state),)
         found = loss_of(gather_outside_blocks(params), batch, drawn, *carried)
         found = found if isinstance(found, Loss) else Loss(found)
         return found.loss, (dict(found.metrics), found.model_state)
