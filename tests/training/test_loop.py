@@ -127,7 +127,8 @@ def run(folder, *, stop_at: int | None = None):
 def test_a_task_of_ones_own_trains_logs_and_resumes(tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     result = run(whole)
-    assert result.step == 3 * STEPS and result.headline == f"raw norm {result.metrics['raw_norm']:.4f}"
+    assert result.step == 3 * STEPS
+    assert result.headline == f"raw norm {result.metrics['raw_norm']:.4f}"
     assert [r["step"] for r in read_metrics(whole, "eval")] == [4, 8, 12]
     means = read_metrics(whole, "mean")
     assert [r["step"] for r in means] == [8, 12] and means[0]["mean"] != means[1]["mean"]
