@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from pathlib import Path
 
 from fastvim_jax.errors import UserError, suggest
@@ -73,7 +74,20 @@ def _load(path: Path) -> object:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise  # Its own message names the field and the fix.
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise UserError(
+            f"{path} is not valid Python: {error.msg}\n  {place}\n  {(error.text or '').strip()}"
+        ) from error
+    except Exception as error:
+        # The last line of the file itself, not of what it called.
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        place = f"{path}, line {frames[-1].lineno}\n  {frames[-1].line}" if frames else str(path)
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}\n  {place}") from error
     return module
 
 

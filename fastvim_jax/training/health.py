@@ -97,7 +97,7 @@ def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: R
     """Explain what probably made `record` non-finite, judged by it and the steps `before` it."""
     if not record["finite_input"]:
         return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
-    if record["step"] == 1 or (not before and not math.isfinite(record["loss"])):
+    if not before and not math.isfinite(record["loss"]):
         return (
             f"the first loss is already not finite: the model's numbers overflow in model.dtype="
             f"{config.compute_dtype}; try float32, or check weights that were loaded"

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.distributed import union, wait
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
@@ -143,7 +144,13 @@ def run_loop(
     def evaluate_at(step: int, due: Sequence[Evaluator]) -> None:
         window.fetch(checkpoints.describe_latest)
         for evaluator in due:
-            scores, drawn = evaluator.run(state, step)
+            try:
+                scores, drawn = evaluator.run(state, step)
+            except WorkersEnded as error:  # The training itself is sound: save it.
+                if jax.process_count() > 1:
+                    raise
+                stop.ask(str(error))
+                raise stop_after(step) from error
             log.write(evaluator.name, step, {"epoch": step / steps_per_epoch, **scores})
             words = headline.in_words(scores) or ", ".join(
                 f"{k} {v:.4g}" for k, v in scores.items()
@@ -167,6 +174,7 @@ def run_loop(
         missed = [e for e in due_at(first_step) if not evaluated(folder, first_step, e.name)]
         if missed:
             evaluate_at(first_step, missed)
+    stop.before_start(total_steps, first_step)
     for step in range(first_step + 1, total_steps + 1):
         with profiler.begin(step):
             with clock.timed("data_wait"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -29,10 +30,12 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import RunConfig
-from fastvim_jax.training.disk import writing
+from fastvim_jax.training.disk import keep_damaged, replace_file, writing
 from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.serialise import to_dict
 from fastvim_jax.training.tasks import config_from_json
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
@@ -168,18 +171,39 @@ def _refuse_other_files(folder: Path) -> None:
 def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | None) -> None:
     if (folder / CONFIG_FILE).is_file():
         _refuse_other_run(folder, config)
-        if tuple(class_names or ()) != read_class_names(folder):
+        if tuple(class_names or ()) != _classes_or_damaged(folder, class_names):
             raise UserError(
                 f"{folder} was trained on other classes than data.source={config.data.source!r} has now: "
                 "use its data, or another run folder."
             )
     names = json.dumps(list(class_names or ()), indent=1, ensure_ascii=False)
-    _write(folder / CLASSES_FILE, names)
-    _write(folder / CONFIG_FILE, config.to_json())
-    starts = []
-    if (folder / ENVIRONMENT_FILE).is_file():
-        starts = json.loads((folder / ENVIRONMENT_FILE).read_text())["starts"]
-    _write(folder / ENVIRONMENT_FILE, json.dumps({"starts": [*starts, environment()]}, indent=1))
+    replace_file(folder / CLASSES_FILE, names)
+    replace_file(folder / CONFIG_FILE, config.to_json())
+    starts = [*_earlier_starts(folder / ENVIRONMENT_FILE), environment()]
+    replace_file(folder / ENVIRONMENT_FILE, json.dumps({"starts": starts}, indent=1))
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    """Read the starts on record. A damaged record is kept under another name; it decides nothing of the run."""
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_bytes())["starts"])
+    except (ValueError, KeyError, TypeError):
+        kept = keep_damaged(path)
+        _log.warning("%s cannot be read: it is now %s, and a new one is begun.", path, kept)
+        return []
+
+
+def _classes_or_damaged(folder: Path, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Read the class names; where the file is damaged keep it under another name and trust the data's own names."""
+    try:
+        return read_class_names(folder)
+    except UserError as error:
+        path = folder / CLASSES_FILE
+        kept = keep_damaged(path) if path.is_file() else None
+        _log.warning("%s. It is written anew%s.", error, f"; the old one is {kept}" if kept else "")
+        return tuple(class_names or ())
 
 
 def read_config(run_dir: Path | str) -> RunConfig:
@@ -193,7 +217,10 @@ def read_config(run_dir: Path | str) -> RunConfig:
         raise UserError(
             f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote."
         )
-    return config_from_json(path.read_text())
+    try:
+        return config_from_json(path.read_text())
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
@@ -204,7 +231,10 @@ def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
     """
     path = Path(run_dir) / CLASSES_FILE
     try:
-        return tuple(map(str, json.loads(path.read_text())))
+        names = json.loads(path.read_text())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it is no list of names")
+        return tuple(names)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the class names in {path}: {error}") from error
 
@@ -279,10 +309,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = value
     return leaves
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a crash leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -48,6 +48,7 @@ class TrainCall:
         wandb: a project of Weights & Biases, or None.
         opened: closes what is entered into it when the run ends, however it ends.
         started: `time.perf_counter()` at the call.
+        stop: notes signals that ask the run to stop, from the first second on.
     """
 
     run_dir: Path
@@ -56,6 +57,7 @@ class TrainCall:
     wandb: str | None
     opened: ExitStack
     started: float
+    stop: StopRequest
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def train(
     Raises:
         UserError: bad input, found before any compute; a damaged checkpoint; a file that cannot be written.
         NonFiniteError: a loss, gradient or update that is not finite.
-        Stopped: SIGTERM or SIGINT came; the run is saved as it was after the step then under way.
+        Stopped: a signal came, or a data worker died; the run is saved as it was after the step then under way.
     """
     started = time.perf_counter()
     trainer = trainer_of(config)
-    with ExitStack() as opened:
-        call = TrainCall(Path(run_dir), progress, profile, wandb, opened, started)
+    with StopRequest() as stop, ExitStack() as opened:
+        call = TrainCall(Path(run_dir), progress, profile, wandb, opened, started, stop)
         result: RunResult = trainer.train(config, call)
     return result
 
@@ -121,4 +123,4 @@ def open_run(
     enter = call.opened.enter_context
     folder = enter(start_run(call.run_dir, config, class_names))
     checkpoints = enter(Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints))
-    return OpenRun(call, folder, checkpoints, enter(StopRequest()))
+    return OpenRun(call, folder, checkpoints, call.stop)

@@ -240,3 +240,25 @@ def test_a_file_of_ones_own(tmp_path):
     path.write_text("config = 3\n")
     with pytest.raises(UserError, match="must set `config` to a TrainConfig.*it holds 3"):
         load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("config = (", ["is not valid Python", "line 1", "config = ("]),
+        (
+            "x = 1\nimport no_such_module",
+            ["ModuleNotFoundError", "line 2", "import no_such_module"],
+        ),
+        ("def f():\n    return 1 / 0\n\nf()", ["ZeroDivisionError", "line 2", "return 1 / 0"]),
+    ],
+)
+def test_an_error_of_the_file_itself_is_said_with_its_place(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_experiment(path)
+    message = str(caught.value)
+    assert str(path) in message and len(message.splitlines()) == 3
+    for part in said:
+        assert part in message

@@ -70,3 +70,11 @@ HALF = tiny_config(model=tiny_model(dtype="bfloat16"))
 )
 def test_likely_causes(at_fault, before, config, cause):
     assert cause in likely_cause(at_fault, before, config)
+
+
+def test_a_first_update_that_overflows_is_no_loss_that_does():
+    finite = likely_cause(record(1, update_norm=np.inf), [], tiny_config())
+    assert "the loss is finite but its update overflowed" in finite
+    assert "the first loss is already not finite" in likely_cause(
+        record(1, loss=np.nan), [], tiny_config()
+    )

@@ -94,6 +94,17 @@ def test_a_dead_data_worker_is_named_and_the_run_saved(tmp_path, monkeypatch):
     assert caught.value.step == 5 and steps_of(tmp_path) == [5]
 
 
+def test_a_worker_that_dies_in_an_evaluation_costs_the_evaluation_alone(tmp_path, monkeypatch):
+    def end(*arguments):
+        raise WorkersEnded("a data worker ended with exit code -9")
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="exit code -9") as caught:
+        patch.setattr("fastvim_jax.training.classification.evaluation.evaluate_state", end)
+        train(CONFIG, tmp_path, progress=False)
+    assert caught.value.step == STEPS_PER_EPOCH and steps_of(tmp_path) == [STEPS_PER_EPOCH]
+    assert read_metrics(tmp_path, "eval") == []
+
+
 def test_an_error_of_the_data_stays_one():
     def batches():
         yield 1

@@ -1,0 +1,68 @@
+"""A run folder whose small files are damaged: what can be kept is kept, what is replaced is copied, and it is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.run_folder import read_class_names, read_config, start_run
+from tests.training.tiny import tiny_config
+
+CONFIG = tiny_config()
+NAMES = ("cat", "dog")
+DAMAGES = [b"", b"[]", b"{}", b"null", b'{"starts": 3}', b"\xff\xfe", b'{"starts": [']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with start_run(tmp_path, CONFIG, NAMES):
+        pass
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_of_starts_is_kept_aside(folder, damage, caplog):
+    path = folder / "environment.json"
+    path.write_bytes(damage)
+    with start_run(folder, CONFIG, NAMES):
+        pass
+    assert len(json.loads(path.read_text())["starts"]) == 1
+    assert (folder / "environment.json.damaged").read_bytes() == damage
+    assert "environment.json cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES[:1], *DAMAGES[2:], b"[1, 2]"])
+def test_damaged_class_names_are_those_of_the_data(folder, damage, caplog):
+    path = folder / "classes.json"
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"cannot read the class names in .*classes\.json"):
+        read_class_names(folder)
+    with start_run(folder, CONFIG, NAMES):
+        pass
+    assert read_class_names(folder) == NAMES
+    assert (folder / "classes.json.damaged").read_bytes() == damage
+    assert "It is written anew" in caplog.text
+
+
+def test_lost_class_names_are_those_of_the_data(folder, caplog):
+    (folder / "classes.json").unlink()
+    with start_run(folder, CONFIG, NAMES):
+        pass
+    assert read_class_names(folder) == NAMES and "It is written anew." in caplog.text
+
+
+def test_other_classes_are_still_refused(folder):
+    with (
+        pytest.raises(UserError, match="was trained on other classes"),
+        start_run(folder, CONFIG, ("cat", "fish")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{", b"\xff\xfe", b'{"class": "TrainConfig"}'])
+def test_a_damaged_config_is_named(folder, damage):
+    (folder / "config.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"config\.json cannot be used: "):
+        read_config(folder)
