@@ -302,6 +302,33 @@ def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("operation", ["core", "sequence"])
+def test_kernels_that_write_in_place_inside_a_shard_map_of_the_callers(
+    seed, monkeypatch, operation
+):
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    rng = np.random.default_rng(seed)
+    if operation == "core":
+        args, out_bar = core.draw(rng, 8, 3, 5, 128)
+        run = functools.partial(core.value_and_gradients, rows=3, columns=5)
+    else:
+        args, out_bar = sequence.draw(rng, 8, 5, 128)
+        run = sequence.value_and_gradients
+    wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P("data"), *jax.tree.map(lambda _: P(), args[1:]))
+    mapped = jax.shard_map(
+        lambda a, g: run(a, g, "auto"),
+        mesh=mesh,
+        in_specs=(specs, P("data")),
+        out_specs=(P("data"), specs),
+    )
+    traced = jax.jit(mapped).trace(put(args, specs, mesh), out_bar)
+    assert max(relative_errors(traced.lower().compile()(args, out_bar), wanted)) < BOUND
+    assert kernels_in(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+@needs_mosaic
 @pytest.mark.parametrize(
     ("types", "blocks"),
     [
