@@ -2,11 +2,14 @@
 
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
 from fastvim_jax.models.registry import build_model, create_model, list_models, model_config
+from fastvim_jax.models.upernet import UperNet, UperNetConfig, upernet
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
 __all__ = [
     "ModelConfig",
+    "UperNet",
+    "UperNetConfig",
     "ViTConfig",
     "VisionMamba",
     "VisionMambaConfig",
@@ -15,4 +18,5 @@ __all__ = [
     "create_model",
     "list_models",
     "model_config",
+    "upernet",
 ]

@@ -10,6 +10,7 @@ from flax import nnx
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.models.presets import PRESETS
+from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
@@ -35,8 +36,10 @@ def model_config(name: str, **options: Any) -> ModelConfig:
     return replace_options(PRESETS[name], **options)
 
 
-def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> VisionMamba | VisionTransformer:
+def build_model(config: ModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
     """Build a freshly initialised model from its configuration."""
+    if isinstance(config, UperNetConfig):
+        return UperNet(config, backbone=build_model(config.backbone, rngs=rngs), rngs=rngs)
     return MODEL_CLASSES[type(config)](config, rngs=rngs)
 
 

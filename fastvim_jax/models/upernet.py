@@ -72,14 +72,14 @@ class UperNetConfig:
         return self.backbone.precision
 
     @property
+    def dtype(self) -> str:
+        """Name of the dtype in which products are computed."""
+        return self.backbone.dtype
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width for which the backbone's position embeddings are made."""
         return self.backbone.image_size  # type: ignore[return-value]  # a pair once it is checked
-
-    @property
-    def channels_in(self) -> int:
-        """Image channels."""
-        return self.backbone.channels
 
 
 class SegmentationLogits(NamedTuple):
@@ -89,6 +89,20 @@ class SegmentationLogits(NamedTuple):
     """Logits of UPerHead, at the size of its finest map."""
     auxiliary: Float[Array, "b rows2 columns2 classes"] | None
     """Logits of the auxiliary head, or None without one."""
+
+
+class SegmentationDraws(NamedTuple):
+    """What is random in a training call; None where nothing is dropped."""
+
+    drop_path: Float[Array, "depth ... b"] | None
+    """0/1: which images keep which block's output."""
+    main: Float[Array, "b channels"] | None
+    """0/1: which channels UPerHead keeps."""
+    auxiliary: Float[Array, "b channels2"] | None
+    """0/1: which channels the auxiliary head keeps."""
+
+
+NOTHING_DROPPED = SegmentationDraws(None, None, None)
 
 
 class UperNet(nnx.Module):
@@ -130,30 +144,47 @@ class UperNet(nnx.Module):
         )
 
     def __call__(
-        self, images: Images, *, train: bool = False, key: jax.Array | None = None
+        self,
+        images: Images,
+        *,
+        train: bool = False,
+        drawn: SegmentationDraws = NOTHING_DROPPED,
     ) -> SegmentationLogits:
         """Compute logits at the stride of the finest map.
 
         Args:
             images: `b h w c`, normalised, any float dtype.
             train: normalise by the batch, update the running statistics and run the auxiliary head.
-            key: PRNG key of this step's drop path and dropout, or None for neither.
+            drawn: what is dropped, from `draw`.
         """
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        maps = self.features(images, train=train, key=keys[0])
-        main = self.decode_head(maps, train=train, key=keys[1])
+        maps = self.features(images, train=train, drop_path_keep=drawn.drop_path)
+        main = self.decode_head(maps, train=train, keep=drawn.main)
         auxiliary = None
         if train and self.auxiliary_head is not None:
             level = maps[self.config.auxiliary_level]
-            auxiliary = self.auxiliary_head(level, train=train, key=keys[2])
+            auxiliary = self.auxiliary_head(level, train=train, keep=drawn.auxiliary)
         return SegmentationLogits(main, auxiliary)
 
     def features(
-        self, images: Images, *, train: bool = False, key: jax.Array | None = None
+        self,
+        images: Images,
+        *,
+        train: bool = False,
+        drop_path_keep: Float[Array, "depth ... b"] | None = None,
     ) -> Sequence[Array]:
         """Return the four maps `b rows columns d` that the heads read: the backbone's, through the neck."""
-        maps = self.backbone(images, key=key)
+        maps = self.backbone(images, drop_path_keep=drop_path_keep)
         return maps if self.neck is None else self.neck(maps, train=train)
+
+    def draw(self, key: jax.Array, batch: int) -> SegmentationDraws:
+        """Draw what a training call on `batch` images drops."""
+        config, keys = self.config, jax.random.split(key, 3)
+        main = self.decode_head.classifier.draw_keep(keys[1], batch, config.channels)
+        auxiliary = None
+        if self.auxiliary_head is not None:
+            classifier = self.auxiliary_head.classifier
+            auxiliary = classifier.draw_keep(keys[2], batch, config.auxiliary_channels)
+        return SegmentationDraws(self.backbone.draw_drop_path(keys[0], batch), main, auxiliary)
 
     def segment(self, images: Images) -> Float[Array, "b h w classes"]:
         """Return the logits resized to the images' own size (bilinear)."""

@@ -35,6 +35,7 @@ from fastvim_jax.training.schedules import (
 
 _INPUT_NAMES = ("pos_embed", "class_token")
 _EMBEDDING = "patch_embed"
+_SPARED = (*_INPUT_NAMES, "A_log", "D")
 
 
 def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
@@ -42,10 +43,15 @@ def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
 
     `supervised` and `cell` spare one-dimensional parameters and biases (A_log, the position embedding and
     the class token are decayed); `finetune` spares one-dimensional parameters, the position embedding and
-    the class token; `pretrain` spares nothing.
+    the class token; `pretrain` spares nothing; `segmentation` spares, of the backbone, norms, A_log, D, position
+    embedding and class token, and decays biases and the heads' batch norms.
     """
     if groups == "pretrain":
         return True
+    if groups == "segmentation":
+        backbone, *parts = name.split(".")
+        spared = any(part in _SPARED or "norm" in part for part in parts)
+        return not (backbone == "backbone" and spared)
     if groups == "finetune":
         return ndim > 1 and name.split(".")[-1] not in _INPUT_NAMES
     return ndim > 1 and not name.endswith(".bias")

@@ -1,9 +1,10 @@
 """Learning-rate and weight-decay schedules of the recipes, as pure functions of the step.
 
 A schedule is called with an integer, a NumPy array (then everything is computed in float64) or a traced
-JAX array (float32, inside the train step). Two families exist in the recipes:
+JAX array (float32, inside the train step). Three families exist in the recipes:
 
 - `warmup_cosine` counts whole steps: the supervised and the cell-imaging recipes;
+- `warmup_linear` counts whole steps too: segmentation;
 - `epoch_cosine` counts fractional epochs: masked pre-training, fine-tuning and the linear probe.
 """
 
@@ -94,6 +95,27 @@ def epoch_cosine(
         warm = peak * epoch / (warmup_epochs or 1.0)
         phase = xp.clip((epoch - warmup_epochs) / (epochs - warmup_epochs), 0.0, 1.0)
         return xp.where(epoch < warmup_epochs, warm, _half_cosine(xp, peak, final, phase))
+
+    return schedule
+
+
+def warmup_linear(
+    *, peak: Number, total_steps: int, warmup_steps: int = 0, start: Number = 0.0
+) -> Schedule:
+    """Linear warm-up from `start` to `peak`, both included, then a straight line to exactly 0 at the last step.
+
+    The warm-up's last step and the line's first both hold `peak` (segmentation: 1500 of 160,000 steps).
+
+    Raises:
+        ValueError: when the warm-up leaves no step for the line.
+    """
+    _require(0 <= warmup_steps < total_steps, f"warm-up of {warmup_steps} in {total_steps} steps")
+
+    def schedule(step: Any) -> Any:
+        xp, step = _namespace(step)
+        warm = start + (peak - start) * (step / max(warmup_steps - 1, 1))
+        phase = xp.clip((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 0.0, 1.0)
+        return xp.where(step < warmup_steps, warm, peak * (1.0 - phase))
 
     return schedule
 

@@ -125,7 +125,7 @@ class FourConvs(nnx.Module):
             for d in dims
         )  # fmt: skip
 
-    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
+    def __call__(self, images: jax.Array, *, drop_path_keep: None = None) -> list[jax.Array]:
         return [conv(images) for conv in self.convs]
 
 

@@ -64,10 +64,8 @@ class Classifier(nnx.Module):
             kernel_init=normal(0.01),
         )  # fmt: skip
 
-    def __call__(self, x: FeatureMap, *, key: jax.Array | None, keep: Kept | None) -> FeatureMap:
-        """Class logits `b h w classes`; see `draw_keep` for `key`, or give the kept channels."""
-        if keep is None and key is not None:
-            keep = self.draw_keep(key, x.shape[0], x.shape[-1])
+    def __call__(self, x: FeatureMap, keep: Kept | None) -> FeatureMap:
+        """Return class logits `b h w classes`, without the channels that `keep` (from `draw_keep`) drops."""
         if keep is not None:
             x = x * (keep / (1 - self.dropout)).astype(x.dtype)[:, None, None]
         return self.conv(x).astype(self.wide)
@@ -109,7 +107,6 @@ class UPerHead(nnx.Module):
         maps: Sequence[FeatureMap],
         *,
         train: bool = False,
-        key: jax.Array | None = None,
         keep: Kept | None = None,
     ) -> FeatureMap:
         """Compute logits.
@@ -117,8 +114,7 @@ class UPerHead(nnx.Module):
         Args:
             maps: four feature maps `b h w d`, the finest first; all of one size, or a pyramid.
             train: normalise by the batch's statistics, and update the running ones.
-            key: PRNG key of this step's dropout, or None for none.
-            keep: 0/1 masks `b features` of the channels kept, instead of drawing them.
+            keep: 0/1 masks `b features` of the channels kept, from `classifier.draw_keep`; None drops none.
 
         Returns:
             Logits `b h w classes` at the size of the first map, float32 or wider.
@@ -137,9 +133,7 @@ class UPerHead(nnx.Module):
         outputs = [f(x, train=train) for f, x in zip(self.outputs, levels[:-1], strict=True)]
         size = (outputs[0].shape[1], outputs[0].shape[2])
         fused = [resize_bilinear(x, size) for x in (*outputs, levels[-1])]
-        return self.classifier(
-            self.fusion(jnp.concatenate(fused, -1), train=train), key=key, keep=keep
-        )
+        return self.classifier(self.fusion(jnp.concatenate(fused, -1), train=train), keep)
 
 
 class FCNHead(nnx.Module):
@@ -163,8 +157,7 @@ class FCNHead(nnx.Module):
         x: FeatureMap,
         *,
         train: bool = False,
-        key: jax.Array | None = None,
         keep: Kept | None = None,
     ) -> FeatureMap:
         """Logits `b h w classes` of one feature map; arguments as in `UPerHead.__call__`."""
-        return self.classifier(self.conv(x, train=train), key=key, keep=keep)
+        return self.classifier(self.conv(x, train=train), keep)
