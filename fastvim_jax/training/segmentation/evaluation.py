@@ -1,0 +1,215 @@
+"""Evaluation by slide inference: mIoU, mAcc and aAcc over all pixels of all images, and pictures of some.
+
+All processes go through the same images. The windows of an image are shared by all devices, the counts of pixels are
+whole numbers, so the scores do not depend on the number of devices.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.analysis.overlays import overlay, picture_grid
+from fastvim_jax.data.geometry import resize_image
+from fastvim_jax.data.segmentation import EvaluationImage, EvaluationImages, normalise
+from fastvim_jax.distributed import (
+    is_first_process,
+    on_every_device,
+    on_mesh,
+    place_batch,
+    round_up,
+)
+from fastvim_jax.errors import UserError
+from fastvim_jax.models.segmentation.slide import Slide
+from fastvim_jax.training.evaluators import Evaluation, Evaluator
+from fastvim_jax.training.segmentation.config import SegmentationConfig
+from fastvim_jax.training.segmentation.losses import IGNORED
+from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
+from fastvim_jax.training.steps import TrainState, gather_outside_blocks
+
+HEADLINE = Headline("miou", label="mIoU", title="Mean IoU on held-out images", loss="loss")
+CLASS_SCORES = "class_scores.csv"
+PICTURE = "segmentation.png"
+_REPORT_SECONDS = 10.0
+_DRAWN = 640
+
+Predict = Callable[[Any, Any, np.ndarray], jax.Array]
+"""`predict(params, model_state, windows) -> logits`, of uint8 windows `n h w 3`."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One image and how well it was segmented, small enough to keep."""
+
+    name: str
+    accuracy: float
+    pictures: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """The image, its labels and its predictions drawn over it."""
+
+
+def make_predict(graphdef: nnx.GraphDef, config: SegmentationConfig, mesh: Mesh) -> Predict:
+    """Compile the model on windows shared by the devices of `mesh`; every device gets all logits."""
+    mean, std = config.data.mean, config.data.std
+
+    @partial(on_mesh, mesh)
+    @jax.jit
+    def compiled(params: Any, model_state: Any, batch: Any) -> jax.Array:
+        model = nnx.merge(graphdef, gather_outside_blocks(params), model_state)
+        windows = batch["image"]
+        size = jnp.broadcast_to(jnp.asarray(windows.shape[1:3]), (len(windows), 2))
+        return on_every_device(model(normalise(windows, size, mean, std)).main)
+
+    def predict(params: Any, model_state: Any, windows: np.ndarray) -> jax.Array:
+        share = len(windows) // jax.process_count()
+        start = share * jax.process_index()
+        return compiled(
+            params, model_state, place_batch(mesh, {"image": windows[start : start + share]})
+        )
+
+    return predict
+
+
+def make_evaluator(
+    predict: Predict,
+    images: EvaluationImages,
+    config: SegmentationConfig,
+    mesh: Mesh,
+    folder: Path,
+    *,
+    progress: bool,
+) -> Evaluator:
+    """Judge a train state: `count`, `raw_miou`, `raw_macc`, `raw_aacc`; and draw images into `folder`.
+
+    Args:
+        predict: from `make_predict`.
+        images: the evaluation split.
+        config: the run.
+        mesh: the devices.
+        folder: the run folder.
+        progress: say on standard error how far it is.
+    """
+    slide = slide_of(config, round_up(config.eval_windows, mesh))
+
+    def run(state: TrainState, step: int) -> Evaluation:
+        forward = partial(predict, state.params, state.model_state)
+        areas, judged, unread = judge(
+            forward, images, slide, config.model.num_classes, keep=config.pictures, progress=progress
+        )
+        scores: dict[str, Any] = {"count": len(images) - len(unread)}
+        scores |= {f"raw_{name}": value for name, value in areas.scores().items()}
+        if unread:
+            scores["corrupt_records"] = len(unread)
+        picture = None
+        if is_first_process():
+            write_class_scores(folder / CLASS_SCORES, areas, images.source.class_names)
+            if judged:
+                picture = folder / PICTURE
+                picture_grid([_row(each) for each in judged]).save(picture)
+        return Evaluation(scores, picture)
+
+    return Evaluator("eval", run, every_epochs=config.evaluate_every_epochs)
+
+
+def slide_of(config: SegmentationConfig, windows: int) -> Slide:
+    """Return how a run's images are cut into windows, `windows` in each call of the model."""
+    return Slide(config.data.height_width, config.data.stride, batch=windows)
+
+
+def judge(
+    predict: Callable[[np.ndarray], jax.Array],
+    images: EvaluationImages,
+    slide: Slide,
+    classes: int,
+    *,
+    keep: int = 0,
+    progress: bool = False,
+) -> tuple[Areas, list[Judged], list[str]]:
+    """Segment every image and count pixels.
+
+    Args:
+        predict: logits of uint8 windows.
+        images: the evaluation split.
+        slide: how images are cut into windows.
+        classes: number of classes.
+        keep: images to keep for a picture: the first ones, and as many of the worst of the others.
+        progress: say on standard error how far it is.
+
+    Returns:
+        Areas over all images, the images kept, and why the others could not be read.
+
+    Raises:
+        UserError: no image could be read.
+    """
+    total, kept, worst, unread = Areas.zero(classes), [], [], []
+    said = time.monotonic()
+    for done, each in enumerate(images):
+        if each.label is None:
+            unread.append(each.error)
+            continue
+        predicted = slide(predict, each.image, each.label.shape)
+        label = np.full(predicted.shape, IGNORED, np.uint8)
+        label[: each.label.shape[0], : each.label.shape[1]] = each.label
+        areas = as_areas(_count(predicted, label, classes))
+        total += areas
+        if keep:
+            accuracy = areas.scores()["aacc"]
+            if len(kept) < keep:
+                kept.append(_judged(each, predicted, accuracy, classes))
+            elif len(worst) < keep or accuracy < worst[-1].accuracy:
+                worst.append(_judged(each, predicted, accuracy, classes))
+                worst = sorted(worst, key=lambda judged: judged.accuracy)[:keep]
+        if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
+            said = time.monotonic()
+            print(f"evaluating: {done + 1} of {len(images)} images", file=sys.stderr)
+    if len(unread) == len(images):
+        raise UserError(f"no image of the evaluation split could be read: {unread[0]}")
+    return total, [*kept, *worst], unread
+
+
+def write_class_scores(path: Path, areas: Areas, names: tuple[str, ...]) -> None:
+    """Write IoU, accuracy and labelled pixels of every class as CSV; empty where a class has no pixel."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "iou", "accuracy", "labelled_pixels"])
+        for name, iou, accuracy, pixels in zip(
+            names, areas.iou, areas.accuracy, areas.labelled, strict=True
+        ):
+            ratios = ("" if np.isnan(r) else f"{r:.6f}" for r in (iou, accuracy))
+            table.writerow([name, *ratios, int(pixels)])
+
+
+_count = jax.jit(count_areas, static_argnums=2)
+
+
+def _judged(each: EvaluationImage, predicted: jax.Array, accuracy: float, classes: int) -> Judged:
+    assert each.label is not None
+    height, width = each.label.shape
+    factor = min(1.0, _DRAWN / max(height, width))
+    size = max(1, int(height * factor)), max(1, int(width * factor))
+    rows, columns = (np.arange(m) * n // m for n, m in zip((height, width), size, strict=True))
+    small = resize_image(each.image, size)
+    label = each.label[rows[:, None], columns].astype(np.int32)
+    found = np.asarray(predicted)[:height, :width][rows[:, None], columns]
+    found = np.where(label == IGNORED, classes, found)
+    return Judged(
+        Path(each.name).name,
+        accuracy,
+        (small, overlay(small, label, classes), overlay(small, found, classes)),
+    )
+
+
+def _row(judged: Judged) -> tuple[str, tuple[np.ndarray, ...]]:
+    return f"{judged.name}: image, labels, prediction ({judged.accuracy:.1%} right)", judged.pictures
