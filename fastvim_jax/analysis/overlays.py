@@ -18,7 +18,9 @@ def class_colours(classes: int) -> UInt8[np.ndarray, "classes 3"]:
     """Return a colour for each class, neighbours in number far apart in hue; the same for every run."""
     golden = 0.61803398875
     colours = [
-        colorsys.hsv_to_rgb((i * golden) % 1.0, (0.9, 0.6, 0.75)[i % 3], (0.95, 0.8, 0.6)[i // 3 % 3])
+        colorsys.hsv_to_rgb(
+            (i * golden) % 1.0, (0.9, 0.6, 0.75)[i % 3], (0.95, 0.8, 0.6)[i // 3 % 3]
+        )
         for i in range(classes)
     ]
     return (np.asarray(colours) * 255).round().astype(np.uint8)
@@ -33,9 +35,7 @@ def overlay(image: Pixels, labels: Int[np.ndarray, "h w"], classes: int) -> Pixe
     return (image * 0.25 + grey * 0.2 + drawn * share + grey * (0.55 - share)).astype(np.uint8)
 
 
-def picture_grid(
-    rows: Sequence[tuple[str, Sequence[Pixels]]], *, width: int = 320
-) -> Image.Image:
+def picture_grid(rows: Sequence[tuple[str, Sequence[Pixels]]], *, width: int = 320) -> Image.Image:
     """Lay out pictures row by row, each `width` pixels wide, with a line of text above each row."""
     drawn = [
         (title, [Image.fromarray(p).resize((width, _height(p, width))) for p in pictures])

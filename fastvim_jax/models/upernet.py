@@ -115,7 +115,7 @@ class UperNet(nnx.Module):
         """Put neck and heads on `backbone`, which maps images to four maps of `config.backbone.embed_dim` channels."""
         self.config, p = config, config.precision
         width = config.backbone.embed_dim
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.neck: Any = nnx.data(None)
         if config.neck == "deconvolution":
             self.neck = DeconvolutionNeck(width, precision=p, rngs=rngs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import serialise
 
-DecayGroups = Literal["supervised", "pretrain", "finetune", "cell"]
+DecayGroups = Literal["supervised", "pretrain", "finetune", "cell", "segmentation"]
+ScheduleName = Literal["warmup_cosine", "epoch_cosine", "warmup_linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class OptimizerConfig:
     """Base learning rate, before scaling to the batch size."""
     learning_rate_scaling: Literal["deit", "linear", "sqrt", "none"] = "deit"
     """Peak rate: deit: × batch/512; linear: × batch/256; sqrt: × √(batch/1024); none: as given."""
-    schedule: Literal["warmup_cosine", "epoch_cosine", "constant"] = "warmup_cosine"
-    """warmup_cosine counts steps, its warm-up includes both ends; epoch_cosine counts fractional epochs from 0."""
+    schedule: ScheduleName = "warmup_cosine"
+    """warmup_cosine counts steps, its warm-up includes both ends; epoch_cosine counts fractional epochs from 0;
+    warmup_linear counts steps too and falls on a straight line to 0."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
     warmup_start: float = 1e-6
-    """Rate of the first step (warmup_cosine)."""
+    """Rate of the first step (warmup_cosine, warmup_linear)."""
     final_learning_rate: float = 1e-5
     """Floor of the cosine."""
     weight_decay: float = 0.05
@@ -39,7 +41,8 @@ class OptimizerConfig:
     """Weight decay that a half cosine over the whole run leads to; None: constant."""
     decay_groups: DecayGroups = "supervised"
     """Which parameters decay. supervised, cell: all but one-dimensional ones and biases; finetune: all but
-    one-dimensional ones, position embedding and class token; pretrain: all."""
+    one-dimensional ones, position embedding and class token; pretrain: all; segmentation: all but norms, A_log, D,
+    position embedding and class token of the backbone."""
     layer_decay: float | None = None
     """Layer-wise factor of the learning rate, one step every two blocks below the head; None: none."""
     beta1: float = 0.9
@@ -59,8 +62,8 @@ class OptimizerConfig:
             where, self, "warmup_epochs", "warmup_start", "final_learning_rate", "weight_decay"
         )
         require_choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
-        require_choice(where, self, "schedule", ("warmup_cosine", "epoch_cosine", "constant"))
-        require_choice(where, self, "decay_groups", ("supervised", "pretrain", "finetune", "cell"))
+        require_choice(where, self, "schedule", get_args(ScheduleName))
+        require_choice(where, self, "decay_groups", get_args(DecayGroups))
         if self.weight_decay_end is not None:
             require_not_negative(where, self, "weight_decay_end")
         if self.clip_grad_norm is not None:

@@ -31,6 +31,7 @@ from fastvim_jax.training.schedules import (
     epoch_cosine,
     scaled_learning_rate,
     warmup_cosine,
+    warmup_linear,
 )
 
 _INPUT_NAMES = ("pos_embed", "class_token")
@@ -140,6 +141,13 @@ def learning_rate_schedule(
     peak = scaled_learning_rate(config.learning_rate, batch_size, config.learning_rate_scaling)
     if config.schedule == "constant":
         return constant(peak)
+    if config.schedule == "warmup_linear":
+        return warmup_linear(
+            peak=peak,
+            total_steps=epochs * steps_per_epoch,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            start=config.warmup_start,
+        )
     if config.schedule == "epoch_cosine":
         return epoch_cosine(
             peak=peak,

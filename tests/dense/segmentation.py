@@ -13,7 +13,7 @@ from flax import nnx
 from fastvim_jax.data.config import IMAGENET_MEAN, IMAGENET_STD
 from fastvim_jax.data.geometry import Scene, crop, fitted_size, pad, resize
 from fastvim_jax.data.photometric import Distortion, distort
-from fastvim_jax.data.segmentation import choose_crop, normalise, relabel
+from fastvim_jax.data.segmentation import IGNORED, choose_crop, normalise, relabel
 from fastvim_jax.interop import from_torch_state_dict, to_torch_names
 from fastvim_jax.interop.state_dict import TABLES
 from fastvim_jax.interop.torch_names import PATCH, SAME, NameTable
@@ -24,7 +24,7 @@ from fastvim_jax.models.segmentation.necks import DeconvolutionNeck, MultiLevelN
 from fastvim_jax.models.segmentation.slide import Slide, merge_windows, window_corners
 from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.precision import Precision
-from fastvim_jax.training.segmentation.losses import IGNORED, pixel_accuracy, pixel_loss
+from fastvim_jax.training.segmentation.losses import pixel_accuracy, pixel_loss
 from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
 from tests.dense.golden import Checker, Golden
 from tests.parity.compare import Comparison

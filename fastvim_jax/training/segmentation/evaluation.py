@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.analysis.overlays import overlay, picture_grid
 from fastvim_jax.data.geometry import resize_image
-from fastvim_jax.data.segmentation import EvaluationImage, EvaluationImages, normalise
+from fastvim_jax.data.segmentation import IGNORED, EvaluationImage, EvaluationImages, normalise
 from fastvim_jax.distributed import (
     is_first_process,
     on_every_device,
@@ -36,7 +36,6 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.models.segmentation.slide import Slide
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.segmentation.config import SegmentationConfig
-from fastvim_jax.training.segmentation.losses import IGNORED
 from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
 from fastvim_jax.training.steps import TrainState, gather_outside_blocks
 
@@ -106,7 +105,12 @@ def make_evaluator(
     def run(state: TrainState, step: int) -> Evaluation:
         forward = partial(predict, state.params, state.model_state)
         areas, judged, unread = judge(
-            forward, images, slide, config.model.num_classes, keep=config.pictures, progress=progress
+            forward,
+            images,
+            slide,
+            config.model.num_classes,
+            keep=config.pictures,
+            progress=progress,
         )
         scores: dict[str, Any] = {"count": len(images) - len(unread)}
         scores |= {f"raw_{name}": value for name, value in areas.scores().items()}
@@ -153,7 +157,10 @@ def judge(
     Raises:
         UserError: no image could be read.
     """
-    total, kept, worst, unread = Areas.zero(classes), [], [], []
+    total = Areas.zero(classes)
+    kept: list[Judged] = []
+    worst: list[Judged] = []
+    unread: list[str] = []
     said = time.monotonic()
     for done, each in enumerate(images):
         if each.label is None:
@@ -212,4 +219,7 @@ def _judged(each: EvaluationImage, predicted: jax.Array, accuracy: float, classe
 
 
 def _row(judged: Judged) -> tuple[str, tuple[np.ndarray, ...]]:
-    return f"{judged.name}: image, labels, prediction ({judged.accuracy:.1%} right)", judged.pictures
+    return (
+        f"{judged.name}: image, labels, prediction ({judged.accuracy:.1%} right)",
+        judged.pictures,
+    )

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fastvim_jax.data.segmentation import IGNORED
 from fastvim_jax.layers.resize import resize_bilinear
 
-IGNORED = 255
-"""Label of pixels that do not count."""
 Divisor = Literal["valid", "all"]
 
 

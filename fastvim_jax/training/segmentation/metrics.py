@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64, Int, Int64
+from jaxtyping import Array, Float64, Int64, Integer
 
-from fastvim_jax.training.segmentation.losses import IGNORED
+from fastvim_jax.data.segmentation import IGNORED
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Areas:
 
 
 def count_areas(
-    predicted: Int[Array, "*pixels"], label: Int[Array, "*pixels"], classes: int
+    predicted: Integer[Array, "*pixels"], label: Integer[Array, "*pixels"], classes: int
 ) -> tuple[Array, Array, Array]:
     """Count pixels of each class, int32 `classes`: intersection, predicted, labelled; to be jitted."""
     valid = (label != IGNORED).ravel()

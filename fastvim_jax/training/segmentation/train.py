@@ -1,4 +1,4 @@
-"""Segmentation training, from top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
+"""Segmentation training, top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     def build() -> nnx.Module:
         return build_model(config.model, rngs=nnx.Rngs(config.seed))
 
-    graphdef, params, _ = nnx.split(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)  # Only shapes.
+    graphdef, *states = nnx.split(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)  # Only shapes.
+    params = states[0]
 
     # Optimizer
     learning_rate = learning_rate_schedule(
@@ -83,8 +84,9 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
 
     # State: built, or restored, where it lies
     def begin() -> TrainState:
-        _, params, statistics = nnx.split(build(), nnx.Param, nnx.BatchStat)
-        return init_state(params, optimizer, ema=False, model_state=statistics)
+        model = build()
+        statistics = nnx.state(model, nnx.BatchStat)
+        return init_state(nnx.state(model, nnx.Param), optimizer, ema=False, model_state=statistics)
 
     shapes = state_shapes(mesh, begin)
     state, records = begin_or_resume(begin, shapes, run, batches)

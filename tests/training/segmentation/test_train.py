@@ -1,0 +1,89 @@
+"""A few steps of a real run: it learns, resumes to the same bits, evaluates and draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.training import load_run, read_metrics, train
+from fastvim_jax.training.metrics import RunLog
+from tests.training.segmentation.tiny import CLASSES, draw_scenes, tiny_config
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    draw_scenes(root, np.random.default_rng(0))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train(tiny_config(scenes), folder, progress=False)
+
+
+def leaves(folder):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_run(folder).model)]
+
+
+def test_a_run_ends_with_scores_a_picture_and_a_table(finished):
+    folder, result = finished
+    assert result.step == 4 and "mIoU" in result.headline
+    assert 0 <= result.metrics["raw_miou"] <= 1 and result.metrics["count"] == 2
+    losses = [record["loss"] for record in read_metrics(folder, "train")]
+    assert np.isfinite(losses).all() and len(losses) == 4
+    with Image.open(folder / "segmentation.png") as picture:
+        assert picture.size[0] > 900
+    table = (folder / "class_scores.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == list(CLASSES)
+    assert json.loads((folder / "classes.json").read_text()) == list(CLASSES)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(scenes, finished, tmp_path, monkeypatch):
+    advance, count = RunLog.advance, iter(range(1, 100))
+
+    def stop(log):
+        advance(log)
+        if next(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(scenes), tmp_path / "run", progress=False)
+    monkeypatch.setattr(RunLog, "advance", advance)
+    train(tiny_config(scenes), tmp_path / "run", progress=False)
+    for resumed, whole in zip(leaves(tmp_path / "run"), leaves(finished[0]), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+
+
+def test_running_statistics_are_part_of_the_run(finished):
+    model = load_run(finished[0]).model
+    assert np.abs(np.asarray(model.decode_head.fusion.norm.mean[...])).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay"),
+        ({"loss_divisor": "some"}, "loss_divisor"),
+        ({"accumulate": 2}, "two images"),
+        ({"pictures": -1}, "pictures"),
+    ],
+)
+def test_an_impossible_config_is_refused(scenes, changes, message):
+    with pytest.raises((UserError, TypeError), match=message):
+        tiny_config(scenes, **changes)
+
+
+def test_another_number_of_classes_is_refused(scenes, tmp_path):
+    config = tiny_config(scenes)
+    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=5))
+    with pytest.raises(UserError, match=r"set model\.num_classes=3"):
+        train(wrong, tmp_path / "run", progress=False)
