@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate, check_fields
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
@@ -30,41 +31,34 @@ class UperNetConfig:
 
     backbone: VisionMambaConfig | ViTConfig
     """The backbone, whose `out_indices` name the four blocks to read."""
-    num_classes: int = 150
+    num_classes: PositiveInt = 150
     """Classes to tell apart; ignored pixels are no class."""
     neck: Literal["none", "deconvolution", "multilevel"] = "none"
     """none: four maps of stride 16 (FastVim); deconvolution: Vim's pyramid; multilevel: DeiT + MLN."""
-    channels: int = 512
+    channels: PositiveInt = 512
     """Width of UPerHead."""
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    pool_scales: tuple[PositiveInt, ...] = (1, 2, 3, 6)
     """Grid sizes of the pooling pyramid."""
-    auxiliary_channels: int = 256
+    auxiliary_channels: NonNegativeInt = 256
     """Width of the auxiliary head, which only training runs; 0: no such head."""
-    auxiliary_level: int = 2
+    auxiliary_level: NonNegativeInt = 2
     """Which of the four maps the auxiliary head reads, from 0."""
-    dropout: float = 0.1
+    dropout: Rate = 0.1
     """Share of whole channels dropped before the classifiers in training."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pool_scales", tuple(self.pool_scales))
+        check_fields(self)
         if len(self.backbone.out_indices) != 4:
             raise UserError(
                 f"backbone.out_indices={self.backbone.out_indices}: UperNet reads four blocks, for example "
                 f"{quarter_blocks(self.backbone.depth)}; fastvim_jax.models.upernet() chooses them."
             )
-        if self.num_classes < 2 or self.channels < 1 or self.auxiliary_channels < 0:
-            raise UserError(
-                f"num_classes={self.num_classes} must be at least 2, channels={self.channels} at least 1, "
-                f"auxiliary_channels={self.auxiliary_channels} at least 0."
-            )
-        if self.neck not in ("none", "deconvolution", "multilevel"):
-            raise UserError(f"neck={self.neck!r} is not one of none, deconvolution, multilevel.")
-        if not self.pool_scales or min(self.pool_scales) < 1:
-            raise UserError(f"pool_scales={self.pool_scales} must be positive grid sizes.")
-        if not 0 <= self.auxiliary_level < 4:
+        if self.num_classes < 2:
+            raise UserError(f"num_classes={self.num_classes} must be at least 2.")
+        if not self.pool_scales:
+            raise UserError("pool_scales is empty: name at least one grid size.")
+        if self.auxiliary_level > 3:
             raise UserError(f"auxiliary_level={self.auxiliary_level} must be 0, 1, 2 or 3.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1.")
 
     @property
     def precision(self) -> Precision:
@@ -200,7 +194,7 @@ def upernet(
     """Describe UperNet on a backbone.
 
     Args:
-        backbone: any backbone's config, for example `model_config("fastvim_tiny")`. Unless it says which blocks to
+        backbone: any backbone's config, for example `model_config("fastvim_tiny_patch16_224")`. Unless it says which blocks to
             read (`out_indices`), every quarter of its depth is read; it loses its classifier.
         image_size: height and width of training crops.
         **options: fields of `UperNetConfig`.

@@ -1,0 +1,83 @@
+"""UperNet on every kind of backbone, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import build_model, model_config, upernet
+from fastvim_jax.models.upernet import quarter_blocks
+from tests.support import checked
+
+SMALL = {"embed_dim": 8, "depth": 4, "patch_size": 8, "num_classes": 10}
+BACKBONES = {
+    "fastvim": model_config("fastvim_tiny_patch16_224", state_size=4, **SMALL),
+    "vim": model_config("vim_tiny_patch16_224", state_size=4, **SMALL),
+    "vit": model_config("vit_tiny_patch16_224", num_heads=2, **SMALL),
+}
+
+
+def small(backbone: str, **options):
+    return upernet(
+        BACKBONES[backbone], image_size=32, num_classes=3, channels=8, auxiliary_channels=4,
+        pool_scales=(1, 2), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "neck", "finest"),
+    [("fastvim", "none", 1), ("vim", "deconvolution", 4), ("vit", "multilevel", 4)],
+)
+def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
+    """Crops of another size and shape than the position embeddings' run as they are."""
+    model = build_model(small(backbone, neck=neck), rngs=nnx.Rngs(0))
+    images = jnp.asarray(rng.normal(size=(2, 40, 24, 3)), jnp.float32)
+    logits = jax.jit(lambda model, x: model(x, train=True))(model, images)
+    assert logits.main.shape == (2, 5 * finest, 3 * finest, 3)
+    assert logits.auxiliary.shape == (2, 5, 3, 3)
+    assert np.isfinite(logits.main).all()
+
+
+def test_dropout_and_drop_path_are_drawn_by_key():
+    config = small("fastvim")
+    config = dataclasses.replace(
+        config, dropout=0.5, backbone=dataclasses.replace(config.backbone, drop_path=0.5)
+    )
+    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    first, again, other = (model.draw(jax.random.key(seed), 64) for seed in (1, 1, 2))
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (np.asarray(a) != np.asarray(c)).any()
+    assert abs(float(first.main.mean()) - 0.5) < 0.15 and first.drop_path.shape == (4, 64)
+
+
+def test_quarters_of_the_depth():
+    assert quarter_blocks(24) == (5, 11, 17, 23) and quarter_blocks(12) == (2, 5, 8, 11)
+    assert small("fastvim").backbone.out_indices == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neck": "fpn"}, "neck"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"auxiliary_level": 4}, "auxiliary_level"),
+        ({"pool_scales": ()}, "pool_scales"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        checked(small("fastvim"), **options)
+
+
+def test_a_backbone_without_four_blocks_to_read_is_refused():
+    backbone = dataclasses.replace(BACKBONES["fastvim"], out_indices=(1, 3), num_classes=0)
+    with pytest.raises(UserError, match="four blocks"):
+        upernet(backbone)
