@@ -194,8 +194,8 @@ def upernet(
     """Describe UperNet on a backbone.
 
     Args:
-        backbone: any backbone's config, for example `model_config("fastvim_tiny_patch16_224")`. Unless it says which blocks to
-            read (`out_indices`), every quarter of its depth is read; it loses its classifier.
+        backbone: any backbone's config, such as `model_config("fastvim_tiny_patch16_224")`. Unless it says which blocks
+            to read (`out_indices`), the last of every quarter of its depth is read; it loses its classifier.
         image_size: height and width of training crops.
         **options: fields of `UperNetConfig`.
     """
