@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data import transforms
+from fastvim_jax.data.batches import open_split
 from fastvim_jax.data.classification import make_train_iterator, train_batches
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.randaugment import rand_augment
 from fastvim_jax.data.records import Source
-from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.turbo import Picture, TurboJpeg, chosen_decoder, open_image
 
 Row = dict[str, Any]
@@ -46,9 +46,7 @@ def measure(
         Rows with `what` (the stage, or whole or DataLoader), `with` (which decoder), `milliseconds` an image, and
         `per_core` or, with workers, `per_second` images. A row that cannot be measured says why in `skipped`.
     """
-    source = open_source(
-        config.source, config.train_split, path=config.path, class_list=config.class_list
-    )
+    source = open_split(config, config.train_split)
     decoders = dict.fromkeys((chosen_decoder(config), "pillow"))
     for decoder in decoders:
         for stage, work in _stages(source, config, decoder):

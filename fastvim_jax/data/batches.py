@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from fastvim_jax.data.config import DataConfig
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Record, Source, read_record
+from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.turbo import Picture, open_image
 from fastvim_jax.errors import UserError
 
@@ -66,9 +67,7 @@ class BatchIterator(Iterator[Batch]):
         self._identity = dict(identity)
         self._taken = 0
         self._running: Generator[dict[str, Any], None, None] | None = None
-        self._reread = reread or (
-            lambda index: decode_record(source, index, channels=config.channels)
-        )
+        self._reread = reread or (lambda index: decode_record(source, index, config))
 
     def __next__(self) -> Batch:
         if self._running is None:
@@ -128,18 +127,33 @@ class BatchIterator(Iterator[Batch]):
 
 
 def decode_record(
-    source: Source, index: int, *, channels: int, decoder: str = "pillow"
+    source: Source, index: int, config: DataConfig, decoder: str = "pillow"
 ) -> tuple[Record, Picture]:
     """Read a record and open its image with a decoder of `turbo.open_image`.
 
     Raises:
         DecodeError: naming the record and the cause.
     """
-    try:
-        record = source[index]
-    except OSError as error:
-        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
-    return record, open_image(record.image, channels=channels, name=record.name, decoder=decoder)
+    record = read_record(source, index)
+    picture = open_image(
+        record.image,
+        channels=config.channels,
+        name=record.name,
+        decoder=decoder,
+        background=config.background,
+    )
+    return record, picture
+
+
+def open_split(config: DataConfig, split: str) -> Source:
+    """Open a split of a config's data set; see `open_source`."""
+    return open_source(
+        config.source,
+        split,
+        path=config.path,
+        class_list=config.class_list,
+        follow_links=config.follow_links,
+    )
 
 
 def local_batch(batch_size: int, process_count: int, name: str) -> int:

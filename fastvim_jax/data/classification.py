@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastvim_jax.data.augment import eval_transform, train_transform
-from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch
+from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, open_split
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.data.records import DecodeError, Source
+from fastvim_jax.data.files import read_file
+from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
-from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import grain_stream
 from fastvim_jax.data.turbo import chosen_decoder, open_image
 from fastvim_jax.errors import UserError
@@ -48,9 +48,7 @@ def make_train_iterator(
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"The data seed is {seed}, but must lie within 0 and 2**32 - 1.")
-    source = open_source(
-        config.source, config.train_split, path=config.path, class_list=config.class_list
-    )
+    source = open_split(config, config.train_split)
     local = local_batch(config.batch_size, process_count, "batch_size")
     steps = len(source) // config.batch_size
     if steps == 0:
@@ -118,7 +116,7 @@ def make_eval_iterator(
         UserError: when the data cannot be found.
     """
     split = split or config.eval_split
-    source = open_source(config.source, split, path=config.path, class_list=config.class_list)
+    source = open_split(config, split)
     size = batch_size or config.eval_batch_size or config.batch_size
     local = local_batch(size, process_count, "eval_batch_size")
     if config.resident:
@@ -145,12 +143,12 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
     Raises:
         DecodeError: when the file cannot be read or is no image.
     """
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise DecodeError(f"{file}: {error.strerror or error}.") from None
     image = open_image(
-        data, channels=config.channels, name=str(file), decoder=chosen_decoder(config)
+        read_file(file),
+        channels=config.channels,
+        name=printable(str(file)),
+        decoder=chosen_decoder(config),
+        background=config.background,
     )
     return eval_transform(image, config)
 
@@ -167,9 +165,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
         corrupt: list[int] = []
         while len(corrupt) < _REPLACEMENTS:
             try:
-                record, image = decode_record(
-                    self.source, index, channels=self.config.channels, decoder=self.decoder
-                )
+                record, image = decode_record(self.source, index, self.config, self.decoder)
                 pixels = train_transform(image, self.config, rng)
             except DecodeError:
                 corrupt.append(index)
@@ -194,9 +190,7 @@ class _LoadForEvaluation(grain.transforms.Map):
         corrupt: list[int] = []
         if index < len(self.source):
             try:
-                record, image = decode_record(
-                    self.source, index, channels=self.config.channels, decoder=self.decoder
-                )
+                record, image = decode_record(self.source, index, self.config, self.decoder)
                 pixels = eval_transform(image, self.config)
                 return {"image": pixels, "label": record.target, "valid": True, "corrupt": corrupt}
             except DecodeError:

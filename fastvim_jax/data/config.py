@@ -54,6 +54,10 @@ class DataConfig:
     decoder: Literal["auto", "pillow", "turbo"] = "auto"
     """turbo: libjpeg-turbo and a SIMD resizer (the extra `data`), several times faster, for upright colour JPEG files;
     pillow: Pillow for everything; auto: turbo if it is installed. Their pixels differ by rounding; see `turbo.py`."""
+    background: int = 255
+    """Grey level that transparent pixels are laid on: 0 is black, 255 white."""
+    follow_links: bool = False
+    """Read what links in the data set's folder point to outside it; without, such a link is an error."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Subtracted per channel, on a pixel scale of 0 to 1."""
     std: tuple[float, ...] = IMAGENET_STD
@@ -79,6 +83,8 @@ class DataConfig:
             self._whole("eval_batch_size", 1, " or None")
         self._whole("workers", 0)
         self._whole("max_corrupt", 0)
+        ok = _is_int(self.background) and 0 <= self.background <= 255
+        self._require(ok, "background", "a grey level from 0 to 255")
         for name in ("mean", "std"):
             values = getattr(self, name)
             ok = len(values) == self.channels and all(math.isfinite(v) for v in values)

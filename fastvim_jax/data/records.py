@@ -39,3 +39,26 @@ class Source(Protocol):
 
 class DecodeError(UserError):
     """An image that cannot be decoded. The message names the record and the cause."""
+
+
+def read_record(source: Source, index: int) -> Record:
+    """Read one record, whatever damaged files make their readers raise.
+
+    Raises:
+        DecodeError: naming the record and the cause.
+    """
+    try:
+        return source[index]
+    except UserError as error:
+        raise DecodeError(str(error)) from None
+    except OSError as error:
+        raise DecodeError(f"{printable(str(error.filename))}: {error.strerror or error}.") from None
+    except Exception as error:
+        raise DecodeError(
+            f"record {index} cannot be read ({type(error).__name__}: {printable(str(error))})."
+        ) from None
+
+
+def printable(name: str) -> str:
+    """Return a file's name with bytes that are not UTF-8 written out, so that it can be printed and stored."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -126,7 +126,7 @@ class _Images:
 
         def load(index: int) -> bool:
             try:
-                record, image = decode_record(source, index, channels=config.channels)
+                record, image = decode_record(source, index, config)
             except DecodeError:
                 return False
             pixels[index], labels[index] = transform(image), record.target

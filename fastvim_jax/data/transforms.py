@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastvim_jax.data.turbo import Picture, TurboJpeg
 
+_ELONGATED = 8
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -91,17 +92,35 @@ def horizontal_flip(
 
 
 def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: float) -> Image.Image:
-    """Resize (bicubic, aspect kept) so that `size` / `ratio` is covered, then crop `size` at the centre."""
+    """Resize (bicubic, aspect kept) so that `size` / `ratio` is covered, then crop `size` at the centre.
+
+    Of an image more than `_ELONGATED` times as long as `size` asks for, only the middle is resized: a strip of 1 x 3000
+    pixels would become 256 x 768,000.
+    """
     height, width = size
+    box = _middle(image, size)
+    if isinstance(image, Image.Image) and box != (0, 0, image.width, image.height):
+        image = image.crop(box)
+    full_width, full_height = box[2] - box[0], box[3] - box[1]
     # The resized image covers floor(size / ratio): 224 at 0.875 gives a shorter side of 256.
     factor = max(
-        math.floor(height / ratio + 1e-9) / image.height,
-        math.floor(width / ratio + 1e-9) / image.width,
+        math.floor(height / ratio + 1e-9) / full_height,
+        math.floor(width / ratio + 1e-9) / full_width,
     )
-    new = max(height, round(image.height * factor)), max(width, round(image.width * factor))
-    whole = resized(image, new)
+    new = max(height, round(full_height * factor)), max(width, round(full_width * factor))
+    whole = image.crop_resized(box, new) if isinstance(image, TurboJpeg) else resized(image, new)
     left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
     return whole.crop((left, top, left + width, top + height))
+
+
+def _middle(image: Picture, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the image without the ends of a strip, which no centre crop keeps."""
+    height, width = size
+    most_width = max(1, math.ceil(_ELONGATED * image.height * width / height))
+    most_height = max(1, math.ceil(_ELONGATED * image.width * height / width))
+    kept_width, kept_height = min(image.width, most_width), min(image.height, most_height)
+    left, top = (image.width - kept_width) // 2, (image.height - kept_height) // 2
+    return left, top, left + kept_width, top + kept_height
 
 
 def resized(image: Picture, size: tuple[int, int]) -> Image.Image:

@@ -11,7 +11,6 @@ Whatever is not a plain upright JPEG file goes through Pillow (`decode.py`).
 from __future__ import annotations
 
 import importlib.util
-import io
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.decode import LARGE, WHITE, decode_image, open_header, orientation
+from fastvim_jax.data.records import DecodeError
 from fastvim_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 GAP = 2
 """A reduced image must be this many times as large as the output."""
 
-_ORIENTATION = 0x0112
-_HEADER = 1 << 16
+_APP1 = 0xE1
+_START_OF_SCAN = 0xDA
 _SIMPLE = ("YCbCr", "Gray")
 _local = threading.local()
 
@@ -91,7 +91,12 @@ Picture = Image.Image | TurboJpeg
 
 
 def open_image(
-    image: bytes | np.ndarray, *, channels: int, name: str, decoder: str = "pillow"
+    image: bytes | np.ndarray,
+    *,
+    channels: int,
+    name: str,
+    decoder: str = "pillow",
+    background: int = WHITE,
 ) -> Picture:
     """Open an image with a decoder, "pillow" or "turbo"; see `decode.decode_image`.
 
@@ -102,7 +107,7 @@ def open_image(
         picture = _plain_jpeg(image, name)
         if picture is not None:
             return picture
-    return decode_image(image, channels=channels, name=name)
+    return decode_image(image, channels=channels, name=name, background=background)
 
 
 def chosen_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
@@ -130,16 +135,35 @@ def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if colours not in _SIMPLE or height * width > (Image.MAX_IMAGE_PIXELS or height * width):
+    # decode_image refuses what is too large, and takes turns where memory counts.
+    if colours not in _SIMPLE or height * width > LARGE:
         return None
-    head = data[:_HEADER]
-    if b"Exif\0\0" in head or b"http://ns.adobe.com/xap" in head:
+    if _has_metadata(data):
         try:
-            if Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) != 1:
+            if orientation(open_header(data, name))[0] != 1:
                 return None
-        except Exception:  # decode_image says what is wrong.
+        except DecodeError:
             return None
     return TurboJpeg(data, width, height, name)
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether the markers before the pixels hold an APP1 segment (EXIF, XMP), or cannot be followed.
+
+    EXIF may stand behind other segments, each up to 64 KiB long, so a look at the file's beginning would not do.
+    """
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # A fill byte.
+            place += 1
+            continue
+        if marker == _START_OF_SCAN:
+            return False
+        if marker == _APP1:
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
 
 
 def _reduction(box: tuple[int, int], size: tuple[int, int]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import DecodeError, decode_image
+from fastvim_jax.data.decode import orientation
+from fastvim_jax.data.transforms import resized
+from fastvim_jax.data.turbo import open_image
 from tests.data.conftest import encode
 
 _ROTATE_90_CLOCKWISE = 6
@@ -103,6 +108,113 @@ def test_damage_is_named(rng: np.random.Generator) -> None:
     floats = encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
     with pytest.raises(DecodeError, match=r"floating-point"):
         decode_image(floats, channels=3)
+
+
+def _jpeg_with(block: bytes, *, before: int = 0) -> bytes:
+    """A JPEG whose EXIF block stands behind `before` comment segments of 60,000 bytes."""
+    data = encode(Image.fromarray(np.rot90(_corners())), "JPEG", quality=95, subsampling=0)
+    exif = b"Exif\0\0" + block
+    comments = b"".join(
+        b"\xff\xfe" + struct.pack(">H", 60002) + bytes(60000) for _ in range(before)
+    )
+    return data[:2] + comments + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+def _entry(tag: int, kind: int, value: bytes) -> bytes:
+    return struct.pack("<HHI", tag, kind, 1) + value
+
+
+_TURNED = _entry(0x112, 3, struct.pack("<HH", _ROTATE_90_CLOCKWISE, 0))
+_HEAD = b"II*\0" + struct.pack("<IH", 8, 2)
+_WRONG_TYPE = _HEAD + _entry(0x100, 11, struct.pack("<f", 3.5)) + _TURNED + bytes(4)
+_NONSENSE = _HEAD + _entry(0x112, 3, struct.pack("<HH", 77, 0)) + bytes(16)
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "turbo"])
+@pytest.mark.parametrize(
+    ("block", "before", "turned"),
+    [
+        (_WRONG_TYPE, 0, True),
+        (_WRONG_TYPE, 3, True),
+        (b"garbage!", 0, False),
+        (_NONSENSE, 1, False),
+    ],
+)
+def test_orientation_is_found_anywhere_and_damage_ignored(
+    decoder: str, block: bytes, before: int, turned: bool
+) -> None:
+    data = _jpeg_with(block, before=before)
+    picture = open_image(data, channels=3, name="x", decoder=decoder)
+    pixels = resized(picture, (32, 32))
+    expected = _corners() if turned else np.rot90(_corners())
+    np.testing.assert_allclose(_quarters(pixels), _quarters(Image.fromarray(expected)), atol=12)
+
+
+def test_damaged_metadata_of_other_kinds_are_ignored(rng: np.random.Generator) -> None:
+    pixels = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        data = encode(pixels, kind, exif=b"garbage!", **options)
+        decoded = decode_image(data, channels=3)
+        np.testing.assert_array_equal(np.asarray(decoded), np.asarray(pixels))
+        opened = Image.open(io.BytesIO(data))
+        opened.load()
+        assert orientation(opened) == (1, False)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+@pytest.mark.parametrize("background", [255, 0, 100])
+def test_transparent_pixels_show_the_background(mode: str, background: int) -> None:
+    layered = Image.new("LA" if mode != "RGBA" else mode, (8, 6))
+    layered.paste((40, 255) if mode != "RGBA" else (40, 40, 40, 255), (0, 0, 3, 6))
+    options = {}
+    if mode in ("P", "L"):
+        # Grey level 0 is the transparent one.
+        layered, options = layered.convert("L").convert(mode), {"transparency": 0}
+    data = encode(layered, "PNG", **options)
+    expected = np.full((6, 8), background)
+    expected[:, :3] = 40
+    for channels in (1, 3):
+        decoded = np.asarray(decode_image(data, channels=channels, background=background))
+        np.testing.assert_array_equal(decoded.reshape(6, 8, channels)[..., 0], expected)
+
+
+def test_half_transparent_pixels_are_blended() -> None:
+    data = encode(Image.new("RGBA", (2, 2), (200, 0, 0, 128)), "PNG")
+    assert abs(np.asarray(decode_image(data, channels=3)).astype(int) - [227, 127, 127]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["F", "LAB", "I"])
+def test_what_is_refused_does_not_depend_on_channels(mode: str) -> None:
+    image = Image.new(mode, (4, 4))
+    if mode == "I":
+        image = Image.fromarray(np.full((4, 4), 70000, np.int32))
+    data = encode(image, "TIFF")
+    for channels in (1, 3):
+        with pytest.raises(DecodeError, match=r"a/b: .*(8 or 16 bits|save it as RGB|16 bits)"):
+            decode_image(data, channels=channels, name="a/b")
+
+
+def test_only_formats_of_the_list_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "called"
+    fake = tmp_path / "gs"
+    fake.write_text(f"#!/bin/sh\necho $@ >> {called}\necho 10.0\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n%%EOF\n"
+    with pytest.raises(DecodeError, match=r"cat.jpg: .*JPEG, PNG"):
+        decode_image(script, channels=3, name="cat.jpg")
+    assert not called.exists()
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
+    Image.MAX_IMAGE_PIXELS, most = None, Image.MAX_IMAGE_PIXELS
+    try:
+        bomb = encode(Image.new("1", (9000, 8000)), "PNG")
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+    for decoder in ("pillow", "turbo"):
+        with pytest.raises(DecodeError, match=r"b: 9000 x 8000 pixels are more than 67,108,864"):
+            open_image(bomb, channels=3, name="b", decoder=decoder)
 
 
 def test_real_images_decode(real_data: Path) -> None:

@@ -118,7 +118,7 @@ def test_image_folder_says_what_is_wrong(image_tree: Path) -> None:
         open_source("image_folder", "train", path=path + "-elsewhere")
     source = open_source("image_folder", "train", path=path)
     shutil.rmtree(image_tree / "train")
-    with pytest.raises(OSError, match=r"00.png"):
+    with pytest.raises(DecodeError, match=r"00.png"):
         source[0]
 
 
@@ -182,3 +182,50 @@ def test_a_part_that_is_none_is_refused() -> None:
         open_source("digits", "test[400:]")
     with pytest.raises(UserError, match="no split 'tset'"):
         open_source("digits", "tset[:5]")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.txt", "\ufeffant\r\nbee\r\n\r\ncat\r\n".encode()),
+        ("classes.txt", "ant\nbee\ncat\n".encode("utf-16")),
+        ("classes.tsv", "\ufeffLabel\tName\n1\tbee\n0\tant\n2\tcat\n".encode()),
+        ("classes.csv", b"label;folder;name\n0;ant;an ant\n\n1;bee;a bee\n2;cat;a cat\n"),
+        ("classes.csv", b'"label","name"\n"0","ant"\n"1","bee"\n"2","cat"\n'),
+    ],
+)
+def test_class_lists_as_people_have_them(name: str, content: bytes, image_tree: Path) -> None:
+    (image_tree / name).write_bytes(content)
+    source = open_source("image_folder", "train", path=str(image_tree))
+    assert len(source.class_names) == 3 and source[0].target == 0 and source[29].target == 1
+
+
+def test_a_class_list_of_windows_is_read_with_a_warning(
+    image_tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (image_tree / "classes.txt").write_bytes("ant\nbee\ncat\nbécasse\n".encode("cp1252"))
+    source = open_source("image_folder", "train", path=str(image_tree))
+    assert source.class_names[3] == "bécasse" and "read as Windows-1252" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.tsv", b"label\tname\nzero\tant\n1\tbee\n", "'zero' of 'ant' is no whole number"),
+        ("classes.tsv", b"label\tname\n\tant\n1\tbee\n", "'' of 'ant' is no whole number"),
+        ("classes.tsv", b"label\tname\n0\tant\n0\tbee\n", "label 0 twice, to 'ant' and 'bee'"),
+        ("classes.tsv", b"label\tname\n0\tant\n2\tbee\n", "without gaps: 1 is missing"),
+        ("classes.tsv", b"label\tname\n0\tant\n1\n", "lacks a column"),
+        ("classes.tsv", b"label\tname\n" + b"9" * 5000 + b"\tant\n", "no whole number"),
+        ("classes.txt", b"cat\nant\nbee\ncat\n", "gives the folder 'cat' two labels, 0 and 3"),
+        ("classes.txt", b"\x00\x80\xff", "is no text"),
+        ("classes.txt", b"\n", "is empty"),
+    ],
+)
+def test_a_class_list_that_cannot_be_read_is_named(
+    name: str, content: bytes, message: str, image_tree: Path
+) -> None:
+    (image_tree / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        open_source("image_folder", "train", path=str(image_tree))
+    assert name in str(raised.value)

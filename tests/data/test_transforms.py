@@ -137,3 +137,21 @@ def test_train_transform_takes_the_configured_crop(rng: np.random.Generator) -> 
         image.convert("L"), dataclasses.replace(config, channels=1, mean=(0.5,), std=(0.5,)), rng
     )
     assert grey.shape == (12, 16, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3001), (3001, 1), (2, 40)])
+def test_a_strip_is_not_resized_whole(
+    shape: tuple[int, int], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strip = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(self: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        sizes.append(size)
+        return resize(self, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    out = transforms.resize_and_centre_crop(strip, (16, 16), ratio=0.8)
+    assert out.size == (16, 16)
+    assert max(sizes[0]) <= 8 * 20 + 20

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.decode import GREY_MODES, decode_image, open_header
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.writing import writing
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import FORMAT, join_record
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
 from fastvim_jax.errors import UserError
@@ -203,14 +203,10 @@ def encoded(record: Record, max_size: int | None) -> bytes:
         return _saved(pixels, "PNG")
     if max_size is None:
         return image
-    channels = 3
-    try:
-        with Image.open(io.BytesIO(image)) as opened:  # Only the header is read.
-            if min(opened.size) <= max_size:
-                return image
-            channels = 1 if opened.mode[0] in "1LI" else 3
-    except Exception:
-        pass  # decode_image says what is wrong.
+    header = open_header(image, record.name)
+    if min(header.size) <= max_size:
+        return image
+    channels = 1 if header.mode in GREY_MODES else 3
     pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
     return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
 
@@ -244,7 +240,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for index in range(task.start, task.stop):
             try:
-                record = source[index]
+                record = read_record(source, index)
                 if not 0 <= record.target < len(source.class_names):
                     raise UserError(
                         stray_label(record.name, record.target, len(source.class_names))
@@ -252,9 +248,6 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
                 image = encoded(record, task.max_size)
             except DecodeError as error:
                 corrupt.append(str(error))
-                continue
-            except OSError as error:
-                corrupt.append(f"{error.filename}: {error.strerror or error}.")
                 continue
             with writing(folder):
                 writer.write(join_record(image, record.target, record.name))

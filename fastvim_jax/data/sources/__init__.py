@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fastvim_jax.data.records import Source
+from fastvim_jax.data.records import Source, printable
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.hugging_face import open_hugging_face
@@ -29,7 +30,13 @@ SOURCES: tuple[str, ...] = (
 
 
 def open_source(
-    name: str, split: str, *, path: str = "", class_list: str = "", any_label: bool = False
+    name: str,
+    split: str,
+    *,
+    path: str = "",
+    class_list: str = "",
+    any_label: bool = False,
+    follow_links: bool = False,
 ) -> Source:
     """Open one split of a data set.
 
@@ -39,14 +46,21 @@ def open_source(
         path: the data set's folder, `~` and environment variables expanded; for tfds a set's name will do.
         class_list: class list to use instead of the folder's own.
         any_label: let labels outside the classes pass, for a scan that lists them.
+        follow_links: read what links point to outside the data set's folder.
 
     Raises:
-        UserError: for an unknown source or split, a missing folder, or a folder without images.
+        UserError: for an unknown source or split, a missing folder, a folder without images, or files that are damaged
+            or not of the source's kind.
     """
     whole, part = split_and_part(split)
+    options: Any = {
+        "path": path,
+        "class_list": class_list,
+        "any_label": any_label,
+        "follow_links": follow_links,
+    }
     if part is not None:
-        source = open_source(name, whole, path=path, class_list=class_list, any_label=any_label)
-        return SourcePart(source, part, split)
+        return SourcePart(open_source(name, whole, **options), part, split)
     if name == "digits":
         return DigitsSource(split)
     if name not in SOURCES:
@@ -56,19 +70,47 @@ def open_source(
         )
     root = expand_path(path)
     classes = expand_path(class_list) if class_list else None
-    if name == "tfds":
-        return TfdsSource(str(root), split, class_list=classes, any_label=any_label)
-    if not root.is_dir():
+    if name != "tfds" and not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
-    if name == "image_folder":
-        return ImageFolderSource(root, split, class_list=classes)
-    kinds: dict[str, Callable[..., Source]] = {
-        "packed_npz": PackedNpzSource,
-        "webdataset": WebDatasetSource,
-        "array_record": ArrayRecordSource,
-        "hugging_face": open_hugging_face,
+    kinds: dict[str, Callable[[], Source]] = {
+        "tfds": lambda: TfdsSource(str(root), split, class_list=classes, any_label=any_label),
+        "image_folder": lambda: ImageFolderSource(
+            root, split, class_list=classes, follow_links=follow_links
+        ),
+        "packed_npz": lambda: PackedNpzSource(root, split, class_list=classes, any_label=any_label),
+        "webdataset": lambda: WebDatasetSource(
+            root, split, class_list=classes, any_label=any_label
+        ),
+        "array_record": lambda: ArrayRecordSource(
+            root, split, class_list=classes, any_label=any_label
+        ),
+        "hugging_face": lambda: open_hugging_face(
+            root, split, class_list=classes, any_label=any_label, follow_links=follow_links
+        ),
     }
-    return kinds[name](root, split, class_list=classes, any_label=any_label)
+    try:
+        source = kinds[name]()
+        if getattr(source, "counts_classes", False) and split != "train":
+            _take_classes_of_train(source, len(source.class_names), name, options)
+    except (UserError, ImportError):
+        raise
+    # Damaged files, or files of another kind, make their readers raise almost anything.
+    except Exception as error:
+        raise UserError(
+            f"The split {split!r} in {printable(str(root))!r} cannot be read as {name} ({type(error).__name__}: "
+            f"{printable(str(error))}). Name the right kind of data set with data.source, or mend the files."
+        ) from error
+    return source
+
+
+def _take_classes_of_train(source: Any, count: int, name: str, options: dict[str, Any]) -> None:
+    """Give a split whose classes are only counted those of train: it may lack the highest."""
+    try:
+        train = open_source(name, "train", **{**options, "any_label": True})
+    except UserError:  # There is none, or it is damaged, as whoever trains on it is told.
+        return
+    if len(train.class_names) > count:
+        source.class_names = train.class_names
 
 
 def expand_path(path: str) -> Path:

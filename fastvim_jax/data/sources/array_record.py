@@ -34,6 +34,9 @@ class ArrayRecordSource:
         self.manifest = read_manifest(root, split)
         entries = self.manifest["shards"]
         self.shards: list[dict[str, Any]] = [entries[str(number)] for number in range(len(entries))]
+        for shard in self.shards:
+            if Path(shard["file"]).name != shard["file"]:
+                raise UserError(f"The manifest of {split!r} names a shard outside its own folder.")
         self.files = [root / shard["file"] for shard in self.shards]
         for file, shard in zip(self.files, self.shards, strict=True):
             if not file.is_file():
@@ -146,13 +149,13 @@ def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
     try:
         fields = json.loads(header)
         return {"label": int(fields["label"]), "name": str(fields["name"])}, image
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise DecodeError(f"{name}: not a record that `fastvim data prepare` wrote.") from None
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from fastvim_jax.data.files import read_inside
 from fastvim_jax.data.fingerprint import file_stamp
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Record, Source, printable
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
-from fastvim_jax.data.sources.labels import names_of_labels
+from fastvim_jax.data.sources.labels import list_for, names_of_labels, whole_labels
 from fastvim_jax.errors import UserError, suggest
 
 CACHE_BYTES = 256 * 2**20
@@ -29,7 +30,12 @@ _SHARD = re.compile(r"(?P<split>.+?)(-\d+-of-\d+)?")
 
 
 def open_hugging_face(
-    root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
+    root: Path,
+    split: str,
+    *,
+    class_list: Path | None = None,
+    any_label: bool = False,
+    follow_links: bool = False,
 ) -> Source:
     """Open a split of either layout; see the module.
 
@@ -38,8 +44,15 @@ def open_hugging_face(
     """
     shards = parquet_splits(root)
     if shards:
-        return ParquetSource(root, split, shards, class_list=class_list, any_label=any_label)
-    return ImageFolderSource(root, split, class_list=class_list)
+        return ParquetSource(
+            root,
+            split,
+            shards,
+            class_list=class_list,
+            any_label=any_label,
+            follow_links=follow_links,
+        )
+    return ImageFolderSource(root, split, class_list=class_list, follow_links=follow_links)
 
 
 class ParquetSource:
@@ -57,6 +70,7 @@ class ParquetSource:
         *,
         class_list: Path | None = None,
         any_label: bool = False,
+        follow_links: bool = False,
     ) -> None:
         if split not in shards:
             raise UserError(
@@ -64,21 +78,24 @@ class ParquetSource:
                 f"{', '.join(sorted(shards))}." + suggest(split, shards)
             )
         self._root = root
+        self._follow_links = follow_links
         self._files = shards[split]
         self._reset()
         schema = self._file(0).schema_arrow
         self._image, self._label, own = _columns(schema, self._files[0])
-        self._labels, self._groups = self._read_layout()
+        classes = list_for(root, class_list, own)
+        names = classes.names if classes else own
+        self._labels, self._groups = self._read_layout(names)
         if not len(self._labels):
             raise UserError(f"The split {split!r} in {str(root)!r} holds no record.")
         self.class_names = names_of_labels(
             self._labels,
             f"The split {split!r} in {str(root)!r}",
             own=own,
-            root=root,
-            class_list=class_list,
+            classes=classes,
             any_label=any_label,
         )
+        self.counts_classes = classes is None and own is None
 
     @property
     def labels(self) -> np.ndarray:
@@ -100,10 +117,12 @@ class ParquetSource:
         data, path = (image, None) if isinstance(image, bytes) else (None, None)
         if isinstance(image, dict):
             data, path = image.get("bytes"), image.get("path")
-        name += f" ({path})" if path else ""
+        path = path if isinstance(path, str) else None
+        name += f" ({printable(path)})" if path else ""
         if data is None and path:
-            data = (self._root / path).read_bytes()  # Images may lie beside the table.
-        if data is None:
+            # Images may lie beside the table.
+            data = read_inside(self._root, path, follow_links=self._follow_links)
+        if not isinstance(data, bytes):
             raise DecodeError(f"{name}: there is no image in the record.")
         return Record(data, int(self._labels[index]), name)
 
@@ -116,7 +135,7 @@ class ParquetSource:
         file = self._files[shard]
         return f"{file_stamp(file)} {self._labels[index]} {file.name}[{index}]"
 
-    def _read_layout(self) -> tuple[np.ndarray, np.ndarray]:
+    def _read_layout(self, names: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
         """Read every label, and shard, group and first record of each row group."""
         labels, groups, starts, total = [], [], [], 0
         for shard, file in enumerate(self._files):
@@ -128,7 +147,7 @@ class ParquetSource:
             if self._label not in parquet.schema_arrow.names:
                 raise UserError(f"{str(file)!r} lacks the column {self._label!r}.")
             column = parquet.read(columns=[self._label], use_threads=False).column(0)
-            labels.append(column.fill_null(-1).to_numpy().astype(np.int64))
+            labels.append(whole_labels(column.fill_null(-1).to_numpy(), repr(str(file)), names))
         self._shard_starts = np.asarray(starts, np.int64)
         return np.concatenate(labels), np.asarray(groups, np.int64).reshape(-1, 3)
 
@@ -214,25 +233,33 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]
     labels = [n for n in schema.names if kinds.get(n) == "ClassLabel"]
     images = images or [f.name for f in schema if _holds_image(f.type)]
     numbers = [f.name for f in schema if str(f.type).lstrip("u").startswith("int")]
-    labels = labels or [n for n in numbers if n in ("label", "labels", "fine_label")] or numbers
+    usual = [n for n in schema.names if n in ("label", "labels", "fine_label")]
+    labels = labels or [n for n in numbers if n in usual] or numbers or usual
     image = "image" if "image" in images else next(iter(images), None)
     # Of several labels, the one called so, or else the finest.
-    best = max(labels, key=lambda n: len(features.get(n, {}).get("names", ())), default=None)
+    known = {n: _names(features.get(n)) for n in labels}
+    best = max(labels, key=lambda n: len(known[n] or ()), default=None)
     label = "label" if "label" in labels else best
     if image is None or label is None:
         raise UserError(
             f"{str(file)!r} has no {'image' if image is None else 'whole-number label'} column; "
             f"its columns are {', '.join(schema.names)}."
         )
-    names = features.get(label, {}).get("names")
-    return image, label, tuple(map(str, names)) if names else None
+    return image, label, known[label]
+
+
+def _names(feature: Any) -> tuple[str, ...] | None:
+    """The class names that a column's metadata give, if they are a list as they should be."""
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 def _features(schema: Any) -> dict[str, Any]:
     try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _holds_image(kind: Any) -> bool:

@@ -1,5 +1,8 @@
 """Tar shards in the WebDataset layout: members `key.jpg` beside `key.cls` or `key.json`.
 
+Every image of a shard is a record. Its label is that of its own name (`scan.2024.01.png` beside `scan.2024.01.cls`), or
+else of its key (`c.left.png` and `c.right.png` beside `c.cls`).
+
 The shards of `train` are `train.tar`, `train-0000.tar`, `train_000.tar`, `train-00000-of-00010.tar`: the name and then
 nothing but numbers, so `train-extra-0000.tar` belongs to `train-extra`.
 
@@ -10,18 +13,21 @@ shards may differ in length.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from fastvim_jax.data.fingerprint import file_stamp
-from fastvim_jax.data.records import Record
+from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
-from fastvim_jax.data.sources.labels import names_of_labels
+from fastvim_jax.data.sources.labels import list_for, names_of_labels
 from fastvim_jax.errors import UserError, suggest
 
+_MOST_LABEL_BYTES = 2**24
 # `-0001`, `_1-2`, `-00000-of-00010`, at the end of a name.
 _NUMBERS = re.compile(r"(?<![\d._-])[\d._-]*(?:(?<=\d)[._-]of[._-]\d+)?$")
 
@@ -42,19 +48,20 @@ class WebDatasetSource:
         self._keys: list[str] = []
         places: list[tuple[int, int, int, int]] = []
         for number, shard in enumerate(self._shards):
-            for key, (offset, size, label) in _index(shard).items():
+            for key, offset, size, label in _index(shard):
                 self._keys.append(key)
                 places.append((number, offset, size, label))
         if not places:
             raise UserError(f"The tar shards of {split!r} in {str(root)!r} hold no labelled image.")
         self._places = np.asarray(places, np.int64)
+        classes = list_for(root, class_list)
         self.class_names = names_of_labels(
             self._places[:, 3],
             f"The tar shards of {split!r} in {str(root)!r}",
-            root=root,
-            class_list=class_list,
+            classes=classes,
             any_label=any_label,
         )
+        self.counts_classes = classes is None
 
     @property
     def labels(self) -> np.ndarray:
@@ -69,7 +76,7 @@ class WebDatasetSource:
         shard = self._shards[number]
         with shard.open("rb") as file:
             file.seek(offset)
-            return Record(file.read(size), label, f"{shard}/{self._keys[index]}")
+            return Record(file.read(size), label, printable(f"{shard}/{self._keys[index]}"))
 
     def stamp(self, index: int) -> str:
         """Return what changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
@@ -101,44 +108,84 @@ def _numbers(stem: str) -> re.Match[str]:
     return match
 
 
-def _index(shard: Path) -> dict[str, tuple[int, int, int]]:
-    """Offset, size and label of each image of a shard, by its file name, in the shard's order."""
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
+def _index(shard: Path) -> list[tuple[str, int, int, int]]:
+    """Name, offset, size and label of each image of a shard, in the shard's order."""
+    images: list[tuple[str, int, int]] = []
+    labels: dict[str, list[int]] = {}
+    bad: dict[str, str] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                stem, extension = _split(member.name)
+                # Links and devices are no files; a sparse file's bytes do not lie in one piece.
+                if not member.isfile() or member.issparse():
                     continue
-                # A key ends at the first dot of the file's name, not of its folder's.
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if extension in EXTENSIONS:
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif extension in (".cls", ".json"):
+                    images.append((member.name, member.offset_data, member.size))
+                elif extension in (".cls", ".json") and member.size <= _MOST_LABEL_BYTES:
                     content = tar.extractfile(member)
                     label = _label(content.read() if content else b"", extension)
-                    if label is not None:
-                        labels[key] = label
-    except (tarfile.TarError, OSError) as error:
+                    if label is None:
+                        bad[stem] = member.name
+                    else:
+                        labels.setdefault(stem, []).append(label)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{str(shard)!r} cannot be read as a tar file: {error}") from None
-    missing = [name for key, (name, _, _) in images.items() if key not in labels]
+    return _labelled(shard, images, labels, bad)
+
+
+def _labelled(
+    shard: Path,
+    images: list[tuple[str, int, int]],
+    labels: dict[str, list[int]],
+    bad: dict[str, str],
+) -> list[tuple[str, int, int, int]]:
+    """Give each image the label of its own name, or else of its key; nth to nth where a name comes several times."""
+    found, met = [], Counter[str]()
+    missing: list[str] = []
+    for name, offset, size in images:
+        met[name] += 1
+        stem = _split(name)[0]
+        of_name = labels.get(stem) or labels.get(_key(stem))
+        if of_name is None:
+            missing.append(name)
+        elif len(of_name) > 1 and len(of_name) < met[name]:
+            raise UserError(
+                f"{str(shard)!r} holds {printable(name)} more often than its label: pack the shard again."
+            )
+        else:
+            found.append((name, offset, size, of_name[min(met[name], len(of_name)) - 1]))
     if missing:
+        first = missing[0]
+        wrong = bad.get(_split(first)[0]) or bad.get(_key(_split(first)[0]))
+        cause = f" ({printable(wrong)} holds no whole number as its label)" if wrong else ""
         raise UserError(
             f"{str(shard)!r}: {len(missing)} images have no label in a .cls or .json file beside them, "
-            f"among them {missing[0]}."
+            f"among them {printable(first)}{cause}."
         )
-    return {name: (offset, size, labels[key]) for key, (name, offset, size) in images.items()}
+    return found
+
+
+def _split(member: str) -> tuple[str, str]:
+    """A member's name without its last extension, and that in lower case."""
+    stem, extension = posixpath.splitext(member)
+    return stem, extension.lower()
+
+
+def _key(stem: str) -> str:
+    """WebDataset's own key, which ends at the first dot of the file's name, not of its folder's."""
+    folder, _, name = stem.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
 
 
 def _label(content: bytes, extension: str) -> int | None:
     """Return the label as a whole number, or None where a JSON holds other things."""
     try:
-        value = json.loads(content)
-    except ValueError:
+        value = json.loads(content.decode("utf-8-sig"))
+    # Nested deeply, JSON exhausts the stack.
+    except (ValueError, RecursionError):
         return None
     if extension == ".json":
         value = value.get("label") if isinstance(value, dict) else None
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
     return value if valid else None
