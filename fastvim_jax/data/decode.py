@@ -115,7 +115,7 @@ def open_header(image: bytes, name: str) -> Image.Image:
 
 
 def orientation(opened: Image.Image) -> tuple[int, bool]:
-    """The orientation that an image's metadata give, 1 (upright) to 8, and whether these could be read.
+    """Find the orientation that an image's metadata give, 1 (upright) to 8, and whether these could be read.
 
     Damaged metadata count as none: they say nothing of the pixels.
     """

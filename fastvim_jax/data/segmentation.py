@@ -22,7 +22,7 @@ from fastvim_jax.data.batches import BatchIterator, local_batch
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.geometry import Scene, fitted_size, flip, pad, resize_image, resize_mask
 from fastvim_jax.data.photometric import distort, draw_distortion
-from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask, segmentation_classes
@@ -62,6 +62,7 @@ def open_masks(
         mask_pattern=config.mask_pattern,
         class_names=names,
         allow_missing=allow_missing,
+        follow_links=config.follow_links,
     )
 
 
@@ -140,11 +141,10 @@ def load_scene(source: MaskFolderSource, index: int, config: SegmentationData) -
     Raises:
         DecodeError: naming the file, the cause and the fix.
     """
-    try:
-        record = source[index]
-    except OSError as error:
-        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
-    image = np.asarray(decode_image(record.image, channels=3, name=record.name))
+    record = read_record(source, index)
+    image = np.asarray(
+        decode_image(record.image, channels=3, name=record.name, background=config.background)
+    )
     name = source.mask_name(index)
     if record.target is None:
         raise DecodeError(f"{record.name}: there is no mask.")

@@ -114,7 +114,7 @@ def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: floa
 
 
 def _middle(image: Picture, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the image without the ends of a strip, which no centre crop keeps."""
+    """Return left, top, right, bottom of the image without the ends of a strip, which no centre crop keeps."""
     height, width = size
     most_width = max(1, math.ceil(_ELONGATED * image.height * width / height))
     most_height = max(1, math.ceil(_ELONGATED * image.width * height / width))

@@ -148,7 +148,7 @@ def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether the markers before the pixels hold an APP1 segment (EXIF, XMP), or cannot be followed.
+    """Tell whether the markers before the pixels hold an APP1 segment (EXIF, XMP), or cannot be followed.
 
     EXIF may stand behind other segments, each up to 64 KiB long, so a look at the file's beginning would not do.
     """

@@ -249,7 +249,7 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]
 
 
 def _names(feature: Any) -> tuple[str, ...] | None:
-    """The class names that a column's metadata give, if they are a list as they should be."""
+    """Return the class names that a column's metadata give, if they are a list as they should be."""
     names = feature.get("names") if isinstance(feature, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) and names else None
 

@@ -100,7 +100,7 @@ class ImageFolderSource:
         return [printable(name) for name in names if name not in read]
 
     def _images(self, folder: Path) -> Iterator[str]:
-        """Image files under a class folder, in an order that does not depend on the file system."""
+        """List image files under a class folder, in an order that does not depend on the file system."""
         found = walk(folder, self._home, follow_links=self._follow_links)
         return (file for file in found if os.path.splitext(file)[1].lower() in EXTENSIONS)
 

@@ -79,7 +79,7 @@ def names_of_labels(
     classes: ClassList | None = None,
     any_label: bool = False,
 ) -> tuple[str, ...]:
-    """Choose the class names of a split: from the class list, else the data set's own, else as many numbers as there are.
+    """Choose the class names of a split: the class list's, else its own, else as many numbers as there are.
 
     Args:
         labels: every label of the split.
@@ -119,7 +119,7 @@ def names_of_labels(
 def list_for(
     root: Path, class_list: Path | None, own: tuple[str, ...] | None = None
 ) -> ClassList | None:
-    """The class list given, or else, where the data have no names of their own, the one in their folder."""
+    """Read the class list given, or else, where the data have no names of their own, the one in their folder."""
     if class_list:
         return read_class_list(class_list)
     return find_class_list(root) if own is None else None

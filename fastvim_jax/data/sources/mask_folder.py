@@ -11,14 +11,15 @@ import csv
 import io
 import os
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from fastvim_jax.data.records import DecodeError, Record
+from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
+from fastvim_jax.data.files import read_inside
+from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.errors import UserError
@@ -41,6 +42,7 @@ class MaskFolderSource:
         mask_pattern: where the mask of an image lies.
         class_names: one name a class.
         allow_missing: accept images without a mask, for a scan that lists them.
+        follow_links: read what links point to outside the root.
 
     Raises:
         UserError: a malformed pattern, no image, or images without a mask.
@@ -55,6 +57,7 @@ class MaskFolderSource:
         mask_pattern: str = MASK_PATTERN,
         class_names: tuple[str, ...],
         allow_missing: bool = False,
+        follow_links: bool = False,
     ) -> None:
         for option, pattern in (("image_pattern", image_pattern), ("mask_pattern", mask_pattern)):
             if "{name}" not in pattern:
@@ -63,6 +66,7 @@ class MaskFolderSource:
                 )
         self.class_names = class_names
         self._root = root
+        self._follow_links = follow_links
         images = _find(root, split, image_pattern)
         if not images:
             where = root / image_pattern.replace("{split}", split)
@@ -87,8 +91,11 @@ class MaskFolderSource:
 
     def __getitem__(self, index: int) -> Record:
         image, mask = self._pairs[index]
-        target = None if mask is None else (self._root / mask).read_bytes()
-        return Record((self._root / image).read_bytes(), target, str(self._root / image))
+        target = None if mask is None else self._read(mask)
+        return Record(self._read(image), target, printable(str(self._root / image)))
+
+    def _read(self, path: str) -> bytes:
+        return read_inside(self._root, path, follow_links=self._follow_links)
 
     def mask_name(self, index: int) -> str:
         """Path of a record's mask, for messages."""
@@ -133,10 +140,10 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
         DecodeError: no image, colours instead of class numbers, or a lossy format; the message has the fix.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data))
-            opened.load()
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+        opened.load()
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         raise DecodeError(
             f"{name}: the mask cannot be read ({error or type(error).__name__})."

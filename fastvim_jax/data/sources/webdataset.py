@@ -167,13 +167,13 @@ def _labelled(
 
 
 def _split(member: str) -> tuple[str, str]:
-    """A member's name without its last extension, and that in lower case."""
+    """Return a member's name without its last extension, and that in lower case."""
     stem, extension = posixpath.splitext(member)
     return stem, extension.lower()
 
 
 def _key(stem: str) -> str:
-    """WebDataset's own key, which ends at the first dot of the file's name, not of its folder's."""
+    """Return WebDataset's own key, which ends at the first dot of the file's name, not of its folder's."""
     folder, _, name = stem.rpartition("/")
     return f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
 
