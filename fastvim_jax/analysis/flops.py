@@ -19,8 +19,15 @@ import jax
 from flax import nnx
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.layers.masking import kept_count
 from fastvim_jax.layers.patch_embed import grid_of
-from fastvim_jax.models import ModelConfig, VisionMambaConfig, ViTConfig, build_model
+from fastvim_jax.models import (
+    AnyModelConfig,
+    MaskedAutoencoderConfig,
+    VisionMambaConfig,
+    ViTConfig,
+    build_model,
+)
 
 SCAN_MACS = 9
 """Multiply-adds per step, channel and state of a selective scan."""
@@ -43,7 +50,9 @@ class ModelCost:
     parallel_steps: tuple[int, ...]
 
 
-def model_cost(config: ModelConfig, image_size: int | tuple[int, int] | None = None) -> ModelCost:
+def model_cost(
+    config: AnyModelConfig, image_size: int | tuple[int, int] | None = None
+) -> ModelCost:
     """Return all costs of the model described by `config`; see `gmacs` for `image_size`."""
     return ModelCost(
         count_parameters(config),
@@ -53,13 +62,13 @@ def model_cost(config: ModelConfig, image_size: int | tuple[int, int] | None = N
     )
 
 
-def count_parameters(config: ModelConfig) -> int:
+def count_parameters(config: AnyModelConfig) -> int:
     """Return the number of trained numbers, without allocating any of them."""
     shapes = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
-def gmacs(config: ModelConfig, image_size: int | tuple[int, int] | None = None) -> float:
+def gmacs(config: AnyModelConfig, image_size: int | tuple[int, int] | None = None) -> float:
     """Return billions of multiply-adds per image (the module's docstring says which are counted).
 
     Args:
@@ -69,6 +78,8 @@ def gmacs(config: ModelConfig, image_size: int | tuple[int, int] | None = None) 
     Raises:
         UserError: for an image smaller than a patch.
     """
+    if isinstance(config, MaskedAutoencoderConfig):
+        return _masked_gmacs(config, image_size)
     rows, columns = _grid(config, image_size)
     patches = rows * columns
     patch_weights = math.prod(_pair(config.patch_size)) * config.channels * config.embed_dim
@@ -87,12 +98,16 @@ def gmacs(config: ModelConfig, image_size: int | tuple[int, int] | None = None) 
 
 
 def scan_steps(
-    config: ModelConfig, image_size: int | tuple[int, int] | None = None
+    config: AnyModelConfig, image_size: int | tuple[int, int] | None = None
 ) -> tuple[int, ...]:
     """Return the steps of each direction's scan, for one period of the blocks; empty for a ViT.
 
     A period is one block, or two where the pooled axis alternates. A class token is a step of its own.
     """
+    if isinstance(config, MaskedAutoencoderConfig):
+        if isinstance(config.encoder, VisionMambaConfig) and config.encoder.pooling == "none":
+            return (_kept(config, image_size) + (config.encoder.class_token != "none"),)
+        return scan_steps(config.encoder, image_size)
     if isinstance(config, ViTConfig):
         return ()
     steps = _steps_per_block(config, *_grid(config, image_size))
@@ -101,10 +116,47 @@ def scan_steps(
 
 
 def parallel_steps(
-    config: ModelConfig, image_size: int | tuple[int, int] | None = None
+    config: AnyModelConfig, image_size: int | tuple[int, int] | None = None
 ) -> tuple[int, ...]:
     """Return ceil(log2(s)) for each scan of `scan_steps`: its depth as a parallel scan."""
     return tuple(math.ceil(math.log2(s)) for s in scan_steps(config, image_size))
+
+
+def _masked_gmacs(
+    config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None
+) -> float:
+    """Count an encoder over the kept patches and a decoder over all of them."""
+    encoder = config.encoder
+    rows, columns = _grid(encoder, image_size)
+    patches, kept = rows * columns, _kept(config, image_size)
+    pixels = math.prod(_pair(encoder.patch_size)) * encoder.channels
+    total = kept * pixels * encoder.embed_dim + patches * config.decoder_dim * pixels
+    if isinstance(encoder, VisionMambaConfig):
+        extra = int(encoder.class_token != "none")
+        every = kept + extra
+        steps = (
+            [every] * encoder.depth
+            if encoder.pooling == "none"
+            else _steps_per_block(encoder, rows, columns)
+        )
+        total += sum(_mixer(encoder, every, s) for s in steps)
+        decoder = dataclasses.replace(
+            encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
+        )
+        total += config.decoder_depth * _mixer(decoder, patches + extra, patches + extra)
+    else:
+        every = kept + 1
+        total += encoder.depth * _vit_block(encoder, every, every)
+        inner = dataclasses.replace(
+            encoder, embed_dim=config.decoder_dim, num_heads=config.decoder_heads
+        )
+        total += config.decoder_depth * _vit_block(inner, patches + 1, patches + 1)
+    return (total + every * encoder.embed_dim * config.decoder_dim) / 1e9
+
+
+def _kept(config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None) -> int:
+    rows, columns = _grid(config.encoder, image_size)
+    return kept_count(rows * columns, config.mask_ratio)
 
 
 def _mixer(config: VisionMambaConfig, tokens: int, steps: int) -> int:
@@ -129,7 +181,7 @@ def _vit_block(config: ViTConfig, tokens: int, steps: int) -> int:
     return attention + tokens * d * d + 2 * tokens * d * int(d * config.mlp_ratio)
 
 
-def _steps_per_block(config: ModelConfig, rows: int, columns: int) -> list[int]:
+def _steps_per_block(config: VisionMambaConfig | ViTConfig, rows: int, columns: int) -> list[int]:
     """Scan steps (tokens attended to, in a ViT) of each block over a grid of patches."""
     class_token = 1 if isinstance(config, ViTConfig) else int(config.class_token != "none")
     if config.pooling == "none":
@@ -141,7 +193,9 @@ def _steps_per_block(config: ModelConfig, rows: int, columns: int) -> list[int]:
     return [left[block % len(left)] + class_token for block in range(config.depth)]
 
 
-def _grid(config: ModelConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _grid(
+    config: VisionMambaConfig | ViTConfig, image_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
     size, patch = _pair(image_size or config.image_size), _pair(config.patch_size)
     if size[0] < patch[0] or size[1] < patch[1]:
         raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from fastvim_jax.analysis.flops import gmacs
-from fastvim_jax.models import ModelConfig
+from fastvim_jax.models import AnyModelConfig
 
 _T = 1e12
 # Device kinds as JAX names them, longer names first: bfloat16 and TF32 on tensor cores, float32 on the other ones.
@@ -42,12 +42,12 @@ def peak_flops(device_kind: str, dtype: str, matmul_precision: str = "highest") 
     return None
 
 
-def peak_of(mesh: Mesh, config: ModelConfig) -> float | None:
+def peak_of(mesh: Mesh, config: AnyModelConfig) -> float | None:
     """`peak_flops` of all devices of a mesh together, for the products of this model."""
     one = peak_flops(mesh.devices.flat[0].device_kind, config.dtype, config.matmul_precision)
     return None if one is None else one * mesh.size
 
 
-def training_flops(config: ModelConfig) -> float:
+def training_flops(config: AnyModelConfig) -> float:
     """FLOPs per image of a training step: two a multiply-add, and three passes (forward, and backward twice that)."""
     return 3 * 2 * 1e9 * gmacs(config)

@@ -17,6 +17,7 @@ from fastvim_jax.interop.detection_names import (
     SIMPLE_FPN,
     detector_entries,
 )
+from fastvim_jax.interop.masked_names import MASKED_TABLES, without_tables
 from fastvim_jax.interop.torch_names import MIXER, VISION_MAMBA, VISION_TRANSFORMER, NameTable
 from fastvim_jax.interop.torch_segmentation_names import (
     DECONVOLUTION_NECK,
@@ -32,6 +33,7 @@ from fastvim_jax.models.detection.cascade import CascadeRCNN
 from fastvim_jax.models.detection.heads import BoxHead, MaskHead
 from fastvim_jax.models.detection.rpn import RPNHead
 from fastvim_jax.models.detection.simple_fpn import SimpleFPN
+from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.parameters import (
     list_mismatches,
     named_parameters,
@@ -80,6 +82,8 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
             torch_name, convert = _torch_entry(table, name)
             expected[torch_name] = convert(np.broadcast_to(0.0, info.shape)).shape
     arrays = {name: np.asarray(value) for name, value in mapping.items()}
+    if isinstance(model, MaskedAutoencoder):
+        arrays = without_tables(model, arrays)
     problems = list_mismatches(expected, {name: a.shape for name, a in arrays.items()})
     if problems:
         raise UserError(
@@ -115,6 +119,8 @@ def _table(model: nnx.Module) -> NameTable:
     if isinstance(model, CascadeRCNN):
         backbone = list(_table(model.backbone).entries)
         return NameTable(tuple(detector_entries(backbone, len(model.stages))))
+    if isinstance(model, MaskedAutoencoder):
+        return MASKED_TABLES[type(model.encoder)]
     if type(model) not in TABLES:
         known = ", ".join(cls.__name__ for cls in TABLES)
         raise UserError(f"no name table for {type(model).__name__}; there is one for {known}.")

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
 from pallas_kernels.selective_scan import bidirectional_scan
@@ -104,8 +105,34 @@ def _sequence_core(
     )
 
 
+def _ragged_takes(config: MixerConfig, pooling: RaggedPooling) -> bool:
+    sums = pooling.method == "mean" and pooling.divisor == "row_length"
+    return sums and pooling.valid is None and config.unpool == "before_skip"
+
+
+def _ragged_core(
+    xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+) -> jax.Array:
+    params, scans = _scans(both, skip=False)
+    out = mixer_core(
+        pooling.to_scan_order(xz),
+        Directions(both.conv.kernel[...], both.conv.bias[...], both.D[...]),
+        Norm(post_norm.scale[...], post_norm.bias[...]),
+        params,
+        middle=scans,
+        rows=pooling.rows,
+        columns=pooling.columns,
+        row_ids=(pooling.row_ids, pooling.reverse_ids),
+        scale=pooling.scale,
+        eps=both.config.norm_eps,
+    )
+    # Rounded as a whole grid's tokens are: see `_grid_core`.
+    return pooling.from_scan_order(out.astype(both.config.precision.compute))
+
+
 CORES: dict[type, Core] = {
     GridPooling: Core(_grid_takes, _grid_core),
+    RaggedPooling: Core(_ragged_takes, _ragged_core),
     NoPooling: Core(lambda config, pooling: True, _sequence_core),
 }
 """The kernels by the pooling's class; a pooling without an entry runs in the plain form everywhere."""

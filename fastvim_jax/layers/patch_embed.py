@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import zeros
+from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers import initializers as init
@@ -57,6 +58,10 @@ class PatchEmbed(nnx.Module):
         Raises:
             UserError: wrong channel count, or an image smaller than one patch.
         """
+        return self.project(self.cut(images))
+
+    def cut(self, images: Images) -> Float[Array, "b rows columns v"]:
+        """Cut images `b h w c` into patch vectors (p q c), zero-padded at the bottom and right."""
         _, height, width, channels = images.shape
         p, q = self.patch
         if channels != self.channels:
@@ -71,7 +76,10 @@ class PatchEmbed(nnx.Module):
         if self.precision.activations == "compute":  # rounded once, as tokens are then
             images = images.astype(self.precision.compute)
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
-        patches = rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q)
+        return rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q)
+
+    def project(self, patches: Float[Array, "*rows v"]) -> Float[Array, "*rows d"]:
+        """Project patch vectors to the model's width, float32 or wider."""
         kernel = rearrange(self.proj.kernel[...], "p q c d -> (p q c) d")
         projected = product(patches, kernel, self.precision.compute, self.precision.lax)
         return projected + self.proj.bias[...].astype(projected.dtype)

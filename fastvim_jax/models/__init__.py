@@ -1,12 +1,18 @@
 """Backbones, their configurations, and models by name."""
 
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
+from fastvim_jax.models.mae import MaskedAutoencoder
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
+from fastvim_jax.models.presets import AnyModelConfig
 from fastvim_jax.models.registry import build_model, create_model, list_models, model_config
 from fastvim_jax.models.upernet import UperNet, UperNetConfig, upernet
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
 __all__ = [
+    "AnyModelConfig",
+    "MaskedAutoencoder",
+    "MaskedAutoencoderConfig",
     "ModelConfig",
     "UperNet",
     "UperNetConfig",

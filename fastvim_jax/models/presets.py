@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
+
+AnyModelConfig = ModelConfig | MaskedAutoencoderConfig
 
 MAMBA_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "depth": 24},
@@ -19,7 +22,10 @@ VIT_SIZES: dict[str, dict[str, Any]] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 
-PRESETS: dict[str, ModelConfig] = {
+# The paper's decoder, 2 blocks of 512, from Base on; the small ones are ours.
+DECODERS: dict[str, dict[str, Any]] = {"tiny": {"decoder_dim": 192}, "small": {"decoder_dim": 256}}
+
+PRESETS: dict[str, AnyModelConfig] = {
     **{
         f"fastvim_{name}_patch16_224": VisionMambaConfig(**size)
         for name, size in MAMBA_SIZES.items()
@@ -30,4 +36,28 @@ PRESETS: dict[str, ModelConfig] = {
         for name, size in MAMBA_SIZES.items()
     },
     **{f"vit_{name}_patch16_224": ViTConfig(**size) for name, size in VIT_SIZES.items()},
+    **{
+        f"mae_fastvim_{name}_patch16_224": MaskedAutoencoderConfig(
+            encoder=VisionMambaConfig(num_classes=0, **size), **DECODERS.get(name, {})
+        )
+        for name, size in MAMBA_SIZES.items()
+    },
+    "mae_fastvim_huge_patch14_224": MaskedAutoencoderConfig(
+        encoder=VisionMambaConfig(num_classes=0, embed_dim=1280, depth=64, patch_size=14)
+    ),
+    **{
+        f"mae_vim_{name}_patch16_224": MaskedAutoencoderConfig(
+            encoder=VisionMambaConfig(num_classes=0, pooling="none", class_token="middle", **size),
+            **DECODERS.get(name, {}),
+        )
+        for name, size in MAMBA_SIZES.items()
+    },
+    **{
+        f"mae_vit_{name}_patch16_224": MaskedAutoencoderConfig(
+            encoder=ViTConfig(num_classes=0, **size),
+            decoder_depth=8,
+            **DECODERS.get(name, {}),
+        )
+        for name, size in VIT_SIZES.items()
+    },
 }

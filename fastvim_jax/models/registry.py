@@ -8,13 +8,19 @@ from typing import Any
 from flax import nnx
 
 from fastvim_jax.errors import UserError, suggest
-from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig, replace_options
-from fastvim_jax.models.presets import PRESETS
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
+from fastvim_jax.models.mae import MaskedAutoencoder
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
+from fastvim_jax.models.presets import PRESETS, AnyModelConfig
 from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
-MODEL_CLASSES = {VisionMambaConfig: VisionMamba, ViTConfig: VisionTransformer}
+MODEL_CLASSES: dict[type, type] = {
+    VisionMambaConfig: VisionMamba,
+    ViTConfig: VisionTransformer,
+    MaskedAutoencoderConfig: MaskedAutoencoder,
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -23,7 +29,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in PRESETS if fnmatch.fnmatchcase(name, wanted)]
 
 
-def model_config(name: str, **options: Any) -> ModelConfig:
+def model_config(name: str, **options: Any) -> Any:
     """Return the configuration of the model called `name`, with `options` (fields of its config class) replaced.
 
     Raises:
@@ -33,10 +39,13 @@ def model_config(name: str, **options: Any) -> ModelConfig:
         raise UserError(
             f"unknown model {name!r}.{suggest(name, PRESETS)} `fastvim models` lists all names."
         )
-    return replace_options(PRESETS[name], **options)
+    config = PRESETS[name]
+    if isinstance(config, MaskedAutoencoderConfig):
+        return replace_masked_options(config, **options)
+    return replace_options(config, **options)
 
 
-def build_model(config: ModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
+def build_model(config: AnyModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
     """Build a freshly initialised model from its configuration."""
     if isinstance(config, UperNetConfig):
         return UperNet(config, backbone=build_model(config.backbone, rngs=rngs), rngs=rngs)
@@ -44,17 +53,20 @@ def build_model(config: ModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
 
 
 def create_model(
-    name: str, *, num_classes: int = 1000, rngs: nnx.Rngs, **options: Any
-) -> VisionMamba | VisionTransformer:
+    name: str, *, num_classes: int | None = None, rngs: nnx.Rngs, **options: Any
+) -> Any:
     """Build the model called `name` with fresh parameters.
 
     Args:
         name: One of `list_models()`.
-        num_classes: Classes of the head; 0 for none.
+        num_classes: Classes of a classifier's head (1000 unless given); 0 for none.
         rngs: Source of the parameters' randomness, for example `nnx.Rngs(0)`.
-        **options: Fields of `VisionMambaConfig` or `ViTConfig` to change.
+        **options: Fields of the model's config to change. A masked autoencoder (`mae_...`) takes its encoder's fields
+            as well.
 
     Raises:
         UserError: unknown name or option (nearest names suggested), or an impossible value.
     """
-    return build_model(model_config(name, num_classes=num_classes, **options), rngs=rngs)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return build_model(model_config(name, **options), rngs=rngs)

@@ -38,7 +38,7 @@ def test_models_lists_what_they_cost(fastvim: Cli) -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_has_a_cost(name: str) -> None:
     cost = model_cost(model_config(name))
-    assert cost.parameters > 5e6 and cost.gmacs > 1
+    assert cost.parameters > 5e6 and cost.gmacs > 0.4
 
 
 def test_train_wrote_its_run(run_dir: Path) -> None:

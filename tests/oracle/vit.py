@@ -54,6 +54,15 @@ def pooled_attention(
     return mixed[:, np.argsort(order)]
 
 
+def vit_block(params: dict[str, Array], config: SimpleNamespace, x: Array) -> Array:
+    """One block without pooling: (b, l, d) -> (b, l, d)."""
+    eps, inner = config.norm_eps, subset(params, "attn")
+    normed = layer_norm(x, params["norm1.scale"], params["norm1.bias"], eps)
+    x = x + linear(inner, "proj", attention(inner, normed, config.num_heads))
+    normed = layer_norm(x, params["norm2.scale"], params["norm2.bias"], eps)
+    return x + linear(params, "mlp.fc2", gelu(linear(params, "mlp.fc1", normed)))
+
+
 def vit(
     params: dict[str, Array],
     config: SimpleNamespace,

@@ -110,6 +110,14 @@ VIM = {
 }
 del VIM["collapse_method"], VIM["scaling_factor"]
 
+MASKED: dict[str, Callable[[Any], Fields]] = {
+    "decoder_embed_dim": field("decoder_dim"),
+    "decoder_depth": field("decoder_depth"),
+    "decoder_num_heads": field("decoder_heads"),
+    "norm_pix_loss": field("norm_pix_loss"),
+    "norm_layer": no_effect(),
+}
+
 FASTVIM_MIXER: dict[str, Callable[[Any], Fields]] = {
     **MIXER,
     **SSM,
@@ -205,6 +213,19 @@ def model_fields(kind: str, kwargs: dict[str, Any]) -> Fields:
     if kind == "VimBackbone":
         return backbone(vim_fields(kwargs, class_token=False))
     raise KeyError(kind)
+
+
+def masked_fields(kind: str, kwargs: dict[str, Any]) -> tuple[Fields, Fields]:
+    """A masked autoencoder's arguments: its encoder's config fields, and its own (with `norm_pix_loss`)."""
+    own = translate({k: v for k, v in kwargs.items() if k in MASKED}, MASKED)
+    rest = {k: v for k, v in kwargs.items() if k not in MASKED}
+    if kind == "ViTMAE":
+        encoder = vit_fields(rest)
+    elif kind == "VimMAE":
+        encoder = vim_fields(rest, class_token=True)
+    else:
+        encoder = fastvim_fields(rest)
+    return encoder | {"num_classes": 0}, {"norm_pix_loss": False, **own}
 
 
 def backbone(fields: Fields) -> Fields:

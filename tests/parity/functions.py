@@ -22,6 +22,7 @@ from fastvim_jax.training.ema import init_ema, update_ema
 from pallas_kernels import causal_conv1d, selective_scan
 from tests.parity.compare import Comparison
 from tests.parity.golden import Golden
+from tests.parity.masked import row_means_outputs
 from tests.support import x64
 
 Arrays = dict[str, Any]
@@ -96,6 +97,8 @@ FUNCTIONS: dict[str, Callable[[Arrays, Arrays], Arrays]] = {
     "classification_losses": loss_outputs,
     "pos_embed_resize": pos_embed_outputs,
     "ema": ema_outputs,
+    "masked_row_means_constant": row_means_outputs("row_length"),
+    "masked_row_means_true": row_means_outputs("count"),
 }
 
 

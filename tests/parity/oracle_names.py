@@ -24,6 +24,40 @@ def oracle_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(convert(name, np.asarray(value, np.float64)) for name, value in state.items())
 
 
+def masked_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every entry of a masked autoencoder's state dict under the oracle's name, without the fixed tables."""
+    params = {}
+    for name, value in state.items():
+        if name.endswith("pos_embed"):
+            continue
+        value = np.asarray(value, np.float64)
+        decoder = name.startswith("decoder_") or name == "mask_token"
+        if name in DECODER:
+            ours, out = (
+                DECODER[name],
+                value.T if name.endswith("weight") and value.ndim == 2 else value,
+            )
+        elif decoder:
+            mamba = re.match(r"decoder_blocks\.\d+\.(mixer|norm)\.", name)
+            blocks = "layers" if mamba else "blocks"
+            ours, out = convert(name.replace("decoder_blocks", blocks), value)
+        else:
+            ours, out = convert(name, value)
+        params[f"{'decoder' if decoder else 'encoder'}.{ours}"] = out
+    return params
+
+
+DECODER = {
+    "mask_token": "mask_token",
+    "decoder_embed.weight": "embed.kernel",
+    "decoder_embed.bias": "embed.bias",
+    "decoder_norm.weight": "norm.scale",
+    "decoder_norm.bias": "norm.bias",
+    "decoder_pred.weight": "pixels.kernel",
+    "decoder_pred.bias": "pixels.bias",
+}
+
+
 def convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
     """One entry. Kernels turn from (out, in) to (in, out), convolutions put their channels last."""
     if name in ("pos_embed", "cls_token"):

@@ -12,11 +12,13 @@ import pytest
 from tests.parity.compare import DTYPES, Comparison, close
 from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
 from tests.parity.golden import COVERED, Golden, fixture_paths, folder, kind_of, read, table_paths
+from tests.parity.masked import compare_masked, compare_masking, compare_pixel_loss
 from tests.parity.models import compare_mixer, compare_model
 from tests.parity.training import compare_schedules, compare_train_steps
 
 KINDS = {path: kind_of(path) for path in fixture_paths()}
 PATHS = [path for path, kind in KINDS.items() if kind in COVERED]
+MASKED = {"FastMaskVimMAE", "VimMAE", "ViTMAE"}
 MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"}
 
 
@@ -27,15 +29,22 @@ def comparisons(golden: Golden) -> list[Comparison]:
         if any(name.startswith("block") for name in golden.outputs):
             runs.append(compare_model(golden, "float64", blocks="unroll"))
         return runs
+    if golden.kind in MASKED:
+        return [compare_masked(golden, dtype) for dtype in DTYPES]
+    if golden.kind == "mae_pixel_loss":
+        return [compare_pixel_loss(golden, dtype) for dtype in ("float64", "float32")]
     if golden.kind == "FastVimMixer":
         return [compare_mixer(golden, dtype) for dtype in DTYPES]
     if golden.kind == "FastVimTrainSteps":
         return [compare_train_steps(golden, blocks) for blocks in ("scan", "unroll")]
     if golden.kind in FUNCTIONS:
         return [compare_function(golden, dtype) for dtype in ("float64", "float32")]
-    return [
-        {"schedules": compare_schedules, "sincos_pos_embed": compare_sincos}[golden.kind](golden)
-    ]
+    single = {
+        "schedules": compare_schedules,
+        "sincos_pos_embed": compare_sincos,
+        "random_masking": compare_masking,
+    }
+    return [single[golden.kind](golden)]
 
 
 @pytest.mark.skipif(not KINDS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")

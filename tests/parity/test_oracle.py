@@ -7,6 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.oracle.masked import (
+    masked_autoencoder,
+    patchify,
+    pixel_loss,
+    random_masking,
+    row_sums,
+)
 from tests.oracle.mixer import mixer
 from tests.oracle.ops import (
     causal_conv1d,
@@ -20,9 +27,9 @@ from tests.oracle.ops import (
 from tests.oracle.pooling import rows_of
 from tests.oracle.vision_mamba import embed, run_blocks, vision_mamba
 from tests.oracle.vit import vit
-from tests.parity.arguments import mixer_fields, model_fields
+from tests.parity.arguments import masked_fields, mixer_fields, model_fields
 from tests.parity.golden import Golden, fixture_paths, kind_of, read
-from tests.parity.oracle_names import convert_mixer, oracle_parameters
+from tests.parity.oracle_names import convert_mixer, masked_parameters, oracle_parameters
 from tests.support import assert_close
 
 # Blocks are stored in float32, whose rounding alone is up to 2^-24 of the largest entry.
@@ -141,7 +148,87 @@ def sincos_specs(golden: Golden) -> dict[str, dict]:
     return specs
 
 
+def masked_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """What the oracle says of a masked autoencoder."""
+    encoder, own = masked_fields(golden.kind, golden.kwargs)
+    normalise, is_vit = own.pop("norm_pix_loss"), golden.kind == "ViTMAE"
+    defaults = VIT_DEFAULTS if is_vit else MAMBA_DEFAULTS
+    extra = {"divisor": "row_length", "reversal": "released", "vit": is_vit, "decoder_heads": 16}
+    config = SimpleNamespace(**defaults | extra | encoder | own)
+    inputs = double(golden.inputs)
+    images, noise = inputs["x"].transpose(0, 2, 3, 1), inputs["noise"]
+    kept = int(noise.shape[1] * (1 - golden.meta["mask_ratio"]))
+    keep, restore, mask = random_masking(noise, kept, by_position=not is_vit)
+    predicted, latents = masked_autoencoder(masked_parameters(golden.state), config, images, keep)
+    patch = (config.patch_size,) * 2
+    return {
+        "pred": predicted,
+        "latent": np.stack(latents),
+        "loss": np.asarray(pixel_loss(images, predicted, mask, patch, normalise)),
+        "mask": mask,
+        "ids_restore": restore,
+        "ids_keep": np.asarray(keep),
+    }
+
+
+def masked_function_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """The functions around masked autoencoders."""
+    x = double(golden.inputs)
+    if golden.kind == "mae_pixel_loss":
+        images, side = x["x"].transpose(0, 2, 3, 1), golden.kwargs["patch_size"]
+        rows, columns = golden.kwargs["grid"]
+        pixels = x["pred"].reshape(-1, rows, columns, side, side, 3).transpose(0, 1, 3, 2, 4, 5)
+        losses = {
+            f"loss_{name}": np.asarray(
+                pixel_loss(images, x["pred"], x["mask"], (side, side), name == "norm_pix")
+            )
+            for name in ("norm_pix", "raw")
+        }
+        unpatchified = pixels.reshape(len(images), rows * side, columns * side, 3)
+        return {
+            "patches": patchify(images, (side, side)),
+            "unpatchified_pred": unpatchified.transpose(0, 3, 1, 2),
+            **losses,
+        }
+    if golden.kind == "random_masking":
+        rows, columns = golden.kwargs["grid"]
+        ids = np.arange(rows * columns)
+        outputs = {"transpose_ids": (ids % columns) * rows + ids // columns}
+        for ratio in golden.kwargs["mask_ratios"]:
+            kept = int(x["noise"].shape[1] * (1 - ratio))
+            keep, restore, mask = random_masking(x["noise"], kept)
+            masked = np.stack([tokens[ids] for tokens, ids in zip(x["x"], keep, strict=True)])
+            found = {
+                "x_masked": masked,
+                "mask": mask,
+                "ids_restore": restore,
+                "ids_keep": np.asarray(keep),
+            }
+            outputs |= {f"r{ratio}/{name}": value for name, value in found.items()}
+        return outputs
+    divisor = {"constant": "row_length", "true": "count"}[golden.kind.rpartition("_")[2]]
+    sizes = golden.kwargs["rows"], golden.kwargs["cols"]
+    pooled = {
+        name: np.stack([
+            row_sums(tokens.T, list(ids), *sizes, "mean", divisor).T
+            for tokens, ids in zip(x[key], golden.inputs["row_ids"], strict=True)
+        ])
+        for name, key in (("pooled", "x"), ("pooled_flip", "x_flip"))
+    }  # fmt: skip
+    return pooled
+
+
 ORACLE = {
+    **dict.fromkeys(("FastMaskVimMAE", "VimMAE", "ViTMAE"), masked_outputs),
+    **dict.fromkeys(
+        (
+            "mae_pixel_loss",
+            "random_masking",
+            "masked_row_means_constant",
+            "masked_row_means_true",
+        ),
+        masked_function_outputs,
+    ),
     **dict.fromkeys(("FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"), model_outputs),
     "FastVimMixer": mixer_outputs,
     **dict.fromkeys(

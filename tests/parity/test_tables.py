@@ -17,11 +17,12 @@ from flax import nnx
 from fastvim_jax.interop import to_torch_names, to_torch_state_dict
 from fastvim_jax.layers.drop_path import drop_path_rates
 from fastvim_jax.models.config import VisionMambaConfig
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import count_parameters, map_parameters
 from fastvim_jax.models.presets import PRESETS
 from fastvim_jax.models.registry import build_model
 from fastvim_jax.training.optimizer import learning_rate_scales, weight_decay_mask
-from tests.parity.arguments import fastvim_fields, vim_fields
+from tests.parity.arguments import fastvim_fields, masked_fields, vim_fields
 from tests.parity.compare import Comparison, close
 from tests.parity.golden import TABLES, table_paths
 from tests.support import x64
@@ -33,17 +34,27 @@ PRESET_NAMES = {
     "L": "large_patch16_224",
     "H": "huge_patch14_224",
 }
-FAMILIES = {"models.fastvim.VisionMamba": "FastVim", "models.vim.VisionMamba": "Vim"}
+FAMILIES = {
+    "models.fastvim.VisionMamba": "FastVim",
+    "models.vim.VisionMamba": "Vim",
+    "models.mae.models_mamba_faster_mae_vimdecoder.MaskedAutoencoderViM": "FastMaskVimMAE",
+    "models.mae.fastvim_mae.MaskedAutoencoderViM": "VimMAE",
+}
+MASKED_PRESETS = {"FastMaskVimMAE": "mae_fastvim", "VimMAE": "mae_vim"}
 
 
-def config_of(family: str, kwargs: dict[str, Any]) -> VisionMambaConfig:
-    """The config of a FastVim or Vim from the authors' arguments."""
+def config_of(family: str, kwargs: dict[str, Any]) -> VisionMambaConfig | MaskedAutoencoderConfig:
+    """The config of a model from the authors' arguments."""
+    if family in MASKED_PRESETS:
+        encoder, own = masked_fields(family, kwargs)
+        del own["norm_pix_loss"]
+        return MaskedAutoencoderConfig(encoder=VisionMambaConfig(**encoder), **own)
     if family == "FastVim":
         return VisionMambaConfig(**fastvim_fields(kwargs))
     return VisionMambaConfig(**vim_fields(kwargs, class_token=True))
 
 
-def abstract(config: VisionMambaConfig) -> nnx.Module:
+def abstract(config: VisionMambaConfig | MaskedAutoencoderConfig) -> nnx.Module:
     """The model's names and shapes without its values."""
     return nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
@@ -68,26 +79,35 @@ def compare_architectures(table: dict[str, Any]) -> tuple[list[Comparison], list
         config = config_of(family, entry["kwargs"])
         model = abstract(config)
         expected = {k: tuple(v) for k, v in entry["top_level"].items()}
-        for i in range(entry["layers_count"]):
-            per_layer = entry["per_layer"].items()
-            expected |= {k.replace("{i}", str(i)): tuple(v) for k, v in per_layer}
+        for key, shape in entry["per_layer"].items():
+            decoder = key.startswith("decoder_blocks.")
+            count = entry["decoder_blocks_count" if decoder else "layers_count"]
+            expected |= {key.replace("{i}", str(i)): tuple(shape) for i in range(count)}
+        tables = (
+            {k for k in expected if k.endswith("pos_embed")}
+            if entry["decoder_blocks_count"]
+            else set()
+        )
+        for name_of_table in tables:  # fixed, and no parameters here
+            del expected[name_of_table]
         shapes = torch_shapes(model)
         if shapes != expected:
             wrong = sorted(k for k in shapes.keys() | expected if shapes.get(k) != expected.get(k))
             comparison.problems.append(f"names or shapes differ: {wrong[:10]}")
-        if len(shapes) != entry["state_dict_entries"]:
+        if len(shapes) + len(tables) != entry["state_dict_entries"]:
             comparison.problems.append(f"{len(shapes)} entries, not {entry['state_dict_entries']}")
         count = count_parameters(nnx.state(model))
         comparison.output("parameters", count, entry["parameters_trainable"], bound=0.0)
         size = name.rpartition("-")[2]
-        if size in PRESET_NAMES and PRESETS[f"{family.lower()}_{PRESET_NAMES[size]}"] != config:
+        prefix = MASKED_PRESETS.get(family, family.lower())
+        if size in PRESET_NAMES and PRESETS[f"{prefix}_{PRESET_NAMES[size]}"] != config:
             comparison.problems.append("the registered model has another config")
         comparisons.append(comparison)
     return comparisons, left_out
 
 
 def optimizer_groups(
-    config: VisionMambaConfig, groups: str, decay: float = 1.0
+    config: VisionMambaConfig | MaskedAutoencoderConfig, groups: str, decay: float = 1.0
 ) -> dict[str, tuple[float, bool]]:
     """(learning-rate scale, decayed) of every parameter by the authors' name, through the training code's trees."""
     model = abstract(config)
@@ -101,9 +121,12 @@ def optimizer_groups(
     return {k: (float(scale), bool(decays)) for k, (scale, decays) in first.items()}
 
 
-def small(family: str, depth: int) -> VisionMambaConfig:
+def small(family: str, depth: int) -> VisionMambaConfig | MaskedAutoencoderConfig:
     """A model with every name of its family; widths do not matter here."""
     token = {"pooling": "none", "class_token": "middle"} if family == "vim" else {}
+    if family == "fastmaskvim":
+        encoder = VisionMambaConfig(image_size=32, embed_dim=8, depth=depth, num_classes=0)
+        return MaskedAutoencoderConfig(encoder=encoder, decoder_dim=8, decoder_depth=1)
     return VisionMambaConfig(image_size=32, embed_dim=8, depth=depth, num_classes=3, **token)
 
 
@@ -131,11 +154,12 @@ def compare_param_groups(table: dict[str, Any]) -> tuple[list[Comparison], list[
         scales = [[ours[k][0], 0.05 * ours[k][1]] for k in expected]
         comparison.output(f"layer_decay {name}", scales, list(expected.values()))
     for name, expected in table["weight_decay"].items():
-        match = re.fullmatch(r"supervised_(fastvim|vim)_depth(\d+)", name)
+        match = re.fullmatch(r"(supervised|pretrain)_(fastvim|vim|fastmaskvim)_depth(\d+)", name)
         if not match:
             left_out.append(f"weight_decay {name}")
             continue
-        ours = optimizer_groups(small(match[1], int(match[2])), "supervised")
+        groups, family, depth = match.groups()
+        ours = optimizer_groups(small(family, int(depth)), groups)
         for part, wanted in (("decayed", True), ("not_decayed", False)):
             names = sorted(k for k, (_, decayed) in ours.items() if decayed is wanted)
             if names != sorted(expected[part]):
@@ -172,6 +196,10 @@ def compare_init_stats(table: dict[str, Any]) -> tuple[list[Comparison], list[st
         state = to_torch_state_dict(
             build_model(config_of(family, entry["kwargs"]), rngs=nnx.Rngs(0))
         )
+        entry["parameters"] = {
+            k: v for k, v in entry["parameters"].items()
+            if family not in MASKED_PRESETS or not k.endswith("pos_embed")
+        }  # fmt: skip
         pooled: dict[str, list[np.ndarray]] = {}
         for name, value in state.items():
             pooled.setdefault(re.sub(r"\.\d+\.", ".{i}.", name), []).append(value)

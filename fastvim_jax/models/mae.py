@@ -1,0 +1,326 @@
+"""Masked autoencoders: an encoder that sees the kept patches only, and a small decoder that predicts the pixels.
+
+tokens    = patches kept + fixed sin-cos table              (Vim: class token at k // 2; ViT: first)
+latent    = norm(encoder blocks(tokens))                    FastVim's blocks pool a ragged grid (FastMaskVim)
+sequence  = decoder embedding of latent, a mask token at every removed place, + fixed table
+predicted = linear(norm(decoder blocks(sequence)))          one vector (p q c) for every patch
+
+The encoder is a classifier's backbone without position embedding and head; fine-tuning takes its parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal, xavier_uniform, zeros
+from jaxtyping import Array, Float, Int
+
+from fastvim_jax.distributed.sharding import with_auto_axes
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers import initializers as init
+from fastvim_jax.layers.linear import linear
+from fastvim_jax.layers.masking import Masking, kept_count, random_masking
+from fastvim_jax.layers.mixer import prepare_blocks
+from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.pooling import NoPooling, Pooling
+from fastvim_jax.layers.pos_embed import sincos_pos_embed
+from fastvim_jax.layers.ragged_pooling import ragged_pooling
+from fastvim_jax.models.config import ViTConfig
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
+from fastvim_jax.models.parameters import named_parameters
+from fastvim_jax.models.stack import run_blocks, stack_blocks
+from fastvim_jax.models.vision_mamba import Block, VisionMamba
+from fastvim_jax.models.vit import VisionTransformer, ViTBlock
+from fastvim_jax.precision import Precision
+from fastvim_jax.typing import Images, Tokens
+
+
+class Reconstruction(NamedTuple):
+    """What a masked autoencoder makes of a batch.
+
+    Attributes:
+        predicted: Vectors (p q c) of all patches, `b l v`, float32 or wider.
+        latent: The encoder's output, `b k d` (with class token `b k+1 d`); zeros at padded places.
+        masking: Which patches the encoder saw.
+    """
+
+    predicted: Float[Array, "b l v"]
+    latent: Float[Array, "b k d"]
+    masking: Masking
+
+
+class Decoder(nnx.Module):
+    """Blocks over the whole grid with a mask token at every removed place, and the projection to pixels."""
+
+    def __init__(self, config: MaskedAutoencoderConfig, make_block: Any, *, rngs: nnx.Rngs):
+        p, d = config.precision, config.decoder_dim
+        dense: dict[str, Any] = {
+            "kernel_init": xavier_uniform(),
+            "bias_init": zeros,
+            "dtype": p.compute,
+            "param_dtype": p.params,
+            "precision": p.lax,
+            "rngs": rngs,
+        }
+        self.embed = nnx.Linear(config.encoder.embed_dim, d, **dense)
+        self.mask_token = nnx.Param(normal(0.02)(rngs.params(), (1, 1, d), p.params))
+        self.blocks = stack_blocks(make_block, config.decoder_depth, rngs)
+        kind = getattr(config.encoder, "norm", "layer")
+        self.norm = make_norm(kind, d, eps=config.encoder.norm_eps, precision=p, rngs=rngs)
+        self.pixels = nnx.Linear(d, config.patch[0] * config.patch[1] * config.channels, **dense)
+
+
+class MaskedAutoencoder(nnx.Module):
+    """FastMaskVim, Vim and ViT autoencoders. Build one through `fastvim_jax.create_model`.
+
+    Parameters are `encoder...` (named as in the classifier) and `decoder...`; position tables are fixed and no
+    parameters.
+    """
+
+    def __init__(self, config: MaskedAutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder: VisionMamba | VisionTransformer
+        self.encoder, make_block = _parts(config, rngs)
+        self.decoder = Decoder(config, make_block, rngs=rngs)
+        _initialise_as_autoencoder(self, config.precision, rngs)
+
+    @with_auto_axes
+    def __call__(
+        self,
+        images: Images,
+        *,
+        noise: Float[Array, "b l"] | None = None,
+        masking: Masking | None = None,
+    ) -> Reconstruction:
+        """Mask images, encode what is left and predict all patches.
+
+        Args:
+            images: `b h w c`, normalised; h and w are whole numbers of patches. Any size.
+            noise: Values `b l` whose smallest say which patches are kept (`random_masking`).
+            masking: A mask from `masking_of` instead.
+
+        Raises:
+            UserError: neither noise nor masking; a mask of another grid; a wrong channel count or image size; padding
+                with a ViT.
+        """
+        grid = self._grid(images)
+        if masking is None:
+            if noise is None:
+                raise UserError("a masked autoencoder needs noise= or masking= beside the images.")
+            _check_mask(noise.shape, len(images), grid)
+            kept = kept_count(grid[0] * grid[1], self.config.mask_ratio)
+            masking = random_masking(noise, kept, by_position=not self._is_vit)
+        _check_mask(masking.removed.shape, len(images), grid)
+        latent = self._encode(images, masking, grid)
+        return Reconstruction(self._decode(latent, masking, grid), latent, masking)
+
+    @with_auto_axes
+    def encode(self, images: Images, *, masking: Masking) -> Tokens:
+        """Run the encoder over the kept patches: `b h w c` → latent `b k d`, class token included.
+
+        Raises:
+            UserError: see `__call__`.
+        """
+        grid = self._grid(images)
+        _check_mask(masking.removed.shape, len(images), grid)
+        return self._encode(images, masking, grid)
+
+    def draw_noise(self, key: jax.Array, batch: int) -> Float[Array, "b l"]:
+        """Draw the noise of `batch` images at the size that the model is built for."""
+        rows, columns = self.config.grid
+        return jax.random.uniform(key, (batch, rows * columns))
+
+    @property
+    def _is_vit(self) -> bool:
+        return isinstance(self.config.encoder, ViTConfig)
+
+    def _encode(self, images: Images, masking: Masking, grid: tuple[int, int]) -> Tokens:
+        config, embed = self.config.encoder, self.encoder.patch_embed
+        if self._is_vit and masking.counts is not None:
+            raise UserError(
+                "a ViT attends to padding: give masks that keep equally many patches of every image."
+            )
+        patches = embed.cut(images)
+        patches = patches.reshape(len(images), -1, patches.shape[-1])
+        # Only what is kept is embedded, so the encoder's cost is that of the kept patches.
+        kept = jnp.take_along_axis(patches, masking.ids_keep[:, :, None], axis=1)
+        tokens = embed.project(kept).astype(config.precision.wide)
+        tokens = tokens + self._table(config.embed_dim, grid)[masking.ids_keep]
+        index = self._class_index(masking)
+        if index is not None:
+            assert self.encoder.class_token is not None
+            tokens = _insert(tokens, self.encoder.class_token[...], index)
+        tokens, _ = self.encoder.encode(tokens, self._poolings(masking, grid))
+        latent = self.encoder.norm(tokens)  # type: ignore[misc]
+        if masking.counts is None:
+            return latent
+        used = jnp.arange(latent.shape[1]) < masking.counts[:, None] + (index is not None)
+        return jnp.where(used[:, :, None], latent, 0)
+
+    def _decode(
+        self, latent: Float[Array, "b k d"], masking: Masking, grid: tuple[int, int]
+    ) -> Float[Array, "b l v"]:
+        p, decoder = self.config.precision, self.decoder
+        kept = linear(decoder.embed, latent, p).astype(p.wide)
+        index = self._class_index(masking)
+        class_token = None
+        if index is not None:
+            kept, class_token = _take_out(kept, index)
+        place = jnp.minimum(masking.ids_restore, kept.shape[1] - 1)
+        tokens = jnp.take_along_axis(kept, place[:, :, None], axis=1)
+        mask_token = decoder.mask_token[...].astype(p.wide)
+        tokens = jnp.where(masking.removed[:, :, None] > 0, mask_token, tokens)
+        tokens = tokens + self._table(self.config.decoder_dim, grid)
+        if class_token is not None:  # first in a ViT, else last
+            parts = (class_token, tokens) if self._is_vit else (tokens, class_token)
+            tokens = jnp.concatenate(parts, axis=1)
+        poolings = (NoPooling(tokens.shape[1]),)
+        tokens, _ = run_blocks(
+            decoder.blocks if self._is_vit else prepare_blocks(decoder.blocks, poolings),
+            tokens,
+            poolings,
+            depth=self.config.decoder_depth,
+            keep=None,
+            mode=self.config.encoder.blocks,
+            remat=self.config.encoder.remat,
+        )
+        predicted = linear(decoder.pixels, decoder.norm(tokens), p)
+        if class_token is None:
+            return predicted
+        return predicted[:, 1:] if self._is_vit else predicted[:, :-1]
+
+    def _poolings(self, masking: Masking, grid: tuple[int, int]) -> tuple[Pooling, ...]:
+        """Return one period of the encoder's poolings over the kept tokens."""
+        config, ids = self.config.encoder, masking.ids_keep
+        tokens = ids.shape[1] + (self._class_index(masking) is not None)
+        if isinstance(config, ViTConfig) or (config.pooling == "none" and masking.counts is None):
+            return (NoPooling(tokens),)
+        if config.pooling == "none":
+            places = jnp.broadcast_to(jnp.arange(tokens), (ids.shape[0], tokens))
+            assert masking.counts is not None
+            counts = jnp.asarray(masking.counts + (tokens - ids.shape[1]))
+            return (ragged_pooling(places, (1, tokens), counts=counts, method="none"),)
+        orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
+        return tuple(
+            ragged_pooling(
+                ids,
+                grid,
+                transposed=transposed,
+                reversal=self.config.reversal,
+                counts=masking.counts,
+                method=config.pooling,
+                divisor=self.config.divisor,
+                scale=config.pool_scale,
+            )
+            for transposed in orders[config.pool_axes]
+        )
+
+    def _class_index(self, masking: Masking) -> Int[Array, ""] | Int[Array, " b"] | None:
+        """Return the class token's place among the kept tokens."""
+        if self.encoder.class_token is None:
+            return None
+        if self._is_vit or self.config.encoder.class_token == "head":  # type: ignore[union-attr]
+            return jnp.zeros((), jnp.int32)
+        kept = masking.ids_keep.shape[1] if masking.counts is None else masking.counts
+        return jnp.asarray(kept) // 2
+
+    def _table(self, width: int, grid: tuple[int, int]) -> Float[Array, "l d"]:
+        return jnp.asarray(sincos_pos_embed(width, grid), self.config.precision.wide)
+
+    def _grid(self, images: Images) -> tuple[int, int]:
+        (height, width), (p, q) = images.shape[1:3], self.config.patch
+        if height % p or width % q:
+            raise UserError(
+                f"images of {height}x{width} pixels are not a whole number of {p}x{q} patches: resize or crop them."
+            )
+        return height // p, width // q
+
+
+def _parts(
+    config: MaskedAutoencoderConfig, rngs: nnx.Rngs
+) -> tuple[VisionMamba | VisionTransformer, Callable[[nnx.Rngs], nnx.Module]]:
+    """Build the encoder, and return it with the function that builds a block of the decoder."""
+    encoder = config.encoder
+    if isinstance(encoder, ViTConfig):
+        transformer = VisionTransformer(encoder, rngs=rngs)
+        transformer.pos_embed = nnx.data(None)  # type: ignore[arg-type]
+        heads = {"embed_dim": config.decoder_dim, "num_heads": config.decoder_heads}
+        wide = dataclasses.replace(encoder, **heads)  # type: ignore[arg-type]
+        return transformer, lambda rngs: ViTBlock(wide, rngs=rngs)
+    mamba = VisionMamba(dataclasses.replace(encoder, pos_embed=False), rngs=rngs)
+    # Keeps the encoder's depth, by which the authors scale the decoder's out_proj as well.
+    inner = dataclasses.replace(
+        encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
+    )
+    return mamba, lambda rngs: Block(inner, rngs=rngs)
+
+
+def backbone_parameters(model: MaskedAutoencoder) -> dict[str, jax.Array]:
+    """Return the encoder's parameters by the names of the classifier that fine-tuning trains.
+
+    The fixed table becomes the first value of the learned position embedding; a class token's row of it is zero.
+    """
+    config = model.config.encoder
+    named = named_parameters(nnx.state(model.encoder))
+    table = sincos_pos_embed(config.embed_dim, config.grid)
+    if model.encoder.class_token is not None:
+        middle = getattr(config, "class_token", "head") == "middle"
+        index = len(table) // 2 if middle else 0
+        table = np.insert(table, index, 0.0, axis=0)
+    return named | {"pos_embed": jnp.asarray(table[None], config.precision.params)}
+
+
+def _check_mask(shape: tuple[int, ...], batch: int, grid: tuple[int, int]) -> None:
+    if tuple(shape) != (batch, grid[0] * grid[1]):
+        raise UserError(
+            f"the mask is for {shape[0]} images of {shape[1]} patches, but there are {batch} images of "
+            f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches."
+        )
+
+
+def _insert(tokens: Tokens, token: Float[Array, "1 1 d"], index: Array) -> Float[Array, "b k d"]:
+    """Insert a token before place `index` (one for all images, or one each)."""
+    index = jnp.broadcast_to(index, tokens.shape[:1])[:, None]
+    places = jnp.arange(tokens.shape[1] + 1)
+    source = jnp.clip(places - (places > index), 0, tokens.shape[1] - 1)
+    spread = jnp.take_along_axis(tokens, source[:, :, None], axis=1)
+    here = (places == index)[:, :, None]
+    return jnp.where(here, token.astype(tokens.dtype), spread)
+
+
+def _take_out(tokens: Tokens, index: Array) -> tuple[Float[Array, "b k d"], Float[Array, "b 1 d"]]:
+    """Undo `_insert`: return the other tokens, and the one."""
+    index = jnp.broadcast_to(index, tokens.shape[:1])[:, None]
+    places = jnp.arange(tokens.shape[1] - 1)
+    rest = jnp.take_along_axis(tokens, (places + (places >= index))[:, :, None], axis=1)
+    return rest, jnp.take_along_axis(tokens, index[:, :, None], axis=1)
+
+
+def _initialise_as_autoencoder(
+    model: MaskedAutoencoder, precision: Precision, rngs: nnx.Rngs
+) -> None:
+    """Draw the parameters anew whose law differs from the classifiers'."""
+    projection = model.encoder.patch_embed.proj
+    kernel = projection.kernel
+    fan_in = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]
+    bound = math.sqrt(6 / (fan_in + kernel.shape[3]))
+    kernel[...] = init.symmetric_uniform(bound)(rngs.params(), kernel.shape, precision.params)
+    bias = projection.bias
+    bias[...] = init.fan_in_uniform(fan_in)(rngs.params(), bias.shape, precision.params)
+    if model.encoder.class_token is not None:
+        token = model.encoder.class_token
+        token[...] = normal(0.02)(rngs.params(), token.shape, precision.params)
+    if isinstance(model.config.encoder, ViTConfig):
+        stacks: tuple[Any, ...] = (model.encoder.blocks, model.decoder.blocks)
+        for blocks in stacks:
+            for layer in (blocks.attn.qkv, blocks.attn.proj, blocks.mlp.fc1, blocks.mlp.fc2):
+                shape = layer.kernel.shape
+                limit = init.symmetric_uniform(math.sqrt(6 / (shape[-2] + shape[-1])))
+                layer.kernel[...] = limit(rngs.params(), shape, precision.params)

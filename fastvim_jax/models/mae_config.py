@@ -1,0 +1,145 @@
+"""Configuration of a masked autoencoder: the classifier's config of its encoder, and what the decoder and mask add."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.layers.masking import kept_count
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
+from fastvim_jax.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAutoencoderConfig:
+    """A masked autoencoder: its encoder, its decoder and its mask.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    encoder: VisionMambaConfig | ViTConfig
+    """The backbone, without a head (num_classes=0). pooling="mean" or "max": FastMaskVim; "none": Vim."""
+    mask_ratio: float = 0.75
+    """Share of the patches that random masks remove; int(patches * (1 - mask_ratio)) are kept."""
+    decoder_dim: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 2
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of a ViT's decoder; must divide decoder_dim. Unused with a Mamba encoder."""
+    divisor: Literal["row_length", "count"] = "row_length"
+    """A pooled row's sum is divided by the columns of the whole grid, or by the row's tokens (true mean, Table 12)."""
+    reversal: Literal["released", "consistent"] = "released"
+    """The backward direction reverses the tokens and not their rows, as in the released weights, or each token keeps
+    its own row."""
+
+    def __post_init__(self) -> None:
+        encoder = self.encoder
+        kept_count(encoder.grid[0] * encoder.grid[1], self.mask_ratio)
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)!r} must be a positive integer.")
+        for name, choices in (
+            ("divisor", ("row_length", "count")),
+            ("reversal", ("released", "consistent")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}."
+                )
+        wanted: dict[str, Any] = {"num_classes": 0, "out_indices": (), "drop_path": 0.0}
+        if isinstance(encoder, ViTConfig):
+            wanted |= {"pooling": "none", "head_pool": "token"}
+            if self.decoder_dim % self.decoder_heads:
+                raise UserError(
+                    f"decoder_heads={self.decoder_heads} does not divide decoder_dim={self.decoder_dim}."
+                )
+        else:
+            wanted |= {"token_order": "row", "pos_embed": True}
+            if encoder.pooling != "none":
+                wanted |= {"class_token": "none"}
+            if encoder.pooling == "attention":
+                raise UserError(
+                    "encoder.pooling='attention' has no masked form: use mean, max or none."
+                )
+        for name, value in wanted.items():
+            if getattr(encoder, name) != value:
+                raise UserError(
+                    f"encoder.{name}={getattr(encoder, name)!r}: a masked autoencoder's encoder has {name}={value!r}."
+                )
+        for width in (encoder.embed_dim, self.decoder_dim):
+            if width % 4:
+                raise UserError(
+                    f"widths must be multiples of 4 for the sin-cos table, not {width}."
+                )
+        for size, patch in zip(encoder.image_size, encoder.patch, strict=True):  # type: ignore[arg-type]
+            if size % patch:
+                raise UserError(
+                    f"encoder.image_size={encoder.image_size} is not a whole number of patches of {encoder.patch}."
+                )
+
+    @property
+    def precision(self) -> Precision:
+        """The dtype policy."""
+        return self.encoder.precision
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in which the model computes."""
+        return self.encoder.dtype
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return self.encoder.channels
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Pixels, height and width."""
+        return self.encoder.image_size
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return self.encoder.patch
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        return self.encoder.grid
+
+    @property
+    def matmul_precision(self) -> str:
+        """How float32 products are carried out on a GPU."""
+        return self.encoder.matmul_precision
+
+    @property
+    def kept(self) -> int:
+        """Patches that a random mask keeps of an image of `image_size`."""
+        return kept_count(self.grid[0] * self.grid[1], self.mask_ratio)
+
+
+def replace_masked_options(
+    config: MaskedAutoencoderConfig, **options: Any
+) -> MaskedAutoencoderConfig:
+    """Return `config` with `options` replaced: its own fields, or its encoder's.
+
+    Raises:
+        UserError: an option that neither has (nearest names suggested), or a bad value.
+    """
+    own = {f.name for f in dataclasses.fields(config)}
+    encoder = {f.name for f in dataclasses.fields(config.encoder)} - {"num_classes"}
+    for option in options:
+        if option not in own | encoder:
+            names = sorted(own | encoder)
+            raise UserError(
+                f"a masked autoencoder has no option {option!r}.{suggest(option, names)} Options: {', '.join(names)}."
+            )
+    inner = {name: value for name, value in options.items() if name not in own}
+    outer = {name: value for name, value in options.items() if name in own}
+    if inner:
+        outer["encoder"] = dataclasses.replace(outer.get("encoder", config.encoder), **inner)
+    return dataclasses.replace(config, **outer)

@@ -1,0 +1,1 @@
+"""Masked autoencoders: pre-training and linear probing."""
