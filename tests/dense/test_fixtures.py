@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.dense import detection, detection_heads, segmentation
+from tests.dense import detection, detection_heads, detection_whole, segmentation
 from tests.dense.golden import Checker, fixtures, read
 from tests.parity.compare import close
 
@@ -16,6 +16,7 @@ CHECKERS: dict[str, Checker] = {
     **segmentation.CHECKERS,
     **detection.CHECKERS,
     **detection_heads.CHECKERS,
+    **detection_whole.CHECKERS,
 }
 FIXTURES = fixtures()
 COVERED = [path for path, kind in FIXTURES.items() if kind in CHECKERS]
@@ -26,6 +27,14 @@ COVERED = [path for path, kind in FIXTURES.items() if kind in CHECKERS]
 def test_golden_numbers(path: Path, record_property: Any) -> None:
     golden = read(path)
     close(CHECKERS[golden.kind](golden), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [path for path in COVERED if FIXTURES[path].startswith("CascadeRCNN with")]
+)
+def test_losses_of_a_whole_detector_in_float32(path: Path, record_property: Any) -> None:
+    close([detection_whole.check_training_of_samples(read(path))], record_property)
 
 
 def test_every_class_has_one_checker() -> None:
