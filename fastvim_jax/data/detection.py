@@ -1,0 +1,296 @@
+"""Batches of images with objects for training, and of whole images for evaluation.
+
+Everything up to the batch is random access (`grain.MapDataset`): batch i of a seed is the same for any number of
+workers or processes and after any restart.
+
+Training: flip; resize to fit the model's input times a factor r; crop at a random place; draw the masks inside the crop
+and compute the boxes from them; drop objects of which nothing is left; pad. Pixels stay uint8 and are padded before
+they are normalised. Objects are padded to `max_objects`, and their masks travel as bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from fastvim_jax.data.batches import BatchIterator, local_batch
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.detection_config import DetectionData
+from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.sources import expand_path
+from fastvim_jax.data.sources.coco import CocoSource, Objects, coco_masks, draw_shape
+from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.errors import UserError
+
+_REPLACEMENTS = 100
+_LEAST_SIDE = 0.01  # pixels of a box that is kept
+
+
+def open_coco(config: DetectionData, split: str, *, training: bool = False) -> CocoSource:
+    """Open one split.
+
+    Raises:
+        UserError: a missing folder, JSON file or image, or masks without pycocotools.
+    """
+    root = expand_path(config.path)
+    if not root.is_dir():
+        raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
+    if config.masks:
+        coco_masks()
+    return CocoSource(
+        root,
+        split,
+        annotations=config.annotations,
+        images=config.images,
+        training=training,
+        least_side=config.least_side,
+    )
+
+
+def make_train_iterator(
+    config: DetectionData, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Return an endless iterator over augmented batches, reshuffled each epoch.
+
+    A batch holds `image` uint8 `b h w 3`; `boxes` float32 `b m 4`, `label` int32 `b m`, `present` bool `b m` of up to
+    `max_objects` objects; `masks` uint8 `b m h w/8`, bits along the width (with config.masks); and `left_out` int32
+    `b`, objects for which there was no room. A training set smaller than a batch repeats within it.
+
+    Raises:
+        UserError: when the data cannot be found.
+    """
+    source = open_coco(config, config.train_split, training=True)
+    local = local_batch(config.batch_size, process_count, "batch_size")
+    steps = max(len(source) // config.batch_size, 1)
+    records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
+    if len(source) < config.batch_size:
+        records = records.repeat(-(-config.batch_size // len(source)))
+    scenes = records.random_map(_LoadForTraining(source, config))
+    batches = scenes[: steps * config.batch_size].batch(local, batch_fn=_stack).repeat(None)
+    return BatchIterator(
+        grain_stream(batches[process_index::process_count], config.workers),
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"seed": seed, "records": len(source), "batch_size": config.batch_size},
+        reread=lambda index: load(source, index),
+    )
+
+
+def make_eval_iterator(
+    config: DetectionData,
+    *,
+    split: str | None = None,
+    batch_size: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Return an iterator over one pass in the source's order: images resized to fit, padded, not augmented.
+
+    A batch holds `image`, `scale` float32 `b 2` (factors of width and height), `index` int32 `b` (the record) and
+    `valid` bool `b`, false for padding and for records that cannot be read.
+
+    Raises:
+        UserError: when the data cannot be found.
+    """
+    source = open_coco(config, split or config.eval_split)
+    size = batch_size or config.eval_batch_size or config.batch_size
+    local = local_batch(size, process_count, "eval_batch_size")
+    steps = -(-len(source) // size)
+    positions = grain.MapDataset.source(range(steps * size))
+    batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
+    return BatchIterator(
+        grain_stream(batches[process_index::process_count], config.workers),
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={"split": split or config.eval_split, "records": len(source), "batch_size": size},
+        reread=lambda index: load(source, index),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How an image is brought into the model's input: mirrored, resized to `size`, cropped at `top`, `left`."""
+
+    size: tuple[int, int]
+    top: int = 0
+    left: int = 0
+    mirrored: bool = False
+
+
+def draw_placement(
+    size: tuple[int, int], config: DetectionData, rng: np.random.Generator
+) -> Placement:
+    """Draw the large-scale jitter of an image of `size` (height, width)."""
+    mirrored = bool(rng.random() < config.flip)
+    factor = rng.uniform(*config.scale)
+    resized = fit(size, config.height_width, factor)
+    room = [max(r - c, 0) for r, c in zip(resized, config.height_width, strict=True)]
+    top, left = (int(rng.integers(r + 1)) for r in room)
+    return Placement(resized, top, left, mirrored)
+
+
+def fit(size: tuple[int, int], bounds: tuple[int, int], factor: float = 1.0) -> tuple[int, int]:
+    """Return the size, aspect kept, at which an image fits into `bounds` (height, width) times `factor`."""
+    height, width = fitted_size(size, max(bounds) * factor, min(bounds) * factor)
+    return max(height, 1), max(width, 1)
+
+
+def place(
+    image: UInt8[np.ndarray, "h w 3"], placement: Placement, config: DetectionData
+) -> UInt8[np.ndarray, "i j 3"]:
+    """Mirror, resize, crop and pad an image."""
+    region = tuple(min(r, c) for r, c in zip(placement.size, config.height_width, strict=True))
+    if placement.mirrored:
+        image = image[:, ::-1]
+    cropped = resize_image(
+        image, placement.size, top=placement.top, left=placement.left, region=(region[0], region[1])
+    )
+    return pad(Scene(cropped), config.height_width, image=config.pad_value).image
+
+
+def place_objects(
+    objects: Objects, placement: Placement, config: DetectionData, name: str
+) -> dict[str, np.ndarray]:
+    """Move the objects of an image along with it, drop those that are gone, and pad to `max_objects`."""
+    height, width = config.height_width
+    region = tuple(min(r, c) for r, c in zip(placement.size, config.height_width, strict=True))
+    factor = placement.size[1] / objects.width, placement.size[0] / objects.height
+    boxes = objects.boxes.astype(np.float64) * np.tile(factor, 2)
+    if placement.mirrored:
+        boxes[:, [0, 2]] = placement.size[1] - boxes[:, [2, 0]]
+    offset = placement.left, placement.top
+    boxes = np.clip(boxes - np.tile(offset, 2), 0, np.tile(region[::-1], 2))
+    masks: Bool[np.ndarray, "n h w"] | None = None
+    if config.masks:
+        masks = np.zeros((len(boxes), *region), bool)
+        for i, shape in enumerate(objects.shapes):
+            # An object without a mask, or wholly outside the crop, stays empty and is dropped.
+            if shape is not None and (boxes[i, 2:] > boxes[i, :2]).all():
+                masks[i] = draw_shape(
+                    shape, (region[0], region[1]), factor=factor, offset=offset,
+                    mirrored=placement.mirrored, whole=placement.size, name=name,
+                )  # fmt: skip
+        boxes = boxes_of(masks)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    kept = np.flatnonzero((sides >= _LEAST_SIDE).all(1))
+    largest = kept[np.argsort(-np.prod(sides[kept], axis=1), kind="stable")]
+    chosen = np.sort(largest[: config.max_objects])
+    n, room = len(chosen), config.max_objects
+    result = {
+        "boxes": np.zeros((room, 4), np.float32),
+        "label": np.zeros(room, np.int32),
+        "present": np.arange(room) < n,
+        "left_out": np.asarray(len(kept) - n, np.int32),
+    }
+    result["boxes"][:n], result["label"][:n] = boxes[chosen], objects.labels[chosen]
+    if masks is not None:
+        result["masks"] = np.zeros((room, height, -(-width // 8)), np.uint8)
+        bits = np.packbits(masks[chosen], axis=-1)
+        result["masks"][:n, : bits.shape[1], : bits.shape[2]] = bits
+    return result
+
+
+def boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
+    """Return the tight box of each mask: from the first to behind the last pixel; zeros for an empty mask."""
+    boxes = np.zeros((len(masks), 4))
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if rows.size:
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def load(source: CocoSource, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], Objects]:
+    """Read an image and its objects, checked against each other.
+
+    Raises:
+        DecodeError: naming the file, the cause and the fix.
+    """
+    try:
+        record = source[index]
+    except OSError as error:
+        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+    image = np.asarray(decode_image(record.image, channels=3, name=record.name))
+    objects: Objects = record.target
+    if image.shape[:2] != (objects.height, objects.width):
+        raise DecodeError(
+            f"{record.name}: the image has {image.shape[1]}x{image.shape[0]} pixels, its entry in "
+            f"{source.file.name} says {objects.width}x{objects.height}: boxes would be misplaced. Correct the entry or "
+            "the image's orientation."
+        )
+    return image, objects
+
+
+@dataclasses.dataclass
+class _LoadForTraining(grain.transforms.RandomMap):
+    """Load and transform a record; one that cannot be read is replaced by another, drawn at random."""
+
+    source: CocoSource
+    config: DetectionData
+
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        corrupt: list[int] = []
+        while len(corrupt) < _REPLACEMENTS:
+            try:
+                image, objects = load(self.source, index)
+                placement = draw_placement((image.shape[0], image.shape[1]), self.config, rng)
+                moved = place_objects(objects, placement, self.config, f"record {index}")
+                return {"image": place(image, placement, self.config), **moved, "corrupt": corrupt}
+            except DecodeError:
+                corrupt.append(index)
+                index = int(rng.integers(len(self.source)))
+        raise UserError(
+            f"{_REPLACEMENTS} records drawn one after the other cannot be read: `fastvim data check` lists what is "
+            "wrong."
+        )
+
+
+@dataclasses.dataclass
+class _LoadForEvaluation(grain.transforms.Map):
+    """Load a record and resize its image; padding and what cannot be read is not valid."""
+
+    source: CocoSource
+    config: DetectionData
+
+    def map(self, index: int) -> dict[str, Any]:
+        config, scale = self.config, np.ones(2, np.float32)
+        image = np.zeros((*config.height_width, 3), np.uint8)
+        valid, corrupt = index < len(self.source), []
+        if valid:
+            try:
+                pixels, _ = load(self.source, index)
+                image, scale = fit_image(pixels, config)
+            except DecodeError:
+                valid, corrupt = False, [index]
+        return {
+            "image": image,
+            "scale": scale,
+            "index": np.asarray(index, np.int32),
+            "valid": np.asarray(valid),
+            "corrupt": corrupt,
+        }
+
+
+def fit_image(
+    image: UInt8[np.ndarray, "h w 3"], config: DetectionData
+) -> tuple[UInt8[np.ndarray, "i j 3"], Float[np.ndarray, " 2"]]:
+    """Resize an image to fit and pad it; also return the factors of width and height."""
+    size: Int[np.ndarray, " 2"] = np.asarray(image.shape[:2])
+    placement = Placement(fit((int(size[0]), int(size[1])), config.height_width))
+    scale = (np.asarray(placement.size) / size)[::-1].astype(np.float32)
+    return place(image, placement, config), scale
+
+
+def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    names = [name for name in elements[0] if name != "corrupt"]
+    corrupt = [index for e in elements for index in e["corrupt"]]
+    stacked = {name: np.stack([e[name] for e in elements]) for name in names}
+    return {**stacked, "corrupt": np.asarray(corrupt, np.int64)}

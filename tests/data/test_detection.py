@@ -1,0 +1,193 @@
+"""Objects move with their image, and bad annotations are counted, not fatal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data.detection import (
+    Placement,
+    boxes_of,
+    draw_placement,
+    make_eval_iterator,
+    make_train_iterator,
+    open_coco,
+    place,
+    place_objects,
+)
+from fastvim_jax.data.detection_config import DetectionData
+from fastvim_jax.data.sources.coco import Objects
+from fastvim_jax.errors import UserError
+
+masks = pytest.importorskip("pycocotools.mask")
+
+WIDTH, HEIGHT = 60, 40
+
+
+def write(root: Path, annotations: list[dict], images: int = 2, **fields) -> Path:
+    (root / "annotations").mkdir(parents=True)
+    (root / "train").mkdir()
+    entries = []
+    for i in range(images):
+        pixels = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "train" / f"{i}.png")
+        entries.append({"id": 10 + i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT})
+    content = {
+        "images": entries,
+        "annotations": [{"id": j, "iscrowd": 0, **a} for j, a in enumerate(annotations)],
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+        **fields,
+    }
+    (root / "annotations/instances_train.json").write_text(json.dumps(content))
+    return root
+
+
+def box(x: float, y: float, w: float, h: float, image: int = 10, **more) -> dict:
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    base = {"image_id": image, "category_id": 7, "bbox": [x, y, w, h], "segmentation": [polygon]}
+    return base | more
+
+
+def config(root: Path, **fields) -> DetectionData:
+    fields = {
+        "image_size": 32,
+        "batch_size": 2,
+        "train_split": "train",
+        "eval_split": "train",
+        **fields,
+    }
+    return DetectionData(path=str(root), **fields)
+
+
+def test_bad_annotations_are_counted(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        [
+            box(4, 4, 20, 10),
+            box(4, 4, 0, 10),
+            box(100, 4, 20, 10),
+            box(30, 4, 20, 10, segmentation=[[1, 2, 3, 4]]),
+            box(1, 1, 5, 5, category_id=99),
+            box(1, 1, 5, 5, image=77),
+            box(1, 1, 5, 5, bbox=[1, 2, "x", 4]),
+            box(
+                0,
+                0,
+                9,
+                9,
+                iscrowd=1,
+                segmentation={"size": [HEIGHT, WIDTH], "counts": [0, 100, 2300]},
+            ),
+            box(0, 0, 9, 9, segmentation={"size": [9, 9], "counts": [81]}),
+        ],
+    )
+    source = open_coco(config(root), "train", training=True)
+    assert source.problems == {
+        "box without area": 1,
+        "box outside the image": 1,
+        "polygon of fewer than three points": 1,
+        "unknown category": 1,
+        "annotations of an image that is not listed": 1,
+        "box that is no [x, y, width, height]": 1,
+        "mask of another size than its image": 1,
+        "images without objects": 1,
+    }
+    assert source.class_names == ("cat", "dog")
+    assert source.category_ids == (3, 7)
+    assert len(source) == 1
+    objects = source[0].target
+    assert len(objects.boxes) == 3
+    assert [shape is None for shape in objects.shapes] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "train/1.png").unlink(), "1 of 2 images"),
+        (lambda root: (root / "annotations/instances_train.json").write_text("{"), "is no JSON"),
+        (
+            lambda root: (root / "annotations/instances_train.json").write_text("{}"),
+            "no list 'images'",
+        ),
+        (lambda root: (root / "annotations/instances_train.json").unlink(), "No such file"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(tmp_path: Path, spoil, message: str) -> None:
+    root = write(tmp_path, [box(4, 4, 20, 10), box(4, 4, 20, 10, image=11)])
+    spoil(root)
+    with pytest.raises(UserError, match=message):
+        open_coco(config(root), "train")
+
+
+@pytest.mark.parametrize("kind", ["polygon", "rle"])
+def test_objects_move_with_their_image(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
+    # A rectangle painted white on black is found again, wherever flip, resize and crop bring it.
+    settings = config(write(tmp_path, []), scale=(0.5, 3.0))
+    for _ in range(20):
+        x, y = rng.integers(0, WIDTH - 20), rng.integers(0, HEIGHT - 20)
+        w, h = rng.integers(8, 20, 2)
+        image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        image[y : y + h, x : x + w] = 255
+        shape = box(float(x), float(y), float(w), float(h))["segmentation"]
+        if kind == "rle":
+            shape = masks.encode(np.asfortranarray(image[..., 0] // 255))
+        corners = np.asarray([[x, y, x + w, y + h]], np.float32)
+        objects = Objects(corners, np.asarray([1], np.int32), (shape,), WIDTH, HEIGHT)
+        placement = draw_placement((HEIGHT, WIDTH), settings, rng)
+        moved = place_objects(objects, placement, settings, "it")
+        seen = place(image, placement, settings)[..., 0]
+        bits = np.unpackbits(moved["masks"], axis=-1, count=32).astype(bool)
+        painted = (seen > 127) & (seen != 114)
+        # Half a pixel of difference along the border is a matter of rounding.
+        border = 2 * sum(np.asarray(moved["boxes"][0, 2:] - moved["boxes"][0, :2])) + 8
+        assert np.sum(bits[0] != painted) <= border
+        np.testing.assert_array_equal(moved["boxes"][:1], boxes_of(bits[:1]))
+        assert moved["present"].sum() == bits[0].any()
+        without = place_objects(
+            objects, placement, config(tmp_path, scale=(0.5, 3.0), masks=False), "it"
+        )
+        if moved["present"][0]:
+            assert np.abs(without["boxes"][0] - moved["boxes"][0]).max() <= 1
+
+
+def test_the_largest_objects_are_kept() -> None:
+    corners = np.asarray([[0, 0, s, s] for s in (3, 9, 5, 7)], np.float32)
+    objects = Objects(corners, np.arange(4, dtype=np.int32), (None,) * 4, 30, 30)
+    settings = DetectionData(path="x", image_size=30, max_objects=2, masks=False)
+    moved = place_objects(objects, Placement((30, 30)), settings, "it")
+    assert list(moved["label"]) == [1, 3]
+    assert moved["left_out"] == 2
+
+
+def test_batches(tmp_path: Path) -> None:
+    root = write(tmp_path, [box(4, 4, 20, 10), box(30, 4, 20, 10), box(4, 4, 20, 10, image=11)])
+    settings = config(root, max_objects=3)
+    iterator = make_train_iterator(settings, seed=1)
+    first, second = next(iterator), next(iterator)
+    assert first["image"].shape == (2, 32, 32, 3)
+    assert first["masks"].shape == (2, 3, 32, 4)
+    iterator.close()
+    again = make_train_iterator(settings, seed=1)
+    again.set_state({**iterator.get_state(), "batches": 1})
+    for name, value in next(again).items():
+        np.testing.assert_array_equal(value, second[name])
+    again.close()
+    evaluation = make_eval_iterator(settings, batch_size=3)
+    (batch,) = list(evaluation)
+    assert list(batch["valid"]) == [True, True, False]
+    np.testing.assert_allclose(batch["scale"][0], [32 / 60, 21 / 40])
+    assert (batch["image"][0, 21:] == 114).all()
+    evaluation.close()
+
+
+def test_an_image_of_another_size_than_its_entry_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, [box(4, 4, 20, 10), box(4, 4, 20, 10, image=11)])
+    Image.new("RGB", (HEIGHT, WIDTH)).save(root / "train/0.png")
+    iterator = make_train_iterator(config(root), seed=0)
+    with pytest.raises(UserError, match="boxes would be misplaced"):
+        next(iterator)
+    iterator.close()
