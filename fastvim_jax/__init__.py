@@ -16,7 +16,10 @@ _HOMES = {
     "ViTConfig": "fastvim_jax.models",
     "build_model": "fastvim_jax.models",
     "create_model": "fastvim_jax.models",
+    "from_pretrained": "fastvim_jax.models.pretrained",
     "list_models": "fastvim_jax.models",
+    "load_pretrained": "fastvim_jax.models.pretrained",
+    "save_pretrained": "fastvim_jax.models.pretrained",
     "model_config": "fastvim_jax.models",
     "from_torch_state_dict": "fastvim_jax.interop",
     "to_torch_state_dict": "fastvim_jax.interop",
@@ -36,11 +39,14 @@ __all__ = [
     "build_model",
     "create_model",
     "evaluate",
+    "from_pretrained",
     "from_torch_state_dict",
     "list_models",
     "load_experiment",
+    "load_pretrained",
     "load_run",
     "model_config",
+    "save_pretrained",
     "to_torch_state_dict",
     "train",
 ]
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
         list_models,
         model_config,
     )
+    from fastvim_jax.models.pretrained import from_pretrained, load_pretrained, save_pretrained
     from fastvim_jax.training import TrainConfig, evaluate, load_experiment, load_run, train
 
 

@@ -30,13 +30,14 @@ from fastvim_jax.precision import Precision
 from tests.support import ROOT
 
 # Which rooms a room may import from, besides itself. Arrows point down only.
-BASE = {"errors", "typing", "precision", "config_checks"}
+BASE = {"errors", "typing", "precision", "serialise", "config_checks"}
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "errors": set(),
     "typing": set(),
     "precision": BASE,
     "config_checks": {"errors"},
+    "serialise": {"errors"},
     "distributed": BASE,
     "layers": {"pallas_kernels", *BASE},
     "models": {"layers", "distributed", "pallas_kernels", *BASE},

@@ -45,6 +45,20 @@ def model_config(name: str, **options: Any) -> Any:
     return replace_options(config, **options)
 
 
+def config_class(name: str) -> type:
+    """Return the class of model configs called `name`.
+
+    Raises:
+        UserError: there is none (nearest names suggested).
+    """
+    known = {each.__name__: each for each in (*MODEL_CLASSES, UperNetConfig)}
+    if name not in known:
+        raise UserError(
+            f"no model has a config of class {name!r}.{suggest(name, known)} Known are {', '.join(known)}."
+        )
+    return known[name]
+
+
 def build_model(config: AnyModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
     """Build a freshly initialised model from its configuration."""
     if isinstance(config, UperNetConfig):

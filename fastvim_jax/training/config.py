@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from fastvim_jax import serialise
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
-from fastvim_jax.training import serialise
 
 DecayGroups = Literal["supervised", "pretrain", "finetune", "cell", "segmentation"]
 ScheduleName = Literal["warmup_cosine", "epoch_cosine", "warmup_linear", "constant"]

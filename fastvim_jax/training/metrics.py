@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
+from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.disk import replace_file, writing
 from fastvim_jax.training.event_file import EventFile
-from fastvim_jax.training.serialise import to_dict
 from fastvim_jax.training.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"

@@ -28,11 +28,11 @@ from flax import nnx
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
+from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import keep_damaged, replace_file, writing
 from fastvim_jax.training.lock import LOCK_FILE, locked
-from fastvim_jax.training.serialise import to_dict
 from fastvim_jax.training.tasks import config_from_json
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import importlib
 import json
 from types import ModuleType
 
+from fastvim_jax import serialise
 from fastvim_jax.errors import UserError, suggest
-from fastvim_jax.training import serialise
 from fastvim_jax.training.config import RunConfig
 
 TASKS = {

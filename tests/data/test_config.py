@@ -56,7 +56,7 @@ def test_height_and_width() -> None:
 
 
 def test_json_and_back() -> None:
-    from fastvim_jax.training import serialise
+    from fastvim_jax import serialise
 
     config = ClassificationData(
         image_size=(8, 12), channels=1, mean=(0.5,), std=(0.25,), crop="pad_shift"

@@ -15,11 +15,11 @@ from fastvim_jax.analysis.flops import gmacs
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig, build_model
+from fastvim_jax.serialise import to_dict
 from fastvim_jax.training import TrainConfig, experiment_docs, list_experiments, load_experiment
 from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.experiments import experiment_claims
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from fastvim_jax.training.serialise import to_dict
 from fastvim_jax.training.steps import init_state, make_train_step
 
 EXPERIMENTS = list_experiments()

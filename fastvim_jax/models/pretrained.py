@@ -1,0 +1,227 @@
+"""Save a model as a folder that others can load, and load one from a folder or the Hugging Face hub.
+
+A folder holds `model.safetensors` (unstacked parameters under this library's names), `config.json` (the model's config,
+preprocessing and class names) and `README.md`, the model card. No file holds code or a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fastvim_jax import __version__
+from fastvim_jax.errors import UserError
+from fastvim_jax.models.parameters import count_parameters, named_parameters, replace_parameters
+from fastvim_jax.models.registry import build_model, config_class
+from fastvim_jax.serialise import from_dict, to_dict
+
+FORMAT = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input: resized, cropped in the centre, and normalised.
+
+    Attributes:
+        image_size: pixels of the crop, height and width.
+        crop: side of the crop over the shorter side of the resized image, from 0 to 1.
+        mean: of each channel, for pixels from 0 to 1.
+        std: of each channel, likewise.
+    """
+
+    image_size: tuple[int, int]
+    crop: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model as loaded from a folder.
+
+    Attributes:
+        model: the NNX model with its weights.
+        preprocessing: how images become its input.
+        class_names: by number; empty for a model without classes.
+    """
+
+    model: nnx.Module
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+
+
+def save_pretrained(
+    model: nnx.Module,
+    folder: Path | str,
+    *,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] = (),
+    card: Mapping[str, str] | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """Write a model's weights, config and card to a folder.
+
+    Args:
+        model: of `create_model` or a run, with its `config`.
+        folder: made if it is missing; a model that lies there is replaced.
+        preprocessing: by default the model's image size and ImageNet's mean and deviation.
+        class_names: by number.
+        card: headings and texts of the model card, for example {"Data": ..., "Results": ..., "Licence": ...}.
+        dtype: "float32", or "bfloat16" for files half as large whose weights are rounded.
+
+    Raises:
+        UserError: another dtype; as many class names as the model has no classes.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
+    config: Any = model.config  # type: ignore[attr-defined]
+    classes = getattr(config, "num_classes", len(class_names))
+    if class_names and len(class_names) != classes:
+        raise UserError(f"{len(class_names)} class names are given for {classes} classes.")
+    preprocessing = preprocessing or Preprocessing(tuple(config.image_size))
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.asarray(jnp.asarray(value, dtype) if _is_float(value) else value)
+        for name, value in named_parameters(nnx.state(model)).items()
+    }
+    about = {
+        "format": FORMAT,
+        "fastvim_jax": __version__,
+        "model": to_dict(config),
+        "preprocessing": to_dict(preprocessing),
+        "class_names": list(class_names),
+    }
+    # The weights come last: a folder without them is not taken for a model.
+    (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8"
+    )
+    (folder / CARD_FILE).write_text(_card(model, about, card or {}, dtype), "utf-8")
+    save_file(arrays, folder / WEIGHTS_FILE, metadata={"format": "np", "library": "fastvim-jax"})
+    return folder
+
+
+def load_pretrained(
+    source: Path | str, *, revision: str | None = None, offline: bool = False
+) -> Pretrained:
+    """Load a model, its preprocessing and its class names.
+
+    Args:
+        source: a folder of `save_pretrained`, or the name of a repository on the Hugging Face hub, `owner/name`.
+        revision: of a repository: branch, tag or commit.
+        offline: of a repository: take what an earlier call left in the cache, and ask the network for nothing.
+
+    Raises:
+        UserError: no such folder or repository; a damaged file, or one of a newer format; weights that do not fit.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(str(source), revision, offline)
+    about = _read_config(folder / CONFIG_FILE)
+    values = about["model"]
+    config: Any = from_dict(config_class(values.get("class", "")), values, "model")
+    preprocessing = from_dict(Preprocessing, about["preprocessing"], "preprocessing")
+    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    params = replace_parameters(nnx.state(model), _read_arrays(folder / WEIGHTS_FILE))
+    names = tuple(map(str, about["class_names"]))
+    return Pretrained(nnx.merge(nnx.graphdef(model), params), preprocessing, names)
+
+
+def from_pretrained(source: Path | str, **options: Any) -> Any:
+    """Load a model alone; see `load_pretrained`."""
+    return load_pretrained(source, **options).model
+
+
+def is_pretrained(folder: Path | str) -> bool:
+    """Return whether a folder is one of `save_pretrained`."""
+    return (Path(folder) / WEIGHTS_FILE).is_file() and (Path(folder) / CONFIG_FILE).is_file()
+
+
+def _is_float(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_bytes())
+        found = about["format"]
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no model: it has no {CONFIG_FILE}.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} describes no model of save_pretrained: {error}.") from error
+    if found != FORMAT or not {"model", "preprocessing", "class_names"} <= about.keys():
+        raise UserError(
+            f"{path} has format {found!r}; this version reads {FORMAT}: use a newer fastvim-jax."
+        )
+    return about
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no model: it has no {WEIGHTS_FILE}.") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no folder {name}, and a repository on the Hugging Face hub is called owner/name."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise UserError(
+            f"loading {name} from the hub needs huggingface_hub: pip install 'fastvim-jax[hub]'."
+        ) from None
+    try:
+        wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+        return Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=offline, allow_patterns=wanted
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        why = "it is not in the cache" if offline else "the hub cannot be reached"
+        raise UserError(f"{name}: {why}, and no earlier copy is here.") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} cannot be loaded from the hub: {first}") from error
+
+
+def _card(model: nnx.Module, about: dict[str, Any], card: Mapping[str, str], dtype: str) -> str:
+    config = about["model"]
+    size = "x".join(map(str, about["preprocessing"]["image_size"]))
+    count = count_parameters(nnx.state(model))
+    parts = [
+        "---\nlibrary_name: fastvim-jax\ntags: [image-classification, jax, mamba, vision]\n---",
+        f"# {config['class'].removesuffix('Config')}",
+        f"{count:,} parameters, stored as {dtype}; images of {size} pixels; "
+        f"{len(about['class_names']) or config.get('num_classes', 0)} classes.",
+        '```python\nfrom fastvim_jax import from_pretrained\n\nmodel = from_pretrained("FOLDER_OR_OWNER/NAME")\n```',
+        *(f"## {heading}\n\n{text}" for heading, text in card.items()),
+        f"Written by fastvim-jax {about['fastvim_jax']}, JAX {jax.__version__}.",
+    ]
+    return "\n\n".join(parts) + "\n"

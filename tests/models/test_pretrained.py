@@ -1,0 +1,129 @@
+"""A saved model comes back with its bits; what is damaged, of another kind or out of reach is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax import UserError, from_pretrained, load_pretrained, save_pretrained
+from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
+from fastvim_jax.models.pretrained import Preprocessing, is_pretrained
+
+SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 3, "num_classes": 2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(3))
+    preprocessing = Preprocessing((8, 8), 0.9, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    card = {"Data": "Handwritten digits.", "Licence": "CC BY 4.0"}
+    save_pretrained(model, folder, preprocessing=preprocessing, class_names=("a", "b"), card=card)
+    return folder, model
+
+
+def same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_model_comes_back_with_its_bits(saved):
+    folder, model = saved
+    assert is_pretrained(folder)
+    loaded = load_pretrained(folder)
+    same_bits(loaded.model, model)
+    assert loaded.model.config == model.config and loaded.class_names == ("a", "b")
+    assert loaded.preprocessing.mean == (0.1, 0.2, 0.3) and loaded.preprocessing.crop == 0.9
+    card = (folder / "README.md").read_text()
+    assert "## Data\n\nHandwritten digits." in card and "CC BY 4.0" in card
+    same_bits(from_pretrained(str(folder)), model)
+
+
+def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, saved):
+    folder, model = saved
+    save_pretrained(model, tmp_path, dtype="bfloat16")
+    names = ["model.safetensors"]
+    half, whole = ((f / names[0]).stat().st_size for f in (tmp_path, folder))
+    assert half < 0.62 * whole  # names take the rest of so small a model
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(from_pretrained(tmp_path))),
+        jax.tree.leaves(nnx.state(model)),
+        strict=True,
+    ):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=2**-8)
+
+
+def test_other_kinds_of_models(tmp_path):
+    model = build_model(ViTConfig(**SIZES, num_heads=2), rngs=nnx.Rngs(1))
+    same_bits(from_pretrained(save_pretrained(model, tmp_path)), model)
+
+
+def test_damaged_folders_are_refused_by_name(tmp_path, saved):
+    folder, _ = saved
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    about = json.loads(config.read_text())
+    header = weights.read_bytes()
+    lying = header.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1)
+
+    def broken(name, change):
+        other = tmp_path / name
+        shutil.copytree(folder, other)
+        change(other)
+        return other
+
+    def other_model(**changes):
+        return json.dumps(about | {"model": about["model"] | changes})
+
+    cases = [
+        (broken("a", lambda f: (f / "config.json").unlink()), "it has no config.json"),
+        (broken("b", lambda f: (f / "model.safetensors").unlink()), "it has no model.safetensors"),
+        (broken("c", lambda f: (f / "config.json").write_text("{")), "describes no model"),
+        (broken("d", lambda f: (f / "config.json").write_text(json.dumps(about | {"format": 2}))), "has format 2"),
+        (broken("e", lambda f: (f / "model.safetensors").write_bytes(header[:-8])), "is damaged"),
+        (broken("f", lambda f: (f / "model.safetensors").write_bytes(lying)), "is damaged"),
+        (
+            broken("g", lambda f: (f / "config.json").write_text(other_model(depth=2))),
+            "unexpected: blocks.2",
+        ),
+        (
+            broken("h", lambda f: (f / "config.json").write_text(other_model(**{"class": "No"}))),
+            "no model has a config of class 'No'",
+        ),
+        (tmp_path / "nowhere" / "at all", "a repository on the Hugging Face hub is called owner/name"),
+    ]  # fmt: skip
+    for place, said in cases:
+        with pytest.raises(UserError, match=said):
+            load_pretrained(place)
+
+
+def test_the_hub_offline_and_out_of_reach(monkeypatch, tmp_path, saved):
+    hub = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    folder, model = saved
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="owner/name: it is not in the cache"):
+        load_pretrained("owner/name", offline=True)
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    same_bits(from_pretrained("owner/name", revision="v1"), model)
+    assert asked["name"] == "owner/name" and asked["revision"] == "v1"
+    assert asked["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
+
+
+def test_class_names_and_dtypes_are_checked(tmp_path, saved):
+    _, model = saved
+    with pytest.raises(UserError, match="3 class names are given for 2 classes"):
+        save_pretrained(model, tmp_path, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match="float32 or bfloat16"):
+        save_pretrained(model, tmp_path, dtype="float16")
