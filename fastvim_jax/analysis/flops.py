@@ -19,6 +19,8 @@ import jax
 from flax import nnx
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.layers.channel_embed import strided_grid
+from fastvim_jax.layers.channel_pooling import channel_poolings
 from fastvim_jax.layers.masking import kept_count
 from fastvim_jax.layers.patch_embed import grid_of
 from fastvim_jax.models import (
@@ -28,6 +30,8 @@ from fastvim_jax.models import (
     ViTConfig,
     build_model,
 )
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 
 SCAN_MACS = 9
 """Multiply-adds per step, channel and state of a selective scan."""
@@ -81,8 +85,10 @@ def gmacs(config: AnyModelConfig, image_size: int | tuple[int, int] | None = Non
     if isinstance(config, MaskedAutoencoderConfig):
         return _masked_gmacs(config, image_size)
     rows, columns = _grid(config, image_size)
-    patches = rows * columns
-    patch_weights = math.prod(_pair(config.patch_size)) * config.channels * config.embed_dim
+    apart = isinstance(config, (ChannelMambaConfig, ChannelViTConfig))  # One token a channel.
+    patches = rows * columns * (config.channels if apart else 1)
+    inputs = 1 if apart else config.channels
+    patch_weights = math.prod(_pair(config.patch_size)) * inputs * config.embed_dim
     steps = _steps_per_block(config, rows, columns)
     if isinstance(config, VisionMambaConfig):
         tokens = patches + (config.class_token != "none")
@@ -111,6 +117,8 @@ def scan_steps(
     if isinstance(config, ViTConfig):
         return ()
     steps = _steps_per_block(config, *_grid(config, image_size))
+    if isinstance(config, ChannelMambaConfig):
+        return tuple(steps[: len(_channel_steps(config, *_grid(config, image_size)))])
     alternates = config.pooling != "none" and config.pool_axes == "alternate"
     return tuple(steps[: 2 if alternates else 1])
 
@@ -183,6 +191,11 @@ def _vit_block(config: ViTConfig, tokens: int, steps: int) -> int:
 
 def _steps_per_block(config: VisionMambaConfig | ViTConfig, rows: int, columns: int) -> list[int]:
     """Scan steps (tokens attended to, in a ViT) of each block over a grid of patches."""
+    if isinstance(config, ChannelMambaConfig):
+        period = _channel_steps(config, rows, columns)
+        return [period[block % len(period)] for block in range(config.depth)]
+    if isinstance(config, ChannelViTConfig):
+        return [rows * columns * config.channels + 1] * config.depth
     class_token = 1 if isinstance(config, ViTConfig) else int(config.class_token != "none")
     if config.pooling == "none":
         return [rows * columns + class_token] * config.depth
@@ -193,6 +206,21 @@ def _steps_per_block(config: VisionMambaConfig | ViTConfig, rows: int, columns: 
     return [left[block % len(left)] + class_token for block in range(config.depth)]
 
 
+def _channel_steps(config: ChannelMambaConfig, rows: int, columns: int) -> list[int]:
+    """Return the scan steps of one period of blocks over all channels."""
+    if config.token_order == "column":
+        rows, columns = columns, rows
+    poolings = channel_poolings(
+        (rows, columns),
+        config.channels,
+        scan_order=config.scan_order,
+        pool_axes=config.pool_axes,
+        method=config.pooling,
+        class_token=config.class_token != "none",
+    )
+    return [pooling.scan_length for pooling in poolings]
+
+
 def _grid(
     config: VisionMambaConfig | ViTConfig, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int]:
@@ -201,6 +229,10 @@ def _grid(
         raise UserError(
             f"An image of {size[0]}x{size[1]} pixels is smaller than a patch of {patch[0]}x{patch[1]}."
         )
+    if isinstance(config, ChannelMambaConfig):
+        return strided_grid(size, patch, config.step)
+    if isinstance(config, ChannelViTConfig):
+        return strided_grid(size, patch, patch)
     return grid_of(size, patch)
 
 

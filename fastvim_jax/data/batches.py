@@ -24,6 +24,8 @@ Stream = Callable[[int], Generator[dict[str, Any], None, None]]
 class Batch(TypedDict, total=False):
     """What an iterator yields: NumPy arrays of this process's share of a batch."""
 
+    channel_ids: Int32[np.ndarray, "b k"]
+    """Which of the data's channels the images hold, where it is not all of them in order."""
     image: UInt8[np.ndarray, "b h w c"]
     """Pixels as they are: the step normalises them (`device_transforms`)."""
     label: Int32[np.ndarray, " b"]

@@ -85,12 +85,19 @@ class DataConfig:
         self._whole("max_corrupt", 0)
         ok = _is_int(self.background) and 0 <= self.background <= 255
         self._require(ok, "background", "a grey level from 0 to 255")
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
         for name in ("mean", "std"):
             values = getattr(self, name)
             ok = len(values) == self.channels and all(math.isfinite(v) for v in values)
             if name == "std":
                 ok = ok and all(v > 0 for v in values)
             self._require(ok, name, f"{self.channels} numbers, one per channel")
+
+    def resolved(self) -> DataConfig:
+        """Return the config with everything filled in that is stored with the data; here it is complete already."""
+        return self
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -21,6 +21,8 @@ class Record:
     other tasks hold a mask or boxes here."""
     name: str
     """Where the record comes from (a path, or `file[index]`): error messages name it."""
+    note: str = ""
+    """What is worth knowing of a record that is used all the same (a saturated channel); "" if nothing is."""
 
 
 @runtime_checkable

@@ -18,7 +18,15 @@ from fastvim_jax.interop.detection_names import (
     detector_entries,
 )
 from fastvim_jax.interop.masked_names import MASKED_TABLES, without_tables
-from fastvim_jax.interop.torch_names import MIXER, VISION_MAMBA, VISION_TRANSFORMER, NameTable
+from fastvim_jax.interop.torch_names import (
+    CHANNEL_MAMBA,
+    CHANNEL_VIT,
+    MIXER,
+    VISION_MAMBA,
+    VISION_TRANSFORMER,
+    NameTable,
+    resolve_aliases,
+)
 from fastvim_jax.interop.torch_segmentation_names import (
     DECONVOLUTION_NECK,
     FCN_HEAD,
@@ -29,6 +37,8 @@ from fastvim_jax.interop.torch_segmentation_names import (
     prefixed,
 )
 from fastvim_jax.layers.mixer import Mixer
+from fastvim_jax.models.channel_mamba import ChannelMamba
+from fastvim_jax.models.channel_vit import ChannelViT
 from fastvim_jax.models.detection.cascade import CascadeRCNN
 from fastvim_jax.models.detection.heads import BoxHead, MaskHead
 from fastvim_jax.models.detection.rpn import RPNHead
@@ -49,6 +59,8 @@ from fastvim_jax.models.vit import VisionTransformer
 TABLES = {
     VisionMamba: NameTable(tuple(VISION_MAMBA)),
     VisionTransformer: NameTable(tuple(VISION_TRANSFORMER)),
+    ChannelMamba: NameTable(tuple(CHANNEL_MAMBA)),
+    ChannelViT: NameTable(tuple(CHANNEL_VIT)),
     Mixer: NameTable(tuple(MIXER)),
     UPerHead: NameTable(tuple(UPER_HEAD)),
     FCNHead: NameTable(tuple(FCN_HEAD)),
@@ -81,7 +93,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
         for name in info.unstacked_names():
             torch_name, convert = _torch_entry(table, name)
             expected[torch_name] = convert(np.broadcast_to(0.0, info.shape)).shape
-    arrays = {name: np.asarray(value) for name, value in mapping.items()}
+    arrays = resolve_aliases({name: np.asarray(value) for name, value in mapping.items()})
     if isinstance(model, MaskedAutoencoder):
         arrays = without_tables(model, arrays)
     problems = list_mismatches(expected, {name: a.shape for name, a in arrays.items()})

@@ -6,7 +6,7 @@ Each entry reads: authors' pattern, our pattern (unstacked name), layout. `{i}` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,11 @@ LINEAR: Layout = (lambda w: w.T, lambda w: w.T)
 DEPTHWISE: Layout = (lambda w: w[:, 0, :].T, lambda w: w.T[:, None, :])
 # Patch convolution: (d, c, p, q) there, (p, q, c, d) here.
 PATCH: Layout = (lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
+# Patch convolution shared by all channels: (d, 1, 1, p, q) there, (p, q, 1, d) here.
+CHANNEL_PATCH: Layout = (
+    lambda w: w[:, :, 0].transpose(2, 3, 1, 0),
+    lambda w: w.transpose(3, 2, 0, 1)[:, :, None],
+)
 
 MIXER = [
     ("in_proj.weight", "in_proj.kernel", LINEAR),
@@ -81,6 +86,32 @@ VISION_TRANSFORMER = [
     ("blocks.{i}.attn.conv1d.weight", "blocks.{i}.attn.conv.kernel", DEPTHWISE),
     ("blocks.{i}.attn.conv1d.bias", "blocks.{i}.attn.conv.bias", SAME),
 ]
+
+# The first entry that fits counts.
+CHANNEL_EMBEDDING = [
+    ("patch_embed.proj.weight", "patch_embed.proj.kernel", CHANNEL_PATCH),
+    ("patch_embed.channel_embed.weight", "patch_embed.channel_embed", SAME),
+]
+CHANNEL_MAMBA = [*CHANNEL_EMBEDDING, *VISION_MAMBA]
+CHANNEL_VIT = [*CHANNEL_EMBEDDING, *VISION_TRANSFORMER]
+
+ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    # ChannelViT without sampling keeps it as (1, d, channels, 1, 1).
+    "patch_embed.channel_embed": (
+        "patch_embed.channel_embed.weight",
+        lambda w: w[0, :, :, 0, 0].T,
+    )
+}
+"""Second names of some of the authors' entries: (name in the tables, the layout's change to the one there)."""
+
+
+def resolve_aliases(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `mapping` under the names that the tables use."""
+    resolved = {}
+    for name, value in mapping.items():
+        known, convert = ALIASES.get(name, (name, SAME[0]))
+        resolved[known] = convert(value)
+    return resolved
 
 
 @dataclass(frozen=True)

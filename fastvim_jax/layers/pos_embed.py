@@ -13,12 +13,13 @@ CUBIC_A = -0.75
 
 
 @lru_cache(maxsize=64)
-def cubic_matrix(source: int, target: int) -> np.ndarray:
-    """Weights `target source` of bicubic resampling along one axis.
+def cubic_matrix(source: int, target: int, stretch: float = 0.0) -> np.ndarray:
+    """Return the weights `target source` of bicubic resampling along one axis.
 
-    Cubic convolution with a = -0.75, half-pixel centres, taps clamped at the borders, no antialiasing.
+    Cubic convolution with a = -0.75, half-pixel centres, taps clamped at the borders, no antialiasing. The source is
+    laid over `target + stretch` positions, of which the last `stretch` are not read.
     """
-    position = (np.arange(target) + 0.5) * source / target - 0.5
+    position = (np.arange(target) + 0.5) * source / (target + stretch) - 0.5
     base = np.floor(position).astype(int)
     weights = np.zeros((target, source))
     for tap in range(-1, 3):
@@ -34,13 +35,21 @@ def cubic_matrix(source: int, target: int) -> np.ndarray:
 
 
 def resize_pos_embed(
-    table: Float[Array, "1 l d"], source: tuple[int, int], target: tuple[int, int]
+    table: Float[Array, "1 l d"],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    stretch: float = 0.0,
 ) -> Float[Array, "1 m d"]:
-    """Resample a table over a `source` grid (axes in the order in which it is flattened) to a `target` grid."""
-    if source == target:
+    """Resample a table over a `source` grid (axes in the order in which it is flattened) to a `target` grid.
+
+    `stretch`: see `cubic_matrix`; unless it is 0, equal grids are resampled too.
+    """
+    if source == target and not stretch:
         return table
     rows, columns = (
-        jnp.asarray(cubic_matrix(s, t), table.dtype) for s, t in zip(source, target, strict=True)
+        jnp.asarray(cubic_matrix(s, t, stretch), table.dtype)
+        for s, t in zip(source, target, strict=True)
     )
     grid = table.reshape(*source, table.shape[-1])
     resized = jnp.einsum("ij,kl,jld->ikd", rows, columns, grid, precision="highest")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 
@@ -22,6 +24,8 @@ VIT_SIZES: dict[str, dict[str, Any]] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
 
+CHANNEL_SIZES = {name: MAMBA_SIZES[name] for name in ("tiny", "small", "base")}
+
 # The paper's decoder, 2 blocks of 512, from Base on; the small ones are ours.
 DECODERS: dict[str, dict[str, Any]] = {"tiny": {"decoder_dim": 192}, "small": {"decoder_dim": 256}}
 
@@ -34,6 +38,23 @@ PRESETS: dict[str, AnyModelConfig] = {
     **{
         f"vim_{name}_patch16_224": VisionMambaConfig(pooling="none", class_token="middle", **size)
         for name, size in MAMBA_SIZES.items()
+    },
+    **{
+        f"fastchannelvim_{name}_patch{patch}_224": ChannelMambaConfig(patch_size=patch, **size)
+        for patch in (16, 8)
+        for name, size in CHANNEL_SIZES.items()
+    },
+    **{
+        f"channelvim_{name}_patch{patch}_224": ChannelMambaConfig(
+            patch_size=patch, pooling="none", class_token="middle", **size
+        )
+        for patch in (16, 8)
+        for name, size in CHANNEL_SIZES.items()
+    },
+    **{
+        f"channelvit_{name}_patch{patch}_224": ChannelViTConfig(patch_size=patch, **VIT_SIZES[name])
+        for patch in (16, 8)
+        for name in CHANNEL_SIZES
     },
     **{f"vit_{name}_patch16_224": ViTConfig(**size) for name, size in VIT_SIZES.items()},
     **{

@@ -8,6 +8,8 @@ from typing import Any
 from flax import nnx
 
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.models.channel_mamba import ChannelMamba, ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViT, ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
@@ -20,6 +22,8 @@ MODEL_CLASSES: dict[type, type] = {
     VisionMambaConfig: VisionMamba,
     ViTConfig: VisionTransformer,
     MaskedAutoencoderConfig: MaskedAutoencoder,
+    ChannelMambaConfig: ChannelMamba,
+    ChannelViTConfig: ChannelViT,
 }
 
 

@@ -8,6 +8,7 @@ logits   = head(pool(norm(residual)))
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,7 @@ class VisionMamba(nnx.Module):
     def __init__(self, config: VisionMambaConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch, config.channels, d, precision=p, rngs=rngs)
-        tokens = config.grid[0] * config.grid[1] + (config.class_token != "none")
+        self.patch_embed = self.make_patch_embed(rngs)
         small = normal(0.02)
         self.class_token = (
             nnx.data(None)
@@ -67,7 +67,7 @@ class VisionMamba(nnx.Module):
             else nnx.Param(small(rngs.params(), (1, 1, d), p.params))
         )
         self.pos_embed = (
-            nnx.Param(small(rngs.params(), (1, tokens, d), p.params))
+            nnx.Param(small(rngs.params(), (1, self.positions, d), p.params))
             if config.pos_embed
             else nnx.data(None)
         )
@@ -88,6 +88,18 @@ class VisionMamba(nnx.Module):
             if config.num_classes and not dense_features
             else nnx.data(None)
         )
+
+    def make_patch_embed(self, rngs: nnx.Rngs) -> Any:
+        """Build the patch embedding."""
+        config = self.config
+        return PatchEmbed(
+            config.patch, config.channels, config.embed_dim, precision=config.precision, rngs=rngs
+        )
+
+    @property
+    def positions(self) -> int:
+        """Rows of the position table: one a patch, and one for the class token if there is one."""
+        return self.config.grid[0] * self.config.grid[1] + (self.config.class_token != "none")
 
     @with_auto_axes
     def __call__(
@@ -121,6 +133,10 @@ class VisionMamba(nnx.Module):
         )
         if self.config.out_indices:
             return self._dense_features([outputs[i][1] for i in self.config.out_indices], grid)
+        return self.classify(residual)
+
+    def classify(self, residual: Tokens) -> Array:
+        """Map the last residual stream to logits, or to pooled features if there is no head."""
         features = self._pool(self.norm(residual))
         if self.head is None:
             return features

@@ -64,7 +64,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         p, d = config.precision, config.embed_dim
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch, config.channels, d, precision=p, rngs=rngs)
+        self.patch_embed = self.make_patch_embed(rngs)
         small = truncated_normal(0.02)
         self.class_token = nnx.Param(small(rngs.params(), (1, 1, d), p.params))
         tokens = config.grid[0] * config.grid[1] + 1
@@ -83,6 +83,13 @@ class VisionTransformer(nnx.Module):
             make_head(d, config.num_classes, kernel_init=small, precision=p, rngs=rngs)
             if config.num_classes and classify
             else nnx.data(None)
+        )
+
+    def make_patch_embed(self, rngs: nnx.Rngs) -> Any:
+        """Build the patch embedding."""
+        config = self.config
+        return PatchEmbed(
+            config.patch, config.channels, config.embed_dim, precision=config.precision, rngs=rngs
         )
 
     @with_auto_axes
@@ -110,6 +117,10 @@ class VisionTransformer(nnx.Module):
                 norm(outputs[i][1][:, 1:]).reshape(images.shape[0], *grid, -1)
                 for norm, i in zip(self.out_norms, self.config.out_indices, strict=True)
             )
+        return self.classify(residual)
+
+    def classify(self, residual: Tokens) -> Array:
+        """Map the last residual stream to logits, or to pooled features if there is no head."""
         features = self._pool(residual)
         return features if self.head is None else self.head(features)
 

@@ -118,6 +118,13 @@ MASKED: dict[str, Callable[[Any], Fields]] = {
     "norm_layer": no_effect(),
 }
 
+CHANNEL_MODEL: dict[str, Callable[[Any], Fields]] = {
+    "scan_order": choice("scan_order", **{"Channel-First": "channel", "Spatial-First": "spatial"}),
+    # Which channels a training step keeps is an input here: the fixture's draw.
+    "hcs": no_effect(True, False),
+    "sort_channels": no_effect(True, False),
+}
+
 FASTVIM_MIXER: dict[str, Callable[[Any], Fields]] = {
     **MIXER,
     **SSM,
@@ -190,6 +197,28 @@ def square_stride(fields: Fields) -> Fields:
     return fields
 
 
+def fast_channel_vim_fields(kwargs: dict[str, Any], *, two_axes: bool) -> Fields:
+    """FastChannelVim's arguments; `two_axes` is the class that pools over two axes in a cycle of three blocks."""
+    fields = {"pooling": "mean", **translate(kwargs, FASTVIM | CHANNEL_MODEL)}
+    rotate = fields.pop("rotate", True)
+    if two_axes and not rotate:
+        raise UnknownArgumentError("argument 'rotate_every_block': False with two pooled axes")
+    axes = "two_axes" if two_axes else "alternate" if rotate else "columns"
+    return {"pool_axes": axes, "scan_order": "channel", **fields}
+
+
+def channel_vim_fields(kwargs: dict[str, Any]) -> Fields:
+    """ChannelVim's arguments; the class token stands in the middle unless told otherwise."""
+    fields = {"pooling": "none", "scan_order": "channel", **translate(kwargs, VIM | CHANNEL_MODEL)}
+    middle, token = fields.pop("middle", True), fields.pop("if_cls_token", True)
+    return {"class_token": ("middle" if middle else "head") if token else "none", **fields}
+
+
+def channel_embed_fields(kwargs: dict[str, Any]) -> Fields:
+    """The patch embedding alone, as a model's fields."""
+    return translate(kwargs, MAMBA_MODEL | CHANNEL_MODEL)
+
+
 def vit_fields(kwargs: dict[str, Any]) -> Fields:
     """The ViT's arguments as fields of `ViTConfig`; without a class count it has no head."""
     return {"num_classes": 0, "head_pool": "token", **translate(kwargs, VIT)}
@@ -208,6 +237,16 @@ def model_fields(kind: str, kwargs: dict[str, Any]) -> Fields:
         return fastvim_fields(kwargs)
     if kind == "FastVimBackbone":
         return backbone(fastvim_fields(kwargs))
+    if kind in ("FastChannelVim", "FastChannelVim2DCompress"):
+        return fast_channel_vim_fields(kwargs, two_axes=kind.endswith("2DCompress"))
+    if kind == "ChannelVim":
+        return channel_vim_fields(kwargs)
+    if kind == "ChannelPatchEmbed":
+        return channel_embed_fields(kwargs)
+    if kind in ("ChannelViT", "HCSChannelViT"):
+        fields = vit_fields(kwargs)
+        del fields["head_pool"]  # Only the class token is read.
+        return fields
     if kind == "Vim":
         return vim_fields(kwargs, class_token=True)
     if kind == "VimBackbone":

@@ -20,7 +20,8 @@ COVERED = frozenset(
     "FastVim FastVimMixer FastVimBackbone FastVimTrainSteps Vim VimBackbone ViT selective_scan causal_conv1d_silu "
     "add_rms_norm add_layer_norm pos_embed_resize sincos_pos_embed schedules classification_losses ema "
     "FastMaskVimMAE VimMAE ViTMAE masked_row_means_constant masked_row_means_true random_masking mae_pixel_loss "
-    "linear_probe_head".split()
+    "linear_probe_head "
+    "FastChannelVim FastChannelVim2DCompress ChannelVim ChannelPatchEmbed ChannelViT HCSChannelViT".split()
 )
 TABLES = frozenset({"param_groups", "architectures", "init_stats"})
 

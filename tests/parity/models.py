@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,19 +11,30 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.interop import from_torch_state_dict, to_torch_names
+from fastvim_jax.interop.torch_names import resolve_aliases
 from fastvim_jax.layers.direction import MixerConfig
 from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.mixer import Mixer
 from fastvim_jax.layers.pooling import GridPooling
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.registry import build_model
 from fastvim_jax.precision import Precision
 from tests.parity.arguments import mixer_fields, model_fields
+from tests.parity.channels import channels_of
 from tests.parity.compare import Comparison
 from tests.parity.golden import Golden, expected_grads
 from tests.support import x64
 
-INPUTS = {"x", "drop_path_keep"}
+INPUTS = {"x", "drop_path_keep", "channels", "input_channel_order"}
+CONFIGS = {
+    "ViT": ViTConfig,
+    **dict.fromkeys(("ChannelViT", "HCSChannelViT"), ChannelViTConfig),
+    **dict.fromkeys(
+        ("ChannelVim", "FastChannelVim", "FastChannelVim2DCompress"), ChannelMambaConfig
+    ),
+}
 
 
 def precision_fields(dtype: str) -> dict[str, str]:
@@ -34,8 +46,9 @@ def precision_fields(dtype: str) -> dict[str, str]:
 def load_model(golden: Golden, dtype: str, blocks: str) -> nnx.Module:
     """The model that a fixture describes, with its weights."""
     fields = model_fields(golden.kind, golden.kwargs)
-    config_class = ViTConfig if golden.kind == "ViT" else VisionMambaConfig
-    config = config_class(**fields, **precision_fields(dtype), blocks=blocks)
+    config = CONFIGS.get(golden.kind, VisionMambaConfig)(
+        **fields, **precision_fields(dtype), blocks=blocks
+    )
     # Only shapes are made: every value comes from the fixture, or loading fails.
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     from_torch_state_dict(model, golden.state)
@@ -44,12 +57,15 @@ def load_model(golden: Golden, dtype: str, blocks: str) -> nnx.Module:
 
 def compare_model(golden: Golden, dtype: str, blocks: str = "scan") -> Comparison:
     """One model in one dtype and mode of execution."""
+    state, grads = resolve_aliases(golden.state), resolve_aliases(golden.grads)
+    golden = dataclasses.replace(golden, state=state, grads=grads)
     comparison = Comparison(golden.name, golden.kind, dtype, blocks)
     if unknown := set(golden.inputs) - INPUTS:
         comparison.missing(f"a use for the inputs {sorted(unknown)}")
         return comparison
-    if not golden.meta.get("eval_mode", True) and "drop_path_keep" not in golden.inputs:
-        comparison.missing("the drop-path masks of a training-mode fixture")
+    drawn = "drop_path_keep" in golden.inputs or "hcs_channels" in golden.meta
+    if not golden.meta.get("eval_mode", True) and not drawn:
+        comparison.missing("the drop-path masks or channels of a training-mode fixture")
         return comparison
     if dtype == "float64":
         with x64():
@@ -104,14 +120,16 @@ def model_outputs(
     model: nnx.Module, images: jax.Array, keep: jax.Array | None, golden: Golden
 ) -> dict[str, jax.Array]:
     """The model's results under the names of the fixture."""
+    images, ids = channels_of(golden, images)
+    named = {} if ids is None else {"channel_ids": ids}
     if model.config.out_indices:
         features = model(images, drop_path_keep=keep)
         return {f"feature{j}": f.transpose(0, 3, 1, 2) for j, f in enumerate(features)}
     outputs = {}
     if "logits" in golden.outputs:
-        outputs["logits"] = model(images, drop_path_keep=keep)
+        outputs["logits"] = model(images, drop_path_keep=keep, **named)
     if "features" in golden.outputs and keep is None:
-        outputs["features"] = model.features(images)
+        outputs["features"] = model.features(images, **named)
     return outputs
 
 

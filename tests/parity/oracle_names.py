@@ -73,15 +73,20 @@ def convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
         if ".norm" in match[1]:
             return f"{match[1]}.{'scale' if match[2] == 'weight' else 'bias'}", value
         return f"{match[1]}.{LEAF[match[2]]}", value.T
+    if name == "patch_embed.channel_embed":  # One of the two ChannelViTs keeps it as 1 d k 1 1.
+        return name, value[0, :, :, 0, 0].T
+    if name == "patch_embed.channel_embed.weight":
+        return "patch_embed.channel_embed", value
     stem, _, leaf = name.rpartition(".")
     if stem not in TOP:
         raise KeyError(f"no name for the authors' entry {name!r}")
     if "norm" in stem:
         return f"{TOP[stem]}.{'scale' if leaf == 'weight' else 'bias'}", value
     if stem == "patch_embed.proj":
-        return f"{TOP[stem]}.{LEAF[leaf]}", value.transpose(
-            2, 3, 1, 0
-        ) if leaf == "weight" else value
+        if leaf == "bias":
+            return f"{TOP[stem]}.bias", value
+        value = value[:, :, 0] if value.ndim == 5 else value  # Per channel: d 1 1 p q.
+        return f"{TOP[stem]}.kernel", value.transpose(2, 3, 1, 0)
     return f"{TOP[stem]}.{LEAF[leaf]}", value.T
 
 

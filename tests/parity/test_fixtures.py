@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.parity.channel_embed import compare_channel_embed
+from tests.parity.channels import CHANNEL_KINDS
 from tests.parity.compare import DTYPES, Comparison, close
 from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
 from tests.parity.golden import COVERED, Golden, fixture_paths, folder, kind_of, read, table_paths
@@ -19,7 +21,7 @@ from tests.parity.training import compare_schedules, compare_train_steps
 KINDS = {path: kind_of(path) for path in fixture_paths()}
 PATHS = [path for path, kind in KINDS.items() if kind in COVERED]
 MASKED = {"FastMaskVimMAE", "VimMAE", "ViTMAE"}
-MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"}
+MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT", *CHANNEL_KINDS}
 
 
 def comparisons(golden: Golden) -> list[Comparison]:
@@ -33,6 +35,8 @@ def comparisons(golden: Golden) -> list[Comparison]:
         return [compare_masked(golden, dtype) for dtype in DTYPES]
     if golden.kind == "mae_pixel_loss":
         return [compare_pixel_loss(golden, dtype) for dtype in ("float64", "float32")]
+    if golden.kind == "ChannelPatchEmbed":
+        return [compare_channel_embed(golden, dtype) for dtype in DTYPES]
     if golden.kind == "FastVimMixer":
         return [compare_mixer(golden, dtype) for dtype in DTYPES]
     if golden.kind == "FastVimTrainSteps":

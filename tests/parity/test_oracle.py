@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.oracle.channels import channel_mamba, channel_vit, embed_channels
 from tests.oracle.masked import (
     masked_autoencoder,
     patchify,
@@ -28,6 +29,7 @@ from tests.oracle.pooling import rows_of
 from tests.oracle.vision_mamba import embed, run_blocks, vision_mamba
 from tests.oracle.vit import vit
 from tests.parity.arguments import masked_fields, mixer_fields, model_fields
+from tests.parity.channels import CHANNEL_KINDS, channels_of
 from tests.parity.golden import Golden, fixture_paths, kind_of, read
 from tests.parity.oracle_names import convert_mixer, masked_parameters, oracle_parameters
 from tests.support import assert_close
@@ -74,6 +76,40 @@ def model_outputs(golden: Golden) -> dict[str, np.ndarray]:
     for i, (residual, hidden) in enumerate(trace):
         outputs |= {f"block{i}_residual": residual, f"block{i}_hidden": hidden}
     return outputs
+
+
+def channel_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """What the oracle says of a channel model, with the channels that the fixture keeps and names."""
+    fields = model_fields(golden.kind, golden.kwargs)
+    params, inputs = oracle_parameters(golden.state), double(golden.inputs)
+    images, ids = channels_of(golden, inputs["x"].transpose(0, 2, 3, 1))
+    keep = inputs.get("drop_path_keep")
+    if golden.kind in ("ChannelViT", "HCSChannelViT"):
+        config = SimpleNamespace(**VIT_DEFAULTS | fields)
+        out = channel_vit(params, config, images, channel_ids=ids, drop_path_keep=keep)
+        return {"logits" if fields["num_classes"] else "features": out}
+    config = SimpleNamespace(**MAMBA_DEFAULTS | {"stride": None} | fields)
+    options = {"channel_ids": ids, "drop_path_keep": keep}
+    outputs = {"logits": channel_mamba(params, config, images, **options)[0]}
+    config.num_classes = 0
+    outputs["features"], trace = channel_mamba(params, config, images, **options)
+    for i, (residual, hidden) in enumerate(trace):
+        outputs |= {f"block{i}_residual": residual, f"block{i}_hidden": hidden}
+    return outputs
+
+
+def channel_embed_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """The patch embedding alone, with the channels that each sample names."""
+    fields = model_fields(golden.kind, golden.kwargs)
+    params = oracle_parameters({f"patch_embed.{k}": v for k, v in golden.state.items()})
+    images, ids = channels_of(golden, double(golden.inputs)["x"].transpose(0, 2, 3, 1))
+    patch, stride = (fields["patch_size"],) * 2, (fields.get("stride") or fields["patch_size"],) * 2
+    tokens = embed_channels(params, images, ids, patch, stride)
+    if fields.get("token_order", "row") == "column":
+        tokens = tokens.swapaxes(1, 2)
+    if fields.get("scan_order", "channel") == "spatial":
+        tokens = tokens.transpose(0, 3, 1, 2, 4)
+    return {"tokens": tokens.reshape(len(tokens), -1, tokens.shape[-1])}
 
 
 def mixer_outputs(golden: Golden) -> dict[str, np.ndarray]:
@@ -230,6 +266,8 @@ ORACLE = {
         masked_function_outputs,
     ),
     **dict.fromkeys(("FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT"), model_outputs),
+    **dict.fromkeys(CHANNEL_KINDS, channel_outputs),
+    "ChannelPatchEmbed": channel_embed_outputs,
     "FastVimMixer": mixer_outputs,
     **dict.fromkeys(
         (

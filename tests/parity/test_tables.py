@@ -16,13 +16,14 @@ from flax import nnx
 
 from fastvim_jax.interop import to_torch_names, to_torch_state_dict
 from fastvim_jax.layers.drop_path import drop_path_rates
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import count_parameters, map_parameters
 from fastvim_jax.models.presets import PRESETS
 from fastvim_jax.models.registry import build_model
 from fastvim_jax.training.optimizer import learning_rate_scales, weight_decay_mask
-from tests.parity.arguments import fastvim_fields, masked_fields, vim_fields
+from tests.parity.arguments import fastvim_fields, masked_fields, model_fields, vim_fields
 from tests.parity.compare import Comparison, close
 from tests.parity.golden import TABLES, table_paths
 from tests.support import x64
@@ -33,12 +34,18 @@ PRESET_NAMES = {
     "B": "base_patch16_224",
     "L": "large_patch16_224",
     "H": "huge_patch14_224",
+    "S/16": "small_patch16_224",
+    "S/8": "small_patch8_224",
 }
+CHANNELS = "models.channel_wise_tokenization.models_channel_mamba"
 FAMILIES = {
     "models.fastvim.VisionMamba": "FastVim",
     "models.vim.VisionMamba": "Vim",
     "models.mae.models_mamba_faster_mae_vimdecoder.MaskedAutoencoderViM": "FastMaskVimMAE",
     "models.mae.fastvim_mae.MaskedAutoencoderViM": "VimMAE",
+    f"{CHANNELS}.VisionMamba": "ChannelVim",
+    f"{CHANNELS}_faster.VisionMamba": "FastChannelVim",
+    f"{CHANNELS}_faster_2dcompress.VisionMamba": "FastChannelVim2DCompress",
 }
 MASKED_PRESETS = {"FastMaskVimMAE": "mae_fastvim", "VimMAE": "mae_vim"}
 
@@ -49,6 +56,8 @@ def config_of(family: str, kwargs: dict[str, Any]) -> VisionMambaConfig | Masked
         encoder, own = masked_fields(family, kwargs)
         del own["norm_pix_loss"]
         return MaskedAutoencoderConfig(encoder=VisionMambaConfig(**encoder), **own)
+    if "Channel" in family:
+        return ChannelMambaConfig(**model_fields(family, kwargs))
     if family == "FastVim":
         return VisionMambaConfig(**fastvim_fields(kwargs))
     return VisionMambaConfig(**vim_fields(kwargs, class_token=True))
@@ -98,7 +107,7 @@ def compare_architectures(table: dict[str, Any]) -> tuple[list[Comparison], list
             comparison.problems.append(f"{len(shapes)} entries, not {entry['state_dict_entries']}")
         count = count_parameters(nnx.state(model))
         comparison.output("parameters", count, entry["parameters_trainable"], bound=0.0)
-        size = name.rpartition("-")[2]
+        size = name.partition("-")[2] if "Channel" in family else name.rpartition("-")[2]
         prefix = MASKED_PRESETS.get(family, family.lower())
         if size in PRESET_NAMES and PRESETS[f"{prefix}_{PRESET_NAMES[size]}"] != config:
             comparison.problems.append("the registered model has another config")
@@ -123,6 +132,9 @@ def optimizer_groups(
 
 def small(family: str, depth: int) -> VisionMambaConfig | MaskedAutoencoderConfig:
     """A model with every name of its family; widths do not matter here."""
+    if "channel" in family:
+        token = {"pooling": "none", "class_token": "middle"} if family == "channelvim" else {}
+        return ChannelMambaConfig(image_size=32, embed_dim=8, depth=depth, num_classes=3, **token)
     token = {"pooling": "none", "class_token": "middle"} if family == "vim" else {}
     if family == "fastmaskvim":
         encoder = VisionMambaConfig(image_size=32, embed_dim=8, depth=depth, num_classes=0)
@@ -154,7 +166,7 @@ def compare_param_groups(table: dict[str, Any]) -> tuple[list[Comparison], list[
         scales = [[ours[k][0], 0.05 * ours[k][1]] for k in expected]
         comparison.output(f"layer_decay {name}", scales, list(expected.values()))
     for name, expected in table["weight_decay"].items():
-        match = re.fullmatch(r"(supervised|pretrain)_(fastvim|vim|fastmaskvim)_depth(\d+)", name)
+        match = re.fullmatch(r"(supervised|pretrain|cell)_(\w*vim)_depth(\d+)", name)
         if not match:
             left_out.append(f"weight_decay {name}")
             continue

@@ -21,6 +21,7 @@ from PIL import Image
 
 from fastvim_jax.data.decode import GREY_MODES, decode_image, open_header
 from fastvim_jax.data.fingerprint import fingerprint
+from fastvim_jax.data.multichannel import NPY, read_channels, to_uint8
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.writing import writing
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
@@ -48,6 +49,7 @@ class Prepared:
         changed: how many were there, but made of records that have changed since; these were written again.
         bytes: of all shards together.
         left_out: names of undecodable records that were left out.
+        notes: what is worth knowing of records that were written all the same.
     """
 
     manifest: Path
@@ -57,6 +59,7 @@ class Prepared:
     changed: int
     bytes: int
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def prepare(
         changed,
         sum(entry["bytes"] for entry in finished.values()),
         tuple(reason for reasons in left_out.values() for reason in reasons),
+        tuple(note for entry in finished.values() for note in entry.get("notes", ())),
     )
 
 
@@ -197,18 +201,31 @@ def encoded(record: Record, max_size: int | None) -> bytes:
         DecodeError: when the image had to be decoded and cannot be.
     """
     image = record.image
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] not in (1, 3):
+        return _as_npy(image, max_size)
     if isinstance(image, np.ndarray):
         channels = 1 if image.ndim == 2 or image.shape[-1] == 1 else 3
         pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
         return _saved(pixels, "PNG")
     if max_size is None:
         return image
+    if image.startswith(NPY):
+        return _as_npy(read_channels(image, record.name).pixels, max_size)
     header = open_header(image, record.name)
     if min(header.size) <= max_size:
         return image
     channels = 1 if header.mode in GREY_MODES else 3
     pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
     return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
+
+
+def _as_npy(pixels: np.ndarray, max_size: int | None) -> bytes:
+    """Return pixels `h w c` of any c as the bytes of a `.npy` file, each channel reduced by itself."""
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_uint8(pixels), -1, 0)]
+    reduced = np.stack([np.asarray(_reduced(plane, max_size)) for plane in planes], axis=-1)
+    buffer = io.BytesIO()
+    np.save(buffer, reduced, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _reduced(image: Image.Image, max_size: int | None) -> Image.Image:
@@ -233,6 +250,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
     temporary = task.file.with_name(f".{task.file.name}.{os.getpid()}.tmp")
     folder = task.file.parent
     corrupt: list[str] = []
+    notes: list[str] = []
     # Taken first: what changes while the shard is written is found by the next run.
     made_of = fingerprint(source, task.start, task.stop)
     try:
@@ -249,6 +267,8 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             except DecodeError as error:
                 corrupt.append(str(error))
                 continue
+            if record.note:
+                notes.append(record.note)
             with writing(folder):
                 writer.write(join_record(image, record.target, record.name))
         with writing(folder):
@@ -262,6 +282,8 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
             "sha256": sha256(temporary),
             "source": made_of,
         }
+        if notes:
+            entry["notes"] = notes
         with writing(folder):
             os.replace(temporary, task.file)
     finally:

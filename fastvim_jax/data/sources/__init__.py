@@ -12,6 +12,7 @@ from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.hugging_face import open_hugging_face
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
+from fastvim_jax.data.sources.jump_cp import JumpCpSource
 from fastvim_jax.data.sources.packed_npz import PackedNpzSource
 from fastvim_jax.data.sources.part import SourcePart, split_and_part
 from fastvim_jax.data.sources.tfds import TfdsSource
@@ -26,6 +27,7 @@ SOURCES: tuple[str, ...] = (
     "array_record",
     "hugging_face",
     "tfds",
+    "jump_cp",
 )
 
 
@@ -68,6 +70,9 @@ def open_source(
             f"Unknown data source {name!r}: use one of {', '.join(SOURCES)}."
             + suggest(name, SOURCES)
         )
+    if name == "jump_cp":
+        url = path if "://" in path else str(expand_path(path))
+        return JumpCpSource(url, split, tables=expand_path(class_list) if class_list else None)
     root = expand_path(path)
     classes = expand_path(class_list) if class_list else None
     if name != "tfds" and not root.is_dir():

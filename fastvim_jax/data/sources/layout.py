@@ -6,6 +6,7 @@ from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.array_record import prepared_splits
 from fastvim_jax.data.sources.hugging_face import parquet_splits
 from fastvim_jax.data.sources.image_folder import folders_in
+from fastvim_jax.data.sources.jump_cp import INDEX, SHARES
 from fastvim_jax.data.sources.tfds import tfds_splits
 from fastvim_jax.data.sources.webdataset import shard_splits
 from fastvim_jax.errors import UserError
@@ -32,6 +33,8 @@ def guess_source(path: str) -> str:
         raise UserError(f"The data folder {str(root)!r} does not exist.")
     if prepared_splits(root):
         return "array_record"
+    if any((root / name).is_file() for name in INDEX):
+        return "jump_cp"
     for name, patterns in _LAYOUTS.items():
         if any(next(root.glob(pattern), None) is not None for pattern in patterns):
             return name
@@ -45,6 +48,8 @@ def list_splits(name: str, path: str) -> list[str]:
     """List the splits that `open_source(name, ..., path=path)` would find, in alphabetical order."""
     if name == "digits":
         return ["test", "train"]
+    if name == "jump_cp":
+        return list(SHARES)
     root = expand_path(path)
     if name == "tfds":
         return tfds_splits(str(root))

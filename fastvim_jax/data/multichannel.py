@@ -1,0 +1,273 @@
+"""Images of any number of channels: `.npy`, multi-page and multi-channel TIFF (OME names), PNG, one file a channel.
+
+Every reader returns pixels `h w c` in the file's own integers and the channels' names, where the file has any;
+`to_uint8` brings them to 8 bits by a rule that the caller chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import string
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.errors import UserError
+
+Depth = Literal["full", "percentile"]
+NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SATURATED_SHARE = 0.01
+"""An image counts as saturated if more than this share of a channel's pixels hold the largest value of its type."""
+
+
+@dataclass(frozen=True)
+class MultiChannel:
+    """An image with named channels.
+
+    Attributes:
+        pixels: `h w c`, unsigned integers of 8 or 16 bits.
+        names: one name a channel, or () where the file names none.
+    """
+
+    pixels: np.ndarray
+    names: tuple[str, ...] = ()
+
+    def saturated(self) -> tuple[int, ...]:
+        """Return the channels of which more than `SATURATED_SHARE` of the pixels hold the type's largest value."""
+        top = np.iinfo(self.pixels.dtype).max
+        share = (self.pixels == top).mean(axis=(0, 1))
+        return tuple(int(channel) for channel in np.flatnonzero(share > SATURATED_SHARE))
+
+
+def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
+    """Decode an image of any number of channels.
+
+    Args:
+        image: the bytes of a `.npy` file, a TIFF file or a file that Pillow reads; or pixels `h w` or `h w c`.
+        name: named in errors.
+
+    Raises:
+        DecodeError: the image is damaged, cut short, of another number of axes, or not made of integers of 8 or 16
+            bits.
+    """
+    if isinstance(image, np.ndarray):
+        return MultiChannel(_checked(image, name))
+    if not image:
+        raise DecodeError(f"{name}: the file is empty.")
+    try:
+        if image.startswith(NPY):
+            return MultiChannel(_checked(np.load(io.BytesIO(image), allow_pickle=False), name))
+        if image.startswith(TIFF):
+            return _read_tiff(image, name)
+        with Image.open(io.BytesIO(image)) as opened:
+            opened.load()
+            pixels = np.asarray(opened.convert("RGB") if opened.mode in ("P", "CMYK") else opened)
+        return MultiChannel(_checked(pixels, name))
+    except (DecodeError, UserError):
+        raise
+    # Readers raise almost anything on damaged files: OSError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:
+        raise DecodeError(f"{name}: damaged image ({error or type(error).__name__}).") from None
+
+
+def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
+    """Read one file a channel and stack them in the order given.
+
+    Args:
+        files: channel name → its file, each of one channel.
+
+    Raises:
+        DecodeError: a file is missing, damaged, of several channels, or of another size or type than the first.
+    """
+    planes: list[np.ndarray] = []
+    for name, file in files.items():
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise DecodeError(f"{file}: {error.strerror or error} (channel {name}).") from None
+        pixels = read_channels(data, str(file)).pixels
+        if pixels.shape[-1] != 1:
+            raise DecodeError(
+                f"{file}: {pixels.shape[-1]} channels, but one file a channel was expected."
+            )
+        if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
+            first = next(iter(files.values()))
+            raise DecodeError(
+                f"{file}: {pixels.dtype} {pixels.shape[:2]}, but {first.name} is {planes[0].dtype} "
+                f"{planes[0].shape[:2]}: the channels of one image must agree."
+            )
+        planes.append(pixels)
+    return MultiChannel(np.concatenate(planes, axis=-1), tuple(files))
+
+
+def find_channel_files(
+    folder: Path, pattern: str, channels: Sequence[str] | None = None
+) -> dict[tuple[tuple[str, str], ...], dict[str, Path]]:
+    """Group the files of a folder into images by a naming pattern.
+
+    Args:
+        folder: searched with all its sub-folders.
+        pattern: a path below the folder with fields in braces, of which `{channel}` names the channel and all others
+            together the image: "{plate}_{well}_s{site}/ch{number}_{channel}.png". A field matches up to the text
+            that follows it. `{}` matches anything and is forgotten.
+        channels: the channels wanted, in this order; None: all that are found, by name.
+
+    Returns:
+        (field, value) pairs of each image, sorted → channel → file. An image may lack channels.
+
+    Raises:
+        UserError: the pattern has no `{channel}`, or no file matches it.
+    """
+    expression = _expression(pattern)
+    images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        match = expression.fullmatch(file.relative_to(folder).as_posix())
+        if match is None:
+            continue
+        fields = match.groupdict()
+        channel = fields.pop("channel")
+        if channels is None or channel in channels:
+            images.setdefault(tuple(sorted(fields.items())), {})[channel] = file
+    if not images:
+        raise UserError(f"no file below {str(folder)!r} matches {pattern!r}.")
+    order = (
+        list(channels) if channels is not None else sorted({c for i in images.values() for c in i})
+    )
+    return {
+        key: {name: found[name] for name in order if name in found}
+        for key, found in sorted(images.items())
+    }
+
+
+def to_uint8(pixels: np.ndarray, depth: Depth = "full") -> UInt8[np.ndarray, "h w c"]:
+    """Bring pixels `h w c` to 8 bits, channel by channel.
+
+    full: values / 257 of 16-bit pixels, so 65535 becomes 255 and intensities stay comparable between images; 8-bit
+    pixels are left alone. percentile: each channel's 0.1 and 99.9 percentiles become 0 and 255, which keeps dim stains
+    visible and gives up absolute intensity.
+    """
+    if depth == "percentile":
+        low, high = np.percentile(pixels, (0.1, 99.9), axis=(0, 1))
+        scaled = (pixels - low) / np.maximum(high - low, 1.0)
+        return np.round(np.clip(scaled, 0.0, 1.0) * 255.0).astype(np.uint8)
+    if pixels.dtype == np.uint8:
+        return pixels
+    # Round(value / 257) in integers, exact for all 16-bit values.
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise DecodeError(
+            f"{name}: an array of shape {pixels.shape} is no image (h, w) or (h, w, c)."
+        )
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+        raise DecodeError(
+            f"{name}: {pixels.dtype} pixels have no fixed scale; save them as unsigned integers of 8 or 16 bits."
+        )
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+
+def _read_tiff(image: bytes, name: str) -> MultiChannel:
+    try:
+        import tifffile
+    except ImportError:
+        raise UserError(
+            f"{name}: TIFF files need tifffile: pip install 'fastvim-jax[cells]'."
+        ) from None
+    with _errors_of(tifffile.logger(), name), tifffile.TiffFile(io.BytesIO(image)) as opened:
+        for page in opened.pages:
+            end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+            if end > len(image):
+                raise DecodeError(f"{name}: cut short ({len(image)} bytes of at least {end}).")
+        series = opened.series[0]
+        pixels, axes = series.asarray(), series.axes
+        names = _ome_names(opened.ome_metadata)
+    wanted = {"Y", "X"}
+    kept = [
+        (n, axis) for n, axis in zip(pixels.shape, axes, strict=True) if n > 1 or axis in wanted
+    ]
+    extra = [(n, axis) for n, axis in kept if axis not in wanted]
+    if len(extra) > 1:
+        raise DecodeError(
+            f"{name}: a TIFF with the axes {axes} {pixels.shape}; one axis besides Y and X is read as channels: "
+            "split stacks and time series into one file an image."
+        )
+    pixels = pixels.reshape([n for n, _ in kept])
+    place = {axis: i for i, (_, axis) in enumerate(kept)}
+    order = [place["Y"], place["X"], *(place[axis] for _, axis in extra)]
+    pixels = _checked(np.ascontiguousarray(pixels.transpose(order)), name)
+    return MultiChannel(pixels, names if len(names) == pixels.shape[-1] else ())
+
+
+@contextlib.contextmanager
+def _errors_of(logger: logging.Logger, name: str) -> Iterator[None]:
+    """Raise DecodeError for what a library only logs of a damaged file and then reads on."""
+    said: list[str] = []
+    thread = threading.get_ident()
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.thread != thread or record.levelno < logging.WARNING:
+            return True
+        said.append(record.getMessage())
+        return False
+
+    logger.addFilter(note)
+    try:
+        yield
+    finally:
+        logger.removeFilter(note)
+    if said:
+        raise DecodeError(f"{name}: damaged image ({said[0]}).")
+
+
+def _ome_names(metadata: Any) -> tuple[str, ...]:
+    """Return the channel names in OME-XML, or () where there is none or one has no name."""
+    if (
+        not isinstance(metadata, str) or "<!" in metadata
+    ):  # No entities: they could expand without end.
+        return ()
+    try:
+        root = ElementTree.fromstring(metadata)
+    except ElementTree.ParseError:
+        return ()
+    channels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Channel"]
+    names = tuple(channel.get("Name", "") for channel in channels)
+    return names if all(names) else ()
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    parts, seen = [], set()
+    for text, field, _, _ in string.Formatter().parse(pattern):
+        parts.append(re.escape(text))
+        if field is None:
+            continue
+        if not field:
+            parts.append("[^/]*?")
+        elif field in seen:
+            parts.append(f"(?P={field})")
+        elif field.isidentifier():
+            seen.add(field)
+            parts.append(f"(?P<{field}>[^/]+?)")
+        else:
+            raise UserError(f"{{{field}}} in {pattern!r} is no field name: use letters and digits.")
+    if "channel" not in seen:
+        raise UserError(
+            f"{pattern!r} has no {{channel}}: say where a file's name holds its channel."
+        )
+    return re.compile("".join(parts))

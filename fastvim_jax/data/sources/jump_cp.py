@@ -1,0 +1,346 @@
+"""JUMP-CP plates: an index of images with their wells, labelled through the plate map, on disk or in an object store.
+
+Two layouts are read. What the published models were trained with: a Parquet file with the columns `path` (a `.npy` or
+multi-channel image, relative to the file or absolute, or a URL), `well` and, if wanted, `id`. And the Cell Painting
+Gallery's own: a load_data CSV of CellProfiler with `Metadata_Plate`, `Metadata_Well`, `Metadata_Site` and, for every
+channel, `FileName_Orig<name>` with `PathName_Orig<name>` (one 16-bit TIFF a channel) or `URL_Orig<name>`, and perhaps
+`FileName_Illum<name>` (the illumination function as `.npy`, by which pixels are divided).
+
+A split is named `train`, `val` or `test` (60, 20 and 20 % of the images, by a permutation of seed 0) or `all`, behind
+`compound/`, `crispr/` or `orf/` where the plate is not one of compounds: "crispr/train". Images of one well fall into
+several splits, as in the published models. The published permutation's generator is not known, so its members differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvim_jax.data.cells_channels import CHANNEL_ORDER
+from fastvim_jax.data.fingerprint import file_stamp
+from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
+from fastvim_jax.data.records import DecodeError, Record
+from fastvim_jax.data.sources.jump_target import PlateLabels, read_plate_labels, well_name
+from fastvim_jax.errors import UserError, suggest
+
+SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
+SPLIT_SEED = 0
+ATTEMPTS = 4
+"""Times that a file of an object store is asked for, with 1, 2 and 4 seconds between."""
+INDEX = ("index.parquet", "load_data_with_illum.csv", "load_data.csv")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One field of view.
+
+    Attributes:
+        name: what identifies it: plate, well and site, or the path.
+        well: as the index names it.
+        files: the image's one file, or one a channel; paths or URLs.
+        illumination: illumination functions of the channels, or ().
+    """
+
+    name: str
+    well: str
+    files: tuple[str, ...]
+    illumination: tuple[str, ...] = ()
+
+
+class JumpCpSource:
+    """One split of a plate; records hold pixels uint8 `h w c` or the bytes of a file of all channels.
+
+    Attributes:
+        channel_names: names of the channels in order, where the index has them.
+        notes: what was left out and why, one line for each kind.
+    """
+
+    def __init__(self, index: str, split: str, *, tables: Path | None = None) -> None:
+        perturbation, _, part = split.rpartition("/")
+        if part not in (*SHARES, "all"):
+            raise UserError(
+                f"The split {split!r} of a jump_cp source does not exist: use train, val, test or all, with compound/, "
+                f"crispr/ or orf/ before it.{suggest(part, (*SHARES, 'all'))}"
+            )
+        self.index = find_index(index)
+        folder = tables or Path(self.index).parent
+        self._labels: PlateLabels = read_plate_labels(folder, perturbation or "compound")
+        self.class_names = self._labels.class_names
+        sites, self.channel_names = read_index(self.index)
+        self._sites, self._targets, self.notes = _labelled(sites, self._labels)
+        if not self._sites:
+            raise UserError(
+                f"{self.index!r} has no image in a labelled well. {' '.join(self.notes)}"
+            )
+        if part != "all":
+            chosen = split_numbers(len(self._sites), part)
+            self._sites = [self._sites[i] for i in chosen]
+            self._targets = self._targets[chosen]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Every record's label, known without reading an image."""
+        return self._targets
+
+    @cached_property
+    def _cache(self) -> Path:
+        """Where files of an object store are kept: one folder for each index."""
+        digest = hashlib.blake2b(self.index.encode(), digest_size=8).hexdigest()
+        folder = Path(tempfile.gettempdir()) / "fastvim-jump-cp" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        site = self._sites[index]
+        name = f"{self.index}[{site.name}]"
+        if not self.channel_names:
+            return Record(self._read(site.files[0], name), int(self._targets[index]), name)
+        image = self._stack(site, name)
+        saturated = [self.channel_names[channel] for channel in image.saturated()]
+        note = f"{name}: saturated in {', '.join(saturated)}." if saturated else ""
+        if site.illumination:
+            image = MultiChannel(self._corrected(image.pixels, site, name), image.names)
+        return Record(to_uint8(image.pixels), int(self._targets[index]), name, note)
+
+    def stamp(self, index: int) -> str:
+        """Return what changes with a record: its files' sizes and times, or their URLs (`fingerprint.Stamped`)."""
+        site = self._sites[index]
+        files = [*site.files, *site.illumination]
+        stamps = [file if "://" in file or not file else file_stamp(file) for file in files]
+        return " ".join([*stamps, str(self._targets[index]), site.name])
+
+    def _stack(self, site: Site, name: str) -> MultiChannel:
+        planes: list[np.ndarray] = []
+        for channel, file in zip(self.channel_names, site.files, strict=True):
+            if not file:
+                raise DecodeError(f"{name}: the channel {channel} is missing.")
+            pixels = read_channels(self._read(file, name), f"{name} {channel} ({file})").pixels
+            if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
+                raise DecodeError(
+                    f"{name}: the channel {channel} is {pixels.dtype} {pixels.shape}, the first one "
+                    f"{planes[0].dtype} {planes[0].shape}."
+                )
+            planes.append(pixels)
+        return MultiChannel(np.concatenate(planes, axis=-1), self.channel_names)
+
+    def _corrected(self, pixels: np.ndarray, site: Site, name: str) -> np.ndarray:
+        """Divide each channel by its illumination function, which has a mean near 1; values stay in range."""
+        top = np.iinfo(pixels.dtype).max
+        corrected = np.empty_like(pixels)
+        for channel, file in enumerate(site.illumination):
+            function = np.load(io.BytesIO(self._read(file, name)), allow_pickle=False)
+            if function.shape != pixels.shape[:2] or not (function > 0).all():
+                raise DecodeError(f"{name}: {file} is no illumination function of this image.")
+            divided = pixels[..., channel] / function
+            corrected[..., channel] = np.clip(np.round(divided), 0, top)
+        return corrected
+
+    def _read(self, file: str, name: str) -> bytes:
+        """Return a file's bytes; one of an object store is asked for several times and kept on the local disk."""
+        if "://" not in file:
+            try:
+                return Path(file).read_bytes()
+            except OSError as error:
+                raise DecodeError(f"{name}: {file}: {error.strerror or error}.") from None
+        kept = self._cache / hashlib.blake2b(file.encode(), digest_size=16).hexdigest()
+        if kept.is_file():
+            return kept.read_bytes()
+        data = fetch(file)
+        partial = kept.with_suffix(f".{np.random.default_rng().integers(2**63)}")
+        partial.write_bytes(data)
+        partial.replace(kept)
+        return data
+
+
+def fetch(url: str) -> bytes:
+    """Read a file through fsspec, trying `ATTEMPTS` times.
+
+    Raises:
+        DecodeError: the store refuses the file, or none of the attempts succeeded.
+        UserError: fsspec, or what it needs for this kind of store, is not installed.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError(
+            f"{url}: object stores need fsspec: pip install 'fastvim-jax[cells]'."
+        ) from None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(2 ** (attempt - 1))
+        try:
+            with fsspec.open(url, "rb") as opened:
+                return opened.read()
+        except ImportError as error:
+            raise UserError(f"{url}: {error}") from None
+        except (FileNotFoundError, PermissionError) as error:
+            raise DecodeError(f"{url}: {error or type(error).__name__}.") from None
+        except Exception as error:  # Each store has errors of its own.
+            last = error
+    raise DecodeError(f"{url}: no answer in {ATTEMPTS} attempts ({last or type(last).__name__}).")
+
+
+def find_index(path: str) -> str:
+    """Return the index file that `path` names, or that its folder holds.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "://" in path:
+        return path
+    given = Path(path)
+    if given.is_file():
+        return str(given)
+    for name in INDEX:
+        if (given / name).is_file():
+            return str(given / name)
+    raise UserError(
+        f"{path!r} is no index of images and holds none of {', '.join(INDEX)} (data.path)."
+    )
+
+
+def split_numbers(count: int, part: str) -> np.ndarray:
+    """Return the numbers, in order, of a split of `count` images: the same ones whenever the count is the same."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
+    low, high = (round(share * count) for share in SHARES[part])
+    return np.sort(order[low:high])
+
+
+def read_index(index: str) -> tuple[list[Site], tuple[str, ...]]:
+    """Read an index of either layout: its sites, and the channels' names (() where files hold all channels).
+
+    Raises:
+        UserError: the file is damaged or lacks a column.
+    """
+    data = fetch(index) if "://" in index else Path(index).read_bytes()
+    if index.endswith((".csv", ".csv.gz")):
+        return _read_load_data(index, data)
+    rows = _read_parquet(index, data)
+    missing = [column for column in ("path", "well") if column not in rows]
+    if missing:
+        raise UserError(
+            f"{index!r} has no column {', '.join(missing)} (found: {', '.join(rows) or 'none'})."
+        )
+    ids = rows.get("id", rows["path"])
+    sites = [
+        Site(str(name), str(well), (_absolute(index, str(path)),))
+        for name, well, path in zip(ids, rows["well"], rows["path"], strict=True)
+    ]
+    return sites, ()
+
+
+def _labelled(
+    sites: list[Site], labels: PlateLabels
+) -> tuple[list[Site], np.ndarray, tuple[str, ...]]:
+    """Keep the sites of labelled wells, with their labels and notes on what was left out."""
+    kept: list[Site] = []
+    targets: list[int] = []
+    unlabelled: list[str] = []
+    unknown: list[str] = []
+    for site in sites:
+        try:
+            label = labels.label(site.well)
+        except UserError:
+            unknown.append(site.well)
+            continue
+        if label is None:
+            unlabelled.append(well_name(site.well))
+            continue
+        kept.append(site)
+        targets.append(label)
+    notes = []
+    for wells, what in ((unlabelled, "in a well without a label"), (unknown, "whose well is none")):
+        if wells:
+            named = sorted(set(wells))
+            shown = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
+            notes.append(f"{len(wells)} images {what} are left out ({shown}).")
+    return kept, np.asarray(targets, np.int64), tuple(notes)
+
+
+def _read_parquet(index: str, data: bytes) -> dict[str, list[Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{index}: Parquet files need pyarrow: pip install 'fastvim-jax[cells]'."
+        ) from None
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+    except Exception as error:
+        raise UserError(f"{index!r} cannot be read as Parquet: {error}") from None
+    return table.to_pydict()
+
+
+def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...]]:
+    """Read a load_data CSV; channels come in the order of JUMP-CP, others behind them in the CSV's order."""
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    columns = tuple(rows[0]) if rows else ()
+    found = [c.removeprefix("FileName_Orig") for c in columns if c.startswith("FileName_Orig")]
+    found = found or [c.removeprefix("URL_Orig") for c in columns if c.startswith("URL_Orig")]
+    if not found or "Metadata_Well" not in columns:
+        raise UserError(
+            f"{index!r} is no load_data file of CellProfiler: it needs Metadata_Well and FileName_Orig<channel> or "
+            f"URL_Orig<channel> (found: {', '.join(columns[:12]) or 'nothing'})."
+        )
+    place = {name: i for i, name in enumerate(CHANNEL_ORDER)}
+    channels = tuple(sorted(found, key=lambda name: place.get(name, len(place))))
+    files = _FilesBelow(Path(index).parent)
+    sites: list[Site] = []
+    for row in rows:
+        known = [row.get(f"Metadata_{key}") for key in ("Plate", "Well", "Site")]
+        name = "_".join(filter(None, known)) or f"row {len(sites) + 1}"
+        originals = tuple(files.find(row, "Orig", channel) for channel in channels)
+        illumination = tuple(files.find(row, "Illum", channel) for channel in channels)
+        sites.append(
+            Site(name, row["Metadata_Well"], originals, illumination if all(illumination) else ())
+        )
+    return sites, channels
+
+
+class _FilesBelow:
+    """Files of a load_data CSV: where it says, or else of the same name anywhere below the CSV's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        return {file.name: str(file) for file in _files(self._folder)}
+
+    def find(self, row: dict[str, str], kind: str, channel: str) -> str:
+        """Return the path or URL of a channel's file, "" where there is none."""
+        if url := row.get(f"URL_{kind}{channel}"):
+            return url
+        name = row.get(f"FileName_{kind}{channel}")
+        if not name:
+            return ""
+        told = Path(row.get(f"PathName_{kind}{channel}") or "", name)
+        for file in (told, self._folder / told):
+            if file.is_file():
+                return str(file)
+        return self._by_name.get(name, "")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _absolute(index: str, path: str) -> str:
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return f"{index.rpartition('/')[0]}/{path}" if "/" in index else path

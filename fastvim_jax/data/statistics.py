@@ -1,0 +1,104 @@
+"""Mean and deviation of every channel of a data set: counted once, stored beside the data, used from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastvim_jax.errors import UserError
+
+FILE = "statistics.json"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of all pixels of some images, on a pixel scale of 0 to 1.
+
+    Attributes:
+        names: channel names.
+        mean: by channel.
+        std: by channel, over all pixels of all images.
+        images: number of images counted.
+        skipped: names of images that could not be decoded.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+    skipped: tuple[str, ...] = ()
+
+
+def count_statistics(
+    images: Iterable[np.ndarray], names: Sequence[str], skipped: Sequence[str] = ()
+) -> Statistics:
+    """Count the statistics of uint8 images `h w c`; sums are integers, so the order of images does not matter.
+
+    Raises:
+        UserError: no image, one of another number of channels, or a channel that is constant in all images.
+    """
+    count, pixels = 0, 0
+    total = np.zeros(len(names), np.int64)
+    squares = np.zeros(len(names), np.int64)
+    for image in images:
+        if image.shape[-1] != len(names):
+            raise UserError(
+                f"an image has {image.shape[-1]} channels, but {len(names)} are named: {', '.join(names)}."
+            )
+        flat = image.reshape(-1, len(names)).astype(np.int64)
+        total += flat.sum(axis=0)
+        squares += (flat * flat).sum(axis=0)
+        pixels += len(flat)
+        count += 1
+    if not count:
+        raise UserError("there is no image to count: check the folder and the split.")
+    mean = total / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 0.0))
+    if constant := [name for name, value in zip(names, std, strict=True) if value == 0]:
+        raise UserError(
+            f"channel {', '.join(constant)} has the same value everywhere: leave it out, or check its files."
+        )
+    return Statistics(
+        tuple(names),
+        tuple(float(v) for v in mean / 255),
+        tuple(float(v) for v in std / 255),
+        count,
+        tuple(skipped),
+    )
+
+
+def write_statistics(folder: Path, statistics: Statistics) -> Path:
+    """Write `statistics.json` into a data set's folder and return the file."""
+    file = folder / FILE
+    file.write_text(json.dumps(statistics.__dict__, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def read_statistics(
+    folder: Path, names: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Read mean and deviation of the channels `names`, in this order, from a data set's folder.
+
+    Raises:
+        UserError: there is no file, it is damaged, or it lacks one of the channels.
+    """
+    file = (folder if folder.is_dir() else folder.parent) / FILE
+    command = (
+        f"count it with `fastvim data stats --path {folder} ...`, or set data.mean and data.std"
+    )
+    if not file.is_file():
+        raise UserError(f"{str(file)!r} does not exist: {command}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        mean = dict(zip(content["names"], content["mean"], strict=True))
+        std = dict(zip(content["names"], content["std"], strict=True))
+        found = [float(mean[name]) for name in names], [float(std[name]) for name in names]
+    except KeyError as error:
+        raise UserError(f"{str(file)!r} has no channel or entry {error}: {command}.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{str(file)!r} is damaged ({error}): {command}.") from None
+    return tuple(found[0]), tuple(found[1])

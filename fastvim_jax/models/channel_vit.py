@@ -1,0 +1,135 @@
+"""ChannelViT: attention over one token per patch and channel, the baseline of Tables 3 and 22.
+
+tokens[k, r, c] = patch[r, c] of channel k + embedding of channel k + position[r, c],   class token first
+
+Source: Bao et al., Channel Vision Transformers: An Image Is Worth 1 x 16 x 16 Words (2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastvim_jax.config_checks import NonNegativeInt, PositiveInt
+from fastvim_jax.distributed.sharding import with_auto_axes
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers.channel_embed import ChannelIds, ChannelPatchEmbed, strided_grid
+from fastvim_jax.layers.pooling import NoPooling, Pooling
+from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed
+from fastvim_jax.models.channel_mamba import ChannelGrid
+from fastvim_jax.models.config import ViTConfig
+from fastvim_jax.models.vit import VisionTransformer
+from fastvim_jax.typing import Images, Tokens
+
+STRETCH = 0.1
+"""Patches by which the released model lengthens the grid that its position table is resampled to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelViTConfig(ViTConfig):
+    """A ChannelViT with its head; see `ViTConfig` for the other fields.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    channels: PositiveInt = 8
+    """Channels that have an embedding; an image may hold any subset of them."""
+    num_classes: NonNegativeInt = 161
+    """Classes of the head; 0 for none (the model then returns its pooled features)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = {"pooling": "none", "conv_width": 0, "head_pool": "token", "out_indices": ()}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r}: ChannelViT is plain attention whose class token is classified; "
+                    f"leave {name} at {value!r}."
+                )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        size = self.image_size
+        pair = (size, size) if isinstance(size, int) else size
+        return strided_grid(pair, self.patch, self.patch)
+
+
+class ChannelViT(VisionTransformer):
+    """The ChannelViT family. Build it through `fastvim_jax.create_model`."""
+
+    config: ChannelViTConfig
+
+    def make_patch_embed(self, rngs: nnx.Rngs) -> ChannelPatchEmbed:
+        """Build patch and channel embedding; the position table and the class token are those of a ViT."""
+        config = self.config
+        return ChannelPatchEmbed(
+            config.patch,
+            config.patch,
+            config.channels,
+            config.embed_dim,
+            precision=config.precision,
+            rngs=rngs,
+        )
+
+    @with_auto_axes
+    def __call__(
+        self,
+        images: Images,
+        *,
+        channel_ids: ChannelIds | None = None,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth 2 b"] | None = None,
+    ):
+        """Classify images `b h w k`; arguments and results as `ChannelMamba.__call__`.
+
+        `drop_path_keep` has one mask for the attention and one for the MLP of each block.
+        """
+        tokens, grid = self.embed(images, channel_ids)
+        residual, _ = self.encode(
+            tokens, self.poolings(grid), key=key, drop_path_keep=drop_path_keep
+        )
+        return self.classify(residual)
+
+    @with_auto_axes
+    def features(
+        self, images: Images, *, channel_ids: ChannelIds | None = None
+    ) -> Float[Array, "b d"]:
+        """Return what the head reads."""
+        tokens, grid = self.embed(images, channel_ids)
+        residual, _ = self.encode(tokens, self.poolings(grid))
+        return self._pool(residual)
+
+    def poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
+        """List the one pooling of all blocks: none, over all patches of all channels and the class token."""
+        return (NoPooling(grid[0] * grid[1] * grid[2] + 1),)
+
+    def embed(  # type: ignore[override]
+        self, images: Images, channel_ids: ChannelIds | None = None
+    ) -> tuple[Tokens, ChannelGrid]:
+        """Embed images as tokens `b l d` with class token and positions, float32 or wider, and return their grid."""
+        config = self.config
+        wide = config.precision.wide
+        patches = self.patch_embed(images, channel_ids).astype(wide)
+        batch, rows, columns, count, width = patches.shape
+        tokens = patches.transpose(0, 3, 1, 2, 4).reshape(batch, -1, width)
+        token = jnp.broadcast_to(self.class_token[...].astype(wide), (batch, 1, width))
+        table = self.pos_embed[...]
+        # The released model resamples its table, stretched, unless this holds; released weights were trained with it.
+        native = (
+            count == 1 and images.shape[1] == images.shape[2] and (rows, columns) == config.grid
+        )
+        positions = resize_pos_embed(
+            table[:, 1:], config.grid, (rows, columns), stretch=0.0 if native else STRETCH
+        )
+        if not native and (rows, columns) == config.grid:
+            # The gradient of the released model's resampling to an equal grid is a copy, as is its library's.
+            positions = table[:, 1:] + jax.lax.stop_gradient(positions - table[:, 1:])
+        repeated = jnp.concatenate([table[:, :1], jnp.tile(positions, (1, count, 1))], axis=1)
+        tokens = jnp.concatenate([token, tokens], axis=1)
+        return add_table(tokens, repeated.astype(wide)), (rows, columns, count)

@@ -1,0 +1,183 @@
+"""Batches of any number of channels: which channels a step sees, cuts, augmentation, stored statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastvim_jax.data import cells, cells_device
+from fastvim_jax.data.cells_config import CellsData
+from fastvim_jax.data.prepare.shards import prepare
+from fastvim_jax.data.records import Record
+from fastvim_jax.data.statistics import count_statistics, read_statistics, write_statistics
+from fastvim_jax.errors import UserError
+
+NAMES = ("a", "b", "c", "d")
+
+
+class Images:
+    """Random images of four channels, a little larger than the input."""
+
+    class_names = ("x", "y")
+
+    def __init__(self, count: int, rng: np.random.Generator):
+        self.pixels = rng.integers(0, 256, (count, 11, 12, 4)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.pixels[index], index % 2, f"image {index}")
+
+
+@pytest.fixture
+def config(tmp_path: Path, rng: np.random.Generator) -> CellsData:
+    prepare(Images(24, rng), tmp_path, "train")
+    return CellsData(
+        path=str(tmp_path), train_split="train", eval_split="train", channels=4, channel_names=NAMES,
+        image_size=8, batch_size=4, mean=(0.1, 0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7, 0.8),
+        channel_sampling="sorted",
+    )  # fmt: skip
+
+
+def test_a_step_sees_the_same_channels_in_every_process_and_after_a_restart(
+    config: CellsData,
+) -> None:
+    whole = cells.make_train_iterator(config, seed=3)
+    batches = [next(whole) for _ in range(5)]
+    halves = [
+        cells.make_train_iterator(config, seed=3, process_index=i, process_count=2) for i in (0, 1)
+    ]
+    for number, batch in enumerate(batches):
+        ids = cells.draw_channels(3, number, 4, "sorted")
+        assert np.array_equal(batch["channel_ids"], np.tile(ids, (4, 1)))
+        assert batch["image"].shape == (4, 8, 8, len(ids))
+        shares = [next(half) for half in halves]
+        for key in ("image", "channel_ids", "label"):
+            assert np.array_equal(batch[key], np.concatenate([share[key] for share in shares]))
+        if number == 2:
+            state = whole.get_state() | {"batches": 3}
+    resumed = cells.make_train_iterator(config, seed=3)
+    resumed.set_state(state)
+    for batch in batches[3:]:
+        again = next(resumed)
+        assert all(np.array_equal(batch[key], again[key]) for key in batch)
+    for iterator in (whole, *halves, resumed):
+        iterator.close()
+
+
+def test_draws_are_uniform_in_number_and_in_channel() -> None:
+    draws = [cells.draw_channels(1, step, 4, "unsorted") for step in range(4000)]
+    sizes = np.bincount([len(d) for d in draws], minlength=5)[1:]
+    assert (abs(sizes - 1000) < 6 * np.sqrt(1000 * 0.75)).all()
+    seen = np.bincount(np.concatenate(draws), minlength=4)
+    assert (abs(seen - 2500) < 6 * np.sqrt(4000 * 0.25)).all()
+    assert any((np.diff(d) < 0).any() for d in draws)
+    assert all((np.diff(cells.draw_channels(1, step, 4, "sorted")) > 0).all() for step in range(50))
+
+
+def test_evaluation_takes_a_subset_by_name_in_the_order_named(config: CellsData) -> None:
+    subset = dataclasses.replace(config, eval_channels=("c", "a"))
+    batches, every = cells.make_eval_iterator(subset), cells.make_eval_iterator(config)
+    batch = next(batches)
+    assert batch["channel_ids"].tolist() == [[2, 0]] * 4
+    assert np.array_equal(batch["image"], next(every)["image"][..., [2, 0]])
+    batches.close()
+    every.close()
+    with pytest.raises(UserError, match="eval_channels"):
+        dataclasses.replace(config, eval_channels=("e",))
+
+
+def test_small_images_are_padded_and_large_ones_cut(rng: np.random.Generator) -> None:
+    pixels = rng.integers(1, 256, (5, 9, 3)).astype(np.uint8)
+    centre = cells.cut(pixels, (7, 6))
+    assert np.array_equal(centre[1:6], pixels[:, 1:7])
+    assert not centre[0].any() and not centre[6].any()
+    places = {cells.cut(pixels, (5, 6), rng)[0, 0].tobytes() for _ in range(100)}
+    assert len(places) == 4
+
+
+def test_each_channel_is_normalised_by_its_own_statistics(
+    config: CellsData, rng: np.random.Generator
+) -> None:
+    images = jnp.asarray(rng.integers(0, 256, (2, 3, 3, 2)).astype(np.uint8))
+    ids = jnp.array([[3, 1], [0, 2]])
+    mean, std = np.asarray(config.mean)[ids], np.asarray(config.std)[ids]
+    expected = (np.asarray(images) / 255 - mean[:, None, None]) / std[:, None, None]
+    preprocess = cells_device.make_preprocess(config)
+    assert np.allclose(preprocess(images, ids), expected, atol=1e-5)
+    full = preprocess(jnp.zeros((1, 1, 1, 4), jnp.uint8))
+    assert np.allclose(full[0, 0, 0], -np.asarray(config.mean) / config.std, atol=1e-6)
+
+
+def test_turns_are_the_five_that_the_recipe_names(rng: np.random.Generator) -> None:
+    images = jnp.asarray(rng.integers(0, 256, (400, 3, 3, 1)).astype(np.uint8)[:1].repeat(400, 0))
+    turned = np.asarray(
+        cells_device.turn(jax.random.key(int(rng.integers(2**31))), images, probability=0.5)
+    )
+    image = np.asarray(images[0])
+    ways = [image, image[:, ::-1], image[::-1], *(np.rot90(image, k) for k in (1, 2, 3))]
+    counts = [sum(np.array_equal(t, way) for t in turned) for way in ways]
+    assert sum(counts) == 400 and abs(counts[0] - 200) < 60
+    assert all(10 < count < 80 for count in counts[1:])
+
+
+def test_defocus_is_a_disk_and_leaves_a_flat_image_alone(rng: np.random.Generator) -> None:
+    key = jax.random.key(int(rng.integers(2**31)))
+    spot = np.zeros((64, 9, 9, 2), np.float32)
+    spot[:, 4, 4] = 1.0
+    blurred = np.asarray(
+        cells_device.defocus(key, jnp.asarray(spot), probability=0.75, radius=(1, 3))
+    )
+    padded = {0: np.pad(np.ones((1, 1)), 4)} | {
+        r: np.pad(cells_device.disk(r), 4 - r) for r in (1, 2, 3)
+    }
+    met = {
+        radius for image in blurred for radius, kernel in padded.items()
+        if np.allclose(image[..., 0], kernel, atol=1e-6) and np.allclose(image[..., 1], kernel, atol=1e-6)
+    }  # fmt: skip
+    assert met == {0, 1, 2, 3}
+    flat = jnp.full((8, 5, 5, 1), 3.0)
+    assert np.allclose(
+        cells_device.defocus(key, flat, probability=1.0, radius=(1, 3)), 3.0, atol=1e-5
+    )
+
+
+def test_holes_are_few_small_and_in_all_channels(rng: np.random.Generator) -> None:
+    key = jax.random.key(int(rng.integers(2**31)))
+    options = {"probability": 0.5, "holes": 2, "size": 3}
+    holed = np.asarray(cells_device.drop_holes(key, jnp.ones((200, 12, 12, 2)), **options))
+    assert np.array_equal(holed[..., 0], holed[..., 1])
+    dropped = (holed[..., 0] == 0).sum(axis=(1, 2))
+    assert dropped.max() <= 18 and 60 < (dropped == 0).sum() < 140
+
+
+def test_statistics_are_counted_stored_and_used(
+    config: CellsData, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    images = Images(5, rng).pixels
+    statistics = count_statistics(iter(images), NAMES)
+    flat = images.reshape(-1, 4) / 255
+    assert np.allclose(statistics.mean, flat.mean(axis=0)) and np.allclose(
+        statistics.std, flat.std(axis=0)
+    )
+    plain = dataclasses.replace(config, mean=(), std=())
+    with pytest.raises(UserError, match="fastvim data stats"):
+        plain.resolved()
+    write_statistics(tmp_path, statistics)
+    resolved = plain.resolved()
+    assert resolved.mean == statistics.mean and resolved.resolved() is resolved
+    assert read_statistics(tmp_path, ("c", "a"))[1] == (statistics.std[2], statistics.std[0])
+    (tmp_path / "statistics.json").write_text(
+        json.dumps({"names": ["a"], "mean": [1.0], "std": [1.0]})
+    )
+    with pytest.raises(UserError, match="no channel or entry 'b'"):
+        plain.resolved()
+    with pytest.raises(UserError, match="the same value everywhere"):
+        count_statistics([np.zeros((2, 2, 4), np.uint8)], NAMES)

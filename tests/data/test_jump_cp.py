@@ -1,0 +1,169 @@
+"""JUMP-CP: labels of wells, both kinds of index, and what is left out of them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvim_jax.data import DecodeError, open_source
+from fastvim_jax.data.prepare.shards import prepare
+from fastvim_jax.data.sources import jump_cp
+from fastvim_jax.data.sources.jump_target import read_plate_labels, well_name
+from fastvim_jax.errors import UserError
+from tests.support import data_dir
+
+REAL = None if data_dir() is None else data_dir() / "jump_target"
+
+
+@pytest.mark.skipif(REAL is None, reason="no plate maps here: set FASTVIM_DATA_DIR")
+@pytest.mark.parametrize(
+    ("perturbation", "classes", "wells"), [("compound", 161, 384), ("crispr", 161, 380), ("orf", 176, 384)]
+)  # fmt: skip
+def test_plate_maps_give_the_published_classes(perturbation: str, classes: int, wells: int) -> None:
+    labels = read_plate_labels(REAL, perturbation)
+    assert len(labels.class_names) == classes and len(labels.label_of_well) == wells
+    assert labels.class_names[0] == "control"
+    assert set(labels.label_of_well.values()) == set(range(classes))
+    if perturbation == "compound":
+        control = [well for well, label in labels.label_of_well.items() if label == 0]
+        assert len(control) == 64 and "A02" in control
+        assert labels.class_names[labels.label("a1")] == "CACNB4"
+
+
+def test_wells_are_named_one_way() -> None:
+    assert [well_name(text) for text in ("a1", "B007", "P24", "AF48")] == [
+        "A01",
+        "B07",
+        "P24",
+        "AF48",
+    ]
+    for text in ("", "12", "A", "ABC1", "A-1"):
+        with pytest.raises(UserError, match="is no well"):
+            well_name(text)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """A plate of four wells: a control, two genes, and one whose reagent is not in the metadata."""
+    stem = tmp_path / "JUMP-Target-1_compound"
+    Path(f"{stem}_platemap.tsv").write_text(
+        "well_position\tbroad_sample\nA01\t\nA02\tB\nA03\tA\nA04\tunknown\n"
+    )
+    Path(f"{stem}_metadata.tsv").write_text("broad_sample\ttarget\nA\tZZZ\nB\tAAA\n\t\n")
+    return tmp_path
+
+
+def test_a_parquet_index_is_split_the_same_way_every_time(
+    tables: Path, rng: np.random.Generator
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    wells = ["A01", "A02", "A03", "A04", "Z"] * 8
+    paths = [f"images/{i}.npy" for i in range(len(wells))]
+    (tables / "images").mkdir()
+    for path in paths:
+        np.save(tables / path, rng.integers(0, 256, (6, 6, 8)).astype(np.uint8))
+    parquet.write_table(pyarrow.table({"path": paths, "well": wells}), tables / "index.parquet")
+    parts = {s: open_source("jump_cp", s, path=str(tables)) for s in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [14, 5, 5]
+    names = [part[i].name for part in parts.values() for i in range(len(part))]
+    assert len(set(names)) == 24
+    again = open_source("jump_cp", "train", path=str(tables / "index.parquet"))
+    assert [again[i].name for i in range(14)] == names[:14]
+    assert again.class_names == ("control", "AAA", "ZZZ")
+    assert set(again.labels.tolist()) == {0, 1, 2}
+    assert any(
+        "8 images in a well without a label" in note and "A04" in note for note in again.notes
+    )
+    assert any("whose well is none" in note and "Z" in note for note in again.notes)
+    with pytest.raises(UserError, match="'tran' of a jump_cp source does not exist.*'train'"):
+        open_source("jump_cp", "tran", path=str(tables))
+
+
+def write_gallery(folder: Path, rng: np.random.Generator) -> None:
+    """A load_data CSV and its TIFFs: one site a well, of which two are damaged or lack a channel."""
+    tifffile = pytest.importorskip("tifffile")
+    rows = []
+    for site, well in enumerate(["A01", "A02", "A03", "A01"]):
+        row = {"Metadata_Plate": "P", "Metadata_Well": well, "Metadata_Site": str(site)}
+        for channel in ("ER", "DNA", "Mito", "AGP"):
+            name = f"{well}_{site}_{channel}.tiff"
+            pixels = rng.integers(0, 60000, (10, 12)).astype(np.uint16)
+            if (site, channel) == (0, "DNA"):
+                pixels[:] = 65535
+            file = folder / "Images" / name
+            file.parent.mkdir(exist_ok=True)
+            tifffile.imwrite(file, pixels)
+            if (site, channel) == (2, "ER"):
+                file.write_bytes(file.read_bytes()[:-40])
+            row |= {f"FileName_Orig{channel}": name, f"PathName_Orig{channel}": "/elsewhere/Images"}
+        rows.append(row)
+    (folder / "Images" / "A01_3_AGP.tiff").unlink()
+    with (folder / "load_data.csv").open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_gallerys_layout_becomes_shards_and_says_what_it_left_out(
+    tables: Path, rng: np.random.Generator, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    write_gallery(tables, rng)
+    source = open_source("jump_cp", "all", path=str(tables))
+    assert source.channel_names == ("Mito", "AGP", "ER", "DNA")
+    assert source[1].image.shape == (10, 12, 4) and source[1].target == 1
+    with pytest.raises(DecodeError, match="cut short|damaged"):
+        source[2]
+    with pytest.raises(DecodeError, match="the channel AGP is missing"):
+        source[3]
+    out = tmp_path_factory.mktemp("shards")
+    done = prepare(source, out, "all", max_corrupt=2)
+    assert done.records == 2 and len(done.left_out) == 2
+    assert len(done.notes) == 1 and "saturated in DNA" in done.notes[0]
+    shards = open_source("array_record", "all", path=str(out))
+    from fastvim_jax.data.multichannel import read_channels
+
+    assert np.array_equal(read_channels(shards[1].image, "a").pixels, source[1].image)
+    assert prepare(source, out, "all", max_corrupt=2).kept == done.shards
+
+
+def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = rng.integers(10000, 20000, (8, 8)).astype(np.uint16)
+    function = rng.uniform(0.5, 2.0, (8, 8))
+    tifffile.imwrite(tables / "dna.tiff", pixels)
+    np.save(tables / "illum.npy", function)
+    (tables / "load_data_with_illum.csv").write_text(
+        "Metadata_Well,FileName_OrigDNA,FileName_IllumDNA\nA02,dna.tiff,illum.npy\n"
+    )
+    image = open_source("jump_cp", "all", path=str(tables))[0].image
+    assert np.array_equal(image[..., 0], np.round(np.round(pixels / function) / 257))
+
+
+def test_an_object_store_is_asked_again_and_its_answer_kept(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store, asked = fsspec.filesystem("memory"), []
+    (tables / "load_data.csv").write_text("Metadata_Well,URL_OrigDNA\nA02,memory://plate/dna.npy\n")
+    np.save(tmp_path / "dna.npy", np.full((4, 4), 257 * 9, np.uint16))
+    store.pipe("/plate/dna.npy", (tmp_path / "dna.npy").read_bytes())
+    opened = fsspec.open
+
+    def unsteady(url: str, mode: str) -> object:
+        asked.append(url)
+        if len(asked) < 3:
+            raise ConnectionError("try again")
+        return opened(url, mode)
+
+    monkeypatch.setattr(fsspec, "open", unsteady)
+    monkeypatch.setattr(jump_cp.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(jump_cp.tempfile, "gettempdir", lambda: str(tmp_path))
+    source = open_source("jump_cp", "all", path=str(tables))
+    for _ in range(2):
+        assert (source[0].image == 9).all()
+    assert len(asked) == 3

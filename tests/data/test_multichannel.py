@@ -1,0 +1,117 @@
+"""Readers of images with any number of channels: what they return, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data.multichannel import (
+    find_channel_files,
+    read_channel_files,
+    read_channels,
+    to_uint8,
+)
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.errors import UserError
+from tests.support import data_dir
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pixels(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 65536, (6, 9, 5)).astype(np.uint16)
+
+
+def test_npy_comes_back_as_it_was_written(pixels: np.ndarray) -> None:
+    assert np.array_equal(read_channels(npy(pixels), "a").pixels, pixels)
+    assert np.array_equal(read_channels(npy(pixels.astype(">u2")), "a").pixels, pixels)
+    assert read_channels(npy(pixels[..., 0]), "a").pixels.shape == (6, 9, 1)
+
+
+def test_tiff_pages_are_channels_and_ome_names_them(pixels: np.ndarray, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    names = ["Mito", "AGP", "RNA", "ER", "DNA"]
+    file = tmp_path / "a.ome.tif"
+    planes = pixels.transpose(2, 0, 1)
+    tifffile.imwrite(file, planes, metadata={"axes": "CYX", "Channel": {"Name": names}})
+    image = read_channels(file.read_bytes(), "a")
+    assert image.names == tuple(names) and np.array_equal(image.pixels, pixels)
+    tifffile.imwrite(file, planes)
+    image = read_channels(file.read_bytes(), "a")
+    assert image.names == () and np.array_equal(image.pixels, pixels)
+    for kept in (len(file.read_bytes()) // 2, 12):
+        with pytest.raises(DecodeError, match=r"^a: (damaged|cut short)"):
+            read_channels(file.read_bytes()[:kept], "a")
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (b"", "empty"),
+        (b"\x93NUMPY nonsense", "damaged"),
+        (npy(np.array([None, "x"], object)), "damaged"),  # A pickle is never read.
+        (npy(np.zeros((4, 4, 2), np.float32)), "float32 pixels have no fixed scale"),
+        (npy(np.zeros((2, 3, 4, 5), np.uint8)), "is no image"),
+        (b"not an image", "damaged"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(image: bytes, what: str) -> None:
+    with pytest.raises(DecodeError, match=f"^somewhere: .*{what}"):
+        read_channels(image, "somewhere")
+
+
+def test_sixteen_bits_become_eight_by_division(pixels: np.ndarray) -> None:
+    assert np.array_equal(to_uint8(pixels), np.round(pixels / 257).astype(np.uint8))
+    narrow = pixels.astype(np.uint8)
+    assert to_uint8(narrow) is narrow
+    stretched = to_uint8(pixels // 100 + 7, "percentile")
+    assert stretched.min() == 0 and stretched.max() == 255
+
+
+def test_one_file_a_channel_is_found_by_pattern(pixels: np.ndarray, tmp_path: Path) -> None:
+    for site in (1, 2):
+        for channel, name in enumerate(("DNA", "ER")):
+            file = tmp_path / f"P1_B03_s{site}" / f"ch{channel}_{name}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels[..., channel]).save(file)
+    (tmp_path / "notes.txt").write_text("no image")
+    pattern = "{plate}_{well}_s{site}/ch{}_{channel}.png"
+    found = find_channel_files(tmp_path, pattern, ["ER", "DNA"])
+    assert [dict(key) for key in found] == [
+        {"plate": "P1", "well": "B03", "site": site} for site in ("1", "2")
+    ]
+    image = read_channel_files(next(iter(found.values())))
+    assert image.names == ("ER", "DNA")
+    assert np.array_equal(image.pixels, pixels[..., [1, 0]])
+    Image.fromarray(pixels[:3, :, 0]).save(tmp_path / "P1_B03_s1" / "ch0_DNA.png")
+    with pytest.raises(DecodeError, match="must agree"):
+        read_channel_files(next(iter(found.values())))
+    with pytest.raises(UserError, match="no file below"):
+        find_channel_files(tmp_path, "{channel}.tiff")
+    with pytest.raises(UserError, match="has no {channel}"):
+        find_channel_files(tmp_path, "{well}.png")
+
+
+def test_saturated_channels_are_told(pixels: np.ndarray) -> None:
+    pixels = np.minimum(pixels, 60000)
+    pixels[..., 2] = 65535
+    assert read_channels(npy(pixels), "a").saturated() == (2,)
+
+
+@pytest.mark.skipif(data_dir() is None, reason="no real images: set FASTVIM_DATA_DIR")
+def test_real_cell_painting_fields_are_read() -> None:
+    folder = data_dir() / "cell_painting"
+    found = find_channel_files(folder, "{set}/{plate}_{well}_s{site}/ch{}_{channel}.png")
+    images = {dict(key)["well"]: read_channel_files(files) for key, files in found.items()}
+    assert len(images) == 6
+    assert images["C03"].names == ("AGP", "Brightfield", "DNA", "ER", "Mito", "RNA")
+    assert images["C03"].pixels.dtype == np.uint16 and images["A01"].pixels.shape == (720, 720, 3)
