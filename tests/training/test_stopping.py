@@ -99,7 +99,7 @@ def test_a_worker_that_dies_in_an_evaluation_costs_the_evaluation_alone(tmp_path
         raise WorkersEnded("a data worker ended with exit code -9")
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="exit code -9") as caught:
-        patch.setattr("fastvim_jax.training.classification.evaluation.evaluate_state", end)
+        patch.setattr("fastvim_jax.training.classification.evaluation.evaluate_weights", end)
         train(CONFIG, tmp_path, progress=False)
     assert caught.value.step == STEPS_PER_EPOCH and steps_of(tmp_path) == [STEPS_PER_EPOCH]
     assert read_metrics(tmp_path, "eval") == []
