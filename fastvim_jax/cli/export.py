@@ -1,0 +1,46 @@
+"""`fastvim export RUN --out FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastvim_jax.cli.usage import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to export, and where to."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    out: Path
+    """File to write; its name ends in .npz."""
+    fast: bool = False
+    """Hold the GPU kernels: for Hopper GPUs and one batch size. Otherwise the program runs on CPUs and CUDA devices."""
+    batch: int | None = None
+    """Images of a call; without it a portable program takes any number."""
+    weights: Literal["raw", "ema"] | None = None
+    """The trained weights or their average; by default the average, if the run kept one."""
+    step: int | None = None
+    """Which checkpoint; by default the last."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Export a trained classifier to one file that runs with JAX and NumPy alone."""
+    chosen = parse(Arguments, "export", arguments, f"{run.__doc__}")
+    from fastvim_jax.inference.export import export_classifier
+    from fastvim_jax.training import load_run
+
+    loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    about = export_classifier(loaded, chosen.out, fast=chosen.fast, batch=chosen.batch)
+    size = "any number of" if about["batch"] is None else about["batch"]
+    print(
+        f"{chosen.out}: {chosen.out.stat().st_size / 1e6:.1f} MB, for {' and '.join(about['platforms'])}, {size} images "
+        f"of {'x'.join(map(str, about['image']))} a call."
+    )
+    return 0

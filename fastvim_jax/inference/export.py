@@ -1,0 +1,132 @@
+"""Export a trained classifier to one file that runs with JAX and NumPy alone.
+
+The file is an uncompressed `.npz` without pickles: the program as `jax.export` serialises it, the weights as arrays
+beside it, and a JSON text about them: preprocessing constants, class names, versions and a checksum. The program takes
+uint8 images, normalises them inside, and returns logits. docs/inference.md has the ten lines that load it.
+
+A portable program takes any batch size and runs on CPUs and CUDA devices through XLA. A fast one holds the Mosaic GPU
+kernels: it runs on Hopper GPUs with the one batch size that it was exported for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export
+from jaxtyping import Array
+
+from fastvim_jax import __version__
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import build_model
+from fastvim_jax.training.classification.config import TrainConfig
+from fastvim_jax.training.run_folder import Run
+from pallas_kernels import gpu
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda")
+
+
+def export_classifier(
+    run: Run, file: Path | str, *, fast: bool = False, batch: int | None = None
+) -> dict[str, Any]:
+    """Write the program of a trained classifier, its weights and what a user of them needs to know.
+
+    Args:
+        run: a trained classifier, from `load_run`.
+        file: the `.npz` file to write.
+        fast: hold the GPU kernels; otherwise the program is portable.
+        batch: images of a call; None, for portable programs alone, leaves it open.
+
+    Returns:
+        What the file says of itself (its entry `about`).
+
+    Raises:
+        UserError: the run is of another task; a fast program without `batch`, or whose model no kernel runs.
+    """
+    if not isinstance(run.config, TrainConfig):
+        raise UserError(f"export takes classifiers, not runs of a {type(run.config).__name__}.")
+    file = Path(file)
+    if file.suffix != ".npz":
+        raise UserError(f"{file}: name a file that ends in .npz.")
+    if batch is not None and batch < 1:
+        raise UserError(f"batch={batch} must be at least 1.")
+    if fast and batch is None:
+        raise UserError("a fast program takes one batch size: give it, for example batch=64.")
+    weights, structure = jax.tree.flatten(nnx.state(run.model))
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: build_model(_config(run, fast), rngs=nnx.Rngs(0)))
+    )
+    data = run.config.data
+    preprocess = make_preprocess(data)
+
+    def classify(weights: list[Array], images: Array) -> Array:
+        model = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+        logits = model(preprocess(images))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    size = export.symbolic_shape("batch")[0] if batch is None else batch
+    shapes = (
+        [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights],
+        jax.ShapeDtypeStruct((size, *data.height_width, data.channels), np.uint8),
+    )
+    platforms = ("cuda",) if fast else PLATFORMS
+    if fast and (missing := gpu.kernels_missing()) is not None:
+        raise UserError(f"a fast program is made where it is to run: {missing}.")
+    program = export.export(jax.jit(classify), platforms=platforms)(*shapes)
+    if fast and "mosaic_gpu" not in program.mlir_module():
+        raise UserError("no GPU kernel runs this model: export it without fast.")
+    serialised = bytes(program.serialize())
+    arrays = [np.asarray(w) for w in weights]
+    about = {
+        "format": FORMAT,
+        "weights": len(arrays),
+        "sha256": _checksum(serialised, arrays),
+        "platforms": platforms,
+        "batch": batch,
+        "image": [*data.height_width, data.channels],
+        "preprocess": {
+            "image_size": data.height_width,
+            "crop": data.eval_crop,
+            "mean": data.mean,
+            "std": data.std,
+            "note": "The program takes uint8 pixels, resized and cropped, and normalises them itself.",
+        },
+        "classes": run.class_names,
+        "step": run.step,
+        "averaged": run.weights == "ema",
+        "versions": {"fastvim-jax": __version__, "jax": jax.__version__},
+        "calling_convention": program.calling_convention_version,
+    }
+    entries = {f"weight_{i}": array for i, array in enumerate(arrays)}
+    with file.open("wb") as out:
+        np.savez(
+            out,
+            about=np.array(json.dumps(about, ensure_ascii=False)),
+            program=np.frombuffer(serialised, np.uint8),
+            **entries,
+        )
+    return about
+
+
+def _config(run: Run, fast: bool) -> Any:
+    """Choose the implementation: kernels where they run, or XLA, which every platform has."""
+    model = run.config.model
+    if not hasattr(model, "scan_implementation"):
+        return model
+    return dataclasses.replace(model, scan_implementation="auto" if fast else "xla")
+
+
+def _checksum(program: bytes, arrays: list[np.ndarray]) -> str:
+    digest = hashlib.sha256(program)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()

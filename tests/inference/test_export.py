@@ -1,0 +1,85 @@
+"""Exported programs: the live model's numbers, by a script that imports JAX and NumPy alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax import UserError
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.inference.export import export_classifier
+from fastvim_jax.models import build_model
+from fastvim_jax.training import Run
+from tests.pallas_kernels.mosaic_support import abstract_h100
+from tests.support import ROOT
+from tests.training.tiny import tiny_config, tiny_model
+
+NAMES = tuple("zero one two three four five six seven eight nine".split())
+
+
+def make_run(key, **changes):
+    config = tiny_config(model=tiny_model(**changes))
+    if config.model.image_size != config.data.height_width:
+        raise AssertionError
+    return Run(build_model(config.model, rngs=nnx.Rngs(key)), config, NAMES, 7, "ema")
+
+
+def the_documented_script():
+    text = (ROOT / "docs" / "inference.md").read_text()
+    return text.split("```python\n# load an exported program\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+def test_a_portable_program_takes_any_batch_and_runs_alone(tmp_path, key, rng, pooling):
+    run = make_run(key, pooling=pooling)
+    about = export_classifier(run, tmp_path / "model.npz")
+    assert about["batch"] is None and about["platforms"] == ("cpu", "cuda")
+    images = rng.integers(0, 256, (5, 8, 8, 1), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    script = the_documented_script()
+    assert {line.split()[1] for line in script.splitlines() if line.startswith(("import", "from"))} <= {
+        "hashlib", "json", "jax", "numpy",
+    }  # fmt: skip
+    script += "\nassert not [name for name in sys.modules if name.startswith('fastvim')]\n"
+    script += "np.save('logits.npy', logits)"
+    subprocess.run([sys.executable, "-c", "import sys\n" + script], cwd=tmp_path, check=True)
+    expected = run.model(make_preprocess(run.config.data)(jnp.asarray(images)))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_file_says_what_is_in_it(tmp_path, key):
+    run = make_run(key)
+    export_classifier(run, tmp_path / "model.npz", batch=3)
+    with np.load(tmp_path / "model.npz") as file:  # refuses pickles
+        about = json.loads(str(file["about"]))
+        assert len([name for name in file.files if name.startswith("weight_")]) == about["weights"]
+    assert about["classes"] == list(NAMES) and about["batch"] == 3 and about["averaged"]
+    assert about["image"] == [8, 8, 1] and about["preprocess"]["mean"] == [0.3]
+
+
+def test_a_fast_program_holds_the_kernels(tmp_path, key):
+    run = make_run(key, embed_dim=64, depth=1)
+    with pytest.raises(UserError, match="a fast program is made where it is to run"):
+        export_classifier(run, tmp_path / "model.npz", fast=True, batch=2)
+    with pytest.raises(UserError, match="takes one batch size"):
+        export_classifier(run, tmp_path / "model.npz", fast=True)
+    if jax.__version_info__ < (0, 11, 1):
+        pytest.skip("no kernels for this JAX")
+    with abstract_h100():
+        about = export_classifier(run, tmp_path / "model.npz", fast=True, batch=2)
+    assert about["platforms"] == ("cuda",) and about["batch"] == 2
+
+
+def test_other_names_and_sizes_are_refused(tmp_path, key):
+    run = make_run(key)
+    with pytest.raises(UserError, match="ends in .npz"):
+        export_classifier(run, tmp_path / "model.bin")
+    with pytest.raises(UserError, match="batch=0"):
+        export_classifier(run, tmp_path / "model.npz", batch=0)
