@@ -54,7 +54,15 @@ ROOMS: dict[str, set[str]] = {
         "pallas_kernels",
         *BASE,
     },
-    "inference": {"training", "models", "data", "interop", "analysis", *BASE},
+    "inference": {
+        "training",
+        "models",
+        "data",
+        "interop",
+        "analysis",
+        "pallas_kernels",
+        *BASE,
+    },
     "bench": {
         "training",
         "data",

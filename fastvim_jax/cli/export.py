@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     about = export_classifier(loaded, chosen.out, fast=chosen.fast, batch=chosen.batch)
     size = "any number of" if about["batch"] is None else about["batch"]
     print(
-        f"{chosen.out}: {chosen.out.stat().st_size / 1e6:.1f} MB, for {' and '.join(about['platforms'])}, {size} images "
-        f"of {'x'.join(map(str, about['image']))} a call."
+        f"{chosen.out}: {chosen.out.stat().st_size / 1e6:.1f} MB, for {' and '.join(about['platforms'])}, "
+        f"{size} images of {'x'.join(map(str, about['image']))} a call."
     )
     return 0

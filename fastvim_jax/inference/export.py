@@ -106,7 +106,7 @@ def export_classifier(
         "versions": {"fastvim-jax": __version__, "jax": jax.__version__},
         "calling_convention": program.calling_convention_version,
     }
-    entries = {f"weight_{i}": array for i, array in enumerate(arrays)}
+    entries: dict[str, Any] = {f"weight_{i}": array for i, array in enumerate(arrays)}
     with file.open("wb") as out:
         np.savez(
             out,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def keep_factors(
     key: jax.Array | None,
     given: Float[Array, "depth ..."] | None,
     rate: float,
-    shape: tuple[int, ...],
+    shape: tuple[Any, ...],
     dtype,
 ) -> Float[Array, "depth ..."] | None:
     """Factors for all blocks from `given` masks `depth *shape`, else drawn from `key`; None where nothing is dropped.
@@ -58,7 +60,7 @@ def keep_factors(
         key: This step's key, or None outside training.
         given: 0/1 masks to use instead of drawing any.
         rate: Rate at the last block.
-        shape: `depth`, then what a mask of one block has: `b`, or branches and `b`.
+        shape: `depth`, then what a mask of one block has: `b`, which may be symbolic, or branches and `b`.
         dtype: Of the factors.
     """
     rates = drop_path_rates(rate, shape[0])

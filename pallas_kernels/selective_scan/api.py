@@ -127,7 +127,8 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
     _expect_rank("A", A, "e n", 2)
     b, length, e = u.shape
     n = A.shape[1]
-    if min(b, length, e, n) < 1:
+    # A symbolic batch size, as in an exported program, is at least 1 by definition.
+    if min(b if isinstance(b, int) else 1, length, e, n) < 1:
         raise ValueError(
             f"selective_scan: no axis may be empty, got u {u.shape} (b l e) and A {A.shape} (e n)"
         )

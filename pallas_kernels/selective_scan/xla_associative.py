@@ -15,6 +15,8 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 
 # States of one run, at most (unless one chunk has more): 64 MB in float32.
 RUN_STATES = 2**24
+# Sequences that a run is cut for where their number is symbolic, as in an exported program.
+NOMINAL_BATCH = 32
 
 
 def _recurrence(a, x, h, reverse: bool, *, written_out: bool = True):
@@ -74,7 +76,8 @@ _CORE = _Associative()
 
 
 def _chunks_per_run(inputs: ScanInputs, options: ScanOptions) -> int:
-    states = inputs.u.shape[0] * inputs.A.size * options.chunk
+    batch = inputs.u.shape[0] if isinstance(inputs.u.shape[0], int) else NOMINAL_BATCH
+    states = batch * inputs.A.size * options.chunk
     return max(1, RUN_STATES // states)
 
 
