@@ -27,6 +27,7 @@ _HOMES = {
     "evaluate": "fastvim_jax.training",
     "load_experiment": "fastvim_jax.training",
     "load_run": "fastvim_jax.training",
+    "load_weights": "fastvim_jax.training",
     "train": "fastvim_jax.training",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "load_experiment",
     "load_pretrained",
     "load_run",
+    "load_weights",
     "model_config",
     "save_pretrained",
     "to_torch_state_dict",
@@ -63,7 +65,14 @@ if TYPE_CHECKING:
         model_config,
     )
     from fastvim_jax.models.pretrained import from_pretrained, load_pretrained, save_pretrained
-    from fastvim_jax.training import TrainConfig, evaluate, load_experiment, load_run, train
+    from fastvim_jax.training import (
+        TrainConfig,
+        evaluate,
+        load_experiment,
+        load_run,
+        load_weights,
+        train,
+    )
 
 
 def __getattr__(name: str) -> Any:

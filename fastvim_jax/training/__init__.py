@@ -13,6 +13,7 @@ from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.profiling import ProfileSteps
 from fastvim_jax.training.run_folder import Run, load_run
 from fastvim_jax.training.runs import RunResult, train
+from fastvim_jax.training.start_from import load_weights
 from fastvim_jax.training.stopping import STOPPED_STATUS, Stopped
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "list_experiments",
     "load_experiment",
     "load_run",
+    "load_weights",
     "read_metrics",
     "train",
 ]

@@ -109,6 +109,13 @@ class RunConfig:
     """Latest checkpoints kept."""
     log_every_steps: int = 50
     """Steps between lines of the log; only there the loop waits for the device."""
+    init: str | None = None
+    """Weights to start from: a run folder, a .safetensors file or a PyTorch checkpoint. A head of other classes is
+    drawn anew, position embeddings are resampled, and what else does not fit is an error."""
+    init_weights: Literal["raw", "ema"] | None = None
+    """Which weights of that run folder: the trained ones or their average; None: the average if it was kept."""
+    init_allow: tuple[str, ...] = ()
+    """Names of parameters that may misfit and are then drawn anew or left out, e.g. patch_embed.* for other patches."""
 
     def __post_init__(self) -> None:
         whole_to_float(self)
@@ -116,6 +123,8 @@ class RunConfig:
         require_integer("", self, 0, "evaluate_every_epochs", "seed")
         if self.checkpoint_every_steps is not None:
             require_integer("", self, 1, "checkpoint_every_steps")
+        if self.init is None and (self.init_allow or self.init_weights):
+            raise UserError("init_allow and init_weights say how to use init: set init as well.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             refuse("", self, "ema_decay", "at least 0 and below 1, or None for no average")
         if self.optimizer.schedule != "constant" and self.optimizer.warmup_epochs >= self.epochs:

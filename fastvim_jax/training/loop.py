@@ -24,8 +24,10 @@ from fastvim_jax.training.health import Window
 from fastvim_jax.training.metrics import RunLog, evaluated, open_sinks, read_metrics
 from fastvim_jax.training.parameter_norms import parameter_names
 from fastvim_jax.training.profiling import Profiler
+from fastvim_jax.training.run_folder import INIT_FILE, write_record
 from fastvim_jax.training.runs import OpenRun, RunResult
 from fastvim_jax.training.schedules import Schedule
+from fastvim_jax.training.start_from import start_state
 from fastvim_jax.training.steps import Batch, Metrics, TrainState, build_state
 from fastvim_jax.training.stopping import Stopped
 from fastvim_jax.training.summary import SummaryPicture
@@ -61,6 +63,8 @@ def begin_or_resume(
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Build the state before the first step or, if the run has a checkpoint, restore the latest; place the data alike.
 
+    A new state gets the weights that `config.init` names; what became of each parameter is in `init.json`.
+
     Args:
         begin: builds the state before the first step; not called when a checkpoint is there.
         shapes: shapes and places of this state, from `state_shapes`.
@@ -71,7 +75,12 @@ def begin_or_resume(
         The state, and the records of the log's open window, for `run_loop`.
     """
     if run.checkpoints.latest() is None:
-        return build_state(begin, shapes), []
+        state = build_state(begin, shapes)
+        if run.config.init is not None:
+            state, report = start_state(state, run.config, run.class_names)
+            write_record(run.folder / INIT_FILE, report.to_dict())
+            run.messages.append(report.in_words())
+        return state, []
     meta = run.checkpoints.read_meta()
     state = run.checkpoints.restore_state(shapes)
     batches.set_state(meta["data"])
@@ -168,6 +177,8 @@ def run_loop(
             f"After {total_steps} steps the average (ema) will still be {left:.0%} the initial weights: judge the raw "
             f"ones, or set an ema_decay below {config.ema_decay}."
         )
+    for message in run.messages:
+        log.say(message)
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
         # A run may have been stopped between saving and evaluating.

@@ -2,6 +2,7 @@
 
 config.json        the run's config, model included       classes.json      class names, in order (none: [])
 environment.json   versions, devices, git commit of each start
+init.json          what became of the weights that the run started from, if it did
 checkpoints/ checksums/                                    metrics.jsonl tensorboard/
 lock               held by the process that trains here
 """
@@ -17,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
 ENVIRONMENT_FILE = "environment.json"
+INIT_FILE = "init.json"
 CHECKPOINTS = "checkpoints"
 
 # What may change between an interrupted run and its continuation without changing a weight, but for rounding.
@@ -169,7 +171,8 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | None) -> None:
-    if (folder / CONFIG_FILE).is_file():
+    # What has saved nothing yet may be begun anew with another config.
+    if (folder / CONFIG_FILE).is_file() and _has_checkpoint(folder):
         _refuse_other_run(folder, config)
         if tuple(class_names or ()) != _classes_or_damaged(folder, class_names):
             raise UserError(
@@ -286,6 +289,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _has_checkpoint(folder: Path) -> bool:
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+
+
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
     saved, given = _leaves(to_dict(read_config(folder))), _leaves(to_dict(config))
     changed = [
@@ -297,8 +304,23 @@ def _refuse_other_run(folder: Path, config: RunConfig) -> None:
         raise UserError(
             f"{folder} holds a run with another config:\n  "
             + "\n  ".join(changed)
-            + "\nResume it with its own config, or choose another run folder."
+            + "\nResume it with its own config, or begin a new run from its weights, in another folder: "
+            f"--init {folder} --run-dir NEW."
         )
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file into a run folder, on the first process.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def write() -> None:
+        with writing(path):
+            _write(path, json.dumps(record, indent=1, ensure_ascii=False))
+
+    on_first_process(write)
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

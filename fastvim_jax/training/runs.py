@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,21 @@ class OpenRun:
 
     Attributes:
         call: what `train` was called with.
+        config: the run.
+        class_names: names of the classes by number; empty where the task has none.
         folder: the run folder.
         checkpoints: its checkpoints.
         stop: notes signals that ask the run to stop.
+        messages: lines to show when the loop begins.
     """
 
     call: TrainCall
+    config: RunConfig
+    class_names: tuple[str, ...]
     folder: Path
     checkpoints: Checkpoints
     stop: StopRequest
+    messages: list[str] = field(default_factory=list)
 
 
 def train(
@@ -123,4 +129,5 @@ def open_run(
     enter = call.opened.enter_context
     folder = enter(start_run(call.run_dir, config, class_names))
     checkpoints = enter(Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints))
-    return OpenRun(call, folder, checkpoints, call.stop)
+    names = tuple(class_names or ())
+    return OpenRun(call, config, names, folder, checkpoints, call.stop)

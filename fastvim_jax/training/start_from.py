@@ -1,0 +1,387 @@
+"""Start from the weights of another run or of a file, with every parameter accounted for.
+
+What fits is taken. A head of other classes is drawn anew, position embeddings are resampled to another grid, and a
+backbone is found inside a larger model or put into one. Everything else that does not fit is an error, unless it is
+allowed by name: weights that are silently left out are the most expensive kind of typing error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.interop.weights_file import check_numbers
+from fastvim_jax.layers.pos_embed import resize_pos_embed
+from fastvim_jax.models.config import BackboneConfig
+from fastvim_jax.models.parameters import ParameterInfo, map_parameters, parameter_infos
+from fastvim_jax.training.steps import TrainState
+from fastvim_jax.training.weights_source import Source, read_source
+
+Fate = Literal["taken", "resized", "drawn", "left"]
+
+# Where the backbone is in a model: the model itself, or a part of it.
+_BACKBONES = ("", "backbone.", "encoder.")
+# Parts of a backbone that belong to what it was trained for.
+_TASK_PARTS = ("head.", "out_norms.", "fc_norm.")
+# Fields of a backbone's config that no parameter and no meaning of one depends on.
+_FREE = frozenset(
+    {
+        "image_size", "num_classes", "drop_path", "out_indices", "dtype", "param_dtype", "matmul_precision", "blocks",
+        "remat", "activations", "scan_implementation",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one parameter.
+
+    Attributes:
+        name: its name in the model or, if it is left, in the source.
+        fate: taken from the source; resized from it; drawn anew (kept as it was, by `load_weights`); left there.
+        reason: why, if it was not simply taken.
+    """
+
+    name: str
+    fate: Fate
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of all parameters of the model and of the source.
+
+    Attributes:
+        source: the source in words.
+        lines: one for each unstacked parameter.
+        notes: differences that change what the weights mean, though they fit.
+    """
+
+    source: str
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
+
+    def names(self, fate: Fate) -> list[str]:
+        """Return the names of the parameters with this fate."""
+        return [line.name for line in self.lines if line.fate == fate]
+
+    def in_words(self) -> str:
+        """Write the report as a short table, one line for all parameters of one module, fate and reason."""
+        groups: dict[tuple[Fate, str], list[str]] = {}
+        for line in self.lines:
+            groups.setdefault((line.fate, line.reason), []).append(line.name)
+        rows = [f"Starting from {self.source}:"]
+        for (fate, reason), names in sorted(groups.items()):
+            shown = ", ".join(_families(names))
+            rows.append(f"  {fate:<8} {len(names):>4}  {shown}{f' ({reason})' if reason else ''}")
+        return "\n".join([*rows, *(f"  note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values: `source`, `notes` and the `parameters` with fate and reason."""
+        lines = {line.name: f"{line.fate} {line.reason}".rstrip() for line in self.lines}
+        return {"source": self.source, "notes": list(self.notes), "parameters": lines}
+
+
+def load_weights(
+    model: nnx.Module,
+    source: Path | str,
+    *,
+    weights: Literal["raw", "ema"] | None = None,
+    step: int | None = None,
+    class_names: Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> Report:
+    """Load weights into a model in place; the result says what was taken, resized, kept as it was, and left.
+
+    A head of another number of classes, or of other classes if both are named, is kept as it was drawn. Position
+    embeddings are resampled to the model's grid.
+
+    Args:
+        model: any model of this library.
+        source: a run folder, or a `.safetensors` or PyTorch file.
+        weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
+        step: of a run folder, which checkpoint; by default the latest.
+        class_names: the model's classes, to be compared with a run's.
+        allow: names of parameters that may misfit, with wildcards, e.g. `patch_embed.*`.
+
+    Raises:
+        UserError: no such source; numbers that are complex or not finite; a misfit that is not allowed, with all
+            names in one message.
+    """
+    state = nnx.state(model)
+    arrays, report = fit(
+        read_source(source, weights=weights, step=step),
+        _shapes(state),
+        config=getattr(model, "config", None),
+        class_names=class_names,
+        allow=allow,
+    )
+    nnx.update(model, _replace(state, arrays))
+    return report
+
+
+def start_state(
+    state: TrainState, config: Any, class_names: Sequence[str] = ()
+) -> tuple[TrainState, Report]:
+    """Put the weights that `config.init` names into a new train state: parameters, average and running statistics.
+
+    Args:
+        state: the state before the first step; its values stay where the source has none.
+        config: the run's config.
+        class_names: names of its classes.
+
+    Raises:
+        UserError: see `load_weights`.
+    """
+    source = read_source(config.init, weights=config.init_weights)
+    model_state = {} if state.model_state is None else state.model_state
+    arrays, report = fit(
+        source,
+        _shapes(state.params) | _shapes(model_state),
+        config=config.model,
+        class_names=class_names,
+        allow=config.init_allow,
+    )
+    notes = [*report.notes, *_other_normalisation(source.data, config.data)]
+    params = _replace(state.params, arrays)
+    changed = dataclasses.replace(
+        state,
+        params=params,
+        ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
+        model_state=None if state.model_state is None else _replace(state.model_state, arrays),
+    )
+    return changed, dataclasses.replace(report, notes=tuple(notes))
+
+
+def fit(
+    source: Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    config: Any = None,
+    class_names: Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> tuple[dict[str, np.ndarray], Report]:
+    """Find for every parameter of a model its array in the source.
+
+    Args:
+        source: where the weights come from.
+        shapes: shapes of the model's unstacked parameters by name.
+        config: the model's config, for its grid and to explain misfits.
+        class_names: see `load_weights`.
+        allow: see `load_weights`.
+
+    Returns:
+        The arrays by the model's names, and what became of each.
+
+    Raises:
+        UserError: listing all misfits.
+    """
+    check_numbers(source.arrays, source.name)
+    here, there = backbone_of(config), backbone_of(source.config)
+    inside, outside = _prefix(shapes), _prefix(source.arrays)
+    renamed = {
+        inside + name.removeprefix(outside) if name.startswith(outside) else name: name
+        for name in source.arrays
+    }
+    arrays: dict[str, np.ndarray] = {}
+    lines: list[Line] = []
+    misfits: list[str] = []
+
+    def misfit(name: str, fate: Fate, reason: str, expected: bool) -> None:
+        if not expected and not _matches(name, allow):
+            misfits.append(f"{name}: {reason}")
+        lines.append(Line(name, fate, reason))
+
+    for name, shape in shapes.items():
+        in_backbone = name.startswith(inside)
+        part = name.removeprefix(inside)
+        belongs_to_task = not in_backbone or part.startswith(_TASK_PARTS)
+        if name not in renamed:
+            misfit(name, "drawn", "not in the source", belongs_to_task)
+            continue
+        array = source.arrays[renamed[name]]
+        if in_backbone and part == "pos_embed" and _grids_differ(here, there, array.shape, shape):
+            if (resized := resize_positions(array, there, here)) is not None:
+                arrays[name] = resized
+                lines.append(Line(name, "resized", f"{_grid(there)} to {_grid(here)}"))
+                continue
+        if array.shape != shape:
+            reason = f"{_times(array.shape)} there, {_times(shape)} here"
+            misfit(name, "drawn", reason, belongs_to_task)
+        elif belongs_to_task and _other_classes(source.class_names, class_names):
+            misfit(name, "drawn", "other classes", True)
+        else:
+            arrays[name] = array
+            lines.append(Line(name, "taken"))
+    dense = not any(name.startswith(f"{inside}norm.") for name in shapes)
+    for name, original in renamed.items():
+        if name not in shapes:
+            part = original.removeprefix(outside)
+            unused = part.startswith(_TASK_PARTS) or (dense and part.startswith("norm."))
+            misfit(
+                original, "left", "not in this model", unused or not original.startswith(outside)
+            )
+    if misfits:
+        raise UserError(_misfits_in_words(source, misfits, here, there))
+    return arrays, Report(source.name, tuple(lines), tuple(_differences(here, there)))
+
+
+def backbone_of(config: Any) -> BackboneConfig | None:
+    """Return the config of a model's backbone, which may be the model itself; None if it is not known."""
+    for each in (config, getattr(config, "backbone", None), getattr(config, "encoder", None)):
+        if isinstance(each, BackboneConfig):
+            return each
+    return None
+
+
+def resize_positions(
+    table: np.ndarray, source: BackboneConfig | None, target: BackboneConfig | None
+) -> np.ndarray | None:
+    """Resample position embeddings `1 l d` to another model's grid; a class token's row moves to its place there.
+
+    Returns None where that is not defined: grids unknown, one model without class token, tokens in another order.
+    """
+    if source is None or target is None or _order(source) != _order(target):
+        return None
+    rows, columns = _stored_grid(source)
+    there, here = _class_row(source), _class_row(target)
+    if (there is None) != (here is None) or table.shape[1] != rows * columns + (there is not None):
+        return None
+    grid = table if there is None else np.delete(table, there, axis=1)
+    resized = resize_pos_embed(
+        jnp.asarray(grid, jnp.float32), _stored_grid(source), _stored_grid(target)
+    )
+    if there is None or here is None:
+        return np.asarray(resized)
+    return np.insert(np.asarray(resized), here, table[:, there], axis=1)
+
+
+def _prefix(names: Iterable[str]) -> str:
+    names = list(names)
+    for prefix in _BACKBONES:
+        if any(name.startswith(f"{prefix}blocks.") for name in names):
+            return prefix
+    return ""
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _other_classes(there: Sequence[str], here: Sequence[str]) -> bool:
+    return bool(there) and bool(here) and tuple(there) != tuple(here)
+
+
+def _order(config: BackboneConfig) -> str:
+    return getattr(config, "token_order", "row")
+
+
+def _stored_grid(config: BackboneConfig) -> tuple[int, int]:
+    return config.grid if _order(config) == "row" else config.grid[::-1]
+
+
+def _class_row(config: BackboneConfig) -> int | None:
+    """Return the row of the class token in the position table: a ViT's is the first."""
+    rows, columns = config.grid
+    place = getattr(config, "class_token", "head")
+    return {"none": None, "middle": rows * columns // 2, "head": 0}[place]
+
+
+def _grids_differ(
+    here: BackboneConfig | None,
+    there: BackboneConfig | None,
+    shape_there: tuple[int, ...],
+    shape_here: tuple[int, ...],
+) -> bool:
+    if here is None or there is None:
+        return shape_there != shape_here
+    return (here.grid, _class_row(here)) != (there.grid, _class_row(there))
+
+
+def _grid(config: BackboneConfig | None) -> str:
+    return "" if config is None else _times(config.grid)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _differences(here: BackboneConfig | None, there: BackboneConfig | None) -> list[str]:
+    """List the fields in which two backbones differ, of those that matter to their weights."""
+    if here is None or there is None:
+        return []
+    if type(here) is not type(there):
+        return [f"the model is a {type(there).__name__} there, a {type(here).__name__} here"]
+    names = [field.name for field in dataclasses.fields(here) if field.name not in _FREE]
+    return [
+        f"{name} is {getattr(there, name)!r} there, {getattr(here, name)!r} here"
+        for name in names
+        if getattr(there, name) != getattr(here, name)
+    ]
+
+
+def _other_normalisation(there: Any, here: Any) -> list[str]:
+    names = ("mean", "std", "channels") if there is not None else ()
+    return [
+        f"data.{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+        for name in names
+        if getattr(there, name, None) != getattr(here, name, None)
+    ]
+
+
+def _misfits_in_words(
+    source: Source,
+    misfits: Sequence[str],
+    here: BackboneConfig | None,
+    there: BackboneConfig | None,
+) -> str:
+    shown = "\n  ".join([*misfits[:8], *([f"and {len(misfits) - 8} more"] if misfits[8:] else [])])
+    differences = _differences(here, there)
+    models = f"\nThe models differ: {'; '.join(differences)}." if differences else ""
+    return (
+        f"the weights of {source.name} do not fit this model; {len(misfits)} parameters:\n  {shown}{models}\n"
+        "Give this run the same model, or allow misfits by name: they are then drawn anew, or left out "
+        "(init_allow, on the command line --init-allow 'patch_embed.*')."
+    )
+
+
+def _families(names: Sequence[str]) -> list[str]:
+    """Shorten names to their first part: `blocks.*`, `patch_embed.*`, `pos_embed`."""
+    families = (
+        f"{first}.*" if rest else first for first, _, rest in (n.partition(".") for n in names)
+    )
+    return list(dict.fromkeys(families))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for info in parameter_infos(tree) for name in info.unstacked_names()}
+
+
+def _replace(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Put arrays into a tree by their unstacked names, each leaf in its dtype and where it lies."""
+
+    def replaced(info: ParameterInfo, leaf: Any) -> Any:
+        names = info.unstacked_names()
+        given = [i for i, name in enumerate(names) if name in arrays]
+        if not given:
+            return leaf
+        parts = np.stack([np.asarray(arrays[names[i]]).astype(leaf.dtype) for i in given])
+        if len(given) < len(names):
+            put = jax.jit(
+                lambda old, new: old.at[np.array(given)].set(new), out_shardings=leaf.sharding
+            )
+            return put(leaf, parts)
+        whole = parts if info.stacked else parts[0]
+        return jax.make_array_from_callback(whole.shape, leaf.sharding, lambda index: whole[index])
+
+    return map_parameters(replaced, tree)
