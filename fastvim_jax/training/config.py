@@ -110,8 +110,8 @@ class RunConfig:
     log_every_steps: int = 50
     """Steps between lines of the log; only there the loop waits for the device."""
     init: str | None = None
-    """Weights to start from: a run folder, a .safetensors file or a PyTorch checkpoint. A head of other classes is
-    drawn anew, position embeddings are resampled, and what else does not fit is an error."""
+    """Weights to start from: a run folder, a saved model or hf://owner/name, a .safetensors or .pth file. A head of
+    other classes is drawn anew, position embeddings are resampled, and what else does not fit is an error."""
     init_weights: Literal["raw", "ema"] | None = None
     """Which weights of that run folder: the trained ones or their average; None: the average if it was kept."""
     init_allow: tuple[str, ...] = ()

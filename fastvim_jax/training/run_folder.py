@@ -318,7 +318,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
     def write() -> None:
         with writing(path):
-            _write(path, json.dumps(record, indent=1, ensure_ascii=False))
+            replace_file(path, json.dumps(record, indent=1, ensure_ascii=False))
 
     on_first_process(write)
 

@@ -108,7 +108,7 @@ def load_weights(
 
     Args:
         model: any model of this library.
-        source: a run folder, or a `.safetensors` or PyTorch file.
+        source: a run folder; a folder of `save_pretrained`, or `hf://owner/name`; a `.safetensors` or PyTorch file.
         weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
         step: of a run folder, which checkpoint; by default the latest.
         class_names: the model's classes, to be compared with a run's.
@@ -331,7 +331,7 @@ def _differences(here: BackboneConfig | None, there: BackboneConfig | None) -> l
 
 
 def _other_normalisation(there: Any, here: Any) -> list[str]:
-    names = ("mean", "std", "channels") if there is not None else ()
+    names = ("mean", "std") if there is not None else ()
     return [
         f"data.{name} is {getattr(there, name)} there, {getattr(here, name)} here"
         for name in names

@@ -1,4 +1,4 @@
-"""Read weights to start from: a run folder, a safetensors file or a PyTorch checkpoint."""
+"""Read weights to start from: a run, a saved model, one of the hub, a safetensors file or a PyTorch checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from flax import nnx
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
 from fastvim_jax.models import build_model
+from fastvim_jax.models.mae import MaskedAutoencoder, backbone_parameters
 from fastvim_jax.models.parameters import named_parameters
+from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
 from fastvim_jax.training.run_folder import CONFIG_FILE, load_run
+
+HUB = "hf://"
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Source:
         arrays: unstacked parameters, and running statistics, under this library's names.
         config: the model's config, or None if it is not known.
         class_names: names of its classes, if known.
-        data: the config of the data it was trained on, if known.
+        data: what says how its images were normalised (`mean`, `std`), if known.
     """
 
     name: str
@@ -39,42 +43,61 @@ class Source:
 def read_source(
     source: Path | str, *, weights: str | None = None, step: int | None = None
 ) -> Source:
-    """Read weights from a run folder or a file.
+    """Read weights from a run folder, a saved model or a file.
 
     Args:
-        source: a run folder, or a `.safetensors` or PyTorch file under the authors', timm's or this library's names.
+        source: a run folder; a folder of `save_pretrained`, or `hf://owner/name` on the Hugging Face hub; a
+            `.safetensors` or PyTorch file under the authors', timm's or this library's names.
         weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
         step: of a run folder, which checkpoint; by default the latest.
 
     Raises:
         UserError: no such folder or file; a damaged one; weights of no model that is known here.
     """
+    hub = str(source).removeprefix(HUB) if str(source).startswith(HUB) else None
     path = Path(source).expanduser()
+    if hub is not None or is_pretrained(path):
+        _refuse_choice(str(source), weights, step)
+        found = load_pretrained(hub or path)
+        config = getattr(found.model, "config", None)
+        return Source(
+            str(source), _arrays(found.model), config, found.class_names, found.preprocessing
+        )
     if path.is_dir():
         if not (path / CONFIG_FILE).is_file():
             raise UserError(
-                f"{path} is no run folder: it has no {CONFIG_FILE}. Name a folder that training wrote, or a weights "
-                "file (.safetensors, .pth)."
+                f"{path} is no run folder: it has no {CONFIG_FILE}. Name a folder that training or save_pretrained "
+                "wrote, or a weights file (.safetensors, .pth)."
             )
         run = load_run(path, weights=weights, step=step)
         config, arrays = run.config.model, _arrays(run.model)
         name = f"{path} (step {run.step}, {run.weights} weights)"
         return Source(name, arrays, config, run.class_names, run.config.data)
     if not path.is_file():
-        raise UserError(f"there is no run folder or weights file {path}.")
-    if weights is not None or step is not None:
-        raise UserError(f"{path} is a file: weights and step are of a run folder.")
-    found = read_weights_file(path)
-    name = f"{path} ({found.place})" if found.place else str(path)
-    if any(each.endswith(".kernel") for each in found.arrays):
-        return Source(name, found.arrays)
-    config = recognise(found.arrays)
+        raise UserError(
+            f"there is no run folder, saved model or weights file {path}; models of the hub are called "
+            f"{HUB}owner/name."
+        )
+    _refuse_choice(str(path), weights, step)
+    file = read_weights_file(path)
+    name = f"{path} ({file.place})" if file.place else str(path)
+    if any(each.endswith(".kernel") for each in file.arrays):
+        return Source(name, file.arrays)
+    config = recognise(file.arrays)
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    from_torch_state_dict(model, found.arrays)
+    from_torch_state_dict(model, file.arrays)
     return Source(name, _arrays(model), config)
 
 
+def _refuse_choice(source: str, weights: str | None, step: int | None) -> None:
+    if weights is not None or step is not None:
+        raise UserError(f"{source} holds one set of weights: weights and step are of a run folder.")
+
+
 def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    if hasattr(model, "backbone_parameters"):
-        return {name: np.asarray(value) for name, value in model.backbone_parameters().items()}
+    if isinstance(model, MaskedAutoencoder):
+        # The fixed position table becomes the classifier's; what is not the encoder's keeps its name.
+        whole = named_parameters(jax.tree.map(np.asarray, nnx.state(model)))
+        table = backbone_parameters(model)["pos_embed"]
+        return {"encoder.pos_embed": np.asarray(table), **whole}
     return named_parameters(jax.tree.map(np.asarray, nnx.state(model)))

@@ -28,6 +28,7 @@ from fastvim_jax.training.steps import (
     make_train_step,
     state_shapes,
 )
+from fastvim_jax.training.stopping import StopRequest
 from tests.training.compare_runs import assert_same_run
 from tests.training.tiny import tiny_config
 
@@ -90,8 +91,8 @@ def run(folder, *, stop_at: int | None = None):
     def draw(params: Any, key: jax.Array, batch: Any) -> jax.Array:
         return 0.1 * jax.random.normal(key, (len(batch["y"]),))
 
-    with ExitStack() as opened:
-        call = TrainCall(folder, False, None, None, opened, time.perf_counter())
+    with StopRequest() as stop, ExitStack() as opened:
+        call = TrainCall(folder, False, None, None, opened, time.perf_counter(), stop)
         opened_run = open_run(call, CONFIG)
         batches, shapes = Numbers(), state_shapes(mesh, begin)
         state, records = begin_or_resume(begin, shapes, opened_run, batches)

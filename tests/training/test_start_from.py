@@ -17,7 +17,10 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.interop import to_torch_state_dict
 from fastvim_jax.layers.pos_embed import resize_pos_embed
 from fastvim_jax.models import ViTConfig, build_model
+from fastvim_jax.models.mae import backbone_parameters
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters, parameter_infos
+from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
 from fastvim_jax.training import evaluate, load_run, train
 from fastvim_jax.training.start_from import fit, load_weights, resize_positions
 from fastvim_jax.training.weights_source import Source
@@ -179,10 +182,14 @@ def test_hand_written_code_loads_runs_and_files(source_run, tmp_path, rng):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere", {}, "there is no run folder or weights file nowhere"),
+        ("nowhere", {}, "there is no run folder, saved model or weights file nowhere"),
         (".", {}, "is no run folder: it has no config.json"),
         ("README.md", {}, "is no weights file"),
-        ("README.md", {"weights": "ema"}, "is a file: weights and step are of a run folder"),
+        (
+            "README.md",
+            {"weights": "ema"},
+            "holds one set of weights: weights and step are of a run folder",
+        ),
     ],
 )
 def test_what_is_no_source_is_named(source, options, message):
@@ -235,3 +242,22 @@ def test_leaves_of_which_some_blocks_are_given_keep_the_others(source_run):
     np.testing.assert_array_equal(after[f"blocks.2.{name}"], before[f"blocks.2.{name}"])
     np.testing.assert_array_equal(after[f"blocks.1.{name}"], trained[f"blocks.1.{name}"])
     assert jax.tree.leaves(nnx.state(deeper))[0].dtype == np.float32
+
+
+def test_a_classifier_starts_from_a_masked_autoencoder_and_from_a_saved_model(tmp_path):
+    """The encoder enters, its fixed positions become the learned ones' first values, and the decoder is left."""
+    classifier = build(seed=2)
+    encoder = dataclasses.replace(MODEL, num_classes=0, drop_path=0.0)
+    masked = build_model(
+        MaskedAutoencoderConfig(encoder=encoder, decoder_dim=8, decoder_depth=1), rngs=nnx.Rngs(4)
+    )
+    save_pretrained(masked, tmp_path / "masked", preprocessing=Preprocessing((8, 8)))
+    report = load_weights(classifier, tmp_path / "masked")
+    assert set(report.names("drawn")) == {"head.kernel", "head.bias"}
+    assert all(name.startswith("decoder.") for name in report.names("left"))
+    for name, value in backbone_parameters(masked).items():
+        np.testing.assert_array_equal(arrays_of(classifier)[name], value)
+
+    save_pretrained(classifier, tmp_path / "saved", preprocessing=Preprocessing((8, 8)))
+    other = build(tiny_model(image_size=16), seed=9)
+    assert load_weights(other, tmp_path / "saved").names("resized") == ["pos_embed"]
