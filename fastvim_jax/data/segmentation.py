@@ -79,10 +79,11 @@ def make_train_iterator(
     """
     source = open_masks(config, config.train_split)
     local = local_batch(config.batch_size, process_count, "batch_size")
-    steps = max(len(source) // config.batch_size, 1)
+    per_epoch = len(source) * config.repeat
+    steps = max(per_epoch // config.batch_size, 1)
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-    if len(source) < config.batch_size:
-        records = records.repeat(-(-config.batch_size // len(source)))
+    if (passes := -(-max(per_epoch, config.batch_size) // len(source))) > 1:
+        records = records.repeat(passes)
     scenes = records.random_map(_LoadForTraining(source, config))
     whole = steps * config.batch_size
     batches = scenes[:whole].batch(local, batch_fn=_stack).repeat(None)

@@ -49,6 +49,8 @@ class SegmentationData(DataConfig):
     """Training: probability of a horizontal flip."""
     photometric: bool = True
     """Training: distort brightness, contrast, saturation and hue."""
+    repeat: int = 1
+    """Times the training images are gone through in one epoch, for sets of few images."""
     eval_stride: int | tuple[int, int] = 341
     """Evaluation: rows and columns between windows."""
 
@@ -56,6 +58,7 @@ class SegmentationData(DataConfig):
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
         self._whole("classes", 0)
+        self._whole("repeat", 1)
         self._require(self.classes <= 255, "classes", "at most 255")
         self._whole("ignored_label", 0)
         for name in ("fit", "scale"):

@@ -1,0 +1,35 @@
+"""FastVim-T with UperNet on ADE20K (150 classes, 512 px): 41.8 mIoU in the paper (section 4.5), 35,229,164 parameters.
+
+The recipe of every file in this folder: 20,210 images, 160,000 steps of 16 crops (here 127 whole epochs, 160,401
+steps), AdamW 6e-5, decay 0.01, 1500 steps of warm-up, then a straight line to 0; resized by 0.5 to 2, cropped, flipped,
+photometric distortion; evaluated by sliding a 512 px window by 341. It starts from ImageNet weights:
+
+    fastvim train ade20k/fastvim_tiny --init runs/imagenet/fastvim_tiny
+
+The released models were trained with `--loss-divisor all` and with LayerNorm in the blocks (`norm="layer"`, with
+init_allow "backbone.blocks.*.norm.bias": the ImageNet weights have no biases), which are options here.
+
+Cost: 5.3e+17 FLOPs (6 x 34 GMACs an image, 28 of them in the heads); time not measured.
+
+Set FASTVIM_ADE20K_DIR to ADEChallengeData2016, which holds `images` and `annotations`, and put `objectInfo150.csv` or
+a `classes.txt` of 150 names there.
+"""
+
+from fastvim_jax.data.segmentation_config import SegmentationData
+from fastvim_jax.models import model_config, upernet
+from fastvim_jax.training.segmentation.config import SegmentationConfig
+
+claims = {"classes": 150, "parameters": 35_229_164}
+
+config = SegmentationConfig(
+    model=upernet(
+        model_config(
+            "fastvim_tiny_patch16_224",
+            drop_path=0.05,
+            dtype="bfloat16",
+            activations="compute",
+            blocks="unroll",
+        ),
+    ),
+    data=SegmentationData(path="$FASTVIM_ADE20K_DIR", zero_is_ignored=True, workers=16),
+)
