@@ -18,10 +18,13 @@ from fastvim_jax.errors import suggest
 
 HELP = """\
 Usage: fastvim data check PATH [OPTIONS]
+       fastvim data check-masks PATH [OPTIONS]
        fastvim data prepare PATH --out DIR [OPTIONS]
 
   check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
             classes without images, one image under several labels, files that are not read, shards that have changed
+  check-masks  the same for images with label maps (images/SPLIT/x.jpg, annotations/SPLIT/x.png, or other patterns):
+            missing masks, other sizes, colours instead of labels, labels outside the classes or off by one
   prepare   write ArrayRecord shards with checksums, original bytes or resized; started again, it goes on
 
 PATH is a data set's folder: one folder a split with one folder a class (train/cat/1.jpg), tar shards, Parquet files
@@ -70,13 +73,21 @@ class Prepare(_Where):
 
 def run(arguments: Sequence[str]) -> int:
     """Check a data set, or turn it into ArrayRecord shards."""
-    tasks: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "prepare": _prepare}
+    from fastvim_jax.cli import check_masks
+
+    tasks: dict[str, Callable[[Sequence[str]], int]] = {
+        "check": _check,
+        "check-masks": check_masks.run,
+        "prepare": _prepare,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in tasks:
-        raise UsageError(f"unknown task {name!r}: check or prepare.{suggest(name, tasks)}")
+        raise UsageError(
+            f"unknown task {name!r}: check, check-masks or prepare.{suggest(name, tasks)}"
+        )
     return tasks[name](rest)
 
 
@@ -88,7 +99,7 @@ def _check(arguments: Sequence[str]) -> int:
     reports = {}
     for split in splits:
         source = _open(chosen, kind, split)
-        with _progress(f"checking {split}", quiet=chosen.json) as progress:
+        with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             reports[split] = report = check(source, workers=chosen.workers, progress=progress)
         if not chosen.json:
             used = sum(count > 0 for count in report.counts.values())
@@ -158,7 +169,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     for split in splits:
         source = _open(chosen, kind, split)
         origin = {"source": kind, "path": str(path.absolute()), "split": split}
-        with _progress(f"preparing {split}") as progress:
+        with progress_bar(f"preparing {split}") as progress:
             done = prepare(
                 source,
                 chosen.out,
@@ -212,7 +223,7 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
 
 
 @contextlib.contextmanager
-def _progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on standard error if it is a terminal, otherwise nothing."""
     import rich.console
     import rich.progress

@@ -1,0 +1,94 @@
+"""`fastvim data check-masks PATH`: what is wrong with a folder of images and label maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, command, parse
+from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to scan. The options are the fields of the same names in an experiment's `data`."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """The data set's folder."""
+    split: tuple[str, ...] = ("training", "validation")
+    """What {split} stands for in the patterns."""
+    image_pattern: str = IMAGE_PATTERN
+    """Where images lie below PATH; {name} may span folders."""
+    mask_pattern: str = MASK_PATTERN
+    """Where the mask of an image lies, under the same {name}."""
+    class_list: str = ""
+    """Class list (.txt, .tsv or ADE20K's .csv) where the folder's own is not the right one."""
+    classes: int = 0
+    """Number of classes where there is no class list."""
+    zero_is_ignored: bool = False
+    """Label 0 means unlabelled and label k class k - 1, as in ADE20K."""
+    ignored_label: int = 255
+    """Label of pixels that do not count."""
+    workers: int = 0
+    """Worker processes."""
+    list: int = 20
+    """Problems of each split to list; the others are counted."""
+    json: bool = False
+    """Print JSON, with every problem."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List what is wrong with images and label maps; the exit status is 1 if anything is."""
+    chosen = parse(Arguments, "data check-masks", arguments, f"{run.__doc__}")
+    from fastvim_jax.cli.data import progress_bar
+    from fastvim_jax.data.prepare.check_masks import check_masks, count_problems
+    from fastvim_jax.data.segmentation import open_masks
+    from fastvim_jax.data.segmentation_config import SegmentationData
+
+    with as_usage_error():
+        config = SegmentationData(
+            path=chosen.path,
+            image_pattern=chosen.image_pattern,
+            mask_pattern=chosen.mask_pattern,
+            class_list=chosen.class_list,
+            classes=chosen.classes,
+            zero_is_ignored=chosen.zero_is_ignored,
+            ignored_label=chosen.ignored_label,
+        )
+    found, as_json = False, {}
+    for split in chosen.split:
+        source = open_masks(config, split, allow_missing=True)
+        with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
+            report = check_masks(source, config, workers=chosen.workers, progress=progress)
+        found = found or bool(report.problems)
+        if chosen.json:
+            as_json[split] = {
+                "records": report.records,
+                "ignored": report.ignored,
+                "pixels": dict(zip(source.class_names, report.pixels.tolist(), strict=True)),
+                "problems": [dataclasses.asdict(problem) for problem in report.problems],
+                "notes": list(report.notes),
+            }
+            continue
+        used = int((report.images > 0).sum())
+        print(
+            f"{split}: {report.records} images, {used} of {len(source.class_names)} classes, "
+            f"{report.ignored:.1%} of the pixels ignored, {len(report.problems)} problems"
+        )
+        for note in report.notes:
+            print(f"  note: {note}")
+        for problem in report.problems[: chosen.list]:
+            print(f"  {problem.kind}: {problem.message}")
+        if len(report.problems) > chosen.list:
+            counts = ", ".join(f"{n} {kind}" for kind, n in count_problems(report).items())
+            print(f"  ... in all {counts} (--list, --json)")
+    if chosen.json:
+        print(json.dumps(as_json, indent=2, ensure_ascii=False))
+    else:
+        print("Something is wrong, see above." if found else "Nothing is wrong.")
+        print(f"Train on it: see docs/dense.md, or {command()} train ade20k/fastvim_tiny --help")
+    return int(found)

@@ -1,0 +1,63 @@
+"""Predictions that are pictures: what runs of each task draw of image files, looked up by the run's config.
+
+A drawer is a module with `draw_files(run, files, out) -> list[Drawing]`. A new task is one more line in `DRAWERS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.training.run_folder import Run
+
+DRAWERS = {
+    "SegmentationConfig": "fastvim_jax.inference.segment",
+}
+"""The module that draws the predictions of a run, by the name of its config's class."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What was drawn of one image file.
+
+    Attributes:
+        file: the file as it was named.
+        written: files written: drawings, masks, boxes.
+        found: what was found, JSON-able, for example each class's share of the pixels.
+        text: the same in a line.
+        error: why nothing was drawn, or None.
+    """
+
+    file: str
+    written: tuple[str, ...] = ()
+    found: Any = None
+    text: str = ""
+    error: str | None = None
+
+
+def draws(run: Run) -> bool:
+    """Tell whether the run's predictions are pictures."""
+    return type(run.config).__name__ in DRAWERS
+
+
+def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+    """Predict image files and draw what was found into the folder `out`; a file that is no image has its `error` set.
+
+    Args:
+        run: a trained model whose task `draws`.
+        files: image files of any size and kind.
+        out: a folder, made if it is missing; files of the same names in it are replaced.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module(DRAWERS[type(run.config).__name__])
+    drawn: list[Drawing] = module.draw_files(run, files, out)
+    return drawn
+
+
+def output_names(files: Sequence[str | Path]) -> list[str]:
+    """Return a name for what is drawn of each file: its stem, numbered where stems repeat."""
+    stems = [Path(file).stem for file in files]
+    return [f"{stem}_{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]

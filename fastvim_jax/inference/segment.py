@@ -1,0 +1,97 @@
+"""Segment image files of any size with a trained run: classes of all pixels, drawings and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from fastvim_jax.analysis.overlays import class_colours, overlay
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.geometry import fitted_size, resize_image
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.segmentation import normalise
+from fastvim_jax.inference.drawings import Drawing, output_names
+from fastvim_jax.training.run_folder import Run
+from fastvim_jax.training.segmentation.config import SegmentationConfig
+from fastvim_jax.training.segmentation.evaluation import slide_of
+
+Segment = Callable[[UInt8[np.ndarray, "h w 3"]], Int[np.ndarray, "h w"]]
+_NAMED = 5
+
+
+def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
+    """Return a function from RGB pixels of any size to the class of every pixel, by slide inference.
+
+    Args:
+        run: a segmentation run, from `load_run`.
+        windows: windows of one call of the model; None: as in the run's evaluation.
+    """
+    config = run.config
+    assert isinstance(config, SegmentationConfig)
+    slide = slide_of(config, windows or config.eval_windows)
+    graphdef, state = nnx.split(run.model)
+    mean, std = config.data.mean, config.data.std
+
+    @jax.jit
+    def logits_of(state, windows):
+        size = jnp.broadcast_to(jnp.asarray(windows.shape[1:3]), (len(windows), 2))
+        return nnx.merge(graphdef, state)(normalise(windows, size, mean, std)).main
+
+    def segment(image):
+        size = image.shape[0], image.shape[1]
+        resized = resize_image(image, fitted_size(size, *config.data.fit))
+        classes = slide(lambda windows: logits_of(state, windows), resized, size)
+        return np.asarray(classes)[: size[0], : size[1]]
+
+    return segment
+
+
+def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+    """Segment files and write, for each, NAME_overlay.png and NAME_mask.png; see `drawings.draw_files`.
+
+    A mask holds the labels that the training masks have: class k is k, or k + 1 where 0 means unlabelled. It is an
+    8-bit PNG with a palette, so that it shows in colours.
+    """
+    config = run.config
+    assert isinstance(config, SegmentationConfig)
+    segment, classes = make_segmenter(run), config.model.num_classes
+    shift = 1 if config.data.zero_is_ignored else 0
+    palette = np.zeros((256, 3), np.uint8)
+    palette[shift : shift + classes] = class_colours(classes)[: 256 - shift]
+    drawings = []
+    for file, name in zip(files, output_names(files), strict=True):
+        try:
+            image = _read(file)
+        except DecodeError as error:
+            drawings.append(Drawing(str(file), error=str(error)))
+            continue
+        found = segment(image)
+        drawn, masked = out / f"{name}_overlay.png", out / f"{name}_mask.png"
+        Image.fromarray(overlay(image, found, classes)).save(drawn)
+        mask = Image.fromarray((found + shift).astype(np.uint8))
+        mask.putpalette(palette.tobytes())
+        mask.save(masked)
+        shares = np.bincount(found.ravel(), minlength=classes) / found.size
+        order = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i] > 0]
+        by_name = [
+            {"class": run.class_names[i], "label": i + shift, "share": float(shares[i])}
+            for i in order
+        ]
+        named = ", ".join(f"{run.class_names[i]} {shares[i]:.1%}" for i in order[:_NAMED])
+        drawings.append(Drawing(str(file), (str(drawn), str(masked)), by_name, named))
+    return drawings
+
+
+def _read(file: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise DecodeError(f"{file}: {error.strerror or error}.") from None
+    return np.asarray(decode_image(data, channels=3, name=str(file)))

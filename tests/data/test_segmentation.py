@@ -1,0 +1,197 @@
+"""Images with label maps: folders and patterns, what labels mean, batches, and masks that are wrong."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data.geometry import Scene, crop, flip, pad, resize, resize_image
+from fastvim_jax.data.prepare.check_masks import check_masks
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.segmentation import (
+    EvaluationImages,
+    load_scene,
+    make_train_iterator,
+    open_masks,
+    relabel,
+)
+from fastvim_jax.data.segmentation_config import SegmentationData
+from fastvim_jax.data.sources.mask_folder import read_mask
+from fastvim_jax.errors import UserError
+from tests.training.segmentation.tiny import draw_scenes
+
+
+@pytest.fixture
+def root(tmp_path: Path, rng: np.random.Generator) -> Path:
+    draw_scenes(tmp_path, rng)
+    return tmp_path
+
+
+def config(root: Path, **changes) -> SegmentationData:
+    options = {
+        "path": str(root),
+        "image_size": 32,
+        "batch_size": 2,
+        "fit": (64, 40),
+        "eval_stride": 20,
+    }
+    return SegmentationData(**{**options, **changes})
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", palette: bytes | None = None) -> bytes:
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if palette:
+        image.putpalette(palette)
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_batches_are_the_same_again_and_go_on_where_they_were(root):
+    batches = make_train_iterator(config(root), seed=3)
+    taken = [next(batches) for _ in range(3)]
+    state = batches.get_state()
+    after = next(batches)
+    batches.close()
+    resumed = make_train_iterator(config(root), seed=3)
+    first = next(resumed)
+    np.testing.assert_array_equal(first["image"], taken[0]["image"])
+    resumed.set_state(state)
+    for key, value in next(resumed).items():
+        np.testing.assert_array_equal(value, after[key])
+    resumed.close()
+    assert taken[0]["image"].shape == (2, 32, 32, 3) and taken[0]["label"].dtype == np.uint8
+    for batch in taken:
+        for label, (height, width) in zip(batch["label"], batch["size"], strict=True):
+            assert (label[height:] == 255).all() and (label[:, width:] == 255).all()
+            assert set(np.unique(label)) <= {0, 1, 2, 255}
+
+
+def test_a_set_smaller_than_a_batch_repeats_in_it(root):
+    batches = make_train_iterator(config(root, batch_size=6), seed=0)
+    assert batches.steps_per_epoch == 1 and next(batches)["image"].shape[0] == 6
+    batches.close()
+    assert make_train_iterator(config(root, repeat=5), seed=0).steps_per_epoch == 10
+
+
+def test_evaluation_keeps_the_masks_size_and_order(root):
+    found = list(EvaluationImages(config(root)))
+    assert [Path(each.name).name for each in found] == ["scene_0.jpg", "scene_1.jpg"]
+    for each in found:
+        with Image.open(root / "annotations/validation" / f"{Path(each.name).stem}.png") as mask:
+            np.testing.assert_array_equal(each.label, np.asarray(mask))
+        assert min(each.image.shape[:2]) == 40 or max(each.image.shape[:2]) == 64
+
+
+def test_patterns_span_folders(root):
+    """As in Cityscapes: a folder a city, and endings that differ."""
+    for split in ("training",):
+        (root / "left" / split / "city").mkdir(parents=True)
+        (root / "fine" / split / "city").mkdir(parents=True)
+        for i in range(2):
+            shutil.copy(
+                root / f"images/{split}/scene_{i}.jpg", root / f"left/{split}/city/{i}_left.jpg"
+            )
+            shutil.copy(
+                root / f"annotations/{split}/scene_{i}.png", root / f"fine/{split}/city/{i}_ids.png"
+            )
+    patterns = {
+        "image_pattern": "left/{split}/{name}_left.*", "mask_pattern": "fine/{split}/{name}_ids.png",
+    }  # fmt: skip
+    source = open_masks(config(root, **patterns), "training")
+    assert len(source) == 2 and source[0].name.endswith("city/0_left.jpg")
+    with pytest.raises(UserError, match="name"):
+        open_masks(config(root, mask_pattern="fine/x.png"), "training")
+
+
+def test_missing_masks_are_counted_and_named(root):
+    (root / "annotations/training/scene_1.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images.*have no mask.*scene_1.jpg.*Add the masks"):
+        open_masks(config(root), "training")
+
+
+def test_labels_of_one_shift():
+    raw = np.asarray([0, 1, 150, 255])
+    np.testing.assert_array_equal(relabel(raw, zero_is_ignored=True), [255, 0, 149, 255])
+    np.testing.assert_array_equal(relabel(raw), raw)
+    np.testing.assert_array_equal(relabel(raw, ignored_label=1), [0, 255, 150, 256])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda m: encoded(np.stack([m, m * 2, m], -1)), "colours instead of class numbers"),
+        (lambda m: encoded(m, "JPEG"), "JPEG"),
+        (lambda m: encoded(m[:-1]), "pixels, its image"),
+        (lambda m: encoded(m + 1), "zero_is_ignored"),
+        (lambda m: encoded(m.astype(np.uint16) * 300), "outside the 3 classes"),
+        (lambda m: b"no image", "scene_0.png"),
+        (lambda m: b"", "scene_0.png"),
+    ],
+)
+def test_wrong_masks_are_named_with_the_fix(root, mask, message):
+    file = root / "annotations/training/scene_0.png"
+    with Image.open(file) as opened:
+        labels = np.asarray(opened).copy()
+    labels[labels == 255] = 2
+    file.write_bytes(mask(labels))
+    source = open_masks(config(root), "training")
+    with pytest.raises(DecodeError, match=message) as raised:
+        load_scene(source, 0, config(root))
+    assert "scene_0" in str(raised.value)
+    # In training they stop the run, or are replaced and counted.
+    batches = make_train_iterator(config(root, batch_size=4), seed=0)
+    with pytest.raises(DecodeError, match="max_corrupt"):
+        next(batches)
+    batches.close()
+    batches = make_train_iterator(config(root, batch_size=4, max_corrupt=1), seed=0)
+    next(batches)
+    assert batches.corrupt == {0}
+    batches.close()
+
+
+def test_deep_grey_and_palette_masks_are_read():
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for data in (
+        encoded(labels),
+        encoded(labels.astype(np.uint16)),
+        encoded(labels, palette=bytes(range(30))),
+        encoded(np.stack([labels] * 3, -1)),
+    ):
+        np.testing.assert_array_equal(read_mask(data, name="mask"), labels)
+
+
+def test_the_scan_lists_what_is_wrong(root):
+    masks = root / "annotations/training"
+    (masks / "scene_0.png").unlink()
+    (masks / "other.png").write_bytes((masks / "scene_1.png").read_bytes())
+    (masks / "scene_2.png").write_bytes(b"")
+    settings = config(root)
+    report = check_masks(open_masks(settings, "training", allow_missing=True), settings)
+    assert [p.kind for p in report.problems] == ["missing", "stray", "unreadable"]
+    assert report.records == 4 and report.images.tolist() == [2, 2, 2]
+    shifted = config(root, zero_is_ignored=True)
+    report = check_masks(open_masks(shifted, "training", allow_missing=True), shifted)
+    assert report.problems[0].kind == "off by one"
+
+
+def test_geometry_moves_image_mask_and_boxes_alike(rng):
+    """A box drawn into the image and the mask is where the boxes say after every move."""
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[4:12, 6:18] = 200
+    scene = Scene(image, (image[..., 0] > 0).astype(np.uint8), np.asarray([[6.0, 4, 18, 12]]))
+    moved = pad(flip(crop(resize(scene, (40, 60)), 4, 8, (30, 40))), (40, 64), image=7, mask=255)
+    assert moved.size == (40, 64) and moved.mask.shape == (40, 64)
+    x1, y1, x2, y2 = moved.boxes[0].astype(int)
+    rows, columns = np.nonzero(moved.mask == 1)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (y1, y2, x1, x2)
+    assert (moved.image[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1] == 200).all()
+    assert (moved.mask[30:] == 255).all() and (moved.image[30:] == 7).all()
+    noise = rng.integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    whole = resize_image(noise, (31, 40))
+    part = resize_image(noise, (31, 40), top=3, left=5, region=(20, 30))
+    np.testing.assert_array_equal(part, whole[3:23, 5:35])
