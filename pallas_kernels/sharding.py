@@ -6,8 +6,11 @@ are split, whole otherwise (weights that were sharded are gathered), and a resul
 a sum over the devices' shares. How the shardings are known, and the shares reached, depends on the mesh:
 
 - Explicit axes (the default of `jax.make_mesh`): from the types of the arrays, by `jax.shard_map`.
-- Auto axes, or no mesh in sight: from XLA's partitioner when it compiles, by `custom_partitioning`. Only operations
-  that hold kernels need it (`opaque`); the partitioner splits everything else by itself.
+- Auto axes: only operations that hold kernels (`opaque`) need to be split here; XLA's partitioner splits everything
+  else by itself. Where the caller said over which axes of the ambient mesh batches are split (`batch_over`), by
+  `jax.shard_map`. Otherwise, or with no mesh in sight, as the partitioner finds them when it compiles, by
+  `custom_partitioning`; such a program holds a number of the process that made it, so that JAX's persistent
+  compilation cache never finds it again.
 - Manual axes (inside a `jax.shard_map` of the caller's, with check_vma or without): the arrays are shares already.
 
 Where the partitioner is asked, JAX cannot differentiate: have a custom_vjp around the operation and its gradient be
@@ -16,9 +19,11 @@ another one. Sums over devices are made in the dtypes of the results.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -119,10 +124,11 @@ class _Operation:
         out = self.function(shard, *arrays)
         return tuple(summed(x, dims) for x, dims in zip(out, self.results, strict=True))
 
-    def under_shard_map(self, mesh, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Partition by the arrays' types."""
-        shapes = [x.shape for x in arrays]
-        shard = self.shard([jax.typeof(x).sharding.spec for x in arrays], shapes, mesh.shape)
+    def under_shard_map(
+        self, mesh, given: Sequence[P], arrays: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """Run on a mesh that is known, with arrays that are split as `given` says."""
+        shard = self.shard(given, [x.shape for x in arrays], mesh.shape)
         specs = tuple(shard.spec(dims) for dims in self.operands)
         return jax.shard_map(
             lambda *shares: self.run(shard, *shares),
@@ -238,15 +244,45 @@ def per_shard(
             tied or {},
         )
         mesh = _typed_mesh(arrays)
-        if mesh is not None and any(t != AxisType.Manual for t in mesh.axis_types):
-            out = operation.under_shard_map(mesh, arrays)
-        elif mesh is None and opaque and not gpu.interpreted():  # whose ordered effects do not pass
+        by_types = mesh is not None and any(t != AxisType.Manual for t in mesh.axis_types)
+        # The interpreter's ordered effects pass neither the partitioner nor a shard_map.
+        must_split = mesh is None and opaque and not gpu.interpreted()
+        ambient, axes = jax.sharding.get_abstract_mesh(), _batch_axes.get()
+        known = bool(axes) and set(axes) <= set(ambient.axis_names)
+        if by_types:
+            given = [jax.typeof(x).sharding.spec for x in arrays]
+            out = operation.under_shard_map(mesh, given, arrays)
+        elif must_split and known and ambient.size > 1:
+            given = [_of_batch(dims, axes) for dims in operation.operands]
+            out = operation.under_shard_map(ambient, given, arrays)
+        elif must_split and not known:
             out = operation.under_the_partitioner(arrays)
         else:
             return varying(function(Shard(), *varying(arguments, arguments)), arguments)
         return jax.tree.unflatten(jax.tree.structure(results), out)
 
     return call
+
+
+_batch_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
+
+
+@contextlib.contextmanager
+def batch_over(*axes: str) -> Iterator[None]:
+    """Split the batch of every operation traced inside over these Auto axes of the ambient mesh (`jax.set_mesh`).
+
+    The results are the same without; but then programs with kernels are compiled again by every process, because JAX's
+    persistent compilation cache cannot find those that XLA's partitioner has to split.
+    """
+    before = _batch_axes.set(axes)
+    try:
+        yield
+    finally:
+        _batch_axes.reset(before)
+
+
+def _of_batch(dims: Dims, axes: tuple[str, ...]) -> P:
+    return P(*(axes if letter == "b" else None for letter in dims))
 
 
 def _typed_mesh(arrays: Sequence[jax.Array]):

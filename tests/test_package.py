@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "precision": BASE,
     "config_checks": {"errors"},
     "serialise": {"errors"},
-    "distributed": BASE,
+    "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},
     "models": {"layers", "distributed", "pallas_kernels", *BASE},
     "data": BASE,

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from fastvim_jax.errors import UserError
+from pallas_kernels.sharding import batch_over
 
 DATA, FSDP = "data", "fsdp"
 
@@ -83,7 +84,7 @@ def on_mesh(mesh: Mesh, step: Step) -> Step:
 
     @wraps(step)
     def run(*arguments: Any) -> Any:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), batch_over(DATA, FSDP):
             return step(*arguments)
 
     return cast(Step, run)

@@ -6,6 +6,7 @@ then computed by XLA, since the kernels' interpreter knows one device only. The 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -235,9 +236,10 @@ def test_convolution(seed, weights):
 
 
 @needs_mosaic
-@TYPES
+@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "ambient"])
 @pytest.mark.parametrize("pooled", [True, False])
-def test_mixer_core(seed, monkeypatch, types, pooled, weights="fsdp"):
+def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
+    """Ambient: Auto axes, with the batch's known when the program is traced."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     rng = np.random.default_rng(seed)
     if pooled:
@@ -249,13 +251,19 @@ def test_mixer_core(seed, monkeypatch, types, pooled, weights="fsdp"):
         args, out_bar = sequence.draw(rng, 8, 9, 128)
         run = sequence.value_and_gradients
     wanted = jax.jit(lambda a, g: run(a, g, "xla"))(args, out_bar)
-    mesh = mesh_of(types)
+    mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
     spread = lambda x: P(*[None] * (x.ndim - 1), weights)  # noqa: E731
     xz, *others, middle = args
     specs = (P(BATCH), *jax.tree.map(spread, others), P())
     args = put((xz, *others, middle), specs, mesh)
     out_bar = jax.device_put(out_bar, NamedSharding(mesh, P(BATCH)))
-    program, gathers = compiled(lambda a, g: run(a, g, "auto"), args, out_bar)
+    with contextlib.ExitStack() as stack:
+        if mesh_is == "ambient":
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(sharding.batch_over(*BATCH))
+        program, gathers = compiled(lambda a, g: run(a, g, "auto"), args, out_bar)
+        text = jax.jit(lambda a, g: run(a, g, "auto")).lower(args, out_bar).as_text()
+    assert ("CustomSPMDPartitioning" in text) == (mesh_is == "auto")
     assert all(size <= 2 * 4 * 128 for size in gathers)  # convolutions
     assert gathers
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
