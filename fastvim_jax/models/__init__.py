@@ -1,6 +1,7 @@
 """Backbones, their configurations, and models by name."""
 
 from fastvim_jax.models.config import ModelConfig, VisionMambaConfig, ViTConfig
+from fastvim_jax.models.detection import CascadeRCNN, DetectorConfig, cascade_mask_rcnn
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.presets import AnyModelConfig
@@ -11,6 +12,8 @@ from fastvim_jax.models.vit import VisionTransformer
 
 __all__ = [
     "AnyModelConfig",
+    "CascadeRCNN",
+    "DetectorConfig",
     "MaskedAutoencoder",
     "MaskedAutoencoderConfig",
     "ModelConfig",
@@ -21,6 +24,7 @@ __all__ = [
     "VisionMambaConfig",
     "VisionTransformer",
     "build_model",
+    "cascade_mask_rcnn",
     "create_model",
     "list_models",
     "model_config",

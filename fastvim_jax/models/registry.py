@@ -11,6 +11,7 @@ from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.models.channel_mamba import ChannelMamba, ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViT, ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
+from fastvim_jax.models.detection import CascadeRCNN, DetectorConfig
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
 from fastvim_jax.models.presets import PRESETS, AnyModelConfig
@@ -55,7 +56,7 @@ def config_class(name: str) -> type:
     Raises:
         UserError: there is none (nearest names suggested).
     """
-    known = {each.__name__: each for each in (*MODEL_CLASSES, UperNetConfig)}
+    known = {each.__name__: each for each in (*MODEL_CLASSES, UperNetConfig, DetectorConfig)}
     if name not in known:
         raise UserError(
             f"no model has a config of class {name!r}.{suggest(name, known)} Known are {', '.join(known)}."
@@ -63,10 +64,12 @@ def config_class(name: str) -> type:
     return known[name]
 
 
-def build_model(config: AnyModelConfig | UperNetConfig, *, rngs: nnx.Rngs) -> Any:
+def build_model(config: AnyModelConfig | UperNetConfig | DetectorConfig, *, rngs: nnx.Rngs) -> Any:
     """Build a freshly initialised model from its configuration."""
     if isinstance(config, UperNetConfig):
         return UperNet(config, backbone=build_model(config.backbone, rngs=rngs), rngs=rngs)
+    if isinstance(config, DetectorConfig):
+        return CascadeRCNN(config, build_model(config.backbone, rngs=rngs), rngs=rngs)
     return MODEL_CLASSES[type(config)](config, rngs=rngs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -10,8 +11,11 @@ from fastvim_jax import serialise
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
 
-DecayGroups = Literal["supervised", "pretrain", "finetune", "cell", "segmentation"]
-ScheduleName = Literal["warmup_cosine", "epoch_cosine", "warmup_linear", "constant"]
+DecayGroups = Literal[
+    "supervised", "pretrain", "finetune", "cell", "segmentation", "detection", "detection_released"
+]
+ScheduleName = Literal["warmup_cosine", "epoch_cosine", "warmup_linear", "warmup_step", "constant"]
+LayerRule = Literal["pairs", "blocks", "detection_released"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class OptimizerConfig:
     """Peak rate: deit: × batch/512; linear: × batch/256; sqrt: × √(batch/1024); none: as given."""
     schedule: ScheduleName = "warmup_cosine"
     """warmup_cosine counts steps, its warm-up includes both ends; epoch_cosine counts fractional epochs from 0;
-    warmup_linear counts steps too and falls on a straight line to 0."""
+    warmup_linear counts steps too and falls on a straight line to 0; warmup_step falls to a tenth at each milestone."""
+    milestones: tuple[float, ...] = (8 / 9, 26 / 27)
+    """Shares of the run after which the rate is a tenth of what it was (warmup_step)."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up."""
     warmup_start: float = 1e-6
-    """Rate of the first step (warmup_cosine, warmup_linear)."""
+    """Rate of the first step (warmup_cosine, warmup_linear, warmup_step)."""
     final_learning_rate: float = 1e-5
     """Floor of the cosine."""
     weight_decay: float = 0.05
@@ -42,9 +48,13 @@ class OptimizerConfig:
     decay_groups: DecayGroups = "supervised"
     """Which parameters decay. supervised, cell: all but one-dimensional ones and biases; finetune: all but
     one-dimensional ones, position embedding and class token; pretrain: all; segmentation: all but norms, A_log, D,
-    position embedding and class token of the backbone."""
+    position embedding and class token of the backbone; detection: all but norms of blocks and position embedding;
+    detection_released: all but the position embedding, because the released rule recognised no block."""
     layer_decay: float | None = None
-    """Layer-wise factor of the learning rate, one step every two blocks below the head; None: none."""
+    """Layer-wise factor of the learning rate; None: none."""
+    layer_rule: LayerRule = "pairs"
+    """What layer_decay is applied to. pairs: one factor for every two blocks below the head; blocks: one for every
+    block, as in ViTDet; detection_released: embeddings alone, 13 factors, as the released detectors were trained."""
     beta1: float = 0.9
     """Decay of Adam's first moment."""
     beta2: float = 0.999
@@ -64,6 +74,10 @@ class OptimizerConfig:
         require_choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
         require_choice(where, self, "schedule", get_args(ScheduleName))
         require_choice(where, self, "decay_groups", get_args(DecayGroups))
+        require_choice(where, self, "layer_rule", get_args(LayerRule))
+        rising = (0.0, *self.milestones, 1.0)
+        if any(b <= a for a, b in itertools.pairwise(rising)):
+            refuse(where, self, "milestones", "rising shares between 0 and 1")
         if self.weight_decay_end is not None:
             require_not_negative(where, self, "weight_decay_end")
         if self.clip_grad_norm is not None:

@@ -24,7 +24,7 @@ from fastvim_jax.models.parameters import (
     named_parameters,
     parameter_infos,
 )
-from fastvim_jax.training.config import DecayGroups, OptimizerConfig
+from fastvim_jax.training.config import DecayGroups, LayerRule, OptimizerConfig
 from fastvim_jax.training.schedules import (
     Schedule,
     constant,
@@ -32,6 +32,7 @@ from fastvim_jax.training.schedules import (
     scaled_learning_rate,
     warmup_cosine,
     warmup_linear,
+    warmup_step,
 )
 
 _INPUT_NAMES = ("pos_embed", "class_token")
@@ -45,7 +46,8 @@ def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
     `supervised` and `cell` spare one-dimensional parameters and biases (A_log, the position embedding and
     the class token are decayed); `finetune` spares one-dimensional parameters, the position embedding and
     the class token; `pretrain` spares nothing; `segmentation` spares, of the backbone, norms, A_log, D, position
-    embedding and class token, and decays biases and the heads' batch norms.
+    embedding and class token, and decays biases and the heads' batch norms; `detection` spares norms of blocks and
+    the position embedding, `detection_released` the position embedding alone.
     """
     if groups == "pretrain":
         return True
@@ -53,16 +55,32 @@ def is_decayed(name: str, ndim: int, groups: DecayGroups) -> bool:
         backbone, *parts = name.split(".")
         spared = any(part in _SPARED or "norm" in part for part in parts)
         return not (backbone == "backbone" and spared)
+    if groups in ("detection", "detection_released"):
+        parts = name.split(".")
+        norm_of_block = STACK in parts and any("norm" in part for part in parts)
+        return parts[-1] != "pos_embed" and not (groups == "detection" and norm_of_block)
     if groups == "finetune":
         return ndim > 1 and name.split(".")[-1] not in _INPUT_NAMES
     return ndim > 1 and not name.endswith(".bias")
 
 
-def layer_scale(layer: int, depth: int, decay: float) -> float:
-    """Compute the learning-rate factor of a layer: one factor of `decay` for every two layers below the head.
+_RELEASED_DEPTH = 12
+"""Depth that the released detectors' rule was told, whatever the backbone's."""
+
+
+def layer_scale(layer: int, depth: int, decay: float, rule: LayerRule = "pairs") -> float:
+    """Compute the learning-rate factor of a layer.
+
+    One factor of `decay` for every two layers below the head ("pairs"), or for every layer ("blocks"). The rule of the
+    released detectors looked for names that their backbone does not have: only the embeddings have a factor, that of
+    depth 12 ("detection_released").
 
     `layer` is 0 for the embeddings, i + 1 for block i and depth + 1 for the final norm and the head.
     """
+    if rule == "blocks":
+        return decay ** (depth + 1 - layer)
+    if rule == "detection_released":
+        return decay ** (_RELEASED_DEPTH + 1) if layer == 0 else 1.0
     return decay ** -((layer - depth - 1) // 2)
 
 
@@ -71,7 +89,7 @@ def weight_decay_mask(params: Any, groups: DecayGroups) -> Any:
     return map_parameters(lambda info, leaf: is_decayed(info.name, info.ndim, groups), params)
 
 
-def learning_rate_scales(params: Any, decay: float) -> Any:
+def learning_rate_scales(params: Any, decay: float, rule: LayerRule = "pairs") -> Any:
     """Return a tree like `params` of layer-wise factors: scalars, or vectors over the depth axis for stacked leaves.
 
     Each backbone in the model counts its own layers: a stack `blocks` with a `patch_embed` beside it, at the root or
@@ -80,7 +98,8 @@ def learning_rate_scales(params: Any, decay: float) -> Any:
 
     Args:
         params: the model's parameters.
-        decay: the factor per two layers, 0 < decay ≤ 1.
+        decay: the factor per layer or two, 0 < decay ≤ 1.
+        rule: see `layer_scale`.
     """
     depths = _backbone_depths(params)
 
@@ -90,10 +109,10 @@ def learning_rate_scales(params: Any, decay: float) -> Any:
             return np.asarray(1.0, leaf.dtype)
         depth, local = depths[prefix], info.name.removeprefix(prefix).split(".")[0]
         if local == STACK:
-            by_block = np.array([layer_scale(i + 1, depth, decay) for i in range(depth)])
+            by_block = np.array([layer_scale(i + 1, depth, decay, rule) for i in range(depth)])
             return by_block.reshape((depth,) + (1,) * info.ndim).astype(leaf.dtype)
         layer = 0 if local in (_EMBEDDING, *_INPUT_NAMES) else depth + 1
-        return np.asarray(layer_scale(layer, depth, decay), leaf.dtype)
+        return np.asarray(layer_scale(layer, depth, decay, rule), leaf.dtype)
 
     return map_parameters(scale, params)
 
@@ -120,11 +139,15 @@ class ParameterGroup(NamedTuple):
 
 
 def parameter_groups(
-    params: Any, groups: DecayGroups, *, layer_decay: float | None = None
+    params: Any,
+    groups: DecayGroups,
+    *,
+    layer_decay: float | None = None,
+    layer_rule: LayerRule = "pairs",
 ) -> dict[str, ParameterGroup]:
     """Return the group of every parameter by its unstacked name, e.g. `blocks.3.mixer.D`: for logs and tests."""
     ones = jax.tree.map(lambda p: np.ones(p.shape, np.float64), params)
-    scales = learning_rate_scales(ones, 1.0 if layer_decay is None else layer_decay)
+    scales = learning_rate_scales(ones, 1.0 if layer_decay is None else layer_decay, layer_rule)
     mask = weight_decay_mask(ones, groups)
     scaled = named_parameters(jax.tree.map(np.multiply, ones, scales))
     decayed = named_parameters(jax.tree.map(lambda one, m: one * m, ones, mask))
@@ -147,6 +170,14 @@ def learning_rate_schedule(
             total_steps=epochs * steps_per_epoch,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
             start=config.warmup_start,
+        )
+    if config.schedule == "warmup_step":
+        return warmup_step(
+            peak=peak,
+            total_steps=epochs * steps_per_epoch,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            start=config.warmup_start,
+            milestones=config.milestones,
         )
     if config.schedule == "epoch_cosine":
         return epoch_cosine(
@@ -181,6 +212,7 @@ def adamw(
     weight_decay: float | Schedule,
     groups: DecayGroups = "supervised",
     layer_decay: float | None = None,
+    layer_rule: LayerRule = "pairs",
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -193,7 +225,8 @@ def adamw(
         learning_rate: the schedule of the learning rate.
         weight_decay: decoupled decay, a number or a schedule.
         groups: which recipe says what is decayed.
-        layer_decay: layer-wise factor per two layers, or None.
+        layer_decay: layer-wise factor, or None.
+        layer_rule: what it is applied to; see `layer_scale`.
         beta1, beta2, eps: Adam's; ε is added outside the square root.
         clip_grad_norm: largest global gradient norm, or None.
     """
@@ -203,7 +236,7 @@ def adamw(
     stages.append(optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps))
     stages.append(optax.add_decayed_weights(weight_decay, weight_decay_mask(params, groups)))
     if layer_decay is not None:
-        stages.append(_scale_leaves(learning_rate_scales(params, layer_decay)))
+        stages.append(_scale_leaves(learning_rate_scales(params, layer_decay, layer_rule)))
     stages.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*stages)
 
@@ -225,6 +258,7 @@ def make_optimizer(
         weight_decay=decay,
         groups=config.decay_groups,
         layer_decay=config.layer_decay,
+        layer_rule=config.layer_rule,
         beta1=config.beta1,
         beta2=config.beta2,
         eps=config.eps,

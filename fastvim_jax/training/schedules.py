@@ -120,6 +120,36 @@ def warmup_linear(
     return schedule
 
 
+def warmup_step(
+    *,
+    peak: Number,
+    total_steps: int,
+    warmup_steps: int = 0,
+    start: Number = 0.0,
+    milestones: tuple[float, ...] = (),
+) -> Schedule:
+    """Linear warm-up from `start` to `peak`, both included, then `peak`, and a tenth of it from each milestone on.
+
+    Args:
+        peak: the rate after the warm-up.
+        total_steps: steps of the run.
+        warmup_steps: steps of the warm-up.
+        start: the rate of the first step.
+        milestones: shares of the run (detection: 8/9 and 26/27 of 184,375 steps), rounded to steps.
+    """
+    places = [round(share * total_steps) for share in milestones]
+
+    def schedule(step: Any) -> Any:
+        xp, step = _namespace(step)
+        warm = start + (peak - start) * (step / max(warmup_steps - 1, 1))
+        rate = xp.where(step < warmup_steps, warm, peak)
+        for place in places:
+            rate = xp.where(step < place, rate, rate / 10)
+        return rate
+
+    return schedule
+
+
 def constant(value: Number) -> Schedule:
     """Build the schedule with the same value at every step."""
 

@@ -16,6 +16,7 @@ from fastvim_jax.training.config import RunConfig
 
 TASKS = {
     "TrainConfig": "fastvim_jax.training.classification",
+    "DetectionConfig": "fastvim_jax.training.detection",
     "SegmentationConfig": "fastvim_jax.training.segmentation",
 }
 """The folder of each task, by the name of its config's class."""

@@ -114,6 +114,34 @@ class CocoSource:
         path = self._folder / image["file_name"]
         return Record(path.read_bytes(), objects, str(path))
 
+    def objects(self, index: int) -> Objects:
+        """Return a record's objects without reading its image."""
+        return self._items[index][1]
+
+    def truth(self, kind: str) -> dict[str, Any]:
+        """Return what detections are judged against: the file's content without what cannot be judged.
+
+        Crowds stay. Annotations are numbered from 1, because pycocotools takes an id of 0 for no match.
+
+        Args:
+            kind: bbox, or segm, for which objects without a mask are left out.
+        """
+        sizes = {image["id"]: (image["width"], image["height"]) for image in self.content["images"]}
+        kept: list[dict[str, Any]] = []
+        for annotation in self.content["annotations"]:
+            known = (
+                annotation["category_id"] in self.category_ids and annotation["image_id"] in sizes
+            )
+            problem, shape = (
+                examine(annotation, *sizes[annotation["image_id"]]) if known else ("", None)
+            )
+            if not known or problem in _FATAL or (kind == "segm" and shape is None):
+                continue
+            area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+            filled = {"area": area, "iscrowd": annotation.get("iscrowd", 0), "id": len(kept) + 1}
+            kept.append({**annotation, **filled, "segmentation": shape})
+        return {**self.content, "annotations": kept}
+
     def __getstate__(self) -> dict[str, Any]:
         # Workers get the records, not the whole JSON file.
         return self.__dict__ | {"content": None}

@@ -1,12 +1,12 @@
 """Detectors with plain backbones: Cascade Mask R-CNN, Mask R-CNN and Faster R-CNN."""
 
-from fastvim_jax.models.detection.build import build_detector, cascade_mask_rcnn
 from fastvim_jax.models.detection.cascade import CascadeRCNN, Detections
 from fastvim_jax.models.detection.config import (
     CASCADE,
     DetectorConfig,
     ProposalConfig,
     StageConfig,
+    cascade_mask_rcnn,
 )
 
 __all__ = [
@@ -16,6 +16,5 @@ __all__ = [
     "DetectorConfig",
     "ProposalConfig",
     "StageConfig",
-    "build_detector",
     "cascade_mask_rcnn",
 ]

@@ -74,7 +74,7 @@ class Stage(nnx.Module):
 
 
 class CascadeRCNN(nnx.Module):
-    """A detector around any backbone that returns one stride-16 map. Build it through `cascade_mask_rcnn`."""
+    """A detector around any backbone that returns one stride-16 map. Build it through `build_model`."""
 
     def __init__(self, config: DetectorConfig, backbone: nnx.Module, *, rngs: nnx.Rngs):
         p, c = config.precision, config.width
@@ -104,6 +104,11 @@ class CascadeRCNN(nnx.Module):
         """Build the anchors of these maps."""
         grids = [(x.shape[1], x.shape[2]) for x in levels]
         return make_anchors(grids, self.config.strides, padded, self.config.rpn)
+
+    def count_anchors(self, padded: tuple[int, int]) -> int:
+        """Count the anchors of an image padded to `padded` (height, width), a multiple of 32."""
+        cells = sum(-(-padded[0] // s) * -(-padded[1] // s) for s in self.config.strides)
+        return cells * len(self.config.rpn.ratios)
 
     def __call__(
         self,

@@ -3,55 +3,70 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from fastvim_jax.config_checks import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    check_fields,
+)
 from fastvim_jax.errors import UserError
-from fastvim_jax.models.config import ModelConfig
-from fastvim_jax.models.detection.boxes import Stds
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
+from fastvim_jax.precision import Precision
+
+Four = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 @dataclass(frozen=True)
 class ProposalConfig:
     """The region proposal network: its anchors, what it trains on and what it proposes."""
 
-    convs: int = 2
+    convs: NonNegativeInt = 2
     """Convolutions before the scores and deltas."""
-    scale: float = 8.0
+    scale: PositiveFloat = 8.0
     """Side of a square anchor in cells of its level."""
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    ratios: tuple[PositiveFloat, ...] = (0.5, 1.0, 2.0)
     """Height over width of the anchors."""
-    positive: float = 0.7
+    positive: Probability = 0.7
     """Least IoU of an anchor that belongs to an object."""
-    negative: float = 0.3
+    negative: Probability = 0.3
     """Below this IoU an anchor is background; also the least IoU of an object's best anchors, which belong to it."""
-    samples: int = 256
+    samples: PositiveInt = 256
     """Anchors an image that a step trains on."""
-    fraction: float = 0.5
+    fraction: Probability = 0.5
     """Largest share of positives among them."""
-    beta: float = 1 / 9
+    beta: PositiveFloat = 1 / 9
     """Where the smooth L1 loss of the deltas becomes linear."""
-    nms: float = 0.7
+    nms: Probability = 0.7
     """Proposals of one level that overlap a better one by more are dropped."""
-    train_before: int = 2000
+    train_before: PositiveInt = 2000
     """Proposals a level before suppression, in training."""
-    train_after: int = 2000
+    train_after: PositiveInt = 2000
     """Proposals an image after it, in training."""
-    test_before: int = 1000
+    test_before: PositiveInt = 1000
     """Proposals a level before suppression, in detection."""
-    test_after: int = 1000
+    test_after: PositiveInt = 1000
     """Proposals an image after it, in detection."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.rpn.")
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of the cascade."""
 
-    overlap: float = 0.5
+    overlap: Probability = 0.5
     """Least IoU of a box that belongs to an object; below it is background."""
-    stds: Stds = (0.1, 0.1, 0.2, 0.2)
+    stds: Four = (0.1, 0.1, 0.2, 0.2)
     """What the deltas are divided by."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Weight of the stage's losses."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.stages.")
 
 
 CASCADE = (
@@ -69,13 +84,13 @@ class DetectorConfig:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    backbone: ModelConfig
+    backbone: VisionMambaConfig | ViTConfig
     """FastVim, Vim or ViT with one entry in `out_indices` and square patches of 16 pixels."""
-    num_classes: int = 80
+    num_classes: PositiveInt = 80
     """Classes of objects; background is one more."""
-    width: int = 256
+    width: PositiveInt = 256
     """Channels of the pyramid and of the heads."""
-    norm_eps: float = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     """Added to the variance in the norms of neck and heads."""
     rpn: ProposalConfig = ProposalConfig()
     """The region proposal network."""
@@ -83,35 +98,36 @@ class DetectorConfig:
     """Stages of the cascade; a single one makes a Mask R-CNN."""
     masks: bool = True
     """Predict masks; without them one stage makes a Faster R-CNN."""
-    box_convs: int = 4
+    box_convs: NonNegativeInt = 4
     """Convolutions of a box head."""
-    hidden: int = 1024
+    hidden: PositiveInt = 1024
     """Width of a box head's fully connected layer."""
-    mask_convs: int = 4
+    mask_convs: NonNegativeInt = 4
     """Convolutions of a mask head before it doubles its resolution."""
     class_agnostic: bool = False
     """One set of deltas for all classes, instead of one for each."""
     box_loss: Literal["l1", "smooth_l1"] = "l1"
     """Loss of the box heads' deltas; smooth_l1 is quadratic below 1."""
-    samples: int = 512
+    samples: PositiveInt = 512
     """Boxes an image that a stage trains on."""
-    fraction: float = 0.25
+    fraction: Probability = 0.25
     """Largest share of positives among them."""
-    score: float = 0.05
+    score: Probability = 0.05
     """Detections need a higher score."""
-    nms: float = 0.5
+    nms: Probability = 0.5
     """Detections of one class that overlap a better one by more are dropped."""
-    detections: int = 100
+    detections: PositiveInt = 100
     """Detections an image."""
-    candidates: int = 4096
+    candidates: PositiveInt = 4096
     """Pairs of box and class an image that enter suppression, the best by score. The result is that of all pairs
     whenever no more reach `score`, or `detections` of these survive."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.")
         if len(self.backbone.out_indices) != 1:
             raise UserError(
-                f"backbone.out_indices={self.backbone.out_indices}: a detector reads one block; give the last one, "
-                f"({self.backbone.depth - 1},)."
+                f"backbone.out_indices={self.backbone.out_indices}: a detector reads one block, the last one "
+                f"({self.backbone.depth - 1},); fastvim_jax.models.cascade_mask_rcnn() chooses it."
             )
         if self.backbone.patch != (16, 16):
             raise UserError(
@@ -121,15 +137,8 @@ class DetectorConfig:
             raise UserError(
                 f"backbone.embed_dim={self.backbone.embed_dim} must be a multiple of 4."
             )
-        object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise UserError("stages is empty: give at least one StageConfig.")
-        for name in ("num_classes", "width", "hidden", "samples", "detections", "candidates"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("fraction", "score", "nms"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} must lie within 0 and 1.")
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -137,11 +146,34 @@ class DetectorConfig:
         return (4, 8, 16, 32, 64)
 
     @property
-    def precision(self):  # noqa: ANN201
-        """The dtype policy, the backbone's."""
+    def precision(self) -> Precision:
+        """The dtype policy, that of the backbone."""
         return self.backbone.precision
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in which products are computed."""
+        return self.backbone.dtype
 
     @property
     def box_classes(self) -> int:
         """Sets of deltas a box head predicts."""
         return 1 if self.class_agnostic else self.num_classes
+
+
+def cascade_mask_rcnn(backbone: VisionMambaConfig | ViTConfig, **options: Any) -> DetectorConfig:
+    """Configure a Cascade Mask R-CNN on a backbone, of which the last block is read.
+
+    `stages=(StageConfig(),)` makes a Mask R-CNN of it, `masks=False` besides a Faster R-CNN. Build the model with
+    `fastvim_jax.models.build_model`.
+
+    Args:
+        backbone: for example `model_config("fastvim_tiny", image_size=1024)`; any FastVim, Vim or ViT.
+        **options: fields of `DetectorConfig`.
+
+    Raises:
+        UserError: an impossible value.
+    """
+    if len(backbone.out_indices) != 1:
+        backbone = replace_options(backbone, out_indices=(backbone.depth - 1,))
+    return DetectorConfig(replace_options(backbone, num_classes=0), **options)

@@ -1,0 +1,223 @@
+"""Evaluation of detectors: AP of boxes and masks by pycocotools, and pictures of some images.
+
+All processes share the images and then hold all detections, so that they compute the same scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.analysis.detections import draw_objects
+from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.analysis.overlays import picture_grid
+from fastvim_jax.data.batches import BatchIterator
+from fastvim_jax.data.detection import load
+from fastvim_jax.data.device_transforms import Preprocess
+from fastvim_jax.data.sources.coco import CocoSource, coco_masks
+from fastvim_jax.distributed import is_first_process, on_every_device, union
+from fastvim_jax.errors import UserError
+from fastvim_jax.models.detection.cascade import Detections
+from fastvim_jax.models.detection.masks import paste_masks
+from fastvim_jax.training.detection.metrics import (
+    average_precisions,
+    class_precisions,
+    coco_evaluation,
+)
+from fastvim_jax.training.evaluators import Evaluation, Evaluator
+from fastvim_jax.training.steps import Batch, TrainState, gather_outside_blocks
+
+HEADLINE = Headline("bbox_ap", label="box AP", title="Box AP on held-out images")
+CLASS_SCORES = "class_scores.csv"
+_REPORT_SECONDS = 10.0
+_LEAST_SCORE = 0.3  # of a box that is drawn
+
+Detect = Callable[[Any, Batch], Any]
+"""`detect(params, batch) -> (detections, index, valid)`, on every device."""
+
+
+def make_detect(graphdef: nnx.GraphDef, preprocess: Preprocess) -> Detect:
+    """Compile the detector on a batch of `make_eval_iterator`."""
+
+    @jax.jit
+    def detect(params: Any, batch: Batch) -> Any:
+        model = nnx.merge(graphdef, gather_outside_blocks(params))
+        found: Detections = model(preprocess(batch["image"]), scale=batch["scale"])
+        return on_every_device((found, batch["index"], batch["valid"]))
+
+    return detect
+
+
+def make_evaluator(
+    detect: Detect,
+    batches: BatchIterator,
+    place: Callable[[Any], Batch],
+    folder: Path,
+    *,
+    name: str = "eval",
+    every_epochs: int,
+    pictures: int,
+    progress: bool,
+) -> Evaluator:
+    """Judge a train state: `count`, `raw_bbox_ap`, `raw_bbox_ap50`, ..., `raw_segm_ap`, ...; draw images into `folder`.
+
+    Args:
+        detect: from `make_detect`.
+        batches: one pass over the data, rewound after each.
+        place: puts a batch on the devices.
+        folder: the run folder.
+        name: kind of the log's records and stem of the picture's name.
+        every_epochs: epochs between evaluations; 0: only after the last step.
+        pictures: images to draw; 0: no picture.
+        progress: say on standard error how far it is.
+    """
+    source: Any = batches.source
+
+    def run(state: TrainState, step: int) -> Evaluation:
+        weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
+        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in weights}
+        seen: list[int] = []
+        said = time.monotonic()
+        for batch in map(place, batches):
+            by_weights = {k: list(results(detect(p, batch), source)) for k, p in weights.items()}
+            for kind, records in by_weights.items():
+                found[kind] += [each for _, some in records for each in some]
+            seen += [index for index, _ in by_weights["raw"]]
+            if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
+                said = time.monotonic()
+                print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
+        batches.rewind()
+        if not seen:
+            raise UserError(
+                "no image of the evaluation split could be read: check data.eval_split."
+            )
+        scores: dict[str, Any] = {"count": len(seen)}
+        for kind, detections in found.items():
+            precisions = judge(source, detections, seen)
+            scores |= {f"{kind}_{key}": value for key, value in precisions.items()}
+        if corrupt := union(batches.corrupt):
+            scores["corrupt_records"] = len(corrupt)
+        picture = None
+        if is_first_process():
+            write_class_scores(folder / f"{name}_{CLASS_SCORES}", source, found["raw"], seen)
+            if pictures:
+                picture = folder / f"{name}_detections.png"
+                picture_grid([draw(source, i, found["raw"]) for i in seen[:pictures]]).save(picture)
+        return Evaluation(scores, picture)
+
+    return Evaluator(name, run, every_epochs=every_epochs)
+
+
+def results(detected: Any, source: CocoSource) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield each valid record's index and its detections in COCO's format, masks as RLE at the image's size."""
+    found, indices, valid = jax.device_get(detected)
+    for row in np.flatnonzero(valid):
+        index = int(indices[row])
+        objects = source.objects(index)
+        one = jax.tree.map(lambda x, row=row: x[row], found)
+        records = as_coco(one, objects.height, objects.width, source.category_ids)
+        yield index, [{"image_id": source.image_ids[index], **each} for each in records]
+
+
+def as_coco(
+    found: Detections, height: int, width: int, category_ids: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Convert one image's detections (without batch axis) to COCO's results format.
+
+    Args:
+        found: from the model.
+        height: of the original image.
+        width: of the original image.
+        category_ids: COCO's id of each label.
+    """
+    kept = np.flatnonzero(found.valid)
+    boxes = np.asarray(found.boxes[kept], np.float64)
+    records: list[dict[str, Any]] = [
+        {
+            "category_id": category_ids[int(found.labels[i])],
+            "bbox": [round(float(v), 3) for v in (*box[:2], *(box[2:] - box[:2]))],
+            "score": round(float(found.scores[i]), 6),
+        }
+        for i, box in zip(kept, boxes, strict=True)
+    ]
+    if found.masks is not None:
+        encode = coco_masks().encode
+        for record, i, box in zip(records, kept, boxes, strict=True):
+            probability = np.asarray(found.masks[i], np.float64)
+            (mask,) = paste_masks(probability[None], box[None], height, width)
+            rle = encode(np.asfortranarray(mask.astype(np.uint8)))
+            record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return records
+
+
+def judge(
+    source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
+) -> dict[str, float]:
+    """Return `bbox_ap`, `bbox_ap50`, ... and, where there are masks, `segm_ap`, ... over the records at `indices`."""
+    ids = [source.image_ids[i] for i in indices]
+    scores: dict[str, float] = {}
+    for kind in kinds_of(detections):
+        evaluation = coco_evaluation(source.truth(kind), detections, kind, image_ids=ids)
+        scores |= {f"{kind}_{k}": v for k, v in average_precisions(evaluation).items()}
+    return scores
+
+
+def kinds_of(detections: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Return what the detections can be judged by."""
+    masks = bool(detections) and "segmentation" in detections[0]
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
+def write_class_scores(
+    path: Path, source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
+) -> None:
+    """Write box AP, mask AP and objects of every class as CSV; empty where a class has no object."""
+    ids = [source.image_ids[i] for i in indices]
+    columns: Mapping[str, list[float]] = {
+        f"{kind}_ap": class_precisions(
+            coco_evaluation(source.truth(kind), detections, kind, image_ids=ids),
+            len(source.class_names),
+        )
+        for kind in kinds_of(detections)
+    }
+    counts = np.zeros(len(source.class_names), int)
+    for i in indices:
+        np.add.at(counts, source.objects(i).labels, 1)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", *columns, "objects"])
+        for i, name in enumerate(source.class_names):
+            values = ("" if column[i] < 0 else f"{column[i]:.6f}" for column in columns.values())
+            table.writerow([name, *values, counts[i]])
+
+
+def draw(
+    source: CocoSource, index: int, detections: list[dict[str, Any]]
+) -> tuple[str, tuple[np.ndarray, ...]]:
+    """Draw an image with its objects and with what was detected, under a title."""
+    image, objects = load(source, index)
+    own = [d for d in detections if d["image_id"] == source.image_ids[index]]
+    shown = [d for d in own if d["score"] >= _LEAST_SCORE]
+    names = source.class_names
+    truth = [
+        (box, names[label], None) for box, label in zip(objects.boxes, objects.labels, strict=True)
+    ]
+    labels = {category: i for i, category in enumerate(source.category_ids)}
+    predicted = [
+        (
+            np.asarray([*d["bbox"][:2], *np.add(d["bbox"][:2], d["bbox"][2:])]),
+            f"{names[labels[d['category_id']]]} {d['score']:.2f}",
+            coco_masks().decode(d["segmentation"]).astype(bool) if "segmentation" in d else None,
+        )
+        for d in reversed(shown)
+    ]
+    title = f"image {source.image_ids[index]}: {len(truth)} objects, {len(shown)} found ({_LEAST_SCORE} or more)"
+    return title, (draw_objects(image, truth), draw_objects(image, predicted))

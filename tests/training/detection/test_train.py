@@ -1,0 +1,96 @@
+"""A few steps of a real detection run: it resumes to the same bits, evaluates boxes and masks, and draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.training import load_run, read_metrics, train
+from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.tasks import config_from_json
+from tests.training.detection.tiny import CLASSES, draw_scenes, tiny_config
+
+pytest.importorskip("pycocotools")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "coco"
+    draw_scenes(root, np.random.default_rng(0))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train(tiny_config(scenes), folder, progress=False)
+
+
+def leaves(folder):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_run(folder).model)]
+
+
+def test_a_run_ends_with_scores_a_picture_and_a_table(finished):
+    folder, result = finished
+    assert result.step == 4 and "box AP" in result.headline
+    assert result.metrics["count"] == 3
+    assert 0 <= result.metrics["raw_bbox_ap"] <= 1 and 0 <= result.metrics["raw_segm_ap"] <= 1
+    records = read_metrics(folder, "train")
+    parts = [
+        "rpn_cls",
+        "rpn_box",
+        *(f"s0_{kind}" for kind in ("cls", "box", "mask")),
+    ]
+    for record in records:
+        assert record["loss"] == pytest.approx(
+            sum(record[f"{part}_loss"] for part in parts), rel=1e-5
+        )
+    assert len(records) == 4
+    with Image.open(folder / "eval_detections.png") as picture:
+        assert picture.size[0] > 600
+    table = (folder / "eval_class_scores.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == list(CLASSES)
+    assert json.loads((folder / "classes.json").read_text()) == list(CLASSES)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(scenes, finished, tmp_path, monkeypatch):
+    advance, count = RunLog.advance, iter(range(1, 100))
+
+    def stop(log):
+        advance(log)
+        if next(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(scenes), tmp_path / "run", progress=False)
+    monkeypatch.setattr(RunLog, "advance", advance)
+    train(tiny_config(scenes), tmp_path / "run", progress=False)
+    for resumed, whole in zip(leaves(tmp_path / "run"), leaves(finished[0]), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+
+
+def test_a_config_survives_its_file(scenes):
+    config = tiny_config(scenes)
+    assert config_from_json(config.to_json()) == config
+
+
+def test_impossible_configs_are_refused(scenes, tmp_path):
+    config = tiny_config(scenes)
+    with pytest.raises(UserError, match="multiples of 32"):
+        backbone = dataclasses.replace(config.model.backbone, image_size=80)
+        model = dataclasses.replace(config.model, backbone=backbone)
+        tiny_config(scenes, model=model, data=dataclasses.replace(config.data, image_size=80))
+    with pytest.raises(UserError, match="data.masks=False"):
+        tiny_config(scenes, data=dataclasses.replace(config.data, masks=False))
+    with pytest.raises(UserError, match="image_size"):
+        tiny_config(scenes, data=dataclasses.replace(config.data, image_size=96))
+    wrong = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=5))
+    with pytest.raises(UserError, match=r"set model\.num_classes=2"):
+        train(wrong, tmp_path / "run", progress=False)
