@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from fastvim_jax.data.decode import decode_image
@@ -18,7 +19,7 @@ from fastvim_jax.data.sources import SOURCES, open_source
 
 if TYPE_CHECKING:
     from fastvim_jax.data.batches import Batch, BatchIterator
-    from fastvim_jax.data.classification import load_image, make_eval_iterator, make_train_iterator
+    from fastvim_jax.data.labelled import load_image, make_eval_iterator, make_train_iterator
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -26,6 +27,7 @@ __all__ = [
     "SOURCES",
     "Batch",
     "BatchIterator",
+    "CellsData",
     "ClassificationData",
     "DataConfig",
     "DecodeError",
@@ -41,6 +43,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        home = "batches" if name in ("Batch", "BatchIterator") else "classification"
+        home = "batches" if name in ("Batch", "BatchIterator") else "labelled"
         return getattr(importlib.import_module(f"fastvim_jax.data.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

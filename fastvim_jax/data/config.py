@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fastvim_jax.data.sources import SOURCES
 from fastvim_jax.errors import UserError, suggest
@@ -95,7 +95,7 @@ class DataConfig:
                 ok = ok and all(v > 0 for v in values)
             self._require(ok, name, f"{self.channels} numbers, one per channel")
 
-    def resolved(self) -> DataConfig:
+    def resolved(self) -> Any:
         """Return the config with everything filled in that is stored with the data; here it is complete already."""
         return self
 

@@ -24,7 +24,7 @@ from jax import export
 from jaxtyping import Array
 
 from fastvim_jax import __version__
-from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.training.classification.config import TrainConfig
@@ -95,7 +95,7 @@ def export_classifier(
         "image": [*data.height_width, data.channels],
         "preprocess": {
             "image_size": data.height_width,
-            "crop": data.eval_crop,
+            "crop": getattr(data, "eval_crop", None),  # None: cut at the centre, not resized.
             "mean": data.mean,
             "std": data.std,
             "note": "The program takes uint8 pixels, resized and cropped, and normalises them itself.",

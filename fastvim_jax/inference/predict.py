@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fastvim_jax.data import Batch, DecodeError, load_image
-from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
+from fastvim_jax.data.device_transforms import Preprocess
+from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.classification.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run

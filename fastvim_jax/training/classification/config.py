@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.training.config import RunConfig, refuse
 
@@ -18,9 +21,9 @@ class TrainConfig(RunConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    model: VisionMambaConfig | ViTConfig
+    model: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig
     """The backbone and its head; model.num_classes must be the data's number of classes."""
-    data: ClassificationData = field(default_factory=ClassificationData)
+    data: ClassificationData | CellsData = field(default_factory=ClassificationData)
     """Where the images come from, how they are batched and augmented."""
     label_smoothing: float = 0.1
     """Mass of each target spread evenly over all classes."""

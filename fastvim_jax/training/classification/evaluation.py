@@ -13,9 +13,11 @@ from flax import nnx
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data import BatchIterator
-from fastvim_jax.data.device_transforms import Preprocess, make_preprocess
+from fastvim_jax.data.device_transforms import Preprocess
+from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.distributed import on_every_device, union
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.channels import channel_inputs
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.steps import (
     Batch,
@@ -107,13 +109,22 @@ def make_evaluator(
     return Evaluator("eval", run, every_epochs=every_epochs)
 
 
+def normalise_batch(batch: Batch, preprocess: Preprocess | None) -> jax.Array:
+    """Return a batch's images as the model's input, each channel normalised by its own statistics."""
+    if preprocess is None:
+        return batch["image"]
+    ids = {} if "channel_ids" not in batch else {"channel_ids": batch["channel_ids"]}
+    return preprocess(batch["image"], **ids)
+
+
 def make_eval_step(
     graphdef: nnx.GraphDef, *, preprocess: Preprocess | None = None, per_class: bool = False
 ) -> Callable[[Any, Batch], Metrics]:
     """Compile `step(params, batch) -> counts` of one evaluation batch.
 
     A batch holds `image` `b h w c`, as `preprocess` takes them (`data.device_transforms.make_preprocess`: uint8)
-    or normalised, `label` `b` and `valid` `b`, false for padding. The counts are sums over
+    or normalised, `label` `b` and `valid` `b`, false for padding, and `channel_ids` `b k` where the images hold some of
+    the model's channels only. The counts are sums over
     the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider); with `per_class`
     also `class_count` `classes` by label and `confusion` `classes classes` by label and prediction (int32), from
     which images whose logits hold a NaN are missing.
@@ -121,8 +132,9 @@ def make_eval_step(
 
     @jax.jit
     def step(params: Any, batch: Batch) -> Metrics:
-        images = batch["image"] if preprocess is None else preprocess(batch["image"])
-        logits = nnx.merge(graphdef, gather_outside_blocks(params))(require_normalised(images))
+        images = normalise_batch(batch, preprocess)
+        model = nnx.merge(graphdef, gather_outside_blocks(params))
+        logits = model(**channel_inputs(model, require_normalised(images), batch))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         label, valid = batch["label"], batch["valid"]
         rank = label_rank(logits, label)

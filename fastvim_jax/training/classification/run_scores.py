@@ -10,8 +10,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from fastvim_jax.data import ClassificationData, make_eval_iterator
-from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_preprocess
 from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError
@@ -51,7 +50,7 @@ class RunScores:
 
 def score_run(
     run_dir: Path | str,
-    data: ClassificationData,
+    data: LabelledData,
     *,
     weights: Literal["all", "raw", "ema"] = "all",
     step: int | None = None,

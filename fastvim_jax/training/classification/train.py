@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ from flax import nnx
 
 from fastvim_jax.analysis.peaks import peak_of, training_flops
 from fastvim_jax.data import make_eval_iterator, make_train_iterator
-from fastvim_jax.data.device_transforms import make_augment, make_preprocess
+from fastvim_jax.data.labelled import make_augment, make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
+from fastvim_jax.models.channels import channel_inputs
 from fastvim_jax.training.accumulation import batch_first, batch_last
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.classification.evaluation import (
@@ -50,6 +52,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
     }  # fmt: skip
 
     # Data
+    config = dataclasses.replace(config, data=config.data.resolved())
     batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
     eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
     eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **share)
@@ -146,7 +149,8 @@ def make_loss(graphdef: nnx.GraphDef, *, label_smoothing: float = 0.0) -> LossOf
 
     def loss_of(params: Any, batch: Batch, drawn: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        logits = model(require_normalised(batch["image"]), drop_path_keep=batch_last(drawn))
+        inputs = channel_inputs(model, require_normalised(batch["image"]), batch)
+        logits = model(**inputs, drop_path_keep=batch_last(drawn))
         return classification_loss(logits, batch["label"], label_smoothing=label_smoothing)
 
     return loss_of

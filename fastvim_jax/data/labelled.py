@@ -1,0 +1,62 @@
+"""The pipeline of labelled images that a config asks for: pictures (`classification`) or any channels (`cells`).
+
+What follows the pipeline inside the jitted step is chosen here too, so that a trainer need not know which data it has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastvim_jax.data import cells_device, device_transforms
+from fastvim_jax.data.batches import BatchIterator
+from fastvim_jax.data.cells_config import CellsData
+from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.device_transforms import Augment, Preprocess
+
+LabelledData = ClassificationData | CellsData
+
+
+def make_train_iterator(config: LabelledData, *, seed: int, **share: Any) -> BatchIterator:
+    """Return an endless iterator over training batches; see `make_train_iterator` of the config's own pipeline."""
+    return _pipeline(config).make_train_iterator(config, seed=seed, **share)
+
+
+def make_eval_iterator(config: LabelledData, **options: Any) -> BatchIterator:
+    """Return an iterator over one pass for evaluation; see `make_eval_iterator` of the config's own pipeline."""
+    return _pipeline(config).make_eval_iterator(config, **options)
+
+
+def load_image(file: str | Path, config: LabelledData) -> np.ndarray:
+    """Read one image file the way evaluation does: uint8 `h w c`.
+
+    Raises:
+        DecodeError: when the file cannot be read or is no image.
+    """
+    return _pipeline(config).load_image(file, config)
+
+
+def make_preprocess(config: DataConfig) -> Preprocess | cells_device.ChannelPreprocess:
+    """Return the map from uint8 images `b h w c` to the model's input; see the config's own `make_preprocess`."""
+    if isinstance(config, CellsData):
+        return cells_device.make_preprocess(config)
+    return device_transforms.make_preprocess(config)
+
+
+def make_augment(
+    config: LabelledData, num_classes: int, *, label_smoothing: float = 0.0
+) -> Augment:
+    """Return the map `augment(key, batch) -> batch` of a training batch; see the config's own `make_augment`."""
+    if isinstance(config, CellsData):
+        return cells_device.make_augment(config)
+    return device_transforms.make_augment(config, num_classes, label_smoothing=label_smoothing)
+
+
+def _pipeline(config: LabelledData) -> ModuleType:
+    from fastvim_jax.data import cells, classification
+
+    return cells if isinstance(config, CellsData) else classification
