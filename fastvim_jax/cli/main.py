@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train an experiment, or go on with an unfinished run",
     "eval": "evaluate a trained run on its data",
     "predict": "classify image files with a trained run",
+    "import-weights": "turn a PyTorch or safetensors checkpoint into a folder that every command takes",
     "export": "write a trained run as one file that runs with JAX and NumPy alone",
     "data": "check a data set; turn it into shards that read fast",
     "bench": "measure scan, mixer, models, training steps and data on this machine",

@@ -1,0 +1,69 @@
+"""`fastvim import-weights FILE --out FOLDER`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastvim_jax.cli.usage import command, parse
+
+_LICENCE = (
+    "The weights keep the licence of whoever made them: those of the FastVim authors are CC BY-NC-SA 4.0 "
+    "(no commercial use, name the authors, share alike), whatever this library's own licence is."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to import, and where to."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """A .pth, .pt, .ckpt, .bin or .safetensors file. Nothing in it is run, and PyTorch is not needed."""
+    out: Path
+    """Folder to write: weights, config and model card."""
+    model: str | None = None
+    """Name of the model, as `fastvim models` lists them; by default it is recognised from names and shapes."""
+    entry: str | None = None
+    """Entry of a checkpoint that holds the weights; by default the averaged ones if there are any."""
+    image_size: int | None = None
+    """Pixels for which the position embeddings are resampled; by default those of the file."""
+    num_classes: int | None = None
+    """Classes of a new head, drawn at random; by default the file's head is kept."""
+    classes: Path | None = None
+    """A text file of class names, one a line."""
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A field of the model's config, as NAME=VALUE, where names and shapes do not tell it. May be given again."""
+    seed: int = 0
+    """Seed of what is drawn at random."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Import the weights of a PyTorch or safetensors file into a folder that every command takes.
+
+    The table says what became of every entry. A name or shape that fits nowhere is an error.
+    """
+    chosen = parse(Arguments, "import-weights", arguments, f"{run.__doc__}")
+    from fastvim_jax.inference.import_weights import import_weights, parse_options
+
+    options = parse_options(chosen.option)
+    if chosen.num_classes is not None:
+        options["num_classes"] = chosen.num_classes
+    if chosen.image_size is not None:
+        options["image_size"] = chosen.image_size
+    imported = import_weights(
+        chosen.file,
+        chosen.out,
+        name=chosen.model,
+        entry=chosen.entry,
+        options=options,
+        classes=chosen.classes,
+        seed=chosen.seed,
+    )
+    print(imported.in_words())
+    print(_LICENCE)
+    print(f"Everything is in {chosen.out}. Next: {command()} predict {chosen.out} PHOTO")
+    return 0
