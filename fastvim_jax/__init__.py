@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Classifier": "fastvim_jax.inference",
     "UserError": "fastvim_jax.errors",
     "VisionMambaConfig": "fastvim_jax.models",
     "ViTConfig": "fastvim_jax.models",
@@ -32,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classifier",
     "TrainConfig",
     "UserError",
     "ViTConfig",
@@ -55,6 +57,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastvim_jax.errors import UserError
+    from fastvim_jax.inference import Classifier
     from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
     from fastvim_jax.models import (
         VisionMambaConfig,

@@ -1,5 +1,16 @@
-"""Using a finished run: predictions of image files and batches, and a report with pictures."""
+"""Using a finished run: classifying images, predictions of files, exported programs, imported weights, reports."""
 
+from fastvim_jax.inference.classifier import Classifier, Result
+from fastvim_jax.inference.export import export_classifier
+from fastvim_jax.inference.import_weights import import_weights
 from fastvim_jax.inference.predict import Prediction, predict_batches, predict_files
 
-__all__ = ["Prediction", "predict_batches", "predict_files"]
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "Result",
+    "export_classifier",
+    "import_weights",
+    "predict_batches",
+    "predict_files",
+]

@@ -90,7 +90,10 @@ def import_weights(
         model,
         folder,
         class_names=_class_names(classes),
-        card={"Source": f"Imported from {Path(file).name}.", "Licence": "That of the file's makers."},
+        card={
+            "Source": f"Imported from {Path(file).name}.",
+            "Licence": "That of the file's makers.",
+        },
     )
     how = "named" if name is not None else "recognised from names and shapes"
     kind = type(config).__name__.removesuffix("Config")

@@ -1,0 +1,283 @@
+"""Classify images from Python: paths, Pillow images and arrays of any size, in batches compiled once.
+
+classifier = Classifier.load("runs/mine")            # or a folder of save_pretrained, or hf://owner/name
+result = classifier(["cat.jpg", Image.open("dog.png"), array])
+result.probabilities                                 # images x classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from fastvim_jax.data import DecodeError, load_image
+from fastvim_jax.data.augment import eval_transform
+from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import build_model
+from fastvim_jax.models.pretrained import Preprocessing, is_pretrained, load_pretrained
+from fastvim_jax.training.classification.config import TrainConfig
+from fastvim_jax.training.run_folder import load_run
+
+HUB = "hf://"
+Images = Any
+"""A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
+_AHEAD = 2  # batches that are decoded while the device works
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the model says about n images, in the order given; rows of unreadable images are NaN.
+
+    Attributes:
+        logits: `n classes`, float32.
+        probabilities: `n classes`, float32.
+        embeddings: `n d`, float32: what the head reads.
+        errors: why an image could not be read, by its number.
+    """
+
+    logits: np.ndarray
+    probabilities: np.ndarray
+    embeddings: np.ndarray
+    errors: dict[int, str]
+
+
+class Classifier:
+    """A trained classifier and everything between an image file and its probabilities.
+
+    The model is compiled once for each batch size, at the first call or by `compile`; the last batch is padded. Images
+    are decoded by a thread while the devices work on the batch before. All local devices share a batch.
+
+    Args:
+        model: a classifier with its weights.
+        preprocessing: how images become its input.
+        class_names: by number; may be empty.
+        batch_size: images at a time, rounded up to a multiple of the local devices.
+        dtype: "float32" or "bfloat16" for the products; None: bfloat16 on a GPU, the model's own elsewhere.
+
+    Raises:
+        UserError: a model without classes, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str] = (),
+        *,
+        batch_size: int = 32,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        config: Any = model.config  # type: ignore[attr-defined]
+        if not getattr(config, "num_classes", 0) or getattr(config, "out_indices", ()):
+            raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1.")
+        devices = jax.local_devices()
+        if dtype is None and devices[0].platform in ("gpu", "cuda"):
+            dtype = "bfloat16"
+        if dtype is not None:
+            config = dataclasses.replace(config, dtype=dtype)
+        self.class_names = tuple(class_names)
+        self.data = ClassificationData(
+            source="digits",
+            image_size=preprocessing.image_size,
+            channels=config.channels,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            eval_crop=preprocessing.crop,
+        )
+        mesh = Mesh(np.array(devices), ("data",))
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self._batch = -(-batch_size // len(devices)) * len(devices)
+        self._params = jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec()))
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+        preprocess = make_preprocess(self.data)
+
+        @jax.jit
+        def run(params: Any, images: Array) -> tuple[Array, Array, Array]:
+            model = nnx.merge(graphdef, params)
+            pixels = preprocess(images)
+            wide = jnp.float32
+            logits = model(pixels).astype(wide)
+            return logits, jax.nn.softmax(logits), model.features(pixels).astype(wide)
+
+        self._run: Any = run
+        self._widths = (config.num_classes, config.num_classes, config.embed_dim)
+
+    @classmethod
+    def load(
+        cls,
+        source: Path | str,
+        *,
+        weights: str | None = None,
+        step: int | None = None,
+        **options: Any,
+    ) -> Classifier:
+        """Load a classifier.
+
+        Args:
+            source: a run folder, a folder of `save_pretrained`, or `hf://owner/name` of the Hugging Face hub.
+            weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
+            step: of a run folder, which checkpoint; by default the latest.
+            **options: of the class.
+
+        Raises:
+            UserError: no such source, a damaged one, or one that is no classifier.
+        """
+        name = str(source)
+        if name.startswith(HUB) or is_pretrained(name):
+            found = load_pretrained(name.removeprefix(HUB))
+            return cls(found.model, found.preprocessing, found.class_names, **options)
+        run = load_run(source, weights=weights, step=step)
+        if not isinstance(run.config, TrainConfig):
+            raise UserError(
+                f"{source} holds a run of a {type(run.config).__name__}, no classifier."
+            )
+        data = run.config.data
+        preprocessing = Preprocessing(data.height_width, data.eval_crop, data.mean, data.std)
+        return cls(run.model, preprocessing, run.class_names, **options)
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time, over all local devices."""
+        return self._batch
+
+    def compile(self) -> Classifier:
+        """Compile the model now instead of at the first call; return itself."""
+        shape = (self._batch, *self.data.height_width, self.data.channels)
+        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
+        compiled = self._run.lower(self._params, images).compile()
+        self._run = compiled
+        return self
+
+    def __call__(self, images: Images) -> Result:
+        """Classify images.
+
+        Args:
+            images: paths, Pillow images, uint8 arrays `h w c`, or a sequence of these of mixed sizes and kinds; or one
+                uint8 array `n h w c`. All are resized and cropped as the model's evaluation does.
+
+        Raises:
+            UserError: an array of another rank, dtype or number of channels.
+        """
+        given = _listed(images)
+        parts: list[tuple[np.ndarray, ...]] = []
+        errors: dict[int, str] = {}
+        waiting: list[tuple[int, Any]] = []
+        for start, batch, problems in self._batches(given):
+            errors |= {start + i: problem for i, problem in problems.items()}
+            count = min(self._batch, len(given) - start)
+            waiting.append((count, self._run(self._params, jax.device_put(batch, self._split))))
+            if len(waiting) > _AHEAD:  # The devices work on the later batches meanwhile.
+                parts.append(_fetch(*waiting.pop(0)))
+        parts += [_fetch(*each) for each in waiting]
+        parts = parts or [tuple(np.zeros((0, n), np.float32) for n in self._widths)]
+        logits, probabilities, embeddings = map(np.concatenate, zip(*parts, strict=True))
+        for array in (logits, probabilities, embeddings):
+            array[list(errors)] = np.nan
+        return Result(logits, probabilities, embeddings, errors)
+
+    def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
+        """Decode batches in a thread, `_AHEAD` of them before they are asked for."""
+        ready: queue.Queue[Any] = queue.Queue(_AHEAD)
+        stopped = threading.Event()
+
+        def put(item: Any) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.05)
+                except queue.Full:
+                    continue
+
+        def feed() -> None:
+            try:
+                for start in range(0, len(images), self._batch):
+                    if stopped.is_set():
+                        return
+                    put((start, *self._decode(images[start : start + self._batch])))
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=feed, name="decode images", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _decode(self, images: Sequence[Any]) -> tuple[np.ndarray, dict[int, str]]:
+        batch = np.zeros((self._batch, *self.data.height_width, self.data.channels), np.uint8)
+        errors: dict[int, str] = {}
+        for i, image in enumerate(images):
+            try:
+                batch[i] = self._pixels(image)
+            except DecodeError as error:
+                errors[i] = str(error)
+        return batch, errors
+
+    def _pixels(self, image: Any) -> np.ndarray:
+        if isinstance(image, str | Path):
+            return load_image(image, self.data)
+        if isinstance(image, PIL.Image.Image):
+            opened: PIL.Image.Image = _opaque(image, self.data.background)
+        else:
+            array = np.asarray(image)
+            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (1, 3):
+                raise UserError(
+                    f"an image array has shape {array.shape} and dtype {array.dtype}: give `height width channels` of "
+                    "uint8, with 1 or 3 channels. Pixels are normalised here, so give them as they are."
+                )
+            opened = decode_image(array, channels=self.data.channels)
+        return eval_transform(opened.convert({1: "L", 3: "RGB"}[self.data.channels]), self.data)
+
+
+def _opaque(image: PIL.Image.Image, background: int) -> PIL.Image.Image:
+    """Lay transparent pixels on the background, as the decoder of files does."""
+    try:
+        above = image.convert("RGBA")
+    except ValueError as error:
+        raise UserError(f"a Pillow image of mode {image.mode} cannot be used: {error}.") from error
+    ground = PIL.Image.new("RGBA", above.size, (background,) * 3 + (255,))
+    return PIL.Image.alpha_composite(ground, above)
+
+
+def _listed(images: Images) -> Sequence[Any]:
+    """Return a sequence of single images."""
+    if isinstance(images, str | Path | PIL.Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | jax.Array):
+        if images.ndim not in (3, 4):
+            raise UserError(
+                f"images have shape {images.shape}: give `height width channels` or `images height width channels`."
+            )
+        return [np.asarray(images)] if images.ndim == 3 else list(np.asarray(images))
+    if isinstance(images, Iterable):
+        return list(images)
+    raise UserError(
+        f"images cannot be {type(images).__name__}: give paths, Pillow images or arrays."
+    )
+
+
+def _fetch(count: int, outputs: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(each)[:count] for each in outputs)

@@ -1,0 +1,104 @@
+"""A classifier from Python: what goes in, in which mixture, decides nothing but the order of what comes out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from fastvim_jax import Classifier, UserError, save_pretrained
+from fastvim_jax.data import load_image
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.models import VisionMambaConfig, build_model
+from fastvim_jax.models.pretrained import Preprocessing
+
+SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 3}
+PREPROCESSING = Preprocessing((8, 8), 0.9, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def classifier(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_pretrained(model, folder, preprocessing=PREPROCESSING, class_names=("a", "b", "c"))
+    return Classifier.load(folder, batch_size=4)
+
+
+@pytest.fixture
+def files(tmp_path, rng):
+    paths = []
+    for i, size in enumerate([(9, 12), (20, 8), (8, 8), (31, 17), (12, 12), (10, 40)]):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(paths[-1])
+    return paths
+
+
+def expected(model, classifier, files):
+    pixels = np.stack([load_image(file, classifier.data) for file in files])
+    images = make_preprocess(classifier.data)(jnp.asarray(pixels))
+    return np.asarray(model(images)), np.asarray(model.features(images))
+
+
+def test_paths_images_and_arrays_give_the_same(model, classifier, files):
+    logits, features = expected(model, classifier, files)
+    mixed = [
+        str(files[0]), Image.open(files[1]), np.asarray(Image.open(files[2])),
+        files[3], Image.open(files[4]).convert("RGBA"), np.asarray(Image.open(files[5])),
+    ]  # fmt: skip
+    for images in (files, mixed):
+        found = classifier(images)
+        np.testing.assert_allclose(found.logits, logits, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(found.embeddings, features, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            found.probabilities, jax.nn.softmax(logits), rtol=2e-4, atol=2e-5
+        )
+        assert found.errors == {}
+    assert classifier.class_names == ("a", "b", "c")
+
+
+def test_one_image_and_none(model, classifier, files):
+    logits, _ = expected(model, classifier, files[:1])
+    for image in (files[0], Image.open(files[0]), np.asarray(Image.open(files[0]))):
+        np.testing.assert_allclose(classifier(image).logits, logits, rtol=2e-4, atol=2e-5)
+    empty = classifier([])
+    assert empty.logits.shape == (0, 3) and empty.embeddings.shape == (0, 8)
+
+
+def test_one_program_serves_every_number_of_images(classifier, files):
+    classifier.compile()
+    for count in (1, 3, 4, 6):
+        assert classifier(files[:count]).logits.shape == (count, 3)
+
+
+def test_what_cannot_be_read_is_nan_and_named(classifier, files, tmp_path):
+    (tmp_path / "no.jpg").write_text("no image")
+    found = classifier([files[0], tmp_path / "no.jpg", files[1], tmp_path / "missing.png"])
+    assert sorted(found.errors) == [1, 3] and "no.jpg" in found.errors[1]
+    assert np.isnan(found.logits[[1, 3]]).all() and np.isfinite(found.probabilities[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((2, 2)), "images have shape"),
+        ([np.zeros((8, 8, 3))], "of uint8"),
+        ([np.zeros((8, 8, 5), np.uint8)], "with 1 or 3 channels"),
+        (3, "images cannot be int"),
+    ],
+)
+def test_other_arrays_are_refused(classifier, images, said):
+    with pytest.raises(UserError, match=said):
+        classifier(images)
+
+
+def test_models_without_classes_are_refused():
+    plain = build_model(VisionMambaConfig(**{**SIZES, "num_classes": 0}), rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match="without classes"):
+        Classifier(plain, PREPROCESSING)
