@@ -84,7 +84,7 @@ class Classifier:
         dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         config: Any = model.config  # type: ignore[attr-defined]
-        if not getattr(config, "num_classes", 0) or getattr(config, "out_indices", ()):
+        if not getattr(config, "num_classes", 0) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
@@ -150,6 +150,8 @@ class Classifier:
                 f"{source} holds a run of a {type(run.config).__name__}, no classifier."
             )
         data = run.config.data
+        if not isinstance(data, ClassificationData):
+            raise UserError(f"{source} was trained on cell images: use `fastvim embed`.")
         preprocessing = Preprocessing(data.height_width, data.eval_crop, data.mean, data.std)
         return cls(run.model, preprocessing, run.class_names, **options)
 
