@@ -123,7 +123,7 @@ def _problems(
         if each["type"] == "literal_error":
             choices = _choices(hints[name])
             words = f"is not one of {', '.join(map(str, choices))}"
-            words += f".{suggest(str(given[name]), choices)}".rstrip(".")
+            words += f".{suggest(str(given[name]), map(str, choices))}".rstrip(".")
         else:
             words = _WORDS.get(each["type"], each["msg"]).format(**context)
         if words not in found.setdefault(name, []):

@@ -23,7 +23,7 @@ from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.stream import grain_stream
-from fastvim_jax.data.turbo import chosen_decoder, open_image
+from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -126,7 +126,7 @@ def make_eval_iterator(
         )  # fmt: skip
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))
-    load = _LoadForEvaluation(source, config, chosen_decoder(config))
+    load = _LoadForEvaluation(source, config, available_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
     return BatchIterator(
         grain_stream(batches[process_index::process_count], config.workers),
@@ -147,7 +147,7 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
         read_file(file),
         channels=config.channels,
         name=printable(str(file)),
-        decoder=chosen_decoder(config),
+        decoder=available_decoder(config),
         background=config.background,
     )
     return eval_transform(image, config)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from fastvim_jax.config_checks import PositiveInt, Probability
 from fastvim_jax.data.config import DataConfig
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+Aspect = Annotated[float, Interval(ge=1e-3, le=1e3)]
+Alpha = Annotated[float, Interval(ge=0, le=1000)]
+Strength = Annotated[float, Interval(ge=0, le=10)]
+Pad = Annotated[int, Interval(ge=0, le=4096)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,56 +29,44 @@ class ClassificationData(DataConfig):
     """3: every image becomes RGB; 1: every image becomes greyscale."""
     crop: Literal["random_resized", "pad_shift", "resize"] = "random_resized"
     """Training crop: random resized crop; resize, pad and shift at random (small images); only resize."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
     """random_resized: the crop's share of the image's area, lowest and highest."""
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     """random_resized: the crop's width over height, lowest and highest (log-uniform)."""
-    pad: int = 4
+    pad: Pad = 4
     """pad_shift: zero pixels added on each side before a crop of the input size is taken at random."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip in training."""
-    rand_augment: float | None = None
+    rand_augment: Strength | None = None
     """RandAugment's magnitude, from 0 to 10 (the recipes use 9); None: off."""
-    rand_augment_std: float = 0.5
+    rand_augment_std: Strength = 0.5
     """Standard deviation of the magnitude of each of RandAugment's operations."""
-    colour_jitter: float = 0.0
+    colour_jitter: Strength = 0.0
     """Largest relative change of brightness, contrast and saturation (0.3 in the recipes, without RandAugment)."""
-    random_erasing: float = 0.0
+    random_erasing: Probability = 0.0
     """Probability that one box of a training image is filled with noise (0.25 in the recipes)."""
-    mixup: float = 0.0
+    mixup: Alpha = 0.0
     """Mixup's alpha (0.8 in the recipes); 0: off."""
-    cutmix: float = 0.0
+    cutmix: Alpha = 0.0
     """Cutmix's alpha (1.0 in the recipes); 0: off."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed, if mixup or cutmix is on."""
-    mix_switch_prob: float = 0.5
+    mix_prob: Probability = 1.0
+    """Probability that a group is mixed, if mixup or cutmix is on."""
+    mix_switch_prob: Probability = 0.5
     """Probability that it is cutmix that mixes, if both are on."""
-    eval_crop: float = 0.875
+    mix_group: PositiveInt = 128
+    """Neighbours in the batch that are mixed with each other, in one proportion: the recipes' batch of one device. A
+    batch on several devices is then mixed without sending images between them."""
+    eval_crop: Share = 0.875
     """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
     resident: bool = False
     """Decode all training images once and keep them on the device, where they are cropped (pad_shift or resize)
     and flipped: for sets of small images."""
 
     def __post_init__(self) -> None:
-        self._one_of("channels", (1, 3))
         super().__post_init__()
-        self._one_of("crop", ("random_resized", "pad_shift", "resize"))
-        self._whole("pad", 0)
-        for name in ("flip", "random_erasing", "mix_prob", "mix_switch_prob"):
-            self._require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            ok = math.isfinite(value) and value >= 0
-            self._require(ok, name, "0 (off) or a positive number")
-        ok = self.rand_augment is None or 0 <= self.rand_augment <= 10
-        self._require(ok, "rand_augment", "a magnitude from 0 to 10, or None")
-        self._require(self.rand_augment_std >= 0, "rand_augment_std", "0 or more")
-        self._require(self.colour_jitter >= 0, "colour_jitter", "0 or more")
-        self._require(0 < self.eval_crop <= 1, "eval_crop", "more than 0 and at most 1")
-        ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
-        self._require(ok, "crop_scale", "lowest and highest share, within 0 to 1")
-        ok = len(self.crop_aspect) == 2 and 0 < self.crop_aspect[0] <= self.crop_aspect[1]
-        self._require(ok, "crop_aspect", "lowest and highest positive ratio")
+        for name in ("crop_scale", "crop_aspect"):
+            low, high = getattr(self, name)
+            self._require(low <= high, name, "lowest and highest, in this order")
         if self.resident:
             self._check_resident()
 

@@ -6,11 +6,18 @@ A task's own settings (crops, augmentation) are a subclass beside its pipeline, 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Interval
+
+from fastvim_jax.config_checks import MOST, NonNegativeInt, PositiveInt, check_fields
 from fastvim_jax.data.sources import SOURCES
 from fastvim_jax.errors import UserError, suggest
+
+Workers = Annotated[int, Interval(ge=0, le=1024)]
+Level = Annotated[int, Interval(ge=0, le=255)]
+PerChannel = tuple[Annotated[float, Interval(ge=-1e6, le=1e6)], ...]
+PositivePerChannel = tuple[Annotated[float, Interval(ge=1e-6, le=1e6)], ...]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,31 +48,32 @@ class DataConfig:
     """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""
     """Class list (.txt: one name a line; .tsv: label, folder, name) where the folder's own is not the right one."""
-    image_size: int | tuple[int, int] = 224
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
     """Side, or height and width, of the model's input in pixels."""
-    channels: int = 3
+    channels: PositiveInt = 3
     """Channels of the model's input."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Images a training step takes, over all processes."""
-    eval_batch_size: int | None = None
+    eval_batch_size: PositiveInt | None = None
     """Images an evaluation step takes, over all processes; None: batch_size."""
-    workers: int = 0
+    workers: Workers = 0
     """Worker processes that decode and augment; 0: threads of this process. Never changes the batches."""
     decoder: Literal["auto", "pillow", "turbo"] = "auto"
     """turbo: libjpeg-turbo and a SIMD resizer (the extra `data`), several times faster, for upright colour JPEG files;
     pillow: Pillow for everything; auto: turbo if it is installed. Their pixels differ by rounding; see `turbo.py`."""
-    background: int = 255
+    background: Level = 255
     """Grey level that transparent pixels are laid on: 0 is black, 255 white."""
     follow_links: bool = False
     """Read what links in the data set's folder point to outside it; without, such a link is an error."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
+    mean: PerChannel = IMAGENET_MEAN
     """Subtracted per channel, on a pixel scale of 0 to 1."""
-    std: tuple[float, ...] = IMAGENET_STD
+    std: PositivePerChannel = IMAGENET_STD
     """Divides per channel, on a pixel scale of 0 to 1."""
-    max_corrupt: int = 0
+    max_corrupt: NonNegativeInt = 0
     """Undecodable training records replaced by others (and counted) before the run stops; 0: the first one stops it."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.")
         if self.source not in self.sources:
             raise UserError(
                 f"data.source {self.source!r} is not known: use one of {', '.join(self.sources)}."
@@ -73,27 +81,12 @@ class DataConfig:
             )
         if self.source != "digits" and not self.path:
             raise UserError(f"data.path is empty: the source {self.source!r} needs its folder.")
-        self._one_of("decoder", ("auto", "pillow", "turbo"))
-        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        sound = len(sizes) in (1, 2) and all(_is_int(s) and s >= 1 for s in sizes)
-        self._require(sound, "image_size", "a positive side, or height and width")
-        self._whole("channels", 1)
-        self._whole("batch_size", 1)
-        if self.eval_batch_size is not None:
-            self._whole("eval_batch_size", 1, " or None")
-        self._whole("workers", 0)
-        self._whole("max_corrupt", 0)
-        ok = _is_int(self.background) and 0 <= self.background <= 255
-        self._require(ok, "background", "a grey level from 0 to 255")
         self._check_statistics()
 
     def _check_statistics(self) -> None:
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            ok = len(values) == self.channels and all(math.isfinite(v) for v in values)
-            if name == "std":
-                ok = ok and all(v > 0 for v in values)
-            self._require(ok, name, f"{self.channels} numbers, one per channel")
+            expected = f"{self.channels} numbers, one per channel"
+            self._require(len(getattr(self, name)) == self.channels, name, expected)
 
     def resolved(self) -> Any:
         """Return the config with everything filled in that is stored with the data; here it is complete already."""
@@ -110,19 +103,11 @@ class DataConfig:
         if not ok:
             raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")
 
-    def _whole(self, name: str, least: int, otherwise: str = "") -> None:
+    def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        expected = f"a whole number of at least {least}{otherwise}"
-        self._require(_is_int(value) and value >= least, name, expected)
+        self._require(least <= value <= MOST, name, f"a whole number of at least {least}")
 
-    def _one_of(self, name: str, choices: tuple[object, ...]) -> None:
-        value, texts = getattr(self, name), [str(choice) for choice in choices]
-        hint = suggest(str(value), texts)
-        if value not in choices:
-            raise UserError(
-                f"data.{name} is {value!r}, but must be one of {', '.join(texts)}.{hint}"
-            )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        hint = suggest(str(value), choices)
+        self._require(value in choices, name, f"one of {', '.join(choices)}" + hint.rstrip("."))

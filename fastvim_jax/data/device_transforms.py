@@ -2,7 +2,7 @@
 
 Everything is drawn from a key and from an image's position in the global batch, so a batch comes out the same
 on any number of devices and processes. The order is the recipes': each image is normalised, then erased, then
-the batch is mixed with itself reversed.
+each group of neighbours in the batch is mixed with itself reversed.
 """
 
 from __future__ import annotations
@@ -66,16 +66,7 @@ def make_augment(
         if config.random_erasing:
             images = random_erasing(erase_key, images, probability=config.random_erasing)
         if config.mixup or config.cutmix:
-            weight, share = mix_weights(
-                mix_key,
-                (images.shape[1], images.shape[2]),
-                mixup=config.mixup,
-                cutmix=config.cutmix,
-                probability=config.mix_prob,
-                switch_probability=config.mix_switch_prob,
-            )
-            images = mix(images, weight)
-            label = mixed_targets(label, share, num_classes, label_smoothing)
+            images, label = mix_groups(mix_key, images, label, config, num_classes, label_smoothing)
         return {**batch, "image": images, "label": label}
 
     return augment
@@ -144,6 +135,47 @@ def erased_box(key: Key[Array, ""], size: tuple[int, int]) -> Bool[Array, "h w"]
     return _box(size, top, top + box_height, left, left + box_width) & fits.any()
 
 
+def mix_groups(
+    key: Key[Array, ""],
+    images: Float[Array, "b h w c"],
+    label: Int[Array, " b"],
+    config: ClassificationData,
+    num_classes: int,
+    smoothing: float,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
+    """Mix neighbours in the batch, `config.mix_group` at a time and each group by a draw of its own.
+
+    Groups keep the images of a device apart from those of others, because a batch is spread over devices in contiguous
+    parts. A group's draw depends on its number alone, so a batch comes out the same on any number of devices. What
+    fills no group at the batch's end is a smaller one.
+    """
+    size = min(config.mix_group, len(images))
+    whole = len(images) // size * size
+
+    def one(number: Array, images: Array, label: Array) -> tuple[Array, Array]:
+        weight, share = mix_weights(
+            jax.random.fold_in(key, number),
+            (images.shape[1], images.shape[2]),
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            probability=config.mix_prob,
+            switch_probability=config.mix_switch_prob,
+        )
+        return mix(images, weight), mixed_targets(label, share, num_classes, smoothing)
+
+    def grouped(values: Array) -> Array:
+        return values[:whole].reshape(-1, size, *values.shape[1:])
+
+    found = jax.vmap(one)(jnp.arange(whole // size), grouped(images), grouped(label))
+    parts = [[part.reshape(whole, *part.shape[2:]) for part in found]]
+    if whole < len(images):
+        parts.append([*one(jnp.asarray(whole // size), images[whole:], label[whole:])])
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1]
+    mixed, targets = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    return mixed, targets
+
+
 def mix_weights(
     key: Key[Array, ""],
     size: tuple[int, int],
@@ -153,18 +185,18 @@ def mix_weights(
     probability: float = 1.0,
     switch_probability: float = 0.5,
 ) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
-    """Draw how much of itself every image of a batch keeps: per pixel, and in all.
+    """Draw how much of itself every image of a group keeps: per pixel, and in all.
 
     Mixup (Zhang et al. 2018) keeps the same share λ of every pixel; cutmix (Yun et al. 2019) replaces a box
     whose sides are √(1 - λ) of the image's, around a uniform centre and cut off at the border: its λ is then
     the share of pixels that really stay. λ is drawn from Beta(α, α).
 
     Args:
-        key: decides for the whole batch.
+        key: decides for the whole group.
         size: height and width of the images.
         mixup: α of mixup; 0: off.
         cutmix: α of cutmix; 0: off.
-        probability: with which the batch is mixed at all.
+        probability: with which the group is mixed at all.
         switch_probability: with which it is cutmix that mixes, if both are on.
     """
     on_key, switch_key, share_key, box_key = jax.random.split(key, 4)
@@ -194,7 +226,7 @@ def cutmix_box(
 
 
 def mix(images: Float[Array, "b h w c"], weight: Float[Array, "h w"]) -> Float[Array, "b h w c"]:
-    """Blend each image with the one as far from the batch's end as it is from its beginning."""
+    """Blend each image with the one as far from the group's end as it is from its beginning."""
     weight = weight[..., None]
     return images * weight + jnp.flip(images, 0) * (1.0 - weight)
 

@@ -11,6 +11,7 @@ Whatever is not a plain upright JPEG file goes through Pillow (`decode.py`).
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ GAP = 2
 _APP1 = 0xE1
 _START_OF_SCAN = 0xDA
 _SIMPLE = ("YCbCr", "Gray")
+_log = logging.getLogger(__name__)
 _local = threading.local()
 
 
@@ -123,6 +125,15 @@ def chosen_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
             "or set data.decoder=pillow."
         )
     return "pillow" if config.decoder == "pillow" or missing else "turbo"
+
+
+def available_decoder(config: DataConfig) -> Literal["pillow", "turbo"]:
+    """Choose the decoder of `config`, or Pillow where that is not installed: evaluation differs by rounding only."""
+    try:
+        return chosen_decoder(config)
+    except UserError as error:
+        _log.warning("Pillow decodes the images instead: %s", error)
+        return "pillow"
 
 
 def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.profiling import ProfileSteps
-from fastvim_jax.training.run_folder import CHECKPOINTS, start_run
+from fastvim_jax.training.run_folder import CHECKPOINTS, CONFIG_FILE, read_config, start_run
 from fastvim_jax.training.stopping import StopRequest
 from fastvim_jax.training.tasks import trainer_of
 
@@ -107,10 +108,24 @@ def train(
     """
     started = time.perf_counter()
     trainer = trainer_of(config)
+    config = _with_decoder(config, Path(run_dir))
     with StopRequest() as stop, ExitStack() as opened:
         call = TrainCall(Path(run_dir), progress, profile, wandb, opened, started, stop)
         result: RunResult = trainer.train(config, call)
     return result
+
+
+def _with_decoder(config: Any, run_dir: Path) -> Any:
+    """Replace data.decoder="auto" by the decoder that the run began with, or else by the one installed here.
+
+    The config that is stored then names a decoder, so that the run can go on where another would be chosen.
+    """
+    if getattr(getattr(config, "data", None), "decoder", None) != "auto":
+        return config
+    begun = (run_dir / CONFIG_FILE).is_file()
+    found = read_config(run_dir).data.decoder if begun else "auto"
+    data = replace(config.data, decoder=found)
+    return replace(config, data=replace(data, decoder=chosen_decoder(data)))
 
 
 def open_run(

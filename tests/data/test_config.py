@@ -35,6 +35,16 @@ from fastvim_jax.errors import UserError
         ("mean", (0.5,)),
         ("std", (0.5, 0.5, 0.0)),
         ("mean", (0.5, 0.5, float("nan"))),
+        ("colour_jitter", float("inf")),
+        ("rand_augment_std", float("nan")),
+        ("crop_aspect", (1.0, float("inf"))),
+        ("mixup", 1e30),
+        ("batch_size", 2**63),
+        ("batch_size", "8"),
+        ("resident", 1),
+        ("background", 256),
+        ("mix_group", 0),
+        ("std", (0.5, 0.5, 1e-300)),
     ],
 )
 def test_bad_values_name_their_field(field: str, value: Any) -> None:

@@ -238,6 +238,30 @@ def test_expected_target_is_half_of_each(key):
     np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "group"), [(12, 4), (11, 4), (5, 8), (9, 4)])
+def test_groups_are_mixed_each_by_its_own_draw(count, group, rng, key):
+    """Every image is mixed with its mirror image in its group, and a group's draw does not depend on the others."""
+    images = jnp.asarray(rng.standard_normal((count, 6, 6, 1)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 5, count), jnp.int32)
+    config = dataclasses.replace(CONFIG, mixup=1.0, mix_group=group)
+    mixed, targets = (np.asarray(x) for x in dt.mix_groups(key, images, labels, config, 5, 0.0))
+    shares = []
+    for start in range(0, count, group):
+        part = slice(start, min(start + group, count))
+        one, two = images[part], images[part][::-1]
+        draw = jax.random.fold_in(key, start // group)
+        weight, share = dt.mix_weights(draw, (6, 6), mixup=1.0, cutmix=0.0)
+        shares.append(float(share))
+        expected = np.asarray(one * weight[..., None] + two * (1 - weight[..., None]))
+        np.testing.assert_allclose(mixed[part], expected, atol=1e-6)
+        soft = np.eye(5)[labels[part]] * shares[-1] + np.eye(5)[labels[part]][::-1] * (
+            1 - shares[-1]
+        )
+        np.testing.assert_allclose(targets[part], soft, atol=1e-6)
+    assert len(set(shares)) == len(shares)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
 def test_augment_does_what_the_config_says(rng, key):
     pixels, label = jnp.asarray(_pixels(rng)), jnp.asarray(rng.integers(0, 10, 6), jnp.int32)
     batch = {"image": pixels, "label": label}
@@ -269,7 +293,7 @@ def test_augment_does_what_the_config_says(rng, key):
 
 
 SHARDED = """
-import dataclasses, sys
+import dataclasses, re, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from fastvim_jax.data import ClassificationData, make_train_iterator
@@ -294,6 +318,18 @@ for mixing in ({"mixup": 0.8}, {"cutmix": 1.0}):
         assert shared["image"].sharding.num_devices == 4
         for name in alone:
             np.testing.assert_allclose(np.asarray(shared[name]), np.asarray(alone[name]), atol=1e-6)
+# Groups that lie on one device are mixed without sending images between devices.
+config = dataclasses.replace(config, resident=False, mixup=0.8, cutmix=1.0)
+for group, sends in ((2, False), (8, True)):
+    augment = jax.jit(make_augment(dataclasses.replace(config, mix_group=group), 10))
+    alone, shared = augment(key, batch), augment(key, divided)
+    for name in alone:
+        np.testing.assert_allclose(np.asarray(shared[name]), np.asarray(alone[name]), atol=1e-6)
+    text = augment.lower(key, divided).compile().as_text()
+    # One truth value goes around: whether all draws from the beta distribution are done.
+    found = re.findall(r"= (f32|u8|s32)\\[[^ ]* (?:all-to-all|collective-permute|all-gather|all-reduce)", text)
+    assert bool(found) == sends, group
+config = dataclasses.replace(config, resident=True, mixup=0.0, cutmix=0.0)
 # Resident images come from one device, and are spread like any others.
 iterator = make_train_iterator(dataclasses.replace(config, batch_size=16), seed=int(sys.argv[1]))
 batch = next(iterator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -59,6 +60,23 @@ def test_other_classes_are_still_refused(folder):
         start_run(folder, CONFIG, ("cat", "fish")),
     ):
         pass
+
+
+def test_the_decoder_found_is_stored_and_kept(tmp_path, monkeypatch):
+    from fastvim_jax.training.runs import _with_decoder
+
+    def decoder(config=CONFIG):
+        return _with_decoder(config, tmp_path)
+
+    assert CONFIG.data.decoder == "auto" and decoder().data.decoder == "turbo"
+    with start_run(tmp_path, decoder(), NAMES):
+        pass
+    assert read_config(tmp_path).data.decoder == "turbo"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data.decoder=turbo needs simplejpeg"):
+        decoder()
+    pillow = dataclasses.replace(CONFIG.data, decoder="pillow")
+    assert decoder(dataclasses.replace(CONFIG, data=pillow)).data.decoder == "pillow"
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{", b"\xff\xfe", b'{"class": "TrainConfig"}'])
