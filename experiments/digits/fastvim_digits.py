@@ -37,7 +37,7 @@ config = TrainConfig(
     optimizer=OptimizerConfig(
         learning_rate=3e-3,
         learning_rate_scaling="none",
-        warmup_epochs=2.0,
+        warmup_share=0.05,  # 2 epochs of 40, and less of a shorter run
         final_learning_rate=1e-5,
     ),
     epochs=40,

@@ -42,7 +42,7 @@ config = TrainConfig(
     optimizer=OptimizerConfig(
         learning_rate=1e-3,
         learning_rate_scaling="none",
-        warmup_epochs=5.0,
+        warmup_share=0.125,  # 5 epochs of 40, and less of a shorter run
         final_learning_rate=1e-5,
     ),
     epochs=40,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from fastvim_jax.config_checks import PositiveInt, check_fields
 from fastvim_jax.errors import UserError
 from pallas_kernels.sharding import batch_over
 
@@ -31,20 +32,13 @@ class MeshConfig:
         UserError: on construction, for an impossible value; the message names the field.
     """
 
-    data: int | None = None
+    data: PositiveInt | None = None
     """Groups of devices, each of which holds all parameters and its share of the batch; None: as many as there are."""
-    fsdp: int = 1
+    fsdp: PositiveInt = 1
     """Devices in a group, over which its parameters, optimizer state and average are spread (FSDP)."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
-            value = getattr(self, name)
-            if value is None and name == "data":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"mesh.{name} is {value!r}, but must be a whole number of at least 1."
-                )
+        check_fields(self, "mesh.")
 
 
 def make_mesh(

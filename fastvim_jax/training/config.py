@@ -5,9 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from fastvim_jax import serialise
+from fastvim_jax.config_checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    check_fields,
+)
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
 
@@ -16,6 +26,7 @@ DecayGroups = Literal[
 ]
 ScheduleName = Literal["warmup_cosine", "epoch_cosine", "warmup_linear", "warmup_step", "constant"]
 LayerRule = Literal["pairs", "blocks", "detection_released"]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class OptimizerConfig:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Base learning rate, before scaling to the batch size."""
     learning_rate_scaling: Literal["deit", "linear", "sqrt", "none"] = "deit"
     """Peak rate: deit: × batch/512; linear: × batch/256; sqrt: × √(batch/1024); none: as given."""
@@ -35,58 +46,46 @@ class OptimizerConfig:
     warmup_linear counts steps too and falls on a straight line to 0; warmup_step falls to a tenth at each milestone."""
     milestones: tuple[float, ...] = (8 / 9, 26 / 27)
     """Shares of the run after which the rate is a tenth of what it was (warmup_step)."""
-    warmup_epochs: float = 5.0
-    """Length of the linear warm-up."""
-    warmup_start: float = 1e-6
+    warmup_epochs: NonNegativeFloat | None = None
+    """Length of the linear warm-up in epochs; None: warmup_share of the run."""
+    warmup_share: Rate = 0.05
+    """Length of the linear warm-up as a share of the run, from 0 to 1, unless warmup_epochs is given."""
+    warmup_start: NonNegativeFloat = 1e-6
     """Rate of the first step (warmup_cosine, warmup_linear, warmup_step)."""
-    final_learning_rate: float = 1e-5
+    final_learning_rate: NonNegativeFloat = 1e-5
     """Floor of the cosine."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of the decayed parameters."""
-    weight_decay_end: float | None = None
+    weight_decay_end: NonNegativeFloat | None = None
     """Weight decay that a half cosine over the whole run leads to; None: constant."""
     decay_groups: DecayGroups = "supervised"
     """Which parameters decay. supervised, cell: all but one-dimensional ones and biases; finetune: all but
     one-dimensional ones, position embedding and class token; pretrain: all; segmentation: all but norms, A_log, D,
     position embedding and class token of the backbone; detection: all but norms of blocks and position embedding;
     detection_released: all but the position embedding, because the released rule recognised no block."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] | None = None
     """Layer-wise factor of the learning rate; None: none."""
     layer_rule: LayerRule = "pairs"
     """What layer_decay is applied to. pairs: one factor for every two blocks below the head; blocks: one for every
     block, as in ViTDet; detection_released: embeddings alone, 13 factors, as the released detectors were trained."""
-    beta1: float = 0.9
+    beta1: Rate = 0.9
     """Decay of Adam's first moment."""
-    beta2: float = 0.999
+    beta2: Rate = 0.999
     """Decay of Adam's second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the root of the corrected second moment."""
-    clip_grad_norm: float | None = None
+    clip_grad_norm: PositiveFloat | None = None
     """Largest global gradient norm; None: not clipped."""
 
     def __post_init__(self) -> None:
-        where = "optimizer."
-        whole_to_float(self)
-        require_positive(where, self, "learning_rate", "eps")
-        require_not_negative(
-            where, self, "warmup_epochs", "warmup_start", "final_learning_rate", "weight_decay"
-        )
-        require_choice(where, self, "learning_rate_scaling", ("deit", "linear", "sqrt", "none"))
-        require_choice(where, self, "schedule", get_args(ScheduleName))
-        require_choice(where, self, "decay_groups", get_args(DecayGroups))
-        require_choice(where, self, "layer_rule", get_args(LayerRule))
+        check_fields(self, "optimizer.")
         rising = (0.0, *self.milestones, 1.0)
         if any(b <= a for a, b in itertools.pairwise(rising)):
-            refuse(where, self, "milestones", "rising shares between 0 and 1")
-        if self.weight_decay_end is not None:
-            require_not_negative(where, self, "weight_decay_end")
-        if self.clip_grad_norm is not None:
-            require_positive(where, self, "clip_grad_norm")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            refuse(where, self, "layer_decay", "within 0 (excluded) and 1, or None")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                refuse(where, self, name, "at least 0 and below 1")
+            refuse("optimizer.", self, "milestones", "rising shares between 0 and 1")
+
+    def warmup(self, epochs: int) -> float:
+        """Return the length of the warm-up of a run of `epochs`, in epochs."""
+        return self.warmup_share * epochs if self.warmup_epochs is None else self.warmup_epochs
 
 
 @dataclass(frozen=True)
@@ -107,21 +106,21 @@ class RunConfig:
     """AdamW, its groups and its schedules."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices share the batch and the parameters; what comes out does not depend on it."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Parts in which a batch of data.batch_size passes through the model before its one update, to save memory."""
-    epochs: int = 300
+    epochs: PositiveInt = 300
     """Passes over the training images; the schedules end with the last."""
-    ema_decay: float | None = 0.9999
+    ema_decay: Rate | None = 0.9999
     """Decay of the average of the weights that is evaluated beside them; None: no average."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order of the images, their augmentation and drop path."""
-    evaluate_every_epochs: int = 1
+    evaluate_every_epochs: NonNegativeInt = 1
     """Epochs between evaluations; 0: only after the last."""
-    checkpoint_every_steps: int | None = None
+    checkpoint_every_steps: PositiveInt | None = None
     """Steps between checkpoints; None: one after every epoch. The last step is always saved."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: PositiveInt = 3
     """Latest checkpoints kept."""
-    log_every_steps: int = 50
+    log_every_steps: PositiveInt = 50
     """Steps between lines of the log; only there the loop waits for the device."""
     init: str | None = None
     """Weights to start from: a run folder, a saved model or hf://owner/name, a .safetensors or .pth file. A head of
@@ -132,19 +131,15 @@ class RunConfig:
     """Names of parameters that may misfit and are then drawn anew or left out, e.g. patch_embed.* for other patches."""
 
     def __post_init__(self) -> None:
-        whole_to_float(self)
-        require_integer("", self, 1, "accumulate", "epochs", "keep_checkpoints", "log_every_steps")
-        require_integer("", self, 0, "evaluate_every_epochs", "seed")
-        if self.checkpoint_every_steps is not None:
-            require_integer("", self, 1, "checkpoint_every_steps")
+        check_fields(self)
         if self.init is None and (self.init_allow or self.init_weights):
             raise UserError("init_allow and init_weights say how to use init: set init as well.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            refuse("", self, "ema_decay", "at least 0 and below 1, or None for no average")
-        if self.optimizer.schedule != "constant" and self.optimizer.warmup_epochs >= self.epochs:
+        warmup = self.optimizer.warmup(self.epochs)
+        if self.optimizer.schedule != "constant" and warmup >= self.epochs:
             raise UserError(
-                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs} leaves nothing of epochs={self.epochs} "
-                "to decay over: shorten the warm-up or train longer."
+                f"optimizer.warmup_epochs={warmup} leaves nothing of epochs={self.epochs} to decay over: train longer, "
+                f"or shorten it, for example --optimizer.warmup-epochs {self.epochs / 8:g} (None: "
+                f"{self.optimizer.warmup_share:.0%} of the run)."
             )
 
     @property

@@ -168,14 +168,14 @@ def learning_rate_schedule(
         return warmup_linear(
             peak=peak,
             total_steps=epochs * steps_per_epoch,
-            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            warmup_steps=round(config.warmup(epochs) * steps_per_epoch),
             start=config.warmup_start,
         )
     if config.schedule == "warmup_step":
         return warmup_step(
             peak=peak,
             total_steps=epochs * steps_per_epoch,
-            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            warmup_steps=round(config.warmup(epochs) * steps_per_epoch),
             start=config.warmup_start,
             milestones=config.milestones,
         )
@@ -184,13 +184,13 @@ def learning_rate_schedule(
             peak=peak,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.warmup(epochs),
             final=config.final_learning_rate,
         )
     return warmup_cosine(
         peak=peak,
         total_steps=epochs * steps_per_epoch,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        warmup_steps=round(config.warmup(epochs) * steps_per_epoch),
         start=config.warmup_start,
         final=config.final_learning_rate,
     )

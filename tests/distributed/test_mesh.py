@@ -65,7 +65,7 @@ def test_an_uneven_batch_is_refused_by_its_fields():
 @pytest.mark.parametrize("change", [{"data": 0}, {"fsdp": -1}, {"fsdp": None}, {"fsdp": True}])
 def test_impossible_meshes_are_refused_by_field(change):
     (name,) = change
-    with pytest.raises(UserError, match=f"mesh.{name} is .*at least 1"):
+    with pytest.raises(UserError, match=f"mesh.{name}=.*must be"):
         checked(MeshConfig(), **change)
 
 

@@ -9,7 +9,7 @@ import tyro
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import ViTConfig
-from fastvim_jax.training import OptimizerConfig, TrainConfig
+from fastvim_jax.training import OptimizerConfig, TrainConfig, load_experiment
 from tests.support import checked
 from tests.training.tiny import tiny_config
 
@@ -88,16 +88,22 @@ def test_a_missing_field_without_default_is_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs is 0, but must be a whole number of at least 1"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but must be"),
-        ({"ema_decay": 1.5}, "ema_decay is 1.5"),
-        ({"log_every_steps": 0}, "log_every_steps is 0"),
-        ({"checkpoint_every_steps": 0}, "checkpoint_every_steps is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be less than 1"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5 must be less than 1"),
+        ({"log_every_steps": 0}, "log_every_steps=0 must be"),
+        ({"checkpoint_every_steps": 0}, "checkpoint_every_steps=0 must be"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**32}, "seed=4294967296 must be less than 4294967296"),
+        ({"seed": "0"}, "seed='0' must be an integer"),
+        ({"epochs": 2.5}, "epochs=2.5 must be an integer"),
         ({"model": dataclasses.replace(VIT, channels=3)}, "data.channels=1: make them equal"),
         ({"data": WIDE}, "data.image_size=(8, 12): make them equal"),
         ({"model": dataclasses.replace(VIT, num_classes=0)}, "needs a classifier"),
-        ({"optimizer": OptimizerConfig(warmup_epochs=2.0)}, "optimizer.warmup_epochs=2.0 leaves"),
+        (
+            {"optimizer": OptimizerConfig(warmup_epochs=2.0)},
+            "for example --optimizer.warmup-epochs 0.25",
+        ),
     ],
 )
 def test_impossible_runs_are_refused_by_field(changes, message):
@@ -122,8 +128,19 @@ def test_impossible_runs_are_refused_by_field(changes, message):
     ],
 )
 def test_impossible_optimizers_are_refused_by_field(field, value):
-    with pytest.raises(UserError, match=f"optimizer.{field} is {value!r}, but must be"):
+    with pytest.raises(UserError, match=rf"optimizer.{field}='?{value}'? (must be|is not one of)"):
         checked(OptimizerConfig(), **{field: value})
+
+
+def test_the_warm_up_is_a_share_of_the_run_unless_given():
+    assert (
+        OptimizerConfig().warmup(40) == 2.0 and OptimizerConfig(warmup_epochs=5.0).warmup(40) == 5
+    )
+    digits = load_experiment("digits/fastvim_digits")
+    yours = load_experiment("your_images/fastvim")
+    assert (digits.optimizer.warmup(40), yours.optimizer.warmup(40)) == (2.0, 5.0)
+    for config, epochs in ((digits, 1), (yours, 3)):
+        assert 0 < checked(config, epochs=epochs).optimizer.warmup(epochs) < epochs
 
 
 def test_the_command_line_overrides_any_field():

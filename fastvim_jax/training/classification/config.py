@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastvim_jax.config_checks import Rate
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
-from fastvim_jax.training.config import RunConfig, refuse
+from fastvim_jax.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,11 @@ class TrainConfig(RunConfig):
     """The backbone and its head; model.num_classes must be the data's number of classes."""
     data: ClassificationData | CellsData = field(default_factory=ClassificationData)
     """Where the images come from, how they are batched and augmented."""
-    label_smoothing: float = 0.1
+    label_smoothing: Rate = 0.1
     """Mass of each target spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 1:
-            refuse("", self, "label_smoothing", "at least 0 and below 1")
         if self.model.num_classes < 1 or self.model.out_indices:
             raise UserError(
                 f"model.num_classes={self.model.num_classes}, model.out_indices={self.model.out_indices}: "
