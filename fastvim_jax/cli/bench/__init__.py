@@ -1,4 +1,4 @@
-"""`fastvim bench scan|mixer|model|train|data`: measurements, printed as tables and kept as JSON."""
+"""`fastvim bench scan|mixer|model|train|segment|data`: measurements, printed as tables and kept as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastvim_jax.cli.bench.data import data
 from fastvim_jax.cli.bench.mixer import mixer
 from fastvim_jax.cli.bench.model import model, train
 from fastvim_jax.cli.bench.scan import scan
+from fastvim_jax.cli.bench.segment import segment
 from fastvim_jax.cli.usage import UsageError
 from fastvim_jax.errors import suggest
 
@@ -23,6 +24,7 @@ Benches:
   mixer    one mixer: pool, projection, scan, repeat, skip, and its whole core
   model    images a second of FastVim, Vim and ViT
   train    images a second of training steps; largest batch; trace and compile time
+  segment  segmentation models by parts: backbone, heads, classes, whole; training steps
   data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)
 """
 
@@ -32,6 +34,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "model": model,
     "train": train,
     "data": data,
+    "segment": segment,
 }
 
 

@@ -29,7 +29,7 @@ class MaskReport:
         pixels: labelled pixels of each class, int64.
         images: images in which each class occurs.
         ignored: share of pixels that do not count, from 0 to 1.
-        problems: what is wrong: kinds `missing`, `stray`, `unreadable`, `unused class`, `off by one`.
+        problems: what is wrong: kinds `missing`, `stray`, `unreadable`, `off by one`.
         notes: what is unusual, but understood.
     """
 
@@ -84,11 +84,6 @@ def check_masks(
             ignored += each.ignored
         if progress:
             progress(done, len(source))
-    problems += [
-        Problem("unused class", f"class {label} ({name}) has no pixel.")
-        for label, name in enumerate(source.class_names)
-        if not images[label]
-    ]
     if shift := _shift(raw, classes, config):
         problems.insert(0, Problem("off by one", shift))
     total = int(pixels.sum()) + ignored
@@ -98,7 +93,9 @@ def check_masks(
         images,
         ignored / max(total, 1),
         tuple(sorted(problems, key=lambda p: (p.kind != "off by one", p.kind, p.index or 0))),
-        tuple(_notes(raw)),
+        tuple(
+            _notes(raw, [n for n, used in zip(source.class_names, images, strict=True) if not used])
+        ),
     )
 
 
@@ -144,7 +141,10 @@ def _shift(raw: np.ndarray, classes: int, config: SegmentationData) -> str | Non
     return None
 
 
-def _notes(raw: np.ndarray) -> Iterator[str]:
+def _notes(raw: np.ndarray, unused: list[str]) -> Iterator[str]:
+    if unused:
+        shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        yield f"{len(unused)} classes have no pixel: {shown}"
     if raw.size and raw.max() > IGNORED:
         yield f"16-bit masks: labels up to {int(raw.max())} are read as they are."
 
