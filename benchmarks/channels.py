@@ -1,0 +1,344 @@
+"""Train the channel models on CIFAR-10 spread over 8 channels, on all GPUs of a host, and write channels.md.
+
+    python benchmarks/channels.py prepare --data build/cifar10_channels
+    python benchmarks/channels.py run --data build/cifar10_channels --gpus 4 --runs build/channel_runs
+    python benchmarks/channels.py report --runs build/channel_runs --commit HASH
+
+The stand-in: a 32 x 32 image becomes 8 channels of the same size. Its luma Y = (R + 2 G + B) / 4 and its opponent
+colour C = (R - G) / 2 + 128 are each cut into blocks of 4 x 4 pixels; the blocks whose row and column have one of the
+four parities go to one channel, and that channel is 0 everywhere else. So every channel shows a quarter of the blocks
+of one of the two signals (as a stain shows one compartment of a cell), no two channels overlap in a signal, and all 8
+together are the image without its blue-yellow axis. It can show whether models use and miss channels as the paper says.
+It can't show the paper's accuracies, nor anything about cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+RECORDS = HERE / "results" / "h100" / "channels"
+NAMES = tuple(f"{signal}{row}{column}" for signal in "YC" for row in "01" for column in "01")
+BLOCK = 4
+SUBSETS = 6
+"""Random subsets of each size between 2 and 7 that a model is evaluated on; of 1 and 8, all."""
+MAIN = ("vit", "vim", "channelvit", "channelvim", "fastchannelvim")
+
+CHANNEL_VIM = {"pooling": "none", "class_token": "middle"}
+SORTED, UNSORTED, OFF = "sorted", "unsorted", "none"
+ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
+    # name: (family, options of the model, channel sampling)
+    "vit": ("vit", {}, OFF),
+    "vim": ("vim", {}, OFF),
+    "channelvit": ("channelvit", {}, UNSORTED),
+    "channelvim": ("channel", CHANNEL_VIM, SORTED),
+    "channelvim_unsorted": ("channel", CHANNEL_VIM, UNSORTED),
+    "channelvim_spatial": ("channel", CHANNEL_VIM | {"scan_order": "spatial"}, SORTED),
+    "channelvim_spatial_unsorted": ("channel", CHANNEL_VIM | {"scan_order": "spatial"}, UNSORTED),
+    "fastchannelvim": ("channel", {}, SORTED),
+    "fastchannelvim_unsorted": ("channel", {}, UNSORTED),
+    "fastchannelvim_all_channels": ("channel", {}, OFF),
+    "fastchannelvim_spatial": ("channel", {"scan_order": "spatial"}, SORTED),
+    "fastchannelvim_max": ("channel", {"pooling": "max"}, SORTED),
+    "fastchannelvim_attention": ("channel", {"pooling": "attention"}, SORTED),
+    "fastchannelvim_two_axes": ("channel", {"pool_axes": "two_axes"}, SORTED),
+    "fastchannelvim_two_axes_max": ("channel", {"pool_axes": "two_axes", "pooling": "max"}, SORTED),
+}
+PAPER = {  # JUMP-CP, model Small, patch 16, top-1 %: Tables 3 and 19 to 21
+    "vit": 58.9, "vim": 61.0, "channelvit": 68.6, "channelvim": 73.5, "fastchannelvim": 73.6,
+    "channelvim_unsorted": 69.4, "channelvim_spatial": 65.9, "channelvim_spatial_unsorted": 67.9,
+    "fastchannelvim_max": 72.9, "fastchannelvim_attention": 73.1, "fastchannelvim_two_axes": 74.3,
+    "fastchannelvim_two_axes_max": 73.5,
+}  # fmt: skip
+
+
+class Spread:
+    """A source of RGB images as 8 complementary channels; see the module."""
+
+    def __init__(self, source: Any):
+        self.source, self.class_names = source, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        from fastvim_jax.data import decode_image
+
+        record = self.source[index]
+        image = decode_image(record.image, channels=3, name=record.name)
+        return dataclasses.replace(record, image=spread(np.asarray(image)))
+
+
+def spread(rgb: np.ndarray) -> np.ndarray:
+    """Turn uint8 `h w 3` into the stand-in's uint8 `h w 8`, channels in the order of NAMES."""
+    red, green, blue = (rgb[..., i].astype(np.int32) for i in range(3))
+    signals = ((red + 2 * green + blue) // 4, (red - green) // 2 + 128)
+    row, column = (np.arange(n) // BLOCK % 2 for n in rgb.shape[:2])
+    parts = [
+        np.where((row[:, None] == r) & (column[None] == c), signal, 0)
+        for signal in signals
+        for r in (0, 1)
+        for c in (0, 1)
+    ]
+    return np.stack(parts, axis=-1).astype(np.uint8)
+
+
+def prepare(data: Path, workers: int) -> None:
+    """Write the stand-in's shards and their statistics."""
+    from fastvim_jax.data import open_source
+    from fastvim_jax.data.multichannel import read_channels
+    from fastvim_jax.data.prepare.shards import prepare as write
+    from fastvim_jax.data.statistics import count_statistics, write_statistics
+
+    for split in ("train", "test"):
+        source = Spread(open_source("packed_npz", split, path="$FASTVIM_DATA_DIR/cifar10"))
+        done = write(source, data, split, workers=workers)
+        print(f"{split}: {done.records} records, {done.bytes / 1e6:.0f} MB", flush=True)
+    records = open_source("array_record", "train", path=str(data))
+    images = (read_channels(records[i].image, str(i)).pixels for i in range(0, len(records), 10))
+    write_statistics(data, count_statistics(images, NAMES))
+
+
+def config_of(row: str, data: Path, seed: int, epochs: int, workers: int) -> Any:
+    """Return the run of one row: 8 blocks of 192, patches of 4, the cell recipe."""
+    from fastvim_jax.data import CellsData
+    from fastvim_jax.models import VisionMambaConfig, ViTConfig
+    from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+    from fastvim_jax.models.channel_vit import ChannelViTConfig
+    from fastvim_jax.training import OptimizerConfig, TrainConfig
+
+    family, options, sampling = ROWS[row]
+    shared: dict[str, Any] = {
+        "image_size": 32, "patch_size": 4, "channels": 8, "num_classes": 10, "embed_dim": 192,
+        "drop_path": 0.05, "dtype": "bfloat16",
+    }  # fmt: skip
+    attention = {"depth": 4, "num_heads": 3}  # With its MLP a block is worth two of Mamba's.
+    mamba = {"depth": 8, "activations": "compute"}
+    model: Any = {
+        "vit": lambda: ViTConfig(**shared, **attention),
+        "vim": lambda: VisionMambaConfig(**shared, **mamba, **CHANNEL_VIM),
+        "channelvit": lambda: ChannelViTConfig(**shared, **attention),
+        "channel": lambda: ChannelMambaConfig(**shared, **mamba, **options),
+    }[family]()
+    cells = CellsData(
+        path=str(data), channels=8, channel_names=NAMES, image_size=32, batch_size=256,
+        eval_batch_size=1000, workers=workers, channel_sampling=sampling, flip=0.0, defocus=0.0,
+        dropout=0.5, dropout_size=8,
+    )  # fmt: skip
+    optimizer = OptimizerConfig(
+        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=1.0, warmup_start=0.0,
+        final_learning_rate=1e-6, weight_decay=0.04, weight_decay_end=0.4, decay_groups="cell",
+    )  # fmt: skip
+    return TrainConfig(
+        model=model, data=cells, optimizer=optimizer, epochs=epochs, seed=seed, ema_decay=None,
+        label_smoothing=0.0, evaluate_every_epochs=0, checkpoint_every_steps=10**6,
+    )  # fmt: skip
+
+
+def subsets() -> list[tuple[str, ...]]:
+    """List the subsets of channels that every model is evaluated on: the same ones for all."""
+    rng = np.random.default_rng(0)
+    chosen: list[tuple[str, ...]] = [NAMES]
+    for size in (6, 4, 2):
+        picks = {tuple(sorted(rng.choice(8, size, replace=False))) for _ in range(SUBSETS)}
+        chosen += [tuple(NAMES[i] for i in pick) for pick in sorted(picks)]
+    return chosen + [(name,) for name in NAMES]
+
+
+def train_one(row: str, seed: int, data: Path, runs: Path, epochs: int, workers: int) -> None:
+    """Train one row and evaluate it on every subset; keep its scores in the run's folder."""
+    from fastvim_jax.inference.channel_scores import score_subsets
+    from fastvim_jax.training import train
+
+    folder = runs / f"{row}_s{seed}"
+    started = time.perf_counter()
+    result = train(config_of(row, data, seed, epochs, workers), folder, progress=False)
+    trained = time.perf_counter() - started
+    scores = score_subsets(folder, subsets())
+    record = {
+        "row": row, "seed": seed, "epochs": epochs, "train_seconds": round(trained, 1),
+        "top1": result.metrics["raw_top1"],
+        "subsets": [{"channels": s.channels, "count": s.count, "top1": s.top1} for s in scores],
+    }  # fmt: skip
+    (folder / "channels.json").write_text(json.dumps(record, indent=1))
+    print(f"{row} seed {seed}: {100 * record['top1']:.2f} % in {trained:.0f} s", flush=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run all rows, one process a run and one run a GPU at a time; a failed run is told and the others go on."""
+    jobs = [(row, seed) for row in ROWS for seed in range(options.seeds if row in MAIN else 1)]
+    jobs = [job for job in jobs if not options.only or job[0] in options.only]
+    jobs = [j for j in jobs if not (options.runs / f"{j[0]}_s{j[1]}" / "channels.json").exists()]
+    options.runs.mkdir(parents=True, exist_ok=True)
+    busy: dict[int, tuple[subprocess.Popen[bytes], str]] = {}
+    failed: list[str] = []
+    deadline = time.monotonic() + options.minutes * 60
+    while jobs or busy:
+        for gpu, (process, name) in list(busy.items()):
+            if process.poll() is None and time.monotonic() < deadline:
+                continue
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            if process.returncode:
+                failed.append(name)
+            del busy[gpu]
+        for gpu in range(options.gpus):
+            if gpu in busy or not jobs or time.monotonic() > deadline:
+                continue
+            row, seed = jobs.pop(0)
+            name = f"{row}_s{seed}"
+            command = [sys.executable, __file__, "one", row, str(seed)]
+            command += ["--data", options.data, "--runs", options.runs]
+            command += ["--epochs", str(options.epochs), "--workers", str(options.workers)]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+            with (options.runs / f"{name}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    list(map(str, command)), env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            busy[gpu] = (process, name)
+        if time.monotonic() > deadline and jobs:
+            failed += [f"{row}_s{seed} (no time)" for row, seed in jobs]
+            jobs = []
+        time.sleep(0.5)
+    for name in failed:
+        print(f"FAILED {name}", flush=True)
+    return bool(failed)
+
+
+def collect(runs: Path, commit: str) -> None:
+    """Keep the scores of finished runs, with the machine they ran on."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    for file in sorted(runs.glob("*/channels.json")):
+        record = json.loads(file.read_text())
+        start = json.loads((file.parent / "environment.json").read_text())["starts"][0]
+        record |= {"device": start["device"]["kind"], "versions": start["versions"]}
+        record |= {"started": start["started"], "commit": commit}
+        text = json.dumps(record, indent=1).replace("\n    ", " ").replace("\n   ", " ")
+        (RECORDS / f"{record['row']}_s{record['seed']}.json").write_text(text + "\n")
+
+
+def report() -> None:
+    """Write channels.md and its plot from the kept records."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(RECORDS.glob("*.json")):
+        record = json.loads(file.read_text())
+        found.setdefault(record["row"], []).append(record)
+    rows = {name: found[name] for name in ROWS if name in found}
+    sizes = (8, 6, 4, 2, 1)
+    lines = [
+        "| model | channels in training | all 8 | 6 | 4 | 2 | 1 | seconds | paper, JUMP-CP |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, records in rows.items():
+        cells = [_by_size(records, size) for size in sizes]
+        sampling = {"none": "all", "sorted": "sampled, sorted", "unsorted": "sampled, unsorted"}
+        seconds = np.mean([r["train_seconds"] for r in records])
+        lines.append(
+            f"| {name} | {sampling[ROWS[name][2]]} | {' | '.join(cells)} | {seconds:.0f} | {PAPER.get(name, '')} |"
+        )
+    single = ["| model | " + " | ".join(NAMES) + " |", "|---|" + "--:|" * len(NAMES)]
+    for name, records in rows.items():
+        values = [_mean(records, lambda c, n=n: c == [n]) for n in NAMES]
+        single.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+    first = next(iter(rows.values()))[0]
+    seeds = max(len(r) for r in rows.values())
+    parts = [
+        "# Channel models on CIFAR-10 spread over 8 channels\n",
+        "Generated by `benchmarks/channels.py report` from recorded runs; do not edit.\n",
+        (__doc__ or "").split("The stand-in:")[1].strip() + "\n",
+        f"8 blocks of width 192 (ViT and ChannelViT: 4), patches of 4, {first['epochs']} epochs, top-1 % of the test\n"
+        f"images; mean over {seeds} seeds ± their deviation where there are several, else one seed. Columns: all\n"
+        "channels, and the mean over the same random subsets of 6, 4 and 2 channels and over all single ones. Models\n"
+        "without channel embeddings see missing channels at their mean.\n",
+        "\n".join(lines) + "\n",
+        "## One channel alone\n",
+        "\n".join(single) + "\n",
+        "![Accuracy by number of channels](channels.png)\n",
+        f"{first['device']}, JAX {first['versions']['jax']}, {first['started'][:10]}, commit {first['commit'][:7]}. "
+        "`python benchmarks/channels.py prepare`, `run`, `report`, as in the file's head.\n",
+    ]
+    (HERE / "channels.md").write_text("\n".join(parts))
+    _plot(rows, sizes)
+
+
+def _mean(records: list[dict[str, Any]], wanted: Any) -> float:
+    return 100 * float(
+        np.mean([s["top1"] for r in records for s in r["subsets"] if wanted(s["channels"])])
+    )
+
+
+def _by_size(records: list[dict[str, Any]], size: int) -> str:
+    values = [_mean([record], lambda c: len(c) == size) for record in records]
+    spread_of = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread_of}"
+
+
+def _plot(rows: dict[str, list[dict[str, Any]]], sizes: tuple[int, ...]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in (*MAIN, "fastchannelvim_unsorted", "fastchannelvim_all_channels"):
+        if name in rows:
+            values = [_mean(rows[name], lambda c, s=s: len(c) == s) for s in sizes]
+            axes.plot(sizes, values, "o-", label=name)
+    axes.set(xlabel="channels in evaluation", ylabel="top-1 %", title="Mean over subsets")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / "channels.png", dpi=120)
+
+
+def main() -> int:
+    """Prepare, run or report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    preparing = commands.add_parser("prepare", help="write the stand-in's shards")
+    running = commands.add_parser("run", help="train all rows")
+    one = commands.add_parser("one", help="train one row")
+    reporting = commands.add_parser("report", help="write channels.md")
+    one.add_argument("row", choices=ROWS)
+    one.add_argument("seed", type=int)
+    for each in (preparing, running, one):
+        each.add_argument("--data", type=Path, required=True, help="folder of the shards")
+        each.add_argument("--workers", type=int, default=12)
+    for each in (running, one, reporting):
+        each.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    for each in (running, one):
+        each.add_argument("--epochs", type=int, default=8)
+    running.add_argument("--gpus", type=int, default=4)
+    running.add_argument("--seeds", type=int, default=3, help="of the five main rows")
+    running.add_argument("--only", nargs="*", choices=ROWS)
+    running.add_argument("--minutes", type=float, default=60.0, help="stop what runs longer")
+    reporting.add_argument("--commit", required=True, help="of the code that ran")
+    options = parser.parse_args()
+    if options.command == "prepare":
+        prepare(options.data, options.workers)
+    elif options.command == "one":
+        train_one(
+            options.row, options.seed, options.data, options.runs, options.epochs, options.workers
+        )
+    elif options.command == "run":
+        return run(options)
+    else:
+        collect(options.runs, options.commit)
+        report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Accuracy of a trained model by the channels that it sees: which stain matters, and how few will do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.data import CellsData
+from fastvim_jax.data.cells import make_eval_iterator, take_channels
+from fastvim_jax.data.labelled import make_preprocess
+from fastvim_jax.errors import UserError
+from fastvim_jax.training.classification.evaluation import evaluate_weights, make_eval_step
+from fastvim_jax.training.run_folder import load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class SubsetScore:
+    """How well a model does with some channels.
+
+    Attributes:
+        channels: their names.
+        count: images.
+        top1: share of them that is right, from 0 to 1.
+        loss: mean cross entropy.
+    """
+
+    channels: tuple[str, ...]
+    count: int
+    top1: float
+    loss: float
+
+
+def score_subsets(
+    run_dir: Path | str,
+    subsets: Sequence[Sequence[str]],
+    *,
+    weights: str | None = None,
+    **changes: Any,
+) -> list[SubsetScore]:
+    """Evaluate a run on each subset of channels, in one pass over the images; one program is compiled a channel count.
+
+    Args:
+        run_dir: the run folder, of a run on `CellsData`.
+        subsets: names of channels, in the order in which the model is to see them.
+        weights: `raw` or `ema`; None: the average, if the run kept one.
+        **changes: fields of the run's data to change, for example `eval_split`.
+
+    Raises:
+        UserError: the run has no channels by name, or a name is none of them.
+    """
+    run = load_run(run_dir, weights=weights)
+    data = dataclasses.replace(channel_data(run.config, run_dir), **changes, eval_channels=())
+    ids = [dataclasses.replace(data, eval_channels=tuple(s)).eval_ids for s in subsets]
+    graphdef, params = nnx.split(run.model)
+    eval_step = make_eval_step(graphdef, preprocess=make_preprocess(data))
+
+    def step(subset: int, batch: Any) -> Any:
+        return eval_step(params, take_channels(batch, np.asarray(ids[subset], np.int32)))
+
+    batches = make_eval_iterator(data)
+    try:
+        numbers = {str(number): number for number in range(len(ids))}
+        scores = evaluate_weights(step, numbers, batches)
+    finally:
+        batches.close()
+    return [
+        SubsetScore(tuple(subset), found["count"], found["top1"], found["loss"])
+        for subset, found in zip(subsets, scores.values(), strict=True)
+    ]
+
+
+def default_subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """List all channels, all but one for each, and each by itself."""
+    names = tuple(names)
+    without = [tuple(n for n in names if n != name) for name in names] if len(names) > 2 else []
+    return [names, *without, *((name,) for name in names if len(names) > 1)]
+
+
+def channel_data(config: Any, run_dir: Path | str) -> CellsData:
+    """Return the data of a run's config.
+
+    Raises:
+        UserError: the run was not trained on data with channels by name.
+    """
+    if not isinstance(getattr(config, "data", None), CellsData):
+        raise UserError(f"{str(run_dir)!r} was not trained on images of many channels (CellsData).")
+    return config.data
+
+
+def as_table(scores: Sequence[SubsetScore], names: Sequence[str]) -> str:
+    """Write the scores as a Markdown table, with a mark for every channel that is seen."""
+    lines = [
+        f"| {' | '.join(names)} | channels | top-1 % | loss |",
+        f"|{':-:|' * len(names)}--:|--:|--:|",
+    ]
+    for score in scores:
+        marks = " | ".join("x" if name in score.channels else "" for name in names)
+        lines.append(
+            f"| {marks} | {len(score.channels)} | {100 * score.top1:.2f} | {score.loss:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(scores: Sequence[SubsetScore], names: Sequence[str], picture: Path | str) -> None:
+    """Draw the accuracy without each channel, and with it alone, as bars beside that of all channels."""
+    import matplotlib.pyplot as plt
+
+    by_channels = {frozenset(score.channels): 100 * score.top1 for score in scores}
+    every = by_channels.get(frozenset(names))
+    figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(names), 4), layout="constrained")
+    for shift, label, wanted in (
+        (-0.2, "without it", lambda name: frozenset(names) - {name}),
+        (0.2, "it alone", lambda name: frozenset({name})),
+    ):
+        heights = [by_channels.get(wanted(name), float("nan")) for name in names]
+        axes.bar([i + shift for i in range(len(names))], heights, 0.38, label=label)
+    if every is not None:
+        axes.axhline(every, color="black", lw=1, label=f"all channels: {every:.1f} %")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set(ylabel="top-1 %", title="Which channel matters")
+    axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
