@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
-from fastvim_jax.cli.usage import UsageError, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to predict with what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder; nothing else is needed."""
+    run: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of any size and kind."""
+    """Image files of any size and kind, folders, patterns in quotes, or @FILE with one name a line."""
     top_k: int = 5
     """Classes to show for each image."""
     weights: Literal["raw", "ema"] | None = None
@@ -33,7 +34,8 @@ class Arguments:
     json: bool = False
     """Print JSON: one object a file."""
     out: Path | None = None
-    """Folder of drawings and masks, which runs of segmentation and detection need."""
+    """Classes: a file for all predictions that ends in .jsonl, .csv or .parquet; given again, the command goes on with
+    the first two. Segmentation and detection: the folder of drawings and masks, which they need."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,37 +46,76 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "predict", arguments, f"{run.__doc__}")
     if not chosen.images:
         raise UsageError("name at least one image file: fastvim predict RUN IMAGE...")
+    from fastvim_jax.inference.classifier import HUB, Classifier
     from fastvim_jax.inference.drawings import draws
-    from fastvim_jax.inference.predict import predict_files
+    from fastvim_jax.inference.image_files import find_images
+    from fastvim_jax.models.pretrained import is_pretrained
     from fastvim_jax.training import load_run
 
+    with as_usage_error():
+        files = find_images(chosen.images)
+        if chosen.top_k < 1 or chosen.batch_size < 1:
+            raise UsageError(
+                f"--top-k {chosen.top_k} and --batch-size {chosen.batch_size} must be at least 1"
+            )
+    size = min(chosen.batch_size, len(files))
+    if chosen.run.startswith(HUB) or is_pretrained(chosen.run):
+        return _classify(Classifier.load(chosen.run, batch_size=size), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     if draws(loaded):
-        return _draw(loaded, chosen)
-    predictions = predict_files(
-        loaded, chosen.images, top_k=chosen.top_k, batch_size=chosen.batch_size
-    )
+        return _draw(loaded, files, chosen)
+    return _classify(Classifier.of_run(loaded, batch_size=size), files, chosen)
+
+
+def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:
+    """Print predictions, or write them to a file while a bar shows how far they are."""
+    from rich.progress import track
+
+    from fastvim_jax.inference.predict import iter_predictions
+    from fastvim_jax.inference.prediction_files import already_written, write_predictions
+
+    failed = 0
+    if chosen.out is not None:
+        done = already_written(chosen.out)
+        left = [file for file in files if file not in done]
+        made = iter_predictions(classifier, left, top_k=chosen.top_k)
+        console = Console(stderr=True)
+        made = write_predictions(made, chosen.out)
+        for each in track(
+            made, "predicting", len(left), console=console, disable=not console.is_terminal
+        ):
+            failed += _complained(each)
+        before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
+        print(f"{chosen.out}: {len(files)} files{before}, {failed} of which could not be read.")
+        return int(failed > 0)
+    predictions = list(iter_predictions(classifier, files, top_k=chosen.top_k))
     if chosen.json:
         print(json.dumps([p.to_dict() for p in predictions], indent=2, ensure_ascii=False))
     for prediction in predictions:
-        if prediction.error is not None:
-            print(f"fastvim: {prediction.error}", file=sys.stderr)
-        elif not chosen.json:
+        failed += _complained(prediction)
+        if prediction.error is None and not chosen.json:
             print(prediction.file)
             for name, probability in zip(
                 prediction.class_names, prediction.probabilities, strict=True
             ):
                 print(f"  {probability:>7.2%}  {name}")
-    return int(any(p.error is not None for p in predictions))
+    return int(failed > 0)
 
 
-def _draw(loaded: Any, chosen: Arguments) -> int:
+def _complained(prediction: Any) -> bool:
+    """Print why there is no prediction, if there is none."""
+    if prediction.error is not None:
+        print(f"fastvim: {prediction.error}", file=sys.stderr)
+    return prediction.error is not None
+
+
+def _draw(loaded: Any, files: list[str], chosen: Arguments) -> int:
     """Write drawings and say what they show."""
     if chosen.out is None:
         raise UsageError("this run's predictions are pictures: name their folder with --out FOLDER")
     from fastvim_jax.inference.drawings import draw_files
 
-    drawings = draw_files(loaded, chosen.images, chosen.out)
+    drawings = draw_files(loaded, files, chosen.out)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(d) for d in drawings], indent=2, ensure_ascii=False))
     for drawing in drawings:

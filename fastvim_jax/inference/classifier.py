@@ -32,7 +32,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import Preprocessing, is_pretrained, load_pretrained
 from fastvim_jax.training.classification.config import TrainConfig
-from fastvim_jax.training.run_folder import load_run
+from fastvim_jax.training.run_folder import Run, load_run
 
 HUB = "hf://"
 Images = Any
@@ -144,14 +144,20 @@ class Classifier:
         if name.startswith(HUB) or is_pretrained(name):
             found = load_pretrained(name.removeprefix(HUB))
             return cls(found.model, found.preprocessing, found.class_names, **options)
-        run = load_run(source, weights=weights, step=step)
+        return cls.of_run(load_run(source, weights=weights, step=step), **options)
+
+    @classmethod
+    def of_run(cls, run: Run, **options: Any) -> Classifier:
+        """Make a classifier of a run that was loaded by `load_run`.
+
+        Raises:
+            UserError: the run is of another task, or of cell images.
+        """
         if not isinstance(run.config, TrainConfig):
-            raise UserError(
-                f"{source} holds a run of a {type(run.config).__name__}, no classifier."
-            )
+            raise UserError(f"a run of a {type(run.config).__name__} is no classifier.")
         data = run.config.data
         if not isinstance(data, ClassificationData):
-            raise UserError(f"{source} was trained on cell images: use `fastvim embed`.")
+            raise UserError("a run of cell images classifies no photographs: use `fastvim embed`.")
         preprocessing = Preprocessing(data.height_width, data.eval_crop, data.mean, data.std)
         return cls(run.model, preprocessing, run.class_names, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastvim_jax.data import Batch, DecodeError, load_image
+from fastvim_jax.data import Batch
 from fastvim_jax.data.device_transforms import Preprocess
-from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.training.classification.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.steps import require_normalised
+
+_PART = 8  # batches between two reports of progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,45 +57,55 @@ class Prediction:
 
 
 def predict_files(
-    run: Run, files: Sequence[str | Path], *, top_k: int = 5, batch_size: int = 32
+    source: Run | Classifier,
+    files: Sequence[str | Path],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
 ) -> list[Prediction]:
     """Classify image files. One that cannot be read has its `error` set; the others are classified.
 
     Args:
-        run: a trained model, from `load_run`.
+        source: a trained model, from `load_run`, or a classifier.
         files: image files of any size and kind that Pillow reads.
         top_k: classes to return for each, best first; all of them if there are fewer.
-        batch_size: images at a time.
+        batch_size: images at a time; a classifier has its own.
 
     Returns:
         One prediction a file, in the order given.
 
     Raises:
-        UserError: for a `top_k` or `batch_size` below 1.
+        UserError: for a `top_k` or `batch_size` below 1, or a run that is no classifier of images.
     """
-    if top_k < 1 or batch_size < 1:
-        raise UserError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
-    probabilities_of = _make_classifier(run.model, make_preprocess(run.config.data))
-    size = min(batch_size, max(1, len(files)))
-    predictions: list[Prediction] = []
-    for start in range(0, len(files), size):
-        chunk = [str(file) for file in files[start : start + size]]
-        height, width = run.config.data.height_width
-        # Every batch has the same shape, so that the model is compiled once.
-        images = np.zeros((size, height, width, run.config.data.channels), np.uint8)
-        errors: dict[int, str] = {}
+    if isinstance(source, Run):
+        source = Classifier.of_run(source, batch_size=min(batch_size, max(1, len(files))))
+    return list(iter_predictions(source, files, top_k=top_k))
+
+
+def iter_predictions(
+    classifier: Classifier, files: Sequence[str | Path], *, top_k: int = 5
+) -> Iterator[Prediction]:
+    """Classify any number of image files, and yield each prediction as soon as its part of the files is done.
+
+    Args:
+        classifier: see `Classifier.load`.
+        files: see `predict_files`.
+        top_k: see `predict_files`.
+
+    Raises:
+        UserError: for a `top_k` below 1.
+    """
+    if top_k < 1:
+        raise UserError(f"top_k={top_k} must be at least 1.")
+    part = _PART * classifier.batch_size
+    for start in range(0, len(files), part):
+        chunk = [str(file) for file in files[start : start + part]]
+        result = classifier(chunk)
         for i, file in enumerate(chunk):
-            try:
-                images[i] = load_image(file, run.config.data)
-            except DecodeError as error:
-                errors[i] = str(error)
-        probabilities = np.asarray(probabilities_of(images))
-        for i, file in enumerate(chunk):
-            if i in errors:
-                predictions.append(Prediction(file, error=errors[i]))
+            if i in result.errors:
+                yield Prediction(file, error=result.errors[i])
             else:
-                predictions.append(_ranked(file, probabilities[i], run.class_names, top_k))
-    return predictions
+                yield _ranked(file, result.probabilities[i], classifier.class_names, top_k)
 
 
 def predict_batches(
@@ -144,6 +156,6 @@ def _ranked(
     return Prediction(
         file,
         tuple(int(i) for i in best),
-        tuple(class_names[i] for i in best),
+        tuple(class_names[i] if class_names else str(i) for i in best),
         tuple(float(probabilities[i]) for i in best),
     )

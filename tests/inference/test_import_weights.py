@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import json
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import save_file
 
 from fastvim_jax import UserError, load_pretrained, to_torch_state_dict
 from fastvim_jax.cli.main import main
 from fastvim_jax.inference import import_weights
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
+from tests.support import ROOT
 
 SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_classes": 5}
 CONFIGS = {
@@ -19,6 +24,11 @@ CONFIGS = {
     "vim": VisionMambaConfig(**SIZES, pooling="none", class_token="middle"),
     "vit": ViTConfig(**SIZES, num_heads=1),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -86,3 +96,62 @@ def test_a_named_model_that_it_is_not(checkpoint, tmp_path):
 def test_options_without_a_value(capsys, tmp_path):
     assert main(["import-weights", "a.pth", "--out", str(tmp_path), "--option", "pooling"]) == 1
     assert "write NAME=VALUE" in capsys.readouterr().err
+
+
+def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, rng, capsys):
+    """Folders, lists and patterns of images; an interrupted command goes on; bad files are counted."""
+    file, _ = checkpoint
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for i in range(5):
+        pixels = rng.integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / ("more" if i > 2 else ".") / f"{i}.png")
+    (photos / "broken.jpg").write_text("no image")
+    (photos / "notes.txt").write_text("no image, and not asked for")
+    folder = str(tmp_path / "model")
+    assert main(["import-weights", str(file), "--out", folder]) == 0
+    out = tmp_path / "found.jsonl"
+    command = ["predict", folder, str(photos), "--out", str(out), "--batch-size", "2"]
+    assert main(command) == 1
+    assert "6 files, 1 of which could not be read" in capsys.readouterr().out
+    whole = out.read_text()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [r["file"] for r in records if "error" in r] == [str(photos / "broken.jpg")]
+    out.write_text("".join(line + "\n" for line in whole.splitlines()[:3]) + '{"file": "to')
+    main(command)
+    assert "(3 were there)" in capsys.readouterr().out
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["file"] for r in again] == [r["file"] for r in records]
+
+    (tmp_path / "list.txt").write_text(f"{photos / '1.png'}\n\n{photos / '0.png'}\n")
+    for name in (f"@{tmp_path / 'list.txt'}", str(photos / "[01].png")):
+        for kind in ("csv", "parquet"):
+            table = tmp_path / f"{len(name)}.{kind}"
+            assert main(["predict", folder, name, "--out", str(table), "--top-k", "2"]) == 0
+            if kind == "csv":
+                rows = list(csv.DictReader(table.open(newline="")))
+            else:
+                rows = pytest.importorskip("pyarrow.parquet").read_table(table).to_pylist()
+            assert [int(row["rank"]) for row in rows] == [1, 2, 1, 2]
+            best = {r["file"]: r["predictions"][0] for r in records if "predictions" in r}
+            for row in rows[::2]:
+                assert int(row["label"]) == best[row["file"]]["label"]
+                expected = best[row["file"]]["probability"]
+                assert abs(float(row["probability"]) - expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "said"),
+    [
+        (["nowhere-*.png"], None, "nothing matches"),
+        (["@nowhere.txt"], None, "cannot read the list"),
+        ([str(ROOT / "scripts")], None, "holds no image file"),
+        (["a.png"], "found.txt", "ends in .jsonl, .csv, .parquet"),
+    ],
+)
+def test_names_of_nothing_are_refused(checkpoint, tmp_path, capsys, images, out, said):
+    import_weights(checkpoint[0], tmp_path / "model")
+    capsys.readouterr()
+    more = ["--out", str(tmp_path / out)] if out else []
+    assert main(["predict", str(tmp_path / "model"), *images, *more]) in (1, 2)
+    assert said in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Find the image files that a user names: files, folders, patterns and lists."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastvim_jax.errors import UserError
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
+
+
+def find_images(names: Iterable[str | Path]) -> list[str]:
+    """List image files in the order given, each once.
+
+    Args:
+        names: files; folders, whose image files are taken with those of their sub-folders in alphabetical order;
+            patterns such as `photos/*.jpg`; and `@list.txt`, a file that names one a line.
+
+    Raises:
+        UserError: a folder without images, a pattern that nothing matches, or a list that cannot be read. A file that
+            is missing is listed, and fails by itself later.
+    """
+    found: dict[str, None] = {}
+    for name in map(str, names):
+        found.update(dict.fromkeys(_expand(name)))
+    return list(found)
+
+
+def _expand(name: str) -> list[str]:
+    path = Path(name)
+    if name.startswith("@") and not path.exists():
+        return _listed(name[1:])
+    if path.is_dir():
+        files = sorted(
+            str(each)
+            for each in path.rglob("*")
+            if each.suffix.lower() in SUFFIXES
+            and each.is_file()
+            and not any(part.startswith(".") for part in each.relative_to(path).parts)
+        )
+        if not files:
+            raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).")
+        return files
+    if not path.exists() and any(each in name for each in "*?["):
+        files = sorted(glob.glob(name, recursive=True))
+        if not files:
+            raise UserError(f"nothing matches {name}.")
+        return files
+    return [name]
+
+
+def _listed(name: str) -> list[str]:
+    try:
+        lines = Path(name).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list of files {name}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
