@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from fastvim_jax.config_checks import NonNegativeInt, PositiveInt
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 
@@ -25,21 +26,21 @@ class SegmentationData(DataConfig):
     """What {split} stands for in training."""
     eval_split: str = "validation"
     """What {split} stands for in evaluation."""
-    image_size: int | tuple[int, int] = 512
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 512
     """Side, or height and width, of training crops and of evaluation's windows."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images a training step takes, over all processes."""
     image_pattern: str = IMAGE_PATTERN
     """Where images lie below data.path; {name} may span folders, the extension .* stands for any image."""
     mask_pattern: str = MASK_PATTERN
     """Where the mask of an image lies, under the same {name}."""
-    classes: int = 0
+    classes: NonNegativeInt = 0
     """Number of classes where there is no class list."""
     zero_is_ignored: bool = False
     """Label 0 means unlabelled and label k class k - 1, as in ADE20K."""
-    ignored_label: int = 255
+    ignored_label: NonNegativeInt = 255
     """Label in the files of pixels that do not count."""
-    fit: tuple[int, int] = (2048, 512)
+    fit: tuple[PositiveInt, PositiveInt] = (2048, 512)
     """Images are resized, aspect kept, to fit these bounds of the longer and the shorter side."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Training: both bounds are multiplied by a factor drawn uniformly from this range."""
@@ -49,18 +50,15 @@ class SegmentationData(DataConfig):
     """Training: probability of a horizontal flip."""
     photometric: bool = True
     """Training: distort brightness, contrast, saturation and hue."""
-    repeat: int = 1
+    repeat: PositiveInt = 1
     """Times the training images are gone through in one epoch, for sets of few images."""
-    eval_stride: int | tuple[int, int] = 341
+    eval_stride: PositiveInt | tuple[PositiveInt, PositiveInt] = 341
     """Evaluation: rows and columns between windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
-        self._whole("classes", 0)
-        self._whole("repeat", 1)
         self._require(self.classes <= 255, "classes", "at most 255")
-        self._whole("ignored_label", 0)
         for name in ("fit", "scale"):
             pair = getattr(self, name)
             self._require(len(pair) == 2 and min(pair) > 0, name, "two positive numbers")

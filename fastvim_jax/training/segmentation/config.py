@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import UperNetConfig
-from fastvim_jax.training.config import OptimizerConfig, RunConfig, refuse, require_choice
+from fastvim_jax.training.config import OptimizerConfig, RunConfig, refuse
 from fastvim_jax.training.segmentation.losses import Divisor
 
 ADE20K_OPTIMIZER = OptimizerConfig(
@@ -39,27 +40,21 @@ class SegmentationConfig(RunConfig):
     """Passes over the training images; 127 of ADE20K are 160,000 steps."""
     ema_decay: float | None = None
     """Must be None: running statistics of batch norms belong to the trained weights, not to an average."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's loss."""
     loss_divisor: Divisor = "valid"
     """valid: mean loss over labelled pixels. all: sum over labelled pixels divided by the number of all pixels, as the
     released models were trained."""
-    eval_windows: int = 8
-    """Windows of one call of the model in evaluation; rounded up to the number of devices."""
-    pictures: int = 4
+    eval_windows: PositiveInt = 2
+    """Windows of one call of the model in evaluation, rounded up to the number of devices. An image of ADE20K has two
+    or three; a call that they do not fill costs as much."""
+    pictures: NonNegativeInt = 4
     """Images drawn after each evaluation, and as many of the worst; 0: no picture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("", self, "loss_divisor", ("valid", "all"))
         if self.ema_decay is not None:
             refuse("", self, "ema_decay", "None: batch norms' running statistics are not averaged")
-        if self.auxiliary_weight < 0:
-            refuse("", self, "auxiliary_weight", "0 or more")
-        if self.eval_windows < 1 or self.pictures < 0:
-            raise UserError(
-                f"eval_windows={self.eval_windows} must be at least 1, pictures={self.pictures} at least 0."
-            )
         if self.data.batch_size // self.accumulate < 2:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} in {self.accumulate} parts: batch norm needs at least two "

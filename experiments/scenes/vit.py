@@ -1,0 +1,20 @@
+"""The ViT of cifar10/vit.py with UperNet on the scenes of fastvim.py, all else as there; no result is recorded yet."""
+
+from dataclasses import replace
+
+from fastvim_jax.models import upernet
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 11, "parameters": 5_898_006}
+
+base = load_experiment("scenes/fastvim")
+config = replace(
+    base,
+    model=upernet(
+        load_experiment("cifar10/vit").model,
+        image_size=128,
+        num_classes=11,
+        channels=128,
+        auxiliary_channels=64,
+    ),
+)
