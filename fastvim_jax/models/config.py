@@ -54,6 +54,8 @@ class BackboneConfig:
     """Model width d."""
     depth: PositiveInt = 12
     """Number of blocks."""
+    head_std: PositiveFloat = 0.02
+    """Standard deviation of the head's initial weights (2e-5 where fine-tuning goes on at 448 px)."""
     drop_path: Rate = 0.0
     """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
     out_indices: tuple[int, ...] = ()

@@ -262,18 +262,17 @@ def _parts(
     return mamba, lambda rngs: Block(inner, rngs=rngs)
 
 
-def backbone_parameters(model: MaskedAutoencoder) -> dict[str, jax.Array]:
+def backbone_parameters(model: MaskedAutoencoder) -> dict[str, Array]:
     """Return the encoder's parameters by the names of the classifier that fine-tuning trains.
 
     The fixed table becomes the first value of the learned position embedding; a class token's row of it is zero.
     """
     config = model.config.encoder
-    named = named_parameters(nnx.state(model.encoder))
     table = sincos_pos_embed(config.embed_dim, config.grid)
     if model.encoder.class_token is not None:
         middle = getattr(config, "class_token", "head") == "middle"
-        index = len(table) // 2 if middle else 0
-        table = np.insert(table, index, 0.0, axis=0)
+        table = np.insert(table, len(table) // 2 if middle else 0, 0.0, axis=0)
+    named = named_parameters(nnx.state(model.encoder))
     return named | {"pos_embed": jnp.asarray(table[None], config.precision.params)}
 
 

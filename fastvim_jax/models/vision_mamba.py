@@ -84,7 +84,9 @@ class VisionMamba(nnx.Module):
             else make_norm(config.norm, d, eps=config.norm_eps, precision=p, rngs=rngs)
         )
         self.head = (
-            make_head(d, config.num_classes, kernel_init=small, precision=p, rngs=rngs)
+            make_head(
+                d, config.num_classes, kernel_init=normal(config.head_std), precision=p, rngs=rngs
+            )
             if config.num_classes and not dense_features
             else nnx.data(None)
         )

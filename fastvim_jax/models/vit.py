@@ -80,7 +80,13 @@ class VisionTransformer(nnx.Module):
             self._norm(rngs) if classify and config.head_pool == "mean" else nnx.data(None)
         )
         self.head = (
-            make_head(d, config.num_classes, kernel_init=small, precision=p, rngs=rngs)
+            make_head(
+                d,
+                config.num_classes,
+                kernel_init=truncated_normal(config.head_std),
+                precision=p,
+                rngs=rngs,
+            )
             if config.num_classes and classify
             else nnx.data(None)
         )

@@ -224,10 +224,15 @@ def fit(
             arrays[name] = array
             lines.append(Line(name, "taken"))
     dense = not any(name.startswith(f"{inside}norm.") for name in shapes)
+    masked = getattr(config, "encoder", None) is not None  # its positions are fixed
     for name, original in renamed.items():
         if name not in shapes:
             part = original.removeprefix(outside)
-            unused = part.startswith(_TASK_PARTS) or (dense and part.startswith("norm."))
+            unused = (
+                part.startswith(_TASK_PARTS)
+                or (dense and part.startswith("norm."))
+                or (masked and part == "pos_embed")
+            )
             misfit(
                 original, "left", "not in this model", unused or not original.startswith(outside)
             )

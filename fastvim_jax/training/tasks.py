@@ -17,6 +17,8 @@ from fastvim_jax.training.config import RunConfig
 TASKS = {
     "TrainConfig": "fastvim_jax.training.classification",
     "DetectionConfig": "fastvim_jax.training.detection",
+    "PretrainConfig": "fastvim_jax.training.masked",
+    "ProbeConfig": "fastvim_jax.training.masked",
     "SegmentationConfig": "fastvim_jax.training.segmentation",
 }
 """The folder of each task, by the name of its config's class."""

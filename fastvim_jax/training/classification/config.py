@@ -26,6 +26,8 @@ class TrainConfig(RunConfig):
     """The backbone and its head; model.num_classes must be the data's number of classes."""
     data: ClassificationData | CellsData = field(default_factory=ClassificationData)
     """Where the images come from, how they are batched and augmented."""
+    scale_from_init: bool = True
+    """Set model.pool_scale, if it is 1, to 1 - mask_ratio of the masked run that `init` names (0.25 for 0.75)."""
     label_smoothing: Rate = 0.1
     """Mass of each target spread evenly over all classes."""
 

@@ -28,6 +28,7 @@ from fastvim_jax.training.classification.losses import classification_loss
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.loop import begin_or_resume, run_loop
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.pool_scale import with_scale_of_init
 from fastvim_jax.training.runs import RunResult, TrainCall, open_run
 from fastvim_jax.training.steps import (
     Batch,
@@ -43,6 +44,8 @@ from fastvim_jax.training.steps import (
 
 def train(config: TrainConfig, call: TrainCall) -> RunResult:
     """Train a classifier; `fastvim_jax.training.train` calls this for a `TrainConfig`."""
+    config = with_scale_of_init(config, call.run_dir)
+
     # Mesh
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)

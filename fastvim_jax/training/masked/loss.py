@@ -6,7 +6,6 @@ loss   = mean of (prediction - target)^2 over a patch vector, averaged over the 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -54,11 +53,22 @@ def pixel_loss(
         patch: Height and width of a patch.
         normalise: Predict patches normalised one by one (`norm_pix_loss`), or the pixels as they are.
     """
+    error = patch_errors(images, predicted, patch, normalise=normalise)
+    weight = removed.astype(error.dtype)
+    return jnp.sum(error * weight) / jnp.sum(weight)
+
+
+def patch_errors(
+    images: Images,
+    predicted: Float[Array, "b l v"],
+    patch: tuple[int, int],
+    *,
+    normalise: bool = True,
+) -> Float[Array, "b l"]:
+    """Return the mean squared error of every patch, in float32 or wider; see `pixel_loss`."""
     wide = jnp.promote_types(jnp.promote_types(images.dtype, predicted.dtype), jnp.float32)
     target = patchify(images.astype(wide), patch)
     if normalise:
         mean, deviation = patch_statistics(target)
         target = (target - mean) / deviation
-    error = jnp.mean(jnp.square(predicted.astype(wide) - target), axis=-1)
-    weight = removed.astype(wide)
-    return jax.lax.div(jnp.sum(error * weight), jnp.sum(weight))
+    return jnp.mean(jnp.square(predicted.astype(wide) - target), axis=-1)

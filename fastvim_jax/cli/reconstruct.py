@@ -1,0 +1,56 @@
+"""`fastvim reconstruct RUN IMAGE... --out FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastvim_jax.cli.usage import UsageError, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to reconstruct with what."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a masked pre-training run."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files of any size and kind."""
+    out: Path = Path("reconstructions.png")
+    """PNG file to write: a row an image, with original, masked, reconstructed and pasted image."""
+    mask_ratio: float | None = None
+    """Share of the patches to remove; by default that of the run."""
+    seed: int = 0
+    """Decides which patches."""
+    weights: Literal["raw", "ema"] | None = None
+    """The trained weights or their average; by default the average, if the run kept one."""
+    step: int | None = None
+    """Which checkpoint; by default the last."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Draw image files as a masked autoencoder reconstructs them.
+
+    A file that is no image is reported and the others are drawn; the exit status is then 1.
+    """
+    chosen = parse(Arguments, "reconstruct", arguments, f"{run.__doc__}")
+    if not chosen.images:
+        raise UsageError(
+            "name at least one image file: fastvim reconstruct RUN IMAGE... --out FILE"
+        )
+    from fastvim_jax.inference.reconstruct import reconstruct_files
+    from fastvim_jax.training import load_run
+
+    loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    problems = reconstruct_files(
+        loaded, chosen.images, chosen.out, mask_ratio=chosen.mask_ratio, seed=chosen.seed
+    )
+    for problem in problems:
+        print(f"fastvim: {problem}", file=sys.stderr)
+    print(f"Wrote {chosen.out}: original, masked, reconstructed, pasted.")
+    return int(bool(problems))

@@ -1,0 +1,78 @@
+"""Pictures of image files as a masked autoencoder reconstructs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.data import DecodeError, load_image
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers.masking import kept_count
+from fastvim_jax.training.masked.config import PretrainConfig
+from fastvim_jax.training.masked.evaluation import to_pixels
+from fastvim_jax.training.masked.pictures import draw_grid, make_reconstruct
+from fastvim_jax.training.run_folder import Run
+
+
+def reconstruct_files(
+    run: Run,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Write a PNG with a row an image: original, masked, reconstructed and pasted.
+
+    Args:
+        run: a masked pre-training run, from `load_run`.
+        files: image files of any size and kind.
+        out: the PNG file.
+        mask_ratio: share of patches to remove; None: that of the run.
+        seed: decides which patches.
+
+    Returns:
+        One message for each file that could not be read.
+
+    Raises:
+        UserError: a run of another task; no readable file; a bad mask ratio; `out` cannot be written.
+    """
+    config = run.config
+    if not isinstance(config, PretrainConfig):
+        raise UserError(
+            f"the run is a {type(config).__name__}'s and reconstructs nothing: name a masked pre-training run (a "
+            "PretrainConfig's)."
+        )
+    graphdef, params = nnx.split(run.model)
+    if mask_ratio is not None:
+        grid = config.model.grid
+        kept_count(grid[0] * grid[1], mask_ratio)
+        model: Any = nnx.merge(graphdef, params)
+        model.config = dataclasses.replace(config.model, mask_ratio=mask_ratio)
+        graphdef, params = nnx.split(model)
+    images, problems = [], []
+    for file in files:
+        try:
+            images.append(load_image(file, config.data))
+        except DecodeError as error:
+            problems.append(str(error))
+    if not images:
+        raise UserError("no image could be read: " + " ".join(problems))
+    pixels = np.stack(images)
+    rows, columns = config.model.grid
+    noise = jax.random.uniform(jax.random.key(seed), (len(pixels), rows * columns))
+    reconstruct = jax.jit(make_reconstruct(graphdef, normalise=config.normalise_pixels))
+    parts = reconstruct(params, make_preprocess(config.data)(jnp.asarray(pixels)), noise)
+    try:
+        draw_grid(Path(out), [pixels, *(to_pixels(config, np.asarray(part)) for part in parts)])
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
+    return problems

@@ -1,0 +1,121 @@
+"""The configurations of masked pre-training and of linear probing; their defaults are the recipes of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, Rate
+from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import MaskedAutoencoderConfig, VisionMambaConfig, ViTConfig
+from fastvim_jax.training.config import OptimizerConfig, RunConfig, refuse
+
+PRETRAINING = OptimizerConfig(
+    learning_rate=1.5e-4,
+    learning_rate_scaling="linear",
+    schedule="epoch_cosine",
+    warmup_epochs=40.0,
+    final_learning_rate=0.0,
+    weight_decay=0.05,
+    decay_groups="pretrain",
+    beta2=0.95,
+)
+PROBING = OptimizerConfig(
+    learning_rate=0.1,
+    learning_rate_scaling="linear",
+    schedule="epoch_cosine",
+    warmup_epochs=10.0,
+    final_learning_rate=0.0,
+    weight_decay=0.0,
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Everything that decides a masked pre-training run. Labels are not read.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    model: MaskedAutoencoderConfig
+    """Encoder, decoder and mask."""
+    data: ClassificationData = field(default_factory=ClassificationData)
+    """Where the images come from, how they are cropped, flipped and batched."""
+    optimizer: OptimizerConfig = field(default=PRETRAINING)
+    """AdamW, its groups and its schedules."""
+    epochs: int = 1600
+    """Passes over the training images."""
+    ema_decay: float | None = None
+    """Decay of an average of the weights; None: no average."""
+    normalise_pixels: bool = True
+    """Predict patches normalised one by one (norm-pixel loss), or the pixels of the normalised image."""
+    pictures: NonNegativeInt = 8
+    """Images of the evaluation split that every evaluation draws reconstructed; 0: no picture."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_images(self)
+        for name in ("mixup", "cutmix", "random_erasing"):
+            if getattr(self.data, name):
+                raise UserError(
+                    f"data.{name}={getattr(self.data, name)}: a masked autoencoder would learn to predict what it "
+                    "paints over; set it to 0."
+                )
+
+
+@dataclass(frozen=True)
+class ProbeConfig(RunConfig):
+    """A linear probe: batch norm without parameters and a linear head on the features of a frozen backbone.
+
+    Raises:
+        UserError: on construction, for an impossible value; the message names the field and the fix.
+    """
+
+    model: VisionMambaConfig | ViTConfig
+    """The backbone as a classifier; model.num_classes must be the data's number of classes."""
+    data: ClassificationData = field(default_factory=ClassificationData)
+    """Labelled images; cached features are those of evaluation's crops, without augmentation."""
+    scale_from_init: bool = True
+    """Set model.pool_scale, if it is 1, to 1 - mask_ratio of the masked run in `init`."""
+    optimizer: OptimizerConfig = field(default=PROBING)
+    """Learning rate and schedule; Adam's fields are not used."""
+    algorithm: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum (the paper), or LARS (the original recipe of masked autoencoders)."""
+    momentum: Rate = 0.9
+    """Momentum of SGD or LARS."""
+    epochs: int = 90
+    """Passes over the training images."""
+    ema_decay: float | None = None
+    """Must be None: the head is not averaged."""
+    cache_gigabytes: NonNegativeFloat = 8.0
+    """Most memory for cached features; where they need more, every epoch computes them anew from augmented images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_decay is not None:
+            refuse("", self, "ema_decay", "None: the head is not averaged")
+        if self.accumulate != 1:
+            refuse("", self, "accumulate", "1: a probe's batch norm sees the whole batch")
+        if not self.init:
+            raise UserError(
+                "init is empty: name the run folder, or the file, of a trained backbone."
+            )
+        if self.model.num_classes < 1 or self.model.out_indices:
+            raise UserError(
+                "a probe needs a classifier: set model.num_classes and leave out_indices empty."
+            )
+        _check_images(self)
+
+
+def _check_images(config: PretrainConfig | ProbeConfig) -> None:
+    if config.model.channels != config.data.channels:
+        raise UserError(
+            f"model.channels={config.model.channels}, but data.channels={config.data.channels}: make them equal."
+        )
+    if config.model.image_size != config.data.height_width:
+        raise UserError(
+            f"the model is built for images of {config.model.image_size} pixels, but data.image_size="
+            f"{config.data.image_size}: make them equal."
+        )

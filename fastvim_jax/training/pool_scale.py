@@ -1,0 +1,44 @@
+"""The pooling scale of a model that starts from a masked run.
+
+Masked pre-training divides a row's sum by the length of the whole row, although a row then holds only 1 - mask_ratio
+of its tokens. A model that sees whole rows gets means that are larger by 1 / (1 - mask_ratio), unless they are scaled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.models import MaskedAutoencoderConfig
+from fastvim_jax.training.run_folder import CONFIG_FILE, read_config
+
+
+def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
+    """Return a run's config with model.pool_scale set to 1 - mask_ratio of the masked run that it starts from.
+
+    Only a pool_scale of 1 over pooled means is changed, and only if `config.scale_from_init` is set. A run that goes
+    on keeps the scale that it began with, so that it needs its source no more.
+
+    Args:
+        config: of a classifier's or a probe's run, with `init`, `scale_from_init` and `model`.
+        run_dir: the run folder, which may exist.
+    """
+    model = config.model
+    pools = getattr(model, "pooling", None) == "mean" and getattr(model, "pool_scale", None) == 1.0
+    if not (config.init and config.scale_from_init and pools):
+        return config
+    if (Path(run_dir) / CONFIG_FILE).is_file():
+        saved = read_config(run_dir)
+        if saved.init == config.init and type(saved.model) is type(model):
+            return _scaled(config, saved.model.pool_scale)
+    folder = Path(config.init).expanduser()
+    if not (folder / CONFIG_FILE).is_file():
+        return config
+    source = read_config(folder).model
+    masked = isinstance(source, MaskedAutoencoderConfig) and source.divisor == "row_length"
+    return _scaled(config, 1 - source.mask_ratio) if masked else config
+
+
+def _scaled(config: Any, scale: float) -> Any:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pool_scale=scale))
