@@ -15,7 +15,7 @@ PRETRAINING = OptimizerConfig(
     learning_rate=1.5e-4,
     learning_rate_scaling="linear",
     schedule="epoch_cosine",
-    warmup_epochs=40.0,
+    warmup_share=0.025,  # 40 of 1600 epochs
     final_learning_rate=0.0,
     weight_decay=0.05,
     decay_groups="pretrain",
@@ -25,7 +25,7 @@ PROBING = OptimizerConfig(
     learning_rate=0.1,
     learning_rate_scaling="linear",
     schedule="epoch_cosine",
-    warmup_epochs=10.0,
+    warmup_share=1 / 9,  # 10 of 90 epochs
     final_learning_rate=0.0,
     weight_decay=0.0,
 )
