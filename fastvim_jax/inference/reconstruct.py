@@ -15,7 +15,6 @@ from flax import nnx
 from fastvim_jax.data import DecodeError, load_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
-from fastvim_jax.layers.masking import kept_count
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.masked.evaluation import to_pixels
 from fastvim_jax.training.masked.pictures import draw_grid, make_reconstruct
@@ -53,8 +52,6 @@ def reconstruct_files(
         )
     graphdef, params = nnx.split(run.model)
     if mask_ratio is not None:
-        grid = config.model.grid
-        kept_count(grid[0] * grid[1], mask_ratio)
         model: Any = nnx.merge(graphdef, params)
         model.config = dataclasses.replace(config.model, mask_ratio=mask_ratio)
         graphdef, params = nnx.split(model)
