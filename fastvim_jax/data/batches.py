@@ -43,6 +43,7 @@ class BatchIterator(Iterator[Batch]):
         steps_per_epoch: see below.
         identity: what a saved position must agree with.
         reread: reads the record of an index once more, to say why it could not be read; None: as an image.
+        ends: True: the stream begins again behind each pass over the source, where an iteration is to end.
 
     Attributes:
         source: where the records come from; `len(source)`, `source.class_names`.
@@ -60,6 +61,7 @@ class BatchIterator(Iterator[Batch]):
         steps_per_epoch: int,
         identity: Mapping[str, int | str],
         reread: Callable[[int], Any] | None = None,
+        ends: bool = False,
     ) -> None:
         self.source = source
         self.config = config
@@ -69,9 +71,12 @@ class BatchIterator(Iterator[Batch]):
         self._identity = dict(identity)
         self._taken = 0
         self._running: Generator[dict[str, Any], None, None] | None = None
+        self._pass = steps_per_epoch if ends else None
         self._reread = reread or (lambda index: decode_record(source, index, config))
 
     def __next__(self) -> Batch:
+        if self._taken == self._pass:
+            raise StopIteration
         if self._running is None:
             self._running = self._stream(self._taken)
         batch: Any = next(self._running)
@@ -106,8 +111,9 @@ class BatchIterator(Iterator[Batch]):
         self._running = None
 
     def rewind(self) -> None:
-        """Go back to the first batch."""
-        self.close()
+        """Go back to the first batch. Behind a whole pass of a stream that begins again, the workers stay."""
+        if self._taken != self._pass:
+            self.close()
         self._taken = 0
 
     def _note_corrupt(self, indices: np.ndarray) -> None:

@@ -128,12 +128,16 @@ def make_eval_iterator(
     positions = grain.MapDataset.source(range(steps * size))
     load = _LoadForEvaluation(source, config, available_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
+    share = batches[process_index::process_count]
+    # Starting processes takes seconds, so those of an evaluation stay for the next.
+    stay = config.workers > 0
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(share.repeat(None) if stay else share, config.workers),
         source,
         config,
         steps_per_epoch=steps,
         identity={"split": split, "records": len(source), "batch_size": size},
+        ends=stay,
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import re
 import signal
 from collections.abc import Generator, Iterator
@@ -11,6 +14,7 @@ import grain
 import numpy as np
 
 from fastvim_jax.data.batches import Stream
+from fastvim_jax.data.workers import guard_worker, signals_blocked
 from fastvim_jax.errors import UserError
 
 
@@ -29,9 +33,13 @@ def grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
     def stream(first: int) -> Generator[dict[str, Any], None, None]:
         running = _read_ahead(batches[first:], workers)
         try:
-            for batch in running:
+            # The first batch starts the workers, and the threads that do so.
+            with signals_blocked() if workers else contextlib.nullcontext():
+                batch = next(running, None)
+            while batch is not None:
                 # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
                 yield {key: np.array(value) for key, value in batch.items()}
+                batch = next(running, None)
         except RuntimeError as error:
             found = _ENDED.search(str(error))
             if found is None:
@@ -77,4 +85,6 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, n
         flags.FLAGS.mark_as_parsed()
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.mp_prefetch(options))
+    guard = functools.partial(guard_worker, os.getpid())
+    with signals_blocked():
+        return iter(dataset.mp_prefetch(options, worker_init_fn=guard))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastvim_jax.data.records import Source
+from fastvim_jax.data.workers import guard_worker, signals_blocked
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -44,7 +43,9 @@ def map_source(
         initargs=(source, os.getpid()),
     )
     try:
-        waiting = {pool.submit(_work, work, task): task for task in tasks}
+        # Processes start as tasks come in.
+        with signals_blocked():
+            waiting = {pool.submit(_work, work, task): task for task in tasks}
         for done in concurrent.futures.as_completed(waiting):
             yield waiting.pop(done), done.result()
     finally:
@@ -54,14 +55,7 @@ def map_source(
 def _start(source: Source, parent: int) -> None:
     global _source
     _source = source
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, killed perhaps: nobody else would end it."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    guard_worker(parent)
 
 
 def _work(work: Callable[[Source, Any], Any], task: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Worker processes that end with their parent, however it ends, and that leave the terminal's signals to it.
+
+A signal to a whole process group (Ctrl-C, a scheduler, a closed terminal) is the parent's to answer: it finishes the
+step, saves and ends its workers. So workers are started with these signals blocked, as they inherit the mask, and a
+thread of each takes them off the queue. Only a SIGTERM from the parent itself ends a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+_LOOK_EVERY = 0.5  # seconds
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block the terminal's signals in this thread, and so in the processes and threads that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def guard_worker(parent: int, *_: int) -> None:
+    """Prepare this process to be a worker of the process `parent`; to be called as it starts.
+
+    When the parent is gone, killed perhaps, the worker ends within a second, and the shared memory of both is freed by
+    Python's resource tracker, which ends when the last of them has.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_with, args=(parent,), name="parent watch", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        if not hasattr(signal, "sigtimedwait"):  # macOS
+            time.sleep(_LOOK_EVERY)
+            continue
+        found = signal.sigtimedwait(SIGNALS, _LOOK_EVERY)
+        if found is not None and found.si_signo == signal.SIGTERM and found.si_pid == parent:
+            break
+    os._exit(1)

@@ -1,0 +1,86 @@
+"""Worker processes leave signals to their parent, stay between evaluations, and end with it however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+SCRIPT = """
+import os, sys, time
+from fastvim_jax.data import ClassificationData, make_eval_iterator
+
+if __name__ == "__main__":
+    config = ClassificationData(source="digits", image_size=8, channels=1, mean=(0.5,), std=(0.5,), workers=2)
+    batches = make_eval_iterator(config, batch_size=64)
+    for _ in range(2):
+        count = sum(int(batch["valid"].sum()) for batch in batches)
+        batches.rewind()
+        print(count, flush=True)
+        sys.stdin.readline()
+"""
+
+
+def _children(parent: int) -> dict[int, str]:
+    """Process numbers and command lines of a process's children."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(status[1]) == parent and status[0] != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended may wait for its new parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # where the resource tracker says what it frees
+    ) as run:  # fmt: skip
+        assert run.stdin and run.stdout
+        left: set[int] = set()
+        try:
+            assert run.stdout.readline() == "360\n"
+            first = {pid for pid, words in _children(run.pid).items() if "spawn_main" in words}
+            left = set(_children(run.pid))
+            assert len(first) == 2
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                for pid in first:
+                    os.kill(pid, each)
+            time.sleep(0.2)
+            run.stdin.write("go on\n")
+            run.stdin.flush()
+            assert run.stdout.readline() == "360\n"
+            again = {pid for pid, words in _children(run.pid).items() if "spawn_main" in words}
+            assert again == first
+            run.kill()
+            run.wait()
+            deadline = time.monotonic() + 30
+            while alive := [pid for pid in left if _runs(pid)]:
+                assert time.monotonic() < deadline, alive
+                time.sleep(0.1)
+        finally:
+            run.kill()
+            for pid in left:
+                if _runs(pid):
+                    os.kill(pid, signal.SIGKILL)
