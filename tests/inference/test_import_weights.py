@@ -129,7 +129,7 @@ def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, r
             table = tmp_path / f"{len(name)}.{kind}"
             assert main(["predict", folder, name, "--out", str(table), "--top-k", "2"]) == 0
             if kind == "csv":
-                rows = list(csv.DictReader(table.open(newline="")))
+                rows = list(csv.DictReader(table.read_text().splitlines()))
             else:
                 rows = pytest.importorskip("pyarrow.parquet").read_table(table).to_pylist()
             assert [int(row["rank"]) for row in rows] == [1, 2, 1, 2]
