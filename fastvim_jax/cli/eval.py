@@ -22,8 +22,8 @@ class Arguments:
     """The run's folder; named first, it lets every field of its data be overridden: --data.path, --data.source."""
     weights: Literal["all", "raw", "ema"] = "all"
     """The trained weights, their average, or all that the run kept."""
-    step: int | None = None
-    """Which checkpoint; by default the last."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
     split: str | None = None
     """Which split of the data; by default the one the run was evaluated on."""
     batch_size: int | None = None

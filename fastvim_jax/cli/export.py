@@ -25,9 +25,9 @@ class Arguments:
     batch: int | None = None
     """Images of a call; without it a portable program takes any number."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, if the run kept one."""
-    step: int | None = None
-    """Which checkpoint; by default the last."""
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
 
 
 def run(arguments: Sequence[str]) -> int:

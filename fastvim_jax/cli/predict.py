@@ -26,9 +26,9 @@ class Arguments:
     top_k: int = 5
     """Classes to show for each image."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, if the run kept one."""
-    step: int | None = None
-    """Which checkpoint; by default the last."""
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
     batch_size: int = 32
     """Images at a time."""
     json: bool = False
@@ -62,6 +62,12 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.run.startswith(HUB) or is_pretrained(chosen.run):
         return _classify(Classifier.load(chosen.run, batch_size=size), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    if chosen.weights is None and loaded.weights == "raw" and loaded.config.ema_decay is not None:
+        print(
+            f"fastvim: by the trained weights of step {loaded.step}, since they score better than their average does "
+            "yet (--weights ema for the average).",
+            file=sys.stderr,
+        )
     if draws(loaded):
         return _draw(loaded, files, chosen)
     return _classify(Classifier.of_run(loaded, batch_size=size), files, chosen)

@@ -126,7 +126,7 @@ class Classifier:
         source: Path | str,
         *,
         weights: str | None = None,
-        step: int | None = None,
+        step: int | Literal["best"] | None = None,
         **options: Any,
     ) -> Classifier:
         """Load a classifier.
@@ -134,7 +134,7 @@ class Classifier:
         Args:
             source: a run folder, a folder of `save_pretrained`, or `hf://owner/name` of the Hugging Face hub.
             weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
-            step: of a run folder, which checkpoint; by default the latest.
+            step: of a run folder, which checkpoint, or `best`; by default the latest.
             **options: of the class.
 
         Raises:

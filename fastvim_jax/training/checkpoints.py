@@ -13,10 +13,11 @@ whole checkpoint. Old ones leave by a rename too, into `checkpoints/deleted`, wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +43,25 @@ _GLOB = re.compile(r"[\[\]*?\\]")
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
+    """What `Checkpoints` keeps; Orbax asks after every save."""
+
+    keep: int
+    every: int | None
+    best: Callable[[Sequence[int]], int | None] | None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [each.step for each in checkpoints]
+        best = self.best(steps) if self.best is not None else None
+        return [
+            step in steps[-self.keep :]
+            or step == best
+            or (self.every is not None and step % self.every == 0)
+            for step in steps
+        ]
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged, of another model, or that cannot be written."""
 
@@ -55,6 +75,8 @@ class Checkpoints:
     Args:
         directory: the folder that holds a folder per step; made when it is missing, unless read only.
         keep: how many of the latest are kept.
+        keep_every: also keep those whose step is a multiple of this.
+        best: also keep the one of these steps that it returns, if any.
         read_only: never write or clean up, as evaluation should not.
 
     Raises:
@@ -62,7 +84,15 @@ class Checkpoints:
             pattern.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 3, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        best: Callable[[Sequence[int]], int | None] | None = None,
+        read_only: bool = False,
+    ) -> None:
         self.directory = Path(directory).absolute()
         if found := _GLOB.search(str(self.directory)):
             raise CheckpointError(
@@ -79,7 +109,7 @@ class Checkpoints:
                 f"{self.directory} does not exist: this run has no checkpoint yet."
             )
         writing: dict[str, Any] = {
-            "preservation_policy": ocp.checkpoint_managers.LatestN(keep),
+            "preservation_policy": _Preservation(keep, keep_every, best),
             "todelete_subdir": _DELETED,
             "async_options": ocp.options.AsyncOptions(post_finalization_callback=self._complete),
             "cleanup_tmp_directories": True,

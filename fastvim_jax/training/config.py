@@ -120,6 +120,10 @@ class RunConfig:
     """Steps between checkpoints; None: one after every epoch. The last step is always saved."""
     keep_checkpoints: PositiveInt = 3
     """Latest checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best score too (--step best); every evaluation then saves one."""
+    keep_every_steps: PositiveInt | None = None
+    """Keep all checkpoints too whose step is a multiple of this."""
     log_every_steps: PositiveInt = 50
     """Steps between lines of the log; only there the loop waits for the device."""
     init: str | None = None

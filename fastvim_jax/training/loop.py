@@ -219,10 +219,12 @@ def run_loop(
             log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})
         if stopping and not last:
             raise stop_after(step)
-        if last or step % (config.checkpoint_every_steps or steps_per_epoch) == 0:
+        due = due_at(step)
+        every = config.checkpoint_every_steps or steps_per_epoch
+        if last or step % every == 0 or (config.keep_best and due):
             with clock.timed("checkpoint_seconds"):
                 save()
-        if due := due_at(step):
+        if due:
             with clock.timed("evaluation_seconds"):
                 evaluate_at(step, due)
         checkpoints.check()

@@ -10,6 +10,7 @@ lock               held by the process that trains here
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -31,6 +32,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.choice import best_step, better_weights
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import keep_damaged, replace_file, writing
 from fastvim_jax.training.lock import LOCK_FILE, locked
@@ -52,7 +54,9 @@ _FREE = frozenset(
         "data.decoder",
         "data.max_corrupt",
         "data.eval_batch_size",
+        "keep_best",
         "keep_checkpoints",
+        "keep_every_steps",
         "checkpoint_every_steps",
         "evaluate_every_epochs",
         "log_every_steps",
@@ -92,15 +96,16 @@ def load_run(
     run_dir: Path | str,
     *,
     weights: str | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     place: jax.sharding.Sharding | None = None,
 ) -> Run:
     """Load a model from a run folder alone.
 
     Args:
         run_dir: the run folder.
-        weights: `raw`, or the average `ema`; by default the average if the run kept one.
-        step: which checkpoint, by default the latest.
+        weights: `raw`, or the average `ema`; by default the average if the run kept one, unless its log says that
+            the trained weights score better at this step, as they do while the average is young.
+        step: which checkpoint, `best` for the one with the best score in the log; by default the latest.
         place: where the weights go, by default to this process's first device; whatever mesh they were saved from.
 
     Raises:
@@ -108,9 +113,7 @@ def load_run(
     """
     config = read_config(run_dir)
     class_names = read_class_names(run_dir)
-    if weights is None:
-        weights = "raw" if config.ema_decay is None else "ema"
-    if weights not in ("raw", "ema"):
+    if weights not in ("raw", "ema", None):
         raise UserError(f"weights={weights!r}: use 'raw' or 'ema'.")
     checkpoints = Checkpoints(Path(run_dir) / CHECKPOINTS, read_only=True)
     try:
@@ -121,7 +124,12 @@ def load_run(
         params, model_state = jax.tree.map(
             lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place), states
         )
+        if step == "best":
+            step = best_step(run_dir, config, checkpoints.steps())
+            if step is None:
+                raise UserError(f"no checkpoint in {run_dir} was evaluated: name a step.")
         meta = checkpoints.read_meta(step)
+        weights = weights or better_weights(run_dir, config, meta["step"])
         params = checkpoints.restore_weights(params, weights=weights, step=meta["step"])
         model_state = checkpoints.restore_model_state(model_state, step=meta["step"])
     finally:
@@ -143,6 +151,7 @@ def start_run(
             cannot be written.
     """
     folder = Path(run_dir)
+    config = _with_absolute_paths(config)
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
@@ -287,6 +296,18 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Resolve the data's paths, so that the run can be evaluated from any folder."""
+    names = ("path", "class_list")
+    given = {name: getattr(config.data, name, None) for name in names}
+    found = {
+        name: str(Path(value).expanduser().absolute())
+        for name, value in given.items()
+        if isinstance(value, str) and value and Path(value).expanduser().exists()
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.choice import best_step
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.profiling import ProfileSteps
 from fastvim_jax.training.run_folder import CHECKPOINTS, CONFIG_FILE, read_config, start_run
@@ -143,6 +145,13 @@ def open_run(
     """
     enter = call.opened.enter_context
     folder = enter(start_run(call.run_dir, config, class_names))
-    checkpoints = enter(Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints))
+    checkpoints = enter(
+        Checkpoints(
+            folder / CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every_steps,
+            best=partial(best_step, folder, config) if config.keep_best else None,
+        )
+    )
     names = tuple(class_names or ())
     return OpenRun(call, config, names, folder, checkpoints, call.stop)

@@ -217,6 +217,8 @@ def fit(
                 continue
         if array.shape != shape:
             reason = f"{_times(array.shape)} there, {_times(shape)} here"
+            if part.startswith("head.") and array.shape[:-1] == shape[:-1]:
+                reason = f"{array.shape[-1]} classes there, {shape[-1]} here"
             misfit(name, "drawn", reason, belongs_to_task)
         elif belongs_to_task and _other_classes(source.class_names, class_names):
             misfit(name, "drawn", "other classes", True)

@@ -30,7 +30,12 @@ def trainer_of(config: RunConfig) -> ModuleType:
     Raises:
         UserError: the config's class belongs to no task.
     """
-    return importlib.import_module(f"{_folder(type(config).__name__)}.train")
+    return importlib.import_module(f"{folder_of(config)}.train")
+
+
+def folder_of(config: RunConfig) -> str:
+    """Return the package of a config's task."""
+    return _folder(type(config).__name__)
 
 
 def config_from_json(text: str) -> RunConfig:

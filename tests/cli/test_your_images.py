@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image, ImageDraw
 
+from fastvim_jax.models import build_model
+from fastvim_jax.models.pretrained import save_pretrained
 from fastvim_jax.training import load_experiment
 from tests.cli.conftest import Cli
 from tests.support import ROOT
@@ -93,3 +98,47 @@ def test_wrong_class_counts_and_folders_are_answered(
     status, _, err = fastvim(*train, "--data.path", "elsewhere")
     assert status == 1 and "'elsewhere' does not exist (data.path)" in err
     assert not (my_images / "runs").exists()
+
+
+def test_a_new_set_of_classes_starts_from_another_model_s_weights(
+    fastvim: Cli, my_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five classes there, three here; then the run is used from another folder, and on a folder of images."""
+    monkeypatch.chdir(my_images)
+    config = load_experiment("your_images/fastvim").model
+    small = dataclasses.replace(config, image_size=32, embed_dim=16, depth=2, num_classes=5)
+    save_pretrained(build_model(small, rngs=nnx.Rngs(0)), "five_classes")
+    train = (
+        "train your_images/fastvim --data.path my_images --run-dir runs/tuned --epochs 1".split()
+    )
+    train += (
+        "--model.depth 2 --model.embed-dim 16 --model.image-size 32 --data.image-size 32".split()
+    )
+    train += ["--data.batch-size", "16"]
+    status, _, err = fastvim(*train, "--model.num-classes", "3", "--init", "five_classes")
+    assert status == 0, err
+    assert (
+        "Starting from five_classes:" in err
+        and "drawn       2  head.* (5 classes there, 3 here)" in err
+    ), err
+    table = json.loads(Path("runs/tuned/init.json").read_text())
+    assert table["parameters"]["head.bias"] == "drawn 5 classes there, 3 here"
+    assert table["parameters"]["blocks.1.mixer.forward.D"] == "taken"
+
+    (my_images / "elsewhere").mkdir()
+    monkeypatch.chdir(my_images / "elsewhere")
+    status, out, err = fastvim("eval", "../runs/tuned", "--json")
+    assert status == 0 and json.loads(out)["scores"]["raw"]["count"] == 12, err
+    status, out, err = fastvim("predict", "../runs/tuned", "../my_images/val/disc", "../photo.jpg")
+    files = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert status == 0 and files == [
+        *(f"../my_images/val/disc/{i}.{'png' if i % 4 == 0 else 'jpg'}" for i in range(4)),
+        "../photo.jpg",
+    ]
+    status, _, err = fastvim("predict", "../runs/tuned", ".")
+    assert status == 2 and ". holds no image file" in err
+    status, _, err = fastvim(
+        "train", "your_images/fastvim", "--data.path", "../my_images", "--run-dir", "../runs/tuned",
+        "--model.num-classes", "3", *REDUCED,
+    )  # fmt: skip
+    assert status == 1 and "--init ../runs/tuned --run-dir NEW" in err

@@ -93,7 +93,7 @@ def test_a_warm_up_that_fills_the_run_is_refused(make):
 
 
 def test_a_config_gives_its_recipe():
-    recipe = OptimizerConfig()
+    recipe = OptimizerConfig(warmup_epochs=5.0)
     rate = learning_rate_schedule(recipe, batch_size=1024, steps_per_epoch=1251, epochs=300)
     assert rate(0) == pytest.approx(1e-6)
     assert rate(5 * 1251 - 1) == rate(5 * 1251) == pytest.approx(2e-3)

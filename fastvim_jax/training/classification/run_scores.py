@@ -19,7 +19,7 @@ from fastvim_jax.training.classification.evaluation import (
     evaluate_weights,
     make_eval_step,
 )
-from fastvim_jax.training.run_folder import load_run
+from fastvim_jax.training.run_folder import load_run, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def score_run(
     data: LabelledData,
     *,
     weights: Literal["all", "raw", "ema"] = "all",
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     per_class: bool = False,
 ) -> RunScores:
     """Evaluate a run's weights on `data.eval_split`; every image is counted once.
@@ -62,7 +62,7 @@ def score_run(
         run_dir: the run folder.
         data: what to evaluate on; the run's own config has the transforms it was trained for.
         weights: which of them; all: those that the run kept.
-        step: which checkpoint, by default the latest.
+        step: which checkpoint, `best` for the one with the best score in the log; by default the latest.
         per_class: also count by class.
 
     Raises:
@@ -70,11 +70,12 @@ def score_run(
     """
     mesh = make_mesh()
     place = replicated(mesh)
-    run = load_run(run_dir, weights=None if weights == "all" else weights, step=step, place=place)
-    runs = {run.weights: run}
-    if weights == "all" and run.weights == "ema":
-        raw = load_run(run_dir, weights="raw", step=run.step, place=place)
-        runs = {"raw": raw, "ema": run}
+    wanted = [weights] if weights != "all" else ["raw", "ema"]
+    if weights == "all" and read_config(run_dir).ema_decay is None:
+        wanted = ["raw"]
+    run = load_run(run_dir, weights=wanted[0], step=step, place=place)
+    others = (load_run(run_dir, weights=w, step=run.step, place=place) for w in wanted[1:])
+    runs = {each.weights: each for each in (run, *others)}
     batches = make_eval_iterator(
         data,
         batch_size=round_up(data.eval_batch_size or data.batch_size, mesh),

@@ -78,7 +78,8 @@ def test_the_log(finished):
 def test_a_loaded_run_scores_what_the_log_says(finished, weights):
     folder, result = finished
     run = load_run(folder, weights=weights)
-    assert (run.step, run.weights, run.config) == (TOTAL, weights or "ema", CONFIG)
+    best = max(("ema", "raw"), key=lambda name: result.metrics[f"{name}_top1"])
+    assert (run.step, run.weights, run.config) == (TOTAL, weights or best, CONFIG)
     assert run.class_names == tuple(str(i) for i in range(10))
     scores = evaluate(run.model, make_eval_iterator(CONFIG.data, batch_size=7))
     assert scores["count"] == EVAL_IMAGES
