@@ -134,8 +134,7 @@ def load_pretrained(
     if not folder.is_dir():
         folder = _from_hub(str(source), revision, offline)
     about = _read_config(folder / CONFIG_FILE)
-    values = about["model"]
-    config: Any = from_dict(config_class(values.get("class", "")), values, "model")
+    config = read_model_config(folder)
     preprocessing = from_dict(Preprocessing, about["preprocessing"], "preprocessing")
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     params = replace_parameters(nnx.state(model), _read_arrays(folder / WEIGHTS_FILE))
@@ -146,6 +145,16 @@ def load_pretrained(
 def from_pretrained(source: Path | str, **options: Any) -> Any:
     """Load a model alone; see `load_pretrained`."""
     return load_pretrained(source, **options).model
+
+
+def read_model_config(folder: Path | str) -> Any:
+    """Read the config of the model in a folder of `save_pretrained`.
+
+    Raises:
+        UserError: a missing or damaged file, or one of a newer format.
+    """
+    values = _read_config(Path(folder) / CONFIG_FILE)["model"]
+    return from_dict(config_class(values.get("class", "")), values, "model")
 
 
 def is_pretrained(folder: Path | str) -> bool:

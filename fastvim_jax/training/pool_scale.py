@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvim_jax.models import MaskedAutoencoderConfig
+from fastvim_jax.models.pretrained import is_pretrained, read_model_config
 from fastvim_jax.training.run_folder import CONFIG_FILE, read_config
 
 
@@ -33,9 +34,12 @@ def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
         if saved.init == config.init and type(saved.model) is type(model):
             return _scaled(config, saved.model.pool_scale)
     folder = Path(config.init).expanduser()
-    if not (folder / CONFIG_FILE).is_file():
+    if is_pretrained(folder):
+        source = read_model_config(folder)
+    elif (folder / CONFIG_FILE).is_file():
+        source = read_config(folder).model
+    else:
         return config
-    source = read_config(folder).model
     masked = isinstance(source, MaskedAutoencoderConfig) and source.divisor == "row_length"
     return _scaled(config, 1 - source.mask_ratio) if masked else config
 
