@@ -20,12 +20,14 @@ HELP = """\
 Usage: fastvim data check PATH [OPTIONS]
        fastvim data check-masks PATH [OPTIONS]
        fastvim data prepare PATH --out DIR [OPTIONS]
+       fastvim data stats PATH --channels NAME... [OPTIONS]
 
   check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
             classes without images, one image under several labels, files that are not read, shards that have changed
   check-masks  the same for images with label maps (images/SPLIT/x.jpg, annotations/SPLIT/x.png, or other patterns):
             missing masks, other sizes, colours instead of labels, labels outside the classes or off by one
   prepare   write ArrayRecord shards with checksums, original bytes or resized; started again, it goes on
+  stats     count mean and deviation of every channel and store them with the data, where training takes them from
 
 PATH is a data set's folder: one folder a split with one folder a class (train/cat/1.jpg), tar shards, Parquet files
 as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or what `prepare` wrote.
@@ -73,12 +75,13 @@ class Prepare(_Where):
 
 def run(arguments: Sequence[str]) -> int:
     """Check a data set, or turn it into ArrayRecord shards."""
-    from fastvim_jax.cli import check_masks
+    from fastvim_jax.cli import channel_stats, check_masks
 
     tasks: dict[str, Callable[[Sequence[str]], int]] = {
         "check": _check,
         "check-masks": check_masks.run,
         "prepare": _prepare,
+        "stats": channel_stats.run,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -86,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in tasks:
         raise UsageError(
-            f"unknown task {name!r}: check, check-masks or prepare.{suggest(name, tasks)}"
+            f"unknown task {name!r}: check, check-masks, prepare or stats.{suggest(name, tasks)}"
         )
     return tasks[name](rest)
 
@@ -168,6 +171,10 @@ def _prepare(arguments: Sequence[str]) -> int:
         )
     for split in splits:
         source = _open(chosen, kind, split)
+        for note in getattr(source, "notes", ()):
+            print(f"  note: {note}")
+        # A plate's splits are named after the kind of plate: "crispr/train".
+        split = split.rpartition("/")[2] if kind == "jump_cp" else split
         origin = {"source": kind, "path": str(path.absolute()), "split": split}
         with progress_bar(f"preparing {split}") as progress:
             done = prepare(
@@ -191,6 +198,10 @@ def _prepare(arguments: Sequence[str]) -> int:
         )
         for reason in done.left_out:
             print(f"  left out: {reason}")
+        for note in done.notes[:20]:
+            print(f"  note: {note}")
+        if len(done.notes) > 20:
+            print(f"  ... and {len(done.notes) - 20} more notes, see {done.manifest}")
     print(
         f"Train on it with --data.source array_record --data.path {chosen.out}; "
         f"`{command()} data check {chosen.out}` verifies the checksums."

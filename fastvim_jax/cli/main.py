@@ -28,6 +28,8 @@ COMMANDS = {
     "import-weights": "turn a PyTorch or safetensors checkpoint into a folder that every command takes",
     "export": "write a trained run as one file that runs with JAX and NumPy alone",
     "reconstruct": "draw image files as a masked autoencoder reconstructs them",
+    "embed": "write embeddings of microscope fields to a table",
+    "channels": "show which channels matter to a trained run",
     "data": "check a data set; turn it into shards that read fast",
     "bench": "measure scan, mixer, models, training steps and data on this machine",
     "quickstart-report": "what `make quickstart` shows of the run it trained",

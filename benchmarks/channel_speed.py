@@ -1,0 +1,129 @@
+"""Time training steps of the channel models with and without channel sampling, and a compiled PyTorch ChannelViT.
+
+    python benchmarks/channel_speed.py train --json benchmarks/results/h100/channel_train.json
+    python benchmarks/channel_speed.py peer --json benchmarks/results/h100/channel_peer.json
+
+Forward passes have the general command:
+
+    fastvim bench model --models channelvim_small_patch16_224 fastchannelvim_small_patch16_224 \
+        channelvim_small_patch8_224 fastchannelvim_small_patch8_224 channelvit_small_patch16_224 \
+        channelvit_small_patch8_224 --batches 8 64 --precisions bf16 f32 --json ...
+
+Channel sampling sees 1 to 8 channels, each number as often as the others, so its images a second are those of one step
+of each number together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TRAINED = (
+    "fastchannelvim_small_patch16_224", "channelvim_small_patch16_224", "channelvit_small_patch16_224",
+    "fastchannelvim_small_patch8_224", "channelvit_small_patch8_224",
+)  # fmt: skip
+PAPER = {  # Table 22: images a second, batch 8
+    "channelvim_small_patch16_224": 234, "fastchannelvim_small_patch16_224": 318,
+    "channelvim_small_patch8_224": 61, "fastchannelvim_small_patch8_224": 99,
+}  # fmt: skip
+
+
+def training_rows(models: list[str], batch: int) -> Iterator[dict[str, Any]]:
+    """Yield images a second of a bf16 training step by model: with all channels, and with sampled ones."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from fastvim_jax.models import build_model, model_config
+    from fastvim_jax.training import OptimizerConfig
+    from fastvim_jax.training.classification.train import make_loss
+    from fastvim_jax.training.optimizer import make_optimizer
+    from fastvim_jax.training.steps import init_state, make_train_step
+    from pallas_kernels import timing
+
+    for name in models:
+        options: dict[str, Any] = {"dtype": "bfloat16", "num_classes": 161}
+        if "vit" not in name.split("_")[0]:
+            options["activations"] = "compute"
+        config = model_config(name, **options)
+        graphdef, params = nnx.split(build_model(config, rngs=nnx.Rngs(0)))
+        optimizer = make_optimizer(
+            OptimizerConfig(), params, learning_rate=lambda step: 1e-4, total_steps=1
+        )
+        step = make_train_step(make_loss(graphdef), optimizer)
+        state = init_state(params, optimizer, ema=False)
+        milliseconds: dict[int, float] = {}
+        for count in range(config.channels, 0, -1):
+            shape = (batch, *config.image_size, count)
+            inputs = {
+                "image": jax.random.normal(jax.random.key(count), shape),
+                "label": jnp.zeros((batch,), jnp.int32),
+                "channel_ids": jnp.asarray(np.tile(np.arange(count, dtype=np.int32), (batch, 1))),
+            }
+
+            def one(_: int, step: Any = step, inputs: Any = inputs) -> Any:
+                nonlocal state
+                state, metrics = step(state, inputs)
+                return metrics["loss"]
+
+            jax.block_until_ready(one(0))
+            milliseconds[count] = timing.steady_clock(one, seconds=0.3, repeats=3)[0]
+        sampled = sum(milliseconds.values()) / len(milliseconds)
+        yield {
+            "model": name, "batch": batch, "ms_by_channels": milliseconds,
+            "images_per_s": 1e3 * batch / milliseconds[config.channels],
+            "sampled_images_per_s": 1e3 * batch / sampled,
+        }  # fmt: skip
+
+
+def peer_rows(batches: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield images a second of a compiled PyTorch ChannelViT-S, forward."""
+    from benchmarks.peers.channel_vit import measure
+
+    for patch in (16, 8):
+        for batch in batches:
+            for dtype in ("bfloat16", "float32"):
+                yield measure(patch=patch, batch=batch, dtype=dtype)
+
+
+def main() -> int:
+    """Measure, print, and keep in a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("train", "peer"))
+    parser.add_argument("--models", nargs="*", default=list(TRAINED))
+    parser.add_argument("--batch", type=int, default=32, help="of the training steps")
+    parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the peer")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from fastvim_jax.bench.record import show
+
+    if options.what == "train":
+        rows = training_rows(options.models, options.batch)
+        columns: Any = (
+            ("model", 34, lambda r: r["model"]),
+            ("batch", 5, lambda r: str(r["batch"])),
+            ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}"),
+            ("sampled", 9, lambda r: f"{r['sampled_images_per_s']:.1f}"),
+        )
+    else:
+        rows = peer_rows(options.batches)
+        columns = (
+            ("model", 24, lambda r: r["model"]),
+            ("batch", 5, lambda r: str(r["batch"])),
+            ("dtype", 9, lambda r: r["dtype"]),
+            ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}"),
+            ("ms", 9, lambda r: f"{r['ms']:.3f}"),
+        )
+    show(f"channel_{options.what}", rows, columns, command=" ".join(sys.argv), file=options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

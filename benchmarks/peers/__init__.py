@@ -1,0 +1,1 @@
+"""Models of other libraries, timed under the same conditions as ours."""

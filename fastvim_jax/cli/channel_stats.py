@@ -1,0 +1,62 @@
+"""`fastvim data stats PATH --channels NAME...`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to count."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """The data set's folder."""
+    channels: tuple[str, ...]
+    """Names of the channels in their order."""
+    source: str = "auto"
+    """Which kind of data set it is, as in data.source; auto looks at the folder."""
+    split: str = "train"
+    """Split to count."""
+    class_list: str = ""
+    """Class list, or folder of plate maps, where the folder's own is not the right one."""
+    every: int = 1
+    """Count each so-manieth image only."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Count mean and deviation of every channel, and store them with the data, where training takes them from."""
+    chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
+    from fastvim_jax.data import DecodeError, open_source
+    from fastvim_jax.data.multichannel import read_channels, to_uint8
+    from fastvim_jax.data.sources import expand_path
+    from fastvim_jax.data.sources.layout import guess_source
+    from fastvim_jax.data.statistics import count_statistics, write_statistics
+
+    with as_usage_error():
+        kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
+        source = open_source(kind, chosen.split, path=chosen.path, class_list=chosen.class_list)
+    skipped: list[str] = []
+
+    def images() -> Iterator[Any]:
+        for index in range(0, len(source), max(1, chosen.every)):
+            try:
+                record = source[index]
+                yield to_uint8(read_channels(record.image, record.name).pixels)
+            except DecodeError as error:
+                skipped.append(str(error))
+
+    counted = count_statistics(images(), chosen.channels)
+    folder = expand_path(chosen.path)
+    file = write_statistics(folder if folder.is_dir() else folder.parent, counted)
+    for name, mean, std in zip(counted.names, counted.mean, counted.std, strict=True):
+        print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")
+    for reason in skipped:
+        print(f"  left out: {reason}")
+    print(f"{file}: {counted.images} images of {chosen.split}")
+    return 0

@@ -1,0 +1,351 @@
+"""Embeddings of microscope fields: one row a tile, site or well, with the columns that say where it comes from.
+
+A field is cut into tiles of the model's input size, each tile's features are what the model's head reads, and a site's
+row is the mean over its tiles, a well's the mean over its sites. Columns are `Metadata_...` and `feature_0000`, ..., as
+pycytominer reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from fastvim_jax.data.cells_config import CellsData
+from fastvim_jax.data.cells_device import make_preprocess
+from fastvim_jax.data.multichannel import (
+    Depth,
+    MultiChannel,
+    find_channel_files,
+    read_channel_files,
+    read_channels,
+    to_uint8,
+)
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.models.channels import channel_inputs
+
+Level = Literal["tile", "site", "well"]
+PREFIX = "Metadata_"
+MAD_TO_DEVIATION = 1.4826
+"""Standard deviation over median absolute deviation, of normal numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of view to embed.
+
+    Attributes:
+        metadata: what names it, for example plate, well and site.
+        files: its one file, or a file for each channel by name.
+    """
+
+    metadata: dict[str, str]
+    files: Path | dict[str, Path]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "_".join(self.metadata.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """A table of features.
+
+    Attributes:
+        metadata: columns by name, without the prefix; each as long as `features`.
+        features: `rows d`, float32.
+        problems: fields that could not be embedded, with the reason.
+    """
+
+    metadata: dict[str, list[str]]
+    features: np.ndarray
+    problems: tuple[str, ...] = ()
+
+    def write(self, file: Path) -> None:
+        """Write a Parquet or, by its suffix, a CSV file.
+
+        Raises:
+            UserError: another suffix, or pyarrow is not installed.
+        """
+        try:
+            import pyarrow
+            import pyarrow.csv
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError("tables need pyarrow: pip install 'fastvim-jax[cells]'.") from None
+        columns: dict[str, Any] = {f"{PREFIX}{key}": value for key, value in self.metadata.items()}
+        columns |= {f"feature_{i:04}": column for i, column in enumerate(self.features.T)}
+        writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
+        if file.suffix not in writers:
+            raise UserError(f"{str(file)!r}: write .parquet or .csv.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writers[file.suffix](pyarrow.table(columns), str(file))
+
+
+def find_fields(paths: Sequence[Path], pattern: str | None) -> list[Field]:
+    """List the fields that files and folders hold.
+
+    Args:
+        paths: image files of all channels; with `pattern`, folders of one file a channel.
+        pattern: see `data.multichannel.find_channel_files`.
+
+    Raises:
+        UserError: a path does not exist, or no file matches the pattern.
+    """
+    fields = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{str(path)!r} does not exist.")
+        if path.is_dir() and pattern is None:
+            raise UserError(
+                f"{str(path)!r} is a folder: say with --pattern where the files' names hold plate, well, site and "
+                'channel, for example "{plate}_{well}_s{site}/ch{}_{channel}.png".'
+            )
+        if path.is_dir():
+            assert pattern is not None
+            found = find_channel_files(path, pattern)
+            fields += [Field(dict(key), files) for key, files in found.items()]
+        else:
+            fields.append(Field({"file": str(path)}, path))
+    return fields
+
+
+def embed_fields(
+    model: nnx.Module,
+    data: CellsData,
+    fields: Iterable[Field],
+    *,
+    channels: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    level: Level = "site",
+    depth: Depth = "full",
+    batch_size: int = 32,
+) -> Embeddings:
+    """Embed fields; one that cannot be read is told in `problems`, and the others are embedded.
+
+    Args:
+        model: a trained model.
+        data: the data it was trained on: names of the channels, input size, mean and deviation.
+        fields: of any size.
+        channels: the model's channels to use, by name; None: all that a field has.
+        rename: a file's channel name → the model's, for example {"DAPI": "DNA"}.
+        level: what a row is.
+        depth: how 16-bit pixels become 8 bits; as the training data were made.
+        batch_size: tiles at a time.
+
+    Raises:
+        UserError: a channel is not one of the model's, or no field could be embedded.
+    """
+    for name in [*(channels or ()), *(rename or {}).values()]:
+        if name not in data.names:
+            raise UserError(
+                f"the model has no channel {name!r}: it knows {', '.join(data.names)}.{suggest(name, data.names)}"
+            )
+    features_of = _make_features(model, data)
+    metadata: list[dict[str, str]] = []
+    features: list[np.ndarray] = []
+    problems: list[str] = []
+    for field in fields:
+        try:
+            pixels, ids = _channels_of(field, data, channels, rename or {}, depth)
+        except DecodeError as error:
+            problems.append(str(error))
+            continue
+        tiles = list(cut_tiles(pixels, data.height_width))
+        found = _in_batches(features_of, tiles, ids, batch_size)
+        used = "+".join(data.names[i] for i in ids)
+        if level == "tile":
+            rows = [field.metadata | {"tile": str(i), "channels": used} for i in range(len(tiles))]
+            metadata += rows
+            features += list(found)
+        else:
+            metadata.append(field.metadata | {"tiles": str(len(tiles)), "channels": used})
+            features.append(found.mean(axis=0))
+    if not features:
+        raise UserError("no field could be embedded.\n  " + "\n  ".join(problems[:20]))
+    table = Embeddings(_columns(metadata), np.stack(features), tuple(problems))
+    return aggregate(table, ("plate", "well")) if level == "well" else table
+
+
+def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
+    """Average rows that agree in the columns `by`; other columns stay where all rows of a group agree.
+
+    Raises:
+        UserError: none of the columns is there.
+    """
+    keys = [key for key in by if key in table.metadata]
+    if not keys:
+        raise UserError(
+            f"rows cannot be put together by {', '.join(by)}: there are the columns "
+            f"{', '.join(table.metadata)}. Name them in --pattern."
+        )
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row in range(len(table.features)):
+        groups.setdefault(tuple(table.metadata[key][row] for key in keys), []).append(row)
+    metadata = []
+    for rows in groups.values():
+        values = {key: {table.metadata[key][row] for row in rows} for key in table.metadata}
+        known = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+        metadata.append(known | {"rows": str(len(rows))})
+    features = np.stack([table.features[rows].mean(axis=0) for rows in groups.values()])
+    return dataclasses.replace(table, metadata=_columns(metadata), features=features)
+
+
+def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddings:
+    """Return (feature - median) / (1.4826 · median absolute deviation), both over the plate's control wells.
+
+    A feature that is constant over the controls is divided by the smallest deviation that is not 0 (by 1, if all are).
+    Columns without a plate count as one plate.
+
+    Raises:
+        UserError: there is no well, or a plate has fewer than two rows of its control wells.
+    """
+    if "well" not in table.metadata:
+        raise UserError(
+            "controls are wells, but the table has no column well: name it in --pattern."
+        )
+    plates = table.metadata.get("plate", [""] * len(table.features))
+    features = np.empty_like(table.features)
+    for plate in dict.fromkeys(plates):
+        rows = np.array([p == plate for p in plates])
+        chosen = rows & np.isin(table.metadata["well"], list(controls))
+        if chosen.sum() < 2:
+            raise UserError(
+                f"plate {plate!r} has {int(chosen.sum())} rows in the wells {', '.join(controls)}: it needs two."
+            )
+        reference = table.features[chosen]
+        median = np.median(reference, axis=0)
+        deviation = MAD_TO_DEVIATION * np.median(np.abs(reference - median), axis=0)
+        positive = deviation[deviation > 0]
+        deviation = np.where(deviation > 0, deviation, positive.min() if len(positive) else 1.0)
+        features[rows] = (table.features[rows] - median) / deviation
+    return dataclasses.replace(table, features=features)
+
+
+def cut_tiles(
+    pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int]
+) -> Iterator[UInt8[np.ndarray, "h2 w2 c"]]:
+    """Cut as many tiles of `size` as fit side by side, around the centre; a smaller field is padded to one tile."""
+    missing = [max(0, wanted - have) for wanted, have in zip(size, pixels.shape[:2], strict=True)]
+    if any(missing):
+        pixels = np.pad(pixels, [*((m // 2, m - m // 2) for m in missing), (0, 0)])
+    counts = [have // wanted for have, wanted in zip(pixels.shape[:2], size, strict=True)]
+    starts = [
+        (have - count * wanted) // 2
+        for have, count, wanted in zip(pixels.shape[:2], counts, size, strict=True)
+    ]
+    for row in range(counts[0]):
+        for column in range(counts[1]):
+            top, left = starts[0] + row * size[0], starts[1] + column * size[1]
+            yield pixels[top : top + size[0], left : left + size[1]]
+
+
+def draw_embeddings(table: Embeddings, colour: str, picture: Path | str) -> None:
+    """Draw the first two principal components, coloured by a column.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    import matplotlib.pyplot as plt
+
+    if colour not in table.metadata:
+        raise UserError(
+            f"there is no column {colour!r}: choose one of {', '.join(table.metadata)}."
+            + suggest(colour, table.metadata)
+        )
+    centred = table.features - table.features.mean(axis=0)
+    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
+    points = (left * scale)[:, :2]
+    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    share = scale[:2] ** 2 / max((scale**2).sum(), 1e-30)
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    for value in dict.fromkeys(table.metadata[colour]):
+        rows = np.array([v == value for v in table.metadata[colour]])
+        axes.plot(*points[rows].T, "o", ms=4, alpha=0.7, label=value)
+    labels = [f"component {i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(share)]
+    axes.set(xlabel=labels[0], ylabel=labels[-1], title=f"{len(points)} rows by {colour}")
+    axes.legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _channels_of(
+    field: Field,
+    data: CellsData,
+    channels: Sequence[str] | None,
+    rename: Mapping[str, str],
+    depth: Depth,
+) -> tuple[UInt8[np.ndarray, "h w k"], tuple[int, ...]]:
+    """Read the channels of a field that the model knows, in the model's order, and return their numbers."""
+    image = _read(field, data, rename)
+    names = [rename.get(name, name) for name in image.names]
+    wanted = [name for name in data.names if name in (channels or names)]
+    if missing := [name for name in wanted if name not in names]:
+        raise DecodeError(
+            f"{field.name}: the channel {', '.join(missing)} is missing (found: {', '.join(names)})."
+        )
+    if not wanted:
+        raise DecodeError(
+            f"{field.name}: none of its channels {', '.join(names)} is one of the model's "
+            f"({', '.join(data.names)}): say with --rename which is which."
+        )
+    pixels = to_uint8(image.pixels[..., [names.index(name) for name in wanted]], depth)
+    return pixels, tuple(data.names.index(name) for name in wanted)
+
+
+def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChannel:
+    if isinstance(field.files, dict):
+        known = {n: f for n, f in field.files.items() if rename.get(n, n) in data.names}
+        return read_channel_files(known or field.files)
+    try:
+        content = field.files.read_bytes()
+    except OSError as error:
+        raise DecodeError(f"{field.files}: {error.strerror or error}.") from None
+    image = read_channels(content, str(field.files))
+    if image.names:
+        return image
+    if image.pixels.shape[-1] != data.channels:
+        raise DecodeError(
+            f"{field.files}: {image.pixels.shape[-1]} channels without names, but the model has {data.channels}."
+        )
+    return MultiChannel(image.pixels, data.names)
+
+
+def _make_features(model: Any, data: CellsData) -> Any:
+    """Compile features of tiles `b h w k` and their channels `b k`; once for each number of channels."""
+    graphdef, params = nnx.split(model)
+    preprocess = make_preprocess(data)
+
+    @jax.jit
+    def features(params: Any, tiles: jax.Array, ids: jax.Array) -> jax.Array:
+        model: Any = nnx.merge(graphdef, params)
+        batch = {"channel_ids": ids}
+        return model.features(**channel_inputs(model, preprocess(tiles, ids), batch))
+
+    return lambda tiles, ids: features(params, tiles, ids)
+
+
+def _in_batches(
+    features_of: Any, tiles: Sequence[np.ndarray], ids: tuple[int, ...], batch_size: int
+) -> Float[np.ndarray, "n d"]:
+    """Embed tiles in batches of one size, the last filled up, so that one program serves all fields."""
+    found = []
+    channel_ids = np.tile(np.asarray(ids, np.int32), (batch_size, 1))
+    for start in range(0, len(tiles), batch_size):
+        chunk = np.stack(tiles[start : start + batch_size])
+        padded = np.pad(chunk, ((0, batch_size - len(chunk)), (0, 0), (0, 0), (0, 0)))
+        found.append(np.asarray(features_of(padded, channel_ids), np.float32)[: len(chunk)])
+    return np.concatenate(found)
+
+
+def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(key for row in rows for key in row)
+    return {name: [row.get(name, "") for row in rows] for name in names}
