@@ -45,6 +45,8 @@ class _Where:
     """Splits; by default all that are there."""
     class_list: str = ""
     """Class list (.txt or .tsv) where the folder's own is not the right one."""
+    follow_links: bool = False
+    """Read what links in the folder point to outside it."""
     workers: int = 0
     """Worker processes."""
 
@@ -132,27 +134,33 @@ def _check(arguments: Sequence[str]) -> int:
         for a, b, count in shared:
             if count:
                 print(f"note: {count} images are in both {a} and {b}")
-        print("Something is wrong, see above." if found else "Nothing is wrong.")
-        train = _train_command(chosen, kind, {split: r.classes for split, r in reports.items()})
-        if train:
-            print(f"Train on it: {train}")
+        found = _print_advice(chosen, kind, reports, found) or found
     return int(found)
 
 
-def _train_command(chosen: _Where, kind: str, classes: dict[str, int]) -> str | None:
-    """Return the command that trains on these images; None if there are not two splits."""
-    held_out = next((split for split in ("val", "validation", "test") if split in classes), None)
-    if "train" not in classes or held_out is None:
-        return None
+def _print_advice(chosen: Check, kind: str, reports: dict[str, Any], found: bool) -> bool:
+    """Print the verdict and the command that trains on these images; return whether training would refuse them."""
+    from fastvim_jax.data.prepare.advice import training_advice
+
+    advice = training_advice(reports)
+    print("Something is wrong, see above." if found else "Nothing is wrong.")
+    for note in advice.notes:
+        print(f"note: {note}")
+    if advice.refused:
+        print("Training would refuse these data:")
+        for reason in advice.refused:
+            print(f"  {reason}")
+        return not chosen.split
     options = {
-        "data.path": chosen.path,
+        "data.path": "" if kind == "digits" else chosen.path,
         "data.source": "" if kind == "image_folder" else kind,
         "data.class-list": chosen.class_list,
-        "data.eval-split": "" if held_out == "val" else held_out,
-        "model.num-classes": str(classes["train"]),
+        **advice.options,
     }
     given = [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
-    return " ".join([command(), "train your_images/fastvim", *given])
+    given += ["--data.follow-links"] if chosen.follow_links else []
+    print("Train on it: " + " ".join([command(), "train your_images/fastvim", *given]))
+    return False
 
 
 def _prepare(arguments: Sequence[str]) -> int:
@@ -230,7 +238,14 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
     """Open a split with whatever labels it has: `check` lists the stray ones, and `prepare` refuses them."""
     from fastvim_jax.data.sources import open_source
 
-    return open_source(kind, split, path=chosen.path, class_list=chosen.class_list, any_label=True)
+    return open_source(
+        kind,
+        split,
+        path=chosen.path,
+        class_list=chosen.class_list,
+        any_label=True,
+        follow_links=chosen.follow_links,
+    )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class DataConfig:
     train_split: str = "train"
     """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder), the shards
     `<split>*.tar` (webdataset) or `<split>-*.parquet` (hugging_face), or the set's own name. A slice behind it takes
-    a part of its records: train[5000:], counted in the source's own order (an image_folder's is by class)."""
+    a part of its records: train[5000:], counted in the source's own order (an image_folder's is by class); train[1/10]
+    takes one record in ten of each class, train[-1/10] all others."""
     eval_split: str = "test"
     """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""

@@ -32,7 +32,9 @@ def test_a_clean_set(fastvim: Cli, pets: Path) -> None:
     status, out, err = fastvim("data", "check", pets)
     assert status == 0 and err == ""
     *lines, train = out.splitlines()
-    assert train.endswith(f"train your_images/fastvim --data.path {pets} --model.num-classes 2")
+    assert train.endswith(
+        f"train your_images/fastvim --data.path {pets} --data.batch-size 6 --model.num-classes 2"
+    )
     assert lines == [
         "image_folder train: 6 records, 2 of 2 classes, 0 repeated images, 0 problems",
         "image_folder val: 2 records, 2 of 2 classes, 0 repeated images, 0 problems",

@@ -8,15 +8,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress, sha256
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 
 _CHUNK = 256
+_EMPTY = 100  # classes without a record that are listed one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        kind: `undecodable`, `label` (outside the classes), `conflict` (one image under several labels), `empty class`
-            or `checksum`.
+        kind: `undecodable`, `label` (outside the classes), `conflict` (one image under several labels), `empty class`,
+            `checksum`, or `alike` (all images look the same).
         message: what and where, in a line.
         index: the record's number in its split, or None.
     """
@@ -82,7 +84,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         if record.error:
             problems.append(Problem("undecodable", record.error, record.index))
         if record.label is not None and not 0 <= record.label < len(names):
-            message = f"{source[record.index].name}: label {record.label}, but there are {len(names)} classes."
+            message = f"{_where(source, record.index)}: label {record.label}, but there are {len(names)} classes."
             problems.append(Problem("label", message, record.index))
         if record.digest:
             same[record.digest].append(record)
@@ -92,19 +94,28 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         duplicates += len(records) - 1 if len(labels) == 1 else 0
         if len(labels) > 1:
             places = "; ".join(
-                f"{source[r.index].name} as {_name(names, r.label)}" for r in records[:5]
+                f"{_where(source, r.index)} as {_name(names, r.label)}" for r in records[:5]
             )
             problems.append(
                 Problem(
                     "conflict", f"the same image has several labels: {places}", records[0].index
                 )
             )
+    pictures = Counter(record.picture for record in scanned if record.picture)
+    if len(pictures) == 1 and pictures.total() > 1:
+        message = (
+            f"all {pictures.total()} images look the same: {_where(source, 0)} and all others."
+        )
+        problems.append(Problem("alike", message))
     counts = Counter(record.label for record in scanned if record.label is not None)
+    empty = [label for label in range(len(names)) if not counts[label]]
     problems += [
-        Problem("empty class", f"class {label} ({name}) has no record.")
-        for label, name in enumerate(names)
-        if not counts[label]
+        Problem("empty class", f"class {label} ({names[label]}) has no record.")
+        for label in empty[:_EMPTY]
     ]
+    if len(empty) > _EMPTY:
+        message = f"{len(empty) - _EMPTY} more of the {len(names)} classes have no record."
+        problems.append(Problem("empty class", message))
     digests = {digest: records[0].index for digest, records in same.items()}
     return Report(
         len(source),
@@ -122,6 +133,7 @@ class _Scanned:
     index: int
     label: int | None
     digest: bytes
+    picture: bytes
     error: str | None
 
 
@@ -132,19 +144,18 @@ def _scan(source: Source, indices: range) -> list[_Scanned]:
 def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
     for index in indices:
         try:
-            record = source[index]
-        except OSError as error:
-            yield _Scanned(index, None, b"", f"{error.filename}: {error.strerror or error}.")
-            continue
+            record = read_record(source, index)
         except DecodeError as error:
-            yield _Scanned(index, None, b"", str(error))
+            yield _Scanned(index, None, b"", b"", str(error))
             continue
+        picture, error_text = b"", None
         try:
-            decode_image(record.image, channels=3, name=record.name)
-            error_text = None
+            decoded = decode_image(record.image, channels=3, name=record.name)
+            small = decoded.resize((16, 16), Image.Resampling.BOX)
+            picture = hashlib.blake2b(small.tobytes(), digest_size=16).digest()
         except DecodeError as error:
             error_text = str(error)
-        yield _Scanned(index, record.target, _digest(record), error_text)
+        yield _Scanned(index, record.target, _digest(record), picture, error_text)
 
 
 def _digest(record: Record) -> bytes:
@@ -160,6 +171,14 @@ def _wrong_checksums(source: ArrayRecordSource) -> Iterator[Problem]:
     for file, shard in zip(source.files, source.shards, strict=True):
         if sha256(file) != shard["sha256"]:
             yield Problem("checksum", f"{file} is not the file that was written: it has changed.")
+
+
+def _where(source: Source, index: int) -> str:
+    """Name a record, also one that cannot be read any more."""
+    try:
+        return read_record(source, index).name
+    except DecodeError:
+        return f"record {index}"
 
 
 def _name(names: tuple[str, ...], label: int | None) -> str:

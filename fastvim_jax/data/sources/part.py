@@ -1,19 +1,29 @@
-"""A part of a split, written as a Python slice behind its name: `train[5000:]`, `train[:5000]`, `test[-100:]`."""
+"""A part of a split, written behind its name: `train[5000:]`, `train[:5000]`, `test[-100:]`, `train[1/10]`.
+
+`train[1/10]` is every tenth record of each class, beginning with the first, `train[2/10]` beginning with the second;
+`train[-1/10]` are all records but those of `train[1/10]`. Such parts are stratified: each class keeps its share.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from fastvim_jax.data.fingerprint import fingerprint
-from fastvim_jax.data.records import Record, Source
+from fastvim_jax.data.records import Record, Source, read_record
 from fastvim_jax.errors import UserError
 
+Part = slice | tuple[int, int]
+"""A slice, or number and count of a stratified part; a negative number: all others."""
+
+_STRATIFIED = re.compile(r"(?P<split>.+)\[(?P<number>-?\d{1,6})/(?P<count>\d{1,6})\]")
 _PART = re.compile(r"(?P<split>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
-def split_and_part(name: str) -> tuple[str, slice | None]:
+def split_and_part(name: str) -> tuple[str, Part | None]:
     """`train[5000:]` → the split's own name and the slice; a name without a slice → itself and None.
 
     Raises:
@@ -21,6 +31,14 @@ def split_and_part(name: str) -> tuple[str, slice | None]:
     """
     if not name.endswith("]"):
         return name, None
+    stratified = _STRATIFIED.fullmatch(name)
+    if stratified:
+        number, count = int(stratified["number"]), int(stratified["count"])
+        if not (count >= 2 and 1 <= abs(number) <= count):
+            raise UserError(
+                f"The split {name!r} has no such part: write it like train[1/10], and train[-1/10] for all others."
+            )
+        return stratified["split"], (number, count)
     match = _PART.fullmatch(name)
     try:
         if match is None:
@@ -29,7 +47,8 @@ def split_and_part(name: str) -> tuple[str, slice | None]:
         return match["split"], slice(*bounds)
     except ValueError:
         raise UserError(
-            f"The split {name!r} has no part that can be read: write it like train[5000:] or train[:5000]."
+            f"The split {name!r} has no part that can be read: write it like train[5000:] or train[:5000], "
+            "train[1/10] or train[-1/10]."
         ) from None
 
 
@@ -40,10 +59,12 @@ class SourcePart:
         UserError: when the part is empty.
     """
 
-    def __init__(self, source: Source, part: slice, name: str) -> None:
+    def __init__(self, source: Source, part: Part, name: str) -> None:
         self._source = source
-        self._numbers = range(len(source))[part]
-        if not self._numbers:
+        self._numbers: Sequence[int] = (
+            range(len(source))[part] if isinstance(part, slice) else _stratified(source, *part)
+        )
+        if not len(self._numbers):
             raise UserError(f"The split {name!r} is empty: the whole holds {len(source)} images.")
 
     @property
@@ -67,3 +88,18 @@ class SourcePart:
         """Return what changes with a record (`fingerprint.Stamped`), whether the whole knows it or must be read."""
         number = self._numbers[index]
         return fingerprint(self._source, number, number + 1)
+
+
+def _stratified(source: Source, number: int, count: int) -> list[int]:
+    """Return the records of a stratified part, in order; labels that the source does not know are read."""
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        labels = [read_record(source, index).target for index in range(len(source))]
+    met: Counter[int] = Counter()
+    chosen = []
+    for index, label in enumerate(map(int, labels)):
+        inside = met[label] % count == abs(number) - 1
+        met[label] += 1
+        if inside == (number > 0):
+            chosen.append(index)
+    return chosen

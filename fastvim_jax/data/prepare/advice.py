@@ -1,0 +1,90 @@
+"""What a scan's findings mean for training: what would refuse the data, and which options train on them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastvim_jax.data.prepare.check import Report
+
+HELD_OUT = ("val", "validation", "valid", "eval", "dev", "test", "testing")
+"""Names of splits to evaluate on, the first that is there."""
+TRAINED = ("train", "training")
+BATCH_SIZE = 32
+"""Of the experiment that the options are for, `your_images/fastvim`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """How to train on a data set.
+
+    Attributes:
+        refused: what training would refuse, one line each; empty if it would start.
+        options: the experiment's options by name, without the path and kind of the data set.
+        notes: what was chosen and why.
+    """
+
+    refused: tuple[str, ...]
+    options: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def training_advice(reports: dict[str, Report]) -> Advice:
+    """Choose the splits to train and to evaluate on, and the options that make a training start.
+
+    Without a split to evaluate on, a stratified part of the training split is held out: every tenth record of each
+    class, or every fifth or second of small classes.
+    """
+    refused: list[str] = []
+    options: dict[str, str] = {}
+    notes: list[str] = []
+    train = next((name for name in TRAINED if name in reports), None)
+    held_out = next((name for name in HELD_OUT if name in reports), None)
+    if train is None:
+        others = [name for name in reports if name != held_out]
+        if len(others) != 1:
+            found = ", ".join(reports)
+            return Advice(
+                (f"there is no split to train on among {found}: call one train.",), {}, ()
+            )
+        train = others[0]
+    report = reports[train]
+    records = report.records
+    if train != "train":
+        options["data.train-split"] = train
+    if held_out is None:
+        parts = _parts(report)
+        options["data.train-split"] = f"{train}[-1/{parts}]"
+        options["data.eval-split"] = f"{train}[1/{parts}]"
+        notes.append(
+            f"there is no split to evaluate on: one record in {parts} of each class is held out of {train}."
+        )
+        records -= sum(-(-count // parts) for count in report.counts.values())
+    elif held_out != "val":
+        options["data.eval-split"] = held_out
+    used = {train: report} | ({held_out: reports[held_out]} if held_out else {})
+    for name, each in used.items():
+        stray = sum(problem.kind == "label" for problem in each.problems)
+        if stray:
+            refused.append(f"{name} has {stray} labels outside its {each.classes} classes.")
+        if not each.records:
+            refused.append(f"{name} has no record.")
+    if held_out and reports[held_out].classes != report.classes:
+        refused.append(
+            f"{train} has {report.classes} classes, {held_out} {reports[held_out].classes}: put a classes.txt with all "
+            "names beside the data."
+        )
+    corrupt = max(sum(p.kind == "undecodable" for p in each.problems) for each in used.values())
+    if corrupt:
+        options["data.max-corrupt"] = str(corrupt)
+        notes.append(f"up to {corrupt} undecodable records of a split are left out.")
+    if records < 1:
+        refused.append(f"{train} leaves no record to train on.")
+    elif records < BATCH_SIZE:
+        options["data.batch-size"] = str(records)
+    options["model.num-classes"] = str(report.classes)
+    return Advice(tuple(refused), options, tuple(notes))
+
+
+def _parts(report: Report) -> int:
+    smallest = min((count for count in report.counts.values() if count), default=0)
+    return 10 if smallest >= 10 else 5 if smallest >= 5 else 2
