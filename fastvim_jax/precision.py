@@ -65,7 +65,7 @@ class Precision:
     @property
     def wide(self) -> jnp.dtype:
         """Dtype of everything else: float32, or the compute dtype where that is wider."""
-        return jnp.promote_types(jnp.float32, self.compute)
+        return jnp.dtype(jnp.float64 if self.dtype == "float64" else jnp.float32)
 
     @property
     def lax(self) -> jax.lax.Precision:

@@ -5,6 +5,16 @@ what is fastest where the program is lowered for.
 """
 
 from pallas_kernels.causal_conv1d import causal_conv1d
-from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
+from pallas_kernels.selective_scan import bidirectional_scan, selective_scan
 
-__all__ = ["causal_conv1d", "selective_scan"]
+__all__ = [
+    "Convolutions",
+    "Directions",
+    "Norm",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "mixer_core",
+    "selective_scan",
+    "sequence_core",
+]

@@ -62,9 +62,9 @@ class Attention(nnx.Module):
         if self.conv is not None:
             x = self.conv(x, reverse=False)
         qkv = linear(self.qkv, pooling.pool(x), p).astype(p.compute)
-        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
+        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, h.shape[-1] // self.heads)
         attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], p)
-        y = pooling.from_scan_order(pooling.unpool(attended.reshape(*attended.shape[:2], -1)))
+        y = pooling.from_scan_order(pooling.unpool(jax.lax.collapse(attended, 2, 4)))
         return linear(self.proj, y.astype(p.compute), p)
 
 
@@ -91,10 +91,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     if q.dtype == jnp.float64:  # the library's attention would go through float32
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
-    with jax.default_matmul_precision(
-        "highest" if precision.matmul_precision == "highest" else "default"
-    ):
-        if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+    mode = "highest" if precision.matmul_precision == "highest" else "default"
+    # The library's attention promotes dtypes by itself, which a caller's strict promotion would refuse.
+    with jax.default_matmul_precision(mode), jax.numpy_dtype_promotion("standard"):
+        if q.dtype == jnp.bfloat16 and q.shape[0] != 0 and jax.default_backend() == "gpu":
             return _attend_on_gpu(q, k, v)
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 

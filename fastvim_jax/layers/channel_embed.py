@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.linear import product
+from fastvim_jax.layers.patch_embed import check_image_array
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Images
 
@@ -69,6 +70,7 @@ class ChannelPatchEmbed(nnx.Module):
         Raises:
             UserError: more channels than the model has, ids that do not fit, or an image smaller than one patch.
         """
+        images = check_image_array(images)
         ids = check_channel_ids(images.shape, channel_ids, self.channels)
         check_size(images.shape[1:3], self.patch)
         if self.precision.activations == "compute":  # As in PatchEmbed: rounded once.

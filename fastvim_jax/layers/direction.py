@@ -108,8 +108,8 @@ class ScanDirection(nnx.Module):
         y = self.scan(u).astype(wide)
         D = self.D[...].astype(wide)
         if self.config.unpool == "after_skip":
-            return pooling.unpool(y + D * u, reverse=self.reverse)
-        return pooling.unpool(y, reverse=self.reverse) + D * c
+            return pooling.unpool(y + D * u.astype(wide), reverse=self.reverse)
+        return pooling.unpool(y, reverse=self.reverse) + D * c.astype(wide)
 
     def convolve(self, x: Inner) -> Inner:
         """Apply the convolution and SiLU to the tokens."""

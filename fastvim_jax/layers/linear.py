@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastvim_jax.precision import Precision
+from pallas_kernels.dtypes import wide_dtype
 
 
 def linear(
@@ -68,14 +69,14 @@ def _backward(operands, precision, saved, gradient):
     x, kernel, like_x, like_kernel = saved
     gradient = gradient.astype(operands)
     to_x = _contract(gradient, kernel, precision, 1, 1)
-    rows = (x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-    to_kernel = _contract(*rows, precision, 0, 0)
+    rows = [jax.lax.collapse(a, 0, a.ndim - 1) for a in (x, gradient)]
+    to_kernel = _contract(rows[0], rows[1], precision, 0, 0)
     return to_x.astype(like_x.dtype), to_kernel.astype(like_kernel.dtype)
 
 
 def _terms(x, dtype):
     """Arrays of `dtype` whose sum is x: x rounded and, where x is wider, what that leaves."""
-    if jnp.promote_types(x.dtype, dtype) == dtype:
+    if wide_dtype(x.dtype, dtype) == dtype or x.dtype == dtype:
         return [x.astype(dtype)]
     # Not a cast there and back, which XLA may leave out.
     info = jnp.finfo(dtype)
@@ -86,7 +87,7 @@ def _terms(x, dtype):
 def _contract(a, b, precision, axis_a, axis_b):
     """Sum over the last axis of a (its first where `axis_a` is 0) and axis `axis_b` of b, in float32 or wider."""
     axis_a = a.ndim - 1 if axis_a else 0
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = wide_dtype(a.dtype)
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -56,23 +58,15 @@ class PatchEmbed(nnx.Module):
         """Images `b h w c` → `b rows columns d`, float32 or wider, rows = ceil(h / p).
 
         Raises:
-            UserError: wrong channel count, or an image smaller than one patch.
+            UserError: images of another rank, dtype or channel count, or smaller than one patch.
         """
         return self.project(self.cut(images))
 
     def cut(self, images: Images) -> Float[Array, "b rows columns v"]:
         """Cut images `b h w c` into patch vectors (p q c), zero-padded at the bottom and right."""
-        _, height, width, channels = images.shape
+        images = check_images(images, self.channels, self.patch)
+        _, height, width, _ = images.shape
         p, q = self.patch
-        if channels != self.channels:
-            raise UserError(
-                f"images have {channels} channels (shape {images.shape}, read as batch, height, width, channels) "
-                f"but the model was built for {self.channels}."
-            )
-        if height < p or width < q:
-            raise UserError(
-                f"an image of {height}x{width} pixels is smaller than one {p}x{q} patch; resize it first."
-            )
         if self.precision.activations == "compute":  # rounded once, as tokens are then
             images = images.astype(self.precision.compute)
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
@@ -85,6 +79,65 @@ class PatchEmbed(nnx.Module):
         return projected + self.proj.bias[...].astype(projected.dtype)
 
 
-def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches that cover an image of `size` (height, width)."""
-    return -(-size[0] // patch[0]), -(-size[1] // patch[1])
+class GridSize(NamedTuple):
+    """Rows and columns of tokens."""
+
+    rows: int
+    columns: int
+
+
+def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> GridSize:
+    """Count the rows and columns of patches that cover an image of `size` (height, width)."""
+    return GridSize(-(-size[0] // patch[0]), -(-size[1] // patch[1]))
+
+
+def check_images(images: Any, channels: int, patch: tuple[int, int]) -> jax.Array:
+    """Return `images` as a JAX array, once they are what a model takes.
+
+    Args:
+        images: floats `b h w channels` of at least one patch.
+        channels: that the model was built for.
+        patch: height and width of a patch.
+
+    Raises:
+        UserError: another rank, dtype, channel count or size; the message names what was expected and given.
+    """
+    images = check_image_array(images)
+    shape, given = images.shape, f"got {images.dtype} of shape {images.shape}"
+    if shape[3] != channels:
+        fix = (
+            " They look channels-first: pass images.transpose(0, 2, 3, 1)."
+            if shape[1] == channels
+            else ""
+        )
+        raise UserError(
+            f"images have {shape[3]} channels ({given}, read as batch, height, width, channels) "
+            f"but the model was built for {channels}.{fix}"
+        )
+    if shape[1] < patch[0] or shape[2] < patch[1]:
+        raise UserError(
+            f"an image of {shape[1]}x{shape[2]} pixels is smaller than one {patch[0]}x{patch[1]} patch "
+            f"({given}); resize it first."
+        )
+    return images
+
+
+def check_image_array(images: Any) -> jax.Array:
+    """Return `images` as a JAX array, once it is an array of floats with four axes; see `check_images`."""
+    shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+    if shape is None or dtype is None:
+        raise UserError(
+            f"images must be an array `b h w c` (batch, height, width, channels), not {type(images).__name__}."
+        )
+    given = f"got {dtype} of shape {tuple(shape)}"
+    if len(shape) != 4:
+        fix = " Add a batch axis: images[None]." if len(shape) == 3 else ""
+        raise UserError(f"images must be `b h w c` (batch, height, width, channels); {given}.{fix}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        pixels = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+        fix = (
+            " These look like pixels: scale and normalise them as in training, "
+            "for example (images / 255 - mean) / std."
+        )
+        raise UserError(f"images must be normalised floats; {given}.{fix if pixels else ''}")
+    return jnp.asarray(images)

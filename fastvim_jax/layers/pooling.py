@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvim_jax.typing import Inner, Pooled, Scores
+from pallas_kernels.dtypes import wide_dtype
 
 
 @runtime_checkable
@@ -135,7 +136,7 @@ class GridPooling:
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
         if self.method == "none":
             return x
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         x, class_token = _take_out(x, self.class_index)
         grid = x.reshape(x.shape[0], self.scan_rows, self.scan_columns, x.shape[-1])
         if self.method == "mean":
@@ -146,7 +147,7 @@ class GridPooling:
             assert scores is not None, "attention pooling reads scores"
             scores, _ = _take_out(scores, self.class_index)
             weights = jax.nn.softmax(scores.astype(wide).reshape(*grid.shape[:3], 1), axis=2)
-            pooled = jnp.sum(weights * grid, axis=2)
+            pooled = jnp.sum(weights * grid.astype(wide), axis=2)
         return _put_in(pooled.astype(wide), class_token, self.class_step)
 
     def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
@@ -155,7 +156,7 @@ class GridPooling:
         y, class_token = _take_out(y, self.class_step)
         shape = (y.shape[0], self.scan_rows, self.scan_columns, y.shape[-1])
         tokens = jnp.broadcast_to(y[:, :, None, :], shape)
-        return _put_in(tokens.reshape(shape[0], -1, shape[-1]), class_token, self.class_index)
+        return _put_in(jax.lax.collapse(tokens, 1, 3), class_token, self.class_index)
 
     def _transpose(self, x: Inner, rows: int, columns: int) -> Inner:
         if not self.transposed:

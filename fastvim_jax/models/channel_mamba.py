@@ -11,6 +11,7 @@ Source: FastVim, sections 3.3 and 4.4, Tables 3 and 19 to 21.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,21 +136,11 @@ class ChannelMamba(VisionMamba):
         Raises:
             UserError: more channels than the model has, ids that do not fit, or an image smaller than a patch.
         """
-        tokens, grid = self.embed(images, channel_ids)
-        residual, _ = self.encode(
-            tokens, self.poolings(grid), key=key, drop_path_keep=drop_path_keep
-        )
+        key, drop_path_keep = self._drop_path(key, drop_path_keep)
+        residual, _, _ = self._run(images, (), key, drop_path_keep, channel_ids=channel_ids)
         return self.classify(residual)
 
-    @with_auto_axes
-    def features(self, images: Images, *, channel_ids: ChannelIds | None = None) -> Array:
-        """Return what the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all")."""
-        tokens, grid = self.embed(images, channel_ids)
-        residual, _ = self.encode(tokens, self.poolings(grid))
-        return self._pool(self.norm(residual))
-
-    def poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
-        """List one period of the stack's poolings over rows, columns and channels in stored order."""
+    def _poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
         config = self.config
         return channel_poolings(
             grid[:2],
@@ -161,10 +152,9 @@ class ChannelMamba(VisionMamba):
             class_token=config.class_token != "none",
         )
 
-    def embed(  # type: ignore[override]
+    def _embed(  # type: ignore[override]
         self, images: Images, channel_ids: ChannelIds | None = None
     ) -> tuple[Tokens, ChannelGrid]:
-        """Embed images as tokens `b l d` with class token and positions, float32 or wider, and return their grid."""
         config = self.config
         wide = config.precision.wide
         patches = self.patch_embed(images, channel_ids).astype(wide)
@@ -188,3 +178,8 @@ class ChannelMamba(VisionMamba):
             token = jnp.broadcast_to(self.class_token[...].astype(wide), (batch, 1, width))
             tokens = jnp.concatenate([tokens[:, :index], token, tokens[:, index:]], axis=1)
         return tokens, (rows, columns, count)
+
+    def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
+        raise UserError(
+            "channel models have a token per patch and channel, which are no image: use `intermediates`."
+        )

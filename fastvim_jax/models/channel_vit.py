@@ -8,6 +8,7 @@ Source: Bao et al., Channel Vision Transformers: An Image Is Worth 1 x 16 x 16 W
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,29 +91,16 @@ class ChannelViT(VisionTransformer):
 
         `drop_path_keep` has one mask for the attention and one for the MLP of each block.
         """
-        tokens, grid = self.embed(images, channel_ids)
-        residual, _ = self.encode(
-            tokens, self.poolings(grid), key=key, drop_path_keep=drop_path_keep
-        )
+        key, drop_path_keep = self._drop_path(key, drop_path_keep)
+        residual, _, _ = self._run(images, (), key, drop_path_keep, channel_ids=channel_ids)
         return self.classify(residual)
 
-    @with_auto_axes
-    def features(
-        self, images: Images, *, channel_ids: ChannelIds | None = None
-    ) -> Float[Array, "b d"]:
-        """Return what the head reads."""
-        tokens, grid = self.embed(images, channel_ids)
-        residual, _ = self.encode(tokens, self.poolings(grid))
-        return self._pool(residual)
-
-    def poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
-        """List the one pooling of all blocks: none, over all patches of all channels and the class token."""
+    def _poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
         return (NoPooling(grid[0] * grid[1] * grid[2] + 1),)
 
-    def embed(  # type: ignore[override]
+    def _embed(  # type: ignore[override]
         self, images: Images, channel_ids: ChannelIds | None = None
     ) -> tuple[Tokens, ChannelGrid]:
-        """Embed images as tokens `b l d` with class token and positions, float32 or wider, and return their grid."""
         config = self.config
         wide = config.precision.wide
         patches = self.patch_embed(images, channel_ids).astype(wide)
@@ -133,3 +121,8 @@ class ChannelViT(VisionTransformer):
         repeated = jnp.concatenate([table[:, :1], jnp.tile(positions, (1, count, 1))], axis=1)
         tokens = jnp.concatenate([token, tokens], axis=1)
         return add_table(tokens, repeated.astype(wide)), (rows, columns, count)
+
+    def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
+        raise UserError(
+            "channel models have a token per patch and channel, which are no image: use `intermediates`."
+        )

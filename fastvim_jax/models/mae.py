@@ -29,6 +29,7 @@ from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.masking import Masking, kept_count, random_masking
 from fastvim_jax.layers.mixer import prepare_blocks
 from fastvim_jax.layers.norms import make_norm
+from fastvim_jax.layers.patch_embed import check_images
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.layers.ragged_pooling import ragged_pooling
@@ -158,7 +159,7 @@ class MaskedAutoencoder(nnx.Module):
             assert self.encoder.class_token is not None
             tokens = _insert(tokens, self.encoder.class_token[...], index)
         tokens, _ = self.encoder.encode(tokens, self._poolings(masking, grid))
-        latent = self.encoder.norm(tokens)  # type: ignore[misc]
+        latent = self.encoder.norm(tokens)
         if masking.counts is None:
             return latent
         used = jnp.arange(latent.shape[1]) < masking.counts[:, None] + (index is not None)
@@ -235,6 +236,7 @@ class MaskedAutoencoder(nnx.Module):
         return jnp.asarray(sincos_pos_embed(width, grid), self.config.precision.wide)
 
     def _grid(self, images: Images) -> tuple[int, int]:
+        images = check_images(images, self.config.channels, self.config.patch)
         (height, width), (p, q) = images.shape[1:3], self.config.patch
         if height % p or width % q:
             raise UserError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from typing import Any
 
-from flax import nnx
+import jax
 
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.models.channel_mamba import ChannelMamba, ChannelMambaConfig
@@ -14,11 +15,15 @@ from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_opti
 from fastvim_jax.models.detection import CascadeRCNN, DetectorConfig
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
+from fastvim_jax.models.names import understood
 from fastvim_jax.models.presets import PRESETS, AnyModelConfig
+from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
+FAST = {"dtype": "bfloat16", "activations": "compute", "blocks": "unroll"}
+"""What `create_model(..., fast=True)` sets, as far as the model has the option."""
 MODEL_CLASSES: dict[type, type] = {
     VisionMambaConfig: VisionMamba,
     ViTConfig: VisionTransformer,
@@ -34,8 +39,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in PRESETS if fnmatch.fnmatchcase(name, wanted)]
 
 
-def model_config(name: str, **options: Any) -> Any:
-    """Return the configuration of the model called `name`, with `options` (fields of its config class) replaced.
+def model_config(name: str, *, fast: bool = False, **options: Any) -> Any:
+    """Configure the model called `name`, with `options` (fields of its config class) replaced.
+
+    timm's names `in_chans`, `img_size`, `drop_path_rate` and `global_pool` are understood, and dtypes may be objects.
+
+    Args:
+        name: One of `list_models()`.
+        fast: Start from `FAST` instead of the exact defaults; see `create_model`.
+        **options: Fields of the model's config to change; a masked autoencoder takes its encoder's as well.
 
     Raises:
         UserError: unknown name or option (nearest names suggested), or an impossible value.
@@ -45,6 +57,11 @@ def model_config(name: str, **options: Any) -> Any:
             f"unknown model {name!r}.{suggest(name, PRESETS)} `fastvim models` lists all names."
         )
     config = PRESETS[name]
+    options = understood(options)
+    if fast:
+        backbone = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config
+        fields = {field.name for field in dataclasses.fields(backbone)}
+        options = {name: value for name, value in FAST.items() if name in fields} | options
     if isinstance(config, MaskedAutoencoderConfig):
         return replace_masked_options(config, **options)
     return replace_options(config, **options)
@@ -64,30 +81,53 @@ def config_class(name: str) -> type:
     return known[name]
 
 
-def build_model(config: AnyModelConfig | UperNetConfig | DetectorConfig, *, rngs: nnx.Rngs) -> Any:
-    """Build a freshly initialised model from its configuration."""
+def build_model(config: AnyModelConfig | UperNetConfig | DetectorConfig, *, rngs: RngsLike) -> Any:
+    """Build a freshly initialised model from its configuration.
+
+    Args:
+        config: a model's configuration.
+        rngs: source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
+
+    Raises:
+        UserError: float64 is asked for without JAX's 64-bit mode, which would make it float32.
+    """
+    rngs = as_rngs(rngs)
     if isinstance(config, UperNetConfig):
         return UperNet(config, backbone=build_model(config.backbone, rngs=rngs), rngs=rngs)
     if isinstance(config, DetectorConfig):
         return CascadeRCNN(config, build_model(config.backbone, rngs=rngs), rngs=rngs)
+    p = config.precision
+    if "float64" in (p.dtype, p.param_dtype) and not jax.config.jax_enable_x64:
+        raise UserError(
+            f"dtype={p.dtype!r}, param_dtype={p.param_dtype!r}: JAX makes float64 float32 unless its 64-bit "
+            "mode is on; set JAX_ENABLE_X64=1 or call jax.config.update('jax_enable_x64', True) first."
+        )
     return MODEL_CLASSES[type(config)](config, rngs=rngs)
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, rngs: nnx.Rngs, **options: Any
+    name: str,
+    *,
+    num_classes: int | None = None,
+    rngs: RngsLike,
+    fast: bool = False,
+    **options: Any,
 ) -> Any:
     """Build the model called `name` with fresh parameters.
 
     Args:
         name: One of `list_models()`.
         num_classes: Classes of a classifier's head (1000 unless given); 0 for none.
-        rngs: Source of the parameters' randomness, for example `nnx.Rngs(0)`.
-        **options: Fields of the model's config to change. A masked autoencoder (`mae_...`) takes its encoder's fields
-            as well.
+        rngs: Source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
+        fast: Compute in bfloat16, store the mixers' activations in it, and write every block out, as all recorded
+            benchmarks of this project do. Parameters, sums, states, norms and logits stay float32. `docs/library.md`
+            says how far outputs and gradients then lie from the exact default. `options` take precedence.
+        **options: Fields of the model's config to change; timm's `in_chans`, `img_size`, `drop_path_rate` and
+            `global_pool` are understood. A masked autoencoder (`mae_...`) takes its encoder's fields as well.
 
     Raises:
         UserError: unknown name or option (nearest names suggested), or an impossible value.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
-    return build_model(model_config(name, **options), rngs=rngs)
+    return build_model(model_config(name, fast=fast, **options), rngs=rngs)

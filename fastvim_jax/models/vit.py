@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,16 +10,16 @@ from flax import nnx
 from jax.nn.initializers import truncated_normal
 from jaxtyping import Array, Float
 
-from fastvim_jax.distributed.sharding import with_auto_axes
+from fastvim_jax.errors import UserError
 from fastvim_jax.layers.attention import Attention, Mlp
-from fastvim_jax.layers.drop_path import draw_masks, keep_factors
-from fastvim_jax.layers.head import make_head
 from fastvim_jax.layers.norms import keeping_input, make_norm
-from fastvim_jax.layers.patch_embed import PatchEmbed
+from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import add_table, resize_with_class_row
+from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.config import ViTConfig
-from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
+from fastvim_jax.models.rngs import RngsLike, as_rngs
+from fastvim_jax.models.stack import broadcast_keep, stack_blocks
 from fastvim_jax.typing import Images, Tokens
 
 
@@ -58,11 +57,14 @@ class ViTBlock(nnx.Module):
         return residual, residual
 
 
-class VisionTransformer(nnx.Module):
+class VisionTransformer(Backbone):
     """ViT / DeiT with the class token first. Build it through `fastvim_jax.create_model`."""
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        p, d = config.precision, config.embed_dim
+    _mask_axes = (2,)  # attention and MLP
+    _head_init = staticmethod(truncated_normal)
+
+    def __init__(self, config: ViTConfig, *, rngs: RngsLike):
+        rngs, p, d = as_rngs(rngs), config.precision, config.embed_dim
         self.config = config
         self.patch_embed = self.make_patch_embed(rngs)
         small = truncated_normal(0.02)
@@ -80,15 +82,7 @@ class VisionTransformer(nnx.Module):
             self._norm(rngs) if classify and config.head_pool == "mean" else nnx.data(None)
         )
         self.head = (
-            make_head(
-                d,
-                config.num_classes,
-                kernel_init=truncated_normal(config.head_std),
-                precision=p,
-                rngs=rngs,
-            )
-            if config.num_classes and classify
-            else nnx.data(None)
+            self._make_head(config, rngs) if config.num_classes and classify else nnx.data(None)
         )
 
     def make_patch_embed(self, rngs: nnx.Rngs) -> Any:
@@ -98,58 +92,8 @@ class VisionTransformer(nnx.Module):
             config.patch, config.channels, config.embed_dim, precision=config.precision, rngs=rngs
         )
 
-    @with_auto_axes
-    def __call__(
-        self,
-        images: Images,
-        *,
-        key: jax.Array | None = None,
-        drop_path_keep: Float[Array, "depth 2 b"] | None = None,
-    ):
-        """Classify images `b h w c`; arguments and results as `VisionMamba.__call__`.
-
-        `drop_path_keep` has one mask for the attention and one for the MLP of each block.
-        """
-        tokens, grid = self.embed(images)
-        residual, outputs = self.encode(
-            tokens,
-            self.poolings(grid),
-            key=key,
-            drop_path_keep=drop_path_keep,
-            taps=self.config.out_indices,
-        )
-        if self.config.out_indices:
-            return tuple(
-                norm(outputs[i][1][:, 1:]).reshape(images.shape[0], *grid, -1)
-                for norm, i in zip(self.out_norms, self.config.out_indices, strict=True)
-            )
-        return self.classify(residual)
-
-    def classify(self, residual: Tokens) -> Array:
-        """Map the last residual stream to logits, or to pooled features if there is no head."""
-        features = self._pool(residual)
-        return features if self.head is None else self.head(features)
-
-    @with_auto_axes
-    def features(self, images: Images) -> Float[Array, "b d"]:
-        """Return what the head reads."""
-        tokens, grid = self.embed(images)
-        residual, _ = self.encode(tokens, self.poolings(grid))
-        return self._pool(residual)
-
-    @with_auto_axes
-    def intermediates(self, images: Images) -> list[tuple[Tokens, Tokens]]:
-        """(residual stream before the block, after the block) of every block."""
-        tokens, grid = self.embed(images)
-        _, outputs = self.encode(tokens, self.poolings(grid), taps=range(self.config.depth))
-        return [outputs[i] for i in range(self.config.depth)]
-
-    def draw_drop_path(self, key: jax.Array, batch: int) -> Float[Array, "depth 2 b"] | None:
-        """Draw the masks that a call with this key draws for `batch` images; None if the model drops nothing."""
-        return draw_masks(key, self.config.drop_path, (self.config.depth, 2, batch))
-
-    def poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
-        """Return one period of the stack's poolings over `grid`; the class token, first, is never pooled."""
+    def _poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
+        # The class token, first, is never pooled.
         if self.config.pooling == "none":
             return (NoPooling(grid[0] * grid[1] + 1),)
         orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
@@ -164,45 +108,39 @@ class VisionTransformer(nnx.Module):
             "layer", config.embed_dim, eps=config.norm_eps, precision=config.precision, rngs=rngs
         )
 
-    def embed(self, images: Images) -> tuple[Tokens, tuple[int, int]]:
-        """Make tokens `b l d`, the class token first, with position embedding, and the grid; float32 or wider."""
+    def _embed(self, images: Images) -> tuple[Tokens, GridSize]:
         config = self.config
         wide = config.precision.wide
         patches = self.patch_embed(images)
-        grid = (patches.shape[1], patches.shape[2])
-        tokens = patches.reshape(patches.shape[0], -1, patches.shape[-1]).astype(wide)
+        grid = GridSize(patches.shape[1], patches.shape[2])
+        tokens = jax.lax.collapse(patches, 1, 3).astype(wide)
         token = jnp.broadcast_to(
             self.class_token[...].astype(wide), (tokens.shape[0], 1, tokens.shape[2])
         )
         table = resize_with_class_row(self.pos_embed[...], config.grid, grid, 0, 0)
         return add_table(jnp.concatenate([token, tokens], axis=1), table.astype(wide)), grid
 
-    def encode(
-        self,
-        tokens: Tokens,
-        poolings: Sequence[Pooling],
-        *,
-        key: jax.Array | None = None,
-        drop_path_keep: Float[Array, "depth 2 b"] | None = None,
-        taps: Sequence[int] = (),
-    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
-        """Run all blocks over tokens `b l d`; arguments and results as `VisionMamba.encode`."""
-        config = self.config
-        keep = keep_factors(
-            key, drop_path_keep, config.drop_path, (config.depth, 2, tokens.shape[0]), tokens.dtype
-        )
-        return run_blocks(
-            self.blocks,
-            tokens,
-            poolings,
-            depth=config.depth,
-            keep=keep,
-            mode=config.blocks,
-            remat=config.remat,
-            taps=taps,
-        )
+    def _final_norm(self, residual: Tokens) -> Tokens:
+        return residual if self.norm is None else self.norm(residual)
 
     def _pool(self, tokens: Tokens) -> Float[Array, "b d"]:
         if self.config.head_pool == "token":
-            return self.norm(tokens)[:, 0]
+            return tokens[:, 0]
         return self.fc_norm(jnp.mean(tokens[:, 1:], axis=1))
+
+    def _after_block(self, before: Tokens, own: Tokens) -> Tokens:
+        return own
+
+    def _as_image(self, tokens: Tokens, grid: GridSize, norm: Any = None) -> Array:
+        patches = tokens[:, 1:] if norm is None else norm(tokens[:, 1:])
+        return patches.reshape(patches.shape[0], *grid, patches.shape[-1])
+
+    def _class_token_of(self, tokens: Tokens) -> Float[Array, "b 1 d"]:
+        return tokens[:, :1]
+
+    def _check_head_pool(self, config: ViTConfig) -> None:
+        if config.head_pool != self.config.head_pool:
+            raise UserError(
+                f"global_pool={config.head_pool!r}: this ViT's norm is that of head_pool="
+                f"{self.config.head_pool!r}; build another model with head_pool={config.head_pool!r}."
+            )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.checks import as_floats
 from pallas_kernels.sharding import per_shard
 
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "reference")
@@ -41,13 +41,9 @@ def causal_conv1d(
     Raises:
         ValueError: a shape, rank, dtype or name does not fit.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    bias = None if bias is None else jnp.asarray(bias)
-    for name, array in (("x", x), ("kernel", kernel), ("bias", bias)):
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"causal_conv1d: {name} must be floating point, got {array.dtype}")
-    if x.ndim != 3:
-        raise ValueError(f"causal_conv1d: x must have 3 dimensions (b l e), got shape {x.shape}")
+    x = as_floats("causal_conv1d", "x", x, "b l e")
+    kernel = as_floats("causal_conv1d", "kernel", kernel)
+    bias = None if bias is None else as_floats("causal_conv1d", "bias", bias)
     channels = x.shape[2]
     if kernel.ndim != 2 or kernel.shape[1] != channels or kernel.shape[0] < 1:
         raise ValueError(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 def conv(
     x: Float[Array, "b l e"],
@@ -18,7 +20,7 @@ def conv(
     reverse: bool,
 ) -> Float[Array, "b l e"]:
     """y_t = act(bias + sum over j of kernel_j x_{t - (k-1) + j}), with t + (k-1) - j when reversed."""
-    wide = jnp.promote_types(jnp.float32, jnp.result_type(x, kernel))
+    wide = wide_dtype(x, kernel)
     width, length = kernel.shape[0], x.shape[1]
     if reverse:
         x = jnp.flip(x, 1)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 def conv(
     x: Float[Array, "b l e"],
@@ -22,7 +24,7 @@ def conv(
     reverse: bool,
 ) -> Float[Array, "b l e"]:
     """See `reference.conv`. Reversed, the window looks ahead: padded at the end, taps in opposite order."""
-    wide = jnp.promote_types(jnp.float32, jnp.result_type(x, kernel))
+    wide = wide_dtype(x, kernel)
     width, length = kernel.shape[0], x.shape[1]
     padding = (0, width - 1) if reverse else (width - 1, 0)
     padded = jnp.pad(x, ((0, 0), padding, (0, 0)))

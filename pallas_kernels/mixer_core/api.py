@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
+from pallas_kernels.checks import expect_counts
+from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
+from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.sharding import like, per_shard, varying
 
@@ -85,14 +88,14 @@ def mixer_core(
         )
     if method not in METHODS:
         raise ValueError(f"mixer_core: method must be one of {METHODS}; got {method!r}")
+    expect_counts("mixer_core", rows=rows, columns=columns)
+    xz = check_arrays("mixer_core", xz, directions[0], directions[1], norm, directions[2])
     if row_ids is not None:
         _check_ragged(xz, row_ids, method, transposed)
     elif xz.shape[1] != rows * columns:
         raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
-    if 2 * directions.D.shape[1] != xz.shape[2]:
-        raise ValueError(
-            f"mixer_core: xz {xz.shape} (b l 2e) must have twice the {directions.D.shape[1]} channels of D"
-        )
+    if xz.shape[0] == 0:  # no kernel takes an empty batch
+        return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     # Held to the grid: the kernels address memory by them.
     given = () if row_ids is None else row_ids
@@ -108,6 +111,10 @@ def mixer_core(
 def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
     if method != "mean" or transposed:
         raise ValueError("mixer_core: a ragged grid is pooled by 'mean' and not transposed")
+    if not all(jnp.issubdtype(ids.dtype, jnp.integer) for ids in row_ids):
+        raise ValueError(
+            f"mixer_core: row_ids must be integers, got {[str(ids.dtype) for ids in row_ids]}"
+        )
     shapes = [ids.shape for ids in row_ids]
     if shapes != [xz.shape[:2]] * 2:
         raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
@@ -212,9 +219,7 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
 def _backward(stages, middle, options, residuals, out_bar):
     xz, y, places, ids, pull, *weights = residuals
     # Sums over devices are in float32 or wider.
-    directions, norm = jax.tree.map(
-        lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
-    )
+    directions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
     s_bar, xz_bar, y_bar, norm_bar = stages.back_gradients(
         xz, y, directions, norm, out_bar, ids, options
     )

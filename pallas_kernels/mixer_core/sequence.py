@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import sequence_xla
+from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.sharding import like, per_shard, varying
@@ -64,11 +66,9 @@ def sequence_core(
         raise ValueError(
             f"sequence_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
-    if xz.shape[2] != 2 * convolutions.biases.shape[1]:
-        raise ValueError(
-            f"sequence_core: xz {xz.shape} (b l 2e) must have twice the "
-            f"{convolutions.biases.shape[1]} channels of the convolutions"
-        )
+    xz = check_arrays("sequence_core", xz, *convolutions, norm)
+    if xz.shape[0] == 0:  # no kernel takes an empty batch
+        return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     rounded = _Rounded(middle, xz.dtype)
     stages = _stages(implementation, xz, convolutions, float(eps))
     if stages is None:
@@ -164,9 +164,7 @@ def _forward(stages, middle, xz, convolutions, norm, middle_params):
 def _backward(stages, middle, residuals, out_bar):
     xz, y, pull, *weights = residuals
     # Sums over devices are in float32 or wider.
-    convolutions, norm = jax.tree.map(
-        lambda w: w.astype(jnp.promote_types(jnp.float32, w.dtype)), weights
-    )
+    convolutions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
     y_bar, xz_bar, norm_bar = stages.back_gradients(xz, y, norm, out_bar)
     middle_bar, c_bar = pull((y_bar, y_bar))
     xz_bar, convolutions_bar = stages.front_gradients(xz, c_bar, xz_bar, convolutions)

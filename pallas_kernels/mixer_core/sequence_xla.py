@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.causal_conv1d import xla as conv1d
+from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core.types import Norm
 
 
@@ -35,7 +36,7 @@ def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Float[Array
 
 def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Array, "b l e"]:
     """LayerNorm of the directions' mean · silu(z), in z's dtype; computed in float32 or wider."""
-    wide = jnp.promote_types(jnp.float32, z.dtype)
+    wide = wide_dtype(z.dtype)
     s = (y[0].astype(wide) + y[1].astype(wide)) / 2
     s = s - jnp.mean(s, axis=-1, keepdims=True)
     s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + eps)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv1d
+from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 
 Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
@@ -16,7 +17,7 @@ def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
     """Transpose stored order to the order of visits, or back (``first``: rows of the grid as it is)."""
     if not options.transposed:
         return x
-    grid = x.reshape(x.shape[0], first, -1, x.shape[-1]).swapaxes(1, 2)
+    grid = x.reshape(x.shape[0], first, x.shape[1] // first, x.shape[-1]).swapaxes(1, 2)
     return grid.reshape(x.shape)
 
 
@@ -52,7 +53,7 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
         sides = zip(_convolved(x, directions), ids, strict=True)
         sums = jnp.stack([row_sums(c, of_row, options.rows) for c, of_row in sides])
         return sums * (options.scale / options.columns)
-    wide = jnp.promote_types(jnp.float32, x.dtype)
+    wide = wide_dtype(x.dtype)
     lines = tokens_of_lines(x, directions, options)
     return jnp.stack([jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines])
 
@@ -62,7 +63,7 @@ def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Flo
 
     A NaN or infinity is in all rows of its sample then, where the kernel has it in one.
     """
-    wide = jnp.promote_types(jnp.float32, x.dtype)
+    wide = wide_dtype(x.dtype)
     of_row = (jnp.arange(rows)[:, None] == ids[:, None, :]).astype(x.dtype)
     exact = jax.lax.Precision.HIGHEST
     return jnp.einsum("bsl,ble->bse", of_row, x, precision=exact, preferred_element_type=wide)
@@ -70,7 +71,7 @@ def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Flo
 
 def _at(lines: list[jax.Array], places: Places) -> jax.Array:
     """Return the tokens at their lines' places, which get all of the gradient."""
-    wide = jnp.promote_types(jnp.float32, lines[0].dtype)
+    wide = wide_dtype(lines[0].dtype)
 
     def one(c, place):
         here = jax.lax.broadcasted_iota(jnp.int32, c.shape, 2) == place[:, :, None]

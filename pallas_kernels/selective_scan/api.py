@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import as_floats
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.chunks import chunk_length
 from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+NAME = "selective_scan"
 
 
 @overload
@@ -102,6 +105,9 @@ def selective_scan(
         NotImplementedError: the implementation asked for by name cannot take this call.
     """
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    if u.shape[0] == 0:  # no kernel, and no loop, takes an empty batch
+        y, last_state = jnp.zeros(u.shape, u.dtype), jnp.zeros((0, *A.shape), inputs.wide_dtype)
+        return (y, last_state) if return_last_state else y
     run = implementations.get(implementation, inputs)
     options = ScanOptions(
         delta_softplus=bool(delta_softplus),
@@ -118,19 +124,18 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
     given = {
         "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias
     }  # fmt: skip
-    arrays = {k: None if x is None else jnp.asarray(x) for k, x in given.items()}
-    for name, x in arrays.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"selective_scan: {name} must be floating point, got {x.dtype}")
+    arrays = {
+        name: None if x is None and name in ("D", "z", "delta_bias") else as_floats(NAME, name, x)
+        for name, x in given.items()
+    }
     u, A, B = arrays["u"], arrays["A"], arrays["B"]
     _expect_rank("u", u, "b l e", 3)
     _expect_rank("A", A, "e n", 2)
     b, length, e = u.shape
     n = A.shape[1]
-    # A symbolic batch size, as in an exported program, is at least 1 by definition.
-    if min(b if isinstance(b, int) else 1, length, e, n) < 1:
+    if min(length, e, n) < 1:
         raise ValueError(
-            f"selective_scan: no axis may be empty, got u {u.shape} (b l e) and A {A.shape} (e n)"
+            f"selective_scan: no axis but the batch may be empty, got u {u.shape} (b l e) and A {A.shape} (e n)"
         )
     if B.ndim not in (3, 4):
         raise ValueError(f"selective_scan: B must be `b l n` or `b l g n`, got shape {B.shape}")

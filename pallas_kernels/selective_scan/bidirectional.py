@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import as_floats
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.api import _inputs
 from pallas_kernels.selective_scan.chunks import chunk_length
 from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+NAME = "bidirectional_scan"
 
 
 def bidirectional_scan(
@@ -44,12 +47,18 @@ def bidirectional_scan(
         NotImplementedError: the implementation asked for by name cannot take this call.
     """
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-    arrays = {name: None if x is None else jnp.asarray(x) for name, x in given.items()}
+    arrays = {
+        name: None if x is None and name in ("D", "delta_bias") else as_floats(NAME, name, x)
+        for name, x in given.items()
+    }
     for name, x in arrays.items():
         if x is not None and (x.ndim < 1 or x.shape[0] != 2):
             raise ValueError(
                 f"bidirectional_scan: the first axis of {name} must be the two directions', got shape {x.shape}"
             )
+    if arrays["u"].ndim == 4 and arrays["u"].shape[1] == 0:
+        nothing = jnp.zeros(arrays["u"].shape[1:], arrays["u"].dtype)
+        return nothing, nothing
     first = {name: None if x is None else x[0] for name, x in arrays.items()}
     try:
         jax.eval_shape(lambda: _inputs(**first, z=None))

@@ -270,7 +270,7 @@ def backward(
 
 def _zero_state(steps: Steps, weights: Weights) -> jax.Array:
     # Made from the operands, so that under a mesh it has the sharding the scan's carry will have.
-    return jnp.zeros_like(steps.delta[0, 0, :, :, None, :] * weights.A)
+    return jnp.zeros_like(steps.delta[0, 0, :, :, None, :].astype(weights.A.dtype) * weights.A)
 
 
 def _state_out(h: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 class ScanInputs(NamedTuple):
     """Every array of one scan, as the caller gave it (its own dtype), except that B and C always have groups.
@@ -29,7 +31,7 @@ class ScanInputs(NamedTuple):
     @property
     def wide_dtype(self) -> jnp.dtype:
         """The dtype of the state and of all inner arithmetic: float32 or wider."""
-        return jnp.promote_types(jnp.float32, jnp.result_type(*jax.tree.leaves(self)))
+        return wide_dtype(*jax.tree.leaves(self))
 
 
 @dataclasses.dataclass(frozen=True)

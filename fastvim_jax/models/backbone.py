@@ -1,0 +1,374 @@
+"""What every backbone does: embed, run the blocks, pool, classify; and the names under which people know these steps.
+
+    tokens, grid = embed(images)
+    residual     = encode(tokens, poolings(grid))
+    logits       = forward_head(forward_features(images))
+
+A model gives the steps that are its own (`_embed`, `_poolings`, `_final_norm`, `_pool`, `_classify`, `_as_image`).
+Internal calls go to these and not to the public methods, because `nnx.tabulate` runs every public method under `jit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
+
+from fastvim_jax.distributed.sharding import with_auto_axes
+from fastvim_jax.errors import UserError
+from fastvim_jax.layers.drop_path import draw_masks, keep_factors
+from fastvim_jax.layers.head import make_head
+from fastvim_jax.layers.patch_embed import GridSize
+from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.models.rngs import RngsLike, as_rngs
+from fastvim_jax.models.stack import run_blocks
+from fastvim_jax.typing import Images, Tokens
+from pallas_kernels.gpu import log_once
+
+SLOW_DEFAULT = (
+    "this model computes in true float32 on the GPU, the exact and slow default; "
+    "create_model(..., fast=True) is several times faster (docs/library.md says how exact it is)"
+)
+
+
+class Backbone(nnx.Module):
+    """The base of all models. Subclasses set `config`, `blocks`, `norm`, `head`, `out_norms` and the steps above."""
+
+    config: Any
+    blocks: Any
+    norm: Any
+    head: Any
+    out_norms: Any
+    deterministic: bool | None = None
+    """Set by `train()` (False) and `eval()` (True). None: a call with a key drops paths, a call without does not."""
+    _mask_axes: tuple[int, ...] = ()
+    """Axes of a block's drop-path masks before the batch: one entry for each branch with a mask of its own."""
+    _head_init: Callable[[float], Initializer]
+    """The head's initial distribution, given its standard deviation."""
+
+    @with_auto_axes
+    def __call__(
+        self,
+        images: Images,
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth *branches b"] | None = None,
+    ):
+        """Classify images, or extract dense features where `out_indices` are set.
+
+        Args:
+            images: `b h w c`, normalised, any float dtype; any size of at least one patch.
+            key: PRNG key of this step's drop path (training), or None (evaluation).
+            drop_path_keep: 0/1 masks as `draw_drop_path` makes them, to use instead of drawing them from `key`.
+
+        Returns:
+            Logits `b classes` (`b l classes` for head_pool="all") in float32 or wider; pooled features `b d` if
+            num_classes is 0; or the tuple of dense features `b rows columns d`.
+
+        Raises:
+            UserError: images of another rank, dtype or channel count, or smaller than a patch; no key after `train()`.
+        """
+        key, drop_path_keep = self._drop_path(key, drop_path_keep)
+        taps = self.config.out_indices
+        residual, outputs, grid = self._run(images, taps, key, drop_path_keep)
+        if taps:
+            pairs = zip(self.out_norms, taps, strict=True)
+            return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)
+        return self.classify(residual)
+
+    @with_auto_axes
+    def features(self, images: Images, **embed: Any) -> Array:
+        """Return what the head reads: `b d` after the final norm (`b l d` for head_pool "max" and "all").
+
+        Args:
+            images: as for a call.
+            **embed: what `embed` takes besides, such as the `channel_ids` of channel models.
+        """
+        return self._pool(self._tokens(images, **embed))
+
+    @with_auto_axes
+    def intermediates(self, images: Images, **embed: Any) -> list[tuple[Tokens, Tokens]]:
+        """Return (residual stream before the block, the block's own output) of every block, in stored token order.
+
+        A block's own output is its mixer's in FastVim and Vim, and the new residual stream in a ViT.
+        """
+        _, outputs, _ = self._run(images, range(self.config.depth), **embed)
+        return [outputs[i] for i in range(self.config.depth)]
+
+    def embed(self, images: Images, **embed: Any) -> tuple[Tokens, Any]:
+        """Make tokens `b l d`, with class token and position embedding, and the stored grid; float32 or wider."""
+        return self._embed(images, **embed)
+
+    def classify(self, residual: Tokens) -> Array:
+        """Map the last residual stream to logits, or to pooled features if there is no head."""
+        features = self._pool(self._final_norm(residual))
+        return features if self.head is None else self._classify(features)
+
+    def poolings(self, grid: Any) -> tuple[Pooling, ...]:
+        """Return one period of the stack's poolings over a stored `grid`."""
+        return self._poolings(grid)
+
+    def encode(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        *,
+        key: jax.Array | None = None,
+        drop_path_keep: Float[Array, "depth *branches b"] | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        """Run all blocks over tokens `b l d`, as `embed` makes them or any others.
+
+        Args:
+            tokens: float32 or wider, in stored order.
+            poolings: one period of the stack's poolings, for example `self.poolings(grid)`.
+            key, drop_path_keep: as for a call of the model.
+            taps: blocks whose (residual before, own output) are returned.
+
+        Returns:
+            The residual stream before the final norm, and the tapped pairs by block index.
+        """
+        return self._encode(tokens, poolings, taps, key, drop_path_keep)
+
+    def draw_drop_path(
+        self, key: jax.Array, batch: int
+    ) -> Float[Array, "depth *branches b"] | None:
+        """Draw the masks that a call with this key draws for `batch` images; None if the model drops nothing.
+
+        `depth b`; `depth 2 b` in a ViT, one mask for the attention and one for the MLP of each block.
+        """
+        return draw_masks(key, self.config.drop_path, (self.config.depth, *self._mask_axes, batch))
+
+    # timm's words
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return self.config.embed_dim
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head; 0 for none."""
+        return self.config.num_classes
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Describe the dense features of a call, or those of every block for a model without `out_indices`."""
+        each = self.config.out_indices or range(self.config.depth)
+        patch = self.config.patch
+        reduction = patch[0] if patch[0] == patch[1] else patch
+        return FeatureInfo(
+            {"num_chs": self.config.embed_dim, "reduction": reduction, "module": f"blocks.{i}"}
+            for i in each
+        )
+
+    @with_auto_axes
+    def forward_features(self, images: Images, **embed: Any) -> Tokens:
+        """Return all tokens `b l d` after the final norm, not pooled; a class token is among them."""
+        return self._tokens(images, **embed)
+
+    def forward_head(self, tokens: Tokens, *, pre_logits: bool = False) -> Array:
+        """Pool the tokens of `forward_features` and classify them.
+
+        Args:
+            tokens: `b l d`.
+            pre_logits: return the pooled features `b d` instead of logits.
+        """
+        self._require_head("forward_head")
+        return self._head_features(tokens) if pre_logits else self._logits(tokens)
+
+    def get_intermediate_layers(
+        self,
+        images: Images,
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> tuple[Any, ...]:
+        """Return the residual stream after some blocks, without the class token; nothing is dropped.
+
+        Args:
+            images: as for a call.
+            n: the last n blocks, or the blocks' indices (negative ones count from the last).
+            reshape: return `b rows columns d` instead of `b rows*columns d`.
+            return_prefix_tokens: return pairs (tokens, class token `b 1 d`); needs a class token.
+            norm: apply the final norm.
+        """
+        depth = self.config.depth
+        indices = [i - n for i in range(n)] if isinstance(n, int) else list(n)
+        bad = [i for i in indices if not -depth <= i < depth]
+        if bad or not indices:
+            raise UserError(
+                f"n={n!r}: choose 1 to {depth} last blocks, or of the blocks 0..{depth - 1}."
+            )
+        if norm:
+            self._require_head("norm=True")
+        chosen = [i % depth for i in indices]
+        return_class = return_prefix_tokens
+
+        def run(self: Backbone, images: Images) -> tuple[Any, ...]:
+            _, outputs, grid = self._run(images, chosen)
+            found = []
+            for i in chosen:
+                tokens = self._after_block(*outputs[i])
+                tokens = self._final_norm(tokens) if norm else tokens
+                image = self._as_image(tokens, grid)
+                flat = image if reshape else jax.lax.collapse(image, 1, 3)
+                found.append((flat, self._class_token_of(tokens)) if return_class else flat)
+            return tuple(found)
+
+        return with_auto_axes(run)(self, images)
+
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, *, rngs: RngsLike
+    ) -> Backbone:
+        """Replace the head by a fresh one, in place, and return the model.
+
+        Args:
+            num_classes: classes of the new head; 0 for none.
+            global_pool: another `head_pool`, or None to keep it.
+            rngs: source of the new head's weights.
+
+        Raises:
+            UserError: the model has dense features instead of a head, or a norm that another pooling does not fit.
+        """
+        self._require_head("reset_classifier")
+        changes: dict[str, Any] = {"num_classes": num_classes}
+        if global_pool is not None:
+            changes["head_pool"] = {"avg": "mean"}.get(global_pool, global_pool)
+        config = dataclasses.replace(self.config, **changes)
+        self._check_head_pool(config)
+        self.config = config
+        self.head = nnx.data(self._make_head(config, as_rngs(rngs)) if num_classes else None)
+        return self
+
+    # the steps
+
+    def _embed(self, images: Images) -> tuple[Tokens, Any]:
+        raise NotImplementedError
+
+    def _poolings(self, grid: Any) -> tuple[Pooling, ...]:
+        raise NotImplementedError
+
+    def _final_norm(self, residual: Tokens) -> Tokens:
+        return self.norm(residual)
+
+    def _pool(self, tokens: Tokens) -> Array:
+        raise NotImplementedError
+
+    def _classify(self, features: Array) -> Array:
+        return self.head(features)
+
+    def _as_image(self, tokens: Tokens, grid: GridSize, norm: Any = None) -> Array:
+        raise NotImplementedError
+
+    def _class_token_of(self, tokens: Tokens) -> Float[Array, "b 1 d"]:
+        raise NotImplementedError
+
+    def _after_block(self, before: Tokens, own: Tokens) -> Tokens:
+        raise NotImplementedError
+
+    def _prepared(self, poolings: Sequence[Pooling]) -> Any:
+        return self.blocks
+
+    def _check_head_pool(self, config: Any) -> None:
+        """Raise if the norms that the model has do not fit the config's `head_pool`."""
+
+    def _make_head(self, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
+        return make_head(
+            config.embed_dim,
+            config.num_classes,
+            kernel_init=self._head_init(config.head_std),
+            precision=config.precision,
+            rngs=rngs,
+        )
+
+    def _run(
+        self,
+        images: Images,
+        taps: Sequence[int] = (),
+        key: Any = None,
+        drop_path_keep: Any = None,
+        **embed: Any,
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]], Any]:
+        p = self.config.precision
+        exact = p.dtype == "float32" and p.matmul_precision == "highest"
+        if exact and jax.default_backend() == "gpu":
+            log_once(SLOW_DEFAULT)
+        tokens, grid = self._embed(images, **embed)
+        return *self._encode(tokens, self._poolings(grid), taps, key, drop_path_keep), grid
+
+    def _encode(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        taps: Sequence[int],
+        key: jax.Array | None,
+        drop_path_keep: jax.Array | None,
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        config = self.config
+        masks = (config.depth, *self._mask_axes, tokens.shape[0])
+        return run_blocks(
+            self._prepared(poolings),
+            tokens,
+            poolings,
+            depth=config.depth,
+            keep=keep_factors(key, drop_path_keep, config.drop_path, masks, tokens.dtype),
+            mode=config.blocks,
+            remat=config.remat,
+            taps=taps,
+        )
+
+    def _tokens(self, images: Images, **embed: Any) -> Tokens:
+        self._require_head("features")
+        return self._final_norm(self._run(images, **embed)[0])
+
+    @with_auto_axes
+    def _head_features(self, tokens: Tokens) -> Array:
+        return self._pool(tokens)
+
+    @with_auto_axes
+    def _logits(self, tokens: Tokens) -> Array:
+        features = self._pool(tokens)
+        return features if self.head is None else self._classify(features)
+
+    def _drop_path(self, key: Any, keep: Any) -> tuple[Any, Any]:
+        """Honour `train()` and `eval()`."""
+        if self.deterministic:
+            return None, None
+        missing = key is None and keep is None and self.config.drop_path > 0
+        if self.deterministic is False and missing:
+            raise UserError(
+                "the model is in training mode (model.train()) and drops paths, so a call needs a key: "
+                "model(images, key=key), another key in every step. For evaluation call model.eval()."
+            )
+        return key, keep
+
+    def _require_head(self, what: str) -> None:
+        if self.config.out_indices:
+            raise UserError(
+                f"{what} needs the final norm and the head, which a model with out_indices="
+                f"{self.config.out_indices} has not; build it without out_indices."
+            )
+
+
+class FeatureInfo(list):
+    """A list of dicts, one for each dense feature map: `num_chs`, `reduction` (pixels a cell) and `module`."""
+
+    def channels(self) -> list[int]:
+        """Return the channels of each."""
+        return [each["num_chs"] for each in self]
+
+    def reduction(self) -> list[Any]:
+        """Return the pixels that a cell of each covers, a pair (height, width) for patches that are not square."""
+        return [each["reduction"] for each in self]
+
+    def module_name(self) -> list[str]:
+        """Return the block that each comes from."""
+        return [each["module"] for each in self]

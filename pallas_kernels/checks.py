@@ -1,0 +1,47 @@
+"""Checks at the operations' doors: what was expected of an argument, and what was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def as_floats(operation: str, name: str, x: Any, letters: str = "") -> jax.Array:
+    """Return `x` as a JAX array, once it holds floats and has the axes that `letters` name (any, if empty).
+
+    Raises:
+        ValueError: naming the operation, the argument, what it must be and what it is.
+    """
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(f"{operation}: {name} must be an array, got {type(x).__name__}") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{operation}: {name} must be floating point, got {array.dtype} of shape {array.shape}"
+        )
+    rank = len(letters.split())
+    if letters and array.ndim != rank:
+        raise ValueError(
+            f"{operation}: {name} must have {rank} dimensions ({letters}), got shape {array.shape}"
+        )
+    return array
+
+
+def expect_shape(
+    operation: str, name: str, x: jax.Array, letters: str, shape: tuple[int, ...], beside: str
+) -> None:
+    """Raise ValueError unless `x` has this shape; `beside` names the arguments that it has to go with."""
+    if x.shape != shape:
+        raise ValueError(
+            f"{operation}: {name} must have shape {shape} ({letters}) to go with {beside}, got {x.shape}"
+        )
+
+
+def expect_counts(operation: str, **counts: Any) -> None:
+    """Raise ValueError unless every count is a positive Python integer."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{operation}: {name} must be a positive integer, got {count!r}")

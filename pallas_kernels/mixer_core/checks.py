@@ -1,0 +1,44 @@
+"""What both fused cores check of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from pallas_kernels.checks import as_floats, expect_shape
+
+
+def check_arrays(
+    operation: str, xz: Any, kernels: Any, biases: Any, norm: Any, D: Any = None
+) -> jax.Array:
+    """Return `xz` as a JAX array, once it and the weights are floats whose shapes go together.
+
+    Raises:
+        ValueError: naming the argument, what it must be and what it is.
+    """
+    xz = as_floats(operation, "xz", xz, "b l 2e")
+    if min(xz.shape[1:]) < 1:
+        raise ValueError(f"{operation}: no axis of xz but the batch may be empty, got {xz.shape}")
+    taps = as_floats(operation, "the convolutions' kernels", kernels, "2 k e")
+    e = taps.shape[2]
+    if xz.shape[2] != 2 * e:
+        raise ValueError(
+            f"{operation}: xz {xz.shape} (b l 2e) must have twice the {e} channels of the "
+            f"convolutions {taps.shape} (2 k e)"
+        )
+    beside = f"xz {xz.shape} (b l 2e)"
+    expect_shape(
+        operation, "the convolutions' kernels", taps, "2 k e", (2, *taps.shape[1:]), beside
+    )
+    scale, shift = norm
+    for name, x, letters, shape in (
+        ("the convolutions' biases", biases, "2 e", (2, e)),
+        ("D", D, "2 e", (2, e)),
+        ("the norm's scale", scale, "e", (e,)),
+        ("the norm's shift", shift, "e", (e,)),
+    ):
+        if name == "D" and x is None:  # of a core whose scans add the skip
+            continue
+        expect_shape(operation, name, as_floats(operation, name, x), letters, shape, beside)
+    return xz
