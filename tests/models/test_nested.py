@@ -106,7 +106,7 @@ def test_layer_wise_rates_follow_the_backbone_s_depth(model):
 
 
 def test_norms_are_those_of_the_unstacked(model):
-    from fastvim_jax.training.norms import parameter_names, parameter_norms
+    from fastvim_jax.training.parameter_norms import parameter_names, parameter_norms
 
     _, params = model
     norms = dict(zip(parameter_names(params), parameter_norms(params), strict=True))
