@@ -19,6 +19,7 @@ COLOURS = np.asarray([[40, 120, 60], [200, 60, 50], [60, 80, 210]])
 
 def draw_scenes(root: Path, rng: np.random.Generator, *, train: int = 4, held_out: int = 2) -> None:
     """Write a folder of images and masks: rectangles of two kinds on noisy ground, sizes differing."""
+    root.mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_text("\n".join(CLASSES))
     for split, count in (("training", train), ("validation", held_out)):
         for folder in ("images", "annotations"):
