@@ -93,7 +93,9 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
         for name in info.unstacked_names():
             torch_name, convert = _torch_entry(table, name)
             expected[torch_name] = convert(np.broadcast_to(0.0, info.shape)).shape
-    arrays = resolve_aliases({name: np.asarray(value) for name, value in mapping.items()})
+    # PyTorch's batch norms also count the batches they saw, which nothing reads.
+    given = {k: v for k, v in mapping.items() if not k.endswith(".num_batches_tracked")}
+    arrays = resolve_aliases({name: np.asarray(value) for name, value in given.items()})
     if isinstance(model, MaskedAutoencoder):
         arrays = without_tables(model, arrays)
     problems = list_mismatches(expected, {name: a.shape for name, a in arrays.items()})

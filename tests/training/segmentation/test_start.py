@@ -1,0 +1,55 @@
+"""Weights into a segmentation model: a classifier's backbone with positions resized, and mmseg's checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
+from fastvim_jax.models import VisionMambaConfig, build_model, upernet
+from fastvim_jax.models.pretrained import save_pretrained
+from fastvim_jax.training.start_from import load_weights
+
+CLASSIFIER = VisionMambaConfig(
+    image_size=32, patch_size=8, embed_dim=8, depth=4, state_size=4, num_classes=5
+)
+
+
+def segmentor(seed: int) -> nnx.Module:
+    config = upernet(CLASSIFIER, image_size=48, num_classes=3, channels=8, auxiliary_channels=4)
+    return build_model(config, rngs=nnx.Rngs(seed))
+
+
+def test_the_backbone_of_a_classifier_is_taken(tmp_path):
+    classifier = build_model(CLASSIFIER, rngs=nnx.Rngs(0))
+    save_pretrained(classifier, tmp_path / "saved")
+    model = segmentor(1)
+    report = load_weights(model, tmp_path / "saved")
+    for ours, theirs in (
+        (model.backbone.blocks.mixer.in_proj.kernel, classifier.blocks.mixer.in_proj.kernel),
+        (model.backbone.patch_embed.proj.kernel, classifier.patch_embed.proj.kernel),
+    ):
+        np.testing.assert_array_equal(ours[...], theirs[...])
+    assert model.backbone.pos_embed.shape == (1, 36, 8)
+    assert report.names("resized") == ["backbone.pos_embed"]
+    drawn = {name.split(".")[0] for name in report.names("drawn")}
+    assert drawn == {"backbone", "decode_head", "auxiliary_head"}  # of the backbone: out_norms
+    assert {name.split(".")[0] for name in report.names("left")} == {"head", "norm"}
+
+
+def test_a_checkpoint_of_mmseg_goes_in_and_out():
+    """Its batch norms count their batches, which nothing here reads."""
+    saved = to_torch_state_dict(segmentor(2))
+    counted = saved | {
+        name.replace("running_mean", "num_batches_tracked"): np.asarray(7)
+        for name in saved
+        if name.endswith("running_mean")
+    }
+    model = segmentor(3)
+    from_torch_state_dict(model, counted)
+    for name, value in to_torch_state_dict(model).items():
+        np.testing.assert_array_equal(value, saved[name], err_msg=name)
+    with pytest.raises(UserError, match="unexpected: decode_head.other"):
+        from_torch_state_dict(model, counted | {"decode_head.other": np.zeros(1)})
