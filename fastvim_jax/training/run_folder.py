@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from fastvim_jax.data.labelled import load_image, make_preprocess
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
@@ -94,6 +97,35 @@ class Run:
     class_names: tuple[str, ...]
     step: int
     weights: str
+
+    def preprocess(self, images: Any) -> jax.Array:
+        """Make the model's input from image files or pixels, as the run's own evaluation does.
+
+        Args:
+            images: a file or several, which are decoded, resized and cropped; or uint8 pixels `b h w c` or `h w c` of
+                the run's image size.
+
+        Returns:
+            Normalised images `b h w c`, float32.
+
+        Raises:
+            UserError: a file that cannot be read, or pixels of another dtype or size.
+        """
+        data = self.config.data
+        if isinstance(images, str | os.PathLike):
+            images = [images]
+        if not hasattr(images, "dtype"):
+            pixels = np.stack([load_image(Path(file), data) for file in images])
+        else:
+            pixels = np.asarray(images)
+            pixels = pixels[None] if pixels.ndim == 3 else pixels
+            expected = (*data.height_width, data.channels)
+            if pixels.dtype != np.uint8 or pixels.shape[1:] != expected:
+                raise UserError(
+                    f"the pixels have shape {pixels.shape} and dtype {pixels.dtype}: give uint8 of "
+                    f"{' x '.join(map(str, expected))} each, or name files, which are resized and cropped."
+                )
+        return make_preprocess(data)(jnp.asarray(pixels))
 
 
 def load_run(
