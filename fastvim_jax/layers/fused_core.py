@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastvim_jax.layers.channel_pooling import ChannelPooling
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
@@ -35,16 +36,23 @@ class Core(NamedTuple):
 
 def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
     """Say whether the fused kernels compute a mixer with this pooling, and can run here."""
-    core = CORES.get(type(pooling))
-    return (
-        core is not None
-        and core.takes(config, pooling)
-        and config.scan_implementation in ("auto", "pallas")
+    wanted = (
+        config.scan_implementation in ("auto", "pallas")
         and config.post_norm == "layer"
         and config.conv_width >= 2
         and config.conv_bias
         and gpu.kernels_missing() is None
     )
+    if not wanted:
+        return False
+    core = CORES.get(type(pooling))
+    taken = core is not None and core.takes(config, pooling)
+    if not taken and isinstance(pooling, ChannelPooling):
+        gpu.log_once(
+            "mixer: a channel grid whose pooled tokens are not next to each other in scan order, or are pooled by "
+            "attention, runs without the fused kernels around the scan"
+        )
+    return taken
 
 
 def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: Any) -> jax.Array:
@@ -87,6 +95,20 @@ def _grid_core(
     # Rounded once, unlike all other tokens: half the bytes. The mean-pooled golden models with post norm bear it (every
     # gradient within 5e-2 of its largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
     return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
+
+
+def _channel_takes(config: MixerConfig, pooling: ChannelPooling) -> bool:
+    pools = pooling.method in ("mean", "max") and pooling.contiguous
+    return pools and config.unpool == "before_skip"
+
+
+def _channel_core(
+    xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+) -> jax.Array:
+    before, members, _ = pooling.view
+    lines = GridPooling(before, members, method=pooling.method, scale=pooling.scale)
+    visited = pooling.to_scan_order(xz)
+    return pooling.from_scan_order(_grid_core(visited, lines, both, post_norm))
 
 
 def _sequence_core(
@@ -133,6 +155,7 @@ def _ragged_core(
 CORES: dict[type, Core] = {
     GridPooling: Core(_grid_takes, _grid_core),
     RaggedPooling: Core(_ragged_takes, _ragged_core),
+    ChannelPooling: Core(_channel_takes, _channel_core),
     NoPooling: Core(lambda config, pooling: True, _sequence_core),
 }
 """The kernels by the pooling's class; a pooling without an entry runs in the plain form everywhere."""

@@ -20,6 +20,7 @@ from fastvim_jax.models.parameters import named_parameters, parameter_infos, rep
 from fastvim_jax.models.registry import build_model
 from tests.models.test_against_oracle import random_parameters
 from tests.oracle.channels import block_steps, channel_mamba, channel_vit, coordinates
+from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic, relative_errors
 from tests.support import assert_close, x64
 
 SIZES: dict[str, Any] = {
@@ -189,3 +190,27 @@ def test_every_size_and_patch_is_registered() -> None:
         assert names == [
             f"{family}_{size}_patch{patch}_224" for patch in (16, 8) for size in ("tiny", "small", "base")
         ]  # fmt: skip
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "options", [{"scan_order": "spatial"}, {"pool_axes": "two_axes", "pooling": "max", "depth": 3}]
+)
+def test_lines_of_a_channel_grid_run_in_the_fused_core(
+    options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    sizes = {"embed_dim": 64, "depth": 2, "image_size": 24, "patch_size": 8, "channels": 2}
+    model = create_model(
+        "fastchannelvim_tiny_patch16_224", num_classes=3, rngs=nnx.Rngs(1), **{**sizes, **options}
+    )
+    graphdef, params = nnx.split(model)
+    images = jnp.asarray(rng.standard_normal((1, 24, 24, 2)), jnp.float32)
+
+    def objective(params: Any, images: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(images)))
+
+    with abstract_h100():
+        traced = jax.jit(jax.value_and_grad(objective)).trace(params, images)
+    got = traced.lower().compile()(params, images)
+    wanted = jax.jit(lambda p, x: jax.value_and_grad(objective)(p, x))(params, images)
+    assert max(relative_errors(got, wanted)) < 1e-4
