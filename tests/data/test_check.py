@@ -125,6 +125,7 @@ def test_what_training_refuses_is_said(tmp_path: Path) -> None:
     source = {n: open_source("packed_npz", n, path=str(tmp_path), any_label=True) for n in names}
     advice = training_advice({name: check(source[name]) for name in names})
     assert any("train has 2 classes, val 4" in line for line in advice.refused)
+    assert any("val has 3 records, 3 of them undecodable" in line for line in advice.refused)
 
 
 @pytest.mark.parametrize(("number", "count"), [(1, 5), (2, 5), (5, 5), (1, 2)])

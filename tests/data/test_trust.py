@@ -226,6 +226,33 @@ def test_an_evaluation_split_may_lack_the_highest_class(tmp_path: Path) -> None:
     assert open_source("packed_npz", "val", path=str(tmp_path)).class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 1], [0, 1, 1]), ([0.0, 1.0, 1.0], [0, 1, 1]), ([False, True, True], [0, 1, 1]),
+        (["ant", "bee", "bee"], [0, 1, 1]), ([[1, 0], [0, 1], [0, 1]], [0, 1, 1]),
+        ([0, 1, None], r"holds the label -1"), ([0.5, 1, 1], r"record 0 is 0.5"),
+        (["ant", "bee", "cow"], "'cow' is none"), (["ant", "bee", None], r"1 records have no label"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_label_columns_of_every_type_are_understood_or_named(
+    labels: list[Any], expected: Any, tmp_path: Path
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    table = pa.table({"image": [{"bytes": b"x", "path": None}] * 3, "label": labels})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            open_source("hugging_face", "train", path=str(tmp_path))
+    else:
+        source = open_source("hugging_face", "train", path=str(tmp_path))
+        assert [source[i].target for i in range(3)] == expected
+
+
 @pytest.mark.parametrize("source", ["packed_npz", "webdataset", "hugging_face", "array_record"])
 def test_files_of_another_kind_are_an_error_that_names_them(source: str, tmp_path: Path) -> None:
     endings = {

@@ -66,8 +66,9 @@ def training_advice(reports: dict[str, Report]) -> Advice:
         stray = sum(problem.kind == "label" for problem in each.problems)
         if stray:
             refused.append(f"{name} has {stray} labels outside its {each.classes} classes.")
-        if not each.records:
-            refused.append(f"{name} has no record.")
+        broken = sum(problem.kind == "undecodable" for problem in each.problems)
+        if 2 * broken >= each.records:
+            refused.append(f"{name} has {each.records} records, {broken} of them undecodable.")
     if held_out and reports[held_out].classes != report.classes:
         refused.append(
             f"{train} has {report.classes} classes, {held_out} {reports[held_out].classes}: put a classes.txt with all "

@@ -147,7 +147,7 @@ class ParquetSource:
             if self._label not in parquet.schema_arrow.names:
                 raise UserError(f"{str(file)!r} lacks the column {self._label!r}.")
             column = parquet.read(columns=[self._label], use_threads=False).column(0)
-            labels.append(whole_labels(column.fill_null(-1).to_numpy(), repr(str(file)), names))
+            labels.append(whole_labels(_values(column, file), repr(str(file)), names))
         self._shard_starts = np.asarray(starts, np.int64)
         return np.concatenate(labels), np.asarray(groups, np.int64).reshape(-1, 3)
 
@@ -246,6 +246,16 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]
             f"its columns are {', '.join(schema.names)}."
         )
     return image, label, known[label]
+
+
+def _values(column: Any, file: Path) -> np.ndarray:
+    """Return a label column as an array; -1 where a record has no label."""
+    if str(column.type).startswith("int"):
+        column = column.fill_null(-1)
+    elif column.null_count:
+        raise UserError(f"{str(file)!r}: {column.null_count} records have no label.")
+    values = column.to_numpy()
+    return np.asarray(values.tolist()) if values.dtype == object else values
 
 
 def _names(feature: Any) -> tuple[str, ...] | None:

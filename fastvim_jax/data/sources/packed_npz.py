@@ -80,6 +80,9 @@ def _read_members(file: Path) -> dict[str, np.ndarray]:
     name = repr(str(file))
     try:
         with file.open("rb") as opened:
+            if opened.read(4) not in (b"PK\3\4", b"PK\5\6", b"\x93NUM"):
+                raise UserError(f"{name} cannot be read as .npz: it is no such archive.")
+            opened.seek(0)
             packed = np.load(opened, allow_pickle=False)
             if not isinstance(packed, np.lib.npyio.NpzFile):
                 raise UserError(f"{name} holds one array, not the arrays of the packed layout.")

@@ -85,7 +85,13 @@ class TfdsSource:
 
 def tfds_splits(path: str) -> list[str]:
     """List the splits of a prepared set; `path` as in the module."""
-    return sorted(_import().builder_from_directory(str(_find(path))).info.splits)
+    folder, tfds = _find(path), _import()
+    try:
+        return sorted(tfds.builder_from_directory(str(folder)).info.splits)
+    except Exception as error:  # Damaged JSON raises almost anything.
+        raise UserError(
+            f"{str(folder)!r} cannot be read as a prepared TFDS set ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _import() -> Any:
