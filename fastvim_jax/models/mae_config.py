@@ -92,6 +92,11 @@ class MaskedAutoencoderConfig:
         return self.encoder.dtype
 
     @property
+    def num_classes(self) -> int:
+        """Classes: none."""
+        return 0
+
+    @property
     def channels(self) -> int:
         """Image channels."""
         return self.encoder.channels

@@ -1,0 +1,10 @@
+"""As pretrain.py, but lets each token keep its own row in the backward direction, which no released model does."""
+
+from dataclasses import replace
+
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 0, "parameters": 4_015_728}
+
+base = load_experiment("mae_cifar10/pretrain")
+config = replace(base, model=replace(base.model, reversal="consistent"))

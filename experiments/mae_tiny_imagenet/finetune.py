@@ -1,0 +1,14 @@
+"""Fine-tuning of mae_tiny_imagenet/pretrain in the epochs of scratch.py, with layer-wise rates."""
+
+from dataclasses import replace
+
+from fastvim_jax.training import load_experiment
+
+claims = {"classes": 200, "parameters": 3_481_928}
+
+base = load_experiment("mae_tiny_imagenet/scratch")
+config = replace(
+    base,
+    init="runs/mae_tiny_imagenet/pretrain",
+    optimizer=replace(base.optimizer, decay_groups="finetune", layer_decay=0.75),
+)
