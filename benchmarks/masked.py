@@ -8,7 +8,7 @@
 jobs under way, which save; asked again, it goes on with them. A job that begins from another waits for it.
 
 Stated beforehand, in the commit that brought this file: pre-training must be ahead of training from scratch with a
-tenth of CIFAR-10's labels (`tenth` against `tenth_scratch`, three seeds each, same epochs). Everything else as it falls.
+tenth of CIFAR-10's labels (`tenth` against `tenth_scratch`, three seeds each, same epochs). All else as it falls.
 """
 
 from __future__ import annotations
