@@ -19,6 +19,7 @@ from fastvim_jax.errors import suggest
 HELP = """\
 Usage: fastvim data check PATH [OPTIONS]
        fastvim data check-masks PATH [OPTIONS]
+       fastvim data check-coco PATH [OPTIONS]
        fastvim data prepare PATH --out DIR [OPTIONS]
        fastvim data stats PATH --channels NAME... [OPTIONS]
 
@@ -26,6 +27,8 @@ Usage: fastvim data check PATH [OPTIONS]
             classes without images, one image under several labels, files that are not read, shards that have changed
   check-masks  the same for images with label maps (images/SPLIT/x.jpg, annotations/SPLIT/x.png, or other patterns):
             missing masks, other sizes, colours instead of labels, labels outside the classes or off by one
+  check-coco   the same for images with objects in COCO's format: missing images, boxes without area or outside the
+            image, polygons of two points, unknown categories, RLE that cannot be read
   prepare   write ArrayRecord shards with checksums, original bytes or resized; started again, it goes on
   stats     count mean and deviation of every channel and store them with the data, where training takes them from
 
@@ -77,11 +80,12 @@ class Prepare(_Where):
 
 def run(arguments: Sequence[str]) -> int:
     """Check a data set, or turn it into ArrayRecord shards."""
-    from fastvim_jax.cli import channel_stats, check_masks
+    from fastvim_jax.cli import channel_stats, check_coco, check_masks
 
     tasks: dict[str, Callable[[Sequence[str]], int]] = {
         "check": _check,
         "check-masks": check_masks.run,
+        "check-coco": check_coco.run,
         "prepare": _prepare,
         "stats": channel_stats.run,
     }
@@ -91,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in tasks:
         raise UsageError(
-            f"unknown task {name!r}: check, check-masks, prepare or stats.{suggest(name, tasks)}"
+            f"unknown task {name!r}: check, check-masks, check-coco, prepare or stats.{suggest(name, tasks)}"
         )
     return tasks[name](rest)
 

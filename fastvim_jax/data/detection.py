@@ -22,7 +22,7 @@ from fastvim_jax.data.batches import BatchIterator, local_batch
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
-from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.coco import CocoSource, Objects, coco_masks, draw_shape
 from fastvim_jax.data.stream import grain_stream
@@ -32,7 +32,9 @@ _REPLACEMENTS = 100
 _LEAST_SIDE = 0.01  # pixels of a box that is kept
 
 
-def open_coco(config: DetectionData, split: str, *, training: bool = False) -> CocoSource:
+def open_coco(
+    config: DetectionData, split: str, *, training: bool = False, allow_missing: bool = False
+) -> CocoSource:
     """Open one split.
 
     Raises:
@@ -50,6 +52,8 @@ def open_coco(config: DetectionData, split: str, *, training: bool = False) -> C
         images=config.images,
         training=training,
         least_side=config.least_side,
+        allow_missing=allow_missing,
+        follow_links=config.follow_links,
     )
 
 
@@ -214,10 +218,7 @@ def load(source: CocoSource, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], Ob
     Raises:
         DecodeError: naming the file, the cause and the fix.
     """
-    try:
-        record = source[index]
-    except OSError as error:
-        raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+    record = read_record(source, index)
     image = np.asarray(decode_image(record.image, channels=3, name=record.name))
     objects: Objects = record.target
     if image.shape[:2] != (objects.height, objects.width):

@@ -14,6 +14,7 @@ from typing import Any
 from fastvim_jax.training.run_folder import Run
 
 DRAWERS = {
+    "DetectionConfig": "fastvim_jax.inference.detect",
     "SegmentationConfig": "fastvim_jax.inference.segment",
 }
 """The module that draws the predictions of a run, by the name of its config's class."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastvim_jax.cli import check_coco
 from fastvim_jax.data.detection import (
     Placement,
     boxes_of,
@@ -189,5 +190,46 @@ def test_an_image_of_another_size_than_its_entry_is_refused(tmp_path: Path) -> N
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "train/0.png")
     iterator = make_train_iterator(config(root), seed=0)
     with pytest.raises(UserError, match="boxes would be misplaced"):
+        next(iterator)
+    iterator.close()
+
+
+def test_a_scan_lists_what_is_wrong(tmp_path: Path, capsys) -> None:
+    root = write(
+        tmp_path,
+        [
+            box(4, 4, 20, 10),
+            box(30, 4, 20, 10, segmentation=[[1, 2, 3, 4]]),
+            box(50, 4, 30, 10),
+            box(4, 4, 0, 10),
+            box(4, 4, 9, 9, segmentation={"size": [HEIGHT, WIDTH], "counts": "broken"}),
+        ],
+        images=3,
+    )
+    (root / "train/1.png").unlink()
+    (root / "train/2.png").write_bytes(b"no image")
+    assert check_coco.run([str(root), "--split", "train", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)["train"]
+    kinds = sorted(problem["kind"] for problem in report["problems"])
+    assert kinds == [
+        "box that leaves the image",
+        "box without area",
+        "missing",
+        "polygon of fewer than three points",
+        "unreadable",
+        "unreadable",
+    ]
+    assert report["objects"] == {"cat": 0, "dog": 4}
+    assert any("3 gaps" in note for note in report["notes"])
+    assert any("1 of 2 categories" in note for note in report["notes"])
+
+
+def test_a_path_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", [box(4, 4, 20, 10)], images=1)
+    (root / "train/0.png").rename(tmp_path / "secret.png")
+    file = root / "annotations/instances_train.json"
+    file.write_text(file.read_text().replace('"0.png"', '"../../secret.png"'))
+    iterator = make_train_iterator(config(root, batch_size=1), seed=0)
+    with pytest.raises(UserError):
         next(iterator)
     iterator.close()

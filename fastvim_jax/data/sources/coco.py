@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from fastvim_jax.data.records import DecodeError, Record
+from fastvim_jax.data.files import read_inside
+from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.errors import UserError
 
 ANNOTATIONS = "annotations/instances_{split}.json"
@@ -55,6 +56,7 @@ class CocoSource:
         training: leave out images without objects and images with a side below `least_side`.
         least_side: pixels.
         allow_missing: accept images whose file is missing, for a scan that lists them.
+        follow_links: read what links point to outside the root.
 
     Attributes:
         class_names: names of the categories by label.
@@ -77,29 +79,28 @@ class CocoSource:
         training: bool = False,
         least_side: int = 32,
         allow_missing: bool = False,
+        follow_links: bool = False,
     ) -> None:
         self.file = root / annotations.replace("{split}", split)
-        self._folder = root / images.replace("{split}", split)
+        self._root, self._images = root, images.replace("{split}", split)
+        self._follow_links = follow_links
         self.content = read_json(self.file)
         categories = sorted(self.content["categories"], key=lambda c: c["id"])
         self.category_ids = tuple(int(c["id"]) for c in categories)
         self.class_names = tuple(str(c["name"]) for c in categories)
         self.problems: Counter[str] = Counter()
         found = self._objects(training, least_side)
-        present = set(os.listdir(self._folder)) if self._folder.is_dir() else set()
         self._items = found
         self.image_ids = tuple(image["id"] for image, _ in found)
-        self.missing = tuple(
-            str(image["file_name"])
-            for image, _ in found
-            if image["file_name"] not in present
-            and not (self._folder / image["file_name"]).is_file()
-        )
+        folder = root / self._images
+        present = set(os.listdir(folder)) if folder.is_dir() else set()
+        names = [str(image["file_name"]) for image, _ in found]
+        self.missing = tuple(n for n in names if n not in present and not (folder / n).is_file())
         if self.missing and not allow_missing:
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
             raise UserError(
                 f"{len(self.missing)} of {len(found)} images named in {str(self.file)!r} are not in "
-                f"{str(self._folder)!r}: {shown}. Add the files, or correct data.images."
+                f"{str(folder)!r}: {shown}. Add the files, or correct data.images."
             )
         if not found:
             raise UserError(
@@ -111,8 +112,13 @@ class CocoSource:
 
     def __getitem__(self, index: int) -> Record:
         image, objects = self._items[index]
-        path = self._folder / image["file_name"]
-        return Record(path.read_bytes(), objects, str(path))
+        path = f"{self._images}/{image['file_name']}"
+        data = read_inside(self._root, path, follow_links=self._follow_links)
+        return Record(data, objects, printable(str(self._root / path)))
+
+    def file_name(self, index: int) -> str:
+        """Return the name of a record's image as the JSON file has it."""
+        return str(self._items[index][0]["file_name"])
 
     def objects(self, index: int) -> Objects:
         """Return a record's objects without reading its image."""

@@ -38,7 +38,8 @@ from fastvim_jax.training.steps import Batch, TrainState, gather_outside_blocks
 HEADLINE = Headline("bbox_ap", label="box AP", title="Box AP on held-out images")
 CLASS_SCORES = "class_scores.csv"
 _REPORT_SECONDS = 10.0
-_LEAST_SCORE = 0.3  # of a box that is drawn
+LEAST_SCORE = 0.3
+"""Detections of a lower score are not drawn."""
 
 Detect = Callable[[Any, Batch], Any]
 """`detect(params, batch) -> (detections, index, valid)`, on every device."""
@@ -205,19 +206,21 @@ def draw(
     """Draw an image with its objects and with what was detected, under a title."""
     image, objects = load(source, index)
     own = [d for d in detections if d["image_id"] == source.image_ids[index]]
-    shown = [d for d in own if d["score"] >= _LEAST_SCORE]
+    shown = [d for d in own if d["score"] >= LEAST_SCORE]
     names = source.class_names
-    truth = [
-        (box, names[label], None) for box, label in zip(objects.boxes, objects.labels, strict=True)
-    ]
-    labels = {category: i for i, category in enumerate(source.category_ids)}
-    predicted = [
+    truth = [(box, names[i], None) for box, i in zip(objects.boxes, objects.labels, strict=True)]
+    predicted = captioned(shown, dict(zip(source.category_ids, names, strict=True)))
+    title = f"image {source.image_ids[index]}: {len(truth)} objects, {len(shown)} found ({LEAST_SCORE} or more)"
+    return title, (draw_objects(image, truth), draw_objects(image, predicted))
+
+
+def captioned(detections: list[dict[str, Any]], names: Mapping[int, str]) -> list[Any]:
+    """Return detections as `draw_objects` takes them, the best last: box, "class score", mask or None."""
+    return [
         (
             np.asarray([*d["bbox"][:2], *np.add(d["bbox"][:2], d["bbox"][2:])]),
-            f"{names[labels[d['category_id']]]} {d['score']:.2f}",
+            f"{names[d['category_id']]} {d['score']:.2f}",
             coco_masks().decode(d["segmentation"]).astype(bool) if "segmentation" in d else None,
         )
-        for d in reversed(shown)
+        for d in sorted(detections, key=lambda d: d["score"])
     ]
-    title = f"image {source.image_ids[index]}: {len(truth)} objects, {len(shown)} found ({_LEAST_SCORE} or more)"
-    return title, (draw_objects(image, truth), draw_objects(image, predicted))

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.drawings import draw_files
 from fastvim_jax.training import load_run, read_metrics, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.tasks import config_from_json
@@ -74,6 +75,26 @@ def test_an_interrupted_run_ends_in_the_same_bits(scenes, finished, tmp_path, mo
     train(tiny_config(scenes), tmp_path / "run", progress=False)
     for resumed, whole in zip(leaves(tmp_path / "run"), leaves(finished[0]), strict=True):
         np.testing.assert_array_equal(resumed, whole)
+
+
+def test_files_are_drawn_and_written_as_coco(scenes, finished, tmp_path):
+    # The same program as the evaluation's, but for one image: two sizes, one compilation.
+    run = load_run(finished[0])
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    files = [scenes / "val2017/0.png", scenes / "val2017/1.png", tmp_path / "no.jpg"]
+    drawings = draw_files(run, files, tmp_path / "out")
+    assert [drawing.error is None for drawing in drawings] == [True, True, False]
+    content = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2]
+    assert [c["name"] for c in content["categories"]] == list(CLASSES)
+    assert content["annotations"] and len(drawings[0].found) <= run.config.model.detections
+    for found in content["annotations"]:
+        image = content["images"][found["image_id"] - 1]
+        assert found["segmentation"]["size"] == [image["height"], image["width"]]
+        x, y, w, h = found["bbox"]
+        assert min(x, y, w, h) >= 0 and x + w <= image["width"] + 1 and y + h <= image["height"] + 1
+    with Image.open(drawings[0].written[0]) as drawn, Image.open(files[0]) as image:
+        assert drawn.size == image.size
 
 
 def test_a_config_survives_its_file(scenes):

@@ -1,0 +1,77 @@
+"""`fastvim data check-coco PATH`: what is wrong with images and objects in COCO's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, command, parse
+from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to scan. The options are the fields of the same names in an experiment's `data`."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """The data set's folder."""
+    split: tuple[str, ...] = ("train2017", "val2017")
+    """What {split} stands for."""
+    annotations: str = ANNOTATIONS
+    """The JSON file below PATH."""
+    images: str = IMAGES
+    """The folder of the images below PATH."""
+    workers: int = 0
+    """Worker processes."""
+    list: int = 20
+    """Problems of each split to list; the others are counted."""
+    json: bool = False
+    """Print JSON, with every problem."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """List what is wrong with images and objects; the exit status is 1 if anything is."""
+    chosen = parse(Arguments, "data check-coco", arguments, f"{run.__doc__}")
+    from fastvim_jax.cli.data import progress_bar
+    from fastvim_jax.data.detection import open_coco
+    from fastvim_jax.data.detection_config import DetectionData
+    from fastvim_jax.data.prepare.check_coco import check_coco
+
+    with as_usage_error():
+        config = DetectionData(
+            path=chosen.path, annotations=chosen.annotations, images=chosen.images
+        )
+    found, as_json = False, {}
+    for split in chosen.split:
+        source = open_coco(config, split, allow_missing=True)
+        with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
+            report = check_coco(source, workers=chosen.workers, progress=progress)
+        found = found or bool(report.problems)
+        if chosen.json:
+            as_json[split] = dataclasses.asdict(report)
+            continue
+        used = sum(count > 0 for count in report.objects.values())
+        print(
+            f"{split}: {report.records} images ({report.empty} without objects), {sum(report.objects.values())} "
+            f"objects and {report.crowds} crowds, {used} of {len(report.objects)} categories, {len(report.problems)} problems"
+        )
+        for note in report.notes:
+            print(f"  note: {note}")
+        for problem in report.problems[: chosen.list]:
+            print(f"  {problem.kind}: {problem.message}")
+        if len(report.problems) > chosen.list:
+            counts = Counter(problem.kind for problem in report.problems)
+            print(
+                f"  ... in all {', '.join(f'{n} {k}' for k, n in counts.items())} (--list, --json)"
+            )
+    if chosen.json:
+        print(json.dumps(as_json, indent=2, ensure_ascii=False))
+    else:
+        print("Something is wrong, see above." if found else "Nothing is wrong.")
+        print(f"Train on it: see docs/dense.md, or {command()} train coco/fastvim_tiny --help")
+    return int(found)

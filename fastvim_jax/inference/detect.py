@@ -1,0 +1,93 @@
+"""Detect objects in image files with a trained run: drawings, and boxes and masks in COCO's results format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+from PIL import Image
+
+from fastvim_jax.analysis.detections import draw_objects
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.detection import fit_image
+from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.data.files import read_file
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.inference.drawings import Drawing, output_names
+from fastvim_jax.training.detection.config import DetectionConfig
+from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
+from fastvim_jax.training.run_folder import Run
+
+DetectOne = Callable[[UInt8[np.ndarray, "h w 3"]], list[dict[str, Any]]]
+RESULTS = "detections.json"
+_NAMED = 5
+
+
+def make_detector(run: Run) -> DetectOne:
+    """Return a function from RGB pixels of any size to detections, best first.
+
+    Each is a dictionary of `category_id` (the label, from 0), `bbox` [x, y, width, height] in pixels of the image,
+    `score` and, of a detector with masks, `segmentation` (RLE). The model is compiled once, whatever the images' sizes.
+
+    Args:
+        run: a detection run, from `load_run`.
+    """
+    config = run.config
+    assert isinstance(config, DetectionConfig)
+    graphdef, state = nnx.split(run.model)
+    preprocess = make_preprocess(config.data)
+    labels = tuple(range(config.model.num_classes))
+
+    @jax.jit
+    def found_in(state: Any, images: jax.Array, scale: jax.Array) -> Any:
+        return nnx.merge(graphdef, state)(preprocess(images), scale=scale)
+
+    def detect(image: UInt8[np.ndarray, "h w 3"]) -> list[dict[str, Any]]:
+        fitted, scale = fit_image(image, config.data)
+        found = jax.device_get(found_in(state, fitted[None], scale[None]))
+        one = jax.tree.map(lambda x: x[0], found)
+        return as_coco(one, image.shape[0], image.shape[1], labels)
+
+    return detect
+
+
+def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+    """Detect objects in files, draw NAME_detections.png of each, and write all to detections.json.
+
+    The JSON file has COCO's instances format: `images`, `categories` and, with scores, `annotations`.
+    """
+    detect = make_detector(run)
+    names = dict(enumerate(run.class_names))
+    drawings: list[Drawing] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for file, name in zip(files, output_names(files), strict=True):
+        try:
+            image = np.asarray(decode_image(read_file(file), channels=3, name=str(file)))
+        except DecodeError as error:
+            drawings.append(Drawing(str(file), error=str(error)))
+            continue
+        found = detect(image)
+        shown = [d for d in found if d["score"] >= LEAST_SCORE]
+        drawn = out / f"{name}_detections.png"
+        Image.fromarray(draw_objects(image, captioned(shown, names))).save(drawn)
+        entry = {"id": len(images) + 1, "file_name": str(file)}
+        images.append({**entry, "height": image.shape[0], "width": image.shape[1]})
+        for each in found:
+            place = {"id": len(annotations) + 1, "image_id": entry["id"]}
+            area = each["bbox"][2] * each["bbox"][3]
+            annotations.append({**place, **each, "area": area, "iscrowd": 0})
+        by_name = [{"class": names[d["category_id"]], **d} for d in found]
+        best = ", ".join(f"{names[d['category_id']]} {d['score']:.0%}" for d in shown[:_NAMED])
+        text = f"{len(shown)} objects with a score of {LEAST_SCORE} or more{': ' if best else ''}{best}"
+        drawings.append(Drawing(str(file), (str(drawn),), by_name, text))
+    categories = [{"id": i, "name": name} for i, name in names.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (out / RESULTS).write_text(json.dumps(content), encoding="utf-8")
+    return drawings
