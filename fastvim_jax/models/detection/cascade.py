@@ -152,22 +152,51 @@ class CascadeRCNN(nnx.Module):
         scale: Float[Array, "b 2"],
     ) -> Detections:
         """Refine proposals stage by stage, average the stages' logits, suppress, and predict masks."""
-        boxes, logits = proposals.boxes, []
+        found = self.suppress(*self.cascade(levels, proposals.boxes, size), proposals.valid, size, scale)
+        if not self.config.masks:
+            return found
+        resized = found.boxes * jnp.concatenate([scale, scale], -1)[:, None]
+        return found._replace(masks=self.mask_probabilities(levels, resized, found.labels))
+
+    def cascade(
+        self,
+        levels: Sequence[Float[Array, "b _h _w d"]],
+        boxes: Float[Array, "b n 4"],
+        size: Float[Array, "b 2"],
+    ) -> tuple[Float[Array, "b n 4"], Float[Array, "b n classes"], Float[Array, "b n sets 4"]]:
+        """Refine boxes stage by stage; return the last stage's input, the mean of all logits and the last deltas."""
+        logits = []
         for i, (stage, settings) in enumerate(zip(self.stages, self.config.stages, strict=True)):
             scores, deltas = self.box_scores(stage, levels, boxes)
             logits.append(scores)
             if i < len(self.stages) - 1:
                 boxes = refine(boxes, scores, deltas, settings, size)
-        mean = jnp.mean(jnp.stack(logits), 0)
-        found = detections(boxes, mean, deltas, proposals.valid, settings, size, scale, self.config)
-        if not self.config.masks:
-            return found
-        resized = found.boxes * jnp.concatenate([scale, scale], -1)[:, None]
+        return boxes, jnp.mean(jnp.stack(logits), 0), deltas
+
+    def suppress(
+        self,
+        boxes: Float[Array, "b n 4"],
+        logits: Float[Array, "b n classes"],
+        deltas: Float[Array, "b n sets 4"],
+        valid: Bool[Array, "b n"],
+        size: Float[Array, "b 2"],
+        scale: Float[Array, "b 2"],
+    ) -> Detections:
+        """Turn what `cascade` returned into detections without masks."""
+        stage = self.config.stages[-1]
+        return detections(boxes, logits, deltas, valid, stage, size, scale, self.config)
+
+    def mask_probabilities(
+        self,
+        levels: Sequence[Float[Array, "b _h _w d"]],
+        boxes: Float[Array, "b n 4"],
+        labels: Int[Array, "b n"],
+    ) -> Float[Array, "b n size size"]:
+        """Average the stages' mask probabilities for the class of each box, in pixels of the padded image."""
         masks = [
-            jax.nn.sigmoid(self.mask_logits(stage, levels, resized, found.labels))
-            for stage in self.stages
+            jax.nn.sigmoid(self.mask_logits(stage, levels, boxes, labels)) for stage in self.stages
         ]
-        return found._replace(masks=jnp.mean(jnp.stack(masks), 0))
+        return jnp.mean(jnp.stack(masks), 0)
 
     def box_scores(
         self,
