@@ -1,8 +1,8 @@
 """FastVim-T with Cascade Mask R-CNN on COCO (80 classes, 1024 px): box AP 45.1, mask AP 39.0 in the paper
 (section 4.6), 66,359,202 parameters.
 
-The recipe of every file in this folder: ViTDet's simple pyramid, three stages; 118,287 images, 184,375 steps of 64 (here
-100 whole epochs, 184,800 steps), AdamW 1e-4, decay 0.05, clipped at 35, 250 steps of warm-up, a tenth of the rate
+The recipe of every file in this folder: ViTDet's simple pyramid, three stages; 118,287 images, 184,375 steps of 64
+(here 100 whole epochs), AdamW 1e-4, decay 0.05, clipped at 35, 250 steps of warm-up, a tenth of the rate
 from 8/9 and 26/27 of the run on, layer-wise rates of 0.7; flipped, resized by 0.1 to 2, cropped and padded to 1024 px.
 It starts from ImageNet weights:
 

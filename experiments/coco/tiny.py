@@ -1,7 +1,7 @@
 """FastVim-T with Cascade Mask R-CNN learns 24 real COCO images by heart, from nothing: minutes on one GPU.
 
-It shows that the whole path works (JSON, polygons, crowds, training, detection, masks, average precision, pictures), and
-nothing about generalisation: it is evaluated on its training images, without augmentation. 66,359,202 parameters.
+It shows that the whole path works (JSON, polygons, crowds, training, detection, masks, average precision, pictures),
+and nothing about generalisation: it is evaluated on its training images, without augmentation. 66,359,202 parameters.
 
 The anchors are smaller than the recipe's and every object claims its best ones, down to an IoU of 0.1: a tenth of these
 objects is so small that no anchor of the recipe reaches the 0.3 which it asks for.

@@ -10,6 +10,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 Pixels = UInt8[np.ndarray, "h w 3"]
+AnyPixels = UInt8[np.ndarray, "_h _w 3"]
+"""As `Pixels`, where images of several sizes meet."""
 _TEXT = 16
 _GAP = 4
 
@@ -35,7 +37,9 @@ def overlay(image: Pixels, labels: Int[np.ndarray, "h w"], classes: int) -> Pixe
     return (image * 0.25 + grey * 0.2 + drawn * share + grey * (0.55 - share)).astype(np.uint8)
 
 
-def picture_grid(rows: Sequence[tuple[str, Sequence[Pixels]]], *, width: int = 320) -> Image.Image:
+def picture_grid(
+    rows: Sequence[tuple[str, Sequence[AnyPixels]]], *, width: int = 320
+) -> Image.Image:
     """Lay out pictures row by row, each `width` pixels wide, with a line of text above each row."""
     drawn = [
         (title, [Image.fromarray(p).resize((width, _height(p, width))) for p in pictures])

@@ -1,7 +1,7 @@
 """Measures a Cascade Mask R-CNN by parts: backbone, neck, heads, post-processing, the whole, and training steps.
 
-Post-processing is what selects: proposals (top-k, decoding, suppression) and detections. The parts are compiled apart, so
-that their times add up to a little more than that of the whole. Weights are random: their scores are alike, so that
+Post-processing is what selects: proposals (top-k, decoding, suppression) and detections. The parts are compiled apart,
+so that their times add up to a little more than that of the whole. Weights are random: their scores are alike, so that
 suppression works on as many candidates as there can be, more than on real images.
 """
 
@@ -27,7 +27,9 @@ from fastvim_jax.training.optimizer import make_optimizer
 from fastvim_jax.training.steps import TrainState, init_state, make_train_step
 from pallas_kernels import timing
 
-Part = Literal["backbone", "neck", "rpn", "proposals", "boxes", "detections", "masks", "whole", "train"]
+Part = Literal[
+    "backbone", "neck", "rpn", "proposals", "boxes", "detections", "masks", "whole", "train"
+]
 Setting = tuple[str, int, int, str, Part]  # model's name, pixels, batch, precision, part
 PARTS: tuple[Part, ...] = (
     "backbone", "neck", "rpn", "proposals", "boxes", "detections", "masks", "whole", "train",

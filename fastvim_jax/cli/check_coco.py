@@ -56,9 +56,10 @@ def run(arguments: Sequence[str]) -> int:
             as_json[split] = dataclasses.asdict(report)
             continue
         used = sum(count > 0 for count in report.objects.values())
+        objects = sum(report.objects.values())
         print(
-            f"{split}: {report.records} images ({report.empty} without objects), {sum(report.objects.values())} "
-            f"objects and {report.crowds} crowds, {used} of {len(report.objects)} categories, {len(report.problems)} problems"
+            f"{split}: {report.records} images ({report.empty} without objects), {objects} objects and {report.crowds} "
+            f"crowds, {used} of {len(report.objects)} categories, {len(report.problems)} problems"
         )
         for note in report.notes:
             print(f"  note: {note}")

@@ -1,4 +1,4 @@
-"""`fastvim bench scan|mixer|model|train|segment|data`: measurements, printed as tables and kept as JSON."""
+"""`fastvim bench scan|mixer|model|train|segment|detect|data`: measurements, printed as tables and kept as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from fastvim_jax.cli.bench.data import data
+from fastvim_jax.cli.bench.detect import detect
 from fastvim_jax.cli.bench.mixer import mixer
 from fastvim_jax.cli.bench.model import model, train
 from fastvim_jax.cli.bench.scan import scan
@@ -25,6 +26,7 @@ Benches:
   model    images a second of FastVim, Vim and ViT
   train    images a second of training steps; largest batch; trace and compile time
   segment  segmentation models by parts: backbone, heads, classes, whole; training steps
+  detect   detectors by parts: backbone, neck, heads, post-processing, whole; training steps
   data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)
 """
 
@@ -35,6 +37,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "data": data,
     "segment": segment,
+    "detect": detect,
 }
 
 

@@ -36,6 +36,8 @@ class Detect(Options):
     """Channels of pyramid and heads."""
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
+    peer: bool = False
+    """Also measure torchvision's Mask R-CNN (ResNet-50 FPN v2) at these pixels and batches, on a GPU."""
     json: Path | None = None
     """Keep all rows in this file, with device, versions and commit."""
 
@@ -62,4 +64,9 @@ def detect(arguments: Sequence[str]) -> int:
             blocks="unroll" if gpu else "scan",
             **how,
         )
+        if chosen.peer:
+            from fastvim_jax.bench import torchvision_peer
+
+            places = dict.fromkeys((pixels, batch) for _, pixels, batch, _, _ in settings)
+            cases += torchvision_peer.cases(list(places))
     return status(measure("detect", cases, bench.COLUMNS, arguments, chosen.json))

@@ -152,7 +152,9 @@ class CascadeRCNN(nnx.Module):
         scale: Float[Array, "b 2"],
     ) -> Detections:
         """Refine proposals stage by stage, average the stages' logits, suppress, and predict masks."""
-        found = self.suppress(*self.cascade(levels, proposals.boxes, size), proposals.valid, size, scale)
+        found = self.suppress(
+            *self.cascade(levels, proposals.boxes, size), proposals.valid, size, scale
+        )
         if not self.config.masks:
             return found
         resized = found.boxes * jnp.concatenate([scale, scale], -1)[:, None]

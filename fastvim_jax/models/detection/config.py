@@ -156,9 +156,9 @@ class DetectorConfig:
         return self.backbone.dtype
 
     @property
-    def box_classes(self) -> int:
-        """Sets of deltas a box head predicts."""
-        return 1 if self.class_agnostic else self.num_classes
+    def image_size(self) -> tuple[int, int]:
+        """Height and width for which the backbone's position embeddings are made."""
+        return self.backbone.image_size  # type: ignore[return-value]  # a pair once it is checked
 
 
 def cascade_mask_rcnn(backbone: VisionMambaConfig | ViTConfig, **options: Any) -> DetectorConfig:

@@ -133,27 +133,34 @@ def as_coco(
 ) -> list[dict[str, Any]]:
     """Convert one image's detections (without batch axis) to COCO's results format.
 
+    The model clips boxes to its padded input. Here they are clipped to the image; those wholly in the padding are dropped.
+
     Args:
         found: from the model.
         height: of the original image.
         width: of the original image.
         category_ids: COCO's id of each label.
     """
-    kept = np.flatnonzero(found.valid)
-    boxes = np.asarray(found.boxes[kept], np.float64)
+    limits = np.asarray([width, height, width, height], np.float64)
+    clipped = np.clip(np.asarray(found.boxes, np.float64), 0, limits)
+    kept = np.flatnonzero(found.valid & (clipped[:, 2:] > clipped[:, :2]).all(1))
+    boxes = np.asarray(found.boxes, np.float64)
     records: list[dict[str, Any]] = [
         {
             "category_id": category_ids[int(found.labels[i])],
-            "bbox": [round(float(v), 3) for v in (*box[:2], *(box[2:] - box[:2]))],
+            "bbox": [
+                round(float(v), 3) for v in (*clipped[i, :2], *(clipped[i, 2:] - clipped[i, :2]))
+            ],
             "score": round(float(found.scores[i]), 6),
         }
-        for i, box in zip(kept, boxes, strict=True)
+        for i in kept
     ]
     if found.masks is not None:
         encode = coco_masks().encode
-        for record, i, box in zip(records, kept, boxes, strict=True):
+        for record, i in zip(records, kept, strict=True):
             probability = np.asarray(found.masks[i], np.float64)
-            (mask,) = paste_masks(probability[None], box[None], height, width)
+            # A mask fills the box as it was predicted.
+            (mask,) = paste_masks(probability[None], boxes[i][None], height, width)
             rle = encode(np.asfortranarray(mask.astype(np.uint8)))
             record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
     return records

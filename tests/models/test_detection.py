@@ -1,0 +1,82 @@
+"""What the detectors promise for every input: exact RoIAlign at any aspect ratio, greedy suppression, sound configs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import VisionMambaConfig, cascade_mask_rcnn
+from fastvim_jax.models.detection import DetectorConfig
+from fastvim_jax.models.detection.nms import nms
+from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
+
+SIZE = 256
+STRIDES = (4, 8, 16, 32)
+
+
+def extreme_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Boxes inside the image of every size and aspect ratio, some as wide as the image and a pixel high."""
+    sides = np.exp(rng.uniform(np.log(0.5), np.log(SIZE), (count, 2)))
+    sides[: count // 4, 0] = SIZE
+    low = rng.uniform(0, 1, (count, 2)) * (SIZE - sides)
+    return np.concatenate([low, low + sides], -1).astype(np.float32)
+
+
+def test_no_box_reads_more_cells_than_the_bound(rng):
+    grids = [(SIZE // s, SIZE // s) for s in STRIDES]
+    boxes = jnp.asarray(extreme_boxes(rng, 200))
+    maps = [jnp.asarray(rng.standard_normal((*grid, 2)), jnp.float32) for grid in grids]
+    level = box_levels(boxes, len(STRIDES))
+    assert len(np.unique(level)) == 3  # level 3 begins at 448 pixels
+    pool = partial(roi_align, maps, boxes, level, strides=STRIDES, size=(7, 7))
+    bound = cell_bound(grids, STRIDES)
+    assert bound < max(h * w for h, w in grids)
+    everything = jax.jit(partial(pool, cells=max(h * w for h, w in grids)))()
+    np.testing.assert_allclose(
+        jax.jit(partial(pool, cells=bound))(), everything, rtol=1e-5, atol=1e-6
+    )
+
+
+def greedy(boxes, scores, valid, groups, threshold):
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind="stable"):
+        low = np.maximum(boxes[kept, :2], boxes[i, :2]).reshape(-1, 2)
+        high = np.minimum(boxes[kept, 2:], boxes[i, 2:]).reshape(-1, 2)
+        shared = np.maximum(high - low, 0).prod(1)
+        area = lambda b: (b[..., 2:] - b[..., :2]).prod(-1)  # noqa: E731
+        iou = shared / np.maximum(area(boxes[kept]) + area(boxes[i]) - shared, 1e-6)
+        if valid[i] and not ((iou > threshold) & (groups[kept] == groups[i])).any():
+            kept.append(int(i))
+    return kept
+
+
+def test_suppression_is_the_greedy_one(rng):
+    suppress = jax.jit(partial(nms, threshold=0.5, k=60))
+    for _ in range(5):
+        low = rng.integers(0, 40, (60, 2))
+        boxes = np.concatenate([low, low + rng.integers(10, 40, (60, 2))], -1).astype(np.float32)
+        scores = rng.integers(0, 20, 60).astype(np.float32)  # many are equal
+        valid, groups = rng.random(60) < 0.9, rng.integers(0, 2, 60).astype(np.int32)
+        found = suppress(boxes, scores, valid, groups=groups)
+        kept = greedy(boxes, scores, valid, groups, 0.5)
+        assert list(found.indices[found.valid]) == kept
+        few = nms(*map(jnp.asarray, (boxes, scores, valid)), 0.5, 3, groups=jnp.asarray(groups))
+        assert list(few.indices) == kept[:3]
+
+
+def test_configs_that_cannot_be_built_are_refused():
+    backbone = VisionMambaConfig(image_size=64, embed_dim=16, depth=2)
+    assert cascade_mask_rcnn(backbone).backbone.out_indices == (1,)
+    with pytest.raises(UserError, match="reads one block"):
+        DetectorConfig(backbone)
+    with pytest.raises(UserError, match="need 16"):
+        cascade_mask_rcnn(VisionMambaConfig(image_size=64, embed_dim=16, depth=2, patch_size=8))
+    with pytest.raises(UserError, match="stages is empty"):
+        cascade_mask_rcnn(backbone, stages=())
+    with pytest.raises(UserError, match="score"):
+        cascade_mask_rcnn(backbone, score=2.0)
