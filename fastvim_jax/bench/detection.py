@@ -73,7 +73,7 @@ def cases(
 def part_functions(config: DetectorConfig) -> dict[str, Callable[..., Any]]:
     """Return the functions of a detector's state and of the part before, by part."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
-    padded = config.backbone.image_size
+    padded = config.image_size
     rpn = config.rpn
 
     def size_of(x):
@@ -131,7 +131,7 @@ def _forward(row: timing.Row, config: DetectorConfig) -> timing.Case:
     if part == "whole":
         # Valid detections lie inside the image and are ordered: values have their own tests against golden numbers.
         scores = np.asarray(found.scores)
-        inside = np.asarray(found.boxes).max() <= max(config.backbone.image_size)
+        inside = np.asarray(found.boxes).max() <= max(config.image_size)
         error = 0.0 if inside and (np.diff(scores, axis=1) <= 0).all() else 1.0
     else:
         again = jax.jit(functions[part])(*arguments(0))
@@ -151,7 +151,7 @@ def _forward(row: timing.Row, config: DetectorConfig) -> timing.Case:
 def _inputs(functions, state, config: DetectorConfig, part: str, batch: int, seed: int) -> tuple:
     """Draw what a part reads, from random images through the parts before it where their values matter."""
     key = jax.random.key(seed)
-    images = jax.random.normal(key, (batch, *config.backbone.image_size, config.backbone.channels))
+    images = jax.random.normal(key, (batch, *config.image_size, config.backbone.channels))
     if part in ("backbone", "whole"):
         return (images,)
     shapes = jax.eval_shape(functions["backbone"], state, images)
@@ -220,7 +220,7 @@ def _training(config: DetectorConfig, batch: int) -> tuple[TrainState, timing.Pr
 def _batch(config: DetectorConfig, batch: int, seed: int) -> dict[str, jax.Array]:
     """Draw random images with `OBJECTS` objects, whose masks are random bits."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    height, width = config.backbone.image_size
+    height, width = config.image_size
     sides = jnp.asarray([width, height], jnp.float32)
     low = jax.random.uniform(keys[0], (batch, _ROOM, 2), maxval=0.7) * sides
     high = low + jax.random.uniform(keys[1], low.shape, minval=0.05, maxval=0.3) * sides

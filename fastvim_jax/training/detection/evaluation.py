@@ -133,7 +133,8 @@ def as_coco(
 ) -> list[dict[str, Any]]:
     """Convert one image's detections (without batch axis) to COCO's results format.
 
-    The model clips boxes to its padded input. Here they are clipped to the image; those wholly in the padding are dropped.
+    The model clips boxes to its padded input. Here they are clipped to the image, and those wholly in the padding are
+    dropped.
 
     Args:
         found: from the model.
