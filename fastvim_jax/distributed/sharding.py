@@ -83,6 +83,8 @@ def with_auto_axes(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(self, images, **options):
+        if not hasattr(images, "shape"):  # no array: the method says what it wants
+            return method(self, images, **options)
         lies = jax.typeof(images).sharding
         kinds = zip(lies.mesh.axis_names, lies.mesh.axis_types, strict=True)
         explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
