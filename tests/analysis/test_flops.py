@@ -9,7 +9,8 @@ from flax import nnx
 
 from fastvim_jax.analysis import count_parameters, gmacs, model_cost, parallel_steps, scan_steps
 from fastvim_jax.errors import UserError
-from fastvim_jax.layers import mixer as mixer_module
+from fastvim_jax.layers import conv as conv_module
+from fastvim_jax.layers import direction as direction_module
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model, model_config
 
 PAPER = {
@@ -82,8 +83,8 @@ def test_products_of_a_mamba_are_those_of_its_program(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether a scan or convolution backend uses matrix products inside is its own affair.
-    monkeypatch.setattr(mixer_module, "selective_scan", lambda u, *args, **options: u)
-    monkeypatch.setattr(mixer_module, "causal_conv1d", lambda x, *args, **options: x)
+    monkeypatch.setattr(direction_module, "selective_scan", lambda u, *args, **options: u)
+    monkeypatch.setattr(conv_module, "causal_conv1d", lambda x, *args, **options: x)
     config = VisionMambaConfig(
         image_size=(24, 40), patch_size=8, num_classes=7, embed_dim=16, depth=3, blocks="unroll",
         **options,
