@@ -18,6 +18,7 @@ import numpy as np
 
 from fastvim_jax.data.files import read_inside
 from fastvim_jax.data.fingerprint import file_stamp
+from fastvim_jax.data.listing import SharedArray
 from fastvim_jax.data.records import DecodeError, Record, Source, printable
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.labels import list_for, names_of_labels, whole_labels
@@ -85,11 +86,12 @@ class ParquetSource:
         self._image, self._label, own = _columns(schema, self._files[0])
         classes = list_for(root, class_list, own)
         names = classes.names if classes else own
-        self._labels, self._groups = self._read_layout(names)
-        if not len(self._labels):
+        labels, self._groups = self._read_layout(names)
+        self._labels = SharedArray(labels)
+        if not len(labels):
             raise UserError(f"The split {split!r} in {str(root)!r} holds no record.")
         self.class_names = names_of_labels(
-            self._labels,
+            labels,
             f"The split {split!r} in {str(root)!r}",
             own=own,
             classes=classes,
@@ -100,10 +102,10 @@ class ParquetSource:
     @property
     def labels(self) -> np.ndarray:
         """Every record's label, known without reading an image."""
-        return self._labels
+        return self._labels.values
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -124,7 +126,7 @@ class ParquetSource:
             data = read_inside(self._root, path, follow_links=self._follow_links)
         if not isinstance(data, bytes):
             raise DecodeError(f"{name}: there is no image in the record.")
-        return Record(data, int(self._labels[index]), name)
+        return Record(data, int(self.labels[index]), name)
 
     def stamp(self, index: int) -> str:
         """Return what changes with a record: its file and label (`fingerprint.Stamped`).
@@ -133,7 +135,7 @@ class ParquetSource:
         """
         shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
         file = self._files[shard]
-        return f"{file_stamp(file)} {self._labels[index]} {file.name}[{index}]"
+        return f"{file_stamp(file)} {self.labels[index]} {file.name}[{index}]"
 
     def _read_layout(self, names: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
         """Read every label, and shard, group and first record of each row group."""

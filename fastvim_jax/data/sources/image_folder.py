@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvim_jax.data.files import check_link, read_file, walk
 from fastvim_jax.data.fingerprint import file_stamp
+from fastvim_jax.data.listing import SharedArray, Texts
 from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.class_lists import (
     ClassList,
@@ -74,15 +75,15 @@ class ImageFolderSource:
                 f"{str(self._root)!r} has folders that are no known class: {', '.join(unknown[:5])}"
                 f"{' ...' if len(unknown) > 5 else ''}. Classes come from the class list or from train/."
             )
-        self._files: list[str] = []
+        files: list[str] = []
         labels: list[int] = []
         for folder in folders:
             check_link(str(self._root / folder), home, follow_links=follow_links)
             for file in self._images(self._root / folder):
-                self._files.append(os.path.relpath(file, self._root))
+                files.append(os.path.relpath(file, self._root))
                 labels.append(label_of[folder])
-        self._labels = np.asarray(labels, np.int64)
-        if not self._files:
+        self._files, self._labels = Texts(files), SharedArray(np.asarray(labels, np.int64))
+        if not files:
             raise UserError(
                 f"No images in {str(self._root)!r}: expected one folder a class, with files ending in "
                 f"{', '.join(sorted(EXTENSIONS))}."
@@ -91,19 +92,19 @@ class ImageFolderSource:
     @property
     def labels(self) -> np.ndarray:
         """Every record's label, known without reading an image."""
-        return self._labels
+        return self._labels.values
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
         file = os.path.join(self._root, self._files[index])
-        return Record(read_file(file), int(self._labels[index]), printable(file))
+        return Record(read_file(file), int(self.labels[index]), printable(file))
 
     def stamp(self, index: int) -> str:
         """Return what changes with a record: its file and label (`fingerprint.Stamped`)."""
         file = self._files[index]
-        return f"{file_stamp(self._root / file)} {self._labels[index]} {file}"
+        return f"{file_stamp(self._root / file)} {self.labels[index]} {file}"
 
     def unread(self) -> list[str]:
         """Files in the split that are no record: of another extension, or beside the class folders; hidden ones not."""

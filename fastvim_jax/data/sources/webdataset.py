@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvim_jax.data.fingerprint import file_stamp
+from fastvim_jax.data.listing import SharedArray, Texts
 from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
@@ -45,18 +46,18 @@ class WebDatasetSource:
                 f"No tar shards of a split {split!r} in {str(root)!r}; splits found there: "
                 f"{', '.join(names) or 'none'}." + suggest(split, names)
             )
-        self._keys: list[str] = []
+        keys: list[str] = []
         places: list[tuple[int, int, int, int]] = []
         for number, shard in enumerate(self._shards):
             for key, offset, size, label in _index(shard):
-                self._keys.append(key)
+                keys.append(key)
                 places.append((number, offset, size, label))
         if not places:
             raise UserError(f"The tar shards of {split!r} in {str(root)!r} hold no labelled image.")
-        self._places = np.asarray(places, np.int64)
+        self._keys, self._places = Texts(keys), SharedArray(np.asarray(places, np.int64))
         classes = list_for(root, class_list)
         self.class_names = names_of_labels(
-            self._places[:, 3],
+            self.labels,
             f"The tar shards of {split!r} in {str(root)!r}",
             classes=classes,
             any_label=any_label,
@@ -66,13 +67,13 @@ class WebDatasetSource:
     @property
     def labels(self) -> np.ndarray:
         """Every record's label, known without reading an image."""
-        return self._places[:, 3]
+        return self._places.values[:, 3]
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Record:
-        number, offset, size, label = (int(v) for v in self._places[index])
+        number, offset, size, label = (int(v) for v in self._places.values[index])
         shard = self._shards[number]
         with shard.open("rb") as file:
             file.seek(offset)
@@ -80,7 +81,7 @@ class WebDatasetSource:
 
     def stamp(self, index: int) -> str:
         """Return what changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
-        number, *place = (int(v) for v in self._places[index])
+        number, *place = (int(v) for v in self._places.values[index])
         shard = self._shards[number]
         return f"{file_stamp(shard)} {place} {shard.name}/{self._keys[index]}"
 

@@ -1,0 +1,104 @@
+"""Large listings of a data set, which worker processes map into memory instead of getting a copy each.
+
+The files and labels of ImageNet are 45 MB when pickled, and 150 MB as Python objects in every worker. Packed into
+arrays they are 45 MB in one file, whose pages all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+SHARED_FROM = 2**20
+"""Bytes from which on an array goes to workers as a file; smaller ones are sent as they are."""
+_PREFIX = "fastvim-listing-"
+_folders: dict[int, Path] = {}
+
+
+class SharedArray:
+    """An array that is pickled as the name of a file with its content.
+
+    Attributes:
+        values: the array; read-only, and mapped into memory, in a process that unpickled it.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self._file = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.values.nbytes < SHARED_FROM:
+            return {"values": self.values, "_file": ""}
+        if not self._file:
+            folder = _own_folder()
+            descriptor, self._file = tempfile.mkstemp(suffix=".npy", dir=folder)
+            with open(descriptor, "wb") as opened:
+                np.save(opened, self.values, allow_pickle=False)
+        return {"_file": self._file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._file:
+            self.values = np.load(self._file, mmap_mode="r", allow_pickle=False)
+
+
+class Texts(Sequence[str]):
+    """A sequence of strings packed into two arrays; file names that are not UTF-8 stay what they are."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._ends = SharedArray(ends)
+        self._bytes = SharedArray(np.frombuffer(b"".join(encoded), np.uint8))
+
+    def __len__(self) -> int:
+        return len(self._ends.values) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = range(len(self))[index]
+        start, stop = self._ends.values[place : place + 2]
+        return self._bytes.values[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def _own_folder() -> Path:
+    """Return this process's folder for such files, which it removes when it ends."""
+    number = os.getpid()
+    if number not in _folders:
+        _remove_left_over()
+        _folders[number] = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{number}-"))
+        atexit.register(_remove, number)
+    return _folders[number]
+
+
+def _remove(number: int) -> None:
+    if number == os.getpid():  # A forked child would remove its parent's.
+        shutil.rmtree(_folders[number], ignore_errors=True)
+
+
+def _remove_left_over() -> None:
+    """Remove the folders of processes of this user that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        number = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if number.isdecimal() and folder.stat().st_uid == os.getuid():
+                try:
+                    os.kill(int(number), 0)
+                except ProcessLookupError:
+                    shutil.rmtree(folder, ignore_errors=True)
