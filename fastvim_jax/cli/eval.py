@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -36,8 +37,15 @@ class Arguments:
     """Print JSON."""
 
 
+OTHER_TASKS = {"SegmentationConfig": "fastvim_jax.cli.eval_segmentation"}
+"""The module that evaluates runs of a task with scores of its own, by the name of its config's class."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a trained run: top-1, top-5 and loss, every image counted once."""
+    if (other := OTHER_TASKS.get(_task(arguments))) is not None:
+        status: int = importlib.import_module(other).run(arguments)
+        return status
     from fastvim_jax.distributed import is_first_process, start
     from fastvim_jax.training.classification.run_scores import RunScores, score_run
 
@@ -77,6 +85,15 @@ def run(arguments: Sequence[str]) -> int:
     else:
         _print(chosen, f"{data.source} {data.eval_split}", found)
     return 0
+
+
+def _task(arguments: Sequence[str]) -> str:
+    """Return the class name of the config of the run that is named first; empty if none is."""
+    from fastvim_jax.training.run_folder import CONFIG_FILE, read_config
+
+    if not arguments or not (Path(arguments[0]) / CONFIG_FILE).is_file():
+        return ""
+    return type(read_config(arguments[0])).__name__
 
 
 def _data(run_dir: Path) -> Any:

@@ -105,18 +105,28 @@ class UperNet(nnx.Module):
     Trained values are `nnx.Param`; running statistics of batch norms are `nnx.BatchStat`.
     """
 
-    def __init__(self, config: UperNetConfig, *, backbone: nnx.Module, rngs: nnx.Rngs):
-        """Put neck and heads on `backbone`, which maps images to four maps of `config.backbone.embed_dim` channels."""
+    def __init__(
+        self,
+        config: UperNetConfig,
+        *,
+        backbone: nnx.Module,
+        widths: Sequence[int] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Put neck and heads on `backbone`, which maps images to four maps.
+
+        Their channels are `widths`, by default `config.backbone.embed_dim` each. A neck wants equal ones.
+        """
         self.config, p = config, config.precision
-        width = config.backbone.embed_dim
+        widths = (config.backbone.embed_dim,) * 4 if widths is None else tuple(widths)
         self.backbone: Any = backbone
         self.neck: Any = nnx.data(None)
         if config.neck == "deconvolution":
-            self.neck = DeconvolutionNeck(width, precision=p, rngs=rngs)
+            self.neck = DeconvolutionNeck(widths[0], precision=p, rngs=rngs)
         elif config.neck == "multilevel":
-            self.neck = MultiLevelNeck((width,) * 4, width, precision=p, rngs=rngs)
+            self.neck = MultiLevelNeck(widths, widths[0], precision=p, rngs=rngs)
         self.decode_head = UPerHead(
-            (width,) * 4,
+            widths,
             features=config.channels,
             classes=config.num_classes,
             pool_scales=config.pool_scales,
@@ -126,7 +136,7 @@ class UperNet(nnx.Module):
         )
         self.auxiliary_head = (
             FCNHead(
-                width,
+                widths[config.auxiliary_level],
                 features=config.auxiliary_channels,
                 classes=config.num_classes,
                 dropout=config.dropout,

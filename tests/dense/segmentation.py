@@ -156,6 +156,7 @@ def build_segmentor(golden: Golden, dtype: str) -> UperNet:
     model = UperNet(
         config,
         backbone=FourConvs(stand_in["p"], stand_in["dims"], config.precision),
+        widths=stand_in["dims"],
         rngs=nnx.Rngs(0),
     )
     from_torch_state_dict(model, golden.state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastvim_jax.cli.main import main
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import load_run, read_metrics, train
 from fastvim_jax.training.metrics import RunLog
@@ -62,6 +64,23 @@ def test_an_interrupted_run_ends_in_the_same_bits(scenes, finished, tmp_path, mo
     train(tiny_config(scenes), tmp_path / "run", progress=False)
     for resumed, whole in zip(leaves(tmp_path / "run"), leaves(finished[0]), strict=True):
         np.testing.assert_array_equal(resumed, whole)
+
+
+def test_a_run_is_evaluated_and_drawn_from_the_command_line(finished, tmp_path, capsys):
+    folder, result = finished
+    assert main(["eval", str(folder), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["miou"] == result.metrics["raw_miou"] and scores["count"] == 2
+    image = Path(load_run(folder).config.data.path) / "images/validation/scene_0.jpg"
+    wrong = tmp_path / "no_image.jpg"
+    wrong.write_bytes(b"text")
+    drawn = ["predict", str(folder), str(image), str(wrong), "--out", str(tmp_path / "drawn")]
+    assert main(drawn) == 1
+    captured = capsys.readouterr()
+    assert "scene_0_mask.png" in captured.out and "no_image.jpg" in captured.err
+    with Image.open(tmp_path / "drawn/scene_0_mask.png") as mask, Image.open(image) as pixels:
+        assert mask.size == pixels.size and np.asarray(mask).max() < 3
+    assert main(drawn[:-2]) == 2 and "--out" in capsys.readouterr().err
 
 
 def test_running_statistics_are_part_of_the_run(finished):

@@ -1,0 +1,75 @@
+"""`fastvim eval RUN` of a segmentation run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to evaluate on what."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    split: str | None = None
+    """Which split of the data; by default the one the run was evaluated on."""
+    path: str | None = None
+    """The data set's folder; by default the run's."""
+    per_class: bool = False
+    """Also show IoU and accuracy of each class."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate a segmentation run by slide inference: mIoU, mAcc and aAcc over all pixels of all images."""
+    from fastvim_jax.distributed import is_first_process, start
+    from fastvim_jax.training.run_folder import read_config
+    from fastvim_jax.training.segmentation.run_scores import score_run
+
+    chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
+    start()
+    given = {"eval_split": chosen.split, "path": chosen.path}
+    with as_usage_error():
+        data = dataclasses.replace(
+            read_config(chosen.run).data, **{k: v for k, v in given.items() if v is not None}
+        )
+    found = score_run(chosen.run, data, step=chosen.step, progress=not chosen.json)
+    if not is_first_process():
+        return 0
+    scores: dict[str, Any] = {"count": found.count, **found.areas.scores()}
+    names = zip(found.class_names, found.areas.iou, found.areas.accuracy, strict=True)
+    classes = [{"class": n, "iou": _known(iou), "accuracy": _known(acc)} for n, iou, acc in names]
+    for reason in found.unread:
+        print(f"fastvim: left out: {reason}", file=sys.stderr)
+    if chosen.json:
+        more = {"classes": classes} if chosen.per_class else {}
+        whole = {"run": str(chosen.run), "step": found.step, "split": data.eval_split}
+        print(json.dumps({**whole, "scores": scores | more}, indent=2, ensure_ascii=False))
+        return 0
+    print(
+        f"{chosen.run} at step {found.step}, on the {found.count} images of {data.eval_split}: mIoU "
+        f"{scores['miou']:.2%}, mAcc {scores['macc']:.2%}, aAcc {scores['aacc']:.2%}"
+    )
+    for row in classes if chosen.per_class else ():
+        shares = (
+            "       -" if row[key] is None else f"{row[key]:>8.2%}" for key in ("iou", "accuracy")
+        )
+        print(f"  {' '.join(shares)}  {row['class']}")
+    return 0
+
+
+def _known(ratio: float) -> float | None:
+    return None if math.isnan(ratio) else float(ratio)
