@@ -15,7 +15,7 @@ from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.typing import Images
 
 
-def channel_inputs(model: Any, images: Images, batch: Mapping[str, Any]) -> dict[str, Any]:
+def channel_inputs(model: Any, images: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments by which `model` takes normalised `images` with the channels that a batch names.
 
     A channel model is told `channel_ids`. Any other model reads all channels: those that are missing are 0, their mean.

@@ -28,7 +28,8 @@ def test_models_lists_what_they_cost(fastvim: Cli) -> None:
     status, out, _ = fastvim("models", "vim_tiny", "--image-size", "32", "64", "--json")
     costs = json.loads(out)
     assert status == 0
-    assert set(costs) == {"vim_tiny_patch16_224", "fastvim_tiny_patch16_224"}
+    assert {"vim_tiny_patch16_224", "fastvim_tiny_patch16_224"} <= set(costs)
+    assert all("vim_tiny" in name for name in costs)
     assert costs["vim_tiny_patch16_224"]["scan_steps"] == [9]
     assert costs["fastvim_tiny_patch16_224"]["scan_steps"] == [2, 4]
     expected = model_cost(model_config("vim_tiny_patch16_224"), (32, 64))

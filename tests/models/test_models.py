@@ -42,6 +42,24 @@ PARAMETERS = {
     "mae_vit_small_patch16_224": 28_204_800,
     "mae_vit_base_patch16_224": 111_655_680,
     "mae_vit_large_patch16_224": 329_239_296,
+    "fastchannelvim_tiny_patch16_224": 6_907_361,
+    "fastchannelvim_small_patch16_224": 25_316_129,
+    "fastchannelvim_base_patch16_224": 96_638_369,
+    "fastchannelvim_tiny_patch8_224": 6_983_393,
+    "fastchannelvim_small_patch8_224": 25_468_193,
+    "fastchannelvim_base_patch8_224": 96_942_497,
+    "channelvim_tiny_patch16_224": 6_907_553,
+    "channelvim_small_patch16_224": 25_316_513,
+    "channelvim_base_patch16_224": 96_639_137,
+    "channelvim_tiny_patch8_224": 6_983_585,
+    "channelvim_small_patch8_224": 25_468_577,
+    "channelvim_base_patch8_224": 96_943_265,
+    "channelvit_tiny_patch16_224": 5_458_721,
+    "channelvit_small_patch16_224": 21_534_113,
+    "channelvit_base_patch16_224": 85_535_393,
+    "channelvit_tiny_patch8_224": 5_534_753,
+    "channelvit_small_patch8_224": 21_686_177,
+    "channelvit_base_patch8_224": 85_839_521,
 }
 
 MAMBA_OPTIONS = [
@@ -117,7 +135,7 @@ def test_every_parameter_of_each_family_gets_a_gradient(name, key):
 
 def test_no_model_is_missing_from_the_counts():
     assert set(list_models()) == set(PARAMETERS)
-    assert list_models("vit_*") == list_models("vit") and len(list_models("vit_*")) == 4
+    assert len(list_models("vit_*")) == 4 and set(list_models("vit_*")) < set(list_models("vit"))
 
 
 def in_both_modes(run, config, params, images, **kwargs):

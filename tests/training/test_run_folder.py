@@ -20,6 +20,9 @@ DAMAGES = [b"", b"[]", b"{}", b"null", b'{"starts": 3}', b"\xff\xfe", b'{"starts
 def folder(tmp_path):
     with start_run(tmp_path, CONFIG, NAMES):
         pass
+    (tmp_path / "checkpoints" / "1").mkdir(
+        parents=True
+    )  # A run that has saved nothing may be begun anew.
     return tmp_path
 
 
