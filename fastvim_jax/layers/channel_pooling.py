@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
 from fastvim_jax.typing import Inner, Pooled, Scores
+from pallas_kernels.dtypes import wide_dtype
 
 ScanOrder = Literal["channel", "spatial"]
 ChannelPoolAxes = Literal["alternate", "columns", "rows", "two_axes"]
@@ -75,7 +76,7 @@ class ChannelPooling:
         return self._permute(y, visited, back)
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         grid = x.reshape(x.shape[0], *self.view, x.shape[-1])
         if self.method == "mean":
             pooled = jnp.mean(grid, axis=2, dtype=wide) * self.scale

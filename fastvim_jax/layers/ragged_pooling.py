@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from fastvim_jax.layers.masking import transpose_ids
 from fastvim_jax.typing import Inner, Pooled, Scores
+from pallas_kernels.dtypes import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class RaggedPooling:
         return _gather(y, self.inverse)
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         if self.method == "none":
             return x if self.valid is None else jnp.where(self.valid[:, :, None], x, 0)
         member = self._members(reverse)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fastvim_jax.typing import FeatureMap
+from pallas_kernels.dtypes import wide_dtype
 
 
 @lru_cache(maxsize=256)
@@ -61,7 +62,7 @@ def apply_matrices(
     x: FeatureMap, rows: np.ndarray | Float[Array, "m h"], columns: np.ndarray | Float[Array, "n w"]
 ) -> FeatureMap:
     """Apply a matrix to the rows and one to the columns of `b h w c`. Sums are held in float32 or wider."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     matrices = [jnp.asarray(matrix, wide) for matrix in (rows, columns)]
     y = jnp.einsum("mh,bhwc->bmwc", matrices[0], x.astype(wide), precision="highest")
     return jnp.einsum("nw,bmwc->bmnc", matrices[1], y, precision="highest").astype(x.dtype)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
@@ -36,7 +38,7 @@ class ConvSpec:
         x is of `dtype`, the weights of float32 or wider.
         """
         keys = jax.random.split(jax.random.key(seed), 3)
-        wide = jnp.promote_types(jnp.float32, dtype)
+        wide = wide_dtype(dtype)
         arrays = {
             "x": jax.random.normal(keys[0], (self.batch, self.length, self.channels), wide).astype(
                 dtype

@@ -102,6 +102,8 @@ def unsupported(
     """Why the kernels cannot take this call, or None."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
+    if not all(isinstance(size, int) for size in xz.shape):
+        return f"xz {xz.shape} has a symbolic size"
     width, taps = xz.shape[-1] // 2, directions.kernels.shape[1]
     if width % 128:
         return f"{width} channels are not made of whole blocks of 128"

@@ -25,6 +25,8 @@ def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
     """Why the kernels cannot take this call, or None."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
+    if not all(isinstance(size, int) for size in xz.shape):
+        return f"xz {xz.shape} has a symbolic size"
     if min(xz.shape) < 1:
         return f"xz {xz.shape} is empty"
     width, taps = xz.shape[2] // 2, convolutions.kernels.shape[1]

@@ -98,7 +98,7 @@ def mix(
     else:
         total = jnp.repeat(y[0] + y[1], options.tokens, axis=1)
     for D, c in zip(directions.D, _convolved(x, directions), strict=True):
-        total = total + D.astype(total.dtype) * c
+        total = total + D.astype(total.dtype) * c.astype(total.dtype)
     return _swap(total / 2, options.columns, options)
 
 

@@ -30,6 +30,7 @@ def selective_scan(
     delta_softplus: bool = True,
     reverse: bool = False,
     return_last_state: Literal[False] = False,
+    initial_state: Float[Array, "b e n"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]: ...
 
@@ -48,6 +49,7 @@ def selective_scan(
     delta_softplus: bool = True,
     reverse: bool = False,
     return_last_state: Literal[True],
+    initial_state: Float[Array, "b e n"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b e n"]]: ...
 
@@ -65,6 +67,7 @@ def selective_scan(
     delta_softplus: bool = True,
     reverse: bool = False,
     return_last_state: bool = False,
+    initial_state: Float[Array, "b e n"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"] | tuple[Float[Array, "b l e"], Float[Array, "b e n"]]:
     """Compute the selective state-space recurrence of Mamba (Gu and Dao 2023, equations 2-4), channels last.
@@ -72,7 +75,7 @@ def selective_scan(
     Per batch entry, channel and state, over the steps t in the order visited:
 
         step_t = softplus(delta_t + delta_bias)
-        h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = 0
+        h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = initial_state or 0
         y_t    = (sum over n of C_t h_t  +  D u_t) SiLU(z_t)
 
     Differentiable (reverse mode, and once: for higher derivatives name an XLA implementation) with respect to every
@@ -94,6 +97,8 @@ def selective_scan(
         delta_softplus: whether steps are softplus(delta + delta_bias) or delta + delta_bias.
         reverse: visit the steps from last to first. Equal to flipping u, delta, B, C, z and y along l.
         return_last_state: also return the state after the last visited step.
+        initial_state: the state before the first visited step, zero if None. With the last state of one call, the next
+            call goes on where it ended: a sequence scanned in pieces equals one scan. The GPU kernels do not take it.
         implementation: "auto" (the fastest where the program is lowered for), "xla" (the fastest of the next two),
             "xla_associative", "xla_sequential", "pallas", or "reference".
 
@@ -104,7 +109,7 @@ def selective_scan(
         ValueError: a shape, rank or dtype does not fit, or the implementation's name is unknown.
         NotImplementedError: the implementation asked for by name cannot take this call.
     """
-    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if u.shape[0] == 0:  # no kernel, and no loop, takes an empty batch
         y, last_state = jnp.zeros(u.shape, u.dtype), jnp.zeros((0, *A.shape), inputs.wide_dtype)
         return (y, last_state) if return_last_state else y
@@ -119,13 +124,16 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
+def _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state=None) -> ScanInputs:
     """Check ranks, shapes and dtypes; give B and C a group axis."""
     given = {
-        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias
+        "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias,
+        "initial_state": initial_state,
     }  # fmt: skip
     arrays = {
-        name: None if x is None and name in ("D", "z", "delta_bias") else as_floats(NAME, name, x)
+        name: None
+        if x is None and name in ("D", "z", "delta_bias", "initial_state")
+        else as_floats(NAME, name, x)
         for name, x in given.items()
     }
     u, A, B = arrays["u"], arrays["A"], arrays["B"]
@@ -155,6 +163,7 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias) -> ScanInputs:
         ("D", "e", (e,)),
         ("z", "b l e", (b, length, e)),
         ("delta_bias", "e", (e,)),
+        ("initial_state", "b e n", (b, e, n)),
     ):
         x = arrays[name]
         if x is not None and x.shape != shape:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class ScanSpec:
@@ -47,7 +49,7 @@ class ScanSpec:
         are like a trained model's: steps between 0.001 and 0.5, A between -1 and -n and unequal.
         """
         keys = iter(jax.random.split(jax.random.key(seed), 8))
-        wide = jnp.promote_types(jnp.float32, dtype)
+        wide = wide_dtype(dtype)
         sequence = (self.batch, self.length, self.channels)
         group = () if self.groups is None else (self.groups,)
 

@@ -91,11 +91,13 @@ def chunk_length(length: int) -> int:
 
 def _split(x: jax.Array, groups: int) -> jax.Array:
     # Not a reshape for one group: adding an axis keeps the sharding of the channels.
-    return x[..., None, :] if groups == 1 else x.reshape(*x.shape[:-1], groups, -1)
+    return (
+        x[..., None, :] if groups == 1 else x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    )
 
 
 def _join(x: jax.Array) -> jax.Array:
-    return x[..., 0, :] if x.shape[-2] == 1 else x.reshape(*x.shape[:-2], -1)
+    return x[..., 0, :] if x.shape[-2] == 1 else lax.collapse(x, x.ndim - 2)
 
 
 class Layout(NamedTuple):
@@ -121,7 +123,7 @@ class Layout(NamedTuple):
 
     def sequence(self, x: jax.Array) -> jax.Array:
         """Reshape `runs t b ...` to `b l ...`."""
-        x = x.reshape(-1, *x.shape[2:])[: self.length]
+        x = lax.collapse(x, 0, 2)[: self.length]
         return jnp.moveaxis(x, 0, 1)
 
 
@@ -188,12 +190,14 @@ def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) ->
         y = _after(s, u, z, weights.D).astype(inputs.u.dtype)
         return h, (y, entering if keep else None)
 
-    h, (y, boundaries) = _scan_runs(run, _zero_state(steps, weights), steps, options.reverse)
+    h, (y, boundaries) = _scan_runs(
+        run, _initial_state(inputs, layout, steps, weights), steps, options.reverse
+    )
     y = _join(layout.sequence(y))
     last_state = _state_out(h) if options.return_last_state else None
     if not keep:
         return y, last_state, None
-    boundaries = boundaries.reshape(-1, *boundaries.shape[2:])[: layout.chunks]
+    boundaries = lax.collapse(boundaries, 0, 2)[: layout.chunks]
     return y, last_state, jnp.moveaxis(jax.vmap(_state_out)(boundaries), 0, 1)
 
 
@@ -210,10 +214,9 @@ def backward(
     wide = inputs.wide_dtype
     layout = _layout(inputs, options, group)
     steps, weights = _prepare(inputs, layout)
-    zero_state = _zero_state(steps, weights)
     y_bar = layout.steps(_split(y_bar, layout.groups))
     if boundaries is None:
-        entering = zero_state[None]
+        entering = _initial_state(inputs, layout, steps, weights)[None]
     else:  # of each run, the state entering the chunk that is visited first
         padding = layout.runs * layout.group - layout.chunks
         entering = jnp.pad(boundaries, [(0, 0), (0, padding), (0, 0), (0, 0)])
@@ -221,7 +224,7 @@ def backward(
         entering = jnp.moveaxis(entering[:, first :: layout.group], 1, 0)
         entering = jax.vmap(lambda h: _state_in(h, layout.groups))(entering)
     if last_state_bar is None:
-        h_bar = zero_state
+        h_bar = _zero_state(steps, weights)
     else:
         h_bar = _state_in(last_state_bar, layout.groups)
 
@@ -251,7 +254,7 @@ def backward(
         return (h_bar, weights_bar), steps_bar
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    (_, weights_bar), steps_bar = _scan_runs(
+    (h_bar, weights_bar), steps_bar = _scan_runs(
         run, (h_bar, zeros), (steps, entering, y_bar), not options.reverse
     )
     u_bar, delta_bar, B_bar, C_bar, z_bar = jax.tree.map(layout.sequence, steps_bar)
@@ -264,13 +267,22 @@ def backward(
         D=None if inputs.D is None else _join(weights_bar.D),
         z=None if inputs.z is None else _join(z_bar),
         delta_bias=None if inputs.delta_bias is None else _join(weights_bar.delta_bias),
+        initial_state=None if inputs.initial_state is None else _state_out(h_bar),
     )
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
 
 
 def _zero_state(steps: Steps, weights: Weights) -> jax.Array:
     # Made from the operands, so that under a mesh it has the sharding the scan's carry will have.
-    return jnp.zeros_like(steps.delta[0, 0, :, :, None, :].astype(weights.A.dtype) * weights.A)
+    delta = steps.delta[0, 0].astype(weights.A.dtype)
+    return jnp.zeros_like(delta[:, :, None, :] * weights.A)
+
+
+def _initial_state(inputs: ScanInputs, layout: Layout, steps: Steps, weights: Weights) -> jax.Array:
+    zero = _zero_state(steps, weights)
+    if inputs.initial_state is None:
+        return zero
+    return _state_in(inputs.initial_state.astype(zero.dtype), layout.groups)
 
 
 def _state_out(h: jax.Array) -> jax.Array:

@@ -39,6 +39,12 @@ def unsupported(inputs: ScanInputs) -> str | None:
     for name, x in inputs._asdict().items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}, and the kernels compute in float32"
+    if inputs.initial_state is not None:
+        return "it starts from a given state, and the kernels start from zero"
+    if not all(isinstance(size, int) for size in inputs.u.shape):
+        return f"u {inputs.u.shape} has a symbolic size"
+    if inputs.u.size == 0:
+        return f"u {inputs.u.shape} is empty"
     states = inputs.A.shape[-1]
     if states > MAX_STATES:
         return f"it has {states} states, and the kernels hold at most {MAX_STATES}"

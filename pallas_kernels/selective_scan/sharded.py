@@ -16,9 +16,9 @@ from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs
 from pallas_kernels.sharding import Shard, like, per_shard
 
 # Letters in the place of arrays.
+_STATE, _STATES = "b e n", "b c e n"  # the first or last one, and those entering the chunks c
 _DIMS: Any = {"u": "b l e", "delta": "b l e", "A": "e n", "B": "b l g n", "C": "b l g n"}
-_DIMS = ScanInputs(**_DIMS, D="e", z="b l e", delta_bias="e")  # type: ignore[arg-type]
-_STATE, _STATES = "b e n", "b c e n"  # the last one, and those entering the chunks c
+_DIMS = ScanInputs(**_DIMS, D="e", z="b l e", delta_bias="e", initial_state=_STATE)  # type: ignore[arg-type]
 _BIDIRECTIONAL = jax.tree.map(lambda dims: f"d {dims}", _DIMS)
 # B and C are divided with the channels where whole groups go to every device.
 _SPLIT: dict[str, Any] = {"split": "b e", "tied": {"g": "e"}}

@@ -27,6 +27,7 @@ class ScanInputs(NamedTuple):
     D: Float[Array, " e"] | None
     z: Float[Array, "b l e"] | None
     delta_bias: Float[Array, " e"] | None
+    initial_state: Float[Array, "b e n"] | None = None
 
     @property
     def wide_dtype(self) -> jnp.dtype:

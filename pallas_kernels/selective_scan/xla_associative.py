@@ -78,7 +78,7 @@ _CORE = _Associative()
 def _chunks_per_run(inputs: ScanInputs, options: ScanOptions) -> int:
     batch = inputs.u.shape[0] if isinstance(inputs.u.shape[0], int) else NOMINAL_BATCH
     states = batch * inputs.A.size * options.chunk
-    return max(1, RUN_STATES // states)
+    return max(1, RUN_STATES // max(1, states))
 
 
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:

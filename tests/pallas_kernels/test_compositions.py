@@ -93,3 +93,34 @@ def test_halo_asks_for_no_line_that_does_not_exist(seed, monkeypatch, transposed
             np.testing.assert_array_equal(
                 np.concatenate(got), in_order[first : first + segment + 2 * grid.halo]
             )
+
+
+def shapes_of_gradients(operation, floats, ids):
+    """Trace an operation with its gradients; nothing is compiled."""
+
+    def run(floats):
+        out, pull = jax.vjp(lambda floats: operation.run(floats, ids, "auto"), floats)
+        return pull(out)[0]
+
+    return jax.eval_shape(run, floats)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "sequence"])
+def test_tokens_in_bfloat16_under_strict_promotion(seed, name):
+    """Sequence is left out: the stand-in for its scans mixes dtypes."""
+    floats, ids = OPERATIONS[name].draw(np.random.default_rng(seed))
+    first = jax.tree.leaves(floats)[0]
+    narrow = lambda x: x.astype(jnp.bfloat16) if x.shape == first.shape else x  # noqa: E731
+    floats = jax.tree.map(narrow, floats)
+    with jax.numpy_dtype_promotion("strict"):
+        gradients = shapes_of_gradients(OPERATIONS[name], floats, ids)
+    assert jax.tree.map(lambda x: x.dtype, gradients) == jax.tree.map(lambda x: x.dtype, floats)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "core, max"])
+def test_an_empty_batch(seed, name):
+    """The maxima are left out, for how they are drawn."""
+    empty = compositions.operations(128, batch=0)[name]
+    floats, ids = empty.draw(np.random.default_rng(seed))
+    gradients = shapes_of_gradients(empty, floats, ids)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, floats)

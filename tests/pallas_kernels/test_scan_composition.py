@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
+from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic, relative_errors
 from tests.support import assert_close
 
 XLA = ("xla_associative", "xla_sequential", "auto")
@@ -98,7 +99,7 @@ def test_program_does_not_grow_with_length():
         ({"D": (5,)}, r"D must have shape \(6,\)"),
         ({"z": (2, 5, 5)}, r"z must have shape \(2, 5, 6\)"),
         ({"delta_bias": (1,)}, r"delta_bias must have shape \(6,\)"),
-        ({"u": (0, 5, 6)}, r"no axis may be empty, got u \(0, 5, 6\)"),
+        ({"u": (2, 0, 6)}, r"no axis but the batch may be empty, got u \(2, 0, 6\)"),
     ],
 )
 def test_wrong_shapes(change, message: str):
@@ -123,3 +124,49 @@ def test_numpy_arrays_are_taken():
     as_numpy = {k: np.asarray(x) for k, x in arrays.items()}
     y = inspect.unwrap(selective_scan)(**as_numpy)
     np.testing.assert_array_equal(y, selective_scan(**arrays))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
+def test_in_pieces_it_is_one_scan(seed, implementation, reverse):
+    """The last state of a piece is the next one's initial state; gradients go through it to the first piece."""
+    arrays, _ = ScanSpec(2, 70, 4, states=3).arguments(seed)
+    normal = np.random.default_rng(seed).standard_normal
+    arrays["initial_state"] = jnp.asarray(normal((2, 4, 3)), jnp.float32)
+    y_bar, last_bar = (jnp.asarray(normal(shape), jnp.float32) for shape in ((2, 70, 4), (2, 4, 3)))
+    options = {"reverse": reverse, "return_last_state": True, "implementation": implementation}
+
+    def whole(arrays):
+        return selective_scan(**arrays, **options | {"implementation": "reference"})
+
+    def in_pieces(arrays):
+        state, done = arrays["initial_state"], []
+        pieces = [slice(0, 19), slice(19, 70)]
+        for piece in reversed(pieces) if reverse else pieces:
+            of_it = {k: x[:, piece] if x.shape[:2] == (2, 70) else x for k, x in arrays.items()}
+            y, state = selective_scan(**of_it | {"initial_state": state}, **options)
+            done.append(y)
+        return jnp.concatenate(done[::-1] if reverse else done, axis=1), state
+
+    both = []
+    for run in (whole, in_pieces):
+        out, pull = jax.vjp(run, arrays)
+        both.append((out, pull((y_bar, last_bar))[0]))
+    assert max(relative_errors(both[1], both[0])) < 1e-5
+
+
+@needs_mosaic
+def test_the_kernels_do_not_start_from_a_state():
+    arrays, _ = ScanSpec(1, 3, 2, states=2).arguments(0)
+    state = jnp.zeros((1, 2, 2))
+    with abstract_h100(), pytest.raises(NotImplementedError, match="starts from a given state"):
+        selective_scan(**arrays, initial_state=state, implementation="pallas")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
+def test_an_empty_batch(implementation):
+    arrays, _ = ScanSpec(2, 130, 4, states=3).arguments(0)
+    empty = {k: x[:0] if x.shape[:2] == (2, 130) else x for k, x in arrays.items()}
+    y, pull = jax.vjp(lambda a: selective_scan(**a, implementation=implementation), empty)
+    assert y.shape == (0, 130, 4)
+    assert not any(np.any(g) for g in jax.tree.leaves(pull(y)))

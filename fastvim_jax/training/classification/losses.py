@@ -10,6 +10,8 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dtypes import wide_dtype
+
 
 def smooth_labels(
     labels: Int[Array, " b"], num_classes: int, smoothing: float, dtype: DTypeLike = jnp.float32
@@ -68,4 +70,4 @@ def classification_loss(
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
