@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
@@ -161,44 +160,6 @@ class RunConfig:
         return serialise.from_json(cls, text)
 
 
-def whole_to_float(config: Any) -> None:
-    """Let `warmup_epochs=5` be 5.0, so that equal configs are equal as JSON too."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if "float" in str(each.type) and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, each.name, float(value))
-
-
 def refuse(where: str, config: Any, name: str, expected: str) -> None:
     """Raise a UserError that names a field, its value and what was expected."""
     raise UserError(f"{where}{name} is {getattr(config, name)!r}, but must be {expected}.")
-
-
-def require_choice(where: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Refuse a field that is none of the choices."""
-    if getattr(config, name) not in choices:
-        refuse(where, config, name, f"one of {', '.join(choices)}")
-
-
-def require_positive(where: str, config: Any, *names: str) -> None:
-    """Refuse fields that are no finite number above zero."""
-    for name in names:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            refuse(where, config, name, "a positive number")
-
-
-def require_not_negative(where: str, config: Any, *names: str) -> None:
-    """Refuse fields that are no finite number of at least zero."""
-    for name in names:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            refuse(where, config, name, "zero or a positive number")
-
-
-def require_integer(where: str, config: Any, least: int, *names: str) -> None:
-    """Refuse fields that are no whole number of at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            refuse(where, config, name, f"a whole number of at least {least}")

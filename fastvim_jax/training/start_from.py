@@ -202,10 +202,16 @@ def fit(
             misfits.append(f"{name}: {reason}")
         lines.append(Line(name, fate, reason))
 
+    # Dense features go through norms of their own instead of the final one.
+    dense_here, dense_there = (
+        not any(name.startswith(f"{prefix}norm.") for name in names)
+        for prefix, names in ((inside, shapes), (outside, source.arrays))
+    )
     for name, shape in shapes.items():
         in_backbone = name.startswith(inside)
         part = name.removeprefix(inside)
         belongs_to_task = not in_backbone or part.startswith(_TASK_PARTS)
+        belongs_to_task |= dense_there and part.startswith("norm.")
         if name not in renamed:
             misfit(name, "drawn", "not in the source", belongs_to_task)
             continue
@@ -220,19 +226,22 @@ def fit(
             if part.startswith("head.") and array.shape[:-1] == shape[:-1]:
                 reason = f"{array.shape[-1]} classes there, {shape[-1]} here"
             misfit(name, "drawn", reason, belongs_to_task)
-        elif belongs_to_task and _other_classes(source.class_names, class_names):
+        elif (
+            belongs_to_task
+            and _other_classes(source.class_names, class_names)
+            and shape[-1:] == (len(class_names),)
+        ):
             misfit(name, "drawn", "other classes", True)
         else:
             arrays[name] = array
             lines.append(Line(name, "taken"))
-    dense = not any(name.startswith(f"{inside}norm.") for name in shapes)
     masked = getattr(config, "encoder", None) is not None  # its positions are fixed
     for name, original in renamed.items():
         if name not in shapes:
             part = original.removeprefix(outside)
             unused = (
                 part.startswith(_TASK_PARTS)
-                or (dense and part.startswith("norm."))
+                or (dense_here and part.startswith("norm."))
                 or (masked and part == "pos_embed")
             )
             misfit(
@@ -363,11 +372,13 @@ def _misfits_in_words(
 
 
 def _families(names: Sequence[str]) -> list[str]:
-    """Shorten names to their first part: `blocks.*`, `patch_embed.*`, `pos_embed`."""
-    families = (
-        f"{first}.*" if rest else first for first, _, rest in (n.partition(".") for n in names)
-    )
-    return list(dict.fromkeys(families))
+    """Shorten names to a backbone's parts and a model's others: `blocks.*`, `backbone.blocks.*`, `pos_embed`."""
+    families: dict[str, None] = {}
+    for name in names:
+        prefix = next(each for each in reversed(_BACKBONES) if name.startswith(each))
+        first, _, rest = name.removeprefix(prefix).partition(".")
+        families[f"{prefix}{first}.*" if rest else name] = None
+    return list(families)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from fastvim_jax.data import make_eval_iterator
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import to_torch_state_dict
 from fastvim_jax.layers.pos_embed import resize_pos_embed
-from fastvim_jax.models import ViTConfig, build_model
+from fastvim_jax.models import UperNetConfig, ViTConfig, build_model
 from fastvim_jax.models.mae import backbone_parameters
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters, parameter_infos
@@ -115,6 +115,39 @@ def test_a_backbone_leaves_a_larger_model_and_enters_one(arrays):
     assert set(report.names("left")) == {"head.kernel", "head.bias", "norm.scale"}
     np.testing.assert_array_equal(found["backbone.blocks.1.mixer.in_proj.kernel"],
                                   arrays["blocks.1.mixer.in_proj.kernel"])  # fmt: skip
+
+
+def test_a_segmentor_gets_a_classifier_s_backbone_gives_it_back_and_changes_its_classes():
+    """With the models themselves: shapes alone, nothing is drawn."""
+    config = tiny_model(depth=4, image_size=16)
+    dense = dataclasses.replace(config, image_size=8, num_classes=0, out_indices=(0, 1, 2, 3))
+    segmentor = UperNetConfig(
+        backbone=dense, num_classes=3, channels=4, auxiliary_channels=4, pool_scales=(1, 2)
+    )
+
+    def zeros(each):
+        return {name: np.zeros(shape, np.float32) for name, shape in shapes_of(each).items()}
+
+    _, report = fit(Source("c", zeros(config), config), shapes_of(segmentor), config=segmentor)
+    assert report.names("resized") == ["backbone.pos_embed"]
+    assert set(report.names("left")) == {"head.kernel", "head.bias", "norm.scale"}
+    drawn = report.names("drawn")
+    assert drawn and not any(n.startswith(("backbone.blocks", "backbone.patch")) for n in drawn)
+    assert "backbone.out_norms.*" in report.in_words()
+
+    source = Source("s", zeros(segmentor), segmentor, class_names=("sky", "sea", "sand"))
+    _, report = fit(source, shapes_of(config), config=config)
+    assert set(report.names("drawn")) == {"head.kernel", "head.bias", "norm.scale"}
+    other = dataclasses.replace(segmentor, num_classes=5)
+    names = ("sea", "sky", "sand")
+    for model, classes in ((other, tuple("abcde")), (segmentor, names)):
+        _, report = fit(source, shapes_of(model), config=model, class_names=classes)
+        assert {name.split(".")[0] for name in report.names("drawn")} == {
+            "decode_head", "auxiliary_head",
+        }  # fmt: skip
+        assert all("classifier" in name for name in report.names("drawn")) and not report.names(
+            "left"
+        )
 
 
 def test_a_misfit_is_an_error_unless_allowed_by_name(arrays):

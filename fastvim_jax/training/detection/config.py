@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastvim_jax.config_checks import NonNegativeInt
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.detection.config import DetectorConfig
-from fastvim_jax.training.config import OptimizerConfig, RunConfig, require_integer
+from fastvim_jax.training.config import OptimizerConfig, RunConfig
 
 COCO_OPTIMIZER = OptimizerConfig(
     learning_rate=1e-4,
@@ -45,12 +46,11 @@ class DetectionConfig(RunConfig):
     """Decay of the average of the weights that is evaluated beside them; None: no average, as in the recipe."""
     evaluate_train: bool = False
     """Also evaluate the training split, to see whether a small set is learnt by heart."""
-    pictures: int = 4
+    pictures: NonNegativeInt = 4
     """Images drawn after each evaluation; 0: no picture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("", self, 0, "pictures")
         if self.model.masks and not self.data.masks:
             raise UserError(
                 "model.masks=True, but data.masks=False: load masks, or set model.masks=False for boxes alone."
