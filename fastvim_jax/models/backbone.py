@@ -32,7 +32,7 @@ from pallas_kernels.gpu import log_once
 
 SLOW_DEFAULT = (
     "this model computes in true float32 on the GPU, the exact and slow default; "
-    "create_model(..., fast=True) is several times faster (docs/library.md says how exact it is)"
+    "create_model(..., fast=True) is several times faster (docs/models.md says how exact it is)"
 )
 
 

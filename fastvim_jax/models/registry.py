@@ -120,7 +120,7 @@ def create_model(
         num_classes: Classes of a classifier's head (1000 unless given); 0 for none.
         rngs: Source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
         fast: Compute in bfloat16, store the mixers' activations in it, and write every block out, as all recorded
-            benchmarks of this project do. Parameters, sums, states, norms and logits stay float32. `docs/library.md`
+            benchmarks of this project do. Parameters, sums, states, norms and logits stay float32. `docs/models.md`
             says how far outputs and gradients then lie from the exact default. `options` take precedence.
         **options: Fields of the model's config to change; timm's `in_chans`, `img_size`, `drop_path_rate` and
             `global_pool` are understood. A masked autoencoder (`mae_...`) takes its encoder's fields as well.

@@ -43,11 +43,11 @@ def precision_fields(dtype: str) -> dict[str, str]:
     return {"dtype": dtype, "param_dtype": params, "matmul_precision": "highest"}
 
 
-def load_model(golden: Golden, dtype: str, blocks: str) -> nnx.Module:
+def load_model(golden: Golden, dtype: str, blocks: str, **options: Any) -> nnx.Module:
     """The model that a fixture describes, with its weights."""
     fields = model_fields(golden.kind, golden.kwargs)
     config = CONFIGS.get(golden.kind, VisionMambaConfig)(
-        **fields, **precision_fields(dtype), blocks=blocks
+        **fields, **precision_fields(dtype), blocks=blocks, **options
     )
     # Only shapes are made: every value comes from the fixture, or loading fails.
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
@@ -55,8 +55,8 @@ def load_model(golden: Golden, dtype: str, blocks: str) -> nnx.Module:
     return model
 
 
-def compare_model(golden: Golden, dtype: str, blocks: str = "scan") -> Comparison:
-    """One model in one dtype and mode of execution."""
+def compare_model(golden: Golden, dtype: str, blocks: str = "scan", **options: Any) -> Comparison:
+    """One model in one dtype and mode of execution; `options` are further fields of its config."""
     state, grads = resolve_aliases(golden.state), resolve_aliases(golden.grads)
     golden = dataclasses.replace(golden, state=state, grads=grads)
     comparison = Comparison(golden.name, golden.kind, dtype, blocks)
@@ -69,16 +69,18 @@ def compare_model(golden: Golden, dtype: str, blocks: str = "scan") -> Compariso
         return comparison
     if dtype == "float64":
         with x64():
-            evaluate_model(comparison, golden, dtype, blocks)
+            evaluate_model(comparison, golden, dtype, blocks, **options)
     else:
-        evaluate_model(comparison, golden, dtype, blocks)
+        evaluate_model(comparison, golden, dtype, blocks, **options)
     return comparison
 
 
-def evaluate_model(comparison: Comparison, golden: Golden, dtype: str, blocks: str) -> None:
+def evaluate_model(
+    comparison: Comparison, golden: Golden, dtype: str, blocks: str, **options: Any
+) -> None:
     """Run the model forwards and backwards once and compare everything stored."""
     wide = jnp.float64 if dtype == "float64" else jnp.float32
-    model = load_model(golden, dtype, blocks)
+    model = load_model(golden, dtype, blocks, **options)
     graphdef, params = nnx.split(model)
     images = jnp.asarray(golden.inputs["x"].transpose(0, 2, 3, 1), wide)
     keep = golden.inputs.get("drop_path_keep")
