@@ -1,7 +1,7 @@
 """Backbones, their configurations, and models by name.
 
-Read in this order: `config` (every option), `vision_mamba` (the model: blocks, embedding, pooling), `backbone` (what all
-models share, and the calls people make), `stack` (how stacked blocks run), `parameters` (stacked leaves by name),
+Read in this order: `config` (every option), `vision_mamba` (the model: blocks, embedding, pooling), `backbone` (what
+all models share, and the calls people make), `stack` (how stacked blocks run), `parameters` (stacked leaves by name),
 `registry` and `presets` (models by name). The others are further models on the same base.
 """
 
