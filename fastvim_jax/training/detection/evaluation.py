@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,6 +26,7 @@ from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks
 from fastvim_jax.distributed import is_first_process, on_every_device, union
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.detection.boxes import overlaps
 from fastvim_jax.models.detection.cascade import Detections
 from fastvim_jax.models.detection.masks import paste_masks
 from fastvim_jax.training.detection.metrics import (
@@ -77,7 +79,7 @@ def make_evaluator(
         folder: the run folder.
         name: kind of the log's records and stem of the picture's name.
         every_epochs: epochs between evaluations; 0: only after the last step.
-        pictures: images to draw; 0: no picture.
+        pictures: images to draw, the first ones and as many of the worst of the others; 0: no picture.
         progress: say on standard error how far it is.
     """
     source: Any = batches.source
@@ -111,7 +113,8 @@ def make_evaluator(
             write_class_scores(folder / f"{name}_{CLASS_SCORES}", source, found["raw"], seen)
             if pictures:
                 picture = folder / f"{name}_detections.png"
-                picture_grid([draw(source, i, found["raw"]) for i in seen[:pictures]]).save(picture)
+                drawn = [*seen[:pictures], *worst(source, found["raw"], seen[pictures:], pictures)]
+                picture_grid([draw(source, i, found["raw"]) for i in drawn]).save(picture)
         return Evaluation(scores, picture)
 
     return Evaluator(name, run, every_epochs=every_epochs)
@@ -206,6 +209,34 @@ def write_class_scores(
         for i, name in enumerate(source.class_names):
             values = ("" if column[i] < 0 else f"{column[i]:.6f}" for column in columns.values())
             table.writerow([name, *values, counts[i]])
+
+
+def worst(
+    source: CocoSource, detections: list[dict[str, Any]], indices: list[int], count: int
+) -> list[int]:
+    """Return the records with the most mistakes: objects not found, and drawn boxes that are no object.
+
+    An object is found by a drawn box of its class with an IoU of 0.5 or more.
+    """
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for each in detections:
+        if each["score"] >= LEAST_SCORE:
+            by_image.setdefault(each["image_id"], []).append(each)
+
+    def mistakes(index: int) -> int:
+        objects = source.objects(index)
+        shown = by_image.get(source.image_ids[index], [])
+        if not len(objects.boxes) or not shown:
+            return len(objects.boxes) + len(shown)
+        x, y, w, h = np.asarray([d["bbox"] for d in shown], np.float32).T
+        boxes = np.stack([x, y, x + w, y + h], -1)
+        classes = np.asarray([source.category_ids.index(d["category_id"]) for d in shown])
+        hits = np.asarray(overlaps(jnp.asarray(objects.boxes), jnp.asarray(boxes))) >= 0.5
+        hits &= objects.labels[:, None] == classes
+        return int((~hits.any(1)).sum() + (~hits.any(0)).sum())
+
+    ranked = sorted((-mistakes(index), index) for index in indices)
+    return [index for mistaken, index in ranked[:count] if mistaken]
 
 
 def draw(

@@ -8,13 +8,20 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
+from fastvim_jax.data.detection import open_coco
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.drawings import draw_files
+from fastvim_jax.models import build_model
+from fastvim_jax.models.parameters import parameter_infos
 from fastvim_jax.training import load_run, read_metrics, train
+from fastvim_jax.training.detection.evaluation import worst
 from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.start_from import fit
 from fastvim_jax.training.tasks import config_from_json
+from fastvim_jax.training.weights_source import Source
 from tests.training.detection.tiny import CLASSES, draw_scenes, tiny_config
 
 pytest.importorskip("pycocotools")
@@ -104,6 +111,41 @@ def test_files_are_drawn_and_written_as_coco(scenes, finished, tmp_path):
 def test_a_config_survives_its_file(scenes):
     config = tiny_config(scenes)
     assert config_from_json(config.to_json()) == config
+
+
+def test_the_worst_images_are_those_with_the_most_mistakes(scenes):
+    source = open_coco(tiny_config(scenes).data, "train2017")
+    detections = []
+    for index in (0, 1, 2):
+        objects = source.objects(index)
+        for box, label in list(zip(objects.boxes, objects.labels, strict=True))[: 2 - index]:
+            x1, y1, x2, y2 = map(float, box)
+            found = {"image_id": source.image_ids[index], "category_id": source.category_ids[label]}
+            detections.append({**found, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": 0.9})
+    # All of image 0 is found, one object of image 1, none of image 2; image 4 is empty and stays so.
+    assert worst(source, detections, [0, 1, 2, 4], 9) == [2, 1]
+    wrong = detections[0] | {"image_id": source.image_ids[4]}
+    assert worst(source, [*detections, wrong], [0, 1, 2, 4], 3) == [2, 1, 4]
+    assert worst(source, [d | {"score": 0.1} for d in detections], [0, 1, 2], 2) == [0, 1]
+
+
+def test_a_detector_starts_from_a_classifier(scenes):
+    config = tiny_config(scenes).model
+    there = dataclasses.replace(config.backbone, image_size=32, num_classes=10, out_indices=())
+    shapes = {}
+    for name, model in (("there", there), ("here", config)):
+        built = nnx.eval_shape(lambda model=model: build_model(model, rngs=nnx.Rngs(0)))
+        infos = parameter_infos(nnx.state(built))
+        shapes[name] = {n: info.shape for info in infos for n in info.unstacked_names()}
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes["there"].items()}
+    found, report = fit(Source("a run", arrays, config=there), shapes["here"], config=config)
+    assert report.names("resized") == ["backbone.pos_embed"]
+    assert found["backbone.pos_embed"].shape == shapes["here"]["backbone.pos_embed"]
+    taken = {name for name in shapes["here"] if name.startswith("backbone.blocks.")}
+    assert taken <= set(report.names("taken"))
+    parts = {name.split(".")[0] for name in report.names("drawn")}
+    assert parts == {"backbone", "neck", "rpn", "stages"}  # of the backbone, the norm of its output
+    assert set(report.names("left")) >= {"head.kernel", "head.bias"}
 
 
 def test_impossible_configs_are_refused(scenes, tmp_path):
