@@ -80,3 +80,18 @@ def test_configs_that_cannot_be_built_are_refused():
         cascade_mask_rcnn(backbone, stages=())
     with pytest.raises(UserError, match="score"):
         cascade_mask_rcnn(backbone, score=2.0)
+
+
+def test_gradients_of_a_cell_that_many_boxes_read_are_added_up_wide(key):
+    x = jax.random.normal(key, (16, 16, 4))
+    boxes = jnp.tile(jnp.asarray([[4.0, 4, 40, 40]]), (600, 1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        level = jnp.zeros(len(boxes), jnp.int32)
+        y = roi_align([x], boxes, level, strides=(4,), size=(7, 7), cells=256)
+        return y.astype(jnp.float32).sum()
+
+    exact, half = gradient(x), gradient(x.astype(jnp.bfloat16)).astype(jnp.float32)
+    assert float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.01

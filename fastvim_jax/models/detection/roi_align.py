@@ -89,7 +89,7 @@ def roi_align(
     weights, index = jax.vmap(lambda box, grid: _cell_weights(box, grid, size, cells, ratio))(
         scaled, grid
     )
-    gathered = table[jnp.asarray(starts)[level][:, None] + index]
+    gathered = _take(table, jnp.asarray(starts)[level][:, None] + index)
     precision = jax.lax.Precision.HIGHEST if table.dtype != jnp.bfloat16 else None
     pooled = jnp.einsum(
         "nkm,nmc->nkc",
@@ -99,6 +99,26 @@ def roi_align(
         preferred_element_type=jnp.promote_types(table.dtype, jnp.float32),
     )
     return pooled.astype(table.dtype).reshape(len(boxes), *size, table.shape[-1])
+
+
+@jax.custom_vjp
+def _take(table: Float[Array, "cells c"], index: Int[Array, "n m"]) -> Float[Array, "n m c"]:
+    """Return rows of `table`, whose gradients are added up in float32 or wider: a cell is read by hundreds of boxes."""
+    return table[index]
+
+
+def _take_forward(table, index):
+    return table[index], (index, jnp.zeros((len(table), 0), table.dtype))
+
+
+def _take_backward(saved, gradient):
+    index, like = saved
+    wide = jnp.promote_types(like.dtype, jnp.float32)
+    total = jnp.zeros((len(like), gradient.shape[-1]), wide)
+    return total.at[index].add(gradient.astype(wide)).astype(like.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
 
 
 def _cell_weights(box, grid, size, cells, ratio):
