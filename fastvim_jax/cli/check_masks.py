@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from fastvim_jax.cli.usage import as_usage_error, command, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
 from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 
 
@@ -19,8 +20,8 @@ class Arguments:
 
     path: Annotated[str, tyro.conf.Positional]
     """The data set's folder."""
-    split: tuple[str, ...] = ("training", "validation")
-    """What {split} stands for in the patterns."""
+    split: tuple[str, ...] = ()
+    """What {split} stands for in the patterns; by default every folder in its place."""
     image_pattern: str = IMAGE_PATTERN
     """Where images lie below PATH; {name} may span folders."""
     mask_pattern: str = MASK_PATTERN
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
             ignored_label=chosen.ignored_label,
         )
     found, as_json = False, {}
-    for split in chosen.split:
+    for split in chosen.split or _splits(config.path, chosen.image_pattern):
         source = open_masks(config, split, allow_missing=True)
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             report = check_masks(source, config, workers=chosen.workers, progress=progress)
@@ -90,5 +91,36 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(as_json, indent=2, ensure_ascii=False))
     else:
         print("Something is wrong, see above." if found else "Nothing is wrong.")
-        print(f"Train on it: see docs/dense.md, or {command()} train ade20k/fastvim_tiny --help")
+        print(f"Train on it: {_train_command(chosen, len(source.class_names))} (docs/dense.md)")
     return int(found)
+
+
+def _train_command(chosen: Arguments, classes: int) -> str:
+    """Return the command that trains on this folder."""
+    splits = chosen.split or ("training", "validation")
+    options = {
+        "data.path": chosen.path,
+        "model.num-classes": str(classes),
+        "data.train-split": "" if "training" in splits else splits[0],
+        "data.eval-split": "" if "validation" in splits else splits[-1],
+        "data.image-pattern": "" if chosen.image_pattern == IMAGE_PATTERN else chosen.image_pattern,
+        "data.mask-pattern": "" if chosen.mask_pattern == MASK_PATTERN else chosen.mask_pattern,
+        "data.class-list": chosen.class_list,
+        "data.classes": str(chosen.classes or ""),
+        "data.ignored-label": "" if chosen.ignored_label == 255 else str(chosen.ignored_label),
+    }
+    given = [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
+    zero = "--data.zero-is-ignored" if chosen.zero_is_ignored else "--data.no-zero-is-ignored"
+    return " ".join([command(), "train ade20k/fastvim_tiny", *given, zero])
+
+
+def _splits(path: str, pattern: str) -> list[str]:
+    """List the folders that stand where the pattern has {split}."""
+    from fastvim_jax.data.sources import expand_path
+    from fastvim_jax.data.sources.image_folder import folders_in
+
+    before, found, after = pattern.partition("{split}")
+    parent = expand_path(path) / before.rpartition("/")[0]
+    if not found or not after.startswith("/") or not parent.is_dir():
+        raise UsageError(f"no splits are found in {str(parent)!r}: name them with --split.")
+    return folders_in(parent)

@@ -25,6 +25,7 @@ Usage: fastvim data check PATH [OPTIONS]
 
   check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
             classes without images, one image under several labels, files that are not read, shards that have changed
+            (a folder with annotations/ is taken as images with label maps, or as COCO's, as below)
   check-masks  the same for images with label maps (images/SPLIT/x.jpg, annotations/SPLIT/x.png, or other patterns):
             missing masks, other sizes, colours instead of labels, labels outside the classes or off by one
   check-coco   the same for images with objects in COCO's format: missing images, boxes without area or outside the
@@ -97,7 +98,20 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"unknown task {name!r}: check, check-masks, check-coco, prepare or stats.{suggest(name, tasks)}"
         )
+    if name == "check" and (task := _dense_task(rest)) is not None:
+        name = task
     return tasks[name](rest)
+
+
+def _dense_task(arguments: Sequence[str]) -> str | None:
+    """Name the check for a folder laid out like COCO or ADE20K, if that is what is named first; None for others."""
+    root = Path(arguments[0]) if arguments else Path("-")
+    annotations = root / "annotations"
+    if "--source" in arguments or not annotations.is_dir():
+        return None
+    if any(annotations.glob("*.json")):
+        return "check-coco"
+    return "check-masks" if (root / "images").is_dir() else None
 
 
 def _check(arguments: Sequence[str]) -> int:

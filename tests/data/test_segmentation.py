@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastvim_jax.cli.main import main
 from fastvim_jax.data.geometry import Scene, crop, flip, pad, resize, resize_image
 from fastvim_jax.data.prepare.check_masks import check_masks
 from fastvim_jax.data.records import DecodeError
@@ -177,6 +178,16 @@ def test_the_scan_lists_what_is_wrong(root):
     shifted = config(root, zero_is_ignored=True)
     report = check_masks(open_masks(shifted, "training", allow_missing=True), shifted)
     assert report.problems[0].kind == "off by one"
+
+
+def test_the_command_line_knows_the_layout(root, capsys):
+    assert main(["data", "check", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "training: 4 images, 3 of 3 classes" in out and "validation: 2 images" in out
+    assert "--model.num-classes 3 --data.no-zero-is-ignored" in out
+    (root / "annotations/training/scene_1.png").unlink()
+    assert main(["data", "check-masks", str(root), "--split", "training"]) == 1
+    assert "missing: images/training/scene_1.jpg" in capsys.readouterr().out
 
 
 def test_geometry_moves_image_mask_and_boxes_alike(rng):
