@@ -26,6 +26,7 @@ from fastvim_jax.layers.fused_core import fused_core, runs_fused
 from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.norms import keeping_input, make_norm
 from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Tokens
 
 
@@ -74,6 +75,9 @@ class Mixer(nnx.Module):
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
         """h `b l d` in stored order → `b l d`; both float32 or wider, as is everything between the products."""
+        if isinstance(pooling, RaggedPooling) and pooling.order is not None:
+            # An order that is an array moves tokens in memory: here they are d wide, behind in_proj 2e.
+            return pooling.from_scan_order(self(pooling.to_scan_order(h), pooling.as_stored()))
         precision = self.config.precision
         xz = linear(self.in_proj, h, precision)
         out = linear(self.out_proj, self.core(xz, pooling), precision)

@@ -7,6 +7,7 @@ is an array, so masks may differ between images and calls under one compiled pro
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -54,12 +55,19 @@ class RaggedPooling:
         return False  # padding must be taken out even where nothing is pooled
 
     def to_scan_order(self, x: Inner) -> Inner:
-        x = _gather(x, self.order)
+        if self.order is not None and self.inverse is not None:
+            x = move_tokens(x, self.order, self.inverse)
         # Zeros are what a convolution sees beyond either end of a sequence.
         return x if self.valid is None else jnp.where(self.valid[:, :, None], x, 0)
 
     def from_scan_order(self, y: Inner) -> Inner:
-        return _gather(y, self.inverse)
+        if self.order is None or self.inverse is None:
+            return y
+        return move_tokens(y, self.inverse, self.order)
+
+    def as_stored(self) -> RaggedPooling:
+        """Return the pooling of tokens that are in scan order already."""
+        return dataclasses.replace(self, order=None, inverse=None)
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
         wide = wide_dtype(x.dtype)
@@ -138,10 +146,27 @@ def ragged_pooling(
     )
 
 
-def _gather(x: jax.Array, places: jax.Array | None) -> jax.Array:
-    if places is None:
-        return x
+def gather_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Take the tokens of x `b l d` at `places` `b k` of each image."""
     return jnp.take_along_axis(x, places[:, :, None], axis=1, mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def move_tokens(x: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
+    """Take tokens as `gather_tokens` does, with a gradient that is a gather too, where JAX's own is a scatter.
+
+    Args:
+        x: `b k d`.
+        places: token of x that each token of the result is, `b l`.
+        back: token of the result whose gradient each token of x gets, `b k`.
+    """
+    return gather_tokens(x, places)
+
+
+move_tokens.defvjp(
+    lambda x, places, back: (gather_tokens(x, places), back),
+    lambda back, gradient: (gather_tokens(gradient, back), None, None),
+)
 
 
 def _largest(x: Inner, member: Bool[Array, "b s l"]) -> Pooled:

@@ -32,7 +32,7 @@ from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import check_images
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
-from fastvim_jax.layers.ragged_pooling import ragged_pooling
+from fastvim_jax.layers.ragged_pooling import move_tokens, ragged_pooling
 from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters
@@ -175,7 +175,7 @@ class MaskedAutoencoder(nnx.Module):
         if index is not None:
             kept, class_token = _take_out(kept, index)
         place = jnp.minimum(masking.ids_restore, kept.shape[1] - 1)
-        tokens = jnp.take_along_axis(kept, place[:, :, None], axis=1)
+        tokens = move_tokens(kept, place, masking.ids_keep)  # removed places get no gradient below
         mask_token = decoder.mask_token[...].astype(p.wide)
         tokens = jnp.where(masking.removed[:, :, None] > 0, mask_token, tokens)
         tokens = tokens + self._table(self.config.decoder_dim, grid)
@@ -223,14 +223,15 @@ class MaskedAutoencoder(nnx.Module):
             for transposed in orders[config.pool_axes]
         )
 
-    def _class_index(self, masking: Masking) -> Int[Array, ""] | Int[Array, " b"] | None:
+    def _class_index(self, masking: Masking) -> int | Int[Array, " b"] | None:
         """Return the class token's place among the kept tokens."""
         if self.encoder.class_token is None:
             return None
         if self._is_vit or self.config.encoder.class_token == "head":  # type: ignore[union-attr]
-            return jnp.zeros((), jnp.int32)
-        kept = masking.ids_keep.shape[1] if masking.counts is None else masking.counts
-        return jnp.asarray(kept) // 2
+            return 0
+        if masking.counts is not None:
+            return masking.counts // 2
+        return masking.ids_keep.shape[1] // 2
 
     def _table(self, width: int, grid: tuple[int, int]) -> Float[Array, "l d"]:
         return jnp.asarray(sincos_pos_embed(width, grid), self.config.precision.wide)
@@ -286,9 +287,14 @@ def _check_mask(shape: tuple[int, ...], batch: int, grid: tuple[int, int]) -> No
         )
 
 
-def _insert(tokens: Tokens, token: Float[Array, "1 1 d"], index: Array) -> Float[Array, "b k d"]:
+def _insert(
+    tokens: Tokens, token: Float[Array, "1 1 d"], index: int | Array
+) -> Float[Array, "b k d"]:
     """Insert a token before place `index` (one for all images, or one each)."""
-    index = jnp.broadcast_to(index, tokens.shape[:1])[:, None]
+    if isinstance(index, int):
+        one = jnp.broadcast_to(token.astype(tokens.dtype), (len(tokens), 1, tokens.shape[2]))
+        return jnp.concatenate([tokens[:, :index], one, tokens[:, index:]], axis=1)
+    index = index[:, None]
     places = jnp.arange(tokens.shape[1] + 1)
     source = jnp.clip(places - (places > index), 0, tokens.shape[1] - 1)
     spread = jnp.take_along_axis(tokens, source[:, :, None], axis=1)
@@ -296,9 +302,14 @@ def _insert(tokens: Tokens, token: Float[Array, "1 1 d"], index: Array) -> Float
     return jnp.where(here, token.astype(tokens.dtype), spread)
 
 
-def _take_out(tokens: Tokens, index: Array) -> tuple[Float[Array, "b k d"], Float[Array, "b 1 d"]]:
+def _take_out(
+    tokens: Tokens, index: int | Array
+) -> tuple[Float[Array, "b k d"], Float[Array, "b 1 d"]]:
     """Undo `_insert`: return the other tokens, and the one."""
-    index = jnp.broadcast_to(index, tokens.shape[:1])[:, None]
+    if isinstance(index, int):
+        rest = jnp.concatenate([tokens[:, :index], tokens[:, index + 1 :]], axis=1)
+        return rest, tokens[:, index : index + 1]
+    index = index[:, None]
     places = jnp.arange(tokens.shape[1] - 1)
     rest = jnp.take_along_axis(tokens, (places + (places >= index))[:, :, None], axis=1)
     return rest, jnp.take_along_axis(tokens, index[:, :, None], axis=1)

@@ -15,7 +15,9 @@ from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
+from fastvim_jax.precision import Precision
 from fastvim_jax.training.masked.loss import patchify, pixel_loss, unpatchify
+from fastvim_jax.training.masked.probe_head import ProbeHead
 from tests.parity.arguments import masked_fields
 from tests.parity.compare import Comparison
 from tests.parity.golden import Golden
@@ -180,3 +182,36 @@ def evaluate_pixel_loss(comparison: Comparison, golden: Golden, dtype: Any) -> N
             comparison.grad(name, grads[name], expected)
         else:
             comparison.missing(f"gradient {name}")
+
+
+def compare_probe_head(golden: Golden, dtype: str) -> Comparison:
+    """The probe's head over training batches, then on the first in evaluation, and its running statistics."""
+    comparison = Comparison(golden.name, golden.kind, dtype)
+    if dtype == "float64":
+        with x64():
+            evaluate_probe_head(comparison, golden, dtype)
+    else:
+        evaluate_probe_head(comparison, golden, dtype)
+    return comparison
+
+
+def evaluate_probe_head(comparison: Comparison, golden: Golden, dtype: str) -> None:
+    """Compare everything stored."""
+    wide = jnp.float64 if dtype == "float64" else jnp.float32
+    batches = jnp.asarray(golden.inputs["x"], wide)
+    weight = golden.state["1.weight"]
+    precision = Precision(dtype, dtype)
+    head = ProbeHead(weight.shape[1], weight.shape[0], precision=precision, rngs=nnx.Rngs(0))
+    head.head.kernel[...] = jnp.asarray(weight.T, wide)
+    head.head.bias[...] = jnp.asarray(golden.state["1.bias"], wide)
+    outputs = {f"train{i}": head(batch, train=True) for i, batch in enumerate(batches)}
+    outputs |= {
+        "eval": head(batches[0]),
+        "running_mean": head.mean[...],
+        "running_var": head.variance[...],
+    }
+    for name, expected in golden.outputs.items():
+        if name in outputs:
+            comparison.output(name, outputs[name], expected)
+        else:
+            comparison.missing(f"output {name}")

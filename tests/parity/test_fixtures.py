@@ -14,7 +14,12 @@ from tests.parity.channels import CHANNEL_KINDS
 from tests.parity.compare import DTYPES, Comparison, close
 from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
 from tests.parity.golden import COVERED, Golden, fixture_paths, folder, kind_of, read, table_paths
-from tests.parity.masked import compare_masked, compare_masking, compare_pixel_loss
+from tests.parity.masked import (
+    compare_masked,
+    compare_masking,
+    compare_pixel_loss,
+    compare_probe_head,
+)
 from tests.parity.models import compare_mixer, compare_model
 from tests.parity.training import compare_schedules, compare_train_steps
 
@@ -35,6 +40,8 @@ def comparisons(golden: Golden) -> list[Comparison]:
         return [compare_masked(golden, dtype) for dtype in DTYPES]
     if golden.kind == "mae_pixel_loss":
         return [compare_pixel_loss(golden, dtype) for dtype in ("float64", "float32")]
+    if golden.kind == "linear_probe_head":
+        return [compare_probe_head(golden, dtype) for dtype in ("float64", "float32")]
     if golden.kind == "ChannelPatchEmbed":
         return [compare_channel_embed(golden, dtype) for dtype in DTYPES]
     if golden.kind == "FastVimMixer":

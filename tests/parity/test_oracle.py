@@ -207,6 +207,19 @@ def masked_outputs(golden: Golden) -> dict[str, np.ndarray]:
     }
 
 
+def probe_head_outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """Batch norm without parameters, by the batch and by its running statistics, and a linear layer."""
+    weight, bias = (np.asarray(golden.state[k], np.float64) for k in ("1.weight", "1.bias"))
+    batches = golden.inputs["x"].astype(np.float64)
+    mean, variance, outputs = np.zeros(weight.shape[1]), np.ones(weight.shape[1]), {}
+    for i, x in enumerate(batches):
+        outputs[f"train{i}"] = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6) @ weight.T + bias
+        mean = 0.9 * mean + 0.1 * x.mean(0)
+        variance = 0.9 * variance + 0.1 * x.var(0, ddof=1)
+    outputs["eval"] = (batches[0] - mean) / np.sqrt(variance + 1e-6) @ weight.T + bias
+    return outputs | {"running_mean": mean, "running_var": variance}
+
+
 def masked_function_outputs(golden: Golden) -> dict[str, np.ndarray]:
     """The functions around masked autoencoders."""
     x = double(golden.inputs)
@@ -226,6 +239,8 @@ def masked_function_outputs(golden: Golden) -> dict[str, np.ndarray]:
             "unpatchified_pred": unpatchified.transpose(0, 3, 1, 2),
             **losses,
         }
+    if golden.kind == "linear_probe_head":
+        return probe_head_outputs(golden)
     if golden.kind == "random_masking":
         rows, columns = golden.kwargs["grid"]
         ids = np.arange(rows * columns)
@@ -262,6 +277,7 @@ ORACLE = {
             "random_masking",
             "masked_row_means_constant",
             "masked_row_means_true",
+            "linear_probe_head",
         ),
         masked_function_outputs,
     ),

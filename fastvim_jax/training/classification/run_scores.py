@@ -14,6 +14,7 @@ from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_pre
 from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.classification.evaluation import (
     Scores,
     evaluate_weights,
@@ -68,6 +69,12 @@ def score_run(
     Raises:
         UserError: no such run, checkpoint or data; data of another number of classes than the model's.
     """
+    config = read_config(run_dir)
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"{run_dir} is a run of a {type(config).__name__} and not of a classifier (TrainConfig): its scores are in "
+            "metrics.jsonl; fine-tune it with --init to get a classifier."
+        )
     mesh = make_mesh()
     place = replicated(mesh)
     wanted = [weights] if weights != "all" else ["raw", "ema"]

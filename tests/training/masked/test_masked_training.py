@@ -6,7 +6,6 @@ import dataclasses
 import json
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,6 +17,7 @@ from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
+from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.masked.config import PRETRAINING, PROBING, PretrainConfig, ProbeConfig
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.pool_scale import with_scale_of_init
@@ -139,11 +139,8 @@ def test_probe_with_cached_features_and_streamed(
     assert result.metrics["count"] == EVAL_IMAGES
     assert result.metrics["raw_top1"] > 0.3, "far better than chance on ten digits"
     assert "computed once" in capsys.readouterr().err
-    assert (
-        load_run.__module__
-        and json.loads((tmp_path / "cached" / "config.json").read_text())["model"]["pool_scale"]
-        == 0.25
-    )
+    saved = json.loads((tmp_path / "cached" / "config.json").read_text())
+    assert saved["model"]["pool_scale"] == 0.25
     streamed = probe_config(folder, epochs=2, cache_gigabytes=0.0)
     result = train(streamed, tmp_path / "streamed", progress=True)
     assert result.metrics["count"] == EVAL_IMAGES
@@ -175,6 +172,8 @@ def test_runs_of_another_task_are_refused_by_name(pretrained: Any, tmp_path: Any
     (supervised / "config.json").write_text(tiny_config().to_json())
     with pytest.raises(UserError, match="run of a TrainConfig, which has no decoder"):
         train(dataclasses.replace(CONFIG, init=str(supervised)), tmp_path / "new", progress=False)
+    with pytest.raises(UserError, match="run of a PretrainConfig and not of a classifier"):
+        score_run(folder, DATA)
     run = load_run(folder)
     other = dataclasses.replace(run, config=tiny_config())
     with pytest.raises(UserError, match="TrainConfig's and reconstructs nothing"):
@@ -200,4 +199,3 @@ def test_a_config_goes_through_json() -> None:
     assert ProbeConfig.from_json(config.to_json()) == config
     with pytest.raises(UserError, match="init is empty"):
         dataclasses.replace(config, init=None)
-    assert jnp.isfinite(config.momentum)
