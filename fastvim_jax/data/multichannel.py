@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.errors import UserError
 
@@ -70,7 +71,9 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
             return MultiChannel(_checked(np.load(io.BytesIO(image), allow_pickle=False), name))
         if image.startswith(TIFF):
             return _read_tiff(image, name)
-        with Image.open(io.BytesIO(image)) as opened:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DecodeError(f"{name}: more pixels than {MAX_PIXELS:,}, the most read.")
             opened.load()
             pixels = np.asarray(opened.convert("RGB") if opened.mode in ("P", "CMYK") else opened)
         return MultiChannel(_checked(pixels, name))

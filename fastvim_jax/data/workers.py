@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 _LOOK_EVERY = 0.5  # seconds
@@ -23,6 +24,9 @@ def signals_blocked() -> Iterator[None]:
     """Block the terminal's signals in this thread, and so in the processes and threads that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        # Python would start it together with the first worker, and unblocks two of the signals when it does.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

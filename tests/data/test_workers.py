@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def _wait_for_workers(run: subprocess.Popen[str]) -> set[int]:
+    while run.poll() is None:
+        found = {pid for pid, words in _children(run.pid).items() if "spawn_main" in words}
+        if len(found) == 2:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"ended with status {run.returncode}")
+
+
+def _send(workers: set[int]) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for pid in workers:
+            os.kill(pid, each)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
     with subprocess.Popen(
@@ -59,14 +75,14 @@ def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
     ) as run:  # fmt: skip
         assert run.stdin and run.stdout
         left: set[int] = set()
+        watch = threading.Timer(180, run.kill)  # so that a hang fails
+        watch.start()
         try:
+            first = _wait_for_workers(run)
+            _send(first)  # while they start
             assert run.stdout.readline() == "360\n"
-            first = {pid for pid, words in _children(run.pid).items() if "spawn_main" in words}
             left = set(_children(run.pid))
-            assert len(first) == 2
-            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                for pid in first:
-                    os.kill(pid, each)
+            _send(first)
             time.sleep(0.2)
             run.stdin.write("go on\n")
             run.stdin.flush()
@@ -80,6 +96,7 @@ def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
                 assert time.monotonic() < deadline, alive
                 time.sleep(0.1)
         finally:
+            watch.cancel()
             run.kill()
             for pid in left:
                 if _runs(pid):
