@@ -4,7 +4,8 @@ It shows that the whole path works (JSON, polygons, crowds, training, detection,
 and nothing about generalisation: it is evaluated on its training images, without augmentation. 66,359,202 parameters.
 
 The anchors are smaller than the recipe's and every object claims its best ones, down to an IoU of 0.1: a tenth of these
-objects is so small that no anchor of the recipe reaches the 0.3 which it asks for.
+objects is so small that no anchor of the recipe reaches the 0.3 which it asks for. Three batches an epoch, 1,800 steps.
+The aim is a box AP of 0.9 on these images; neither it nor the cost is measured yet.
 
 Set FASTVIM_DATA_DIR to the folder that holds `coco_tiny` with `annotations`, `train2017` and `val2017`.
 
@@ -26,10 +27,10 @@ config = DetectionConfig(
             image_size=1024,
             dtype="bfloat16",
             activations="compute",
-            blocks="unroll",
+            blocks="scan",
         ),
-        rpn=ProposalConfig(scale=6.0, negative=0.1, train_before=1000, train_after=1000),
-        samples=256,
+        rpn=ProposalConfig(scale=6.0, negative=0.1, train_before=500, train_after=500),
+        samples=128,
     ),
     data=DetectionData(
         path="$FASTVIM_DATA_DIR/coco_tiny",
@@ -49,10 +50,9 @@ config = DetectionConfig(
         weight_decay=0.0,
         clip_grad_norm=10.0,
     ),
-    epochs=1000,
-    evaluate_every_epochs=250,
-    checkpoint_every_steps=500,
+    epochs=600,
+    evaluate_every_epochs=200,
+    checkpoint_every_steps=600,
     log_every_steps=20,
     pictures=8,
 )
-"""Three batches an epoch: 24 images of 8."""
