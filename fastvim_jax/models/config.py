@@ -147,7 +147,10 @@ class VisionMambaConfig(BackboneConfig):
     A class token takes precedence."""
     activations: Activations = "wide"
     """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
-    close to exact, or `dtype` from images and tokens rounded once, which is faster."""
+    close to exact, or `dtype` from images and tokens rounded once, which is faster.
+    In bfloat16, relative to the largest entry of the authors' float64 values, on their four-block models: "wide" keeps
+    outputs within 2e-2 and gradients within 5e-2; "compute" outputs within 1e-1 and gradients within 3e-1, except that
+    maxima (pooled or taken by the head) may be other tokens', whose gradients then differ as a whole."""
     scan_implementation: ScanName = "auto"
     """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas or reference."""
 

@@ -11,8 +11,16 @@ from numpy.typing import ArrayLike
 from tests.support import relative_error
 
 # (outputs, gradients), relative to the largest entry of each array.
-BOUNDS = {"float64": (1e-7, 1e-6), "float32": (5e-5, 5e-4), "bfloat16": (2e-2, 5e-2)}
-DTYPES = tuple(BOUNDS)
+DTYPES = ("float64", "float32", "bfloat16")
+BOUNDS = {
+    "float64": (1e-7, 1e-6),
+    "float32": (5e-5, 5e-4),
+    "bfloat16": (2e-2, 5e-2),
+    # With activations="compute"; measured, see benchmarks/NOTES.md. Rounded tokens may change which one is a line's
+    # maximum, which moves that line's whole gradient.
+    "bfloat16 compute": (1e-1, 3e-1),
+    "bfloat16 compute, max": (1e-1, 1.0),
+}
 
 
 @dataclasses.dataclass

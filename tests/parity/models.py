@@ -40,7 +40,10 @@ CONFIGS = {
 def precision_fields(dtype: str) -> dict[str, str]:
     """The dtype policy of one run: float64 throughout, or float32 parameters under the compute dtype."""
     params = "float64" if dtype == "float64" else "float32"
-    return {"dtype": dtype, "param_dtype": params, "matmul_precision": "highest"}
+    policy = {"dtype": dtype, "param_dtype": params, "matmul_precision": "highest"}
+    if dtype.startswith("bfloat16 compute"):
+        policy |= {"dtype": "bfloat16", "activations": "compute"}
+    return policy
 
 
 def load_model(golden: Golden, dtype: str, blocks: str, **options: Any) -> nnx.Module:
