@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, command, counted, parse
 from fastvim_jax.errors import suggest
 
 HELP = """\
@@ -127,14 +127,15 @@ def _check(arguments: Sequence[str]) -> int:
         if not chosen.json:
             used = sum(count > 0 for count in report.counts.values())
             print(
-                f"{kind} {split}: {report.records} records, {used} of {len(source.class_names)} classes, "
-                f"{report.duplicates} repeated images, {len(report.problems)} problems"
+                f"{kind} {split}: {counted(report.records, 'record')}, {used} of {len(source.class_names)} classes, "
+                f"{counted(report.duplicates, 'repeated image')}, {counted(len(report.problems), 'problem')}"
             )
             if report.unread:
                 more = ", ..." if len(report.unread) > 5 else ""
+                verb = "is" if len(report.unread) == 1 else "are"
                 print(
-                    f"  note: {len(report.unread)} files are not read, being of an unknown extension or in no class's "
-                    f"folder: {', '.join(report.unread[:5])}{more}"
+                    f"  note: {counted(len(report.unread), 'file')} {verb} not read, being of an unknown extension or "
+                    f"in no class's folder: {', '.join(report.unread[:5])}{more}"
                 )
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
@@ -151,7 +152,7 @@ def _check(arguments: Sequence[str]) -> int:
     else:
         for a, b, count in shared:
             if count:
-                print(f"note: {count} images are in both {a} and {b}")
+                print(f"note: {a} and {b} share {counted(count, 'image')}")
         found = _print_advice(chosen, kind, reports, found) or found
     return int(found)
 
@@ -219,8 +220,8 @@ def _prepare(arguments: Sequence[str]) -> int:
             notes.append(f"{done.changed} written again, as their records have changed")
         kept = f" ({'; '.join(notes)})" if notes else ""
         print(
-            f"{split}: {done.records} records of {len(source.class_names)} classes, {done.bytes / 1e6:.1f} MB "
-            f"in {done.shards} shards{kept}"
+            f"{split}: {counted(done.records, 'record')} of {len(source.class_names)} classes, "
+            f"{done.bytes / 1e6:.1f} MB in {counted(done.shards, 'shard')}{kept}"
         )
         for reason in done.left_out:
             print(f"  left out: {reason}")

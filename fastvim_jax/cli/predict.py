@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, counted, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,9 @@ def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:
         ):
             failed += _complained(each)
         before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
-        print(f"{chosen.out}: {len(files)} files{before}, {failed} of which could not be read.")
+        print(
+            f"{chosen.out}: {counted(len(files), 'file')}{before}, {failed} of which could not be read."
+        )
         return int(failed > 0)
     predictions = list(iter_predictions(classifier, files, top_k=chosen.top_k))
     if chosen.json:

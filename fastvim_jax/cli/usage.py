@@ -31,6 +31,11 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def command() -> str:
     """Return how the user can call this program: `fastvim` if the shell finds it, otherwise through Python."""
     beside = Path(sys.executable).with_name("fastvim")

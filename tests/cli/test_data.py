@@ -86,16 +86,16 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     out_dir = tmp_path / "shards"
     arguments = ("data", "prepare", pets, "--out", out_dir, "--max-size", "10")
     status, out, _ = fastvim(*arguments)
-    assert status == 0 and "train: 6 records of 2 classes" in out and "in 1 shards\n" in out
+    assert status == 0 and "train: 6 records of 2 classes" in out and "in 1 shard\n" in out
     assert f"--data.source array_record --data.path {out_dir}" in out
     for split, count in (("train", 6), ("val", 2)):
         assert len(open_source("array_record", split, path=str(out_dir))) == count
     status, out, _ = fastvim(*arguments)
-    assert status == 0 and "1 shards (1 were there already)" in out
+    assert status == 0 and "1 shard (1 were there already)" in out
     (pets / "train" / "cat" / "2.png").rename(pets / "train" / "dog" / "!.png")
     status, out, _ = fastvim(*arguments)
-    assert status == 0 and "1 shards (1 written again, as their records have changed)" in out
-    assert "1 shards (1 were there already)" in out
+    assert status == 0 and "1 shard (1 written again, as their records have changed)" in out
+    assert "1 shard (1 were there already)" in out
     train = open_source("array_record", "train", path=str(out_dir))
     assert [train[i].target for i in range(6)] == [0, 0, 1, 1, 1, 1]
     assert fastvim("data", "check", out_dir)[0] == 0
