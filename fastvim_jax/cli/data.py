@@ -137,6 +137,10 @@ def _check(arguments: Sequence[str]) -> int:
                     f"  note: {counted(len(report.unread), 'file')} {verb} not read, being of an unknown extension or "
                     f"in no class's folder: {', '.join(report.unread[:5])}{more}"
                 )
+            if report.damaged_metadata:
+                print(
+                    f"  note: {report.damaged_metadata} images have EXIF that cannot be read; they are taken as upright"
+                )
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
             if len(report.problems) > chosen.list:
@@ -294,6 +298,7 @@ def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, in
                 "records": report.records,
                 "counts": report.counts,
                 "duplicates": report.duplicates,
+                "damaged_metadata": report.damaged_metadata,
                 "unread": list(report.unread),
                 "problems": [dataclasses.asdict(problem) for problem in report.problems],
             }

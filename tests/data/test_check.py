@@ -74,6 +74,15 @@ def test_images_that_all_look_the_same_are_named(tmp_path: Path, rng: np.random.
     assert "all 3 images look the same" in report.problems[0].message
 
 
+def test_damaged_metadata_are_counted(tmp_path: Path, rng: np.random.Generator) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i, exif in enumerate((b"", b"garbage!", Image.Exif().tobytes())):
+        pixels = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "train" / "a" / f"{i}.png", exif=exif)
+    report = check(open_source("image_folder", "train", path=str(tmp_path)))
+    assert report.damaged_metadata == 1 and not report.problems
+
+
 def _start(path: Path, options: dict[str, str]) -> tuple[int, int]:
     """Open the data as the options of an advice say; return the numbers of records of both splits."""
     given: dict[str, Any] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.decode import decode_image, open_header, orientation
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
@@ -49,6 +49,7 @@ class Report:
         duplicates: records whose image another record of the same label holds too (harmless, but counted).
         unread: files in an image folder's split that are no record: of an unknown extension, or of no class.
         digests: index of one record for every image met, by a digest of its bytes.
+        damaged_metadata: images whose EXIF cannot be read; they are taken as upright.
     """
 
     records: int
@@ -58,6 +59,7 @@ class Report:
     duplicates: int
     unread: tuple[str, ...]
     digests: dict[bytes, int]
+    damaged_metadata: int = 0
 
 
 def check(source: Source, *, workers: int = 0, progress: Progress | None = None) -> Report:
@@ -125,6 +127,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         duplicates,
         tuple(source.unread()) if isinstance(source, ImageFolderSource) else (),
         digests,
+        sum(record.damaged_metadata for record in scanned),
     )
 
 
@@ -135,6 +138,7 @@ class _Scanned:
     digest: bytes
     picture: bytes
     error: str | None
+    damaged_metadata: bool = False
 
 
 def _scan(source: Source, indices: range) -> list[_Scanned]:
@@ -148,14 +152,16 @@ def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
         except DecodeError as error:
             yield _Scanned(index, None, b"", b"", str(error))
             continue
-        picture, error_text = b"", None
+        picture, error_text, damaged = b"", None, False
         try:
             decoded = decode_image(record.image, channels=3, name=record.name)
             small = decoded.resize((16, 16), Image.Resampling.BOX)
             picture = hashlib.blake2b(small.tobytes(), digest_size=16).digest()
+            if isinstance(record.image, bytes) and b"exif" in record.image.lower():
+                damaged = not orientation(open_header(record.image, record.name))[1]
         except DecodeError as error:
             error_text = str(error)
-        yield _Scanned(index, record.target, _digest(record), picture, error_text)
+        yield _Scanned(index, record.target, _digest(record), picture, error_text, damaged)
 
 
 def _digest(record: Record) -> bytes:
