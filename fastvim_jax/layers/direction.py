@@ -97,15 +97,19 @@ class ScanDirection(nnx.Module):
         )
 
     def __call__(self, x: Inner, pooling: Pooling) -> Inner:
-        """x `b l e` in scan order → y `b l e` in scan order, float32 or wider."""
+        """Scan tokens x `b l e`, in scan order; y `b l e` is in the same order, float32 or wider."""
         precision = self.config.precision
         wide = precision.wide
+        # 1) Convolution and SiLU.
         c = self.convolve(x)
         if pooling.every_token:  # the scan has every token at hand, and adds the skip
             return self.scan(c, D=self.D[...].astype(wide)).astype(wide)
+        # 2) Pool the tokens to the scan's steps.
         scores = None if self.score is None else linear(self.score, c, precision)
         u = pooling.pool(c, scores, reverse=self.reverse)
+        # 3) Project to Δ, B and C, and scan.
         y = self.scan(u).astype(wide)
+        # 4) Repeat each step's result for its tokens, and add the skip.
         D = self.D[...].astype(wide)
         if self.config.unpool == "after_skip":
             return pooling.unpool(y + D * u.astype(wide), reverse=self.reverse)

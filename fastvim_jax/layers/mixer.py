@@ -24,7 +24,7 @@ from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection, pad_rank, stack_directions
 from fastvim_jax.layers.fused_core import fused_core, runs_fused
 from fastvim_jax.layers.linear import linear
-from fastvim_jax.layers.norms import keeping_input, make_norm
+from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Tokens
@@ -74,13 +74,17 @@ class Mixer(nnx.Module):
         )
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """h `b l d` in stored order → `b l d`; both float32 or wider, as is everything between the products."""
+        """Mix tokens h `b l d`, in stored order; all between the products is float32 or wider, as is the result."""
         if isinstance(pooling, RaggedPooling) and pooling.order is not None:
             # An order that is an array moves tokens in memory: here they are d wide, behind in_proj 2e.
             return pooling.from_scan_order(self(pooling.to_scan_order(h), pooling.as_stored()))
         precision = self.config.precision
+        # 1) Input projection: x is scanned, z gates.
         xz = linear(self.in_proj, h, precision)
-        out = linear(self.out_proj, self.core(xz, pooling), precision)
+        # 2) to 5) Convolution, pooling, scan, norm and gate.
+        gated = self.core(xz, pooling)
+        # 6) Output projection.
+        out = linear(self.out_proj, gated, precision)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
@@ -88,12 +92,16 @@ class Mixer(nnx.Module):
         if runs_fused(self.config, pooling):
             both = self.both or stack_directions(self.forward, self.backward, axis=0)
             return fused_core(xz, pooling, both, self.post_norm)
+        # 2) Bring the tokens into the order of the scan.
         x, z = jnp.split(xz, 2, axis=-1)
         x = pooling.to_scan_order(x)
+        # 3) Scan in both directions (`ScanDirection`) and average.
         y = (self.forward(x, pooling) + self.backward(x, pooling)) / 2
         y = pooling.from_scan_order(y)
+        # 4) Norm.
         if self.post_norm is not None:
-            y = keeping_input(self.post_norm, y)
+            y = checkpointed_norm(self.post_norm, y)
+        # 5) Gate.
         return y * jax.nn.silu(z.astype(y.dtype))
 
 

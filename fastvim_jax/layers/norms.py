@@ -27,12 +27,12 @@ def make_norm(
     )
 
 
-def keeping_input(
+def checkpointed_norm(
     norm: nnx.RMSNorm | nnx.LayerNorm, x: Float[Array, "*rows d"]
 ) -> Float[Array, "*rows d"]:
-    """norm(x), for whose gradient x alone is kept: the rest is made again from it, in the pass that reads it anyway.
+    """Apply `norm`, save only its input for the backward pass, and recompute the statistics there.
 
-    JAX's own rule keeps two more wide arrays of the size of x, which a loop over blocks then holds for every block.
+    Otherwise JAX keeps two more wide arrays of the size of x, and a loop over blocks holds them for every block.
     """
     graphdef, params = nnx.split(norm)
     run = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x), prevent_cse=False)

@@ -75,7 +75,9 @@ class Backbone(nnx.Module):
         """
         key, drop_path_keep = self._drop_path(key, drop_path_keep)
         taps = self.config.out_indices
+        # 1) Embed patches and positions; 2) run the blocks over the residual stream.
         residual, outputs, grid = self._run(images, taps, key, drop_path_keep)
+        # 3) Dense features, or final norm, pooling and head.
         if taps:
             pairs = zip(self.out_norms, taps, strict=True)
             return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)

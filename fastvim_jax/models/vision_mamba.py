@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
-from fastvim_jax.layers.norms import keeping_input, make_norm
+from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
 from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_with_class_row
@@ -43,7 +43,7 @@ class Block(nnx.Module):
         self, residual: Tokens, pooling: Pooling, keep: Keep | None
     ) -> tuple[Tokens, Tokens]:
         """Return the new residual stream and the mixer's own output, both `b l d`."""
-        hidden = self.mixer(keeping_input(self.norm, residual), pooling)
+        hidden = self.mixer(checkpointed_norm(self.norm, residual), pooling)
         update = hidden.astype(residual.dtype)
         if keep is not None:
             update = update * broadcast_keep(keep, update)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.attention import Attention, Mlp
-from fastvim_jax.layers.norms import keeping_input, make_norm
+from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import add_table, resize_with_class_row
@@ -48,8 +48,8 @@ class ViTBlock(nnx.Module):
         """Return the new residual stream twice (it is also what dense features read), `b l d`."""
         for branch, update in enumerate(
             (
-                lambda x: self.attn(keeping_input(self.norm1, x).astype(self.dtype), pooling),
-                lambda x: self.mlp(keeping_input(self.norm2, x).astype(self.dtype)),
+                lambda x: self.attn(checkpointed_norm(self.norm1, x).astype(self.dtype), pooling),
+                lambda x: self.mlp(checkpointed_norm(self.norm2, x).astype(self.dtype)),
             )
         ):
             y = update(residual).astype(residual.dtype)

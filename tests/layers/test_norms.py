@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fastvim_jax.layers.norms import keeping_input, make_norm
+from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.precision import Precision
 from tests.pallas_kernels.mosaic_support import relative_errors
 
@@ -23,6 +23,6 @@ def test_only_the_input_is_kept(key, kind):
         kept = [leaf for leaf in jax.tree.leaves(pull) if jnp.shape(leaf) == x.shape]
         return len(kept), (out, pull(out_bar))
 
-    (one, got), (many, wanted) = run(keeping_input), run(lambda norm, x: norm(x))
+    (one, got), (many, wanted) = run(checkpointed_norm), run(lambda norm, x: norm(x))
     assert one == 1 < many
     assert max(relative_errors(got, wanted)) < 1e-6

@@ -194,6 +194,15 @@ def test_strict_dtype_promotion(name, fast, images):
             assert jax.eval_shape(model, given).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "options", [{"pooling": "attention"}, {"pooling": "max"}, {"unpool": "after_skip"}], ids=str
+)
+def test_strict_dtype_promotion_of_other_poolings(options, images):
+    model = small(fast=True, blocks="scan", **options)
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(model, images).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_batch_has_empty_results(name):
     model = small(name)
