@@ -21,10 +21,11 @@ from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.models import UperNetConfig, build_model, model_config, upernet
 from fastvim_jax.models.parameters import round_products
+from fastvim_jax.models.upernet import NOTHING_DROPPED
 from fastvim_jax.training.optimizer import make_optimizer
 from fastvim_jax.training.segmentation.config import ADE20K_OPTIMIZER, SegmentationConfig
 from fastvim_jax.training.segmentation.train import make_draw, make_loss
-from fastvim_jax.training.steps import TrainState, init_state, make_train_step
+from fastvim_jax.training.steps import Loss, TrainState, init_state, make_train_step
 from pallas_kernels import timing
 
 Part = Literal["backbone", "heads", "classes", "whole", "train"]
@@ -155,12 +156,9 @@ def _step(row: timing.Row, config: UperNetConfig, plain: UperNetConfig) -> timin
     batch, precision = row["batch"], row["precision"]
     state, program = _training(config, batch)
     batches = [_batch(config, batch, seed) for seed in range(2)]
-    plain_state, plain_program = _training(plain, CHECKED)
     few = jax.tree.map(lambda x: x[:CHECKED], batches[0])
-    wanted = plain_program(plain_state, few)[1]["loss"]
-    small_state, small = _training(config, CHECKED)
-    error = float(jnp.abs(small(small_state, few)[1]["loss"] / wanted - 1))
-    del plain_state, plain_program, small_state, small
+    found, wanted = (_first_loss(each, state, few) for each in (config, plain))
+    error = abs(found / wanted - 1)
     yield None
     losses = []
 
@@ -188,15 +186,36 @@ def _step(row: timing.Row, config: UperNetConfig, plain: UperNetConfig) -> timin
     }  # fmt: skip
 
 
-def _training(config: UperNetConfig, batch: int) -> tuple[TrainState, timing.Program]:
-    """Build a train state, and the compiled step without what is random, so that precisions can be compared."""
+def _first_loss(config: UperNetConfig, state: TrainState, batch: dict[str, jax.Array]) -> float:
+    """Compute the loss of a state on a few images, nothing dropped."""
+    run = _run(config)
+    model = nnx.eval_shape(lambda: build_model(run.model, rngs=nnx.Rngs(0)))
+    graphdef, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    loss_of = make_loss(graphdef, run)
+
+    def loss(params, statistics, batch):
+        found = loss_of(params, batch, NOTHING_DROPPED, statistics)
+        assert isinstance(found, Loss)
+        return found.loss
+
+    given = state.params, state.model_state, batch
+    return float(timing.Program(loss, *given, hasty=True)(*given))
+
+
+def _run(config: UperNetConfig) -> SegmentationConfig:
+    """Describe a run of this model without what is random, so that precisions can be compared."""
     still = dataclasses.replace(
         config, dropout=0.0, backbone=dataclasses.replace(config.backbone, drop_path=0.0)
     )
-    run = SegmentationConfig(
+    return SegmentationConfig(
         model=still, data=SegmentationData(path=".", image_size=config.image_size, eval_stride=1)
     )
-    model = build_model(still, rngs=nnx.Rngs(0))
+
+
+def _training(config: UperNetConfig, batch: int) -> tuple[TrainState, timing.Program]:
+    """Build a train state and the compiled step."""
+    run = _run(config)
+    model = build_model(run.model, rngs=nnx.Rngs(0))
     graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     optimizer: optax.GradientTransformation = make_optimizer(
         ADE20K_OPTIMIZER, params, learning_rate=lambda step: 6e-5, total_steps=1
