@@ -100,9 +100,19 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     print(f"Finished at step {result.step} after {result.seconds:.0f} s: {result.headline}.")
     print(
-        f"Everything is in {result.run_dir}, the curves in summary.png. Next: {command()} eval {result.run_dir}"
+        f"Everything is in {result.run_dir}, the curves in summary.png.{_next(chosen.config, result.run_dir)}"
     )
     return 0
+
+
+def _next(config: Any, run_dir: Path) -> str:
+    """Say what one does with a finished run of this task."""
+    following = {
+        "TrainConfig": f"eval {run_dir}",
+        "SegmentationConfig": f"eval {run_dir}",
+        "PretrainConfig": f"train EXPERIMENT --init {run_dir}",
+    }.get(type(config).__name__)
+    return f" Next: {command()} {following}" if following else ""
 
 
 def _arguments(config: Any, run_dir: Path) -> type:
