@@ -78,9 +78,10 @@ def selective_scan(
         h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = initial_state or 0
         y_t    = (sum over n of C_t h_t  +  D u_t) SiLU(z_t)
 
-    Differentiable (reverse mode, and once: for higher derivatives name an XLA implementation) with respect to every
-    array. The backward pass keeps the inputs and one state per chunk of time and computes the rest again; `b l e n`
-    never exists as a whole. State, steps, A and every sum are in float32, or in the widest dtype of the inputs.
+    Differentiable with respect to every array, in reverse mode and once. For higher derivatives name an XLA
+    implementation, for forward mode (`jax.jvp`, `jax.jacfwd`) "reference". The backward pass keeps the inputs and one
+    state per chunk of time and computes the rest again; `b l e n` never exists as a whole. State, steps, A and every
+    sum are in float32, or in the widest dtype of the inputs.
 
     Under a sharded `jit` every device scans its share of b and of e, as u is split; weights are gathered where they
     are split otherwise. A program that holds the kernels exports for one device only.

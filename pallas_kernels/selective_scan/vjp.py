@@ -14,8 +14,23 @@ import jax
 from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions, ScanOutput
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scan(
+    backend: Backend, options: ScanOptions, inputs: ScanInputs
+) -> tuple[ScanOutput, jax.Array | None]:
+    """Run `_scan`, and say which implementation has forward-mode derivatives where they are asked of it."""
+    try:
+        return _scan(backend, options, inputs)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "selective_scan: this implementation has derivatives in reverse mode only (grad, vjp, jacrev). For forward "
+            "mode (jvp, jacfwd, linearize) use implementation='reference'. Models have reverse mode only."
+        ) from error
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
 ) -> tuple[ScanOutput, jax.Array | None]:
     """Return y `b l e` (of both directions, two) and, when `options` ask for it, the last state `b e n`."""
@@ -35,4 +50,4 @@ def _backward(backend, options, residuals, cotangents):
     return (backend.backward(inputs, options, boundaries, y_bar, last_state_bar),)
 
 
-scan.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward)

@@ -170,3 +170,16 @@ def test_an_empty_batch(implementation):
     y, pull = jax.vjp(lambda a: selective_scan(**a, implementation=implementation), empty)
     assert y.shape == (0, 130, 4)
     assert not any(np.any(g) for g in jax.tree.leaves(pull(y)))
+
+
+def test_forward_mode_is_refused_with_the_implementation_that_has_it(seed):
+    arrays, _ = ScanSpec(1, 5, 3, states=2).arguments(seed)
+
+    def run(u, implementation):
+        return selective_scan(**arrays | {"u": u}, implementation=implementation)
+
+    u = arrays["u"]
+    with pytest.raises(TypeError, match="implementation='reference'"):
+        jax.jvp(lambda u: run(u, "auto"), (u,), (u,))
+    forward = jax.jacfwd(lambda u: run(u, "reference"))(u)
+    assert_close(forward, jax.jacrev(lambda u: run(u, "auto"))(u), 1e-5)
