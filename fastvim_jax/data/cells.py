@@ -18,6 +18,7 @@ from jaxtyping import Int32, UInt8
 
 from fastvim_jax.data.batches import BatchIterator, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
+from fastvim_jax.data.files import read_file
 from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
@@ -120,11 +121,7 @@ def load_image(file: str | Path, config: CellsData) -> UInt8[np.ndarray, "h w c"
     Raises:
         DecodeError: when the file cannot be read, is no image, or has other channels.
     """
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise DecodeError(f"{file}: {error.strerror or error}.") from None
-    return cut(_pixels(Record(data, 0, str(file)), config), config.height_width)
+    return cut(_pixels(Record(read_file(file), 0, str(file)), config), config.height_width)
 
 
 def draw_channels(

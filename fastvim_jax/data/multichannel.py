@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
+from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.errors import UserError
 
@@ -96,9 +97,9 @@ def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
     planes: list[np.ndarray] = []
     for name, file in files.items():
         try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise DecodeError(f"{file}: {error.strerror or error} (channel {name}).") from None
+            data = read_file(file)
+        except DecodeError as error:
+            raise DecodeError(f"{error} (channel {name})") from None
         pixels = read_channels(data, str(file)).pixels
         if pixels.shape[-1] != 1:
             raise DecodeError(

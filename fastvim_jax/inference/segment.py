@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.files import read_file
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
@@ -90,8 +91,4 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
 
 
 def _read(file: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise DecodeError(f"{file}: {error.strerror or error}.") from None
-    return np.asarray(decode_image(data, channels=3, name=str(file)))
+    return np.asarray(decode_image(read_file(file), channels=3, name=str(file)))
