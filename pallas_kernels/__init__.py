@@ -1,7 +1,8 @@
 """Array operations of state-space vision models, each with a reference, XLA backends and room for GPU kernels.
 
 Knows nothing of models or training. Every public function takes `implementation=...`; `"auto"` picks
-what is fastest where the program is lowered for.
+what is fastest where the program is lowered for. The environment variable FASTVIM_KERNELS=off turns all
+GPU kernels off.
 """
 
 from pallas_kernels.causal_conv1d import causal_conv1d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -57,9 +58,13 @@ def choose(implementation: str, operation: str, unsupported: Callable[[], str | 
 def kernels_missing() -> str | None:
     """Return why programs traced now cannot hold Mosaic GPU kernels, or None if they can.
 
+    The environment variable FASTVIM_KERNELS=off turns all kernels off.
+
     They can on NVIDIA's data centre GPUs from Hopper on, compute capabilities 9 and 10.  On a machine without one,
     trace under `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
     """
+    if os.environ.get("FASTVIM_KERNELS") == "off":
+        return "FASTVIM_KERNELS=off"
     if jax.__version_info__ < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         return f"JAX {jax.__version__} is older than {oldest}"

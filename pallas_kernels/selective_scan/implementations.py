@@ -92,11 +92,16 @@ class KernelOnCuda:
 #                       sequential       6.0       1.9       10.0        4.7       2.9        6.6        12.6
 #     forward+backward  associative    165.8      68.7      352.4      223.3     417.3      459.4       807.2
 #                       sequential      31.2       8.2       95.5       17.3      45.0       22.5       127.7
-# On a GPU every step is a launch: on an H100, forward, 1.20 against 1.62 ms at (128, 196, 384), 1.59
-# against 12.9 at (32, 1024, 384). Shorter scans have not been measured there.
-def xla_backend() -> Backend:
-    """Return the faster of the two XLA backends on the platform lowered for."""
-    return ByPlatform(cpu=_module("xla_sequential"), default=_module("xla_associative"))
+# On a GPU every step is a launch. On an H100 the loop against the associative scan, forward, ms
+# (benchmarks/results/h100/scan_lengths.json): 0.09 and 0.13 at (128, 14, 384), 1.32 and 2.52 at (128, 196, 384), 5.33
+# and 3.62 at (32, 1024, 384), 51.8 and 4.5 at (8, 4096, 384).
+SHORT = 256
+
+
+def xla_backend(length: int) -> Backend:
+    """Return the faster of the two XLA backends at this length on the platform lowered for."""
+    elsewhere = "xla_sequential" if length <= SHORT else "xla_associative"
+    return ByPlatform(cpu=_module("xla_sequential"), default=_module(elsewhere))
 
 
 def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tuple]:
@@ -113,7 +118,7 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
     if name == "reference":
         return _reference(both)
     one_or_both = lambda backend: Bidirectional(backend) if both else backend  # noqa: E731
-    xla = one_or_both(xla_backend())
+    xla = one_or_both(xla_backend(inputs.u.shape[-2]))
     kernel_name = "pallas_bidirectional" if both else "pallas"
     if gpu.choose(name, "selective_scan", lambda: _module(kernel_name).unsupported(inputs)):
         kernel = _module(kernel_name)

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from pallas_kernels import gpu
+from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,11 @@ def test_compute_capabilities(monkeypatch, capability, reason):
     said = gpu._no_device.__wrapped__()
     expected = reason and f"NVIDIA X (compute capability {capability}) {reason}"
     assert said == expected
+
+
+@needs_mosaic
+def test_one_switch_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setenv("FASTVIM_KERNELS", "off")
+    with abstract_h100():
+        assert gpu.kernels_missing() == "FASTVIM_KERNELS=off"
+        assert not gpu.choose("auto", "an operation", lambda: None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic, relative_errors
 from tests.support import assert_close
@@ -183,3 +184,10 @@ def test_forward_mode_is_refused_with_the_implementation_that_has_it(seed):
         jax.jvp(lambda u: run(u, "auto"), (u,), (u,))
     forward = jax.jacfwd(lambda u: run(u, "reference"))(u)
     assert_close(forward, jax.jacrev(lambda u: run(u, "auto"))(u), 1e-5)
+
+
+@pytest.mark.parametrize(("length", "name"), [(256, "xla_sequential"), (257, "xla_associative")])
+def test_where_no_kernel_runs_the_length_decides_on_gpus(length, name):
+    backend = implementations.xla_backend(length)
+    assert backend.default.__name__.endswith(name)
+    assert backend.cpu.__name__.endswith("xla_sequential")
