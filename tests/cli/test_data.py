@@ -71,9 +71,9 @@ def test_a_set_with_faults(fastvim: Cli, pets: Path) -> None:
     (pets / "train" / "cat" / "1.png").write_bytes(b"no image")
     (pets / "val" / "dog" / "0.png").write_bytes((pets / "train" / "dog" / "0.png").read_bytes())
     status, out, _ = fastvim("data", "check", pets)
-    assert status == 1 and "1 problems" in out and "Something is wrong" in out
+    assert status == 1 and "1 problem\n" in out and "Something is wrong" in out
     assert f"undecodable: {pets / 'train' / 'cat' / '1.png'}: not an image" in out
-    assert "note: 1 images are in both train and val" in out
+    assert "note: train and val share 1 image" in out
     status, out, _ = fastvim("data", "check", pets, "--json", "--split", "train")
     report = json.loads(out)
     assert status == 1 and report["splits"].keys() == {"train"}
