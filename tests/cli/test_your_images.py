@@ -1,4 +1,4 @@
-"""The README's page "Train on your own images", typed as it stands, on a small set and a smaller model."""
+"""The page "Train on your own images", typed as it stands, on a small set and a smaller model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REDUCED = (
 
 
 def _commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "your_images.md").read_text()
     page = text.split("## Train on your own images\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
