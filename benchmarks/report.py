@@ -1,7 +1,7 @@
-"""Writes benchmarks/README.md and its plots from the recorded runs: `python benchmarks/report.py`.
+"""Write benchmarks/README.md and its plots from the recorded runs: `python benchmarks/report.py`.
 
-Of rows that measure the same thing the latest counts. No measured number is typed here; what others measured, and
-what is required, is.
+If several rows measure the same thing, the latest counts. No number measured with this code is typed here. Numbers that
+others measured, and numbers that are required, are typed in `targets`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,22 @@ What was tried on the way is in [NOTES.md](NOTES.md).
 """
 ABOUT = {
     "targets": """\
-Device time: the sum of the kernels' durations; for scan and mixer core inputs are read cold. Models by the clock over
-queued calls, gaps between kernels included, are in their own tables. "aim": the aim is reached, too. "others": on
-another machine of the same kind. Scans: mamba's CUDA kernel, called eagerly. Core: the authors' code with that kernel,
-without convolution, norm and gate. Forward: theirs as a CUDA graph with the faster of their two scans, beside bf16 in
-the fastest precision; DeiT with fused attention, T and S compiled with CUDA graphs. Training: theirs, eager, in the
-faster of float32 and bf16, without an optimizer.
+- **seen**: measured here. Speeds are of device time, the sum of kernel durations; inputs of scan and core not in cache.
+- **met**: *aim* = aim reached; *yes* = required value reached; *no* = neither; *short of the aim* = none was required.
+- **others**: measured on another machine of the same kind, as listed below the table.
+- **required**, **aim**: values set for this project. "–": no value.
+""",
+    "others": """\
+What others ran:
+
+- Scan: mamba's CUDA kernel, called eagerly.
+- Mixer core: the authors' code with mamba's kernel, without convolution, norm and gate.
+- Forward: the authors' model as a CUDA graph with the faster of its two scans (next to our bf16: in its fastest
+  precision); DeiT with fused attention, sizes T and S compiled with CUDA graphs.
+- Training: the authors' model, eager, in the faster of float32 and bf16, without an optimizer.
+
+Times of models by the clock, over queued calls and with the gaps between kernels, are in the tables of models and of
+training steps.
 """,
     "scan": """\
 Device time with inputs read cold; softplus and step bias inside, 16 states; milliseconds. The peer's times are eager
@@ -341,6 +351,7 @@ def main() -> None:
             ["what", "unit", "others", "required", "aim", "seen", "met", "record"],
             [target.row(recorded) for target in targets()],
         ),
+        ABOUT["others"],
         "Wrong results, in no other table:\n\n" + sources(wrong) if wrong else "",
         "## Selective scan\n",
         ABOUT["scan"],
