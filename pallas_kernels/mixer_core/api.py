@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, picks kernels or XLA, and holds the derivative rule."""
+"""Define `mixer_core`: check its arguments, choose kernels or XLA, and differentiate it."""
 
 from __future__ import annotations
 
@@ -39,48 +39,52 @@ def mixer_core(
     eps: float = 1e-5,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
-    """Everything of a bidirectional FastVim mixer between its two projections.
+    """Compute everything of a bidirectional FastVim mixer between its two projections.
 
         x, z = halves of xz;   c_d = silu(conv_d(x));   u_d = mean · scale or maximum of c_d over each line
         y = middle(middle_params, u)                    the projections of u and the scans
         out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
 
-    with d the two directions; the second one's window looks ahead. On Hopper GPUs, xz is read twice and
-    out written once, and neither c nor any repeated y is ever in memory. Differentiable (reverse mode, and once
-    where kernels run); kept for the gradient are xz and tensors of the size of u, with "max" among them where in its
-    line each maximum first is (int32), since that token alone gets its gradient. A NaN in a line makes its maximum NaN.
+    Here d is one of the two directions. The convolution of the second direction looks ahead. A line is a row of the
+    grid, or a column if `transposed`. On Hopper GPUs the kernels read xz twice and write out once; c and the repeated y
+    never exist in memory.
 
-    A ragged grid lacks tokens, other ones in each sample: xz then holds those that there are, and `row_ids` says in
-    which rows. u_d is the sum over a row's tokens divided by the length of a whole row, 0 where there are none; the
-    convolutions take for neighbours what is next to each other in xz. Each direction has row ids of its own: the
-    released masked models reverse the tokens and not their rows, so that the second direction's are
-    `rows - 1 - ids[:, ::-1]`; otherwise both are the same.
+    Reverse-mode differentiation works; where kernels run, only once. Saved for the gradient are xz and arrays of the
+    size of u. With "max", one of these (int32) holds the place of the first maximum in each line, because only this
+    token gets the gradient. A NaN in a line makes its maximum NaN.
 
-    Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
-    needs all channels of a token).
+    In a ragged grid, tokens are missing, different ones in each sample. xz holds the tokens that exist, and `row_ids`
+    the row of each. u_d is the sum over the tokens of a row divided by the length of a *whole* row, and 0 for a row
+    without tokens. The convolutions see tokens that are adjacent in xz as neighbours. Each direction has its own row
+    ids, because the released masked models reverse the tokens but not their rows: for these models the row ids of the
+    second direction are `rows - 1 - ids[:, ::-1]`. Otherwise both directions have the same.
+
+    Under a sharded `jit`, every device works on its share of b. Axes other than b are gathered, because the LayerNorm
+    needs all channels of a token.
 
     Args:
         xz: tokens row by row, x and z one after the other on the channel axis; bfloat16 to float64.
-        directions: convolutions and skips, last tap on the current token.
+        directions: convolutions and skips. The last tap of a convolution meets the current token.
         norm: LayerNorm over the channels.
-        middle_params: pytree handed to `middle`, differentiated.
-        middle: maps (middle_params, u), where u `2 b s e` in float32 or wider holds both directions' pooled tokens,
-            to (y_f, y_b), `b s e` each. Closes over no tracer.
-        rows, columns: the grid of tokens, whole.
-        row_ids: of a ragged grid, forward and backward: from 0 to rows - 1, falling nowhere in a sample. Such a grid is
-            pooled by "mean" and not transposed.
-        transposed: visit column by column, so that lines are columns; rows otherwise.
+        middle_params: pytree passed to `middle`; gradients flow to it.
+        middle: function (middle_params, u) -> (y_f, y_b). u `2 b s e`, in float32 or wider, holds both directions'
+            pooled tokens; y_f and y_b are `b s e`. The function must not close over tracers.
+        rows, columns: size of the whole grid of tokens.
+        row_ids: for a ragged grid, the row ids of the forward and the backward direction: from 0 to rows - 1, and never
+            decreasing within a sample. A ragged grid must be pooled by "mean" and must not be transposed.
+        transposed: visit the tokens column by column, so that lines are columns.
         method: "mean" or "max", over a line.
         scale: factor on the pooled mean; a maximum has none.
-        eps: of the LayerNorm.
-        implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
+        eps: epsilon of the LayerNorm.
+        implementation: "pallas" (kernels), "xla", or "auto": kernels if the program is lowered for a Hopper or newer
+            GPU, otherwise XLA.
 
     Returns:
         `b l e` in xz's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown method or implementation.
-        NotImplementedError: "pallas" asked for where it cannot run.
+        ValueError: shapes do not fit, or method or implementation is unknown.
+        NotImplementedError: implementation is "pallas", but the kernels cannot run here.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -97,7 +101,7 @@ def mixer_core(
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
-    # Held to the grid: the kernels address memory by them.
+    # Clip the ids to the grid, because the kernels use them as addresses.
     given = () if row_ids is None else row_ids
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
     stages = _stages(implementation, xz, directions, ids, options)
@@ -120,10 +124,10 @@ def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
         raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
 
 
-# Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
+# Dimensions of the operands and results of every stage. Devices split b and nothing else.
 _XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
-_PLACES, _IDS = "places", "ids"  # as _POOLED with "max", else none; of a ragged grid, else none
+_PLACES, _IDS = "places", "ids"  # Filled in by `_of_share`; empty if the stage has none.
 _DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
@@ -143,7 +147,7 @@ _DIMS: dict[str, tuple[Any, Any]] = {
 def _of_share(
     name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
 ) -> Callable:
-    """Run a stage on each device's share of the batch."""
+    """Return the stage as a function that runs on each device's share of the batch."""
 
     def run(*arrays):
         known = {
@@ -163,7 +167,7 @@ def _xla_front(xz, directions, ids, options):
 
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """The four stages, as kernels where lowered for CUDA (always, when asked for by name)."""
+    """The four stages as functions: kernels if lowered for CUDA, otherwise XLA. With `always`, kernels only."""
 
     always: bool
 
@@ -191,7 +195,7 @@ class _Stages:
 
 
 def _stages(name: str, xz, directions, ids, options) -> _Stages | None:
-    """Return the stages that may run as kernels, or None for plain XLA."""
+    """Return the four stages if they can run as kernels, otherwise None."""
 
     def unsupported():
         from pallas_kernels.mixer_core import mosaic
@@ -218,7 +222,7 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
 
 def _backward(stages, middle, options, residuals, out_bar):
     xz, y, places, ids, pull, *weights = residuals
-    # Sums over devices are in float32 or wider.
+    # Cast the parameters, so that their gradients are summed over devices in float32 or wider.
     directions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
     s_bar, xz_bar, y_bar, norm_bar = stages.back_gradients(
         xz, y, directions, norm, out_bar, ids, options

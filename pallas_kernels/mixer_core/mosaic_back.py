@@ -1,10 +1,11 @@
-"""Back of the mixer as one Mosaic GPU kernel: repeat, skip, average, LayerNorm and gate.
+"""Compute the back of the mixer (repeat, skip, average, LayerNorm, gate) as one Mosaic GPU kernel.
 
-    s   = (y_f + y_b of the line)/2 + (D_f c_f + D_b c_b)/2,   c = silu(convolution of x), recomputed
+    s   = (y_f + y_b of the token's line)/2 + (D_f c_f + D_b c_b)/2,   c = silu(conv(x)), recomputed
     out = LayerNorm(s) · silu(z)
 
-A segment of tokens is worked on twice: first a thread owns channels and walks the tokens
-(convolutions, s), then a warp owns a token (LayerNorm, gate).
+A *line* is what the mixer pools: a row or a column of the grid. A line is cut into *segments* of tokens (`Grid`). The
+kernel works on each segment in two phases. First each thread owns some channels and walks the tokens: it computes the
+convolutions and s, and keeps s in shared memory. Then each warp owns a token: it applies LayerNorm and gate.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
 class Segments:
-    """What both kernels of the back do with a segment: fetch it and mix the directions."""
+    """The work on a segment that both kernels share: copy it in, compute s, copy results out."""
 
     def __init__(self, grid: Grid, interpret: bool):
         self.grid, self.interpret = grid, interpret
@@ -43,7 +44,7 @@ class Segments:
         self.layouts = TokenLayouts(self.blocks)
         at_once = self.layouts.at_once
         self.padded = pl.cdiv(grid.segment, at_once) * at_once
-        self.whole = self.owned == self.blocks  # parameters are then read once
+        self.whole = self.owned == self.blocks  # Then parameters are read only once.
 
     @property
     def items(self) -> int:
@@ -56,7 +57,7 @@ class Segments:
         return self.tile(dtype, self.grid.segment + 2 * self.grid.halo)
 
     def place(self, item):
-        """Line and first token of the block's segment number ``item``."""
+        """Return the line and the first token of this thread block's segment number ``item``."""
         grid = self.grid
         line = lax.axis_index("group") * grid.per_block + lax.div(item, grid.segments)
         return line, lax.rem(item, grid.segments) * grid.segment
@@ -82,7 +83,7 @@ class Segments:
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
 
     def each_group(self, run):
-        """``run(blocks of channels)`` for all that the threads own one after another."""
+        """Call ``run(slice of channel blocks)`` for all channel blocks, `owned` of them at a time."""
 
         def step(index, _):
             run(pl.ds(index * self.owned, self.owned))
@@ -103,7 +104,7 @@ class Segments:
         )
 
     def repeated(self, y, ids, item, channels):
-        """Half the sum of both scans' outputs at the segment's token number t, as a function of t."""
+        """Return a function of t: the mean of both scans' outputs, for the segment's token number t."""
         batch = lax.axis_index("batch")
         line, start = self.place(item)
 
@@ -119,7 +120,7 @@ class Segments:
         return lambda t: at([ref[batch, token + t] for ref in ids])
 
     def mix(self, x_tile, y, ids, item, s_tile, parameters):
-        """Write s of the segment; ``parameters(channels)`` gives kernels, biases and D / 2."""
+        """Write s of the segment to ``s_tile``. ``parameters(channels)`` returns kernels, biases and D / 2."""
         grid = self.grid
 
         def run(channels):
@@ -138,7 +139,7 @@ class Segments:
         self.each_group(run)
 
     def normalise(self, s, eps):
-        """s without its mean over the channels, and 1 / its standard deviation, per token."""
+        """Return, per token, s minus its mean over the channels, and 1 / the standard deviation of s."""
         layouts = self.layouts
         s = s - layouts.over_channels(layouts.mean(s))
         return s, lax.rsqrt(layouts.mean(s * s) + eps)
@@ -157,12 +158,19 @@ class Segments:
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
 def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
-    """Args:
+    """Repeat the scans' outputs over their lines, add the skip, apply LayerNorm, and gate with silu(z).
+
+    Args:
         xz: ``b rows columns 2e``, x then z.
         y: scan outputs, forward and backward, ``b lines e`` float32 each.
-        ids: of a ragged grid, for each direction ``b tokens`` int32: which of y's lines is a
-            token's; ``grid`` is then any that holds the tokens. Else ().
-        kernels: ``2 k e``; biases, D: ``2 e``; scale, shift of the LayerNorm: ``e``; float32.
+        ids: for a ragged grid, the index of each token's line in y: ``b tokens`` int32 for each direction. ``grid`` is
+            then any grid that holds the tokens. For a whole grid, ().
+        kernels: of the convolutions, ``2 k e`` float32.
+        biases, D: ``2 e`` float32.
+        scale, shift: parameters of the LayerNorm, ``e`` float32.
+        grid: how the tokens are cut.
+        eps: epsilon of the LayerNorm.
+        interpret: run in Pallas' interpreter.
 
     Returns:
         ``b rows columns e`` in xz's dtype.
@@ -197,7 +205,7 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
                 gamma, beta = norm()
                 s = s * layouts.over_channels(deviation) * layouts.over_tokens(gamma)
                 s = s + layouts.over_tokens(beta)
-                # In place: the thread that read a value of z writes the output there.
+                # Write the output over z. This is safe, because the thread that reads a value of z overwrites it.
                 z = work.tokens(z_tile.at[rows])
                 store(
                     z_tile.at[rows],
@@ -242,15 +250,19 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
 def back_gradients(
     xz, y, ids, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret
 ):
-    """First half of the core's way back: through gate, LayerNorm and repeat.
+    """Compute the gradients of :func:`back` through gate, LayerNorm and repeat.
+
+    `mosaic_front_gradients` continues from here, through skip and convolutions.
 
     Args:
-        out_bar: gradient of :func:`back`'s output; the others as there.
+        out_bar: gradient of :func:`back`'s output. All other arguments are those of `back`.
 
     Returns:
-        The gradient of s, ``b rows columns e`` in xz's dtype; that of xz, ``b rows columns 2e``, whose first half
-        is not written; half the sums of the former over the lines of ``grid``, ``b lines e`` float32, which are y's
-        if there are no ids; and shares of those of scale and shift ``2 parts e``.
+        ds: gradient of s, ``b rows columns e`` in xz's dtype.
+        dxz: gradient of xz, ``b rows columns 2e``. Only its second half, the gradient of z, is written.
+        dy: half the sum of ds over each line of ``grid``, ``b lines e`` float32. For a whole grid this is the gradient
+            of y; for a ragged grid it is not used.
+        norm: gradients of scale and shift, summed per warp or thread block only, ``2 parts e`` float32.
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
@@ -294,7 +306,7 @@ def back_gradients(
                 sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
                 dz = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
                 g = g * z * sigma
-                if work.padded != grid.segment:  # rows past the segment hold anything
+                if work.padded != grid.segment:  # Rows past the segment hold arbitrary values.
                     row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
                     row = plgpu.layout_cast(row, layouts.tokens) + rows.start
                     dz = jnp.where(row < grid.segment, dz, 0.0)

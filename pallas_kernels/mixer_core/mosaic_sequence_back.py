@@ -1,9 +1,10 @@
-"""Back of a mixer that pools nothing: mean of both directions, LayerNorm and gate, as Mosaic GPU kernels.
+"""Compute the back of a mixer that pools nothing (mean of both directions, LayerNorm, gate) as Mosaic GPU kernels.
 
     out = LayerNorm((y_f + y_b)/2) · silu(z)
 
-Tokens are independent, so all sequences are one run of rows; a block visits some of its tiles, and as in
-`mosaic_back` a warp (or all four) works on a token. What is read is overwritten in place by what leaves.
+Tokens are independent of each other, so the tokens of all sequences form one array of rows. It is cut into tiles of
+rows, and each thread block walks a few of them. As in `mosaic_back`, one warp (or all four together) works on a token.
+Results overwrite the inputs in the same shared-memory tiles, and are copied out from there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How tokens are cut: ``tile`` of them at a time, ``per_block`` tiles for a block."""
+    """How rows of tokens are cut: tiles of ``tile`` tokens, and ``per_block`` tiles for each thread block."""
 
     tokens: int
     width: int
@@ -42,7 +43,7 @@ class Rows:
 
     @property
     def blocks(self) -> int:
-        """Of 128 channels."""
+        """Number of channel blocks, of 128 channels each."""
         return self.width // BLOCK
 
     @property
@@ -54,12 +55,12 @@ class Rows:
         return pl.cdiv(self.tiles, self.per_block)
 
     def smem(self, dtype: Any) -> Any:
-        """Allocate two tiles: one is worked on while the other is written out and filled again."""
+        """Allocate two tiles: the block works on one while the other is copied out and filled again."""
         return plgpu.SMEM((2, self.tile, self.blocks, BLOCK), dtype)
 
 
 class Walk:
-    """What both kernels do: bring tiles in, hand them over token by token, send them out."""
+    """The walk over tiles that both kernels share: copy a tile in, visit its tokens, copy the results out."""
 
     def __init__(self, cut: Rows, eps: float):
         self.cut, self.eps = cut, eps
@@ -71,11 +72,15 @@ class Walk:
         return ref.at[pl.ds(start, rows or cut.tile), pl.ds(half * cut.blocks, cut.blocks)]
 
     def run(self, sources, tiles, barrier, results, visit, carry):
-        """``visit(tiles, rows, carry)`` for groups of tokens.
+        """Loop ``carry = visit(tiles, rows, carry)`` over all tokens of this thread block, a few rows at a time.
 
         Args:
-            sources: pairs of an array and which of its halves is read, one for each of ``tiles``.
-            results: maps the number of a tile to such a pair, where it is sent once visited.
+            sources: a pair (array, half) for each of ``tiles``; the tile is filled from this half of the channels.
+            tiles: shared-memory tiles, from `Rows.smem`.
+            barrier: barrier of the copies into the tiles, one per slot.
+            results: maps the index of a tile to a pair (array, half), to which the tile is copied after the visits.
+            visit: computes some rows, and writes results into the tiles in place.
+            carry: initial carry.
         """
         cut = self.cut
         items = jnp.minimum(cut.per_block, cut.tiles - lax.axis_index("group") * cut.per_block)
@@ -108,9 +113,9 @@ class Walk:
         return carry
 
     def send(self, results, tiles, slot, item):
-        """Copy a tile to global memory in one bulk copy; of a partial last tile, only the rows that exist.
+        """Copy a tile to global memory in one bulk copy.
 
-        Bulk copies are not clipped at the end of an array.
+        Of a partial last tile, copy only the rows that exist, because bulk copies are not clipped at the array's end.
         """
         cut = self.cut
 
@@ -131,7 +136,7 @@ class Walk:
         return plgpu.load(ref, layout=self.layouts.tokens, optimized=False).astype(jnp.float32)
 
     def norm(self, *refs: Any) -> list[jax.Array]:
-        """Scale and shift, repeated over the tokens."""
+        """Load the LayerNorm's scale and shift, repeated over the tokens."""
         layouts = self.layouts
         return [
             layouts.over_tokens(plgpu.load(ref, layout=layouts.channels, optimized=False))
@@ -139,7 +144,7 @@ class Walk:
         ]
 
     def normalise(self, tiles: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        """Normalise the directions' mean over the channels; return it and 1 / its standard deviation."""
+        """Return the mean of both directions, normalised over the channels, and 1 / its standard deviation."""
         layouts = self.layouts
         s = (self.tokens(tiles[0].at[rows]) + self.tokens(tiles[1].at[rows])) * 0.5
         s = s - layouts.over_channels(layouts.mean(s))
@@ -148,16 +153,22 @@ class Walk:
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """``b l channels`` to ``tokens blocks 128``."""
+    """Reshape ``b l channels`` to ``tokens blocks 128``."""
     x = blocked(x)
     return x.reshape(-1, *x.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
 def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
-    """Args:
-        xz: ``b l 2e``, of which z is read; y: both directions, ``b l e`` in the same dtype.
-        scale, shift: of the LayerNorm, ``e`` float32.
+    """Average both directions, apply LayerNorm, and gate with silu(z).
+
+    Args:
+        xz: ``b l 2e``; only its second half, z, is read.
+        y: outputs of both directions' scans, ``b l e`` each, in xz's dtype.
+        scale, shift: parameters of the LayerNorm, ``e`` float32.
+        cut: how the tokens are cut into tiles.
+        eps: epsilon of the LayerNorm.
+        interpret: run in Pallas' interpreter.
 
     Returns:
         ``b l e`` in xz's dtype.
@@ -197,12 +208,15 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
 
 @functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
 def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, interpret: bool):
-    """Args:
-        out_bar: gradient of :func:`back`'s output, in its dtype; the others as there.
+    """Compute the gradients of :func:`back`.
+
+    Args:
+        out_bar: gradient of :func:`back`'s output, in the output's dtype. All other arguments are those of `back`.
 
     Returns:
-        The gradient of y (the same for both directions), ``b l e`` in xz's dtype; that of xz, ``b l 2e``, whose first
-        half is not written; and shares of those of scale and shift, ``2 parts e`` float32.
+        y_bar: gradient of each direction's y (equal for both), ``b l e`` in xz's dtype.
+        xz_bar: gradient of xz, ``b l 2e``. Only its second half, the gradient of z, is written.
+        norm_bar: gradients of scale and shift, summed per thread block only, ``2 parts e`` float32.
     """
     work = Walk(cut, eps)
     layouts = work.layouts
@@ -234,7 +248,7 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
         sources = ((first_ref, 0), (second_ref, 0), (z_ref, 1), (g_ref, 0))
         results = {0: (y_bar_ref, 0), 2: (xz_bar_ref, 1)}
         sums = work.run(sources, tiles, barrier, results, visit, (zeros, zeros))
-        # What the warps have added up for tokens of their own, added up in turn.
+        # Add up the sums over tokens that each warp has made for itself.
         for i in (0, 1):
             store(sums_tile, sums[i])
             plgpu.commit_smem()

@@ -1,11 +1,15 @@
-"""Runs a scan chunk by chunk, forward and backward, for backends that know how to do one chunk.
+"""Run a scan chunk by chunk, forward and backward, with a backend (`Core`) that computes one chunk.
 
-Only the inputs and the state entering each chunk outlive the forward pass; the backward pass visits
-the chunks in the opposite order and recomputes the states of one chunk at a time. So `b l e n` never
-exists as a whole: the peak is the states of one chunk plus one state per chunk.
+The forward pass saves only the inputs and the state that enters each chunk. The backward pass visits the chunks in the
+opposite order and recomputes the states of one chunk at a time. So the array of all states, `b l e n`, never exists:
+peak memory is the states of one chunk plus one state per chunk.
 
-Inside, arrays are time-major, in the wide dtype, with channels split as groups `g` times `k` channels a group, and
-the state is `b g n k`: channels last, so that the sum over n runs over vectors of channels.
+Inside, arrays are time-major and float32 or wider. Channels `e` are split into `g` groups of `k` channels. The state is
+`b g n k`: channels come last, so that the sum over n adds vectors of channels.
+
+Names: a *chunk* is the unit between two saved states, a *run* is the `group` chunks that one call of the backend
+computes. `x_bar` is the gradient of `x`. The steps from delta to the backend's inputs are `_before`, those from its
+output to y `_after`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 
 @runtime_checkable
 class Core(Protocol):
-    """One chunk of t steps of  h <- exp(step A) h + v B,  s = sum over n of C h."""
+    """A backend: it computes t steps of  h <- exp(step A) h + v B,  s = sum over n of C h."""
 
     def forward(
         self,
@@ -38,7 +42,7 @@ class Core(Protocol):
         reverse: bool,
         every: int,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return s `t b g k`, the state left behind, and the states entering each run of `every` steps."""
+        """Return s `t b g k`, the last state, and the states before every `every`-th step."""
         ...
 
     def backward(
@@ -55,12 +59,12 @@ class Core(Protocol):
         reverse: bool,
         want_s: bool,
     ) -> tuple[jax.Array | None, ...]:
-        """Return the gradients of step, v, A, B, C and h, and s if wanted (else None)."""
+        """Return the gradients of step, v, A, B, C and h, then s if `want_s`, otherwise None."""
         ...
 
 
 class Steps(NamedTuple):
-    """The inputs that have a time axis, as the caller's dtype, time-major: `t b g k` or `t b g n`."""
+    """The inputs with a time axis, in the caller's dtype, time-major: `t b g k` or `t b g n`."""
 
     u: jax.Array
     delta: jax.Array
@@ -71,7 +75,7 @@ class Steps(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The inputs without a time axis, wide: A `g n k`, D and delta_bias `g k`."""
+    """The inputs without a time axis, in float32 or wider: A `g n k`, D and delta_bias `g k`."""
 
     A: jax.Array
     D: jax.Array | None
@@ -79,18 +83,18 @@ class Weights(NamedTuple):
 
 
 def chunk_length(length: int) -> int:
-    """Choose the steps per chunk: all of a short scan, then 64, then about the square root.
+    """Choose the number of steps per chunk, at most max(64, √length).
 
-    Chunks are made equal (196 steps are 4 of 49), so that little is padded. At 64 the states
-    entering the chunks hold n / 64 of what u holds; beyond 4096 steps the square root balances them
-    against the states of the chunk in work.
+    A scan of up to 64 steps is one chunk. Longer ones are cut into equal chunks (196 steps are 4 chunks of 49), so that
+    little is padded. With chunks of 64 steps the saved states take n / 64 of u's memory. Beyond 4096 steps, √length
+    balances the memory of the saved states against that of the states of the current chunk.
     """
     limit = max(64, math.isqrt(length))
     return math.ceil(length / math.ceil(length / limit))
 
 
 def _split(x: jax.Array, groups: int) -> jax.Array:
-    # Not a reshape for one group: adding an axis keeps the sharding of the channels.
+    # For one group add an axis instead of reshaping, because this keeps the sharding of the channels.
     return (
         x[..., None, :] if groups == 1 else x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     )
@@ -101,7 +105,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 class Layout(NamedTuple):
-    """How one call is cut: `runs` runs, each of `group` chunks of `chunk` steps (the last one padded)."""
+    """How a scan is cut: `runs` runs of `group` chunks of `chunk` steps; the last run is padded."""
 
     length: int
     chunk: int
@@ -114,7 +118,7 @@ class Layout(NamedTuple):
         return math.ceil(self.length / self.chunk)
 
     def steps(self, x: jax.Array) -> jax.Array:
-        """`b l ...` to `runs t b ...`."""
+        """Pad and reshape `b l ...` to `runs t b ...`."""
         padding = self.runs * self.group * self.chunk - self.length
         if padding:
             x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
@@ -122,7 +126,7 @@ class Layout(NamedTuple):
         return x.reshape(self.runs, self.group * self.chunk, *x.shape[1:])
 
     def sequence(self, x: jax.Array) -> jax.Array:
-        """Reshape `runs t b ...` to `b l ...`."""
+        """Reshape `runs t b ...` to `b l ...` and remove the padding."""
         x = lax.collapse(x, 0, 2)[: self.length]
         return jnp.moveaxis(x, 0, 1)
 
@@ -159,11 +163,11 @@ def _prepare(inputs: ScanInputs, layout: Layout) -> tuple[Steps, Weights]:
 
 
 def _before(u, delta, delta_bias, valid, softplus: bool):
-    """Step sizes and v = step u."""
+    """Return the step sizes and v = step · u."""
     if delta_bias is not None:
         delta = delta + delta_bias
     step = jax.nn.softplus(delta) if softplus else delta
-    if valid is not None:  # a step of zero leaves the state as it is
+    if valid is not None:  # A step size of zero leaves the state unchanged.
         step = jnp.where(valid[:, None, None, None], step, 0)
     return step, step * u
 
@@ -175,7 +179,7 @@ def _after(s, u, z, D):
 
 
 def forward(core: Core, group: int, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
-    """Scan by `core`, on runs of `group` chunks."""
+    """Scan with the backend `core`, calling it once for every run of `group` chunks."""
     wide = inputs.wide_dtype
     layout = _layout(inputs, options, group)
     steps, weights = _prepare(inputs, layout)
@@ -217,7 +221,7 @@ def backward(
     y_bar = layout.steps(_split(y_bar, layout.groups))
     if boundaries is None:
         entering = _initial_state(inputs, layout, steps, weights)[None]
-    else:  # of each run, the state entering the chunk that is visited first
+    else:  # Pick the state that enters each run: that of its first chunk in scan order.
         padding = layout.runs * layout.group - layout.chunks
         entering = jnp.pad(boundaries, [(0, 0), (0, padding), (0, 0), (0, 0)])
         first = layout.group - 1 if options.reverse else 0
@@ -243,7 +247,7 @@ def backward(
             step, v, weights.A, B, C, h, s_bar, h_bar,
             reverse=options.reverse, want_s=z is not None,
         )  # fmt: skip
-        # Without a gate the output is linear in s, and its value does not matter.
+        # Without a gate, y is linear in s: the gradients do not depend on the value of s.
         s = jnp.zeros_like(s_bar) if s is None else s
         _, pull_after = jax.vjp(functools.partial(_after, s), u, z, weights.D)
         u_bar, z_bar, D_bar = pull_after(y_bar)
@@ -273,7 +277,7 @@ def backward(
 
 
 def _zero_state(steps: Steps, weights: Weights) -> jax.Array:
-    # Made from the operands, so that under a mesh it has the sharding the scan's carry will have.
+    # Compute the zeros from the operands, so that under a mesh they have the sharding of the scan's carry.
     delta = steps.delta[0, 0].astype(weights.A.dtype)
     return jnp.zeros_like(delta[:, :, None, :] * weights.A)
 
@@ -286,17 +290,17 @@ def _initial_state(inputs: ScanInputs, layout: Layout, steps: Steps, weights: We
 
 
 def _state_out(h: jax.Array) -> jax.Array:
-    """`b g n k` to `b e n`."""
+    """Reshape a state from `b g n k` to `b e n`."""
     return jnp.swapaxes(_join(jnp.moveaxis(h, 1, -2)), 1, 2)
 
 
 def _state_in(h: jax.Array, groups: int) -> jax.Array:
-    """Invert `_state_out`."""
+    """Reshape a state from `b e n` to `b g n k`."""
     return jnp.moveaxis(_split(jnp.swapaxes(h, 1, 2), groups), -2, 1)
 
 
 def _scan_runs(run, carry, xs, reverse: bool):
-    # One run needs no loop around it: XLA then fuses it with what surrounds the scan.
+    # Run a single run without a loop, so that XLA can fuse it with the operations around the scan.
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return lax.scan(run, carry, xs, reverse=reverse)
     carry, ys = run(carry, jax.tree.map(lambda x: x[0], xs))

@@ -1,17 +1,18 @@
 """Forward selective scan as a Mosaic GPU kernel (Hopper and newer).
 
-A block owns ``channels`` channels of one sequence and walks its share of the time
-axis in chunks brought in by the copy engine.  Of each chunk it first computes the
-steps softplus(delta + bias) and their products with u for the whole tile, then runs
-the recurrence step by step, and last sums the warps' shares of y, adds the skip and
-the gate, and sends the tile out.
+A block owns ``channels`` channels of one sequence. It walks its part of the time axis in chunks, which the copy engine
+brings into shared memory. For each chunk the block
 
-One launch may hold both directions of a mixer: a block then first finds out which one it
-belongs to and runs that one's code, the same as in a launch of its own.
+1. computes the step sizes softplus(delta + bias) and their products with u, for the whole tile;
+2. runs the recurrence step by step. Each warp holds some of the states and adds up their part of y;
+3. sums the warps' parts of y, adds the skip D · u, applies the gate silu(z), and copies the tile out.
 
-The time axis is cut into ``splits`` where batch and channels cannot fill the GPU:
-:func:`split_ends` finds what each split does to a zero state, then every block of
-:func:`scan` first combines the splits before its own.
+One launch may hold both directions of a mixer. Each block then picks the code of its own direction, which is the same
+as in a launch of one direction (`by_direction`).
+
+If batch and channels are too few to fill the GPU, the time axis is cut into ``splits``. :func:`split_ends` computes
+the state that each split reaches from a zero state. In :func:`scan`, every block first combines the end states of the
+splits before its own. Words such as tile and split are explained in `mosaic_walk`.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 
 @functools.partial(jax.jit, static_argnames=("plan", "scaled", "post_decay", "interpret"))
 def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, interpret):
-    """Compute what each split makes of a zero state, except the last split, which nothing follows.
+    """Compute the state that each split reaches from a zero state, for all splits but the last.
 
     Args:
-        x: a list of ``b l e``, of all directions or one for each; delta: ``b l e``;
-            coefficients: ``b l g w r`` float32 (B, or C for the gradients' way back);
-            A: ``e w r`` and bias: ``e`` (or None), float32, padded.
-        scaled: the input of a step is step · x rather than x.
-        post_decay: a step decays what it has added too (the gradients' way back).
+        x: a list of arrays ``b l e``: one for both directions together, or one for each.
+        delta: ``b l e``.
+        coefficients: ``b l g w r`` float32: B, or C in the backward pass.
+        A: ``e w r`` float32, padded.
+        bias: ``e`` float32, padded, or None.
+        scaled: the input of a step is step size · x instead of x.
+        post_decay: a step also decays what it has just added. The backward pass needs this.
 
     Returns:
-        ends ``b s-1 e w r``, and the sum of a split's steps ``b s-1 e``, both float32.
+        The end states ``b s-1 e w r``, and the sums of the step sizes of every split ``b s-1 e``, both float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     of = "x" if len(x) == 1 else "g"
@@ -140,20 +143,23 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
 def scan(
     u, delta, B, C, A, D, z, bias, entering, plan, *, save_states, last_state, dtype, interpret
 ):
-    """Run the scan itself.
+    """Run the scan.
+
+    Two directions lie one after the other: along e in A, D and bias, along b in all other arrays.
 
     Args:
-        u, delta, z: ``b l e`` (z may be None); B, C: ``b l g w r`` float32; A:
-            ``e w r``, and D, bias: ``e`` (or None), float32, padded. Of two directions one
-            after the other, along b and (A, D, bias) along e.
-        entering: what :func:`split_ends` returned, when ``plan.splits > 1``.
-        save_states: also return the state entering every chunk.
+        u, delta, z: ``b l e``; z may be None.
+        B, C: ``b l g w r`` float32.
+        A: ``e w r`` float32, padded.
+        D, bias: ``e`` float32, padded, or None.
+        entering: result of :func:`split_ends`; read only if ``plan.splits > 1``.
+        save_states: also return the state that enters every chunk.
         last_state: also return the state after the last step.
-        dtype: of y.
+        dtype: dtype of y.
 
     Returns:
-        y ``b l e``, one for each direction; then, where asked for, the entering states
-        ``b k e w r`` and the last state ``b e w r``, both float32.
+        A list: y ``b l e`` of each direction; with `save_states` the entering states ``b k e w r``; with `last_state`
+        the last state ``b e w r``. States are float32.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": u, "delta": delta, "b": B, "c": C} | ({} if z is None else {"z": z})
@@ -224,13 +230,13 @@ def scan(
                     state = lax.exp2(step * decays) * state + added
                     share = jnp.sum(state * reader.coefficients(tiles["c"].at[slot, t]), axis=2)
                     shares.append((t, share))
-                # Written together, last: the compiler lets no read pass a write.
+                # Write all results after all reads, because the compiler does not move a read before a write.
                 for t, share in shares:
                     store(shares_ref.at[:, t, :], share)
                 return state
 
             state = in_turns(plan, turn, state)
-            # The tile sent out last time must have left before it is written again.
+            # Wait until the previous copy has read y_tile, before y_tile is written again.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             y = plgpu.load(shares_ref.at[0], layout=layout, optimized=False)

@@ -1,4 +1,10 @@
-"""How a scan is cut into blocks, and how a block walks its chunks: what the forward and the backward kernel share."""
+"""Cut a scan into blocks and walk a block's chunks; shared by the forward and the backward kernel.
+
+Words used in the kernels: a *block* is one thread block of the GPU. It owns `channels` channels of one sequence, or of
+a few short ones. The time axis is cut into *chunks*; a *tile* is a chunk of these channels in shared memory. A *split*
+is a run of consecutive chunks that one block scans. The states of a channel are spread over `warps` warps, `rest`
+states in each.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +31,25 @@ from pallas_kernels.selective_scan.mosaic_common import (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a scan is cut: static numbers that shape the kernels.
+    """How a scan is cut into blocks and chunks: static numbers that shape the kernels.
 
-    length, width, groups: of the scan; channels: of a block; chunk: steps of a tile;
-    per_split: chunks of a split; splits: of the time axis; warps, rest: state groups
-    and the states of one; unroll: steps per turn of the inner loop; slots: tiles in
-    flight; sequences: of a block, one after another, more than one only where a sequence is
-    one chunk; directions: 1, which ``reverse`` gives, or 2: forward in the first half of the
-    ``batch`` sequences, in reverse in the second (with ``reverse`` the other way about),
-    each half with its own A, D and bias.
+    Attributes:
+        batch: Number of sequences, of all directions together.
+        length: Steps of a sequence.
+        width: Channels of a sequence.
+        groups: Groups of channels that share B and C.
+        channels: Channels of a block.
+        chunk: Steps of a tile.
+        splits: Number of splits of the time axis.
+        warps: Groups of states, one per warp.
+        rest: States of a group.
+        unroll: Steps per iteration of the inner loop.
+        slots: Tiles in flight, for each input.
+        reverse: Scan from the last step to the first. With two directions: those of the first half of the batch.
+        softplus: Apply softplus to the step sizes.
+        directions: 1 or 2. With 2, the second half of the batch is scanned in the opposite direction of the first, and
+            each half has its own A, D and bias.
+        sequences: Sequences of a block, scanned one after another. More than one only if a sequence is a single chunk.
     """
 
     batch: int
@@ -62,12 +78,12 @@ class Plan:
 
     @property
     def visits(self) -> int:
-        """Tiles that a block visits: the chunks of its split, or its sequences."""
+        """Number of tiles that a block visits: the chunks of its split, or one for each of its sequences."""
         return self.per_split * self.sequences
 
     @property
     def parts(self) -> int:
-        """Blocks along the sequences: of those of one, all have the direction."""
+        """Number of blocks along the batch. All sequences of one block are scanned in the same direction."""
         return self.batch // self.sequences
 
     @property
@@ -79,7 +95,7 @@ class Plan:
         return self.blocks * self.channels
 
     def mesh(self, splits: int) -> dict[str, Any]:
-        """Lay out the blocks of so many splits."""
+        """Return the kernel's grid of blocks for this number of splits."""
         return {
             "grid": (self.blocks, splits, self.parts),
             "grid_names": ("block", "split", "part"),
@@ -98,31 +114,32 @@ class Plan:
         return (self.padded_width, self.warps, self.rest)
 
     def place(self, index: Any) -> Any:
-        """Return where in time the chunk visited as number ``index`` lies."""
+        """Return the position in time, in chunks, of the chunk that is visited as number ``index``."""
         return self.chunks - 1 - index if self.reverse else index
 
     def start(self, index: Any) -> Any:
-        """First step of the chunk visited as number ``index``."""
+        """Return the first step of the chunk that is visited as number ``index``."""
         return self.place(index) * self.chunk
 
     def steps(self) -> range:
-        """Return the steps of a chunk; what lies past the end of a single chunk is left out."""
+        """Return the steps of a chunk. If there is only one chunk, leave out the steps past the end of the sequence."""
         return range(self.length if self.chunks == 1 else self.chunk)
 
     def group(self, block: Any) -> Any:
         return lax.div(block * self.channels, self.width // self.groups) if self.groups > 1 else 0
 
     def columns(self, block: Any, direction: int = 0) -> Any:
-        """Return a block's channels among those of all directions, one after another."""
+        """Return the slice of a block's channels in an array that holds the channels of both directions in turn."""
         start = block * self.channels
         return pl.ds(start + direction * self.padded_width if direction else start, self.channels)
 
 
 def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
-    """Return the kernel that runs ``body(plan, direction, *refs)``, where the plan is that of one direction.
+    """Return a kernel that runs ``body(plan, direction, *refs)`` with the plan of the block's own direction.
 
-    Of two, each has code of its own: a place in time that depended on the block would cost an addition at every
-    access, a fifth of a step's instructions. Two conditions, since lowering tries the first branch of each twice.
+    With two directions, the body is compiled once for each. If one body served both, positions in time would depend on
+    the block, which would add an addition to every access: a fifth of a step's instructions. The two bodies stand under
+    two `pl.when` without an else branch, because lowering traces the first branch of a condition twice.
     """
     if plan.directions == 1:
         return functools.partial(body, plan, 0)
@@ -137,7 +154,7 @@ def by_direction(plan: Plan, body: Callable[..., None]) -> Callable[..., None]:
 
 
 def in_turns(plan: Plan, turn: Callable[[list[Any], Any], Any], carry: Any) -> Any:
-    """``turn(steps, carry)`` over a chunk's steps in the order of the scan, `Plan.unroll` at a time."""
+    """Loop ``carry = turn(steps, carry)`` over a chunk's steps in scan order, `Plan.unroll` steps at a time."""
     steps = plan.steps()
     last = len(steps) - 1
 
@@ -151,7 +168,7 @@ def in_turns(plan: Plan, turn: Callable[[list[Any], Any], Any], carry: Any) -> A
 
 
 def tile_rows(start: Any, plan: Plan, layout: Any) -> jax.Array:
-    """Return the step numbers of a tile, for masking what lies past the end."""
+    """Return the step number of every element of a tile, to mask steps past the end of the sequence."""
     shape = (plan.chunk, plan.channels)
     return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), layout) + start
 
@@ -163,7 +180,7 @@ def along_channels(vector: jax.Array, plan: Plan, layout: Any) -> jax.Array:
 
 
 def raw_steps(delta_tile: Any, bias: jax.Array | None, plan: Plan, layout: Any):
-    """delta + bias of a tile, float32."""
+    """Return delta + bias of a tile, in float32."""
     raw = plgpu.load(delta_tile, layout=layout, optimized=False).astype(jnp.float32)
     return raw if bias is None else raw + along_channels(bias, plan, layout)
 
@@ -179,12 +196,12 @@ def prepare_tile(
     scaled: bool,
     interpret: bool,
 ) -> None:
-    """Fill the steps and the (scaled) inputs of one tile, both float32, in shared memory."""
+    """Write a tile's step sizes and inputs to shared memory, in float32; with `scaled`, inputs times step sizes."""
     layout = tile_layout(plan.chunk)
     steps = raw_steps(delta_tile, bias, plan, layout)
     if plan.softplus:
         steps = softplus(steps, layout, interpret)
-    if plan.ragged:  # past the end nothing decays
+    if plan.ragged:  # A step size of zero past the end leaves the state unchanged.
         steps = jnp.where(tile_rows(start, plan, layout) < plan.length, steps, 0.0)
     x = plgpu.load(x_tile, layout=layout, optimized=False).astype(jnp.float32)
     store(steps_ref, steps)
@@ -192,7 +209,7 @@ def prepare_tile(
 
 
 class StepReader:
-    """Reads what one step needs, spread over the state's registers."""
+    """Reads the operands of one step and broadcasts them to the layout that the state has in registers."""
 
     def __init__(self, plan: Plan, layouts: StateLayouts, interpret: bool):
         self.plan, self.layouts, self.interpret = plan, layouts, interpret
@@ -210,31 +227,31 @@ class StepReader:
         return plgpu.layout_cast(spread, self.layouts.state)
 
     def state(self, ref: Any) -> jax.Array:
-        """Read a state that memory holds as ``(channels, warps, rest)``."""
+        """Read a state, stored as ``(channels, warps, rest)``, into the state's register layout."""
         layouts = self.layouts
         stored = plgpu.load(ref, layout=layouts.stored, optimized=False)
         return relabel(stored, (1, 0, 2), layouts.stored, layouts.state, self.interpret)
 
     def to_store(self, state: jax.Array) -> jax.Array:
-        """Invert :meth:`state`, for writing."""
+        """Convert a state from its register layout to ``(channels, warps, rest)``, to store it."""
         layouts = self.layouts
         return relabel(state, (1, 0, 2), layouts.state, layouts.stored, self.interpret)
 
     def decays(self, a_ref: Any) -> jax.Array:
-        """Return A · log2(e), so that a step's factor is one exp2."""
+        """Return A · log2(e), so that the factor exp(step · A) of a step is one exp2."""
         return self.state(a_ref) * LOG2E
 
     def zeros(self) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(self.plan.state_shape, jnp.float32), self.layouts.state)
 
 
-AT_ONCE = 4  # splits whose ends are on their way together
+AT_ONCE = 4  # splits whose end states are loaded at the same time
 
 
 def entering_state(
     reader: StepReader, decay: jax.Array, ends: Any, totals: Any, split: Any, initial: jax.Array
 ) -> jax.Array:
-    """State before split ``split``: the earlier splits' ends, each decayed onwards."""
+    """Compute the state that enters ``split``: the sum of the earlier splits' end states, each decayed up to here."""
     last = reader.plan.splits - 2
 
     def absorb(group, state):
@@ -252,7 +269,7 @@ def entering_state(
 
 
 def input_tiles(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any]:
-    """Shared-memory tiles of the streamed inputs."""
+    """Allocate the shared-memory tiles of the streamed inputs."""
     tile = (slots, plan.chunk, plan.channels)
     rows = (slots, plan.chunk, plan.warps, plan.rest)
     return {
@@ -261,9 +278,10 @@ def input_tiles(plan: Plan, slots: int, dtypes: dict[str, Any]) -> dict[str, Any
 
 
 class Stream:
-    """Brings the tiles that a block visits into shared memory, ``slots`` ahead: see `Plan.visits`.
+    """Copies the tiles that a block visits (`Plan.visits`) into shared memory, up to ``slots`` tiles ahead.
 
-    ``batch`` numbers the sequences of all directions, ``own`` those of this one.
+    ``batch(k)`` is the index of visit k's sequence among those of both directions, ``own(k)`` its index among those of
+    this direction.
     """
 
     def __init__(
@@ -287,8 +305,8 @@ class Stream:
         return self.batch(k) - self.plan.batch // 2 if self.direction else self.batch(k)
 
     def chunk(self, k: Any) -> Any:
-        """Return the number of visit k's chunk in the order of visiting a sequence."""
-        return self.first + k if self.plan.sequences == 1 else self.first  # which is 0
+        """Return which chunk of its sequence visit k reads, counted in the order of the scan."""
+        return self.first + k if self.plan.sequences == 1 else self.first  # The only chunk, 0.
 
     def fetch(self, k: Any, slot: Any) -> None:
         plan = self.plan
@@ -315,7 +333,7 @@ class Stream:
         return slot
 
     def refill(self, k: Any, slot: Any) -> None:
-        """Fetch the tile that takes the slot of tile ``k``, after everyone is done with it."""
+        """Fetch the next tile into the slot of tile ``k``. Call this when no warp reads tile ``k`` any more."""
 
         @pl.when(k + self.plan.slots < self.plan.visits)
         def _():
@@ -323,6 +341,6 @@ class Stream:
 
 
 def channel_vectors(refs: list[Any], columns: Any, plan: Plan) -> list[jax.Array]:
-    """Values of this block's channels, to be repeated over a tile's rows."""
+    """Load vectors of this block's channels, in the layout that `along_channels` expects."""
     layout = tile_channel_layout(plan.chunk)
     return [plgpu.load(ref.at[columns], layout=layout, optimized=False) for ref in refs]
