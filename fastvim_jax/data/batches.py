@@ -1,4 +1,4 @@
-"""What every pipeline yields, and the iterator that remembers how far it has come."""
+"""Define the batches that every pipeline yields, and the iterator over them, whose position can be saved."""
 
 from __future__ import annotations
 
@@ -18,36 +18,41 @@ from fastvim_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 Stream = Callable[[int], Generator[dict[str, Any], None, None]]
-"""Opens a pipeline at a batch by its number. Its batches also hold `corrupt`: the records found undecodable."""
+"""Function from the number of a batch to a generator that starts there.
+
+The batches it yields also hold `corrupt`, the indices of records that could not be decoded.
+"""
 
 
 class Batch(TypedDict, total=False):
-    """What an iterator yields: NumPy arrays of this process's share of a batch."""
+    """This process's share of a batch, as NumPy arrays."""
 
     channel_ids: Int32[np.ndarray, "b k"]
-    """Which of the data's channels the images hold, where it is not all of them in order."""
+    """Numbers of the data's channels that the images hold. Absent if the images hold all channels in order."""
     image: UInt8[np.ndarray, "b h w c"]
-    """Pixels as they are: the step normalises them (`device_transforms`)."""
+    """Pixels, not normalised: the compiled step normalises them (`device_transforms`)."""
     label: Int32[np.ndarray, " b"]
     valid: Bool[np.ndarray, " b"]
-    """Evaluation only: False where the record is padding (or undecodable) and must not be counted."""
+    """Evaluation only: False for padding and for undecodable records, which must not be counted."""
 
 
 class BatchIterator(Iterator[Batch]):
-    """Iterate over a pipeline's batches; remembers where it is and which records were undecodable.
+    """Iterate over a pipeline's batches. Keep track of the position and of the undecodable records.
 
     Args:
-        stream: opens the pipeline at a batch by its number.
-        source: see below.
-        config: see below.
-        steps_per_epoch: see below.
-        identity: what a saved position must agree with.
-        reread: reads the record of an index once more, to say why it could not be read; None: as an image.
-        ends: True: the stream begins again behind each pass over the source, where an iteration is to end.
+        stream: opens the pipeline at a batch, given the number of the batch.
+        source: see the attributes.
+        config: see the attributes.
+        steps_per_epoch: see the attributes.
+        identity: values, such as the seed, that a saved position must share with this iterator to be restored.
+        reread: reads a record again by its index, to find out why it could not be decoded. By default it is read as an
+            image.
+        ends: end the iteration after each pass over the source. The stream itself is endless, so that `rewind` can
+            keep its workers.
 
     Attributes:
-        source: where the records come from; `len(source)`, `source.class_names`.
-        config: what the batches were made by, and how the step is to preprocess them.
+        source: the records that are read.
+        config: how the batches are made, and how the compiled step preprocesses them.
         steps_per_epoch: batches in one pass over the source.
         corrupt: indices of the undecodable records met so far.
     """
@@ -85,14 +90,14 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position as JSON-able values; it also names the seed, data and batch size it belongs to."""
+        """Return the position as JSON-able values, together with the seed, data and batch size that it belongs to."""
         return {**self._identity, "batches": self._taken, "corrupt": sorted(self.corrupt)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, with any number of workers.
+        """Continue at the position `state`. The number of workers may have changed since.
 
         Raises:
-            UserError: when the state belongs to another seed, data set or batch size.
+            UserError: the state belongs to another seed, data set or batch size.
         """
         for key, ours in self._identity.items():
             if state.get(key) != ours:
@@ -105,13 +110,13 @@ class BatchIterator(Iterator[Batch]):
         self.corrupt = {int(index) for index in state["corrupt"]}
 
     def close(self) -> None:
-        """Stop prefetching and end the worker processes; the next batch starts them again."""
+        """Stop prefetching and end the worker processes. Taking the next batch starts them again."""
         if self._running is not None:
             self._running.close()
         self._running = None
 
     def rewind(self) -> None:
-        """Go back to the first batch. Behind a whole pass of a stream that begins again, the workers stay."""
+        """Go back to the first batch. After a whole pass with `ends`, the workers keep running."""
         if self._taken != self._pass:
             self.close()
         self._taken = 0
@@ -140,7 +145,7 @@ def decode_record(
     """Read a record and open its image with a decoder of `turbo.open_image`.
 
     Raises:
-        DecodeError: naming the record and the cause.
+        DecodeError: the record cannot be decoded. The message names the record and the cause.
     """
     record = read_record(source, index)
     picture = open_image(
@@ -168,7 +173,7 @@ def local_batch(batch_size: int, process_count: int, name: str) -> int:
     """Return this process's share of a batch.
 
     Raises:
-        UserError: when the batch cannot be shared evenly.
+        UserError: the batch size is not divisible by the number of processes.
     """
     if batch_size % process_count:
         raise UserError(f"data.{name} is {batch_size}: not divisible by {process_count} processes.")

@@ -1,4 +1,4 @@
-"""Batches put on the device ahead of time, by a thread, while the step before them computes."""
+"""Put the next batches on the device, in a thread, while the current step computes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ Placed = Mapping[str, Any]
 
 
 class DevicePrefetch(Iterator[Placed]):
-    """Iterate over placed batches. Position and corrupt records are those of the batches taken, not of those ahead.
+    """Iterate over batches on the device.
+
+    Position and corrupt records describe the batches that the caller took, not those that the thread fetched ahead.
 
     Args:
-        batches: the iterator to read; nobody else may read it meanwhile.
-        place: puts a batch on the device, or over the mesh.
-        ahead: batches that wait on the device at most, but for one in passing.
+        batches: the iterator to read. Nothing else may read it while this object does.
+        place: function that puts a batch on the device, or shards it over the mesh.
+        ahead: maximum number of batches that wait on the device. The thread holds one more while the queue is full.
 
     Attributes:
         source: see `BatchIterator`.
@@ -50,18 +52,18 @@ class DevicePrefetch(Iterator[Placed]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position behind the last batch taken; see `BatchIterator.get_state`."""
+        """Return the position after the last batch taken; see `BatchIterator.get_state`."""
         return self._state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; see `BatchIterator.set_state`."""
+        """Continue at the position `state`; see `BatchIterator.set_state`."""
         self.close()
         self._batches.set_state(state)
         self._state = self._batches.get_state()
         self.corrupt = set(self._batches.corrupt)
 
     def close(self) -> None:
-        """End the thread and drop what waits; the next batch starts it again behind the last one taken."""
+        """End the thread and drop the waiting batches. `next` starts it again, after the last batch taken."""
         if self._running is not None:
             self._running.stop()
             self._running = None
@@ -69,7 +71,7 @@ class DevicePrefetch(Iterator[Placed]):
 
 
 class _Feeder:
-    """The thread and its queue of (batch, position behind it), or of the error that ended it."""
+    """A thread that fills a queue with pairs (batch, position after it), and last with the error that ended it."""
 
     def __init__(
         self, batches: BatchIterator, place: Callable[[Batch], Placed], ahead: int
@@ -93,7 +95,7 @@ class _Feeder:
             while not self._stopped.is_set():
                 batch = self._place(next(self._batches))
                 self._put((batch, self._batches.get_state()))
-        # Whatever it is, it belongs to the thread that asked for the batch.
+        # Hand any error to the thread that reads the queue, which raises it.
         except BaseException as error:
             self._put(error)
 

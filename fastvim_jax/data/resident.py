@@ -1,7 +1,7 @@
-"""Batches of images that were decoded once and stay on the device, for sets of small images.
+"""Decode a data set of small images once, keep it on the device, and gather batches there.
 
-A batch is gathered on the device by a permutation that the seed and the epoch decide; crop and flip follow in the
-step (`device_transforms`), so nothing passes from the host but the batch's indices.
+Seed and epoch decide the permutation of the images. The train step crops and flips them (`device_transforms`), so the
+host sends only the indices of each batch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def resident_training(
 ) -> BatchIterator:
     """Return an endless iterator over training batches, reshuffled each epoch; see `make_train_iterator`.
 
-    The images are uint8, of the input's size, neither shifted nor flipped yet. Undecodable records are left out.
+    The images are uint8 and have the model's input size. They are neither shifted nor flipped yet. Records that cannot
+    be decoded are left out.
 
     Raises:
-        UserError: when the images do not fit into memory, or fill less than one batch.
+        UserError: the images do not fit into memory, or do not fill one batch.
     """
     size, local = config.batch_size, local_batch(config.batch_size, process_count, "batch_size")
     images = _Images(source, config, lambda image: to_array(resized(image, config.height_width)))
@@ -81,10 +82,10 @@ def resident_evaluation(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """Return an iterator over one pass; see `make_eval_iterator`. After `rewind`, nothing is decoded again.
+    """Return an iterator over one pass of the data; see `make_eval_iterator`. `rewind` does not decode again.
 
     Raises:
-        UserError: when the images do not fit into memory.
+        UserError: the images do not fit into memory.
     """
     local = local_batch(batch_size, process_count, "eval_batch_size")
     images = _Images(source, config, lambda image: eval_transform(image, config))
@@ -107,11 +108,11 @@ def resident_evaluation(
 
 
 class _Images:
-    """All decodable images of a source, decoded on construction, sent to the device on first use.
+    """All decodable images of a source. The constructor decodes them; the first batch sends them to the device.
 
     Attributes:
-        kept: numbers of the records that could be decoded.
-        corrupt: numbers of the others.
+        kept: indices of the records that could be decoded.
+        corrupt: indices of the records that could not.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class _Images:
     def batch(
         self, indices: Int[np.ndarray, " b"], valid: Bool[np.ndarray, " b"] | None = None
     ) -> dict[str, Any]:
-        """Gather the images and labels of these numbers on the device; zeros where not valid."""
+        """Gather images and labels by their indices into `kept`, on the device; zeros where not `valid`."""
         image, label = _gather(*self._device, indices.astype(np.int32), valid)
         return {"image": image, "label": label, "corrupt": self.corrupt}
 
@@ -167,7 +168,7 @@ def _gather(
 
 
 def _check_size(shape: tuple[int, ...]) -> None:
-    """Refuse before hours of decoding what cannot be held in the end."""
+    """Raise if the images would fill more than half of the memory, before hours are spent on decoding them."""
     needed = int(np.prod(shape, dtype=np.int64))
     statistics = jax.local_devices()[0].memory_stats() or {}
     memory = statistics.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,7 +1,8 @@
-"""Where a mixer's core can run as the fused kernels of `pallas_kernels.mixer_core`, and how it is handed to them.
+"""Run a mixer's core, all between its two projections, with the fused kernels of `pallas_kernels.mixer_core`.
 
-The plain form in `mixer` stays the definition and the path of every other platform, pooling and option. A new pooling
-that has a kernel adds one line to `CORES`.
+`runs_fused` says whether the kernels can run a mixer; `fused_core` runs them. `Mixer.core` defines what they compute,
+and runs step by step on every other platform and for every other pooling and option. A new pooling that has a kernel
+adds one line to `CORES`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from pallas_kernels.selective_scan import bidirectional_scan
 
 
 class Core(NamedTuple):
-    """The kernels for one class of poolings.
+    """Fused kernels for one class of poolings.
 
     Attributes:
-        takes: `takes(config, pooling)` says whether they compute this mixer with this pooling.
+        takes: `takes(config, pooling)` says whether the kernels can compute this mixer with this pooling.
         run: `run(xz, pooling, both, post_norm)` maps in_proj's output xz `b l 2e` to out_proj's input `b l e`.
     """
 
@@ -35,7 +36,7 @@ class Core(NamedTuple):
 
 
 def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
-    """Say whether the fused kernels compute a mixer with this pooling, and can run here."""
+    """Return whether the fused kernels can compute a mixer with this pooling, on this machine."""
     wanted = (
         config.scan_implementation in ("auto", "pallas")
         and config.post_norm == "layer"
@@ -56,16 +57,16 @@ def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
 
 
 def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: Any) -> jax.Array:
-    """Run from in_proj's output to out_proj's input: xz `b l 2e` → `b l e`. Ask `runs_fused` first.
+    """Run everything between the two projections: xz `b l 2e` → `b l e`. Call `runs_fused` first.
 
     Args:
         xz: x and z one after the other on the channel axis, in stored token order.
-        pooling: of a class that `CORES` has.
+        pooling: an instance of a class that is a key of `CORES`.
         both: both directions' parameters with a leading axis of two (`stack_directions`).
         post_norm: LayerNorm over the inner channels.
 
     Returns:
-        In the compute dtype where means are pooled, in xz's dtype elsewhere.
+        Input of out_proj: in the compute dtype if the pooling is a mean, otherwise in xz's dtype.
     """
     return CORES[type(pooling)].run(xz, pooling, both, post_norm)
 
@@ -92,8 +93,9 @@ def _grid_core(
         scale=pooling.scale,
         eps=both.config.norm_eps,
     )
-    # Rounded once, unlike all other tokens: half the bytes. The mean-pooled golden models with post norm bear it (every
-    # gradient within 5e-2 of its largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
+    # Round the mean-pooled result to the compute dtype: this halves the bytes that out_proj reads. `linear` keeps all
+    # other tokens as two rounded terms. Mean-pooled golden models with post norm stay accurate enough (errors of
+    # gradients are at most 5e-2 of the largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
     return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
 
 
@@ -116,7 +118,7 @@ def _sequence_core(
 ) -> jax.Array:
     params, scans = _scans(
         both, skip=True
-    )  # every token is a step of the scan, which adds the skip
+    )  # Every token is a step of the scan, so the scan can add the skip D · u.
     return sequence_core(
         xz,
         Convolutions(both.conv.kernel[...], both.conv.bias[...]),
@@ -148,7 +150,7 @@ def _ragged_core(
         scale=pooling.scale,
         eps=both.config.norm_eps,
     )
-    # Rounded as a whole grid's tokens are: see `_grid_core`.
+    # Round for the reason given in `_grid_core`.
     return pooling.from_scan_order(out.astype(both.config.precision.compute))
 
 
@@ -158,14 +160,15 @@ CORES: dict[type, Core] = {
     ChannelPooling: Core(_channel_takes, _channel_core),
     NoPooling: Core(lambda config, pooling: True, _sequence_core),
 }
-"""The kernels by the pooling's class; a pooling without an entry runs in the plain form everywhere."""
+"""Fused kernels by the class of the pooling. A class without an entry never runs fused."""
 
 
 def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]:
-    """Split off the parameters of both directions, and return them with a function (params, u `2 b s e`) → both scans.
+    """Return both directions' parameters, and a function (params, u `2 b s e`) → (y_forward, y_backward).
 
-    Each projection is one product for both directions and the scans are one kernel. Pooled tokens are so few that
-    starting a kernel takes longer than running it. With `skip`, the scans add D · u.
+    The function projects u to Δ, B and C and runs the scans. It treats both directions at once: one product for each
+    projection and one kernel for the scans, because there are so few pooled tokens that launching a kernel takes longer
+    than running it. With `skip`, the scans add D · u.
     """
     config = both.config
     wide = config.precision.wide
@@ -203,5 +206,6 @@ def _written_at_once(parts: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(parts)
 
 
-# Not the barrier's own rule, which is one for the gradient too: there the parts join what else x_proj's columns get.
+# Pass the gradient through without a barrier. JAX's own rule would put one there too, which would keep XLA from fusing
+# the gradients of B and C with the other gradients of x_proj's output.
 _written_at_once.defvjp(lambda parts: (_written_at_once(parts), None), lambda _, bar: (bar,))

@@ -1,8 +1,8 @@
-"""Products in half precision that lose little: tokens enter as two numbers, results are wide.
+"""Multiply tokens with weights in half precision and lose little: split each token into two bfloat16 terms.
 
-A token rounded once to bfloat16 (8 bits of mantissa) was measured to move gradients of four-block Vim and FastVim
-models by up to a quarter of their largest entries, since Δ, B and C act through exponentials. Written as the sum of
-two bfloat16 numbers it keeps 16 bits, for one more product in the forward pass and none in the backward one.
+Δ, B and C act through exponentials, so rounding the tokens once to bfloat16 (8 bits of mantissa) is too coarse: it was
+measured to change gradients of four-block Vim and FastVim models by up to a quarter of their largest entries. The sum
+of two bfloat16 numbers keeps 16 bits. It costs one more product in the forward pass and none in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pallas_kernels.dtypes import wide_dtype
 def linear(
     layer: nnx.Linear, x: Float[Array, "*rows i"], precision: Precision
 ) -> Float[Array, "*rows o"]:
-    """Apply a linear layer through `product`; the result, bias included, is float32 or wider.
+    """Apply a linear layer through `product`. The result, bias included, is float32 or wider.
 
-    With activations="compute" it is a plain product of and in the compute dtype.
+    With activations="compute", multiply plainly instead: operands and result have the compute dtype.
 
     Args:
-        layer: Holds `kernel` `i o` and perhaps `bias` `o`; its own dtype is not used.
+        layer: Holds `kernel` `i o` and, optionally, `bias` `o`. The layer's own `dtype` is ignored.
         x: Any float dtype.
-        precision: Gives the operands' dtype (`compute`) and how float32 products are carried out.
+        precision: Gives the dtype of the operands (`compute`) and XLA's precision for float32 products (`lax`).
     """
     if precision.activations == "compute":
         operands = (a.astype(precision.compute) for a in (x, layer.kernel[...]))
@@ -45,11 +45,11 @@ def product(
     operands: jnp.dtype,
     precision: jax.lax.Precision,
 ) -> Float[Array, "*rows o"]:
-    """x @ kernel, with operands of dtype `operands` and sums and result in float32 or wider.
+    """Compute x @ kernel with operands of dtype `operands`; accumulate and return float32 or wider.
 
-    The kernel is rounded to `operands`; x, where it is wider, becomes the sum of two arrays of that dtype. The
-    backward pass has one product for each gradient, with operands rounded once and a result that is not: with JAX's
-    own rule the incoming gradient would stay wide and make slow, wide products of both.
+    The kernel is rounded to `operands`. If x is wider, it is split into two terms of that dtype. The backward pass does
+    one product per gradient: it rounds both operands and keeps the result wide. JAX's own rule would keep the incoming
+    gradient wide instead, so both products would be wide and slow.
     """
     return _forward(x, kernel, operands, precision)[0]
 
@@ -57,7 +57,7 @@ def product(
 def _forward(x, kernel, operands, precision):
     rounded = kernel.astype(operands)
     terms = _terms(x, operands)
-    # One product over both terms, so that its wide result is written once.
+    # Multiply both terms in one product, so that the wide result is written once.
     y = _contract(
         jnp.concatenate(terms, -1), jnp.concatenate([rounded] * len(terms)), precision, 1, 0
     )
@@ -75,17 +75,17 @@ def _backward(operands, precision, saved, gradient):
 
 
 def _terms(x, dtype):
-    """Arrays of `dtype` whose sum is x: x rounded and, where x is wider, what that leaves."""
+    """Split x into arrays of `dtype` that sum to x: x rounded and, if x is wider, the rounding error."""
     if wide_dtype(x.dtype, dtype) == dtype or x.dtype == dtype:
         return [x.astype(dtype)]
-    # Not a cast there and back, which XLA may leave out.
+    # Round with reduce_precision: XLA may remove a cast to `dtype` and back.
     info = jnp.finfo(dtype)
     first = jax.lax.reduce_precision(x, info.nexp, info.nmant)
     return [first.astype(dtype), (x - first).astype(dtype)]
 
 
 def _contract(a, b, precision, axis_a, axis_b):
-    """Sum over the last axis of a (its first where `axis_a` is 0) and axis `axis_b` of b, in float32 or wider."""
+    """Contract the last axis of `a` (the first if `axis_a` is 0) with axis `axis_b` of `b`, in float32 or wider."""
     axis_a = a.ndim - 1 if axis_a else 0
     wide = wide_dtype(a.dtype)
     dimensions = (((axis_a,), (axis_b,)), ((), ()))

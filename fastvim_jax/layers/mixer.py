@@ -1,11 +1,15 @@
-"""The bidirectional state-space mixer of Vim and FastVim; the pooling decides which of the two it is.
+"""Mix tokens with the bidirectional state-space mixer of Vim and FastVim.
+
+The `pooling` given to each call decides which of the two models a mixer belongs to: `NoPooling` makes it Vim's,
+`GridPooling` FastVim's.
 
     x, z = in_proj(h)
     per direction:  c = silu(conv(x));  u = pool(c);  Δ, B, C = projections of u
                     y = unpool(scan(u, Δ, A, B, C)) + D · c
     out  = out_proj(norm((y_forward + y_backward) / 2) · silu(z))
 
-The backward direction visits the same tokens from last to first: an argument, not a flipped copy.
+Here h are the tokens, x the scanned half and z the gate. The backward direction visits the same tokens from last to
+first. Convolution and scan take `reverse=True` for this, so no flipped copy of the tokens is made.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from fastvim_jax.typing import Inner, Tokens
 
 
 class Mixer(nnx.Module):
-    """Bidirectional selective-scan mixer; `pooling` of each call decides what is scanned, and in which order."""
+    """Bidirectional selective-scan mixer. The `pooling` of each call decides what is scanned, and in which order."""
 
     def __init__(self, config: MixerConfig, *, rngs: nnx.Rngs):
         p = config.precision
@@ -74,9 +78,14 @@ class Mixer(nnx.Module):
         )
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """Mix tokens h `b l d`, in stored order; all between the products is float32 or wider, as is the result."""
+        """Mix tokens h `b l d`, given and returned in stored order.
+
+        The result is float32 or wider, and so is everything between the matrix products. With activations="compute" the
+        projections return the compute dtype instead.
+        """
         if isinstance(pooling, RaggedPooling) and pooling.order is not None:
-            # An order that is an array moves tokens in memory: here they are d wide, behind in_proj 2e.
+            # Reorder the tokens before in_proj, where they are d wide. After in_proj they are 2e wide, and an order
+            # given as an array moves them in memory.
             return pooling.from_scan_order(self(pooling.to_scan_order(h), pooling.as_stored()))
         precision = self.config.precision
         # 1) Input projection: x is scanned, z gates.
@@ -88,7 +97,10 @@ class Mixer(nnx.Module):
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
-        """Run everything between the two projections: xz `b l 2e` → `b l e`, by the fused kernels where they can."""
+        """Run everything between the two projections: xz `b l 2e` → `b l e`.
+
+        The fused kernels do it where `runs_fused` says that they can, otherwise the steps below.
+        """
         if runs_fused(self.config, pooling):
             both = self.both or stack_directions(self.forward, self.backward, axis=0)
             return fused_core(xz, pooling, both, self.post_norm)
@@ -106,7 +118,9 @@ class Mixer(nnx.Module):
 
 
 def prepare_blocks(blocks: Any, poolings: Sequence[Pooling]) -> Any:
-    """Return stacked blocks as their mixers want them for these poolings; `blocks` itself is not changed.
+    """Return stacked blocks whose mixers hold their parameters in the layout that the fused kernels read.
+
+    Blocks that do not run fused are returned as they are. `blocks` itself is never changed.
 
     Args:
         blocks: a module with a `mixer` whose parameters have a leading `depth` axis.

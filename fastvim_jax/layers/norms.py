@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm whose statistics and output are wide; callers cast to the compute dtype."""
+"""Build RMSNorm and LayerNorm with statistics and outputs in float32 or wider.
+
+Callers cast the output to the compute dtype.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ def make_norm(
 ) -> nnx.RMSNorm | nnx.LayerNorm:
     """Build the norm called `kind`: "rms" (scale only) or "layer" (scale and bias), over the last axis.
 
-    Statistics are two-pass and held in `precision.wide`, which is also the dtype of the output.
+    Statistics and output have the dtype `precision.wide`. The variance is computed in a second pass, from the centred
+    input, because E[x²] - E[x]² loses digits by cancellation.
     """
     norm = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}[kind]
     return norm(
@@ -32,7 +36,7 @@ def checkpointed_norm(
 ) -> Float[Array, "*rows d"]:
     """Apply `norm`, save only its input for the backward pass, and recompute the statistics there.
 
-    Otherwise JAX keeps two more wide arrays of the size of x, and a loop over blocks holds them for every block.
+    Otherwise JAX saves two more wide arrays of the size of x, and a loop over blocks holds these for every block.
     """
     graphdef, params = nnx.split(norm)
     run = jax.checkpoint(lambda params, x: nnx.merge(graphdef, params)(x), prevent_cse=False)

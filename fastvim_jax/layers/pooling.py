@@ -1,7 +1,8 @@
-"""Pooling strategies: which tokens the scan sees, in which order, and how its result is handed back.
+"""Pool tokens for the scan: decide which tokens it reads, in which order, and how tokens get its results.
 
-A mixer works on any object with this protocol, so a new variant of the family is a new pooling and not a new
-mixer. Tokens are stored in one order throughout the model; a pooling says in which order the mixer scans them.
+A mixer works with any object that follows the `Pooling` protocol. A new variant of the family is therefore a new
+pooling, not a new mixer. The whole model stores tokens in one order (*stored order*); a pooling says in which order
+the mixer visits them (*scan order*).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pallas_kernels.dtypes import wide_dtype
 class Pooling(Protocol):
     """What a mixer needs to know about the token grid of its block.
 
-    A pooling may hold arrays, traced ones too (row ids of a ragged grid). Blocks close over it, so it need not be a
-    pytree, and it may not change between blocks of one `lax.scan` other than by its place in the period. Methods
-    get `reverse=True` from the direction that visits the tokens from last to first; arrays keep the stored order
-    then too, and a pooling that treats both directions alike ignores it.
+    A pooling may hold arrays, also traced ones, such as the row ids of a ragged grid. It need not be a pytree, because
+    blocks close over it. A stack repeats a period of poolings; within one `lax.scan` nothing else may change the
+    pooling from block to block.
+
+    The backward direction, which visits the tokens from last to first, passes `reverse=True`. Arrays are not flipped
+    for it. A pooling that treats both directions alike ignores the argument.
     """
 
     @property
@@ -33,7 +36,7 @@ class Pooling(Protocol):
 
     @property
     def every_token(self) -> bool:
-        """Whether each token is a step of its own: `pool` and `unpool` return what they are given."""
+        """Whether every token is one step of the scan, so that `pool` and `unpool` return their inputs unchanged."""
         ...
 
     def to_scan_order(self, x: Inner) -> Inner:
@@ -45,11 +48,11 @@ class Pooling(Protocol):
         ...
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
-        """Pool tokens in scan order to what the scan reads, in float32 or wider if anything is averaged."""
+        """Pool tokens, in scan order, to the steps of the scan; the result is float32 or wider if it pools at all."""
         ...
 
     def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
-        """Give each token, in scan order, its result of the scan."""
+        """Give each token, in scan order, the scan's output at its step."""
         ...
 
 
@@ -82,17 +85,17 @@ class NoPooling:
 
 @dataclass(frozen=True)
 class GridPooling:
-    """FastVim: one step per row of a grid; where `transposed`, one step per column.
+    """FastVim: every row of the grid is one step of the scan; with `transposed`, every column is.
 
     Args:
         rows, columns: The *stored* grid: token i lies at (i // columns, i % columns).
         transposed: Visit the tokens column by column and pool along the rows' axis (every other block).
-        method: "mean", "max" or "attention" (softmax of `scores` over the pooled tokens), or "none": the order
-            of visits without any pooling.
+        method: "mean", "max", "attention" (weights: softmax of `scores` over the pooled tokens), or "none": visit the
+            tokens in this order, but do not pool them.
         scale: Factor on the pooled mean (0.25 after masked pre-training of ratio 0.75).
-        class_index: Place of a class token in the sequence, if there is one. It is a step of its own, is never
-            pooled, and the grid transposes around it. Where that place lies inside a row, its step comes just
-            before that row's.
+        class_index: Index of the class token in the sequence, or None. The class token is one step of the scan and is
+            never pooled. Transposing the grid leaves it at this index. If the index lies inside a row, the class
+            token's step comes just before the step of that row.
     """
 
     rows: int
@@ -124,7 +127,7 @@ class GridPooling:
 
     @property
     def class_step(self) -> int | None:
-        """The class token's place among the pooled steps."""
+        """Index of the class token among the steps of the scan, or None."""
         return None if self.class_index is None else self.class_index // self.scan_columns
 
     def to_scan_order(self, x: Inner) -> Inner:
@@ -167,10 +170,10 @@ class GridPooling:
 
 
 def largest(x: jax.Array, axis: int) -> jax.Array:
-    """Compute the maximum along `axis`; its gradient goes to the first entry that attains it.
+    """Compute the maximum along `axis`; the gradient goes to the first entry that attains the maximum.
 
-    The rule of `jnp.max` compares entries with the maximum once more, and divides by the number of those equal to
-    it. Where XLA computes the entries a second time, and a bit differently, none is, and the gradient is NaN.
+    The gradient of `jnp.max` compares all entries with the maximum and divides by the number of equal ones. XLA may
+    recompute the entries with other rounding. Then no entry equals the maximum, and that gradient is NaN.
     """
     where = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
     chosen = where == jnp.argmax(x, axis=axis, keepdims=True)

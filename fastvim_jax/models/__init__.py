@@ -1,8 +1,19 @@
-"""Backbones, their configurations, and models by name.
+"""Build backbones and models from configurations, or by name.
 
-Read in this order: `config` (every option), `vision_mamba` (the model: blocks, embedding, pooling), `backbone` (what
-all models share, and the calls people make), `stack` (how stacked blocks run), `parameters` (stacked leaves by name),
-`registry` and `presets` (models by name). The others are further models on the same base.
+Read the files in this order:
+
+    1. config        every option of a backbone, checked before any compute
+    2. vision_mamba  FastVim and Vim: patch embedding, blocks, pooling of each block
+    3. layers.mixer  what a block computes (in the package `fastvim_jax.layers`; then `layers.pooling`)
+    4. backbone      what all models share: embed, run the blocks, pool, classify; the public methods
+    5. stack         run blocks whose parameters are stacked along `depth`
+    6. parameters    names of single parameters inside the stacked ones
+    7. presets, registry, names, rngs  models by name; option names known from timm; seeds
+    8. pretrained    save and load a model, also from the Hugging Face hub
+
+Then the other models, in any order: `vit` (DeiT), `channels`, `channel_mamba` and `channel_vit` (images of many
+channels), `mae_config` and `mae` (masked autoencoders), `upernet` with `segmentation` (segmentation), `detection`
+(Cascade Mask R-CNN).
 """
 
 from fastvim_jax.models.backbone import Backbone

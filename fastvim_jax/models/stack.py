@@ -1,7 +1,8 @@
-"""Running a stack of equal blocks whose parameters are stored with a leading `depth` axis.
+"""Run a stack of equal blocks whose parameters are stored with a leading `depth` axis.
 
-One program per pooling pattern instead of one per block: `scan` runs `lax.scan` over periods of the pattern,
-`unroll` writes every block out. Both read the same stacked parameters, so names, masks and checkpoints agree.
+Poolings repeat with a period, for instance rows, columns, rows, columns. Mode "scan" compiles one period and runs
+`lax.scan` over the periods; mode "unroll" compiles every block. Both modes read the same stacked parameters, so names,
+masks and checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -48,21 +49,22 @@ def run_blocks(
         blocks: Module from `stack_blocks`; called as `block(residual, pooling, keep)`, returning the new residual
             and the block's own output.
         residual: `b l d`, float32 or wider.
-        poolings: One period of the pattern; block i uses `poolings[i % len(poolings)]`.
+        poolings: One period of poolings: block i uses `poolings[i % len(poolings)]`.
         depth: Number of blocks.
         keep: Drop-path factors with leading axis `depth`, or None.
         mode: "scan" or "unroll".
-        remat: "none", or what the backward pass recomputes: "block" (all of a block) or "dots" (all but products).
-        taps: Blocks whose (residual before, own output) are returned.
+        remat: What the backward pass recomputes: "none", "block" (a whole block) or "dots" (all but matrix products).
+        taps: Indices of blocks whose (residual before the block, block's own output) are returned.
 
     Returns:
-        The last residual, and the tapped pairs by block index.
+        The last residual, and the pair of every tapped block by its index.
     """
     graphdef, stacked = nnx.split(blocks)
     period = len(poolings)
 
     def apply(index_in_period: int, params, keep_i, residual):
-        # Parameters spread over devices are made whole for this block alone, and again when it is recomputed.
+        # Gather the sharded parameters of this block only. The checkpoint makes the backward pass gather them again
+        # instead of keeping them.
         return nnx.merge(graphdef, gather(params))(residual, poolings[index_in_period], keep_i)
 
     if remat != "none":
@@ -108,9 +110,9 @@ def run_blocks(
 
 
 def _unstack(tree: Any) -> list[Any]:
-    """Return the tree of each block.
+    """Split stacked leaves into one tree per block.
 
-    All at once: the gradient is then one concatenation, where that of a slice for each is the sum of as many padded
+    The gradient of `jnp.unstack` is one concatenation. The gradient of `depth` slices would be a sum of `depth` padded
     arrays, which XLA adds up element by element inside the optimizer's update.
     """
     leaves, structure = jax.tree.flatten(tree)
@@ -119,5 +121,5 @@ def _unstack(tree: Any) -> list[Any]:
 
 
 def broadcast_keep(keep: jax.Array, like: jax.Array) -> jax.Array:
-    """Per-sample factors `b` shaped to multiply `like` (`b ...`)."""
+    """Reshape per-sample factors `b` so that they multiply `like` (`b ...`)."""
     return jnp.reshape(keep, (-1,) + (1,) * (like.ndim - 1))

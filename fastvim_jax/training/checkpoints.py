@@ -1,13 +1,15 @@
-"""Write checkpoints in the background through Orbax, atomically, and check every file before it is trusted.
+"""Write checkpoints in the background through Orbax, atomically, and check the files of a checkpoint before use.
 
-A checkpoint holds the items `params`, `ema` and `model_state` (if kept), `optimizer` and `meta` (JSON: step, seeds,
-position in the data, shapes, whatever the trainer adds). Arrays are stored flat under the dotted names of the *stored*
-parameters, which are the same for scanned and unrolled models, so no class of this package is needed to read
-one. Beside the folder, `checksums/<step>.json` lists size and digest of every file.
+A checkpoint holds the items `params`, `ema` and `model_state` (if the state has them), `optimizer` and `meta` (JSON:
+step, position in the data, dtypes and shapes of the parameters, whatever the trainer adds). Arrays are stored flat
+under the dotted names of the *stored* parameters. These names are the same for scanned and unrolled models, and reading
+a checkpoint needs no class of this package. Beside the folder `checkpoints`, `checksums/<step>.json` lists size and
+digest of every file.
 
-A save copies the state to the host and returns; a thread then writes it to a temporary folder, lists the
-checksums and, last, renames the folder to its step. Whatever ends the process, a folder named by a step is a
-whole checkpoint. Old ones leave by a rename too, into `checkpoints/deleted`, which is emptied afterwards.
+A save copies the state to the host and returns. A thread then writes the copy to a temporary folder, writes the
+checksums and, last, renames the folder to its step. So a folder whose name is a step is always a complete checkpoint,
+however the process ends. To delete a checkpoint, its folder is first renamed into `checkpoints/deleted`, which is
+emptied afterwards.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ from fastvim_jax.training.steps import TrainState
 FORMAT = 1
 
 _DELETED = "deleted"
-# Orbax adds the time of the commit to it at the very end.
+# Orbax adds the time of the commit to this file last, after the checksums are written.
 _CHANGES_LAST = frozenset({"_CHECKPOINT_METADATA"})
-# Orbax looks for its files with glob patterns of the whole path.
+# Orbax finds its files with glob patterns that contain the whole path, so the path must hold no special character.
 _GLOB = re.compile(r"[\[\]*?\\]")
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
-    """What `Checkpoints` keeps; Orbax asks after every save."""
+    """Tell Orbax, after every save, which checkpoints to keep; see the arguments of `Checkpoints`."""
 
     keep: int
     every: int | None
@@ -63,25 +65,25 @@ class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, damaged, of another model, or that cannot be written."""
+    """A checkpoint is missing, incomplete, damaged, of another model, or cannot be written."""
 
 
 class Checkpoints:
-    """Hold the checkpoints of one run; a context manager that waits for what is still being written.
+    """Save and restore the checkpoints of one run. As a context manager, wait for a save under way on exit.
 
-    The first checkpoint that is written here is read back at once, because a run whose checkpoints cannot be restored
-    must not go on for days.
+    The first checkpoint that this object saves is read back at once. Otherwise a run whose checkpoints cannot be
+    restored could go on for days.
 
     Args:
-        directory: the folder that holds a folder per step; made when it is missing, unless read only.
-        keep: how many of the latest are kept.
-        keep_every: also keep those whose step is a multiple of this.
-        best: also keep the one of these steps that it returns, if any.
-        read_only: never write or clean up, as evaluation should not.
+        directory: the folder that holds one folder per step. It is made if it is missing, unless `read_only`.
+        keep: number of latest checkpoints to keep.
+        keep_every: also keep the checkpoints whose step is a multiple of this.
+        best: function that picks one of the given steps, or None; the checkpoint of this step is also kept.
+        read_only: never write and never clean up, for evaluation.
 
     Raises:
-        CheckpointError: read only, and there is no such folder; or its path holds a character that Orbax takes for a
-            pattern.
+        CheckpointError: `read_only` is set and the folder is missing; or the path holds a character that Orbax reads
+            as part of a glob pattern.
     """
 
     def __init__(
@@ -147,20 +149,20 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def describe_latest(self) -> str:
-        """Describe the last finished checkpoint for a message, after waiting for the one under way."""
-        with contextlib.suppress(CheckpointError):  # The message is about something else.
+        """Wait for a save under way, and describe the last finished checkpoint for a message."""
+        with contextlib.suppress(CheckpointError):  # The caller is reporting another error.
             self.wait()
         step = self.latest()
         return "none yet" if step is None else f"step {step} in {self.directory / str(step)}"
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> int:
-        """Begin to write `state`, and the JSON-able `meta`, under the number of updates made so far; returns it.
+        """Start to save `state` and the JSON-able `meta` as the checkpoint of step `state.step`, and return this step.
 
-        The state has been copied on return, so its buffers may be given away. One save is under way at a time:
-        the next one waits for it. Saving a step again does nothing.
+        The state is copied before this method returns, so its buffers may be donated. One save is under way at a time:
+        the next save waits for it. Saving the same step again does nothing.
 
         Raises:
-            CheckpointError: this save, or the one before, failed.
+            CheckpointError: this save or the previous one failed.
         """
         self.wait()
         step = int(state.step)
@@ -185,16 +187,16 @@ class Checkpoints:
         return step
 
     def check(self) -> None:
-        """Raise if a save that went on in the background has failed; never waits.
+        """Raise if a save in the background has failed. Do not wait for a save that is still under way.
 
         Raises:
-            CheckpointError: naming the cause and the last good checkpoint.
+            CheckpointError: the save failed. The message names the cause and the last good checkpoint.
         """
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until the save under way has finished.
 
         Raises:
             CheckpointError: see `check`.
@@ -211,10 +213,10 @@ class Checkpoints:
             self._read_back = True
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """Read the `meta` of a checkpoint, the latest by default, after its file was checked.
+        """Check the file of a checkpoint's `meta` and read it; by default that of the latest checkpoint.
 
         Raises:
-            CheckpointError: when there is none, or it is incomplete or damaged.
+            CheckpointError: the checkpoint does not exist, or is incomplete or damaged.
         """
         step = self._existing(step)
         self._verify(step, "meta")
@@ -231,7 +233,7 @@ class Checkpoints:
         return meta
 
     def restore_state(self, template: TrainState, step: int | None = None) -> TrainState:
-        """Restore the whole train state, placed like `template`, whose own values do not matter.
+        """Restore the whole train state with the shapes and shardings of `template`, whose values are not read.
 
         Raises:
             CheckpointError: see `read_meta`; or the checkpoint is of another model or optimizer.
@@ -254,7 +256,7 @@ class Checkpoints:
         )
 
     def restore_weights(self, params: Any, *, weights: str, step: int | None = None) -> Any:
-        """Restore only the `raw` or the `ema` weights, placed like `params`.
+        """Restore only the weights, `raw` or averaged (`ema`), with the shardings of `params`.
 
         Raises:
             CheckpointError: see `restore_state`.
@@ -269,7 +271,7 @@ class Checkpoints:
         return self._restore(step, {item: params})[item]
 
     def restore_model_state(self, model_state: Any, *, step: int | None = None) -> Any:
-        """Restore what the model holds besides its weights, such as running statistics, placed like `model_state`.
+        """Restore the model's other state, such as running statistics, with the shardings of `model_state`.
 
         Raises:
             CheckpointError: see `restore_state`.
@@ -279,7 +281,7 @@ class Checkpoints:
         return self._restore(self._existing(step), {"model_state": model_state})["model_state"]
 
     def close(self) -> None:
-        """Wait until nothing is being written, and stop.
+        """Wait until the save under way has finished, and close Orbax's manager.
 
         Raises:
             CheckpointError: see `check`.
@@ -350,10 +352,10 @@ class Checkpoints:
         return f"The checkpoint {self.directory / str(step)}"
 
     def _complete(self) -> None:
-        """Write the record of checksums.
+        """Write the checksums of the checkpoint that is being saved.
 
-        Orbax's thread calls this when all files are written, just before the folder gets its name.
-        Therefore a checkpoint never lacks its record; a record may lack its checkpoint until the next save.
+        Orbax's thread calls this when all files are written, just before it renames the folder to the step. So every
+        checkpoint has its file of checksums. A file of checksums may have no checkpoint until the next save removes it.
         """
         (folder,) = self.directory.glob(f"{self._saving}.*tmp*")
         record = self._checksums / f"{self._saving}.json"
@@ -361,7 +363,7 @@ class Checkpoints:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Remove deleted checkpoints and the records of checkpoints that are gone."""
+        """Remove deleted checkpoints, and the checksums of checkpoints that no longer exist."""
         if self._read_only or not is_first_process():
             return
         shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
@@ -371,18 +373,18 @@ class Checkpoints:
                 record.unlink(missing_ok=True)
 
     def _failed(self, error: BaseException) -> CheckpointError:
-        """Delete the partial files of a failed save, which makes room, and return the error to raise."""
+        """Delete the partial files of a failed save, to free disk space, and return the error to raise."""
         step, self._saving = self._saving, None
         for folder in self.directory.glob(f"{step}.*tmp*"):
             shutil.rmtree(folder, ignore_errors=True)
-        self._manager.reload()  # It had taken the save for done and the oldest checkpoint for deleted.
+        self._manager.reload()  # Orbax counts the save as done and the oldest checkpoint as deleted.
         return CheckpointError(
             f"The checkpoint of step {step} could not be written: {why_not_written(error, self.directory)}. "
             f"Last good checkpoint: {self.describe_latest()}. {GO_ON}"
         )
 
     def _verify(self, step: int, *items: str) -> None:
-        """Compare the files of `items` with their checksums, once, and in one of the processes that share them."""
+        """Compare the files of `items` with their checksums: once per item, and on the first process only."""
         new = {item for item in items if (step, item) not in self._verified}
         if not new:
             return
@@ -416,7 +418,7 @@ def unflatten(template: Any, flat: Mapping[str, Any]) -> Any:
 
 
 def _dotted(path: KeyPath) -> str:
-    # A variable of NNX adds a key of its own below its dictionary, whose name is Flax's affair.
+    # Drop the last key of an NNX variable: Flax adds it below the dictionary and chooses its name.
     if len(path) > 1 and isinstance(path[-2], DictKey) and not isinstance(path[-1], DictKey):
         path = path[:-1]
     parts = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)

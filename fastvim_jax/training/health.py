@@ -1,7 +1,7 @@
-"""Watching a run: losses are fetched in windows, and the first one that is not finite stops the run.
+"""Watch a run: fetch its metrics in windows, and stop the run at the first value that is not finite.
 
-Fetching every step would leave the device idle while the host reads a number, so metrics stay on the device
-until the window is logged or saved; the step at fault is still known exactly.
+Fetching after every step would leave the device idle while the host reads a number. Metrics therefore stay on the
+device until they are logged or saved. Each is kept with its step, so the error still names the step at fault.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class NonFiniteError(UserError):
 
 
 class Window:
-    """The metrics of the steps since the last line of the log.
+    """Hold the metrics of the steps since the last line of the log.
 
     Args:
         config: the run's config, for the explanation of a failure.
-        records: metrics of the window's earlier steps, from a checkpoint taken within it.
+        records: metrics of earlier steps of this window, if the run resumes from a checkpoint inside it.
     """
 
     def __init__(self, config: RunConfig, records: Iterable[dict[str, Any]] = ()) -> None:
@@ -51,19 +51,20 @@ class Window:
         self._norms: dict[str, Any] = {}
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Take in the metrics of update `step`, without waiting for it."""
+        """Add the metrics of update `step`, without waiting for this update to finish."""
         metrics = dict(metrics)
         self._norms = metrics.pop("norms", {})
         self._waiting.append((step, metrics))
         if len(self._waiting) > _IN_FLIGHT:
-            # Wait for a step well behind: the queue never runs empty, and batches do not pile up on the device.
+            # Wait for a step `_IN_FLIGHT` behind: the device always has work queued, but batches do not pile up on it.
             jax.block_until_ready(self._waiting[-_IN_FLIGHT][1]["loss"])
 
     def fetch(self, last_checkpoint: Callable[[], str]) -> list[dict[str, Any]]:
-        """Fetch and check the waiting records, and return all of the window's records as numbers.
+        """Fetch and check the metrics still on the device, and return all records of the window as numbers.
 
         Raises:
-            NonFiniteError: naming the first step at fault, what `last_checkpoint` says, and the likely cause.
+            NonFiniteError: a loss or norm is not finite. The message names the first such step, the last good
+                checkpoint (from `last_checkpoint`) and the likely cause.
         """
         steps = [step for step, _ in self._waiting]
         for step, metrics in zip(steps, jax.device_get([m for _, m in self._waiting]), strict=True):
@@ -78,14 +79,14 @@ class Window:
         return list(self._fetched)
 
     def summarise(self, last_checkpoint: Callable[[], str]) -> dict[str, float]:
-        """Average the window, which then starts anew. Raise as `fetch` does."""
+        """Average the window and start a new one. Raise what `fetch` raises."""
         records = self.fetch(last_checkpoint)
         self._fetched.clear()
         names = [key for key in records[0] if key not in _NOT_MEANT]
         return {key: fmean(record[key] for record in records) for key in names}
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
-        """Norms of the last step by `grad/NAME`, `param/NAME` and `update/NAME`, for parameters `names`."""
+        """Return the last step's norms of the parameters `names`, as `grad/NAME`, `param/NAME` and `update/NAME`."""
         return {
             f"{kind}/{name}": norm
             for kind, norms in jax.device_get(self._norms).items()
@@ -94,7 +95,7 @@ class Window:
 
 
 def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: RunConfig) -> str:
-    """Explain what probably made `record` non-finite, judged by it and the steps `before` it."""
+    """Explain what probably made `record` non-finite, judging by `record` and the steps `before` it."""
     if not record["finite_input"]:
         return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
     if not before and not math.isfinite(record["loss"]):

@@ -1,9 +1,9 @@
-"""The loop that every trainer ends in: steps, log, checkpoints, evaluations, and stopping when asked to.
+"""Run the training loop that all trainers share: steps, log, checkpoints, evaluations, and stops on request.
 
-The loop knows steps and states, and nothing of a task. A run resumes from its latest checkpoint, which holds the
-weights, their average, the optimizer, the position in the data and the metrics of the log's open window; on a CPU the
-resumed run ends in the same bits as an uninterrupted one. How many devices and processes share the work changes only
-the rounding, and a run may go on with other ones.
+The loop knows steps and states, but no task. A run resumes from its latest checkpoint, which holds the weights, their
+average, the optimizer's state, the position in the data, and the metrics of the steps since the last line of the log
+(the *open window*). On a CPU, a resumed run ends in the same bits as an uninterrupted one. The number of devices and
+processes changes only the rounding, so a run may resume on another number of them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from fastvim_jax.training.summary import SummaryPicture
 
 @runtime_checkable
 class Batches(Protocol):
-    """Training batches without end, as `data.prefetch.DevicePrefetch` gives them.
+    """Endless training batches, as `data.prefetch.DevicePrefetch` yields them.
 
     Attributes:
         steps_per_epoch: batches in one pass over the data.
-        corrupt: records that could not be read so far.
+        corrupt: indices of the records found unreadable so far.
     """
 
     steps_per_epoch: int
@@ -52,27 +52,27 @@ class Batches(Protocol):
         """Return the next batch, on the devices."""
 
     def get_state(self) -> dict[str, Any]:
-        """Return the position behind the last batch taken, JSON-able."""
+        """Return the position after the last batch taken, as JSON-able values."""
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue at the position `state`, a result of `get_state`."""
 
 
 def begin_or_resume(
     begin: Callable[[], TrainState], shapes: TrainState, run: OpenRun, batches: Batches
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Build the state before the first step or, if the run has a checkpoint, restore the latest; place the data alike.
+    """Restore the run's latest checkpoint and the position in the data. Without a checkpoint, build a new state.
 
-    A new state gets the weights that `config.init` names; what became of each parameter is in `init.json`.
+    A new state gets the weights that `config.init` names. `init.json` then tells which parameters were loaded.
 
     Args:
-        begin: builds the state before the first step; not called when a checkpoint is there.
-        shapes: shapes and places of this state, from `state_shapes`.
+        begin: builds the state before the first step; called only if the run has no checkpoint.
+        shapes: shapes and shardings of this state, from `state_shapes`.
         run: the run folder.
-        batches: the training data; moved to where the checkpoint was taken.
+        batches: the training data; moved to the position of the checkpoint.
 
     Returns:
-        The state, and the records of the log's open window, for `run_loop`.
+        The state, and the records of the open window, for `run_loop`.
     """
     if run.checkpoints.latest() is None:
         state = build_state(begin, shapes)
@@ -102,26 +102,27 @@ def run_loop(
 ) -> RunResult:
     """Train from `state` to the last epoch's end.
 
-    Every step calls `train_step` on the next batch. Every `config.log_every_steps` the means of its metrics since the
-    last line are logged as a record of kind `train`; every epoch the norms of all parameters as `norms`. Checkpoints
-    are saved every `config.checkpoint_every_steps`. Each evaluator runs at its own interval and after the last step,
-    and logs its scores under its own name.
+    Every step calls `train_step` on the next batch. Every `config.log_every_steps` steps, the loop logs the means of
+    the metrics since the last line as a record of kind `train`. After every epoch, it logs the norms of all parameters
+    as a record of kind `norms`.
+    It saves a checkpoint every `config.checkpoint_every_steps` steps. Each evaluator runs at its own interval and after
+    the last step, and logs its scores under its own name.
 
     Args:
-        state: where to begin, from `begin_or_resume`.
+        state: the state to start from, from `begin_or_resume`.
         train_step: from `make_train_step`, under the mesh (`distributed.on_mesh`).
         batches: the training data.
-        config: the run.
+        config: configuration of the run.
         run: the run folder, held open.
-        records: the log's open window, from `begin_or_resume`.
-        evaluators: what judges the run, the most important first; `RunResult.metrics` are this one's scores.
-        headline: which of the first evaluator's scores the run is known by.
+        records: the records of the open window, from `begin_or_resume`.
+        evaluators: evaluators of the run, the most important first. The scores of the first are `RunResult.metrics`.
+        headline: which of the first evaluator's scores sums up the run.
         learning_rate: the learning rate by step, for the log.
-        clock: made before the first step, so that it times compilation.
+        clock: a clock started before the first step, so that it times compilation.
 
     Raises:
         NonFiniteError: a loss, gradient or update that is not finite.
-        Stopped: a signal came; the run is saved as it was after the step then under way.
+        Stopped: a signal came. The loop finished the step under way and saved its state.
         UserError: a file cannot be written.
     """
     steps_per_epoch = batches.steps_per_epoch
@@ -155,7 +156,7 @@ def run_loop(
         for evaluator in due:
             try:
                 scores, drawn = evaluator.run(state, step)
-            except WorkersEnded as error:  # The training itself is sound: save it.
+            except WorkersEnded as error:  # Only the evaluation failed: save the training.
                 if jax.process_count() > 1:
                     raise
                 stop.ask(str(error))
@@ -181,7 +182,7 @@ def run_loop(
         log.say(message)
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
-        # A run may have been stopped between saving and evaluating.
+        # Make up for evaluations of a run that stopped between saving and evaluating.
         missed = [e for e in due_at(first_step) if not evaluated(folder, first_step, e.name)]
         if missed:
             evaluate_at(first_step, missed)

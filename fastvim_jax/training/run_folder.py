@@ -1,10 +1,10 @@
-"""The run folder: all that evaluation, prediction and a resumed run need, and where the numbers came from.
+"""Write and read run folders, which hold all that evaluation, prediction and a resumed run need.
 
 config.json        the run's config, model included       classes.json      class names, in order (none: [])
 environment.json   versions, devices, git commit of each start
-init.json          what became of the weights that the run started from, if it did
+init.json          which parameters were loaded from `config.init`; only if the run started from other weights
 checkpoints/ checksums/                                    metrics.jsonl tensorboard/
-lock               held by the process that trains here
+lock               locked by the process that trains in this folder
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENVIRONMENT_FILE = "environment.json"
 INIT_FILE = "init.json"
 CHECKPOINTS = "checkpoints"
 
-# What may change between an interrupted run and its continuation without changing a weight, but for rounding.
+# Settings that may change when a run is resumed, because they do not affect the weights, except by rounding.
 _FREE = frozenset(
     {
         "data.workers",
@@ -82,12 +82,12 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model as loaded from its run folder.
+    """A trained model, loaded from its run folder.
 
     Attributes:
         model: the NNX model, holding the chosen weights.
         config: the run's configuration.
-        class_names: names of the classes, by number; empty where the task has none.
+        class_names: names of the classes, in order of their numbers; empty if the task has no classes.
         step: the checkpoint's step.
         weights: `raw` or `ema`.
     """
@@ -99,17 +99,17 @@ class Run:
     weights: str
 
     def preprocess(self, images: Any) -> jax.Array:
-        """Make the model's input from image files or pixels, as the run's own evaluation does.
+        """Turn image files or pixels into the model's input, exactly as the run's evaluation does.
 
         Args:
-            images: a file or several, which are decoded, resized and cropped; or uint8 pixels `b h w c` or `h w c` of
-                the run's image size.
+            images: one or several image files, which are decoded, resized and cropped; or uint8 pixels, `b h w c` or
+                `h w c`, of the run's image size.
 
         Returns:
             Normalised images `b h w c`, float32.
 
         Raises:
-            UserError: a file that cannot be read, or pixels of another dtype or size.
+            UserError: a file cannot be read, or pixels have another dtype or size.
         """
         data = self.config.data
         if isinstance(images, str | os.PathLike):
@@ -135,14 +135,15 @@ def load_run(
     step: int | Literal["best"] | None = None,
     place: jax.sharding.Sharding | None = None,
 ) -> Run:
-    """Load a model from a run folder alone.
+    """Load a trained model. Nothing but its run folder is needed.
 
     Args:
         run_dir: the run folder.
-        weights: `raw`, or the average `ema`; by default the average if the run kept one, unless its log says that
-            the trained weights score better at this step, as they do while the average is young.
-        step: which checkpoint, `best` for the one with the best score in the log; by default the latest.
-        place: where the weights go, by default to this process's first device; whatever mesh they were saved from.
+        weights: `raw` or `ema` (averaged). By default the averaged weights, if the run kept them. If the log says that
+            the raw weights score better at this step, as they do early in a run, the default is `raw`.
+        step: number of a checkpoint, or `best` for the one with the best score in the log; by default the latest.
+        place: sharding of the weights, by default this process's first device. It need not match the mesh of the
+            training.
 
     Raises:
         UserError: the folder is no run folder, or the checkpoint is missing, damaged or of another model.
@@ -153,7 +154,7 @@ def load_run(
         raise UserError(f"weights={weights!r}: use 'raw' or 'ema'.")
     checkpoints = Checkpoints(Path(run_dir) / CHECKPOINTS, read_only=True)
     try:
-        # Only shapes: the weights come from the checkpoint, so none are drawn.
+        # Build shapes only: the weights come from the checkpoint, so drawing initial ones would be waste.
         shapes = nnx.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
         graphdef, *states = nnx.split(shapes, nnx.Param, ...)
         place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -178,13 +179,13 @@ def load_run(
 def start_run(
     run_dir: Path | str, config: RunConfig, class_names: Sequence[str] | None
 ) -> Iterator[Path]:
-    """Make the run folder, or check that an existing one is of the same run; record this start and hold the folder.
+    """Make the run folder, or check that an existing one is of the same run. Lock the folder and record this start.
 
-    With several processes the first does all this, and the others wait for it.
+    With several processes, the first does all this and the others wait for it.
 
     Raises:
-        UserError: the folder holds a run with another config, or other classes; another process trains in it; it
-            cannot be written.
+        UserError: the folder holds a run with another config or other classes, another process trains in the folder, or
+            the folder cannot be written.
     """
     folder = Path(run_dir)
     config = _with_absolute_paths(config)
@@ -202,7 +203,10 @@ def start_run(
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Refuse a folder of something else; one whose run was killed before it had a config is none of these."""
+    """Raise if the folder holds anything but a run.
+
+    The folder of a run that was killed before it wrote config.json is accepted.
+    """
     if (folder / CONFIG_FILE).is_file():
         return
     ours = {
@@ -216,7 +220,7 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | None) -> None:
-    # What has saved nothing yet may be begun anew with another config.
+    # A run without a checkpoint may start again with another config, because it has nothing to resume.
     if (folder / CONFIG_FILE).is_file() and _has_checkpoint(folder):
         _refuse_other_run(folder, config)
         if tuple(class_names or ()) != _classes_or_damaged(folder, class_names):
@@ -232,7 +236,10 @@ def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | 
 
 
 def _earlier_starts(path: Path) -> list[Any]:
-    """Read the starts on record. A damaged record is kept under another name; it decides nothing of the run."""
+    """Read the earlier starts of the run.
+
+    A damaged file is renamed and a new list begun, because training does not depend on this list.
+    """
     if not path.is_file():
         return []
     try:
@@ -244,7 +251,7 @@ def _earlier_starts(path: Path) -> list[Any]:
 
 
 def _classes_or_damaged(folder: Path, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Read the class names; where the file is damaged keep it under another name and trust the data's own names."""
+    """Read the class names. If the file is damaged, rename it and return `class_names`, those of the data."""
     try:
         return read_class_names(folder)
     except UserError as error:
@@ -272,7 +279,7 @@ def read_config(run_dir: Path | str) -> RunConfig:
 
 
 def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
-    """Read the class names saved in a run folder; empty where the task has no classes.
+    """Read the class names saved in a run folder; empty if the task has no classes.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -288,7 +295,7 @@ def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and git commit: what a number of this run depends on besides its config."""
+    """Return what the results of this run depend on besides its config: versions, devices and git commit."""
     devices = jax.devices()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -303,7 +310,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:
-    """Return the commit that `folder` is checked out at and whether it was edited since; None outside a checkout."""
+    """Return the git commit of `folder` and whether tracked files were edited since; None outside a checkout."""
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")
         # A virtual environment inside somebody's repository is not a checkout of this package.

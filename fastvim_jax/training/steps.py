@@ -1,6 +1,7 @@
-"""The train state and the compiled train step of every task: plain `jax.jit` over split state.
+"""Build the train state and compile the train step of every task, with plain `jax.jit`.
 
-Nothing here waits for the device: metrics come back as device scalars, to be fetched when they are logged.
+The state holds the arrays of a model that `nnx.split` took apart. Nothing here waits for the device: metrics are device
+scalars, which the loop fetches when it logs them.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and a checkpoint holds.
+    """Everything that a train step changes and a checkpoint saves.
 
     Attributes:
         step: number of updates made, int32.
         params: the model's parameters, an `nnx.State`.
-        optimizer: optax's state.
-        ema: the average of the parameters, or None.
-        model_state: what else the model holds and the loss updates, such as running statistics of batch norms, an
-            `nnx.State`; or None. It is not averaged: the average is evaluated with the latest.
+        optimizer: state of the optax optimizer.
+        ema: exponential moving average of the parameters, or None.
+        model_state: an `nnx.State` of what the loss updates besides parameters, such as running statistics of batch
+            norms; or None. It is not averaged: averaged parameters are evaluated with the latest `model_state`.
     """
 
-    step: Any  # like all of a pytree's leaves also a shape, a sharding or a mask
+    step: Any  # Any, because the same tree is also built of shapes, shardings and masks.
     params: Any
     optimizer: Any
     ema: Any
@@ -49,12 +50,12 @@ class TrainState:
 
 
 class Loss(NamedTuple):
-    """What a loss function returns, if it has more to say than one number.
+    """Result of a loss function that returns more than one number.
 
     Attributes:
         loss: the mean over the batch, a scalar.
-        metrics: more scalars to log beside it, by name, alike means over the batch.
-        model_state: the new one, if the train state has one.
+        metrics: further scalars to log, by name; means over the batch as well.
+        model_state: the updated `TrainState.model_state`, if the train state has one.
     """
 
     loss: jax.Array
@@ -86,7 +87,7 @@ def init_state(
 
 
 def state_shapes(mesh: Mesh, begin: Callable[[], TrainState]) -> TrainState:
-    """Return shapes, and places on the mesh, of the state that `begin` builds; nothing is computed."""
+    """Return shapes and shardings of the state that `begin` builds, without computing it."""
     shapes = jax.eval_shape(begin)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -96,20 +97,23 @@ def state_shapes(mesh: Mesh, begin: Callable[[], TrainState]) -> TrainState:
 
 
 def build_state(begin: Callable[[], TrainState], shapes: TrainState) -> TrainState:
-    """Build the state that `begin` builds, every part where `shapes` (from `state_shapes`) says."""
+    """Build the state that `begin` builds, with the shardings of `shapes` (from `state_shapes`)."""
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    # Random bits compile slowly, and a program that runs once repays no optimisation.
+    # Compile with few optimisations: random bits compile slowly, and this program runs only once.
     quick = {"xla_backend_optimization_level": 1}
     return jax.jit(begin, out_shardings=places, compiler_options=quick)()
 
 
 def draw_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
-    """Fold the key of what one step draws; drop-path masks fold in the block and are drawn for every sample."""
+    """Return the key of one step's draws, folded from seed and step.
+
+    Drop-path masks also fold in the number of the block, and are drawn for every sample.
+    """
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def augment_key(seed: int | jax.Array, step: jax.Array) -> jax.Array:
-    """Fold the key of one step's augmentation on the device; another stream than `draw_key`."""
+    """Return the key of one step's augmentation on the device. Its stream differs from that of `draw_key`."""
     stream = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # no run has that many steps
     return jax.random.fold_in(stream, step)
 
@@ -125,39 +129,40 @@ def make_train_step(
     accumulate: int = 1,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile `step(state, batch) -> (state, metrics)`, which makes one update and reuses the given state's buffers.
+    """Compile `step(state, batch) -> (state, metrics)`, which makes one update. It donates the given state's buffers.
 
-    The step runs `augment`, `draw`, `loss_of` and its gradient, the average, `optimizer`, in this order. The average
-    of the weights, if kept, takes in the weights before the update.
+    The step runs, in this order: `augment`, `draw`, `loss_of` with its gradient, the average of the weights (if the
+    state has one), `optimizer`. So the average takes in the weights before the update.
 
     Args:
         loss_of: `loss_of(params, batch, drawn)` returns the mean loss over the batch, a scalar or a `Loss`. If the
-            train state has a `model_state`, it is a fourth argument, and the `Loss` must hold the new one. Of a
-            mesh that shards parameters, `params` arrive gathered outside the blocks, which gather themselves.
-        optimizer: optax's.
-        draw: `draw(params, key, batch)` draws all that is random in the loss: drop-path masks, masks of tokens,
-            keys of images. Every array of the pytree it returns has the batch as its *first* axis, because it is
-            split with the batch (see `accumulation.batch_first`). The key is folded from seed and step. None:
-            `drawn` is None.
+            train state has a `model_state`, it is the fourth argument, and the returned `Loss` must hold the updated
+            one. If the mesh shards parameters, those of the blocks arrive sharded, because the stack gathers them
+            block by block; all others arrive gathered.
+        optimizer: an optax optimizer.
+        draw: `draw(params, key, batch)` draws all that is random in the loss, such as drop-path masks, masks of tokens
+            and keys of images. Every array of the pytree it returns has the batch as its *first* axis, because these
+            arrays are split together with the batch (see `accumulation.batch_first`). The key is folded from seed and
+            step. Without `draw`, `drawn` is None.
         augment: `augment(key, batch) -> batch` on the device, before all else
             (`data.device_transforms.make_augment`).
         ema_decay: decay of the average, if the train state has one.
         seed: seed of all keys.
-        accumulate: number of parts in which the batch passes through the loss one after the other; one update is
-            made with the mean of their gradients. What is random is drawn for the whole batch before, so neither
-            this nor the number of devices and processes decides who gets which draw. A `model_state` passes from
+        accumulate: number of parts that the batch is cut into. The parts pass through the loss one after the other, and
+            one update is made with the mean of their gradients. `draw` runs before the cut, for the whole batch, so a
+            sample gets the same draws with any number of parts, devices and processes. A `model_state` passes from
             part to part.
-        shardings: where the new state lies; None: up to the compiler.
+        shardings: shardings of the new state. None lets the compiler choose.
 
     Returns:
-        The step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
-        clipping), `param_norm` (before the update), `update_norm`, `finite_input`; and of each parameter, as
-        vectors, `norms`: `grad`, `param`, `update`.
+        The compiled step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
+        clipping), `param_norm` (before the update), `update_norm` and `finite_input`. The metric `norms` holds three
+        vectors, `grad`, `param` and `update`, with one norm for each parameter.
     """
 
     def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:
         batch, drawn = part
-        # Rebuilt, so that its variables belong to this trace and the model may assign to them.
+        # Rebuild the state, so that its variables belong to this trace and the model may assign to them.
         carried = () if model_state is None else (jax.tree.map(lambda leaf: leaf, model_state),)
         found = loss_of(gather_outside_blocks(params), batch, drawn, *carried)
         found = found if isinstance(found, Loss) else Loss(found)
@@ -199,12 +204,12 @@ def make_train_step(
         return new, metrics
 
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    # No constant of the program, so that runs which differ in the seed share a compiled one.
+    # Pass the seed as an argument: as a constant, every seed would need its own compiled program.
     return partial(compiled, seed=np.uint32(seed))
 
 
 def gather_outside_blocks(params: Any) -> Any:
-    """Gather sharded parameters for their use, but for those of the blocks, which the stack gathers one by one."""
+    """Gather the sharded parameters outside the blocks. The stack gathers those of the blocks, block by block."""
     return map_parameters(lambda info, leaf: leaf if info.stacked else gather(leaf), params)
 
 

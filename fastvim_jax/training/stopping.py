@@ -1,7 +1,7 @@
-"""Stop a run when it is asked to: SIGTERM, as sent before a machine is taken away, SIGINT (Ctrl-C), or SIGHUP.
+"""Stop a run on SIGTERM (sent before a machine is taken away), SIGINT (Ctrl-C) or SIGHUP.
 
-The current step is finished, its state saved, and the run ends with exit status 75 (EX_TEMPFAIL: try again).
-A second SIGINT stops at once and saves nothing. A run whose data worker died is saved and ends the same way.
+The loop finishes the current step, saves its state, and the process ends with exit status 75 (EX_TEMPFAIL: try again).
+A second SIGINT stops at once and saves nothing. A run whose data worker died is saved and ends with the same status.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fastvim_jax.data.stream import WorkersEnded
 T = TypeVar("T")
 
 STOPPED_STATUS = 75
-"""Exit status of a run that was asked to stop, and saved: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL of sysexits.h."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ASK_EVERY = 4  # steps; only with several processes
 
 
 class Stopped(Exception):
-    """The run was asked to stop; everything up to `step` is saved.
+    """The run was asked to stop. Everything up to `step` is saved.
 
     Attributes:
-        step: updates made.
+        step: number of updates made.
     """
 
     def __init__(self, reason: str, step: int, total_steps: int) -> None:
@@ -43,10 +43,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Note SIGTERM, SIGINT and SIGHUP while it is entered; earlier handlers return afterwards.
+    """Context manager that notes SIGTERM, SIGINT and SIGHUP, and restores the earlier handlers on exit.
 
-    Outside the main thread, where Python lets nobody handle signals, only `ask` sets it. A signal that is ignored, as
-    `nohup` does with SIGHUP, stays ignored.
+    Python handles signals in the main thread only. In any other thread, only `ask` can request a stop. A signal that
+    the process ignores, such as SIGHUP under `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -84,10 +84,11 @@ class StopRequest:
         self.ask(signal.Signals(number).name)
 
     def next_of(self, batches: Iterator[T]) -> T | None:
-        """Return the next batch; None if a data worker died, which asks the run to stop.
+        """Return the next batch. If a data worker died, ask the run to stop and return None.
 
         Raises:
-            WorkersEnded: a data worker died, and other processes would wait for this one if it stopped to save.
+            WorkersEnded: a data worker died in a run of several processes. This process cannot stop and save alone,
+                because the others would wait for it in the next step.
         """
         try:
             return next(batches)
@@ -98,19 +99,19 @@ class StopRequest:
             return None
 
     def before_start(self, total_steps: int, step: int = 0) -> None:
-        """End the run before its first step if it was asked to stop meanwhile: compiling may take minutes.
+        """End the run before its first step if it was asked to stop during the start, because compiling takes minutes.
 
         Raises:
-            Stopped: nothing is lost, because nothing was done.
+            Stopped: the run was asked to stop. Nothing is lost, because no step was made.
         """
         if jax.process_count() == 1 and self.reason is not None:
             raise Stopped(self.reason, step, total_steps)
 
     def agreed(self, step: int) -> bool:
-        """Return whether the run stops after `step`: the same answer in every process, which all call at every step.
+        """Return whether the run stops after `step`. All processes must call this at every step; all get one answer.
 
-        With several processes a request of any of them stops all. Every `_ASK_EVERY` steps the processes exchange their
-        requests. Each call reads the result of the previous exchange, so no process waits for another.
+        A request to any process stops all of them. Every `_ASK_EVERY` steps the processes exchange their requests. The
+        call then reads the result of the previous exchange, so no process waits for another.
         """
         if jax.process_count() == 1:
             return self.reason is not None
