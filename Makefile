@@ -12,8 +12,8 @@ python = "$(VENV)/bin/python"
 
 help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
-	@echo "make test         run the test suite (under 20 minutes on 2 cores)"
-	@echo "make test-slow    run the tests that take minutes each (under 30 minutes on 2 cores)"
+	@echo "make test         run the test suite (about half an hour on 2 cores)"
+	@echo "make test-slow    run the tests that take long each (about 10 minutes on 2 cores)"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
 	@echo "make setup        only make $(VENV) and install;  make clean  removes it"
 	@echo
