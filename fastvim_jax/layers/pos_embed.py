@@ -96,16 +96,20 @@ def _add_table_backward(_, gradient):
 add_table.defvjp(_add_table_forward, _add_table_backward)
 
 
-def sincos_pos_embed(width: int, grid: tuple[int, int]) -> np.ndarray:
+def sincos_pos_embed(
+    width: int, grid: tuple[int, int], *, computed_in: type[np.floating] = np.float32
+) -> np.ndarray:
     """Build the fixed table `(rows * columns) width`, float32, row-major (He et al., Masked Autoencoders).
 
     The first half of the channels encodes the column, the second the row; each is sines, then cosines, of
-    frequency 10000^(-k / (width / 4)). `width` must be a multiple of 4.
+    frequency 10000^(-k / (width / 4)). `width` must be a multiple of 4. The reference computes the tables
+    of FastVim and Vim in float32, and those of ViT in float64 (`computed_in`), rounded once.
     """
     if width % 4:
         raise ValueError(f"a sin-cos table needs a width that is a multiple of 4, not {width}")
-    quarter = np.arange(width // 4, dtype=np.float32) / np.float32(width / 4)
-    frequency = (1.0 / np.float32(10000) ** quarter).astype(np.float32)
-    row, column = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+    quarter = np.arange(width // 4, dtype=computed_in) / computed_in(width / 4)
+    frequency = (1.0 / computed_in(10000) ** quarter).astype(computed_in)
+    row, column = np.meshgrid(*(np.arange(n, dtype=computed_in) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    return table.astype(np.float32)

@@ -234,7 +234,7 @@ class MaskedAutoencoder(nnx.Module):
         return masking.ids_keep.shape[1] // 2
 
     def _table(self, width: int, grid: tuple[int, int]) -> Float[Array, "l d"]:
-        return jnp.asarray(sincos_pos_embed(width, grid), self.config.precision.wide)
+        return jnp.asarray(_fixed_table(self._is_vit, width, grid), self.config.precision.wide)
 
     def _grid(self, images: Images) -> tuple[int, int]:
         images = check_images(images, self.config.channels, self.config.patch)
@@ -265,13 +265,18 @@ def _parts(
     return mamba, lambda rngs: Block(inner, rngs=rngs)
 
 
+def _fixed_table(is_vit: bool, width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Build the position table as the reference of this encoder does; see `sincos_pos_embed`."""
+    return sincos_pos_embed(width, grid, computed_in=np.float64 if is_vit else np.float32)
+
+
 def backbone_parameters(model: MaskedAutoencoder) -> dict[str, Array]:
     """Return the encoder's parameters by the names of the classifier that fine-tuning trains.
 
     The fixed table becomes the first value of the learned position embedding; a class token's row of it is zero.
     """
     config = model.config.encoder
-    table = sincos_pos_embed(config.embed_dim, config.grid)
+    table = _fixed_table(isinstance(config, ViTConfig), config.embed_dim, config.grid)
     if model.encoder.class_token is not None:
         middle = getattr(config, "class_token", "head") == "middle"
         table = np.insert(table, len(table) // 2 if middle else 0, 0.0, axis=0)

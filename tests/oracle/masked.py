@@ -145,7 +145,10 @@ def masked_autoencoder(
     patches = patch_embed(encoder, images, pair(config.patch_size))
     grid = (patches.shape[1], patches.shape[2])
     length = grid[0] * grid[1]
-    table, decoder_table = (sincos_table(grid, w) for w in (config.embed_dim, config.decoder_dim))
+    dtype = np.float64 if config.vit else np.float32
+    table, decoder_table = (
+        sincos_table(grid, w, dtype=dtype) for w in (config.embed_dim, config.decoder_dim)
+    )
     token = encoder.get("class_token")
     predicted, latents = [], []
     for tokens, ids in zip(patches.reshape(len(images), length, -1), keep, strict=True):

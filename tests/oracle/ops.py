@@ -143,20 +143,23 @@ def resize_bicubic(table: Array, target: tuple[int, int]) -> Array:
     return np.einsum("ij,jkd,lk->ild", down, table, across)
 
 
-def sincos_table(grid: tuple[int, int], width: int, *, class_token: bool = False) -> Array:
+def sincos_table(
+    grid: tuple[int, int], width: int, *, class_token: bool = False, dtype: type = np.float32
+) -> Array:
     """Fixed table (rows * columns, width): half the channels for the column, half for the row; sines, then cosines.
 
-    Evaluated in float32, as the released weights saw it. With a class token a row of zeros comes first.
+    Evaluated in float32, as the released weights saw it, or for ViT in float64 (`dtype`), and rounded to float32.
+    With a class token a row of zeros comes first.
     """
-    frequency = np.float32(1.0) / np.float32(10000.0) ** (
-        np.arange(width // 4, dtype=np.float32) / np.float32(width / 4)
+    frequency = dtype(1.0) / dtype(10000.0) ** (
+        np.arange(width // 4, dtype=dtype) / dtype(width / 4)
     )
-    rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
+    rows, columns = (np.arange(n, dtype=dtype) for n in grid)
 
     def half(positions: Array) -> Array:
         angles = positions.reshape(-1)[:, None] * frequency
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     column_of, row_of = np.meshgrid(columns, rows)
-    table = np.concatenate([half(column_of), half(row_of)], axis=1)
+    table = np.concatenate([half(column_of), half(row_of)], axis=1).astype(np.float32)
     return np.concatenate([np.zeros((1, width), np.float32), table]) if class_token else table
