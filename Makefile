@@ -39,7 +39,7 @@ test-slow:
 # What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, XLA path, parity, training smoke, quickstart.
 test-reduced:
 	@scripts/setup.sh test
-	@FASTVIM_PARITY_DTYPES=float64 scripts/test.sh reduced -m "not slow" tests/test_package.py tests/pallas_kernels tests/parity tests/training tests/distributed
+	@FASTVIM_PARITY_DTYPES=float64 FASTVIM_PARITY_FIXTURES=representatives scripts/test.sh reduced -m "not slow" tests/test_package.py tests/pallas_kernels tests/parity tests/training tests/distributed
 	@scripts/quickstart.sh
 
 lint:

@@ -11,8 +11,11 @@ from numpy.typing import ArrayLike
 
 from tests.support import relative_error
 
-# The second set of dependencies compares in float64 alone: rounding has been compared on the first.
-DTYPES = tuple(os.environ.get("FASTVIM_PARITY_DTYPES", "float64,float32,bfloat16").split(","))
+# Every fixture is compared in float64. One fixture of each class, another one each run, is compared in float32 and
+# bfloat16 as well: each dtype is one more program to compile, and the programs differ by rounding alone.
+# FASTVIM_PARITY_DTYPES=all compares every fixture in every dtype; a list such as "float64", every fixture in those.
+DTYPES = ("float64", "float32", "bfloat16")
+ASKED = os.environ.get("FASTVIM_PARITY_DTYPES", "")
 # (outputs, gradients), relative to the largest entry of each array.
 BOUNDS = {
     "float64": (1e-7, 1e-6),
@@ -100,6 +103,13 @@ class Comparison:
         """One line per problem."""
         label = " ".join(part for part in (self.name, self.dtype, self.mode) if part)
         return [f"{label}: {problem}" for problem in self.problems]
+
+
+def dtypes_of(representative: bool) -> tuple[str, ...]:
+    """Return the dtypes to compare a fixture in, by whether it was drawn to represent its class."""
+    if ASKED and ASKED != "all":
+        return tuple(ASKED.split(","))
+    return DTYPES if representative or ASKED == "all" else ("float64",)
 
 
 def close(comparisons: list[Comparison], record_property: Any) -> None:

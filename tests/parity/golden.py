@@ -107,10 +107,25 @@ def read(path: Path) -> Golden:
     return Golden(path.stem, meta, *parts.values())
 
 
-def kind_of(path: Path) -> str:
-    """The class of a fixture without reading its arrays."""
+def meta_of(path: Path) -> dict[str, Any]:
+    """Read what a fixture says of itself, without its arrays."""
     with np.load(path) as archive:
-        return json.loads(str(archive["meta"]))["class"]
+        return json.loads(str(archive["meta"]))
+
+
+def kind_of(path: Path) -> str:
+    """Read the class of a fixture, without its arrays."""
+    return meta_of(path)["class"]
+
+
+def draw_representatives(paths: list[Path], seed: int) -> set[str]:
+    """Draw one fixture of each class by `seed`, and return their names. Quirks are left out: nothing compares them."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        meta = meta_of(path)
+        if not meta.get("quirk", False):
+            names.setdefault(meta["class"], []).append(path.stem)
+    return {of_class[seed % len(of_class)] for of_class in names.values()}
 
 
 def expected_grads(golden: Golden) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,18 @@ import pytest
 
 from tests.parity.channel_embed import compare_channel_embed
 from tests.parity.channels import CHANNEL_KINDS
-from tests.parity.compare import DTYPES, Comparison, close
+from tests.parity.compare import ASKED, Comparison, close, dtypes_of
 from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
-from tests.parity.golden import COVERED, Golden, fixture_paths, folder, kind_of, read, table_paths
+from tests.parity.golden import (
+    COVERED,
+    Golden,
+    draw_representatives,
+    fixture_paths,
+    folder,
+    kind_of,
+    read,
+    table_paths,
+)
 from tests.parity.masked import (
     compare_masked,
     compare_masking,
@@ -25,27 +35,34 @@ from tests.parity.training import compare_schedules, compare_train_steps
 
 KINDS = {path: kind_of(path) for path in fixture_paths()}
 PATHS = [path for path, kind in KINDS.items() if kind in COVERED]
+REPRESENTATIVES = draw_representatives(PATHS, int(os.environ["FASTVIM_TEST_SEED"]))
+if os.environ.get("FASTVIM_PARITY_FIXTURES") == "representatives":
+    COMPARED = [path for path in PATHS if path.stem in REPRESENTATIVES]
+else:
+    COMPARED = PATHS
 MASKED = {"FastMaskVimMAE", "VimMAE", "ViTMAE"}
 MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT", *CHANNEL_KINDS}
 
 
 def comparisons(golden: Golden) -> list[Comparison]:
-    """All comparisons of one fixture: models in three dtypes, functions in the two that their bounds are for."""
+    """Compare one fixture: models in the dtypes of `dtypes_of`, functions in the two that their bounds are for."""
+    representative = golden.name in REPRESENTATIVES
+    dtypes = dtypes_of(representative)
     if golden.kind in MODELS:
-        runs = [compare_model(golden, dtype) for dtype in DTYPES]
-        if any(name.startswith("block") for name in golden.outputs):
+        runs = [compare_model(golden, dtype) for dtype in dtypes]
+        if representative or ASKED == "all":
             runs.append(compare_model(golden, "float64", blocks="unroll"))
         return runs
     if golden.kind in MASKED:
-        return [compare_masked(golden, dtype) for dtype in DTYPES]
+        return [compare_masked(golden, dtype) for dtype in dtypes]
     if golden.kind == "mae_pixel_loss":
         return [compare_pixel_loss(golden, dtype) for dtype in ("float64", "float32")]
     if golden.kind == "linear_probe_head":
         return [compare_probe_head(golden, dtype) for dtype in ("float64", "float32")]
     if golden.kind == "ChannelPatchEmbed":
-        return [compare_channel_embed(golden, dtype) for dtype in DTYPES]
+        return [compare_channel_embed(golden, dtype) for dtype in dtypes]
     if golden.kind == "FastVimMixer":
-        return [compare_mixer(golden, dtype) for dtype in DTYPES]
+        return [compare_mixer(golden, dtype) for dtype in dtypes]
     if golden.kind == "FastVimTrainSteps":
         return [compare_train_steps(golden, blocks) for blocks in ("scan", "unroll")]
     if golden.kind in FUNCTIONS:
@@ -59,7 +76,7 @@ def comparisons(golden: Golden) -> list[Comparison]:
 
 
 @pytest.mark.skipif(not KINDS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")
-@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+@pytest.mark.parametrize("path", COMPARED, ids=[path.stem for path in COMPARED])
 def test_golden_numbers(path: Path, record_property: Any) -> None:
     golden = read(path)
     if golden.quirk:
