@@ -1,4 +1,4 @@
-"""A picture of which classes are taken for which."""
+"""Draw a confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
 
-_NUMBERS = 20  # classes up to which every cell tells its count
-_NAMES = 60  # and every row its class
+_NUMBERS = 20  # Up to so many classes every cell shows its count,
+_NAMES = 60  # and up to so many every row and column shows its class.
 
 
 def plot_confusion(
@@ -21,10 +22,10 @@ def plot_confusion(
     *,
     title: str,
 ) -> None:
-    """Draw a confusion matrix; a row's shades are shares of that class's images.
+    """Draw a confusion matrix: counts in the cells, colours by the share of the row's images.
 
     Args:
-        confusion: images of the class of the row taken for that of the column.
+        confusion: number of images by true class (row) and predicted class (column).
         class_names: in label order.
         file: the PNG to write; its folder is made.
         title: the headline.
@@ -34,22 +35,26 @@ def plot_confusion(
     side = min(3.5 + 0.42 * count, 14)
     figure = Figure(figsize=(side + 1, side), dpi=110, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(
-        shares, cmap="Blues", vmin=0, vmax=max(shares.max(), 1e-9), interpolation="nearest"
+    display = ConfusionMatrixDisplay(shares, display_labels=class_names).plot(
+        include_values=count <= _NUMBERS,
+        cmap="Blues",
+        ax=axes,
+        colorbar=False,
+        im_kw={"vmin": 0, "vmax": max(shares.max(), 1e-9)},
+        text_kw={"fontsize": 8},
     )
+    if display.text_ is not None:  # The library writes the shares that it colours by.
+        for text, images in zip(display.text_.flat, confusion.flat, strict=True):
+            text.set_text(f"{images}" if images else "")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
     if count <= _NAMES:
         size = 9 if count <= _NUMBERS else 6
-        axes.set_xticks(range(count), class_names, rotation=60, ha="right", fontsize=size)
-        axes.set_yticks(range(count), class_names, fontsize=size)
-    if count <= _NUMBERS:
-        for (row, column), images in np.ndenumerate(confusion):
-            if images:
-                ink = "white" if 2 * shares[row, column] > shares.max() else "#2b2f36"
-                axes.text(column, row, f"{images}", ha="center", va="center", fontsize=8, color=ink)
-    bar: Any = figure.colorbar(picture, ax=axes, fraction=0.04)
+        axes.tick_params(labelsize=size)
+        for label in axes.get_xticklabels():
+            label.set(rotation=60, ha="right")
+    else:
+        axes.set(xticks=[], yticks=[])
+    bar: Any = figure.colorbar(display.im_, ax=axes, fraction=0.04)
     bar.set_label("share of the class's images")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png")

@@ -1,21 +1,23 @@
-"""A TensorBoard event file, written as it comes: unlike tensorboardX's queue, it fails where it is called."""
+"""Write a TensorBoard event file through tensorboardX's synchronous writer.
+
+`SummaryWriter` is not used because it writes from a thread: a full disk ends the thread, and the run
+goes on without its numbers.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 
 class EventFile:
-    """Scalars for TensorBoard.
+    """Write scalars for TensorBoard; every record is on the disk when the call that wrote it returns.
 
     Args:
         folder: where the file goes; made when it is missing.
@@ -27,9 +29,7 @@ class EventFile:
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("wb")
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
@@ -42,16 +42,8 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._writer.close()
 
     def _write(self, event: Event) -> None:
-        """Write one TFRecord: length and data, each with its checksum."""
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        parts = (length, _checksum(length), data, _checksum(data))
-        self._file.write(b"".join(parts))
-        self._file.flush()
-
-
-def _checksum(data: bytes) -> bytes:
-    return struct.pack("<I", masked_crc32c(data))
+        self._writer.write_event(event)
+        self._writer.flush()
