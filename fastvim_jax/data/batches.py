@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
@@ -34,6 +34,12 @@ class Batch(TypedDict, total=False):
     label: Int32[np.ndarray, " b"]
     valid: Bool[np.ndarray, " b"]
     """Evaluation only: False for padding and for undecodable records, which must not be counted."""
+    flip: Bool[np.ndarray, " b"]
+    """Training with `augment_on="device"` only, as the next four: what the device does; see `augment`."""
+    operation: Int32[np.ndarray, "b layers"]
+    level: Float32[np.ndarray, "b layers"]
+    jitter: Int32[np.ndarray, "b 3"]
+    factor: Float32[np.ndarray, "b 3"]
 
 
 class BatchIterator(Iterator[Batch]):

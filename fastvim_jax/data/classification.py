@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
-from fastvim_jax.data.augment import eval_transform, train_transform
+from fastvim_jax.data.augment import DRAWN, eval_transform, train_example
 from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, open_split
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.files import read_file
@@ -170,12 +170,12 @@ class _LoadForTraining(grain.transforms.RandomMap):
         while len(corrupt) < _REPLACEMENTS:
             try:
                 record, image = decode_record(self.source, index, self.config, self.decoder)
-                pixels = train_transform(image, self.config, rng)
+                example = train_example(image, self.config, rng)
             except DecodeError:
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
-            return {"image": pixels, "label": record.target, "corrupt": corrupt}
+            return {**example, "label": record.target, "corrupt": corrupt}
         raise UserError(
             f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
             f"among them {self.source[corrupt[0]].name}: is data.path the right folder?"
@@ -210,6 +210,7 @@ def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         "label": np.asarray([e["label"] for e in elements], np.int32),
         "corrupt": np.asarray([index for e in elements for index in e["corrupt"]], np.int64),
     }
+    batch |= {key: np.stack([e[key] for e in elements]) for key in DRAWN if key in elements[0]}
     if "valid" in elements[0]:
         batch["valid"] = np.asarray([e["valid"] for e in elements], np.bool_)
     return batch

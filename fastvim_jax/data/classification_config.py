@@ -58,6 +58,9 @@ class ClassificationData(DataConfig):
     batch on several devices is then mixed without sending images between them."""
     eval_crop: Share = 0.875
     """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
+    augment_on: Literal["host", "device"] = "host"
+    """Where training images are flipped, RandAugmented and jittered. device: the host only crops; the images differ
+    from the host's by rounding, because the host draws for both. Erasing, mixup and cutmix are always the device's."""
     resident: bool = False
     """Decode all training images once and keep them on the device, where they are cropped (pad_shift or resize)
     and flipped: for sets of small images."""

@@ -1,8 +1,10 @@
 """Transforms inside the jitted step: crop and flip, normalisation, random erasing, mixup and cutmix.
 
-Everything is drawn from a key and from an image's position in the global batch, so a batch comes out the same
-on any number of devices and processes. The order is the recipes': each image is normalised, then erased, then
-each group of neighbours in the batch is mixed with itself reversed.
+With `augment_on="device"`, the batch holds what the host drew for each image (`augment.draw_augmentation`), and flip,
+RandAugment and colour jitter come first (`device_randaugment`). All else is drawn from a key and from an image's
+position in the global batch, so a batch comes out the same on any number of devices and processes. The order is the
+recipes': each image is normalised, then erased, then each group of neighbours in the batch is mixed with itself
+reversed.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from fastvim_jax.data.augment import DRAWN
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.device_randaugment import augment_drawn
 
 Batch = Mapping[str, Any]
 Preprocess = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
@@ -62,12 +66,14 @@ def make_augment(
             images = pad_and_shift(shift_key, images, pad=config.pad)
         if config.resident and config.flip:
             images = horizontal_flip(flip_key, images, probability=config.flip)
-        images = preprocess(images)
+        drawn = {name: batch[name] for name in DRAWN if name in batch}
+        images = preprocess(augment_drawn(images, drawn))
         if config.random_erasing:
             images = random_erasing(erase_key, images, probability=config.random_erasing)
         if config.mixup or config.cutmix:
             images, label = mix_groups(mix_key, images, label, config, num_classes, label_smoothing)
-        return {**batch, "image": images, "label": label}
+        kept = {name: value for name, value in batch.items() if name not in drawn}
+        return {**kept, "image": images, "label": label}
 
     return augment
 

@@ -13,9 +13,22 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAX_LEVEL = 10.0
-_FILL = (124, 116, 104)  # the mean of ImageNet, for what an operation moves into view
-_FILL_GREY = 118
+LAYERS = 2
+"""Operations drawn for an image."""
+NOTHING = -1
+"""In place of an operation's number: the layer leaves the image as it is."""
+FILL = (124, 116, 104)
+"""Colour of what an operation moves into view: the mean of ImageNet."""
+FILL_GREY = 118
 _AFFINE, _BICUBIC = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+
+JITTERED = ("brightness", "contrast", "colour")
+"""What colour jitter changes."""
+_ENHANCEMENTS: dict[str, type] = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "colour": ImageEnhance.Color,
+}
 
 Operation = Callable[[Image.Image, float], Image.Image]
 
@@ -26,7 +39,7 @@ def rand_augment(
     *,
     magnitude: float = 9.0,
     std: float = 0.5,
-    layers: int = 2,
+    layers: int = LAYERS,
     probability: float = 0.5,
 ) -> Image.Image:
     """Apply `layers` random operations, each with `probability`.
@@ -39,23 +52,49 @@ def rand_augment(
         layers: operations drawn.
         probability: with which each is applied.
     """
+    drawn = draw_operations(
+        rng, magnitude=magnitude, std=std, layers=layers, probability=probability
+    )
+    for number, level in drawn:
+        if number != NOTHING:
+            image = OPERATIONS[NAMES[number]](image, level)
+    return image
+
+
+def draw_operations(
+    rng: np.random.Generator,
+    *,
+    magnitude: float = 9.0,
+    std: float = 0.5,
+    layers: int = LAYERS,
+    probability: float = 0.5,
+) -> list[tuple[int, float]]:
+    """Draw for each layer the number of its operation in `NAMES`, or `NOTHING`, and the level with its sign."""
+    drawn = []
     for _ in range(layers):
-        name = _NAMES[int(rng.integers(len(_NAMES)))]
+        number = int(rng.integers(len(NAMES)))
         if rng.random() >= probability:
+            drawn.append((NOTHING, 0.0))
             continue
         level = float(np.clip(rng.normal(magnitude, std), 0, MAX_LEVEL))
         sign = 1 if rng.random() < 0.5 else -1
-        image = OPERATIONS[name](image, sign * level if name in SIGNED else level)
-    return image
+        drawn.append((number, sign * level if NAMES[number] in SIGNED else level))
+    return drawn
 
 
 def colour_jitter(image: Image.Image, rng: np.random.Generator, *, strength: float) -> Image.Image:
     """Change brightness, contrast and saturation, in random order, by factors of 1 ± `strength`, uniformly."""
-    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for i in rng.permutation(len(kinds)):
-        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-        image = kinds[i](image).enhance(factor)
+    for name, factor in draw_jitter(rng, strength=strength):
+        image = _ENHANCEMENTS[name](image).enhance(factor)
     return image
+
+
+def draw_jitter(rng: np.random.Generator, *, strength: float) -> list[tuple[str, float]]:
+    """Draw the order of `JITTERED` and the factor of each."""
+    return [
+        (JITTERED[i], rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        for i in rng.permutation(len(JITTERED))
+    ]
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -120,7 +159,7 @@ def _pointwise(image: Image.Image, f: Callable[[np.ndarray], np.ndarray]) -> Ima
 
 
 def _fill(image: Image.Image) -> int | tuple[int, int, int]:
-    return _FILL_GREY if image.mode == "L" else _FILL
+    return FILL_GREY if image.mode == "L" else FILL
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -142,8 +181,9 @@ OPERATIONS: dict[str, Operation] = {
 }
 """What each operation does at a level from 0 to 10."""
 
-_GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-SIGNED = frozenset((*_GEOMETRIC, "colour", "contrast", "brightness", "sharpness"))
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+SIGNED = frozenset((*GEOMETRIC, "colour", "contrast", "brightness", "sharpness"))
 """Operations whose level is taken with a random sign."""
 
-_NAMES = tuple(OPERATIONS)
+NAMES = tuple(OPERATIONS)
+"""The operations by number."""
