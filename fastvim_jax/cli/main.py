@@ -30,6 +30,7 @@ COMMANDS = {
     "reconstruct": "draw image files as a masked autoencoder reconstructs them",
     "embed": "write embeddings of microscope fields to a table",
     "channels": "show which channels matter to a trained run",
+    "plot": "draw the figures of the documentation",
     "data": "check a data set; turn it into shards that read fast",
     "bench": "measure scan, mixer, models, training steps and data on this machine",
     "quickstart-report": "what `make quickstart` shows of the run it trained",
