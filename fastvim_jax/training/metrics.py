@@ -187,34 +187,39 @@ class _StandardError(io.TextIOBase):
 
     encoding = "utf-8"
 
+    def __init__(self) -> None:
+        # Keep the streams themselves: while a bar is live, Rich puts proxies in their place that write to this object.
+        self._stdout: Any = sys.stdout
+        self._stderr: Any = sys.stderr
+
     def write(self, text: str) -> int:
         """Write `text`; drop it if nobody can read it."""
-        with survive_closed_output():
-            sys.stderr.write(text)
+        with survive_closed_output(self._stdout, self._stderr):
+            self._stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush standard error."""
-        with survive_closed_output():
-            sys.stderr.flush()
+        with survive_closed_output(self._stdout, self._stderr):
+            self._stderr.flush()
 
     def isatty(self) -> bool:
         """Return whether a person is watching."""
-        return sys.stderr.isatty()
+        return self._stderr.isatty()
 
     def fileno(self) -> int:
         """Return the file descriptor, of which the console asks the width of the terminal."""
-        return sys.stderr.fileno()
+        return self._stderr.fileno()
 
 
 @contextlib.contextmanager
-def survive_closed_output() -> Iterator[None]:
+def survive_closed_output(stdout: Any, stderr: Any) -> Iterator[None]:
     """Ignore that standard output or error cannot be written; what follows goes to the null device."""
     try:
         yield
-        sys.stdout.flush()
+        stdout.flush()
     except (OSError, ValueError):  # ValueError: I/O operation on closed file.
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (stdout, stderr):
             try:
                 stream.flush()
             except (OSError, ValueError):

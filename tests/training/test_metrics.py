@@ -1,9 +1,11 @@
 """The run's numbers: JSON lines that survive a crash, event files that TensorBoard reads."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -76,28 +78,59 @@ def test_a_log_with_a_hole_says_so(tmp_path, capsys):
     assert "holds nothing of steps 1 to 6" in capsys.readouterr().err
 
 
-def test_nobody_reading_the_output_ends_nothing(tmp_path):
-    """Run in a process of its own: `fastvim train ... 2>&1 | head` closes the pipe while the run goes on."""
-    script = f"""
+LOGGING = """
 import sys
 from pathlib import Path
 from fastvim_jax.training.metrics import RunLog, read_metrics
+folder, text = Path(sys.argv[1]), "x" * int(sys.argv[2])
 sys.stdin.read()
-with RunLog(Path({str(tmp_path)!r}), step=0, total_steps=5) as log:
+with RunLog(folder, step=0, total_steps=5) as log:
     for step in range(1, 6):
-        log.say("x" * 100_000)
-        log.write("train", step, {{"loss": 1.0}})
-sys.exit(0 if len(read_metrics({str(tmp_path)!r})) == 5 else 1)
+        log.advance()
+        log.show(loss=0.25)
+        log.say(text)
+        print("another library", file=sys.stderr)
+        log.write("train", step, {"loss": 1.0})
+sys.exit(0 if len(read_metrics(folder)) == 5 else 1)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
+
+
+def write_in_a_process(folder, length, stderr):
+    return subprocess.Popen(
+        [sys.executable, "-c", LOGGING, str(folder), str(length)],
         stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=stderr,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"},
     )
-    process.stderr.close()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nobody_reading_the_output_ends_nothing(tmp_path, terminal):
+    """As in `fastvim train ... 2>&1 | head`, or when the terminal of a job in the background is closed."""
+    reading, writing = os.openpty() if terminal else os.pipe()
+    process = write_in_a_process(tmp_path, 100_000, writing)
+    os.close(writing)
+    os.close(reading)
     process.stdin.close()
     assert process.wait(timeout=120) == 0
+
+
+def test_a_terminal_shows_the_bar_and_every_line(tmp_path):
+    reading, writing = os.openpty()
+    process = write_in_a_process(tmp_path, 20, writing)
+    os.close(writing)
+    process.stdin.close()
+    watch = threading.Timer(120, process.kill)  # so that a hang fails
+    watch.start()
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # a terminal that its last process has left
+        while part := os.read(reading, 2**16):
+            shown += part
+    os.close(reading)
+    assert process.wait() == 0
+    watch.cancel()
+    assert shown.count(b"x" * 20) == shown.count(b"another library") == 5
+    assert b"5/5" in shown and b"loss 0.25" in shown
 
 
 def test_no_folder_no_records(tmp_path):
