@@ -4,7 +4,8 @@
     python benchmarks/peers/mae_vit.py --json ...    the same step in PyTorch, in the same session on the same GPU
 
 Rows: `step`, forward, backward and AdamW of a batch on the device; `encoder`, the forward pass of the encoder under a
-mask, and of the same backbone over all patches. bf16, mask ratio 0.75, 224 px, random weights.
+mask, with the time of the same backbone over all patches beside it (`unmasked`). bf16, mask ratio 0.75, 224 px, random
+weights. Several of these programs compile side by side and are timed in turn if they share $FASTVIM_BENCH_LOCK.
 
 Required: FastMaskVim's step ahead of Vim's; images a second at least 0.9 x those of the compiled PyTorch ViT-B (aim
 1.2); the masked encoder at most 0.4 x the time of the unmasked one.
@@ -13,8 +14,7 @@ Required: FastMaskVim's step ahead of Vim's; images a second at least 0.9 x thos
 from __future__ import annotations
 
 import argparse
-import json
-from functools import partial
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastvim_jax.bench.record import show
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import build_model, model_config
 from fastvim_jax.training.masked.config import PRETRAINING, PretrainConfig
@@ -53,67 +54,81 @@ def measure(one: Any) -> dict[str, float]:
     return found
 
 
-def step_row(name: str, batch: int, **options: Any) -> dict[str, Any]:
-    """Measure the pre-training step."""
+def draw_images(model: Any, batch: int) -> jax.Array:
+    """Draw a batch of images of the model's size, float32 `b h w c`."""
+    height, width = (g * p for g, p in zip(model.grid, model.patch, strict=True))
+    return jax.random.normal(jax.random.key(1), (batch, height, width, model.channels))
+
+
+def step_case(name: str, batch: int, **options: Any) -> timing.Case:
+    """Compile the pre-training step, then measure it."""
     model = config_of(name, **options)
     config = PretrainConfig(
         model=model, data=ClassificationData(image_size=model.image_size, batch_size=batch)
     )
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(model, rngs=nnx.Rngs(0))))
-    params = jax.jit(lambda: nnx.state(build_model(model, rngs=nnx.Rngs(0))))()
+
+    def initial() -> tuple[Any, Any]:
+        params = nnx.state(build_model(model, rngs=nnx.Rngs(0)))
+        return init_state(params, optimizer, ema=False), {"image": draw_images(model, batch)}
+
+    params = jax.eval_shape(lambda: nnx.state(build_model(model, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(PRETRAINING, params, learning_rate=lambda step: 1e-4, total_steps=1)
     step = make_train_step(make_loss(graphdef, config), optimizer, draw=make_draw(graphdef))
-    state = init_state(params, optimizer, ema=False)
-    height, width = (g * p for g, p in zip(model.grid, model.patch, strict=True))
-    images = {"image": jax.random.normal(jax.random.key(1), (batch, height, width, model.channels))}
+    program = timing.Program(step, *jax.eval_shape(initial), donate=(0,))
+    yield None
+    state, images = jax.jit(initial)()
     losses = []
 
-    def one(i: int) -> jax.Array:
+    def one(_: int) -> jax.Array:
         nonlocal state
-        state, metrics = step(state, images)
+        state, metrics = program(state, images)
         losses.append(metrics["loss"])
         return metrics["loss"]
 
     found = measure(one)
-    losses_seen = [float(losses[0]), float(losses[-1])]
-    return {
-        "row": "step", "model": name, "batch": batch, **found,
-        "images_per_s": 1e3 * batch / found["ms"], "first_loss": losses_seen[0], "last_loss": losses_seen[1],
-        "correct": all(map(jnp.isfinite, losses)) and losses_seen[1] < losses_seen[0],
+    first, last = float(losses[0]), float(losses[-1])
+    yield {
+        **found, "images_per_s": 1e3 * batch / found["ms"], "first_loss": first, "last_loss": last,
+        "correct": bool(all(map(jnp.isfinite, losses)) and last < first), **program.costs(),
     }  # fmt: skip
 
 
-def encoder_rows(name: str, batch: int, **options: Any) -> list[dict[str, Any]]:
-    """Measure the encoder's forward pass under a mask, and without one."""
+def encoder_case(name: str, batch: int, **options: Any) -> timing.Case:
+    """Compile the encoder's forward pass under a mask and without one, then measure both."""
     model = config_of(name, **options)
-    masked = build_model(model, rngs=nnx.Rngs(0))
-    whole = build_model(model.encoder, rngs=nnx.Rngs(0))
-    height, width = (g * p for g, p in zip(model.grid, model.patch, strict=True))
-    images = jax.random.normal(jax.random.key(1), (batch, height, width, model.channels))
-    noise = masked.draw_noise(jax.random.key(2), batch)
-    masked_graph, masked_params = nnx.split(masked)
-    whole_graph, whole_params = nnx.split(whole)
+    graphs = [
+        nnx.graphdef(nnx.eval_shape(lambda c=config: build_model(c, rngs=nnx.Rngs(0))))
+        for config in (model, model.encoder)
+    ]
 
-    @jax.jit
+    def initial() -> tuple[Any, ...]:
+        masked = build_model(model, rngs=nnx.Rngs(0))
+        noise = masked.draw_noise(jax.random.key(2), batch)
+        whole = build_model(model.encoder, rngs=nnx.Rngs(0))
+        return nnx.state(masked), nnx.state(whole), draw_images(model, batch), noise
+
     def encode(params: Any, images: jax.Array, noise: jax.Array) -> jax.Array:
         # What decodes is not read, and XLA leaves it out.
-        return nnx.merge(masked_graph, params)(images, noise=noise).latent
+        return nnx.merge(graphs[0], params)(images, noise=noise).latent
 
-    @jax.jit
     def all_patches(params: Any, images: jax.Array) -> jax.Array:
-        return nnx.merge(whole_graph, params).features(images)
+        return nnx.merge(graphs[1], params).features(images)
 
-    runs = {
-        "masked": partial(encode, masked_params, images, noise),
-        "unmasked": partial(all_patches, whole_params, images),
-    }
-    found = {kind: measure(lambda i, run=run: run()) for kind, run in runs.items()}
-    time = "device_ms" if "device_ms" in found["masked"] else "ms"
-    ratio = found["masked"][time] / found["unmasked"][time]
-    return [
-        {"row": f"encoder {kind}", "model": name, "batch": batch, **each, "ratio": ratio}
-        for kind, each in found.items()
-    ]
+    masked, whole, images, noise = jax.eval_shape(initial)
+    programs = (
+        timing.Program(encode, masked, images, noise),
+        timing.Program(all_patches, whole, images),
+    )
+    yield None
+    masked, whole, images, noise = jax.jit(initial)()
+    found = measure(lambda _: programs[0](masked, images, noise))
+    other = measure(lambda _: programs[1](whole, images))
+    time = "device_ms" if "device_ms" in found else "ms"
+    yield {
+        **found, "images_per_s": 1e3 * batch / found["ms"], "unmasked": other,
+        "ratio": found[time] / other[time],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -127,20 +142,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     options = {} if chosen.depth is None else {"depth": chosen.depth}
-    rows = []
-    for name in chosen.models:
-        for found in (
-            [step_row(name, chosen.batch, **options)],
-            encoder_rows(name, chosen.batch, **options),
-        ):
-            for row in found:
-                rows.append(row)
-                shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-                print(json.dumps({k: v for k, v in shown.items() if k != "kernels"}), flush=True)
-    device = jax.devices()[0].device_kind
-    record = {"device": device, "jax": jax.__version__, "rows": rows}
-    if chosen.json:
-        chosen.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    cases = [
+        ({"row": row, "model": name, "batch": chosen.batch}, case(name, chosen.batch, **options))
+        for name in chosen.models
+        for row, case in (("step", step_case), ("encoder", encoder_case))
+    ]
+    number = lambda key, digits: lambda row: f"{row[key]:.{digits}f}" if key in row else ""  # noqa: E731
+    columns: Any = (
+        ("row", 8, lambda row: row["row"]),
+        ("model", 30, lambda row: row["model"]),
+        ("batch", 6, lambda row: str(row["batch"])),
+        ("images/s", 9, number("images_per_s", 0)),
+        ("ms", 9, number("ms", 2)),
+        ("device ms", 9, number("device_ms", 2)),
+        ("masked/unmasked", 15, number("ratio", 3)),
+        ("", 0, lambda row: row.get("failed", "")),
+    )
+    show("masked_speed", timing.run(cases), columns, command=" ".join(sys.argv), file=chosen.json)
 
 
 if __name__ == "__main__":
