@@ -24,7 +24,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.randaugment import rand_augment
 from fastvim_jax.data.records import Source
-from fastvim_jax.data.turbo import Picture, TurboJpeg, chosen_decoder, open_image
+from fastvim_jax.data.turbo import LAZY, Picture, chosen_decoder, open_image
 
 Row = dict[str, Any]
 
@@ -100,13 +100,13 @@ def _stages(
 
     def whole(image: bytes | np.ndarray) -> Any:
         picture = open_image(image, channels=config.channels, name="", decoder=decoder)
-        if isinstance(picture, TurboJpeg):
+        if isinstance(picture, LAZY):
             box = (0, 0, picture.width, picture.height)
             return picture.crop_pixels(box, (picture.height, picture.width))
         return picture
 
     def crop(picture: Picture) -> Any:
-        if isinstance(picture, TurboJpeg):
+        if isinstance(picture, LAZY):
             box = transforms.random_box(picture, rng, config.crop_scale, config.crop_aspect)
             return picture.crop_pixels(box, size)
         return transforms.random_resized_crop(

@@ -25,7 +25,7 @@ from fastvim_jax.data.transforms import (
     resized,
     to_array,
 )
-from fastvim_jax.data.turbo import Picture, TurboJpeg
+from fastvim_jax.data.turbo import LAZY, Picture
 
 
 def train_example(
@@ -72,7 +72,7 @@ def train_transform(
     picture: Picture, config: ClassificationData, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w c"]:
     """Apply the configured training augmentation; pixels stay uint8."""
-    if isinstance(picture, TurboJpeg) and _crop_and_flip_only(config):
+    if isinstance(picture, LAZY) and _crop_and_flip_only(config):
         # The same draws and pixels as below, without a Pillow image in between.
         pixels = _cropped(picture, config, rng)
         if config.flip and rng.random() < config.flip:
@@ -105,7 +105,7 @@ def _cropped(
     picture: Picture, config: ClassificationData, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w c"]:
     """Crop to an array, without a Pillow image in between where there need be none."""
-    if config.crop == "random_resized" and isinstance(picture, TurboJpeg):
+    if config.crop == "random_resized" and isinstance(picture, LAZY):
         box = random_box(picture, rng, config.crop_scale, config.crop_aspect)
         return picture.crop_pixels(box, config.height_width)
     return to_array(_crop(picture, config, rng))

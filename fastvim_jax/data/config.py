@@ -36,7 +36,7 @@ class DataConfig:
 
     source: str = "digits"
     """Where records come from: digits, packed_npz, image_folder, webdataset, array_record (what `fastvim data prepare`
-    writes), hugging_face (Parquet files or class folders) or tfds."""
+    writes), pixels (what it writes with --pixels), hugging_face (Parquet files or class folders) or tfds."""
     path: str = ""
     """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. tfds: a prepared
     folder, or a set's name in $TFDS_DATA_DIR. Unused by digits."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from fastvim_jax.data.turbo import Picture, TurboJpeg
+from fastvim_jax.data.turbo import LAZY, Picture
 
 _ELONGATED = 8
 _BICUBIC = Image.Resampling.BICUBIC
@@ -33,7 +33,7 @@ def random_resized_crop(
     largest centred box whose aspect lies within the bounds.
     """
     box = random_box(image, rng, scale, aspect)
-    if isinstance(image, TurboJpeg):
+    if isinstance(image, LAZY):
         return image.crop_resized(box, size)
     return resized(image.crop(box), size)
 
@@ -108,7 +108,7 @@ def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: floa
         math.floor(width / ratio + 1e-9) / full_width,
     )
     new = max(height, round(full_height * factor)), max(width, round(full_width * factor))
-    whole = image.crop_resized(box, new) if isinstance(image, TurboJpeg) else resized(image, new)
+    whole = image.crop_resized(box, new) if isinstance(image, LAZY) else resized(image, new)
     left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
     return whole.crop((left, top, left + width, top + height))
 
@@ -125,7 +125,7 @@ def _middle(image: Picture, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 def resized(image: Picture, size: tuple[int, int]) -> Image.Image:
     """Resize to (height, width), bicubic; nothing to do at the right size."""
-    if isinstance(image, TurboJpeg):
+    if isinstance(image, LAZY):
         return image.crop_resized((0, 0, image.width, image.height), size)
     if (image.height, image.width) == size:
         return image

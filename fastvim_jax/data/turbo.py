@@ -88,7 +88,33 @@ class TurboJpeg:
         return _resized(part, size, inner)
 
 
-Picture = Image.Image | TurboJpeg
+class MappedPixels:
+    """Pixels of a memory-mapped file, of which a crop reads only its own rows.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+    """
+
+    def __init__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        self.height, self.width = pixels.shape[:2]
+        self._pixels = pixels
+
+    def crop_resized(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+        """`crop_pixels` as a Pillow image."""
+        return Image.fromarray(np.ascontiguousarray(self.crop_pixels(box, size)))
+
+    def crop_pixels(
+        self, box: tuple[int, int, int, int], size: tuple[int, int]
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """Crop left, top, right, bottom and resize (bicubic) to `size` = (height, width)."""
+        left, top, right, bottom = box
+        return np.asarray(_resized(self._pixels[top:bottom, left:right], size))
+
+
+LAZY = (TurboJpeg, MappedPixels)
+"""Pictures whose pixels are not there before a crop asks for them."""
+Picture = Image.Image | TurboJpeg | MappedPixels
 """An image, its pixels decoded or not yet."""
 
 
@@ -109,6 +135,9 @@ def open_image(
         picture = _plain_jpeg(image, name)
         if picture is not None:
             return picture
+    if decoder == "turbo" and channels == 3 and isinstance(image, np.memmap):
+        if image.ndim == 3 and image.shape[-1] == 3:
+            return MappedPixels(image)
     return decode_image(image, channels=channels, name=name, background=background)
 
 

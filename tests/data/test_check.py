@@ -50,7 +50,7 @@ def test_everything_wrong_is_listed(
 
 def test_labels_outside_the_classes_are_listed(tmp_path: Path, rng: np.random.Generator) -> None:
     digits = open_source("digits", "test")
-    from fastvim_jax.data.prepare.shards import encoded
+    from fastvim_jax.data.prepare.encoding import encoded
 
     images = [encoded(digits[i], None) for i in range(4)]
     _pack(tmp_path / "train.npz", images, [0, 3, 1, 7])

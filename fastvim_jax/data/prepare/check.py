@@ -16,6 +16,7 @@ from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
+from fastvim_jax.data.sources.pixels import PixelsSource
 
 _CHUNK = 256
 _EMPTY = 100  # classes without a record that are listed one by one
@@ -71,7 +72,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         progress: called with the records done and their total.
     """
     problems: list[Problem] = []
-    if isinstance(source, ArrayRecordSource):
+    if isinstance(source, (ArrayRecordSource, PixelsSource)):
         problems += _wrong_checksums(source)
     parts = [range(len(source))[start : start + _CHUNK] for start in range(0, len(source), _CHUNK)]
     scanned: list[_Scanned] = []
@@ -173,7 +174,7 @@ def _digest(record: Record) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest() if data else b""
 
 
-def _wrong_checksums(source: ArrayRecordSource) -> Iterator[Problem]:
+def _wrong_checksums(source: ArrayRecordSource | PixelsSource) -> Iterator[Problem]:
     for file, shard in zip(source.files, source.shards, strict=True):
         if sha256(file) != shard["sha256"]:
             yield Problem("checksum", f"{file} is not the file that was written: it has changed.")

@@ -1,4 +1,4 @@
-"""Any source turned into ArrayRecord shards: checksummed, and resumable shard by shard.
+"""Any source turned into shards, of encoded images or of pixels: checksummed, and resumable shard by shard.
 
 A shard is written under a temporary name, flushed to the disk and renamed; only then does it enter the manifest,
 which is itself replaced in one step. Whatever was finished when a run was killed is kept by the next, unless the
@@ -8,7 +8,6 @@ records it was made of have changed since.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable
@@ -16,21 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from fastvim_jax.data.decode import GREY_MODES, decode_image, open_header
 from fastvim_jax.data.fingerprint import fingerprint
-from fastvim_jax.data.multichannel import NPY, read_channels, to_uint8
+from fastvim_jax.data.prepare.encoding import JPEG_QUALITY, EncodedShard, PixelShard
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.writing import writing
-from fastvim_jax.data.records import DecodeError, Record, Source, read_record
-from fastvim_jax.data.sources.array_record import FORMAT, join_record
+from fastvim_jax.data.records import DecodeError, Source, read_record
+from fastvim_jax.data.sources.array_record import FORMAT
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
+from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT
+from fastvim_jax.data.sources.pixels import FORMAT as PIXELS_FORMAT
 from fastvim_jax.errors import UserError
 
-JPEG_QUALITY = 95
-"""Of images that were resized (4:2:0 chroma); the others keep their bytes."""
 SHARD_RECORDS = 4096
 
 Progress = Callable[[int, int], None]
@@ -69,6 +64,7 @@ class _Task:
     stop: int
     file: Path
     max_size: int | None
+    pixels: int | None
 
 
 def prepare(
@@ -77,6 +73,7 @@ def prepare(
     split: str,
     *,
     max_size: int | None = None,
+    pixels: int | None = None,
     shard_records: int = SHARD_RECORDS,
     workers: int = 0,
     max_corrupt: int = 0,
@@ -85,12 +82,15 @@ def prepare(
 ) -> Prepared:
     """Write a source as shards `<out>/<split>-00000-of-000NN.array_record` and their manifest `<out>/<split>.json`.
 
+    With `pixels`, the shards are `.pixels` files of decoded images (`sources.pixels`).
+
     Args:
         source: where the records come from; their order is kept.
         out: folder, made if need be.
         split: what the split is to be called.
         max_size: images whose shorter side is longer are reduced to it (bicubic, JPEG at `JPEG_QUALITY`), upright and
             in 8 bits; all others, and all images if None, keep their bytes. Pixel arrays become PNG.
+        pixels: decode every image, reduce it as `max_size` would, and store its pixels instead of a file.
         shard_records: records a shard.
         workers: processes.
         max_corrupt: undecodable records left out (and named in the manifest) before the preparation stops. Without
@@ -105,10 +105,13 @@ def prepare(
         DecodeError: when more than `max_corrupt` records are undecodable.
     """
     for name, value, least in (
-        ("max_size", max_size, 1), ("shard_records", shard_records, 1), ("max_corrupt", max_corrupt, 0)
+        ("max_size", max_size, 1), ("pixels", pixels, 1),
+        ("shard_records", shard_records, 1), ("max_corrupt", max_corrupt, 0),
     ):  # fmt: skip
         if value is not None and value < least:
             raise UserError(f"{name} is {value}, but must be at least {least}.")
+    if pixels is not None and max_size is not None:
+        raise UserError("max_size and pixels both say how large images are stored: give one.")
     if not split or Path(split).name != split:
         raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
     if split.endswith("]"):
@@ -121,15 +124,18 @@ def prepare(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if pixels is None else PIXELS_FORMAT,
         "complete": False,
         "split": split,
         "source_records": len(source),
         "class_names": list(source.class_names),
         "settings": {
-            "max_size": max_size,
-            "jpeg_quality": JPEG_QUALITY,
             "shard_records": shard_records,
+            **(
+                {"max_size": max_size, "jpeg_quality": JPEG_QUALITY}
+                if pixels is None
+                else {"pixels": pixels}
+            ),
         },
         "origin": origin or {},
         "left_out": {},
@@ -141,9 +147,10 @@ def prepare(
         with writing(folder):
             leftover.unlink()
     count = -(-len(source) // shard_records)
+    suffix = "array_record" if pixels is None else "pixels"
     finished, left_out, tasks, changed = manifest["shards"], manifest["left_out"], [], 0
     for number in range(count):
-        shard = folder / f"{split}-{number:05}-of-{count:05}.array_record"
+        shard = folder / f"{split}-{number:05}-of-{count:05}.{suffix}"
         key = str(number)
         start = number * shard_records
         stop = min(start + shard_records, len(source))
@@ -155,7 +162,7 @@ def prepare(
             changed += not same
         finished.pop(key, None)
         left_out.pop(key, None)
-        tasks.append(_Task(number, start, stop, shard, max_size))
+        tasks.append(_Task(number, start, stop, shard, max_size, pixels))
     done = len(source) - sum(task.stop - task.start for task in tasks)
     manifest["complete"] = not tasks
     _write_json(file, manifest)
@@ -194,59 +201,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def encoded(record: Record, max_size: int | None) -> bytes:
-    """Return the bytes to store for a record; see `prepare`.
-
-    Raises:
-        DecodeError: when the image had to be decoded and cannot be.
-    """
-    image = record.image
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] not in (1, 3):
-        return _as_npy(image, max_size)
-    if isinstance(image, np.ndarray):
-        channels = 1 if image.ndim == 2 or image.shape[-1] == 1 else 3
-        pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
-        return _saved(pixels, "PNG")
-    if max_size is None:
-        return image
-    if image.startswith(NPY):
-        return _as_npy(read_channels(image, record.name).pixels, max_size)
-    header = open_header(image, record.name)
-    if min(header.size) <= max_size:
-        return image
-    channels = 1 if header.mode in GREY_MODES else 3
-    pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
-    return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
-
-
-def _as_npy(pixels: np.ndarray, max_size: int | None) -> bytes:
-    """Return pixels `h w c` of any c as the bytes of a `.npy` file, each channel reduced by itself."""
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_uint8(pixels), -1, 0)]
-    reduced = np.stack([np.asarray(_reduced(plane, max_size)) for plane in planes], axis=-1)
-    buffer = io.BytesIO()
-    np.save(buffer, reduced, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _reduced(image: Image.Image, max_size: int | None) -> Image.Image:
-    """Bring the shorter side down to `max_size` pixels, the aspect kept."""
-    shorter = min(image.size)
-    if max_size is None or shorter <= max_size:
-        return image
-    width, height = (max(1, round(side * max_size / shorter)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]]:
     """Write one shard; return its entry in the manifest, and why records were left out."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     temporary = task.file.with_name(f".{task.file.name}.{os.getpid()}.tmp")
     folder = task.file.parent
     corrupt: list[str] = []
@@ -255,7 +211,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
     made_of = fingerprint(source, task.start, task.stop)
     try:
         with writing(folder):
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            writer: Any = PixelShard(temporary) if task.pixels else EncodedShard(temporary)
         for index in range(task.start, task.stop):
             try:
                 record = read_record(source, index)
@@ -263,14 +219,14 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
                     raise UserError(
                         stray_label(record.name, record.target, len(source.class_names))
                     )
-                image = encoded(record, task.max_size)
+                image = writer.encoded(record, task.pixels or task.max_size)
             except DecodeError as error:
                 corrupt.append(str(error))
                 continue
             if record.note:
                 notes.append(record.note)
             with writing(folder):
-                writer.write(join_record(image, record.target, record.name))
+                writer.write(image, record)
         with writing(folder):
             writer.close()
             with temporary.open("rb") as opened:
@@ -297,9 +253,9 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") not in SOURCES_BY_FORMAT:
         raise UserError(f"{str(file)!r} exists and is no manifest of ours: choose another folder.")
-    keys = ("source_records", "class_names", "settings", "origin")
+    keys = ("format", "source_records", "class_names", "settings", "origin")
     changed = [key for key in keys if found.get(key) != fresh[key]]
     if changed:
         raise UserError(

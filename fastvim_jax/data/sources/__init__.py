@@ -15,6 +15,7 @@ from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.jump_cp import JumpCpSource
 from fastvim_jax.data.sources.packed_npz import PackedNpzSource
 from fastvim_jax.data.sources.part import SourcePart, split_and_part
+from fastvim_jax.data.sources.pixels import PixelsSource
 from fastvim_jax.data.sources.tfds import TfdsSource
 from fastvim_jax.data.sources.webdataset import WebDatasetSource
 from fastvim_jax.errors import UserError, suggest
@@ -25,6 +26,7 @@ SOURCES: tuple[str, ...] = (
     "image_folder",
     "webdataset",
     "array_record",
+    "pixels",
     "hugging_face",
     "tfds",
     "jump_cp",
@@ -89,6 +91,7 @@ def open_source(
         "array_record": lambda: ArrayRecordSource(
             root, split, class_list=classes, any_label=any_label
         ),
+        "pixels": lambda: PixelsSource(root, split, class_list=classes, any_label=any_label),
         "hugging_face": lambda: open_hugging_face(
             root, split, class_list=classes, any_label=any_label, follow_links=follow_links
         ),

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.class_lists import read_class_list
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.data.sources.manifest import find_shards, read_manifest
 
 FORMAT = "fastvim-array-record-1"
 # Random access: no thread reads ahead.
@@ -29,23 +29,8 @@ class ArrayRecordSource:
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
     ) -> None:
-        self._root = root
-        self._split = split
-        self.manifest = read_manifest(root, split)
-        entries = self.manifest["shards"]
-        self.shards: list[dict[str, Any]] = [entries[str(number)] for number in range(len(entries))]
-        for shard in self.shards:
-            if Path(shard["file"]).name != shard["file"]:
-                raise UserError(f"The manifest of {split!r} names a shard outside its own folder.")
-        self.files = [root / shard["file"] for shard in self.shards]
-        for file, shard in zip(self.files, self.shards, strict=True):
-            if not file.is_file():
-                raise UserError(f"The shard {str(file)!r} is missing: prepare the split again.")
-            if file.stat().st_size != shard["bytes"]:
-                raise UserError(
-                    f"The shard {str(file)!r} has {file.stat().st_size} bytes, but its manifest says "
-                    f"{shard['bytes']}: it was changed or copied in part; prepare the split again."
-                )
+        self.manifest = read_manifest(root, split, FORMAT)
+        self.shards, self.files = find_shards(root, split, self.manifest)
         # Where each shard begins, and the end of the last.
         counts = [shard["records"] for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -105,34 +90,6 @@ class ArrayRecordSource:
         self._open()
 
 
-def read_manifest(root: Path, split: str) -> dict[str, Any]:
-    """Read the manifest of a finished split.
-
-    Raises:
-        UserError: when there is none, it cannot be read, or the preparation was not finished.
-    """
-    file = root / f"{split}.json"
-    if not file.is_file():
-        splits = prepared_splits(root)
-        raise UserError(
-            f"{str(file)!r} does not exist; prepared splits found there: {', '.join(splits) or 'none'}."
-            + suggest(split, splits)
-        )
-    manifest = _load(file)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{str(file)!r} is no manifest that `fastvim data prepare` wrote.")
-    if not manifest.get("complete"):
-        raise UserError(
-            f"{str(file)!r}: the preparation was not finished; give the same `fastvim data prepare` command again."
-        )
-    return manifest
-
-
-def prepared_splits(root: Path) -> list[str]:
-    """List the splits in a folder that `fastvim data prepare` wrote, finished or not."""
-    return sorted(f.stem for f in root.glob("*.json") if _load(f).get("format") == FORMAT)
-
-
 def join_record(image: bytes, label: int, name: str) -> bytes:
     """Join header and image to the bytes of one record."""
     header = json.dumps({"label": int(label), "name": name}, ensure_ascii=False)
@@ -151,11 +108,3 @@ def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
         return {"label": int(fields["label"]), "name": str(fields["name"])}, image
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise DecodeError(f"{name}: not a record that `fastvim data prepare` wrote.") from None
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

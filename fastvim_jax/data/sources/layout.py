@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastvim_jax.data.sources import expand_path
-from fastvim_jax.data.sources.array_record import prepared_splits
 from fastvim_jax.data.sources.hugging_face import parquet_splits
 from fastvim_jax.data.sources.image_folder import folders_in
 from fastvim_jax.data.sources.jump_cp import INDEX, SHARES
+from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, prepared_splits
 from fastvim_jax.data.sources.tfds import tfds_splits
 from fastvim_jax.data.sources.webdataset import shard_splits
 from fastvim_jax.errors import UserError
@@ -31,8 +31,9 @@ def guess_source(path: str) -> str:
     root = expand_path(path)
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist.")
-    if prepared_splits(root):
-        return "array_record"
+    for name in SOURCES_BY_FORMAT.values():
+        if prepared_splits(root, name):
+            return name
     if any((root / name).is_file() for name in INDEX):
         return "jump_cp"
     for name, patterns in _LAYOUTS.items():
@@ -55,8 +56,8 @@ def list_splits(name: str, path: str) -> list[str]:
         return tfds_splits(str(root))
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist.")
-    if name == "array_record":
-        return prepared_splits(root)
+    if name in SOURCES_BY_FORMAT.values():
+        return prepared_splits(root, name)
     if name == "webdataset":
         return shard_splits(root)
     if name == "packed_npz":
