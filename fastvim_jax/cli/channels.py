@@ -58,7 +58,7 @@ def _accuracies(chosen: Arguments) -> int:
 
 def _contributions(chosen: Arguments, image: Path) -> int:
     from fastvim_jax.data.cells import load_image
-    from fastvim_jax.inference.channel_scores import channel_data
+    from fastvim_jax.inference.channel_model import channel_data
     from fastvim_jax.inference.contributions import channel_contributions, draw_contributions
     from fastvim_jax.training import load_run
 

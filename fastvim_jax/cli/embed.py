@@ -18,7 +18,7 @@ class Arguments:
     """What to embed with what."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The folder of a run on images of many channels."""
+    """The folder of a run on images of many channels, or of a saved model of such images."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""
     out: Path = Path("features.parquet")
@@ -60,19 +60,18 @@ def run(arguments: Sequence[str]) -> int:
         text for text, (a, _, b) in zip(chosen.rename, pairs, strict=True) if not (a and b)
     ]:
         raise UsageError(f"--rename {wrong[0]!r}: write FILE_CHANNEL=MODEL_CHANNEL.")
-    from fastvim_jax.inference.channel_scores import channel_data
+    from fastvim_jax.inference.channel_model import load_channel_model
     from fastvim_jax.inference.embed import (
         draw_embeddings,
         embed_fields,
         find_fields,
         normalise_to_controls,
     )
-    from fastvim_jax.training import load_run
 
-    loaded = load_run(chosen.run, weights=chosen.weights)
+    model, data = load_channel_model(chosen.run, weights=chosen.weights)
     table = embed_fields(
-        loaded.model,
-        channel_data(loaded.config, chosen.run),
+        model,
+        data,
         find_fields(chosen.paths, chosen.pattern),
         channels=chosen.channels or None,
         rename={a: b for a, _, b in pairs},

@@ -37,6 +37,10 @@ class Arguments:
     """A text file of class names, one a line."""
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A field of the model's config, as NAME=VALUE, where names and shapes do not tell it. May be given again."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel, for pixels from 0 to 1; by default ImageNet's, or of cell images JUMP-CP's."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, likewise."""
     seed: int = 0
     """Seed of what is drawn at random."""
 
@@ -61,9 +65,11 @@ def run(arguments: Sequence[str]) -> int:
         entry=chosen.entry,
         options=options,
         classes=chosen.classes,
+        mean=chosen.mean,
+        std=chosen.std,
         seed=chosen.seed,
     )
     print(imported.in_words())
     print(_LICENCE)
-    print(f"Everything is in {chosen.out}. Next: {command()} predict {chosen.out} PHOTO")
+    print(f"Everything is in {chosen.out}. Next: {command()} {imported.next_command}")
     return 0

@@ -18,7 +18,7 @@ class Arguments:
     """What to reconstruct with what."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a masked pre-training run."""
+    """Folder of a masked pre-training run, or of a saved masked autoencoder."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of any size and kind."""
     out: Path = Path("reconstructions.png")
@@ -43,10 +43,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(
             "name at least one image file: fastvim reconstruct RUN IMAGE... --out FILE"
         )
-    from fastvim_jax.inference.reconstruct import reconstruct_files
-    from fastvim_jax.training import load_run
+    from fastvim_jax.inference.reconstruct import load_masked, reconstruct_files
 
-    loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    loaded = load_masked(chosen.run, weights=chosen.weights, step=chosen.step)
     problems = reconstruct_files(
         loaded, chosen.images, chosen.out, mask_ratio=chosen.mask_ratio, seed=chosen.seed
     )

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.data import CellsData
 from fastvim_jax.data.cells import make_eval_iterator, take_channels
 from fastvim_jax.data.labelled import make_preprocess
-from fastvim_jax.errors import UserError
+from fastvim_jax.inference.channel_model import channel_data
 from fastvim_jax.training.classification.evaluation import evaluate_weights, make_eval_step
 from fastvim_jax.training.run_folder import load_run
 
@@ -79,17 +78,6 @@ def default_subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
     names = tuple(names)
     without = [tuple(n for n in names if n != name) for name in names] if len(names) > 2 else []
     return [names, *without, *((name,) for name in names if len(names) > 1)]
-
-
-def channel_data(config: Any, run_dir: Path | str) -> CellsData:
-    """Return the data of a run's config.
-
-    Raises:
-        UserError: the run was not trained on data with channels by name.
-    """
-    if not isinstance(getattr(config, "data", None), CellsData):
-        raise UserError(f"{str(run_dir)!r} was not trained on images of many channels (CellsData).")
-    return config.data
 
 
 def as_table(scores: Sequence[SubsetScore], names: Sequence[str]) -> str:

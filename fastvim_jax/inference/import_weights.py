@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,19 @@ from typing import Any
 
 from flax import nnx
 
+from fastvim_jax.data.cells_channels import CHANNEL_ORDER
+from fastvim_jax.data.cells_config import JUMP_CP_MEAN, JUMP_CP_STD
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
+from fastvim_jax.interop.recognise import assumptions, table_side
 from fastvim_jax.models import build_model, model_config
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import replace_options
-from fastvim_jax.models.pretrained import save_pretrained
-from fastvim_jax.training.start_from import Report, load_weights
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
+from fastvim_jax.models.pretrained import Preprocessing, default_preprocessing, save_pretrained
+from fastvim_jax.training.start_from import Report, load_source
+from fastvim_jax.training.weights_source import Source, source_arrays
 
 # What may be changed while weights are imported; other fields say what the weights are.
 _CHANGES = ("image_size", "num_classes")
@@ -32,17 +39,36 @@ class Imported:
         model: class, width and depth of the model, for people.
         report: what became of every weight.
         ignored: entries of the file that are no weights.
+        assumed: fields of the config that the file does not tell, with the values taken.
+        preprocessing: how images become the model's input, which the file does not tell either.
+        next_command: the command line that uses such a model.
     """
 
     folder: Path
     model: str
     report: Report
     ignored: tuple[str, ...]
+    assumed: dict[str, Any]
+    preprocessing: Preprocessing
+    next_command: str
 
     def in_words(self) -> str:
-        """Write the model, the table of weights and the entries that were not read."""
+        """Write the model, the table of weights, the entries that were not read, and what was assumed."""
         lines = [self.model, self.report.in_words()]
         lines += [f"  not read: {entry}" for entry in self.ignored]
+        values = ", ".join(f"{name}={value}" for name, value in self.assumed.items())
+        if values:
+            lines.append(f"Names and shapes do not tell: {values} (--option NAME=VALUE).")
+        if "pool_scale" in self.assumed:
+            lines.append(
+                "  After masked pre-training, FastVim is fine-tuned with --option pool_scale=0.25 "
+                "(1 - mask ratio)."
+            )
+        mean, std = (
+            ", ".join(f"{value:.4g}" for value in values)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        lines.append(f"Pixels from 0 to 1 are normalised by mean {mean} and deviation {std}.")
         return "\n".join(lines)
 
 
@@ -54,6 +80,8 @@ def import_weights(
     entry: str | None = None,
     options: Mapping[str, Any] | None = None,
     classes: Path | str | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     seed: int = 0,
 ) -> Imported:
     """Import the weights of a file under the authors', the original Vim's or timm's names.
@@ -66,6 +94,9 @@ def import_weights(
         options: fields of the model's config. `image_size` resamples the position embeddings, `num_classes` draws a
             new head; other fields say what the weights are.
         classes: a text file of class names, one a line.
+        mean: of each channel, for pixels from 0 to 1; by default ImageNet's for three channels, JUMP-CP's for the
+            eight of cell images, else 0.
+        std: of each channel, likewise.
         seed: of what is drawn at random.
 
     Raises:
@@ -73,22 +104,37 @@ def import_weights(
             nowhere is listed.
     """
     options = dict(options or {})
-    changes = {field: options.pop(field) for field in _CHANGES if field in options}
     found = read_weights_file(file, place=entry)
-    recognised = None if name is not None else recognise(found.arrays, **options)
-    config: Any = recognised
-    if name is not None:
+    changes = {field: options.pop(field) for field in _CHANGES if field in options}
+    if "image_size" in changes and "pos_embed" in found.arrays and table_side(found.arrays) is None:
+        options["image_size"] = changes.pop(
+            "image_size"
+        )  # What the table is for, which is no square.
+    config: Any
+    if name is None:
+        config = recognise(found.arrays, **options)
+    else:
         head = found.arrays.get("head.weight")
-        config = model_config(name, num_classes=0 if head is None else len(head), **options)
+        if not isinstance(model_config(name), MaskedAutoencoderConfig):
+            options = {"num_classes": 0 if head is None else len(head), **options}
+        config = model_config(name, **options)
+    masked = isinstance(config, MaskedAutoencoderConfig)
+    if masked and changes.get("num_classes"):
+        raise UserError(
+            f"{file} holds a masked autoencoder, which has no classes: import it without num_classes, and fine-tune it "
+            f"by `fastvim train ... --init {folder}`."
+        )
     whole = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     from_torch_state_dict(whole, found.arrays)
-    model = build_model(replace_options(config, **changes), rngs=nnx.Rngs(seed))
-    with tempfile.TemporaryDirectory() as scratch:
-        report = load_weights(model, save_pretrained(whole, scratch))
+    changed = (replace_masked_options if masked else replace_options)(config, **changes)
+    model = build_model(changed, rngs=nnx.Rngs(seed))
     place = f"{file} ({found.place})" if found.place else str(file)
+    report = load_source(model, Source(place, source_arrays(whole), config))
+    preprocessing = _preprocessing(changed, mean, std)
     save_pretrained(
         model,
         folder,
+        preprocessing=preprocessing,
         class_names=_class_names(classes),
         card={
             "Source": f"Imported from {Path(file).name}.",
@@ -96,9 +142,41 @@ def import_weights(
         },
     )
     how = "named" if name is not None else "recognised from names and shapes"
+    assumed = {} if name is not None else assumptions(changed)
+    assumed = {field: value for field, value in assumed.items() if field not in options}
+    words = f"{_in_words(config)} ({how})"
+    uses = f"predict {folder} PHOTO"
+    if masked:
+        uses = f"reconstruct {folder} PHOTO"
+    elif isinstance(config, ChannelMambaConfig | ChannelViTConfig):
+        uses = f"embed {folder} FIELD"
+    return Imported(Path(folder), words, report, found.ignored, assumed, preprocessing, uses)
+
+
+def _in_words(config: Any) -> str:
+    if isinstance(config, MaskedAutoencoderConfig):
+        decoder = f"decoder {config.decoder_dim} wide, {config.decoder_depth} blocks"
+        return f"Masked autoencoder: encoder {_in_words(config.encoder)}; {decoder}"
     kind = type(config).__name__.removesuffix("Config")
-    words = f"{kind}, {config.embed_dim} wide, {config.depth} blocks ({how})"
-    return Imported(Path(folder), words, dataclasses.replace(report, source=place), found.ignored)
+    return f"{kind}, {config.embed_dim} wide, {config.depth} blocks"
+
+
+def _preprocessing(config: Any, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    """Return the model's preprocessing: the authors', where the caller names no mean and deviation."""
+    cells = isinstance(config, ChannelMambaConfig | ChannelViTConfig)
+    if cells and config.channels == len(CHANNEL_ORDER):
+        found = Preprocessing(
+            tuple(config.image_size), 1.0, JUMP_CP_MEAN, JUMP_CP_STD, tuple(CHANNEL_ORDER)
+        )
+    else:
+        found = default_preprocessing(config)
+    given = {"mean": tuple(mean) or found.mean, "std": tuple(std) or found.std}
+    for field, values in given.items():
+        if len(values) != config.channels or not all(map(math.isfinite, values)):
+            raise UserError(f"{field}={values}: the model has {config.channels} channels.")
+    if min(given["std"]) <= 0:
+        raise UserError(f"std={given['std']}: deviations are above 0.")
+    return dataclasses.replace(found, mean=given["mean"], std=given["std"])
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +191,8 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--option {text}: write NAME=VALUE, for example pooling=max.")
         try:
-            options[name.replace("-", "_")] = json.loads(value)
+            read = json.loads(value)
+            options[name.replace("-", "_")] = tuple(read) if isinstance(read, list) else read
         except ValueError:
             options[name.replace("-", "_")] = value
     return options

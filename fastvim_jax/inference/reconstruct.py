@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,52 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.data import DecodeError, load_image
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.models import MaskedAutoencoderConfig
+from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.masked.evaluation import to_pixels
 from fastvim_jax.training.masked.pictures import draw_grid, make_reconstruct
-from fastvim_jax.training.run_folder import Run
+from fastvim_jax.training.run_folder import Run, load_run
+
+
+def load_masked(
+    source: Path | str,
+    *,
+    weights: Literal["raw", "ema"] | None = None,
+    step: int | None = None,
+) -> Run:
+    """Load a masked pre-training run, or make one of a saved masked autoencoder.
+
+    Args:
+        source: a run folder, or a folder of `save_pretrained`.
+        weights: of a run folder, see `load_run`.
+        step: of a run folder, see `load_run`.
+
+    Raises:
+        UserError: no such folder, or a saved model of another kind.
+    """
+    if not is_pretrained(source):
+        return load_run(source, weights=weights, step=step)
+    found = load_pretrained(source)
+    config: Any = found.model.config  # type: ignore[attr-defined]
+    if not isinstance(config, MaskedAutoencoderConfig):
+        raise UserError(f"{source} holds a {type(found.model).__name__}, no masked autoencoder.")
+    images = found.preprocessing
+    data = ClassificationData(
+        source="digits",  # No records are read.
+        image_size=images.image_size,
+        channels=config.channels,  # type: ignore[arg-type]  # Checked by the class.
+        mean=images.mean,
+        std=images.std,
+        eval_crop=images.crop,
+        random_erasing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+    )
+    return Run(found.model, PretrainConfig(model=config, data=data), (), 0, "raw")
 
 
 def reconstruct_files(

@@ -16,6 +16,7 @@ from fastvim_jax.interop.torch_names import (
     NameTable,
 )
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
+from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
@@ -52,24 +53,33 @@ MASKED_TABLES = {
 """Names of masked autoencoders by the class of their encoder."""
 
 
+def fixed_tables(model: MaskedAutoencoder) -> dict[str, np.ndarray]:
+    """Return the position tables `1 l d`, which the authors keep among the weights and this library computes.
+
+    A class token has the first row, which is zero.
+    """
+    config = model.config
+    computed_in = np.float64 if isinstance(config.encoder, ViTConfig) else np.float32
+    widths = {"pos_embed": config.encoder.embed_dim, "decoder_pos_embed": config.decoder_dim}
+    tables = {
+        name: sincos_pos_embed(width, config.grid, computed_in=computed_in)
+        for name, width in widths.items()
+    }
+    if model.encoder.class_token is not None:
+        tables = {name: np.insert(table, 0, 0.0, axis=0) for name, table in tables.items()}
+    return {name: table[None].astype(np.float32) for name, table in tables.items()}
+
+
 def without_tables(
     model: MaskedAutoencoder, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Drop the fixed position tables, which are computed here; raise if they are not the sin-cos tables."""
-    config = model.config
-    for name, width in (
-        ("pos_embed", config.encoder.embed_dim),
-        ("decoder_pos_embed", config.decoder_dim),
-    ):
-        table = sincos_pos_embed(width, config.grid)
-        if model.encoder.class_token is not None:
-            table = np.insert(table, 0, 0.0, axis=0)
+    """Drop the fixed position tables; raise if they are not the sin-cos tables."""
+    tables = fixed_tables(model)
+    for name, table in tables.items():
         given = arrays.get(name)
-        if given is not None and (
-            given.shape != (1, *table.shape) or np.abs(given[0] - table).max() > 1e-4
-        ):
+        if given is not None and (given.shape != table.shape or np.abs(given - table).max() > 1e-4):
             raise UserError(
-                f"{name} {given.shape} is not the fixed sin-cos table (1, {table.shape[0]}, {table.shape[1]}) of this "
+                f"{name} {given.shape} is not the fixed sin-cos table {table.shape} of this "
                 "model: is it a masked autoencoder's, of this image and patch size?"
             )
-    return {k: v for k, v in arrays.items() if k not in ("pos_embed", "decoder_pos_embed")}
+    return {k: v for k, v in arrays.items() if k not in tables}

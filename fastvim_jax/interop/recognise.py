@@ -9,38 +9,118 @@ from typing import Any
 import numpy as np
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.models import VisionMambaConfig, ViTConfig
-from fastvim_jax.models.config import ModelConfig, replace_options
+from fastvim_jax.interop.torch_names import resolve_aliases
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
+from fastvim_jax.models.presets import AnyModelConfig
 
 Arrays = Mapping[str, np.ndarray]
+_CHANNEL_EMBEDDINGS = ("patch_embed.channel_embed.weight", "patch_embed.channel_embed")
 
 
-def recognise(arrays: Arrays, **options: Any) -> ModelConfig:
+def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
     """Find the configuration whose model has these weights.
 
-    Names and shapes tell widths, depth, patches, channels, classes, norms and the class token. They do not tell how
-    tokens are pooled, so a class token is taken for a Vim (no pooling, the token in the middle) and its absence for a
-    FastVim (means, rows and columns in turn); nor the sides of an image that is not square, nor heads of another width
-    than 64. Give `options` for those.
+    Names and shapes tell the family (a decoder: masked pre-training; a channel embedding: cell images), widths, depth,
+    patches, channels, classes, norms and the class token. `assumptions` lists what they do not tell; give `options` for
+    it.
 
     Args:
         arrays: state-dict names, as the authors or timm write them, to arrays.
-        **options: fields of the configuration that override what was recognised.
+        **options: fields of the configuration that override what was recognised; of a masked autoencoder, its
+            encoder's as well.
 
     Raises:
-        UserError: the names are of no model of this library.
+        UserError: the names are of no model of this library, or the position table is of no square grid and `options`
+            has no `image_size`.
     """
+    plain: Any
+    of_channels: Any
     if "layers.0.mixer.in_proj.weight" in arrays:
-        config: ModelConfig = VisionMambaConfig(**_vision_mamba(arrays))
+        read, plain, of_channels = _vision_mamba, VisionMambaConfig, ChannelMambaConfig
     elif "blocks.0.attn.qkv.weight" in arrays:
-        config = ViTConfig(**_vision_transformer(arrays))
+        read, plain, of_channels = _vision_transformer, ViTConfig, ChannelViTConfig
     else:
-        shown = ", ".join(list(arrays)[:5])
+        raise UserError(_unknown(arrays))
+    try:
+        fields = read(arrays)
+    except KeyError as error:
         raise UserError(
-            f"the names {shown}, ... are of no model that is known here: FastVim and Vim have "
-            "layers.0.mixer.in_proj.weight, ViT and DeiT blocks.0.attn.qkv.weight. Name the model."
+            f"the weights have no entry {error}, as every {plain.__name__} has."
+        ) from None
+    except (ValueError, IndexError) as error:
+        raise UserError(f"the weights have other axes than a {plain.__name__}: {error}.") from None
+    side = table_side(arrays)
+    if side is not None:
+        step = _pair(options.get("stride") or fields["patch_size"])
+        size = [(side - 1) * s + p for s, p in zip(step, fields["patch_size"], strict=True)]
+        fields["image_size"] = tuple(size)
+    elif "pos_embed" in arrays and "image_size" not in options:
+        raise UserError(
+            f"the position table has {arrays['pos_embed'].shape[1]} entries, which are no square grid: give "
+            "image_size (height, width)."
         )
-    return replace_options(config, **options)
+    if _has_channels(arrays):
+        return replace_options(of_channels(**fields), **options)
+    if "decoder_embed.weight" not in arrays:
+        return replace_options(plain(**fields), **options)
+    width = arrays["decoder_embed.weight"].shape[0]
+    heads: dict[str, Any] = (
+        {} if plain is VisionMambaConfig else {"decoder_heads": max(1, width // 32)}
+    )
+    fields["head_pool"] = "token" if plain is ViTConfig else "mean"
+    masked = MaskedAutoencoderConfig(
+        encoder=plain(**fields),
+        decoder_dim=width,
+        decoder_depth=_depth(arrays, "decoder_blocks"),
+        **heads,
+    )
+    return replace_masked_options(masked, **options)
+
+
+def assumptions(config: AnyModelConfig) -> dict[str, Any]:
+    """Return the fields of a configuration that names and shapes do not tell, with the values they have."""
+    inner = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config
+    if isinstance(inner, ViTConfig):
+        names = ["num_heads"]
+    elif inner.pooling in ("none", "attention"):
+        names = ["pooling"] if inner.pooling == "none" else ["pool_axes"]
+        names += ["class_token"] if inner.class_token != "none" else []
+    else:
+        names = ["pooling", "pool_axes", "pool_scale"]
+    names += ["scan_order", "stride"] if isinstance(inner, ChannelMambaConfig) else []
+    found = {name: getattr(inner, name) for name in names}
+    if isinstance(config, MaskedAutoencoderConfig):
+        found["mask_ratio"] = config.mask_ratio
+        if isinstance(inner, ViTConfig):
+            found["decoder_heads"] = config.decoder_heads
+    return found
+
+
+def table_side(arrays: Arrays) -> int | None:
+    """Return the side of the square grid of patches that the position table is for, or None if there is none."""
+    if "pos_embed" not in arrays or arrays["pos_embed"].ndim != 3:
+        return None
+    # The class token of ChannelVim has no position.
+    mamba_of_channels = _has_channels(arrays) and "norm_f.weight" in arrays
+    token = "cls_token" in arrays and not mamba_of_channels
+    patches = arrays["pos_embed"].shape[1] - token
+    side = math.isqrt(patches)
+    return side if side * side == patches else None
+
+
+def _unknown(arrays: Arrays) -> str:
+    shown = ", ".join(list(arrays)[:5])
+    whole = any(name.startswith(("decode_head.", "roi_head.")) for name in arrays)
+    what = (
+        "of a segmentation or detection model. Load them with from_torch_state_dict into a model of its config"
+        if whole
+        else "of no model that is known here: FastVim and Vim have layers.0.mixer.in_proj.weight, ViT and DeiT "
+        "blocks.0.attn.qkv.weight. Name the model"
+    )
+    return f"the names {shown}, ... are {what}."
 
 
 def _vision_mamba(arrays: Arrays) -> dict[str, Any]:
@@ -51,6 +131,7 @@ def _vision_mamba(arrays: Arrays) -> dict[str, Any]:
     token = "cls_token" in arrays
     conv = mixer + "conv1d.weight"
     gamma = arrays.get(mixer + "gamma")
+    rank = arrays[mixer + "dt_proj.weight"].shape[1]
     return found | {
         "pooling": "none" if token else "attention" if mixer + "score.weight" in arrays else "mean",
         "class_token": "middle" if token else "none",
@@ -59,7 +140,7 @@ def _vision_mamba(arrays: Arrays) -> dict[str, Any]:
         "post_norm": _norm_kind(arrays, mixer + "layernorm"),
         "state_size": states,
         "expand": inner // width,
-        "dt_rank": arrays[mixer + "dt_proj.weight"].shape[1],
+        "dt_rank": None if rank == math.ceil(width / 16) else rank,
         "conv_width": arrays[conv].shape[-1] if conv in arrays else 0,
         "conv_bias": mixer + "conv1d.bias" in arrays or conv not in arrays,
         "proj_bias": mixer + "in_proj.bias" in arrays,
@@ -80,25 +161,34 @@ def _vision_transformer(arrays: Arrays) -> dict[str, Any]:
 
 def _common(arrays: Arrays, blocks: str) -> dict[str, Any]:
     patch = arrays.get("patch_embed.proj.weight")
-    if patch is None or patch.ndim != 4:
+    if patch is None or patch.ndim != (5 if _has_channels(arrays) else 4):
         raise UserError(
-            "the weights have no patch embedding of four axes (patch_embed.proj.weight)."
+            "the weights have no patch embedding (patch_embed.proj.weight of four axes; of five, with a channel "
+            "embedding beside it, in models of cell images)."
         )
-    width, channels, height, across = patch.shape
-    depth = 1 + max(int(n.split(".")[1]) for n in arrays if n.startswith(f"{blocks}."))
-    found = {
-        "embed_dim": width,
-        "depth": depth,
+    channels = patch.shape[1]
+    if _has_channels(arrays):
+        known = resolve_aliases({n: arrays[n] for n in _CHANNEL_EMBEDDINGS if n in arrays})
+        channels = len(known[_CHANNEL_EMBEDDINGS[0]])
+    return {
+        "embed_dim": patch.shape[0],
+        "depth": _depth(arrays, blocks),
         "channels": channels,
-        "patch_size": (height, across),
+        "patch_size": patch.shape[-2:],
         "num_classes": arrays["head.weight"].shape[0] if "head.weight" in arrays else 0,
     }
-    if "pos_embed" in arrays:
-        patches = arrays["pos_embed"].shape[1] - ("cls_token" in arrays)
-        side = math.isqrt(patches)
-        if side * side == patches:
-            found["image_size"] = (side * height, side * across)
-    return found
+
+
+def _depth(arrays: Arrays, blocks: str) -> int:
+    return 1 + max((int(n.split(".")[1]) for n in arrays if n.startswith(f"{blocks}.")), default=-1)
+
+
+def _has_channels(arrays: Arrays) -> bool:
+    return any(name in arrays for name in _CHANNEL_EMBEDDINGS)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _norm_kind(arrays: Arrays, name: str) -> str:

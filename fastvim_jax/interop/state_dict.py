@@ -17,7 +17,7 @@ from fastvim_jax.interop.detection_names import (
     SIMPLE_FPN,
     detector_entries,
 )
-from fastvim_jax.interop.masked_names import MASKED_TABLES, without_tables
+from fastvim_jax.interop.masked_names import MASKED_TABLES, fixed_tables, without_tables
 from fastvim_jax.interop.torch_names import (
     CHANNEL_MAMBA,
     CHANNEL_VIT,
@@ -111,8 +111,12 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Return the model's weights as NumPy arrays under the authors' names and in their layouts."""
-    return {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
+    """Return the model's weights as NumPy arrays under the authors' names and in their layouts.
+
+    A masked autoencoder's fixed position tables are among them, as in the authors' files.
+    """
+    named = {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
+    return named | fixed_tables(model) if isinstance(model, MaskedAutoencoder) else named
 
 
 def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, jax.Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,17 @@ import numpy as np
 
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.interop.torch_file import read_torch_file
+from fastvim_jax.models.safetensors_file import read_safetensors
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin")
 # Where training programs keep the weights, the averaged ones first: those are what the authors evaluate and release.
 _PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What programs put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+# Every backbone has one of these, so what stands before it is the wrapper's: Lightning modules hold metrics and losses
+# beside the model, and averages of it.
+_ANCHORS = ("patch_embed.proj.weight", "patch_embed.proj.kernel")
+_OTHER_PARTS = ("neck", "decode_head", "auxiliary_head", "rpn_head", "roi_head", "stages")
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        found = WeightsFile(_read_safetensors(path), "", ())
+        found = _unwrap(WeightsFile(read_safetensors(path), "", ()))
     elif path.suffix in _TORCH:
-        found = _choose(path, read_torch_file(path), place)
+        found = _unwrap(_choose(path, read_torch_file(path), place))
     else:
         raise UserError(f"{path} is no weights file: use .safetensors or {', '.join(_TORCH)}.")
     if not found.arrays:
@@ -77,19 +84,6 @@ def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:
         raise UserError(f"{where}: {'; '.join(bad[:5])}{more}.")
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # Imported here, so that reading other files does not wait for it.
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}.") from None
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no safetensors file, or damaged: {error}") from error
-
-
 def _choose(path: Path, saved: Mapping[Any, Any], place: str | None) -> WeightsFile:
     holders = {str(key): value for key, value in saved.items() if _tensors(value)}
     if place is None:
@@ -103,7 +97,7 @@ def _choose(path: Path, saved: Mapping[Any, Any], place: str | None) -> WeightsF
     ignored = [
         f"{name}: {_describe(value)}" for name, value in saved.items() if place and name != place
     ]
-    return WeightsFile(_without_prefix(chosen), place, tuple(ignored))
+    return WeightsFile(chosen, place, tuple(ignored))
 
 
 def _tensors(value: Any) -> dict[str, np.ndarray]:
@@ -112,12 +106,32 @@ def _tensors(value: Any) -> dict[str, np.ndarray]:
     return {str(key): item for key, item in value.items() if isinstance(item, np.ndarray)}
 
 
-def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Drop what a wrapper (DataParallel, torch.compile, Lightning) put before every name."""
+def _unwrap(found: WeightsFile) -> WeightsFile:
+    """Drop what a wrapper (DataParallel, torch.compile, Lightning) put before the names; list what is beside the model.
+
+    Of several models in one wrapper the averaged one is taken. A segmentation or detection model stays whole.
+    """
+    arrays = found.arrays
     for prefix in _PREFIXES:
         if arrays and all(name.startswith(prefix) for name in arrays):
-            return _without_prefix({n.removeprefix(prefix): a for n, a in arrays.items()})
-    return arrays
+            shorter = {name.removeprefix(prefix): array for name, array in arrays.items()}
+            return _unwrap(dataclasses.replace(found, arrays=shorter))
+    first = {name.split(".")[0] for name in arrays}
+    wrappers = [
+        name.removesuffix(anchor)
+        for name in arrays
+        for anchor in _ANCHORS
+        if name.endswith(f".{anchor}")
+    ]
+    if not wrappers or first & set(_OTHER_PARTS) or any(anchor in arrays for anchor in _ANCHORS):
+        return found
+    wrapper = min(wrappers, key=lambda each: ("ema" not in each.lower(), len(each)))
+    counts = Counter(name.split(".")[0] for name in arrays if not name.startswith(wrapper))
+    return WeightsFile(
+        {n.removeprefix(wrapper): a for n, a in arrays.items() if n.startswith(wrapper)},
+        found.place,
+        (*found.ignored, *(f"{name}: {n} arrays beside {wrapper}*" for name, n in counts.items())),
+    )
 
 
 def _describe(value: Any) -> str:

@@ -21,6 +21,7 @@ from fastvim_jax import __version__
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.parameters import count_parameters, named_parameters, replace_parameters
 from fastvim_jax.models.registry import build_model, config_class
+from fastvim_jax.models.safetensors_file import read_safetensors
 from fastvim_jax.serialise import from_dict, to_dict
 
 FORMAT = 1
@@ -40,12 +41,14 @@ class Preprocessing:
         crop: side of the crop over the shorter side of the resized image, from 0 to 1.
         mean: of each channel, for pixels from 0 to 1.
         std: of each channel, likewise.
+        channel_names: of a model of microscope images, by number; else empty.
     """
 
     image_size: tuple[int, int]
     crop: float = 0.875
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    channel_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ class Pretrained:
     class_names: tuple[str, ...]
 
 
+def default_preprocessing(config: Any) -> Preprocessing:
+    """Return a model's image size with ImageNet's mean and deviation; without three channels, with 0 and 1."""
+    size, channels = tuple(config.image_size), config.channels
+    if channels == len(IMAGENET_MEAN):
+        return Preprocessing(size)
+    return Preprocessing(size, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
 def save_pretrained(
     model: nnx.Module,
     folder: Path | str,
@@ -77,7 +88,7 @@ def save_pretrained(
     Args:
         model: of `create_model` or a run, with its `config`.
         folder: made if it is missing; a model that lies there is replaced.
-        preprocessing: by default the model's image size and ImageNet's mean and deviation.
+        preprocessing: by default that of `default_preprocessing`.
         class_names: by number.
         card: headings and texts of the model card, for example {"Data": ..., "Results": ..., "Licence": ...}.
         dtype: "float32", or "bfloat16" for files half as large whose weights are rounded.
@@ -91,7 +102,7 @@ def save_pretrained(
     classes = getattr(config, "num_classes", len(class_names))
     if class_names and len(class_names) != classes:
         raise UserError(f"{len(class_names)} class names are given for {classes} classes.")
-    preprocessing = preprocessing or Preprocessing(tuple(config.image_size))
+    preprocessing = preprocessing or default_preprocessing(config)
     from safetensors.numpy import save_file
 
     folder = Path(folder)
@@ -136,8 +147,11 @@ def load_pretrained(
     about = _read_config(folder / CONFIG_FILE)
     config = read_model_config(folder)
     preprocessing = from_dict(Preprocessing, about["preprocessing"], "preprocessing")
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists():
+        raise UserError(f"{folder} holds no model: it has no {WEIGHTS_FILE}.")
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    params = replace_parameters(nnx.state(model), _read_arrays(folder / WEIGHTS_FILE))
+    params = replace_parameters(nnx.state(model), read_safetensors(weights))
     names = tuple(map(str, about["class_names"]))
     return Pretrained(nnx.merge(nnx.graphdef(model), params), preprocessing, names)
 
@@ -179,18 +193,6 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} has format {found!r}; this version reads {FORMAT}: use a newer fastvim-jax."
         )
     return about
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no model: it has no {WEIGHTS_FILE}.") from None
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:

@@ -118,9 +118,21 @@ def load_weights(
         UserError: no such source; numbers that are complex or not finite; a misfit that is not allowed, with all
             names in one message.
     """
+    found = read_source(source, weights=weights, step=step)
+    return load_source(model, found, class_names=class_names, allow=allow)
+
+
+def load_source(
+    model: nnx.Module,
+    source: Source,
+    *,
+    class_names: Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> Report:
+    """Load weights that were read already; see `load_weights`."""
     state = nnx.state(model)
     arrays, report = fit(
-        read_source(source, weights=weights, step=step),
+        source,
         _shapes(state),
         config=getattr(model, "config", None),
         class_names=class_names,

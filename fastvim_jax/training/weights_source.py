@@ -61,7 +61,7 @@ def read_source(
         found = load_pretrained(hub or path)
         config = getattr(found.model, "config", None)
         return Source(
-            str(source), _arrays(found.model), config, found.class_names, found.preprocessing
+            str(source), source_arrays(found.model), config, found.class_names, found.preprocessing
         )
     if path.is_dir():
         if not (path / CONFIG_FILE).is_file():
@@ -70,7 +70,7 @@ def read_source(
                 "wrote, or a weights file (.safetensors, .pth)."
             )
         run = load_run(path, weights=weights, step=step)
-        config, arrays = run.config.model, _arrays(run.model)
+        config, arrays = run.config.model, source_arrays(run.model)
         name = f"{path} (step {run.step}, {run.weights} weights)"
         return Source(name, arrays, config, run.class_names, run.config.data)
     if not path.is_file():
@@ -86,7 +86,7 @@ def read_source(
     config = recognise(file.arrays)
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     from_torch_state_dict(model, file.arrays)
-    return Source(name, _arrays(model), config)
+    return Source(name, source_arrays(model), config)
 
 
 def _refuse_choice(source: str, weights: str | None, step: int | None) -> None:
@@ -94,7 +94,8 @@ def _refuse_choice(source: str, weights: str | None, step: int | None) -> None:
         raise UserError(f"{source} holds one set of weights: weights and step are of a run folder.")
 
 
-def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+def source_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Return a model's unstacked parameters; a masked autoencoder's with its encoder's position table."""
     if isinstance(model, MaskedAutoencoder):
         # The fixed position table becomes the classifier's; what is not the encoder's keeps its name.
         whole = named_parameters(jax.tree.map(np.asarray, nnx.state(model)))

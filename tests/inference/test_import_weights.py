@@ -15,7 +15,15 @@ from safetensors.numpy import save_file
 from fastvim_jax import UserError, load_pretrained, to_torch_state_dict
 from fastvim_jax.cli.main import main
 from fastvim_jax.inference import import_weights
-from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
+from fastvim_jax.inference.import_weights import parse_options
+from fastvim_jax.models import (
+    MaskedAutoencoderConfig,
+    VisionMambaConfig,
+    ViTConfig,
+    build_model,
+)
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.training.start_from import load_weights
 from tests.support import ROOT
 
 SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_classes": 5}
@@ -37,6 +45,10 @@ def checkpoint(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("files") / "model.safetensors"
     save_file({n: np.ascontiguousarray(a) for n, a in to_torch_state_dict(model).items()}, file)
     return file, model
+
+
+def write(model, file):
+    save_file({n: np.ascontiguousarray(a) for n, a in to_torch_state_dict(model).items()}, file)
 
 
 def same(a, b):
@@ -91,6 +103,74 @@ def test_misfits_are_listed(tmp_path):
 def test_a_named_model_that_it_is_not(checkpoint, tmp_path):
     with pytest.raises(UserError, match="do not fit this"):
         import_weights(checkpoint[0], tmp_path / "out", name="fastvim_small_patch16_224")
+
+
+def test_a_masked_autoencoder_is_imported_drawn_and_fine_tuned_from(tmp_path, rng, capsys):
+    inner = VisionMambaConfig(**{**SIZES, "num_classes": 0})
+    config = MaskedAutoencoderConfig(encoder=inner, decoder_dim=32, decoder_depth=1)
+    model = build_model(config, rngs=nnx.Rngs(2))
+    file, out = str(tmp_path / "mae.safetensors"), str(tmp_path / "out")
+    write(model, file)
+    with pytest.raises(UserError, match="holds a masked autoencoder, which has no classes"):
+        import_weights(file, out, options={"num_classes": 3})
+    assert main(["import-weights", file, "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert "Masked autoencoder: encoder VisionMamba, 64 wide, 2 blocks; decoder 32 wide, 1" in said
+    assert "pool_scale=1.0" in said and f"reconstruct {out} PHOTO" in said
+    same(load_pretrained(out).model, model)
+
+    photo, picture = tmp_path / "photo.png", tmp_path / "picture.png"
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(photo)
+    assert main(["reconstruct", out, str(photo), "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 0
+
+    classifier = build_model(CONFIGS["fastvim"], rngs=nnx.Rngs(3))
+    for source in (file, out):
+        assert load_weights(classifier, source).names("drawn") == ["head.bias", "head.kernel"]
+        np.testing.assert_array_equal(classifier.norm.scale[...], model.encoder.norm.scale[...])
+    main(["predict", out, str(photo)])
+    assert "without classes classifies nothing" in capsys.readouterr().err
+
+
+def test_a_model_of_cell_images_is_imported_and_embeds(tmp_path, rng, capsys):
+    model = build_model(ChannelMambaConfig(**SIZES), rngs=nnx.Rngs(2))
+    file, out = str(tmp_path / "cells.safetensors"), str(tmp_path / "out")
+    write(model, file)
+    assert main(["import-weights", file, "--out", out]) == 0
+    said = capsys.readouterr().out
+    assert "ChannelMamba, 64 wide, 2 blocks" in said and f"embed {out} FIELD" in said
+    assert "by mean 0.01581, 0.006141" in said
+    found = load_pretrained(out)
+    same(found.model, model)
+    assert found.preprocessing.channel_names[4] == "DNA" and found.preprocessing.crop == 1.0
+    np.save(tmp_path / "field.npy", rng.integers(0, 256, (20, 40, 8), np.uint8))
+    table = tmp_path / "table.csv"
+    assert main(["embed", out, str(tmp_path / "field.npy"), "--out", str(table)]) == 0
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    assert row["Metadata_tiles"] == "2" and "feature_0063" in row
+    np.save(tmp_path / "other.npy", rng.integers(0, 256, (20, 40, 5), np.uint8))
+    assert main(["embed", out, str(tmp_path / "other.npy"), "--out", str(table)]) == 1
+    assert "5 channels without names, but the model has 8" in capsys.readouterr().err
+
+
+def test_normalisation_is_given_by_name(checkpoint, tmp_path):
+    given = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    imported = import_weights(checkpoint[0], tmp_path / "out", **given)
+    assert imported.preprocessing.mean == given["mean"]
+    assert load_pretrained(tmp_path / "out").preprocessing.std == given["std"]
+    for wrong in ({"mean": (0.5,)}, {"std": (0.1, 0.1, 0.0)}, {"mean": (float("nan"),) * 3}):
+        with pytest.raises(UserError, match="the model has 3 channels|deviations are above 0"):
+            import_weights(checkpoint[0], tmp_path / "out", **wrong)
+
+
+def test_a_table_of_no_square_grid_needs_the_image_s_size(tmp_path):
+    model = build_model(VisionMambaConfig(**{**SIZES, "image_size": (8, 24)}), rngs=nnx.Rngs(2))
+    write(model, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="12 entries, which are no square grid: give image_size"):
+        import_weights(tmp_path / "a.safetensors", tmp_path / "out")
+    options = parse_options(["image_size=[8, 24]"])
+    import_weights(tmp_path / "a.safetensors", tmp_path / "out", options=options)
+    same(load_pretrained(tmp_path / "out").model, model)
 
 
 def test_options_without_a_value(capsys, tmp_path):

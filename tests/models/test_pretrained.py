@@ -85,8 +85,8 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
         (broken("b", lambda f: (f / "model.safetensors").unlink()), "it has no model.safetensors"),
         (broken("c", lambda f: (f / "config.json").write_text("{")), "describes no model"),
         (broken("d", lambda f: (f / "config.json").write_text(json.dumps(about | {"format": 2}))), "has format 2"),
-        (broken("e", lambda f: (f / "model.safetensors").write_bytes(header[:-8])), "is damaged"),
-        (broken("f", lambda f: (f / "model.safetensors").write_bytes(lying)), "is damaged"),
+        (broken("e", lambda f: (f / "model.safetensors").write_bytes(header[:-8])), "it is damaged"),
+        (broken("f", lambda f: (f / "model.safetensors").write_bytes(lying)), "it is damaged"),
         (
             broken("g", lambda f: (f / "config.json").write_text(other_model(depth=2))),
             "unexpected: blocks.2",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fastvim_jax.interop import to_torch_names, to_torch_state_dict
+from fastvim_jax.interop import to_torch_names
 from fastvim_jax.layers.drop_path import drop_path_rates
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.config import VisionMambaConfig
@@ -205,9 +205,8 @@ def compare_init_stats(table: dict[str, Any]) -> tuple[list[Comparison], list[st
             left_out.append(family)
             continue
         comparison = Comparison(f"init_stats.json {family}", "init_stats.json", "float32")
-        state = to_torch_state_dict(
-            build_model(config_of(family, entry["kwargs"]), rngs=nnx.Rngs(0))
-        )
+        model = build_model(config_of(family, entry["kwargs"]), rngs=nnx.Rngs(0))
+        state = {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
         entry["parameters"] = {
             k: v for k, v in entry["parameters"].items()
             if family not in MASKED_PRESETS or not k.endswith("pos_embed")

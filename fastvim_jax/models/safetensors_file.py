@@ -1,0 +1,31 @@
+"""Read the arrays of a safetensors file: the one place of this library that opens one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastvim_jax.errors import UserError
+
+
+def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
+    """Read all arrays of a safetensors file by name, bfloat16 as `ml_dtypes.bfloat16`.
+
+    The library checks the header before it makes an array: offsets must cover the file without gaps and agree with
+    shapes and dtypes. A file that was cut off, or whose header lies, is refused.
+
+    Raises:
+        UserError: the file is missing, is no regular file, is damaged, or holds a dtype that NumPy has no name for.
+    """
+    # Imported here, so that programs that read no such file do not wait for it.
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    if not path.is_file():  # Opening a named pipe would wait for a writer for ever.
+        raise UserError(f"there is no file {path}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file, or it is damaged: {error}") from error
