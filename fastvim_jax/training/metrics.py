@@ -194,14 +194,15 @@ class _StandardError(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write `text`; drop it if nobody can read it."""
-        with survive_closed_output(self._stdout, self._stderr):
+        with survive_closed_output(self._stderr):
             self._stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush standard error."""
-        with survive_closed_output(self._stdout, self._stderr):
-            self._stderr.flush()
+        """Flush standard error, and standard output too, which may end in the same pipe."""
+        for stream in (self._stdout, self._stderr):
+            with survive_closed_output(stream):
+                stream.flush()
 
     def isatty(self) -> bool:
         """Return whether a person is watching."""
@@ -213,18 +214,13 @@ class _StandardError(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def survive_closed_output(stdout: Any, stderr: Any) -> Iterator[None]:
-    """Ignore that standard output or error cannot be written; what follows goes to the null device."""
+def survive_closed_output(stream: Any) -> Iterator[None]:
+    """Ignore that `stream` cannot be written; what follows goes to the null device."""
     try:
         yield
-        stdout.flush()
     except (OSError, ValueError):  # ValueError: I/O operation on closed file.
-        for stream in (stdout, stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, Any]]:
