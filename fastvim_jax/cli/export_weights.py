@@ -1,0 +1,55 @@
+"""`fastvim export-weights RUN --out PATH`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastvim_jax.cli.usage import command, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to write, and where to."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
+    out: Path
+    """The folder to write; with --to torch a file that ends in .safetensors, .pth, .pt or .ckpt."""
+    to: Literal["folder", "torch"] = "folder"
+    """folder: weights, config and model card, which every command takes and the Hugging Face hub shows; torch: one file
+    under the names of the authors' PyTorch code."""
+    weights: Literal["raw", "ema"] | None = None
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves the file and rounds the weights."""
+    licence: str = ""
+    """What the model card says of the licence."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the weights of a run for others: a folder to share, or a file for PyTorch."""
+    chosen = parse(Arguments, "export-weights", arguments, f"{run.__doc__}")
+    from fastvim_jax.inference.export_weights import export_weights
+
+    out = export_weights(
+        chosen.run,
+        chosen.out,
+        to=chosen.to,
+        weights=chosen.weights,
+        step=chosen.step,
+        dtype=chosen.dtype,
+        licence=chosen.licence,
+    )
+    files = sorted(out.iterdir()) if out.is_dir() else [out]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{out}: {size / 1e6:.1f} MB, {', '.join(file.name for file in files)}.")
+    if chosen.to == "folder":
+        print(f"Load it by from_pretrained({str(out)!r}), or: {command()} predict {out} PHOTO")
+    return 0

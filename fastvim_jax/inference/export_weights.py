@@ -1,0 +1,145 @@
+"""Write weights for others: as a folder of `save_pretrained`, or as a file under the authors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fastvim_jax.data.cells_config import CellsData
+from fastvim_jax.errors import UserError
+from fastvim_jax.interop import to_torch_state_dict
+from fastvim_jax.models.pretrained import (
+    Preprocessing,
+    default_preprocessing,
+    is_pretrained,
+    load_pretrained,
+    save_pretrained,
+)
+from fastvim_jax.training.choice import headline_of
+from fastvim_jax.training.metrics import read_metrics
+from fastvim_jax.training.run_folder import Run, load_run
+
+HUB = "hf://"
+TORCH = (".pth", ".pt", ".ckpt")
+Target = Literal["folder", "torch"]
+
+
+def export_weights(
+    source: Path | str,
+    out: Path | str,
+    *,
+    to: Target = "folder",
+    weights: str | None = None,
+    step: int | Literal["best"] | None = None,
+    dtype: str = "float32",
+    licence: str = "",
+) -> Path:
+    """Write the weights of a run or a saved model.
+
+    Args:
+        source: a run folder, a folder of `save_pretrained`, or `hf://owner/name`.
+        out: the folder to write; of torch, a file that ends in .safetensors, or in .pth, .pt or .ckpt, which needs
+            PyTorch.
+        to: "folder": safetensors of this library's names, config and model card, which every command takes.
+            "torch": one file under the names and in the layouts of the authors' PyTorch code.
+        weights: of a run, `raw` or `ema`; None: the average if the run kept one.
+        step: of a run, which checkpoint, or `best`; by default the latest.
+        dtype: "float32", or "bfloat16" for half as many bytes.
+        licence: what the model card says of it.
+
+    Raises:
+        UserError: no such source; `out` has another ending or holds other files; PyTorch is missing.
+    """
+    out = Path(out)
+    if to == "torch" and out.suffix not in (".safetensors", *TORCH):
+        raise UserError(f"{out}: name a file that ends in .safetensors or {', '.join(TORCH)}.")
+    if to == "folder" and out.exists() and not is_pretrained(out):
+        if not out.is_dir() or any(out.iterdir()):
+            raise UserError(f"{out} exists and holds no saved model: name another folder.")
+    name = str(source)
+    if name.startswith(HUB) or is_pretrained(name):
+        found = load_pretrained(name.removeprefix(HUB))
+        model, preprocessing, classes = found.model, found.preprocessing, found.class_names
+        card = {"Source": f"Copied from {Path(name).name}."}
+    else:
+        run = load_run(source, weights=weights, step=step)
+        model, preprocessing, classes = run.model, preprocessing_of(run), run.class_names
+        card = card_of(run, source)
+    if licence:
+        card["Licence"] = licence
+    if to == "folder":
+        return save_pretrained(
+            model, out, preprocessing=preprocessing, class_names=classes, card=card, dtype=dtype
+        )
+    write_torch_file(model, out, dtype=dtype)
+    return out
+
+
+def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") -> None:
+    """Write a model's weights under the authors' names, in a .pth file below `state_dict`, where their code keeps them.
+
+    Raises:
+        UserError: another dtype; there is no table of names for the model; PyTorch is missing.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
+    arrays = {
+        name: np.ascontiguousarray(array).astype(jax.dtypes.canonicalize_dtype(dtype))
+        for name, array in to_torch_state_dict(model).items()
+    }
+    if out.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        return save_file(arrays, out, metadata={"format": "pt"})
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{out} needs PyTorch: pip install 'fastvim-jax[torch]', or write .safetensors, which the authors' names "
+            "fit as well."
+        ) from None
+    tensors = {
+        name: torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype))
+        for name, array in arrays.items()
+    }
+    torch.save({"state_dict": tensors}, out)
+
+
+def preprocessing_of(run: Run) -> Preprocessing:
+    """Return how a run's images become the model's input in its evaluation."""
+    config: Any = run.config
+    data = config.data.resolved() if isinstance(config.data, CellsData) else config.data
+    names = data.names if isinstance(data, CellsData) else ()
+    crop = getattr(data, "eval_crop", None) or 1.0
+    size = config.model.image_size
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if not data.mean:
+        return default_preprocessing(config.model)
+    return Preprocessing(pair, crop, tuple(data.mean), tuple(data.std), tuple(names))
+
+
+def card_of(run: Run, folder: Path | str) -> dict[str, str]:
+    """Return headings and texts of a run's model card: its data, its training and its results."""
+    config: Any = run.config
+    data = config.data
+    where = f" in a folder {Path(data.path).name}" if data.path else ""
+    card = {
+        "Data": f"{data.source}{where}: trained on {data.train_split}, evaluated on {data.eval_split}.",
+        "Training": f"{type(config).__name__} of {config.epochs} epochs; step {run.step}, "
+        f"{'averaged' if run.weights == 'ema' else 'trained'} weights.",
+    }
+    results = _results(run, folder)
+    return card | ({"Results": results} if results else {})
+
+
+def _results(run: Run, folder: Path | str) -> str:
+    headline = headline_of(run.config)
+    at_step: list[Mapping[str, Any]] = [
+        record for record in read_metrics(folder, "eval") if record["step"] == run.step
+    ]
+    return headline.in_words(at_step[-1]) if headline is not None and at_step else ""

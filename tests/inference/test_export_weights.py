@@ -1,0 +1,109 @@
+"""Weights leave as a folder that every command takes, and under the authors' names; both come back with every bit."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fastvim_jax import UserError, load_pretrained
+from fastvim_jax.cli.main import main
+from fastvim_jax.inference.export_weights import export_weights
+from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
+from fastvim_jax.training import load_run, train
+from tests.training.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    train(tiny_config(epochs=1, checkpoint_every_steps=11), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
+    out, photo = tmp_path / "model", tmp_path / "digit.png"
+    command = ["export-weights", str(run), "--out", str(out), "--licence", "CC BY 4.0"]
+    assert main(command) == 0
+    assert "README.md, config.json, model.safetensors" in capsys.readouterr().out
+    found, trained = load_pretrained(out), load_run(run)
+    same(found.model, trained.model)
+    assert found.class_names == trained.class_names and len(found.class_names) == 10
+    assert found.preprocessing == Preprocessing((8, 8), 1.0, (0.3,), (0.4,))
+    card = (out / "README.md").read_text()
+    for part in ("digits: trained on train", "1 epochs; step 11", "top-1", "on 360", "CC BY 4.0"):
+        assert part in card
+    Image.fromarray(rng.integers(0, 256, (9, 12), np.uint8)).save(photo)
+    said = []
+    for source in (run, out):
+        assert main(["predict", str(source), str(photo)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "digit.png" in said[0]
+
+
+def test_a_run_becomes_a_file_of_the_authors_names_and_comes_back(run, tmp_path, capsys):
+    file, back = tmp_path / "weights.safetensors", str(tmp_path / "back")
+    assert main(["export-weights", str(run), "--to", "torch", "--out", str(file)]) == 0
+    arrays = load_file(file)
+    assert arrays["layers.1.mixer.conv1d_b.weight"].shape == (16, 1, 4)
+    assert main(["import-weights", str(file), "--out", back]) == 0
+    same(load_pretrained(back).model, load_run(run).model)
+    # Once more, from the saved model.
+    again = export_weights(back, tmp_path / "again.safetensors", to="torch")
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_half_precision(run, tmp_path):
+    out = export_weights(run, tmp_path / "half.safetensors", to="torch", dtype="bfloat16")
+    exact = load_file(export_weights(run, tmp_path / "whole.safetensors", to="torch"))
+    for name, array in load_file(out).items():
+        assert array.itemsize == 2
+        np.testing.assert_allclose(array.astype(np.float32), exact[name], rtol=2**-8)
+
+
+def test_a_pth_file_is_written_where_torch_is(run, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    export_weights(run, tmp_path / "a.pth", to="torch")
+    assert main(["import-weights", str(tmp_path / "a.pth"), "--out", str(tmp_path / "back")]) == 0
+    same(load_pretrained(tmp_path / "back").model, load_run(run).model)
+
+
+def test_what_cannot_be_written_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"a photo that must stay")
+    for out, options, said in (
+        ("a.onnx", {"to": "torch"}, "ends in .safetensors or .pth"),
+        ("a.pth", {"to": "torch"}, "needs PyTorch: pip install"),
+        ("a.safetensors", {"to": "torch", "dtype": "float16"}, "float32 or bfloat16"),
+        ("photos", {}, "holds no saved model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_weights(run, tmp_path / out, **options)
+    with pytest.raises(UserError, match="is no run folder"):
+        export_weights(tmp_path / "photos", tmp_path / "new")
+    assert [file.name for file in (tmp_path / "photos").iterdir()] == ["a.png"]
+
+
+def test_a_folder_is_replaced_by_another_model(tmp_path):
+    from fastvim_jax.models import build_model
+
+    models = [build_model(tiny_model(), rngs=nnx.Rngs(i)) for i in (1, 2)]
+    for i, model in enumerate(models):
+        save_pretrained(model, tmp_path / str(i))
+    same(load_pretrained(export_weights(tmp_path / "1", tmp_path / "0")).model, models[1])
