@@ -107,3 +107,23 @@ def test_the_page_is_the_one_made_from_the_records(report, tmp_path):
         ROOT / "benchmarks" / "README.md"
     ).read_text(), "run `python benchmarks/report.py`"
     assert (tmp_path / "scan.png").stat().st_size > 10_000
+
+
+def test_the_page_of_the_families_is_the_one_made_from_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import family
+
+    assert (
+        family.page(family.read(family.RESULTS)) == (ROOT / "benchmarks" / "family.md").read_text()
+    ), "run `python benchmarks/family.py`"
+    required = [
+        {"bench": "model", "about": CIRCUMSTANCES | {"date": "1"}, "model": "channelvim_small_patch16_224",
+         "batch": 8, "precision": "bf16", "images_per_s": speed, "device_ms": 1.0}
+        for speed in (2339.0, 2340.0)
+    ]  # fmt: skip
+    met = [
+        line.split("|")[-2].strip()
+        for line in family.page(required).splitlines()
+        if "channelvim" in line
+    ]
+    assert met == ["no", "yes"]
