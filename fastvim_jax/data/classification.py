@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from fastvim_jax.data.augment import DRAWN, eval_transform, train_example
@@ -22,6 +24,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
+from fastvim_jax.data.resident_shares import in_shares, sharded_training
 from fastvim_jax.data.stream import grain_stream
 from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
@@ -30,7 +33,12 @@ _REPLACEMENTS = 100
 
 
 def make_train_iterator(
-    config: ClassificationData, *, seed: int, process_index: int = 0, process_count: int = 1
+    config: ClassificationData,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    mesh: Mesh | None = None,
 ) -> BatchIterator:
     """Return an endless iterator over augmented training batches, reshuffled each epoch.
 
@@ -42,6 +50,7 @@ def make_train_iterator(
         seed: decides order and augmentation, from 0 to 2**32 - 1.
         process_index: this process's number.
         process_count: how many processes share a batch.
+        mesh: the devices that keep a resident set's shares; None: all devices.
 
     Raises:
         UserError: when the data cannot be found or hold less than one batch.
@@ -56,6 +65,9 @@ def make_train_iterator(
             f"data.batch_size is {config.batch_size}, but {config.source} {config.train_split} holds only "
             f"{len(source)} images: use a batch size of at most {len(source)}."
         )
+    if in_shares(config):
+        mesh = mesh or Mesh(np.asarray(jax.devices()), ("data",))
+        return sharded_training(source, config, mesh, seed=seed)
     if config.resident:
         return resident_training(
             source, config, seed=seed, process_index=process_index, process_count=process_count
@@ -119,7 +131,7 @@ def make_eval_iterator(
     source = open_split(config, split)
     size = batch_size or config.eval_batch_size or config.batch_size
     local = local_batch(size, process_count, "eval_batch_size")
-    if config.resident:
+    if config.resident and not in_shares(config):
         return resident_evaluation(
             source, config, split=split, batch_size=size,
             process_index=process_index, process_count=process_count,

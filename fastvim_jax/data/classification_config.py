@@ -62,8 +62,12 @@ class ClassificationData(DataConfig):
     """Where training images are flipped, RandAugmented and jittered. device: the host only crops; the images differ
     from the host's by rounding, because the host draws for both. Erasing, mixup and cutmix are always the device's."""
     resident: bool = False
-    """Decode all training images once and keep them on the device, where they are cropped (pad_shift or resize)
-    and flipped: for sets of small images."""
+    """Decode all training images once and keep them on the device, where they are cropped and augmented."""
+    resident_shares: PositiveInt = 1
+    """resident: parts that the records are dealt into, each kept by one device alone; a multiple of the devices and a
+    divisor of batch_size. Every batch takes equally many images from each. 1: one device keeps all."""
+    resident_size: PositiveInt = 256
+    """resident with crop=random_resized: side of the squares that images are kept as."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +78,9 @@ class ClassificationData(DataConfig):
             self._check_resident()
 
     def _check_resident(self) -> None:
-        """Resident images are augmented on the device, which knows crop and flip only."""
-        self._require(self.crop != "random_resized", "crop", "pad_shift or resize if resident=True")
-        self._require(self.rand_augment is None, "rand_augment", "None if resident=True")
-        self._require(not self.colour_jitter, "colour_jitter", "0 if resident=True")
+        """Resident images are augmented on the device alone."""
+        for name in ("rand_augment", "colour_jitter"):
+            used = getattr(self, name)
+            allowed = not used or self.augment_on == "device"
+            off = "None" if name == "rand_augment" else "0"
+            self._require(allowed, name, f"{off}, or augment_on=device, if resident=True")

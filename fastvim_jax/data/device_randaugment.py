@@ -8,17 +8,16 @@ one other (four), every image moved by one matrix (five), and each keeps the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from fastvim_jax.data.device_warp import matrices, warp
+from fastvim_jax.data.per_device import on_each_device
 from fastvim_jax.data.randaugment import GEOMETRIC, JITTERED, MAX_LEVEL, NAMES
 
 LOOKED_UP = ("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
@@ -35,9 +34,9 @@ def augment_drawn(images: UInt8[Array, "b h w c"], drawn: Mapping[str, Any]) -> 
     if "flip" in drawn:
         images = jnp.where(drawn["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "operation" in drawn:
-        images = _on_each_device(rand_augment, images, drawn["operation"], drawn["level"])
+        images = on_each_device(rand_augment, images, drawn["operation"], drawn["level"])
     if "jitter" in drawn:
-        images = _on_each_device(colour_jitter, images, drawn["jitter"], drawn["factor"])
+        images = on_each_device(colour_jitter, images, drawn["jitter"], drawn["factor"])
     return images
 
 
@@ -180,13 +179,3 @@ def _number_in(names: tuple[str, ...], operation: Int[Array, " b"]) -> Int32[Arr
     """Translate numbers in `NAMES` to numbers in `names`; -1 for what is not there."""
     numbers = [names.index(name) if name in names else -1 for name in NAMES]
     return jnp.asarray([*numbers, -1], jnp.int32)[operation]  # NOTHING is the last
-
-
-def _on_each_device(work: Callable[..., Array], *arrays: Array) -> Array:
-    """Run `work` on each device's share of the batch, because the partitioner may gather what indices read."""
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    if mesh.empty or mesh.size == 1 or not automatic or len(arrays[0]) % mesh.size:
-        return work(*arrays)
-    split = P(mesh.axis_names)
-    return jax.shard_map(work, in_specs=split, out_specs=split, check_vma=False)(*arrays)

@@ -21,7 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from fastvim_jax.data.augment import DRAWN
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.device_draws import draw_augmentation
 from fastvim_jax.data.device_randaugment import augment_drawn
+from fastvim_jax.data.device_resize import crop_resize, draw_boxes
+from fastvim_jax.data.per_device import on_each_device
 
 Batch = Mapping[str, Any]
 Preprocess = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
@@ -49,7 +52,8 @@ def make_augment(
 ) -> Augment:
     """Build the map `augment(key, batch) -> batch` of a training batch, for use inside the step.
 
-    In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch. Out: `image` float32, normalised,
+    In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch; with `augment_on="device"` also what the
+    host drew, or for resident images cropped here `source_size`, int32 `b 2`. Out: `image` float32, normalised,
     and `label`: as it was, or where mixup or cutmix are on the soft targets `b classes`, float32, smoothed.
 
     Args:
@@ -62,20 +66,39 @@ def make_augment(
     def augment(key: Key[Array, ""], batch: Batch) -> Batch:
         shift_key, flip_key, erase_key, mix_key = jax.random.split(key, 4)
         images, label = batch["image"], batch["label"]
-        if config.resident and config.crop == "pad_shift":
-            images = pad_and_shift(shift_key, images, pad=config.pad)
-        if config.resident and config.flip:
-            images = horizontal_flip(flip_key, images, probability=config.flip)
         drawn = {name: batch[name] for name in DRAWN if name in batch}
+        if config.resident:
+            images = _cropped(shift_key, batch, config)
+            if config.flip:
+                images = horizontal_flip(flip_key, images, probability=config.flip)
+            drawn = draw_augmentation(jax.random.fold_in(shift_key, 1), config, len(images))
         images = preprocess(augment_drawn(images, drawn))
         if config.random_erasing:
             images = random_erasing(erase_key, images, probability=config.random_erasing)
         if config.mixup or config.cutmix:
             images, label = mix_groups(mix_key, images, label, config, num_classes, label_smoothing)
-        kept = {name: value for name, value in batch.items() if name not in drawn}
+        used = (*DRAWN, "source_size")
+        kept = {name: value for name, value in batch.items() if name not in used}
         return {**kept, "image": images, "label": label}
 
     return augment
+
+
+def _cropped(key: Array, batch: Batch, config: ClassificationData) -> UInt8[Array, "b h w c"]:
+    """Crop resident images at random."""
+    images = batch["image"]
+    if config.crop == "pad_shift":
+        return pad_and_shift(key, images, pad=config.pad)
+    if config.crop == "resize":
+        return images
+    sizes = batch["source_size"]
+    boxes = draw_boxes(key, sizes, scale=config.crop_scale, aspect=config.crop_aspect)
+    # The images are kept as squares, whatever their proportions were.
+    kept = jnp.asarray([images.shape[2], images.shape[1]] * 2)
+    boxes = boxes * (kept / jnp.concatenate([sizes[:, ::-1]] * 2, axis=1))
+    return on_each_device(
+        lambda images, boxes: crop_resize(images, boxes, config.height_width), images, boxes
+    )
 
 
 def pad_and_shift(

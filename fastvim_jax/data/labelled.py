@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from fastvim_jax.data import cells_device, device_transforms
 from fastvim_jax.data.batches import BatchIterator
@@ -21,8 +22,12 @@ from fastvim_jax.data.device_transforms import Augment, Preprocess
 LabelledData = ClassificationData | CellsData
 
 
-def make_train_iterator(config: LabelledData, *, seed: int, **share: Any) -> BatchIterator:
+def make_train_iterator(
+    config: LabelledData, *, seed: int, mesh: Mesh | None = None, **share: Any
+) -> BatchIterator:
     """Return an endless iterator over training batches; see `make_train_iterator` of the config's own pipeline."""
+    if isinstance(config, ClassificationData):
+        share["mesh"] = mesh
     return _pipeline(config).make_train_iterator(config, seed=seed, **share)
 
 

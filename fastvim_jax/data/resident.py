@@ -45,7 +45,7 @@ def resident_training(
         UserError: the images do not fit into memory, or do not fill one batch.
     """
     size, local = config.batch_size, local_batch(config.batch_size, process_count, "batch_size")
-    images = _Images(source, config, lambda image: to_array(resized(image, config.height_width)))
+    images = _Images(source, config, lambda image: to_array(resized(image, stored_size(config))))
     steps = len(images.kept) // size
     if steps == 0:
         raise UserError(
@@ -122,7 +122,7 @@ class _Images:
         transform: Callable[[Picture], UInt8[np.ndarray, "h w c"]],
     ) -> None:
         shape = (len(source), *config.height_width, config.channels)
-        _check_size(shape)
+        check_memory(shape)
         pixels, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int32)
 
         def load(index: int) -> bool:
@@ -167,7 +167,17 @@ def _gather(
     return image, label
 
 
-def _check_size(shape: tuple[int, ...]) -> None:
+def stored_size(config: ClassificationData) -> tuple[int, int]:
+    """Return height and width of the images as they are kept."""
+    if config.crop == "random_resized":
+        return config.resident_size, config.resident_size
+    return config.height_width
+
+
+def check_memory(
+    shape: tuple[int, ...],
+    advice: str = ", or spread the set over several devices with data.resident_shares",
+) -> None:
     """Raise if the images would fill more than half of the memory, before hours are spent on decoding them."""
     needed = int(np.prod(shape, dtype=np.int64))
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -175,5 +185,5 @@ def _check_size(shape: tuple[int, ...]) -> None:
     if needed > _SHARE_OF_MEMORY * memory:
         raise UserError(
             f"data.resident=True needs {needed / 2**30:.1f} GiB for {shape[0]} images, more than half of the "
-            f"device's {memory / 2**30:.1f} GiB: set data.resident=False."
+            f"device's {memory / 2**30:.1f} GiB: set data.resident=False{advice}."
         )

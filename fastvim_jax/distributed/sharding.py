@@ -63,12 +63,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Assemble a global batch, split over the devices, from every process's own contiguous share of it."""
+    """Assemble a global batch, split over the devices, from every process's own contiguous share of it.
+
+    Arrays that are split over these devices already are kept.
+    """
     sharding = NamedSharding(mesh, BATCH)
     if jax.process_count() == 1:
         return dict(jax.device_put(dict(batch), sharding))
     return {
-        key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+        key: value
+        if isinstance(value, jax.Array) and not value.is_fully_addressable
+        else jax.make_array_from_process_local_data(sharding, np.asarray(value))
         for key, value in batch.items()
     }
 

@@ -63,7 +63,8 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
     }  # fmt: skip
 
     # Data
-    batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
+    found = make_train_iterator(config.data, seed=config.seed, mesh=mesh, **share)
+    batches = DevicePrefetch(found, place)
     eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
     eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **share)
     call.opened.callback(batches.close)

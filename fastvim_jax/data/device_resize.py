@@ -1,0 +1,113 @@
+"""Random resized crops on the device: boxes drawn by the host's law, resized as Pillow's antialiased bicubic does.
+
+Pillow resizes along the rows, rounds to 8 bits, and resizes along the columns. Each pass is a product with a matrix of
+weights that follows from the box, so images with different boxes go through one program. Weights are split into two
+bfloat16 numbers and pixels fit into one, hence the products are exact to 2**-17 and a value may differ by one level.
+Some versions of Pillow resize along the columns first where that is less work: these differ more where a value between
+the two passes is clipped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+_ATTEMPTS = 10
+_SUPPORT = 2.0  # of the cubic kernel, in pixels
+
+
+def crop_resize(
+    images: UInt8[Array, "b h w c"], boxes: Float[Array, "b 4"], size: tuple[int, int]
+) -> UInt8[Array, "b height width c"]:
+    """Crop each image's own box (left, top, right, bottom, in pixels, possibly in fractions) and resize it to `size`.
+
+    No pixel outside the box counts, as if the image had been cropped first.
+    """
+    height, width = size
+    across = jax.vmap(lambda box: weights(box[0], box[2], images.shape[2], width))(boxes)
+    down = jax.vmap(lambda box: weights(box[1], box[3], images.shape[1], height))(boxes)
+    narrow = _rounded(_product("boi,bhic->bhoc", across, images))
+    return _rounded(_product("boi,biwc->bowc", down, narrow)).astype(jnp.uint8)
+
+
+def weights(
+    begin: Float[Array, ""], end: Float[Array, ""], length: int, count: int
+) -> Float[Array, "count length"]:
+    """Compute the weights with which `count` pixels are made of `length`, from `begin` to `end`; each row sums to one.
+
+    The kernel is Keys' cubic with a = -0.5, widened by the scale where the result is smaller than the box.
+    """
+    scale = (end - begin) / count
+    widening = jnp.maximum(scale, 1.0)
+    centre = begin + (jnp.arange(count)[:, None] + 0.5) * scale
+    place = jnp.arange(length)[None]
+    distance = jnp.abs(place + 0.5 - centre) / widening
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = -0.5 * (((distance - 5) * distance + 8) * distance - 4)
+    found = jnp.where(distance < 1, near, jnp.where(distance < _SUPPORT, far, 0.0))
+    inside = (place >= jnp.floor(begin)) & (place < jnp.ceil(end))
+    found = jnp.where(inside, found, 0.0)
+    return found / found.sum(-1, keepdims=True)
+
+
+def draw_boxes(
+    key: Key[Array, ""],
+    sizes: Int[Array, "b 2"],
+    *,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Float[Array, "b 4"]:
+    """Draw each image's crop by the law of `transforms.random_box`: left, top, right, bottom.
+
+    Args:
+        key: an image's box depends on it and on the image's position in the batch.
+        sizes: height and width of each image.
+        scale: lowest and highest share of the area.
+        aspect: lowest and highest width over height.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(sizes)))
+    return jax.vmap(lambda k, size: _box(k, size, scale, aspect))(keys, sizes)
+
+
+def _box(key: Array, size: Array, scale: tuple[float, float], aspect: tuple[float, float]) -> Array:
+    full = size.astype(jnp.float32)
+    area_key, aspect_key, left_key, top_key = jax.random.split(key, 4)
+    low, high = map(math.log, aspect)
+    share = jax.random.uniform(area_key, (_ATTEMPTS,), minval=scale[0], maxval=scale[1])
+    ratio = jnp.exp(jax.random.uniform(aspect_key, (_ATTEMPTS,), minval=low, maxval=high))
+    area = full[0] * full[1] * share
+    widths, heights = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+    fits = (widths > 0) & (heights > 0) & (widths <= full[1]) & (heights <= full[0])
+    first = jnp.argmax(fits)
+    width, height = widths[first], heights[first]
+    left = _up_to(left_key, full[1] - width)
+    top = _up_to(top_key, full[0] - height)
+    drawn = jnp.stack([left, top, left + width, top + height])
+    # Where none fits: the largest centred box whose aspect lies within the bounds.
+    ratio = jnp.clip(full[1] / full[0], *aspect)
+    width = jnp.clip(jnp.round(full[0] * ratio), 1, full[1])
+    height = jnp.clip(jnp.round(full[1] / ratio), 1, full[0])
+    left, top = (full[1] - width) // 2, (full[0] - height) // 2
+    return jnp.where(fits.any(), drawn, jnp.stack([left, top, left + width, top + height]))
+
+
+def _up_to(key: Array, most: Array) -> Array:
+    """Draw a whole number from 0 to `most`."""
+    return jax.random.randint(key, (), 0, jnp.maximum(most, 0).astype(jnp.int32) + 1) * 1.0
+
+
+def _product(letters: str, matrix: Array, images: Array) -> Float[Array, ...]:
+    high = matrix.astype(jnp.bfloat16)
+    low = (matrix - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    pixels = images.astype(jnp.bfloat16)
+    wide = jnp.float32
+    return jnp.einsum(letters, high, pixels, preferred_element_type=wide) + jnp.einsum(
+        letters, low, pixels, preferred_element_type=wide
+    )
+
+
+def _rounded(values: Array) -> Array:
+    return jnp.clip(jnp.floor(values + 0.5), 0, 255)

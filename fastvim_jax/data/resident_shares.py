@@ -1,0 +1,177 @@
+"""A resident set spread over the mesh: each device keeps its share of the images and gathers its part of each batch.
+
+The law of shuffling. The seed deals the records into `resident_shares` shares of equal size; fewer records than shares
+are left over and take no part in the run. In every epoch each share is shuffled anew, and every batch takes equally
+many images from each share. So a batch is a stratified draw, images of different shares meet in many batches but never
+change places, and the batches are the same on any number of devices that divides the number of shares.
+
+For random resized crops an image is kept as a square of `resident_size`, both sides resized to it, together with its
+height and width: the step draws the box in the image's own proportions and maps it to the square.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int32, UInt8
+
+from fastvim_jax.data.batches import BatchIterator, decode_record
+from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.data.records import DecodeError, Source
+from fastvim_jax.data.resident import check_memory, stored_size
+from fastvim_jax.data.transforms import resized, to_array
+from fastvim_jax.data.turbo import chosen_decoder
+from fastvim_jax.errors import UserError
+
+
+def in_shares(config: ClassificationData) -> bool:
+    """Return whether a resident set is kept in shares, each on one device; random resized crops want that too."""
+    return config.resident and (config.resident_shares > 1 or config.crop == "random_resized")
+
+
+def sharded_training(
+    source: Source, config: ClassificationData, mesh: Mesh, *, seed: int
+) -> BatchIterator:
+    """Return an endless iterator over training batches that lie on the mesh already; see `make_train_iterator`.
+
+    Records that cannot be decoded are replaced by others of their share.
+
+    Raises:
+        UserError: shares, devices and batch size do not fit each other, or the images not into memory.
+    """
+    shares, size = config.resident_shares, config.batch_size
+    if shares % mesh.size or size % shares:
+        raise UserError(
+            f"data.resident_shares is {shares}, but must be a multiple of the {mesh.size} devices and a divisor of "
+            f"data.batch_size={size}."
+        )
+    records = len(source) // shares
+    steps = records // (size // shares)
+    if steps == 0:
+        raise UserError(
+            f"data.batch_size is {size}, but {config.source} {config.train_split} holds only {len(source)} images."
+        )
+    dealt = np.random.default_rng((seed, 2**32)).permutation(len(source))
+    images = _Shares(source, config, mesh, dealt[: shares * records].reshape(shares, records))
+
+    def stream(first: int) -> Generator[dict[str, Any], None, None]:
+        number, epoch = first, -1
+        each = size // shares
+        orders: list[np.ndarray] = []
+        while True:
+            if number // steps != epoch:
+                epoch = number // steps
+                orders = [
+                    np.random.default_rng((seed, epoch, share)).permutation(records)
+                    for share in range(shares)
+                ]
+            start = number % steps * each
+            yield images.batch([order[start : start + each] for order in orders])
+            number += 1
+
+    return BatchIterator(
+        stream,
+        source,
+        config,
+        steps_per_epoch=steps,
+        identity={
+            "seed": seed, "records": len(source), "batch_size": size, "order": f"{shares} shares"
+        },
+    )  # fmt: skip
+
+
+class _Shares:
+    """The shares of this process's devices. The constructor decodes them, one device's after the other.
+
+    Args:
+        source: where the records are.
+        config: how they are stored.
+        mesh: whose devices hold them.
+        dealt: indices of the records, `shares records`.
+    """
+
+    def __init__(
+        self, source: Source, config: ClassificationData, mesh: Mesh, dealt: np.ndarray
+    ) -> None:
+        self._sharding = NamedSharding(mesh, P(mesh.axis_names))
+        self._records = dealt.shape[1]
+        self._total = config.batch_size
+        places = self._sharding.addressable_devices_indices_map((len(dealt),))
+        self._shares = {
+            device: range(len(dealt))[index[0] if index else slice(None)]
+            for device, index in places.items()
+        }
+        most = max(len(shares) for shares in self._shares.values())
+        check_memory((most * self._records, *stored_size(config), config.channels), advice="")
+        self._held: dict[Any, tuple[Array, ...]] = {}
+        corrupt: list[int] = []
+        for device, shares in self._shares.items():
+            records = dealt[shares.start : shares.stop].reshape(-1)
+            *arrays, bad = load_images(source, config, records)
+            corrupt += [int(records[place]) for place in bad]
+            self._held[device] = tuple(jax.device_put(array, device) for array in arrays)
+        self.corrupt = np.asarray(sorted(corrupt), np.int64)
+
+    def batch(self, orders: list[np.ndarray]) -> dict[str, Any]:
+        """Gather a batch, given the records to take from each share."""
+        parts = []
+        for device, shares in self._shares.items():
+            index = [orders[share] + i * self._records for i, share in enumerate(shares)]
+            parts.append(_gather(*self._held[device], np.concatenate(index).astype(np.int32)))
+        names = ("image", "label", "source_size")
+        batch = {
+            name: jax.make_array_from_single_device_arrays(
+                (self._total, *pieces[0].shape[1:]), self._sharding, list(pieces)
+            )
+            for name, pieces in zip(names, zip(*parts, strict=True), strict=True)
+        }
+        return {**batch, "corrupt": self.corrupt}
+
+
+def load_images(
+    source: Source, config: ClassificationData, records: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Decode records in threads: images, labels, heights and widths, and the places of those that were replaced."""
+    side = stored_size(config)
+    images = np.empty((len(records), *side, config.channels), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    sizes = np.empty((len(records), 2), np.int32)
+    decoder = chosen_decoder(config)
+
+    def load(place: int) -> bool:
+        try:
+            record, picture = decode_record(source, int(records[place]), config, decoder)
+            images[place] = to_array(resized(picture, side))
+        except DecodeError:
+            return False
+        labels[place], sizes[place] = record.target, (picture.height, picture.width)
+        return True
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        decoded = np.fromiter(threads.map(load, range(len(records))), np.bool_, len(records))
+    good, bad = np.flatnonzero(decoded), np.flatnonzero(~decoded)
+    if not len(good):
+        raise UserError(
+            f"None of {len(records)} records can be decoded, among them {source[int(records[0])].name}."
+        )
+    instead = good[np.arange(len(bad)) % len(good)]
+    for array in (images, labels, sizes):
+        array[bad] = array[instead]
+    return images, labels, sizes, bad
+
+
+@jax.jit
+def _gather(
+    images: UInt8[Array, "n h w c"],
+    labels: Int32[Array, " n"],
+    sizes: Int32[Array, "n 2"],
+    indices: Int32[Array, " b"],
+) -> tuple[Array, Array, Array]:
+    return images[indices], labels[indices], sizes[indices]

@@ -1,0 +1,168 @@
+"""Resident sets in shares: the law of shuffling, the same batches on any number of devices, crops in the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data import (
+    ClassificationData,
+    DecodeError,
+    make_eval_iterator,
+    make_train_iterator,
+    open_source,
+)
+from fastvim_jax.data.device_transforms import make_augment
+from fastvim_jax.errors import UserError
+from tests.support import ROOT
+
+DIGITS = ClassificationData(
+    source="digits", channels=1, image_size=8, batch_size=96, crop="resize", flip=0.0,
+    eval_crop=1.0, mean=(0.0,), std=(1.0,), resident=True, resident_shares=4,
+)  # fmt: skip
+SHARE, STEPS = 1437 // 4, 1437 // 4 // 24
+
+
+def _take(iterator, count):
+    return [jax.device_get(dict(next(iterator))) for _ in range(count)]
+
+
+def _identified(batches):
+    """The indices of the digits in each batch, by their pixels; all digits of the training split differ."""
+    source = open_source("digits", "train")
+    known = {source[i].image.tobytes(): i for i in range(len(source))}
+    assert len(known) == len(source)
+    return np.array([[known[image.tobytes()] for image in b["image"]] for b in batches])
+
+
+def test_every_batch_takes_equally_many_of_each_share(seed: int) -> None:
+    iterator = make_train_iterator(DIGITS, seed=seed)
+    assert iterator.steps_per_epoch == STEPS
+    epochs = [_take(iterator, STEPS) for _ in range(2)]
+    source = open_source("digits", "train")
+    numbers = np.stack([_identified(epoch) for epoch in epochs])  # epochs steps batch
+    labels = np.array([[b["label"] for b in epoch] for epoch in epochs])
+    np.testing.assert_array_equal(labels, np.vectorize(lambda i: source[int(i)].target)(numbers))
+    shares = numbers.reshape(2, STEPS, 4, 24).swapaxes(1, 2).reshape(2, 4, -1)
+    for epoch in shares:
+        assert all(len(set(share)) == share.size for share in epoch)  # each record at most once
+    both = [set(shares[0, i]) | set(shares[1, i]) for i in range(4)]
+    assert all(len(share) <= SHARE for share in both)
+    assert not any(both[i] & both[j] for i in range(4) for j in range(i))
+    assert (shares[0] != shares[1]).mean() > 0.9
+    assert (
+        _identified(_take(make_train_iterator(DIGITS, seed=seed + 1), 1)) != numbers[0, 0]
+    ).any()
+
+
+def test_a_restart_continues(seed: int) -> None:
+    first = make_train_iterator(DIGITS, seed=seed)
+    _take(first, STEPS + 2)
+    state = json.loads(json.dumps(first.get_state()))
+    second = make_train_iterator(DIGITS, seed=seed)
+    second.set_state(state)
+    for a, b in zip(_take(first, 3), _take(second, 3), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    with pytest.raises(UserError, match="order"):
+        other = dataclasses.replace(DIGITS, resident_shares=2)
+        make_train_iterator(other, seed=seed).set_state(state)
+
+
+def test_crops_and_operations_of_resident_squares(image_tree: Path, seed: int) -> None:
+    """Images of any proportions are kept as squares; the whole of an image comes back in its own."""
+    config = ClassificationData(
+        source="image_folder", path=str(image_tree), image_size=(12, 16), batch_size=10,
+        resident=True, resident_size=24, augment_on="device", rand_augment=9.0, max_corrupt=1,
+    )  # fmt: skip
+    broken = image_tree / "train" / "ant" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    iterator = make_train_iterator(config, seed=seed)
+    batches = [next(iterator) for _ in range(3)]
+    assert iterator.corrupt == {3}
+    assert batches[0]["image"].shape == (10, 24, 24, 3)
+    plain = dataclasses.replace(
+        config, rand_augment=None, crop_scale=(1.0, 1.0), flip=0.0, mean=(0.0,) * 3, std=(1.0,) * 3,
+        crop_aspect=(1e-3, 1e3),
+    )  # fmt: skip
+    key = jax.random.key(seed)
+    out = make_augment(plain, 3)(key, batches[0])
+    assert set(out) == {"image", "label"} and out["image"].shape == (10, 12, 16, 3)
+    whole = np.asarray(out["image"]) * 255
+    squares = np.asarray(batches[0]["image"])
+    for image, square in zip(whole, squares, strict=True):
+        theirs = Image.fromarray(square).resize((16, 12), Image.Resampling.BICUBIC)
+        assert (
+            np.mean(np.abs(image - np.asarray(theirs)) > 1.01) < 0.2
+        )  # noise is clipped between the passes
+    with pytest.raises(DecodeError, match="max_corrupt allows 0"):
+        next(make_train_iterator(dataclasses.replace(config, max_corrupt=0), seed=seed))
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="divisor of data.batch_size=96"):
+        make_train_iterator(dataclasses.replace(DIGITS, resident_shares=5), seed=0)
+    with pytest.raises(UserError, match="holds only 1437"):
+        make_train_iterator(dataclasses.replace(DIGITS, batch_size=1440), seed=0)
+    monkeypatch.setattr("fastvim_jax.data.resident._SHARE_OF_MEMORY", 1e-9)
+    with pytest.raises(UserError, match=r"needs .* GiB for 1436 images"):
+        make_train_iterator(DIGITS, seed=0)
+
+
+def test_evaluation_streams(seed: int) -> None:
+    plain = dataclasses.replace(DIGITS, resident=False, resident_shares=1)
+    for a, b in zip(make_eval_iterator(DIGITS), make_eval_iterator(plain), strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+
+SHARDED = """
+import dataclasses, sys
+import jax, numpy as np
+from fastvim_jax.data import ClassificationData, make_train_iterator
+from fastvim_jax.data.device_transforms import make_augment
+from fastvim_jax.distributed import MeshConfig, make_mesh, on_mesh, place_batch
+config = ClassificationData(
+    source="digits", image_size=(6, 7), batch_size=32, resident=True, resident_shares=8,
+    resident_size=9,
+)
+seed = int(sys.argv[1])
+found = []
+for data, fsdp in ((1, 1), (4, 1), (2, 2)):
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+    iterator = make_train_iterator(config, seed=seed, mesh=mesh)
+    batch = [next(iterator) for _ in range(3)][-1]
+    placed = place_batch(mesh, batch)
+    for name, value in placed.items():
+        assert value.sharding.num_devices == mesh.size, name
+        same = [a.data.unsafe_buffer_pointer() for a in value.addressable_shards]
+        assert same == [a.data.unsafe_buffer_pointer() for a in batch[name].addressable_shards]
+    step = on_mesh(mesh, jax.jit(make_augment(config, 10)))
+    out = step(jax.random.key(seed), placed)
+    found.append({name: np.asarray(value) for name, value in {**placed, **out}.items()})
+for other in found[1:]:
+    for name, value in found[0].items():
+        np.testing.assert_allclose(other[name], value, atol=1e-6, err_msg=name)
+print("same")
+"""
+
+
+def test_the_devices_do_not_change_the_batches(seed: int) -> None:
+    """One, four and two by two devices; what the iterator gathers is not copied again."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(seed)],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
