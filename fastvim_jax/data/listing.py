@@ -1,4 +1,4 @@
-"""Large listings of a data set, which worker processes map into memory instead of getting a copy each.
+"""Hand pipelines and large listings to worker processes as files.
 
 The files and labels of ImageNet are 45 MB when pickled, and 150 MB as Python objects in every worker. Packed into
 arrays they are 45 MB in one file, whose pages all processes of a machine share.
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import cloudpickle
 import numpy as np
 
 SHARED_FROM = 2**20
@@ -48,6 +49,36 @@ class SharedArray:
         self.__dict__.update(state)
         if self._file:
             self.values = np.load(self._file, mmap_mode="r", allow_pickle=False)
+
+
+class FiledSequence(Sequence[Any]):
+    """A sequence that is pickled as the name of a file with its pickle.
+
+    A starting process reads its work from a pipe, which holds 64 kB. If the process dies before it has read more than
+    that, its parent waits in the write for good: both ends of the pipe are open in the parent.
+    """
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+        self._file = ""
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._file:
+            descriptor, self._file = tempfile.mkstemp(suffix=".pickle", dir=_own_folder())
+            with open(descriptor, "wb") as opened:
+                cloudpickle.dump(self._values, opened)
+        return {"_file": self._file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._file = state["_file"]
+        # Written by this process's parent, into a folder that no other user can write to.
+        self._values = cloudpickle.loads(Path(self._file).read_bytes())
 
 
 class Texts(Sequence[str]):

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from fastvim_jax.data.batches import Stream
+from fastvim_jax.data.listing import FiledSequence
 from fastvim_jax.data.workers import guard_worker, signals_blocked
 from fastvim_jax.errors import UserError
 
@@ -83,7 +84,8 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, n
     # grain's workers inherit absl's flags and refuse to start when nobody parsed them.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    filed = grain.MapDataset.source(FiledSequence(batches))
+    dataset = filed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     guard = functools.partial(guard_worker, os.getpid())
     with signals_blocked():

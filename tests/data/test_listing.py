@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.data import listing, open_source
-from fastvim_jax.data.listing import SharedArray, Texts
+from fastvim_jax.data.listing import FiledSequence, SharedArray, Texts
 from tests.support import ROOT
 
 
@@ -47,6 +47,15 @@ def test_sources_are_small_when_pickled(image_tree: Path, monkeypatch: pytest.Mo
     copy = pickle.loads(pickle.dumps(source))
     for i in range(len(source)):
         assert (copy[i].name, copy[i].target) == (source[i].name, source[i].target)
+
+
+def test_a_sequence_of_any_size_is_small_when_pickled(rng: np.random.Generator) -> None:
+    values = [rng.normal(size=10_000) for _ in range(3)]
+    pickled = pickle.dumps(FiledSequence(values))
+    assert len(pickled) < 500
+    copy = pickle.loads(pickled)
+    assert len(copy) == 3 and pickle.dumps(copy) == pickled
+    np.testing.assert_array_equal(copy[2], values[2])
 
 
 SCRIPT = """

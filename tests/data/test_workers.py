@@ -10,8 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import grain
+import numpy as np
 import pytest
 
+from fastvim_jax.data.stream import WorkersEnded, grain_stream
 from tests.support import ROOT
 
 SCRIPT = """
@@ -101,3 +104,30 @@ def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
             for pid in left:
                 if _runs(pid):
                     os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_killed_while_it_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much work it was to be given: a pipe holds 64 kB, and nobody empties it any more."""
+    from multiprocessing import util
+
+    spawn = util.spawnv_passfds
+
+    def spawn_and_kill(path: str, arguments: list[str], *rest: object) -> int:
+        pid = spawn(path, arguments, *rest)
+        if any("spawn_main" in str(argument) for argument in arguments):
+            os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def hangs(*_: object) -> None:
+        raise AssertionError("hangs")
+
+    monkeypatch.setattr(util, "spawnv_passfds", spawn_and_kill)
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.setitimer(signal.ITIMER_REAL, 60, 1)  # again, because closing the pipe would write again
+    try:
+        batches = grain.MapDataset.source([{"image": np.zeros(2**18, np.uint8)}])
+        with pytest.raises(WorkersEnded, match=r"exit code -9 \(SIGKILL"):
+            next(grain_stream(batches, 1)(0))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
