@@ -16,7 +16,7 @@ class Arguments:
     """What to count."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """The data set's folder."""
+    """The data set's folder, or a naming pattern: fields/{split}/{class}/{well}_s{site}_{channel}.tif."""
     channels: tuple[str, ...]
     """Names of the channels in their order."""
     source: str = "auto"
@@ -34,13 +34,19 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
     from fastvim_jax.data import DecodeError, open_source
     from fastvim_jax.data.multichannel import read_channels, to_uint8
-    from fastvim_jax.data.sources import expand_path
+    from fastvim_jax.data.sources import data_folder
     from fastvim_jax.data.sources.layout import guess_source
     from fastvim_jax.data.statistics import count_statistics, write_statistics
 
     with as_usage_error():
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
-        source = open_source(kind, chosen.split, path=chosen.path, class_list=chosen.class_list)
+        source = open_source(
+            kind,
+            chosen.split,
+            path=chosen.path,
+            class_list=chosen.class_list,
+            channels=chosen.channels,
+        )
     skipped: list[str] = []
 
     def images() -> Iterator[Any]:
@@ -52,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
                 skipped.append(str(error))
 
     counted = count_statistics(images(), chosen.channels)
-    folder = expand_path(chosen.path)
+    folder = data_folder(chosen.path)
     file = write_statistics(folder if folder.is_dir() else folder.parent, counted)
     for name, mean, std in zip(counted.names, counted.mean, counted.std, strict=True):
         print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")

@@ -160,7 +160,13 @@ def cut(
 
 
 def _open(config: CellsData, split: str) -> Source:
-    return open_source(config.source, split, path=config.path, class_list=config.class_list)
+    return open_source(
+        config.source,
+        split,
+        path=config.path,
+        class_list=config.class_list,
+        channels=config.channel_names,
+    )
 
 
 def _pixels(record: Record, config: CellsData) -> UInt8[np.ndarray, "h w c"]:

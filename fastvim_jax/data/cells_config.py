@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.config import DataConfig
-from fastvim_jax.data.sources import expand_path
+from fastvim_jax.data.sources import data_folder
 from fastvim_jax.data.statistics import read_statistics
 
 ChannelSampling = Literal["none", "sorted", "unsorted"]
@@ -40,8 +40,9 @@ class CellsData(DataConfig):
     """
 
     source: str = "array_record"
-    """Where records come from: array_record (what `fastvim data prepare` writes), jump_cp (a Parquet index), or another
-    source of `DataConfig` if its images have the channels asked for."""
+    """Where records come from: array_record (what `fastvim data prepare` writes), jump_cp (a Parquet index),
+    channel_files (one file a channel; `path` is a naming pattern), or another source of `DataConfig` if its images have
+    the channels asked for."""
     channels: int = 8
     """Channels of every image."""
     channel_names: tuple[str, ...] = CHANNEL_ORDER
@@ -104,7 +105,7 @@ class CellsData(DataConfig):
         """
         if self.mean:
             return self
-        mean, std = read_statistics(expand_path(self.path), self.names)
+        mean, std = read_statistics(data_folder(self.path), self.names)
         return dataclasses.replace(self, mean=mean, std=std)
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvim_jax.data.records import Source, printable
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
+from fastvim_jax.data.sources.channel_files import ChannelFilesSource, split_pattern
 from fastvim_jax.data.sources.digits import DigitsSource
 from fastvim_jax.data.sources.hugging_face import open_hugging_face
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
@@ -30,6 +31,7 @@ SOURCES: tuple[str, ...] = (
     "hugging_face",
     "tfds",
     "jump_cp",
+    "channel_files",
 )
 
 
@@ -41,16 +43,19 @@ def open_source(
     class_list: str = "",
     any_label: bool = False,
     follow_links: bool = False,
+    channels: Sequence[str] = (),
 ) -> Source:
     """Open one split of a data set.
 
     Args:
         name: one of `SOURCES`.
         split: the split's name: a file's or sub-folder's stem; a slice behind it takes a part: `train[5000:]`.
-        path: the data set's folder, `~` and environment variables expanded; for tfds a set's name will do.
+        path: the data set's folder, `~` and environment variables expanded; for tfds a set's name will do; for
+            channel_files a naming pattern (`ChannelFilesSource`).
         class_list: class list to use instead of the folder's own.
         any_label: let labels outside the classes pass, for a scan that lists them.
         follow_links: read what links point to outside the data set's folder.
+        channels: names of the channels of channel_files in order; (): all that are found, by name.
 
     Raises:
         UserError: for an unknown source or split, a missing folder, a folder without images, or files that are damaged
@@ -62,6 +67,7 @@ def open_source(
         "class_list": class_list,
         "any_label": any_label,
         "follow_links": follow_links,
+        "channels": channels,
     }
     if part is not None:
         return SourcePart(open_source(name, whole, **options), part, split)
@@ -75,7 +81,8 @@ def open_source(
     if name == "jump_cp":
         url = path if "://" in path else str(expand_path(path))
         return JumpCpSource(url, split, tables=expand_path(class_list) if class_list else None)
-    root = expand_path(path)
+    folder, pattern = split_pattern(path) if name == "channel_files" else (path, "")
+    root = expand_path(folder)
     classes = expand_path(class_list) if class_list else None
     if name != "tfds" and not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist (data.path).")
@@ -92,6 +99,14 @@ def open_source(
             root, split, class_list=classes, any_label=any_label
         ),
         "pixels": lambda: PixelsSource(root, split, class_list=classes, any_label=any_label),
+        "channel_files": lambda: ChannelFilesSource(
+            root,
+            pattern,
+            split,
+            channels=channels,
+            class_list=classes,
+            follow_links=follow_links,
+        ),
         "hugging_face": lambda: open_hugging_face(
             root, split, class_list=classes, any_label=any_label, follow_links=follow_links
         ),
@@ -119,6 +134,11 @@ def _take_classes_of_train(source: Any, count: int, name: str, options: dict[str
         return
     if len(train.class_names) > count:
         source.class_names = train.class_names
+
+
+def data_folder(path: str) -> Path:
+    """Return the folder of a data set, expanded: of a naming pattern, the part before its first field."""
+    return expand_path(split_pattern(path)[0])
 
 
 def expand_path(path: str) -> Path:

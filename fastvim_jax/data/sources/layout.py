@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastvim_jax.data.sources import expand_path
+from fastvim_jax.data.multichannel import find_channel_files
+from fastvim_jax.data.sources import data_folder, expand_path
+from fastvim_jax.data.sources.channel_files import split_pattern
 from fastvim_jax.data.sources.hugging_face import parquet_splits
 from fastvim_jax.data.sources.image_folder import folders_in
 from fastvim_jax.data.sources.jump_cp import INDEX, SHARES
@@ -23,11 +25,15 @@ _LAYOUTS = {
 def guess_source(path: str) -> str:
     """Guess the kind of data set that lies in a folder; `digits`, which needs no folder, is itself.
 
+    A path with `{channel}` in it is a naming pattern of channel_files.
+
     Raises:
         UserError: when the folder does not exist or is of no known layout.
     """
     if path == "digits":
         return path
+    if "{channel}" in path:
+        return "channel_files"
     root = expand_path(path)
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist.")
@@ -51,6 +57,8 @@ def list_splits(name: str, path: str) -> list[str]:
         return ["test", "train"]
     if name == "jump_cp":
         return list(SHARES)
+    if name == "channel_files":
+        return _pattern_splits(path)
     root = expand_path(path)
     if name == "tfds":
         return tfds_splits(str(root))
@@ -65,3 +73,10 @@ def list_splits(name: str, path: str) -> list[str]:
     if name == "hugging_face" and parquet_splits(root):
         return sorted(parquet_splits(root))
     return folders_in(root)
+
+
+def _pattern_splits(path: str) -> list[str]:
+    pattern = split_pattern(path)[1]
+    if "{split}" not in pattern:
+        return ["all"]
+    return sorted({dict(key)["split"] for key in find_channel_files(data_folder(path), pattern)})
