@@ -258,7 +258,7 @@ def per_shard(
         elif must_split and not known:
             out = operation.under_the_partitioner(arrays)
         else:
-            return varying(function(Shard(), *varying(arguments, arguments)), arguments)
+            return mark_varying(function(Shard(), *mark_varying(arguments, arguments)), arguments)
         return jax.tree.unflatten(jax.tree.structure(results), out)
 
     return call
@@ -310,7 +310,7 @@ def _reshard(x: jax.Array, sharding) -> jax.Array:
     return jax.sharding.reshard(x, sharding)
 
 
-def like(gradients: Any, arrays: Any) -> Any:
+def match_types(gradients: Any, arrays: Any) -> Any:
     """Gradients in their arrays' dtypes and, on Explicit axes, shardings; summed over Manual axes that JAX tracks."""
 
     def one(gradient, x):
@@ -321,7 +321,7 @@ def like(gradients: Any, arrays: Any) -> Any:
     return jax.tree.map(one, gradients, arrays)
 
 
-def varying(results: Any, arrays: Any) -> Any:
+def mark_varying(results: Any, arrays: Any) -> Any:
     """Results whose types vary over the Manual axes that any array does (kernels' do not by themselves)."""
     axes = frozenset[str]().union(*(_varies(x) for x in jax.tree.leaves(arrays)))
     cast = lambda x: lax.pcast(x, tuple(axes - _varies(x)), to="varying")  # noqa: E731

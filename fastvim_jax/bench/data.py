@@ -66,7 +66,9 @@ def _whole(
     behind = f", {_processes(config.workers)}" if config.workers else ""
     torch = "PyTorch DataLoader" + behind
     running: dict[tuple[str, str], Iterator[Any]] = {
-        ("whole" + behind, decoder): _ours(source, dataclasses.replace(config, decoder=decoder))
+        ("whole" + behind, decoder): _our_batches(
+            source, dataclasses.replace(config, decoder=decoder)
+        )
         for decoder in decoders
     }
     ours = next(iter(running))
@@ -157,7 +159,7 @@ def _time(work: Callable[[], int], seconds: float) -> float:
     return best
 
 
-def _ours(source: Source, config: ClassificationData) -> Iterator[Any]:
+def _our_batches(source: Source, config: ClassificationData) -> Iterator[Any]:
     if config.workers:
         return make_train_iterator(config, seed=0)
     # In one thread: two on a core's two hardware threads would each look slower.

@@ -35,12 +35,12 @@ class Arguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a segmentation run by slide inference: mIoU, mAcc and aAcc over all pixels of all images."""
-    from fastvim_jax.distributed import is_first_process, start
+    from fastvim_jax.distributed import initialize_distributed, is_first_process
     from fastvim_jax.training.run_folder import read_config
     from fastvim_jax.training.segmentation.run_scores import score_run
 
     chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
-    start()
+    initialize_distributed()
     given = {"eval_split": chosen.split, "path": chosen.path}
     with as_usage_error():
         data = dataclasses.replace(

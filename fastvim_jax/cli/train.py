@@ -59,7 +59,7 @@ Experiments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or go on with an unfinished run of it."""
-    from fastvim_jax.distributed import is_first_process, start
+    from fastvim_jax.distributed import initialize_distributed, is_first_process
     from fastvim_jax.training import (
         STOPPED_STATUS,
         ProfileSteps,
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     with as_usage_error():
         profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
-    start(chosen.coordinator, chosen.processes, chosen.process)
+    initialize_distributed(chosen.coordinator, chosen.processes, chosen.process)
     try:
         result = train(
             chosen.config,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from fastvim_jax.data.cells_config import CellsData
-from fastvim_jax.data.device_transforms import Augment, Batch
+from fastvim_jax.data.device_transforms import Augment, DeviceBatch
 
 TURNS = np.array(
     # Transposed, then turned upside down, then mirrored.
@@ -54,7 +54,7 @@ def make_augment(config: CellsData) -> Augment:
     """Return `augment(key, batch) -> batch` of a training batch; `image` uint8 `b h w k` becomes normalised float32."""
     preprocess = make_preprocess(config)
 
-    def augment(key: Key[Array, ""], batch: Batch) -> Batch:
+    def augment(key: Key[Array, ""], batch: DeviceBatch) -> DeviceBatch:
         turn_key, blur_key, hole_key = jax.random.split(key, 3)
         images = batch["image"]
         if config.flip:

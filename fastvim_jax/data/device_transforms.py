@@ -26,9 +26,9 @@ from fastvim_jax.data.device_randaugment import augment_drawn
 from fastvim_jax.data.device_resize import crop_resize, draw_boxes
 from fastvim_jax.data.per_device import on_each_device
 
-Batch = Mapping[str, Any]
+DeviceBatch = Mapping[str, Any]
 Preprocess = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
-Augment = Callable[[Key[Array, ""], Batch], Batch]
+Augment = Callable[[Key[Array, ""], DeviceBatch], DeviceBatch]
 
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
@@ -63,7 +63,7 @@ def make_augment(
     """
     preprocess = make_preprocess(config)
 
-    def augment(key: Key[Array, ""], batch: Batch) -> Batch:
+    def augment(key: Key[Array, ""], batch: DeviceBatch) -> DeviceBatch:
         shift_key, flip_key, erase_key, mix_key = jax.random.split(key, 4)
         images, label = batch["image"], batch["label"]
         drawn = {name: batch[name] for name in DRAWN if name in batch}

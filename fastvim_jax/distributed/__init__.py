@@ -2,11 +2,11 @@
 
 from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
 from fastvim_jax.distributed.processes import (
+    all_gather_set,
+    barrier,
     fail_at_once,
     is_first_process,
     on_first_process,
-    union,
-    wait,
 )
 from fastvim_jax.distributed.sharding import (
     gather,
@@ -17,15 +17,18 @@ from fastvim_jax.distributed.sharding import (
     state_shardings,
     with_auto_axes,
 )
-from fastvim_jax.distributed.start import Launch, detect, start
+from fastvim_jax.distributed.start import Launch, detect, initialize_distributed
 
 __all__ = [
     "Launch",
     "MeshConfig",
+    "all_gather_set",
+    "barrier",
     "check_batch",
     "detect",
     "fail_at_once",
     "gather",
+    "initialize_distributed",
     "is_first_process",
     "make_mesh",
     "on_every_device",
@@ -35,9 +38,6 @@ __all__ = [
     "replicated",
     "round_up",
     "split_batch",
-    "start",
     "state_shardings",
-    "union",
-    "wait",
     "with_auto_axes",
 ]

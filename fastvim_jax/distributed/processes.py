@@ -22,7 +22,7 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Return when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -69,7 +69,7 @@ def fail_at_once(status: int) -> None:
     os._exit(status)
 
 
-def union(numbers: Iterable[int]) -> set[int]:
+def all_gather_set(numbers: Iterable[int]) -> set[int]:
     """Gather the set of numbers that any process has."""
     own = np.array(sorted(set(numbers)), np.int32)
     if jax.process_count() == 1:

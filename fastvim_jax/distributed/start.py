@@ -43,7 +43,7 @@ class Launch:
     local_devices: tuple[int, ...] | None = None
 
 
-def start(
+def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Launch | None:
     """Join the group of processes that `detect` finds, or stay alone. To be called before the devices are first used.

@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.typing import Inner, Pooled, Scores
 from pallas_kernels.dtypes import wide_dtype
 
@@ -81,7 +81,7 @@ class ChannelPooling:
         if self.method == "mean":
             pooled = jnp.mean(grid, axis=2, dtype=wide) * self.scale
         elif self.method == "max":
-            pooled = largest(grid, axis=2)
+            pooled = max_by_argmax(grid, axis=2)
         else:
             assert scores is not None, "attention pooling reads scores"
             weights = jax.nn.softmax(scores.astype(wide).reshape(*grid.shape[:4], 1), axis=2)

@@ -145,7 +145,7 @@ class GridPooling:
         if self.method == "mean":
             pooled = jnp.mean(grid, axis=2, dtype=wide) * self.scale
         elif self.method == "max":
-            pooled = largest(grid, axis=2)
+            pooled = max_by_argmax(grid, axis=2)
         else:
             assert scores is not None, "attention pooling reads scores"
             scores, _ = _take_out(scores, self.class_index)
@@ -169,7 +169,7 @@ class GridPooling:
         return _put_in(grid.reshape(x.shape), class_token, self.class_index)
 
 
-def largest(x: jax.Array, axis: int) -> jax.Array:
+def max_by_argmax(x: jax.Array, axis: int) -> jax.Array:
     """Compute the maximum along `axis`; the gradient goes to the first entry that attains the maximum.
 
     The gradient of `jnp.max` compares all entries with the maximum and divides by the number of equal ones. XLA may

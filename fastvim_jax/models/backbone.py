@@ -74,12 +74,12 @@ class Backbone(nnx.Module):
             UserError: images of another rank, dtype or channel count, or smaller than a patch; no key after `train()`.
         """
         key, drop_path_keep = self._drop_path(key, drop_path_keep)
-        taps = self.config.out_indices
+        output_blocks = self.config.out_indices
         # 1) Embed patches and positions; 2) run the blocks over the residual stream.
-        residual, outputs, grid = self._run(images, taps, key, drop_path_keep)
+        residual, outputs, grid = self._run(images, output_blocks, key, drop_path_keep)
         # 3) Dense features, or final norm, pooling and head.
-        if taps:
-            pairs = zip(self.out_norms, taps, strict=True)
+        if output_blocks:
+            pairs = zip(self.out_norms, output_blocks, strict=True)
             return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)
         return self.classify(residual)
 
@@ -122,7 +122,7 @@ class Backbone(nnx.Module):
         *,
         key: jax.Array | None = None,
         drop_path_keep: Float[Array, "depth *branches b"] | None = None,
-        taps: Sequence[int] = (),
+        output_blocks: Sequence[int] = (),
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
         """Run all blocks over tokens `b l d`, as `embed` makes them or any others.
 
@@ -130,12 +130,12 @@ class Backbone(nnx.Module):
             tokens: float32 or wider, in stored order.
             poolings: one period of the stack's poolings, for example `self.poolings(grid)`.
             key, drop_path_keep: as for a call of the model.
-            taps: blocks whose (residual before, own output) are returned.
+            output_blocks: blocks whose (residual before, own output) are returned.
 
         Returns:
             The residual stream before the final norm, and the tapped pairs by block index.
         """
-        return self._encode(tokens, poolings, taps, key, drop_path_keep)
+        return self._encode(tokens, poolings, output_blocks, key, drop_path_keep)
 
     def draw_drop_path(
         self, key: jax.Array, batch: int
@@ -273,7 +273,7 @@ class Backbone(nnx.Module):
     def _class_token_of(self, tokens: Tokens) -> Float[Array, "b 1 d"]:
         raise NotImplementedError
 
-    def _after_block(self, before: Tokens, own: Tokens) -> Tokens:
+    def _after_block(self, before: Tokens, output: Tokens) -> Tokens:
         raise NotImplementedError
 
     def _prepared(self, poolings: Sequence[Pooling]) -> Any:
@@ -294,7 +294,7 @@ class Backbone(nnx.Module):
     def _run(
         self,
         images: Images,
-        taps: Sequence[int] = (),
+        output_blocks: Sequence[int] = (),
         key: Any = None,
         drop_path_keep: Any = None,
         **embed: Any,
@@ -304,13 +304,13 @@ class Backbone(nnx.Module):
         if exact and jax.default_backend() == "gpu":
             log_once(SLOW_DEFAULT)
         tokens, grid = self._embed(images, **embed)
-        return *self._encode(tokens, self._poolings(grid), taps, key, drop_path_keep), grid
+        return *self._encode(tokens, self._poolings(grid), output_blocks, key, drop_path_keep), grid
 
     def _encode(
         self,
         tokens: Tokens,
         poolings: Sequence[Pooling],
-        taps: Sequence[int],
+        output_blocks: Sequence[int],
         key: jax.Array | None,
         drop_path_keep: jax.Array | None,
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
@@ -324,7 +324,7 @@ class Backbone(nnx.Module):
             keep=keep_factors(key, drop_path_keep, config.drop_path, masks, tokens.dtype),
             mode=config.blocks,
             remat=config.remat,
-            taps=taps,
+            output_blocks=output_blocks,
         )
 
     def _tokens(self, images: Images, **embed: Any) -> Tokens:

@@ -41,7 +41,7 @@ def run_blocks(
     keep: jax.Array | None,
     mode: str,
     remat: str,
-    taps: Sequence[int] = (),
+    output_blocks: Sequence[int] = (),
 ) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
     """Run the blocks over the residual stream.
 
@@ -54,7 +54,7 @@ def run_blocks(
         keep: Drop-path factors with leading axis `depth`, or None.
         mode: "scan" or "unroll".
         remat: What the backward pass recomputes: "none", "block" (a whole block) or "dots" (all but matrix products).
-        taps: Indices of blocks whose (residual before the block, block's own output) are returned.
+        output_blocks: Indices of blocks whose (residual before the block, block's own output) are returned.
 
     Returns:
         The last residual, and the pair of every tapped block by its index.
@@ -70,11 +70,11 @@ def run_blocks(
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))
 
-    apart = _unstack((stacked, keep)) if mode == "unroll" else None
+    by_block = _unstack((stacked, keep)) if mode == "unroll" else None
 
     def one(i: int, residual):
         params, keep_i = (
-            jax.tree.map(lambda x: x[i], (stacked, keep)) if apart is None else apart[i]
+            jax.tree.map(lambda x: x[i], (stacked, keep)) if by_block is None else by_block[i]
         )
         return apply(i % period, params, keep_i, residual)
 
@@ -101,11 +101,11 @@ def run_blocks(
 
     outputs = {}
     start = 0
-    for tap in sorted(set(taps)):
-        before = segment(start, tap, residual)
-        residual, hidden = one(tap, before)
-        outputs[tap] = (before, hidden)
-        start = tap + 1
+    for index in sorted(set(output_blocks)):
+        before = segment(start, index, residual)
+        residual, hidden = one(index, before)
+        outputs[index] = (before, hidden)
+        start = index + 1
     return segment(start, depth, residual), outputs
 
 

@@ -20,7 +20,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
-from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, largest
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_with_class_row
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.config import VisionMambaConfig
@@ -165,10 +165,10 @@ class VisionMamba(Backbone):
 
     def _classify(self, features: Array) -> Array:
         logits = self.head(features)
-        return largest(logits, axis=1) if self._reads_all("max") else logits
+        return max_by_argmax(logits, axis=1) if self._reads_all("max") else logits
 
-    def _after_block(self, before: Tokens, own: Tokens) -> Tokens:
-        return before + own.astype(before.dtype)
+    def _after_block(self, before: Tokens, output: Tokens) -> Tokens:
+        return before + output.astype(before.dtype)
 
     def _as_image(self, tokens: Tokens, grid: GridSize, norm: Any = None) -> Array:
         index = self._class_index(grid)

@@ -128,8 +128,8 @@ class VisionTransformer(Backbone):
             return tokens[:, 0]
         return self.fc_norm(jnp.mean(tokens[:, 1:], axis=1))
 
-    def _after_block(self, before: Tokens, own: Tokens) -> Tokens:
-        return own
+    def _after_block(self, before: Tokens, output: Tokens) -> Tokens:
+        return output
 
     def _as_image(self, tokens: Tokens, grid: GridSize, norm: Any = None) -> Array:
         patches = tokens[:, 1:] if norm is None else norm(tokens[:, 1:])

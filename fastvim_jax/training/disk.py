@@ -40,7 +40,7 @@ def why_not_written(error: BaseException, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn a file that cannot be written into an error for the user.
 
     Raises:

@@ -16,7 +16,7 @@ import jax
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data.stream import WorkersEnded
-from fastvim_jax.distributed import union, wait
+from fastvim_jax.distributed import all_gather_set, barrier
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.evaluators import Evaluator
@@ -143,7 +143,7 @@ def run_loop(
 
     def save() -> None:
         records = window.fetch(checkpoints.describe_latest)
-        position = batches.get_state() | {"corrupt": sorted(union(batches.corrupt))}
+        position = batches.get_state() | {"corrupt": sorted(all_gather_set(batches.corrupt))}
         checkpoints.save(state, {"data": position, "window": records})
 
     def stop_after(step: int) -> Stopped:
@@ -212,7 +212,7 @@ def run_loop(
                 scalars = window.summarise(checkpoints.describe_latest)
             scalars |= {"epoch": step / steps_per_epoch}
             scalars |= {"learning_rate": float(learning_rate(step - 1))}
-            if corrupt := union(batches.corrupt):
+            if corrupt := all_gather_set(batches.corrupt):
                 scalars["corrupt_records"] = len(corrupt)
             log.write("train", step, scalars | clock.lap())
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
@@ -231,7 +231,7 @@ def run_loop(
         checkpoints.check()
     checkpoints.wait()
     picture.draw(at_once=True)
-    wait("log")
+    barrier("log")
     found = read_metrics(folder, main)
     scores = found[-1] if found else {}
     seconds = time.perf_counter() - call.started

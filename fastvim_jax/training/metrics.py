@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.serialise import to_dict
-from fastvim_jax.training.disk import replace_file, writing
+from fastvim_jax.training.disk import explain_write_errors, replace_file
 from fastvim_jax.training.event_file import EventFile
 from fastvim_jax.training.wandb_log import WandbLog
 
@@ -74,7 +74,7 @@ class RunLog:
         self._file: TextIO | None = None
         if not is_first_process():
             return
-        with writing(self._path):
+        with explain_write_errors(self._path):
             records, damaged = _read(self._path)
             if damaged:
                 copy = self._path.with_name(METRICS_FILE + ".damaged")
@@ -115,7 +115,7 @@ class RunLog:
         """Record numbers of `kind` (`train`, `eval`, `norms`) at `step` everywhere."""
         if self._file is None:
             return
-        with writing(self._path):
+        with explain_write_errors(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **scalars}) + "\n")
             self._file.flush()
             for sink in self._sinks:
@@ -132,7 +132,7 @@ class RunLog:
     def close(self) -> None:
         """Close the files."""
         self._display.close()
-        with writing(self._path), contextlib.ExitStack() as closing:
+        with explain_write_errors(self._path), contextlib.ExitStack() as closing:
             if self._file is not None:
                 closing.callback(self._file.close)
             for sink in self._sinks:

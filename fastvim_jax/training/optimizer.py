@@ -68,7 +68,7 @@ _RELEASED_DEPTH = 12
 """Depth that the released detectors' rule was told, whatever the backbone's."""
 
 
-def layer_scale(layer: int, depth: int, decay: float, rule: LayerRule = "pairs") -> float:
+def layer_decay_factor(layer: int, depth: int, decay: float, rule: LayerRule = "pairs") -> float:
     """Compute the learning-rate factor of a layer.
 
     One factor of `decay` for every two layers below the head ("pairs"), or for every layer ("blocks"). The rule of the
@@ -99,7 +99,7 @@ def learning_rate_scales(params: Any, decay: float, rule: LayerRule = "pairs") -
     Args:
         params: the model's parameters.
         decay: the factor per layer or two, 0 < decay ≤ 1.
-        rule: see `layer_scale`.
+        rule: see `layer_decay_factor`.
     """
     depths = _backbone_depths(params)
 
@@ -109,10 +109,12 @@ def learning_rate_scales(params: Any, decay: float, rule: LayerRule = "pairs") -
             return np.asarray(1.0, leaf.dtype)
         depth, local = depths[prefix], info.name.removeprefix(prefix).split(".")[0]
         if local == STACK:
-            by_block = np.array([layer_scale(i + 1, depth, decay, rule) for i in range(depth)])
+            by_block = np.array(
+                [layer_decay_factor(i + 1, depth, decay, rule) for i in range(depth)]
+            )
             return by_block.reshape((depth,) + (1,) * info.ndim).astype(leaf.dtype)
         layer = 0 if local in (_EMBEDDING, *_INPUT_NAMES) else depth + 1
-        return np.asarray(layer_scale(layer, depth, decay, rule), leaf.dtype)
+        return np.asarray(layer_decay_factor(layer, depth, decay, rule), leaf.dtype)
 
     return map_parameters(scale, params)
 
@@ -226,7 +228,7 @@ def adamw(
         weight_decay: decoupled decay, a number or a schedule.
         groups: which recipe says what is decayed.
         layer_decay: layer-wise factor, or None.
-        layer_rule: what it is applied to; see `layer_scale`.
+        layer_rule: what it is applied to; see `layer_decay_factor`.
         beta1, beta2, eps: Adam's; ε is added outside the square root.
         clip_grad_norm: largest global gradient norm, or None.
     """

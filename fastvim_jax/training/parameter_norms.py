@@ -20,8 +20,8 @@ def parameter_norms(tree: Any) -> Float[Array, " p"]:
     squares = []
     for info, leaf in zip(parameter_infos(tree), jax.tree.leaves(tree), strict=True):
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        own = tuple(range(leaf.ndim - info.ndim, leaf.ndim))
-        squares.append(jnp.sum(wide * wide, axis=own).reshape(-1))
+        axes = tuple(range(leaf.ndim - info.ndim, leaf.ndim))
+        squares.append(jnp.sum(wide * wide, axis=axes).reshape(-1))
     return jnp.sqrt(jnp.concatenate(squares))
 
 

@@ -37,7 +37,7 @@ from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.choice import best_step, better_weights
 from fastvim_jax.training.config import RunConfig
-from fastvim_jax.training.disk import keep_damaged, replace_file, writing
+from fastvim_jax.training.disk import explain_write_errors, keep_damaged, replace_file
 from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.tasks import config_from_json
 
@@ -192,7 +192,7 @@ def start_run(
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
-            with writing(folder):
+            with explain_write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 _refuse_other_files(folder)
                 held.enter_context(locked(folder))
@@ -381,7 +381,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """
 
     def write() -> None:
-        with writing(path):
+        with explain_write_errors(path):
             replace_file(path, json.dumps(record, indent=1, ensure_ascii=False))
 
     on_first_process(write)

@@ -17,7 +17,7 @@ from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
-from pallas_kernels.sharding import like, per_shard, varying
+from pallas_kernels.sharding import mark_varying, match_types, per_shard
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 METHODS = ("mean", "max")
@@ -183,7 +183,7 @@ class _Stages:
                 return kernel(*arrays, options)
             return jax.lax.platform_dependent(
                 *arrays,
-                cuda=lambda *arrays: varying(kernel(*arrays, options), arrays),
+                cuda=lambda *arrays: mark_varying(kernel(*arrays, options), arrays),
                 default=lambda *arrays: other(*arrays, options),
             )
 
@@ -232,7 +232,11 @@ def _backward(stages, middle, options, residuals, out_bar):
     xz_bar, directions_bar = stages.front_gradients(
         xz, s_bar, xz_bar, u_bar, places, directions, ids, options
     )
-    gradients = like(xz_bar, xz), *like([directions_bar, norm_bar], weights), middle_bar
+    gradients = (
+        match_types(xz_bar, xz),
+        *match_types([directions_bar, norm_bar], weights),
+        middle_bar,
+    )
     return *gradients, jax.tree.map(lambda _: None, ids)
 
 

@@ -25,7 +25,7 @@ def in_place(run: Callable[..., jax.Array], shares: jax.ShapeDtypeStruct) -> Cal
             shares_ref[...] = run(array_ref, *others)
 
         # Pallas takes no reference whose type says over which devices it varies. Results of reshapes don't say it here,
-        # as those of `plgpu.kernel` don't; the caller adds it again (`sharding.varying`).
+        # as those of `plgpu.kernel` don't; the caller adds it again (`sharding.mark_varying`).
         with config._check_vma(False):
             array = array.reshape(-1).reshape(array.shape)
             # XLA fuses slices and updates of stacks into the calls that read and write them, also where that separates

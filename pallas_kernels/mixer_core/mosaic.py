@@ -138,17 +138,17 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
     """See `xla.front`; reads x out of xz in place."""
     visited = _visited(xz, ids, options)
     grid = cut("front", xz, directions.kernels.shape[1], visited)
-    d = _float32(directions)
+    directions32 = _float32(directions)
     if ids:
         per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
         u = mosaic_ragged_front.front(
-            _on_grid(xz, visited), ids, d.kernels, d.biases,
+            _on_grid(xz, visited), ids, directions32.kernels, directions32.biases,
             dataclasses.replace(grid, per_block=per_block),
             rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip
         return gpu.run_once(u), ()
     out = mosaic_front.front(
-        _on_grid(xz, options), d.kernels, d.biases, grid,
+        _on_grid(xz, options), directions32.kernels, directions32.biases, grid,
         method=options.method, scale=options.scale, interpret=gpu.interpreted(),
     )  # fmt: skip
     u, *places = gpu.run_once(out)
@@ -159,9 +159,9 @@ def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOp
     """See `xla.back`."""
     options = _visited(xz, ids, options)
     grid = cut("back", xz, directions.kernels.shape[1], options)
-    d, n = _float32((directions, norm))
+    directions32, norm32 = _float32((directions, norm))
     out = mosaic_back.back(
-        _on_grid(xz, options), _float32(y), ids, *d, *n, grid,
+        _on_grid(xz, options), _float32(y), ids, *directions32, *norm32, grid,
         eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(_flat(out))
@@ -173,9 +173,9 @@ def back_gradients(
     """See `xla.back_gradients`."""
     visited = _visited(xz, ids, options)
     grid = cut("back_gradients", xz, directions.kernels.shape[1], visited)
-    d, n = _float32((directions, norm))
+    directions32, norm32 = _float32((directions, norm))
     s_bar, xz_bar, y_bar, norm_bar = mosaic_back.back_gradients(
-        _on_grid(xz, visited), _float32(y), ids, *d, *n, _on_grid(out_bar, visited), grid,
+        _on_grid(xz, visited), _float32(y), ids, *directions32, *norm32, _on_grid(out_bar, visited), grid,
         eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
@@ -194,7 +194,7 @@ def front_gradients(
     taps = directions.kernels.shape[1]
     visited = _visited(xz, ids, options)
     grid = cut("front_gradients", xz, taps, visited)
-    d = _float32(directions)
+    directions32 = _float32(directions)
     tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))
     share = 1.0 if places else options.scale / options.tokens
     xz_bar, shares = mosaic_front_gradients.front_gradients(
@@ -202,7 +202,7 @@ def front_gradients(
         _float32(pooled_bar),
         places,
         ids,
-        *d,
+        *directions32,
         grid,
         share=share,
         interpret=gpu.interpreted(),

@@ -17,7 +17,7 @@ from pallas_kernels.mixer_core import sequence_xla
 from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.sharding import like, per_shard, varying
+from pallas_kernels.sharding import mark_varying, match_types, per_shard
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 
@@ -131,7 +131,7 @@ class _Stages:
             if self.kernels == "always":
                 return kernel(*arrays)
             return jax.lax.platform_dependent(
-                *arrays, cuda=lambda *arrays: varying(kernel(*arrays), arrays), default=plain
+                *arrays, cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays), default=plain
             )
 
         return per_shard(either, operands, results, split="b", opaque=True)
@@ -168,7 +168,7 @@ def _backward(stages, middle, residuals, out_bar):
     y_bar, xz_bar, norm_bar = stages.back_gradients(xz, y, norm, out_bar)
     middle_bar, c_bar = pull((y_bar, y_bar))
     xz_bar, convolutions_bar = stages.front_gradients(xz, c_bar, xz_bar, convolutions)
-    return like(xz_bar, xz), *like([convolutions_bar, norm_bar], weights), middle_bar
+    return match_types(xz_bar, xz), *match_types([convolutions_bar, norm_bar], weights), middle_bar
 
 
 _core.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from pallas_kernels.selective_scan import vjp
 from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, Bidirectional, of_direction
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
-from pallas_kernels.sharding import varying
+from pallas_kernels.sharding import mark_varying
 
 _MODULES = {
     "pallas": "pallas_kernels.selective_scan.mosaic",
@@ -68,7 +68,7 @@ class KernelOnCuda:
         ):  # a device's share may be, of a whole that is not
             return other(inputs)
         return jax.lax.platform_dependent(
-            inputs, cuda=lambda x: varying(self.kernel.forward(x, options), x), default=other
+            inputs, cuda=lambda x: mark_varying(self.kernel.forward(x, options), x), default=other
         )
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
@@ -79,7 +79,7 @@ class KernelOnCuda:
             return other(arrays)
         return jax.lax.platform_dependent(
             arrays,
-            cuda=lambda x: varying(self.kernel.backward(x[0], options, *x[1:]), x),
+            cuda=lambda x: mark_varying(self.kernel.backward(x[0], options, *x[1:]), x),
             default=other,
         )
 

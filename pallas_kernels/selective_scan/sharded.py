@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
-from pallas_kernels.sharding import Shard, like, per_shard
+from pallas_kernels.sharding import Shard, match_types, per_shard
 
 # Letters in the place of arrays.
 _STATE, _STATES = "b e n", "b c e n"  # the first or last one, and those entering the chunks c
@@ -73,7 +73,7 @@ class Sharded:
         bars = per_shard(run, operands, dims, opaque=self.opaque, **_SPLIT)(
             inputs._replace(**wide), boundaries, y_bar, last_state_bar
         )
-        return like(bars, inputs)
+        return match_types(bars, inputs)
 
 
 def _dims(inputs: ScanInputs) -> tuple[Any, Any, str]:

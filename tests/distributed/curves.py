@@ -19,7 +19,14 @@ from flax import nnx
 
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.data.device_transforms import make_augment
-from fastvim_jax.distributed import MeshConfig, make_mesh, on_mesh, place_batch, sharding, start
+from fastvim_jax.distributed import (
+    MeshConfig,
+    initialize_distributed,
+    make_mesh,
+    on_mesh,
+    place_batch,
+    sharding,
+)
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 from fastvim_jax.training import OptimizerConfig
 from fastvim_jax.training.classification.train import make_draw, make_loss
@@ -115,7 +122,7 @@ def curve(name: str) -> tuple[list[float], float, int]:
 
 def main(out: str, *names: str) -> None:
     jax.config.update("jax_enable_x64", any(name.startswith("float64") for name in names))
-    start()
+    initialize_distributed()
     results = {name: curve(name) for name in names}
     if jax.process_index() == 0:
         Path(out).write_text(json.dumps(results))

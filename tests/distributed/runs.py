@@ -19,12 +19,12 @@ import numpy as np
 
 from fastvim_jax.distributed import (
     MeshConfig,
+    all_gather_set,
+    barrier,
+    initialize_distributed,
     is_first_process,
     on_first_process,
     sharding,
-    start,
-    union,
-    wait,
 )
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig, train
@@ -73,20 +73,20 @@ def agree() -> None:
         assert str(error) == "the folder is full: make room"
     else:
         raise AssertionError("only process 0 has failed")
-    assert union({jax.process_index(), 7}) == {7, *range(jax.process_count())}
-    assert union(range(3 * jax.process_index())) == set(range(3 * jax.process_count() - 3))
+    assert all_gather_set({jax.process_index(), 7}) == {7, *range(jax.process_count())}
+    assert all_gather_set(range(3 * jax.process_index())) == set(range(3 * jax.process_count() - 3))
 
 
 def main(folder: str, *jobs: str) -> None:
     jax.config.update("jax_enable_x64", True)
-    start()
+    initialize_distributed()
     agree()
     for job in jobs:
         name, mesh, *stop = job.split(":")
         name, _, copied = name.partition("=")
         if copied and is_first_process():
             shutil.copytree(Path(folder, copied), Path(folder, name))
-        wait("copied")
+        barrier("copied")
         if mesh == "score":
             score(Path(folder, name))
             continue

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from fastvim_jax.distributed import start
+from fastvim_jax.distributed import initialize_distributed
 from fastvim_jax.training import Stopped, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.stopping import StopRequest
@@ -51,7 +51,7 @@ def stop_training(at: int, folder: Path) -> int:
 
 
 def main(at: str, *folder: str) -> None:
-    start()
+    initialize_distributed()
     print("stopped", stop_training(int(at), Path(folder[0])) if folder else ask(int(at)))
 
 

@@ -8,13 +8,13 @@ from jax.sharding import PartitionSpec as P
 
 from fastvim_jax.distributed import (
     MeshConfig,
+    all_gather_set,
     check_batch,
     gather,
     make_mesh,
     place_batch,
     round_up,
     split_batch,
-    union,
 )
 from fastvim_jax.distributed.sharding import parameter_spec
 from fastvim_jax.errors import UserError
@@ -72,4 +72,4 @@ def test_impossible_meshes_are_refused_by_field(change):
 def test_without_a_mesh_nothing_is_placed():
     x = jnp.ones((8, 4))
     assert gather(x) is x and split_batch(x) is x
-    assert union([3, 1, 3]) == {1, 3} and union([]) == set()
+    assert all_gather_set([3, 1, 3]) == {1, 3} and all_gather_set([]) == set()

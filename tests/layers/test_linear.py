@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.layers.linear import product
-from fastvim_jax.layers.pooling import largest
+from fastvim_jax.layers.pooling import max_by_argmax
 from tests.support import assert_close
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -59,6 +59,6 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to(rng) -> None:
 
 def test_largest_gives_its_gradient_to_the_first_of_equals() -> None:
     x = jnp.array([[1.0, 3.0, 3.0], [-2.0, -5.0, -2.0]])
-    y, pullback = jax.vjp(lambda x: largest(x, axis=1), x)
+    y, pullback = jax.vjp(lambda x: max_by_argmax(x, axis=1), x)
     np.testing.assert_array_equal(y, [3.0, -2.0])
     np.testing.assert_array_equal(pullback(jnp.array([2.0, 7.0]))[0], [[0, 2, 0], [7, 0, 0]])

@@ -22,7 +22,7 @@ from fastvim_jax.models.parameters import (
 )
 from fastvim_jax.models.stack import stack_blocks
 from fastvim_jax.models.vision_mamba import Block
-from fastvim_jax.training.optimizer import layer_scale, parameter_groups
+from fastvim_jax.training.optimizer import layer_decay_factor, parameter_groups
 from tests.support import assert_close
 
 DEPTH, DECODER_DEPTH = 4, 3
@@ -97,10 +97,12 @@ def test_layer_wise_rates_follow_the_backbone_s_depth(model):
         for name, group in parameter_groups(params, "supervised", layer_decay=decay).items()
     }
     for i in range(DEPTH):
-        assert rates[f"{prefix}blocks.{i}.mixer.in_proj.kernel"] == layer_scale(i + 1, DEPTH, decay)
+        assert rates[f"{prefix}blocks.{i}.mixer.in_proj.kernel"] == layer_decay_factor(
+            i + 1, DEPTH, decay
+        )
     assert rates[f"{prefix}blocks.0.norm.scale"] < 1
     for name in ("patch_embed.proj.kernel", "pos_embed", "class_token"):
-        assert rates[prefix + name] == layer_scale(0, DEPTH, decay) < 1
+        assert rates[prefix + name] == layer_decay_factor(0, DEPTH, decay) < 1
     behind = [n for n in rates if n.startswith(("classifier.", "decoder.")) or ".head." in f".{n}"]
     assert len(behind) >= 2 and {rates[n] for n in behind} == {1.0}
 

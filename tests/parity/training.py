@@ -11,7 +11,7 @@ from flax import nnx
 
 from fastvim_jax.interop import to_torch_names
 from fastvim_jax.training.classification.train import make_loss
-from fastvim_jax.training.optimizer import adamw, layer_scale
+from fastvim_jax.training.optimizer import adamw, layer_decay_factor
 from fastvim_jax.training.schedules import (
     Schedule,
     epoch_cosine,
@@ -127,7 +127,7 @@ def compare_group_scales(
 ) -> None:
     """Every group's factor is a layer's, and every layer has its group."""
     depth, decay = spec["depth"], spec["layer_decay"]
-    ours = {layer_scale(layer, depth, decay) for layer in range(depth + 2)}
+    ours = {layer_decay_factor(layer, depth, decay) for layer in range(depth + 2)}
     comparison.output(name, sorted(ours), np.unique(expected))
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import load_run, read_metrics, train
-from fastvim_jax.training.disk import why_not_written, writing
+from fastvim_jax.training.disk import explain_write_errors, why_not_written
 from fastvim_jax.training.metrics import RunLog
 from tests.support import ROOT
 from tests.training.compare_runs import steps_of
@@ -134,5 +134,5 @@ def test_a_folder_that_cannot_be_made_is_no_traceback(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written: NotADirectoryError"):
         train(CONFIG, tmp_path / "file" / "run", progress=False)
-    with writing(tmp_path):
+    with explain_write_errors(tmp_path):
         pass

@@ -66,7 +66,7 @@ def receptive_fields(
         def centres(batch: Array) -> Array:
             model = nnx.merge(graphdef, params)
             tokens, grid = model.embed(batch)
-            _, outputs = model.encode(tokens, model.poolings(grid), taps=taps)
+            _, outputs = model.encode(tokens, model.poolings(grid), output_blocks=taps)
             pairs = [outputs[tap] for tap in taps]
             return jnp.stack([(before + own)[:, tokens.shape[1] // 2] for before, own in pairs])
 

@@ -59,7 +59,7 @@ def selection_of(model: VisionMamba, image: Float[Array, "h w c"], block: int = 
         tokens, grid = model.embed(image[None])
         poolings = model.poolings(grid)
         pooling = poolings[block % len(poolings)]
-        _, outputs = model.encode(tokens, poolings, taps=(block,))
+        _, outputs = model.encode(tokens, poolings, output_blocks=(block,))
         split, stacked = nnx.split(model.blocks)
         one = nnx.merge(split, jax.tree.map(lambda leaf: leaf[block], stacked))
         xz = one.mixer.in_proj(one.norm(outputs[block][0]))

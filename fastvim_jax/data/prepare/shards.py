@@ -18,7 +18,7 @@ from typing import Any
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.prepare.encoding import JPEG_QUALITY, EncodedShard, PixelShard
 from fastvim_jax.data.prepare.processes import map_source
-from fastvim_jax.data.prepare.writing import writing
+from fastvim_jax.data.prepare.writing import explain_shard_errors
 from fastvim_jax.data.records import DecodeError, Source, read_record
 from fastvim_jax.data.sources.array_record import FORMAT
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
@@ -121,7 +121,7 @@ def prepare(
         raise UserError(f"{split!r} is a part of a split, and no prepared split's name: {advice}.")
     refuse_stray_labels(source)
     folder = Path(out)
-    with writing(folder):
+    with explain_shard_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
         "format": FORMAT if pixels is None else PIXELS_FORMAT,
@@ -144,7 +144,7 @@ def prepare(
     file = folder / f"{split}.json"
     manifest = _resumed(file, fresh) if file.is_file() else fresh
     for leftover in folder.glob(f".{split}-*.tmp"):
-        with writing(folder):
+        with explain_shard_errors(folder):
             leftover.unlink()
     count = -(-len(source) // shard_records)
     suffix = "array_record" if pixels is None else "pixels"
@@ -210,7 +210,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
     # Taken first: what changes while the shard is written is found by the next run.
     made_of = fingerprint(source, task.start, task.stop)
     try:
-        with writing(folder):
+        with explain_shard_errors(folder):
             writer: Any = PixelShard(temporary) if task.pixels else EncodedShard(temporary)
         for index in range(task.start, task.stop):
             try:
@@ -225,9 +225,9 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
                 continue
             if record.note:
                 notes.append(record.note)
-            with writing(folder):
+            with explain_shard_errors(folder):
                 writer.write(image, record)
-        with writing(folder):
+        with explain_shard_errors(folder):
             writer.close()
             with temporary.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -240,7 +240,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
         }
         if notes:
             entry["notes"] = notes
-        with writing(folder):
+        with explain_shard_errors(folder):
             os.replace(temporary, task.file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -267,7 +267,7 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file.parent):
+    with explain_shard_errors(file.parent):
         with temporary.open("w", encoding="utf-8") as opened:
             json.dump(content, opened, indent=1, ensure_ascii=False)
             opened.flush()

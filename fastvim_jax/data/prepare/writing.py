@@ -14,7 +14,7 @@ _FULL = re.compile(r"No space left|quota exceeded|File too large", re.IGNORECASE
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def explain_shard_errors(folder: Path) -> Iterator[None]:
     """Turn what hinders writing in a folder into an error for the user; only writing may stand inside.
 
     Raises:

@@ -83,9 +83,9 @@ class ParquetSource:
         self._files = shards[split]
         self._reset()
         schema = self._file(0).schema_arrow
-        self._image, self._label, own = _columns(schema, self._files[0])
-        classes = list_for(root, class_list, own)
-        names = classes.names if classes else own
+        self._image, self._label, stored_names = _columns(schema, self._files[0])
+        classes = list_for(root, class_list, stored_names)
+        names = classes.names if classes else stored_names
         labels, self._groups = self._read_layout(names)
         self._labels = SharedArray(labels)
         if not len(labels):
@@ -93,11 +93,11 @@ class ParquetSource:
         self.class_names = names_of_labels(
             labels,
             f"The split {split!r} in {str(root)!r}",
-            own=own,
+            stored_names=stored_names,
             classes=classes,
             any_label=any_label,
         )
-        self.counts_classes = classes is None and own is None
+        self.counts_classes = classes is None and stored_names is None
 
     @property
     def labels(self) -> np.ndarray:

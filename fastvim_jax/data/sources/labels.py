@@ -75,7 +75,7 @@ def names_of_labels(
     labels: np.ndarray,
     where: str,
     *,
-    own: tuple[str, ...] | None = None,
+    stored_names: tuple[str, ...] | None = None,
     classes: ClassList | None = None,
     any_label: bool = False,
 ) -> tuple[str, ...]:
@@ -84,15 +84,15 @@ def names_of_labels(
     Args:
         labels: every label of the split.
         where: the split, for the error message.
-        own: names stored with the data.
-        classes: the class list; overrides `own`.
+        stored_names: names stored with the data.
+        classes: the class list; overrides `stored_names`.
         any_label: let labels outside the classes pass (a scan lists them).
 
     Raises:
         UserError: when a label lies outside the classes.
     """
     highest = int(labels.max()) if len(labels) else -1
-    names = classes.names if classes else own
+    names = classes.names if classes else stored_names
     if names is None:
         if highest >= MOST_CLASSES and not any_label:
             raise UserError(
@@ -117,12 +117,12 @@ def names_of_labels(
 
 
 def list_for(
-    root: Path, class_list: Path | None, own: tuple[str, ...] | None = None
+    root: Path, class_list: Path | None, stored_names: tuple[str, ...] | None = None
 ) -> ClassList | None:
     """Read the class list given, or else, where the data have no names of their own, the one in their folder."""
     if class_list:
         return read_class_list(class_list)
-    return find_class_list(root) if own is None else None
+    return find_class_list(root) if stored_names is None else None
 
 
 def refuse_stray_labels(source: Source) -> None:

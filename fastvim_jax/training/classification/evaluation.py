@@ -15,7 +15,7 @@ from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data import BatchIterator
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.labelled import make_preprocess
-from fastvim_jax.distributed import on_every_device, union
+from fastvim_jax.distributed import all_gather_set, on_every_device
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channels import channel_inputs
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
@@ -30,10 +30,12 @@ from fastvim_jax.training.steps import (
 HEADLINE = Headline(
     "top1", label="top-1", title="Accuracy on held-out images", loss="cross entropy"
 )
-Scores = dict[str, Any]
+ClassificationScores = dict[str, Any]
 
 
-def evaluate(model: nnx.Module, batches: Iterable[Batch], *, per_class: bool = False) -> Scores:
+def evaluate(
+    model: nnx.Module, batches: Iterable[Batch], *, per_class: bool = False
+) -> ClassificationScores:
     """Evaluate a model over one pass.
 
     Args:
@@ -62,7 +64,7 @@ def preprocess_of(batches: Iterable[Batch]) -> Preprocess | None:
 
 def evaluate_weights(
     eval_step: Any, weights: Mapping[str, Any], batches: Iterable[Batch]
-) -> dict[str, Scores]:
+) -> dict[str, ClassificationScores]:
     """Evaluate several sets of weights of one model in a single pass over the data; see `evaluate`.
 
     Args:
@@ -97,12 +99,12 @@ def make_evaluator(
         weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
         found = evaluate_weights(eval_step, weights, map(place, batches))
         batches.rewind()
-        scores: Scores = {"count": found["raw"]["count"]} | {
+        scores: ClassificationScores = {"count": found["raw"]["count"]} | {
             f"{name}_{key}": score[key]
             for name, score in found.items()
             for key in ("top1", "top5", "loss")
         }
-        if corrupt := union(batches.corrupt):
+        if corrupt := all_gather_set(batches.corrupt):
             scores["corrupt_records"] = len(corrupt)
         return Evaluation(scores)
 
@@ -161,9 +163,9 @@ def label_rank(logits: jax.Array, label: jax.Array) -> jax.Array:
 
     A row that holds a NaN ranks last, so that a broken model is never counted as right.
     """
-    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    label_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
     before = jnp.arange(logits.shape[-1]) < label[:, None]
-    rank = ((logits > own) | ((logits == own) & before)).sum(-1)
+    rank = ((logits > label_logit) | ((logits == label_logit) & before)).sum(-1)
     return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], rank)
 
 
@@ -175,10 +177,12 @@ def _add(totals: dict[str, Metrics], counts: dict[str, Metrics]) -> None:
             totals[name][key] = totals[name].get(key, 0) + value
 
 
-def _shares(total: Metrics) -> Scores:
+def _shares(total: Metrics) -> ClassificationScores:
     if not total.get("count"):
         raise UserError("there is no valid image to evaluate: check data.eval_split and data.path.")
     count = total["count"]
     shares = {key: total[key] / count for key in ("top1", "top5", "loss")}
-    by_class: Scores = {key: total[key] for key in ("class_count", "confusion") if key in total}
+    by_class: ClassificationScores = {
+        key: total[key] for key in ("class_count", "confusion") if key in total
+    }
     return {"count": count, **shares, **by_class}

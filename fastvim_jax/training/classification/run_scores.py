@@ -16,7 +16,7 @@ from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.classification.evaluation import (
-    Scores,
+    ClassificationScores,
     evaluate_weights,
     make_eval_step,
 )
@@ -36,7 +36,7 @@ class RunScores:
 
     step: int
     class_names: tuple[str, ...]
-    scores: dict[str, Scores]
+    scores: dict[str, ClassificationScores]
     other_names: tuple[int, str, str] | None = None
 
     def by_class(self, weights: str) -> list[dict[str, Any]]:

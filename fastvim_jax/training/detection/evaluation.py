@@ -24,7 +24,7 @@ from fastvim_jax.data.batches import BatchIterator
 from fastvim_jax.data.detection import load
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks
-from fastvim_jax.distributed import is_first_process, on_every_device, union
+from fastvim_jax.distributed import all_gather_set, is_first_process, on_every_device
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.detection.boxes import overlaps
 from fastvim_jax.models.detection.cascade import Detections
@@ -106,7 +106,7 @@ def make_evaluator(
         for kind, detections in found.items():
             precisions = judge(source, detections, seen)
             scores |= {f"{kind}_{key}": value for key, value in precisions.items()}
-        if corrupt := union(batches.corrupt):
+        if corrupt := all_gather_set(batches.corrupt):
             scores["corrupt_records"] = len(corrupt)
         picture = None
         if is_first_process():
@@ -244,8 +244,8 @@ def draw(
 ) -> tuple[str, tuple[np.ndarray, ...]]:
     """Draw an image with its objects and with what was detected, under a title."""
     image, objects = load(source, index)
-    own = [d for d in detections if d["image_id"] == source.image_ids[index]]
-    shown = [d for d in own if d["score"] >= LEAST_SCORE]
+    of_image = [d for d in detections if d["image_id"] == source.image_ids[index]]
+    shown = [d for d in of_image if d["score"] >= LEAST_SCORE]
     names = source.class_names
     truth = [(box, names[i], None) for box, i in zip(objects.boxes, objects.labels, strict=True)]
     predicted = captioned(shown, dict(zip(source.category_ids, names, strict=True)))

@@ -166,10 +166,10 @@ def sample_boxes(
             boxes, valid, truth, present, positive=stage.overlap, negative=stage.overlap
         ).objects
         m = len(truth)
-        own = jnp.where(present, jnp.arange(1, m + 1), -1).astype(matched.dtype)
+        object_numbers = jnp.where(present, jnp.arange(1, m + 1), -1).astype(matched.dtype)
         every = jnp.concatenate([truth, boxes])
         drawn: Sample = sample(
-            jnp.concatenate([own, matched]),
+            jnp.concatenate([object_numbers, matched]),
             priority,
             count=config.samples,
             fraction=config.fraction,
@@ -219,13 +219,13 @@ def box_losses(
     """Sum cross-entropy over boxes and L1 over positives' own deltas, and divide by the number of boxes."""
     count = jnp.sum(sampled.valid) + EPSILON
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, sampled.labels)
-    own = deltas_of(deltas, jnp.minimum(sampled.labels, logits.shape[-1] - 2))
+    class_deltas = deltas_of(deltas, jnp.minimum(sampled.labels, logits.shape[-1] - 2))
     mask = sampled.positive[..., None]
     # Unused slots have boxes without area, whose deltas would make gradients NaN even where they are masked out.
     unit = jnp.asarray([0, 0, 1, 1], deltas.dtype)
     base = jnp.where(mask, sampled.boxes, unit)
     wanted = encode_deltas(base, jnp.where(mask, sampled.targets, unit), stage.stds)
-    error = own - wanted.astype(own.dtype)
+    error = class_deltas - wanted.astype(class_deltas.dtype)
     distance = jnp.abs(error) if kind == "l1" else smooth_l1(error, 1.0)
     return {
         "cls": jnp.sum(jnp.where(sampled.valid, entropy, 0)) / count,

@@ -91,9 +91,9 @@ def make_counts(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], Metrics]:
     def counts(params: Any, model_state: Any, batch: Batch) -> Metrics:
         logits = nnx.merge(graphdef, params, model_state)(batch["feature"])
         label, valid = batch["label"], batch["valid"]
-        own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+        label_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
         before = jnp.arange(logits.shape[-1]) < label[:, None]
-        rank = ((logits > own) | ((logits == own) & before)).sum(-1)
+        rank = ((logits > label_logit) | ((logits == label_logit) & before)).sum(-1)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         found = {
             "count": valid.sum(dtype=jnp.int32),

@@ -32,8 +32,8 @@ def pixel_loss(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     valid = label != IGNORED
     # A comparison instead of an index: the gradient is then elementwise and no scatter.
-    own = jnp.arange(logits.shape[-1]) == label[..., None]
-    picked = jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
+    is_label = jnp.arange(logits.shape[-1]) == label[..., None]
+    picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     losses = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
     count = jnp.maximum(jnp.sum(valid), 1) if divisor == "valid" else label.size
     return jnp.sum(losses) / count
