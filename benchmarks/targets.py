@@ -1,4 +1,7 @@
-"""What is required of the kernels and models on one H100, and what others measured there; no result of ours."""
+"""List the speeds required of the kernels and models on one H100, beside what others measured there.
+
+Our results are not here: `Target.row` looks them up in the recorded rows.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,29 @@ TITLES = {TINY: "FastVim-T", SMALL: "FastVim-S", BASE: "FastVim-B", VIM: "Vim-T"
 
 
 def find(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Find the rows with these values."""
+    """Return the rows that have all of these values."""
     return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
 
 
 def right(row: Row) -> bool:
-    """Return whether the result was not found wrong in the same run."""
+    """Return whether the run that recorded this row found its result correct, or did not check it."""
     return row.get("correct", True)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One requirement: `value` of the best of the rows that match; `others`: what others reach."""
+    """One requirement of the page.
+
+    Attributes:
+        what: the name of the measurement, for the page.
+        unit: its unit.
+        match: values that a recorded row must have.
+        value: takes the number from such a row; None if the row does not have it. The best row counts.
+        required: the bound that must be reached; None for an aim only.
+        aim: the bound that is aimed at.
+        others: what others reach, for the page.
+        more_is_better: whether a larger number is better.
+    """
 
     what: str
     unit: str
@@ -60,6 +74,7 @@ class Target:
     more_is_better: bool = False
 
     def row(self, rows: list[Row]) -> list[str]:
+        """Return the cells of this requirement's line on the page."""
         matching = find(rows, **self.match)
         found = [(v, r) for r in matching if right(r) and (v := self.value(r)) is not None]
         required = "–" if self.required is None else _number(self.required)
@@ -83,7 +98,7 @@ def _number(x: float) -> str:
 
 
 def device_images_per_s(row: Row) -> float:
-    """Images a second of device time; by the clock where that alone was recorded."""
+    """Return images per second of device time, or of wall-clock time if no device time was recorded."""
     return 1e3 * row["batch"] / row["device_ms"] if "device_ms" in row else row["images_per_s"]
 
 
@@ -96,7 +111,7 @@ def _compile_of_the_first_batch(row: Row) -> float:
 
 
 def way(gradient: bool) -> str:
-    """Name what was timed."""
+    """Return "forward" or "forward + backward"."""
     return "forward + backward" if gradient else "forward"
 
 
@@ -104,7 +119,7 @@ SCANS = ((128, 14, 384), (128, 196, 384), (32, 1024, 384), (2, 16384, 384))
 
 
 def targets() -> list[Target]:
-    """Everything that is required of the kernels and models on one H100."""
+    """Return all requirements, in the order of the page."""
     return [*_scans(), *_cores(), *_forward_passes(), *_training()]
 
 

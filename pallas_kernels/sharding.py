@@ -311,7 +311,10 @@ def _reshard(x: jax.Array, sharding) -> jax.Array:
 
 
 def match_types(gradients: Any, arrays: Any) -> Any:
-    """Gradients in their arrays' dtypes and, on Explicit axes, shardings; summed over Manual axes that JAX tracks."""
+    """Give gradients the dtypes of their arrays and, on Explicit axes, the shardings.
+
+    Sum each gradient over the Manual axes over which it varies and its array does not.
+    """
 
     def one(gradient, x):
         axes = tuple(_varies(gradient) - _varies(x))
@@ -322,7 +325,10 @@ def match_types(gradients: Any, arrays: Any) -> Any:
 
 
 def mark_varying(results: Any, arrays: Any) -> Any:
-    """Results whose types vary over the Manual axes that any array does (kernels' do not by themselves)."""
+    """Mark results as varying over all Manual axes over which any of `arrays` varies.
+
+    Otherwise `shard_map` rejects them: the types of a kernel's results say nothing about Manual axes.
+    """
     axes = frozenset[str]().union(*(_varies(x) for x in jax.tree.leaves(arrays)))
     cast = lambda x: lax.pcast(x, tuple(axes - _varies(x)), to="varying")  # noqa: E731
     return jax.tree.map(cast, results) if axes else results

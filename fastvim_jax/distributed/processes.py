@@ -1,4 +1,4 @@
-"""What several processes do as one: write once, fail together, wait for each other, count together."""
+"""Coordinate several processes: run an action once, fail together, wait for each other, gather sets."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def is_first_process() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Return when every process has come here."""
+    """Wait until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def on_first_process(action: Callable[[], None]) -> None:
-    """Run `action` in process 0 alone; the others wait, and fail with it.
+    """Run `action` in process 0 only. The other processes wait for it, and raise if it raises.
 
     Raises:
-        Exception: the action's own in process 0; in the others a UserError with its message.
+        Exception: in process 0, what the action raised; in the others, a UserError with the same message.
     """
     if jax.process_count() == 1:
         action()
@@ -56,9 +56,9 @@ def on_first_process(action: Callable[[], None]) -> None:
 def fail_at_once(status: int) -> None:
     """End this process with `status` now, if it is one of several; its message must have been printed.
 
-    At the usual end JAX waits some minutes for the other processes, which may wait for this one. Without it they are
-    ended by their launcher, or by JAX when it misses this process. Process 0, whose end ends the others at once, gives
-    them the time to print a message of their own.
+    A normal exit would wait minutes for the other processes, which may be waiting for this one. After an immediate exit
+    the launcher ends them, or JAX does when it misses this process. The exit of process 0 ends the others at once, so
+    process 0 first gives them the time to print their message.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
@@ -70,7 +70,7 @@ def fail_at_once(status: int) -> None:
 
 
 def all_gather_set(numbers: Iterable[int]) -> set[int]:
-    """Gather the set of numbers that any process has."""
+    """Return the union of all processes' sets of non-negative numbers."""
     own = np.array(sorted(set(numbers)), np.int32)
     if jax.process_count() == 1:
         return set(own.tolist())

@@ -1,12 +1,13 @@
-"""What lies where on the mesh, and where it has to be during a step.
+"""Place parameters, optimizer states and batches on the mesh, and gather parameters during a step.
 
-Stored: a parameter is split over `fsdp` along its largest axis that divides evenly (never the axis of blocks), small
-ones are on every device; moments and the average lie like their parameter. Used: `gather` makes a block's parameters
-whole where the block runs, and its backward pass returns the gradient to where the parameter is stored. Without it,
-the compiler may as well split the products themselves, which costs more traffic and reshapes the activations.
-What the backward pass keeps of a block are its whole parameters, unless the model recomputes blocks (remat).
+Between steps, a parameter is split over the axis `fsdp` along its largest dimension that divides evenly, never along
+the dimension of blocks. Small parameters are replicated. Moments and averages are placed like their parameter.
 
-Inside a step these functions read the ambient mesh (`jax.set_mesh`); without one they do nothing.
+During a step, `gather` replicates the parameters of one block just before the block runs. Its backward pass splits the
+gradient again. Without `gather` the compiler may split the matrix products instead, which moves more data. The
+backward pass keeps the replicated parameters of every block, unless the model recomputes its blocks (`remat`).
+
+`gather`, `on_every_device` and `split_batch` read the ambient mesh (`jax.set_mesh`). Without a mesh they do nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from fastvim_jax.distributed.mesh import DATA, FSDP
 BATCH = P((DATA, FSDP))
 Method = TypeVar("Method", bound=Callable[..., Any])
 SMALLEST = 2**16
-"""Parameters of fewer entries are on every device: spreading them saves nothing and costs a message each."""
+"""Parameters with fewer entries are replicated: splitting them saves no memory and costs one message each."""
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
-    """Choose how an unstacked parameter of this shape is split over `fsdp` devices."""
+    """Return how to split a parameter of this shape, without a dimension of blocks, over `fsdp` devices."""
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or not axes or np.prod(shape) < SMALLEST:
         return P()
@@ -40,11 +41,11 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def state_shardings(mesh: Mesh, tree: Any, *, stacked_key: Callable[[KeyPath], int | None]) -> Any:
-    """Build a `NamedSharding` for every leaf of parameters, or of anything that has parameters in it.
+    """Build the tree of shardings for parameters, or for a tree that holds parameters, such as an optimizer's state.
 
     Args:
-        mesh: the mesh.
-        tree: arrays or shapes.
+        mesh: the mesh, with an axis `fsdp`.
+        tree: arrays, or their shapes and dtypes.
         stacked_key: returns None for the path of a leaf that has no leading axis of blocks.
     """
     fsdp = mesh.shape[FSDP]
@@ -63,9 +64,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Assemble a global batch, split over the devices, from every process's own contiguous share of it.
+    """Build a global batch, split over all devices, from the part of the batch that each process holds.
 
-    Arrays that are split over these devices already are kept.
+    Process i holds the i-th contiguous part. Arrays that are split over several processes already are kept.
     """
     sharding = NamedSharding(mesh, BATCH)
     if jax.process_count() == 1:
@@ -79,16 +80,16 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def with_auto_axes(method: Method) -> Method:
-    """Decorate a model's method of images for meshes with Explicit axes (`jax.make_mesh` makes them by default).
+    """Decorate a model's method whose first argument is images, so that it accepts images on Explicit mesh axes.
 
-    Inside, the axes are Auto: the compiler splits the work by where images and parameters lie. Results are split as
-    the images' batch is; a parameter's gradient lies like the parameter. Outside of `jit`, JAX wants the parameters on
-    the mesh as well, and for gradients the mesh set by `jax.set_mesh`.
+    `jax.make_mesh` makes Explicit axes by default. Inside the method the axes are Auto: the compiler decides how to
+    split the work. Results are split along the batch like the images, and gradients like their parameters. Outside of
+    `jit`, the parameters must be on the mesh too, and gradients need the mesh to be set by `jax.set_mesh`.
     """
 
     @functools.wraps(method)
     def call(self, images, **options):
-        if not hasattr(images, "shape"):  # no array: the method says what it wants
+        if not hasattr(images, "shape"):  # Not an array: the method raises the error.
             return method(self, images, **options)
         lies = jax.typeof(images).sharding
         kinds = zip(lies.mesh.axis_names, lies.mesh.axis_types, strict=True)
@@ -108,20 +109,20 @@ def with_auto_axes(method: Method) -> Method:
 
 
 def gather(tree: Any) -> Any:
-    """Parameters made whole for their use inside a step; gradients go back to where the parameters are stored."""
+    """Replicate parameters for their use inside a step. The backward pass splits their gradients again."""
     fsdp = _axes().get(FSDP, 1)
     return tree if fsdp == 1 else jax.tree.map(_gather_one, tree)
 
 
 def on_every_device(tree: Any) -> Any:
-    """Results that every process has to read."""
+    """Replicate results, so that every process can read them."""
     if FSDP not in _axes():
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
 
 
 def split_batch(tree: Any, axis: int = 0) -> Any:
-    """Arrays split over all devices along `axis`, that of the batch."""
+    """Split arrays over all devices along `axis`, the batch."""
     if FSDP not in _axes():
         return tree
     spec = P(*[None] * axis, *BATCH)
@@ -129,7 +130,7 @@ def split_batch(tree: Any, axis: int = 0) -> Any:
 
 
 def _axes() -> dict[str, int]:
-    """Sizes of the ambient mesh's axes that the compiler splits over by itself."""
+    """Return the sizes of the ambient mesh's Auto axes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
@@ -141,7 +142,7 @@ def _gather_one(parameter: jax.Array) -> jax.Array:
 
 
 def _as_stored(parameter: jax.Array) -> jax.Array:
-    # Also before gathering: else what a recomputed block keeps of its parameters would be whole.
+    # Applied before gathering too, so that a recomputed block saves its parameters split.
     spec = parameter_spec(parameter.shape, _axes()[FSDP])
     return jax.lax.with_sharding_constraint(parameter, spec)
 

@@ -1,7 +1,10 @@
-"""Starting one of several processes: who is who, from flags, variables of our own, SLURM or Open MPI.
+"""Join a group of processes: detect the group from flags, JAX_* variables, SLURM or Open MPI.
+
+JAX's own cluster detection is not used: it takes half-set variables for a process on its own, so that every process
+would train the whole run; it gives all steps of a SLURM job one port; and with Open MPI 5 it needs mpi4py.
 
 Three facts make a process part of a group: the coordinator's address (process 0 listens there), how many processes
-there are, and which one this is. Each is taken from the first place that gives it:
+there are, and the number of this one. Each is taken from the first place that gives it:
 
     the caller (flags of `fastvim train`)
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (an indexed Kubernetes job: JOB_COMPLETION_INDEX)

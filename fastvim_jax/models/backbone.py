@@ -1,11 +1,11 @@
-"""What every backbone does: embed, run the blocks, pool, classify; and the names under which people know these steps.
+"""Define the base class of all models: embed, run the blocks, pool, classify; also under the names that timm uses.
 
     tokens, grid = embed(images)
     residual     = encode(tokens, poolings(grid))
     logits       = forward_head(forward_features(images))
 
-A model gives the steps that are its own (`_embed`, `_poolings`, `_final_norm`, `_pool`, `_classify`, `_as_image`).
-Internal calls go to these and not to the public methods, because `nnx.tabulate` runs every public method under `jit`.
+Each model defines the steps `_embed`, `_poolings`, `_final_norm`, `_pool`, `_classify` and `_as_image`. The methods
+here call these steps and not the public methods, because `nnx.tabulate` runs every public method under `jit`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Backbone(nnx.Module):
     deterministic: bool | None = None
     """Set by `train()` (False) and `eval()` (True). None: a call with a key drops paths, a call without does not."""
     _mask_axes: tuple[int, ...] = ()
-    """Axes of a block's drop-path masks before the batch: one entry for each branch with a mask of its own."""
+    """Leading shape of a block's drop-path masks: `(2,)` in a ViT, whose attention and MLP drop separately."""
     _head_init: Callable[[float], Initializer]
     """The head's initial distribution, given its standard deviation."""
 
@@ -95,9 +95,9 @@ class Backbone(nnx.Module):
 
     @with_auto_axes
     def intermediates(self, images: Images, **embed: Any) -> list[tuple[Tokens, Tokens]]:
-        """Return (residual stream before the block, the block's own output) of every block, in stored token order.
+        """Return, for every block, the residual stream before it and its output, both in stored token order.
 
-        A block's own output is its mixer's in FastVim and Vim, and the new residual stream in a ViT.
+        The output of a block is its mixer's output in FastVim and Vim, and the new residual stream in a ViT.
         """
         _, outputs, _ = self._run(images, range(self.config.depth), **embed)
         return [outputs[i] for i in range(self.config.depth)]
@@ -130,10 +130,11 @@ class Backbone(nnx.Module):
             tokens: float32 or wider, in stored order.
             poolings: one period of the stack's poolings, for example `self.poolings(grid)`.
             key, drop_path_keep: as for a call of the model.
-            output_blocks: blocks whose (residual before, own output) are returned.
+            output_blocks: indices of the blocks to return values of.
 
         Returns:
-            The residual stream before the final norm, and the tapped pairs by block index.
+            The residual stream before the final norm; and for each of `output_blocks`, by index, the residual stream
+            before the block and the block's output.
         """
         return self._encode(tokens, poolings, output_blocks, key, drop_path_keep)
 
@@ -146,7 +147,7 @@ class Backbone(nnx.Module):
         """
         return draw_masks(key, self.config.drop_path, (self.config.depth, *self._mask_axes, batch))
 
-    # timm's words
+    # Names that timm uses.
 
     @property
     def num_features(self) -> int:
@@ -250,7 +251,7 @@ class Backbone(nnx.Module):
         self.head = nnx.data(self._make_head(config, as_rngs(rngs)) if num_classes else None)
         return self
 
-    # the steps
+    # Steps that each model defines.
 
     def _embed(self, images: Images) -> tuple[Tokens, Any]:
         raise NotImplementedError

@@ -47,17 +47,17 @@ def run_blocks(
 
     Args:
         blocks: Module from `stack_blocks`; called as `block(residual, pooling, keep)`, returning the new residual
-            and the block's own output.
+            and the block's output.
         residual: `b l d`, float32 or wider.
         poolings: One period of poolings: block i uses `poolings[i % len(poolings)]`.
         depth: Number of blocks.
         keep: Drop-path factors with leading axis `depth`, or None.
         mode: "scan" or "unroll".
         remat: What the backward pass recomputes: "none", "block" (a whole block) or "dots" (all but matrix products).
-        output_blocks: Indices of blocks whose (residual before the block, block's own output) are returned.
+        output_blocks: Indices of the blocks to return values of.
 
     Returns:
-        The last residual, and the pair of every tapped block by its index.
+        The last residual; and for each of `output_blocks`, by index, the residual before the block and its output.
     """
     graphdef, stacked = nnx.split(blocks)
     period = len(poolings)

@@ -1,4 +1,4 @@
-"""The token grid of a mixer as the fused kernels cut it: lines of tokens, lines in segments."""
+"""Describe how the fused kernels cut a mixer's token grid: into lines, and lines into segments."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A ``rows × columns`` grid of tokens, stored row by row, and how a mixer visits it.
+    """A grid of tokens, stored row by row, and its division among blocks and tiles.
 
-    lines: what is pooled, and visited one after another: the rows, or with
-    ``transposed`` the columns; tokens: of a line; segment: tokens a tile holds;
-    per_block: lines of one block; taps: width of the convolution.
+    A *line* is what is pooled to one token: a row, or a column if ``transposed``. The kernels visit one line after
+    another. A *segment* is the part of a line that one tile in shared memory holds.
+
+    Attributes:
+        batch: images.
+        rows, columns: the grid's size, in tokens.
+        width: channels.
+        transposed: whether lines are columns.
+        taps: width of the causal convolution.
+        segment: tokens of a segment; divides the tokens of a line.
+        per_block: lines that one GPU block visits; divides the number of lines.
     """
 
     batch: int
@@ -32,29 +40,31 @@ class Grid:
 
     @property
     def lines(self) -> int:
+        """Lines of the grid."""
         return self.columns if self.transposed else self.rows
 
     @property
     def tokens(self) -> int:
+        """Tokens of a line."""
         return self.rows if self.transposed else self.columns
 
     @property
     def halo(self) -> int:
-        """Tokens before and after a segment that the convolutions reach."""
+        """Tokens on each side of a segment that the convolutions of its tokens read."""
         return self.taps - 1
 
     @property
     def segments(self) -> int:
-        """Segments of a line."""
+        """Segments per line."""
         return self.tokens // self.segment
 
     @property
     def groups(self) -> int:
-        """Blocks along the lines."""
+        """GPU blocks that share the lines of an image and a group of channels."""
         return self.lines // self.per_block
 
     def part(self, ref: Any, batch: Any, line: Any, start: Any, size: int, channels: Any) -> Any:
-        """Neighbouring tokens of a line in an array ``b rows columns channels ...``."""
+        """Slice ``size`` tokens of a line, from token ``start``, out of ``ref``: ``b rows columns channels ...``."""
         if self.transposed:
             return ref.at[batch, pl.ds(start, size), line, channels]
         return ref.at[batch, line, pl.ds(start, size), channels]
@@ -62,10 +72,10 @@ class Grid:
     def fetch_with_halo(self, ref, tile, barrier, batch, line, start, channels) -> None:
         """Copy a segment with its neighbours, in three parts: the tokens before it, the segment, the tokens after it.
 
-        Before the first token and after the last one of the image there is none. There the copy asks for tokens past
-        the end of a line, because the copy engine fills in zeros for these. It would not always do so for a line that
-        does not exist: it addresses at most five dimensions, so that under `jax.vmap` Mosaic joins the mapped axis,
-        batch and line into one, and the line after an image's last is then the first one of the next image.
+        The first token of an image has no neighbour before it, and the last has none after it. For these the copy asks
+        for tokens past the end of a line, because the copy engine fills those with zeros. Asking for a line that does
+        not exist would not work under `jax.vmap`: the engine addresses at most five dimensions, so Mosaic merges the
+        mapped axis, batch and line, and the line after an image's last line is the first line of the next image.
         """
         h, t = self.halo, self.segment
         opens, closes = start == 0, start + t == self.tokens
@@ -90,11 +100,17 @@ class Grid:
 
 
 def largest_divisor(n: int, limit: int) -> int:
-    """Find the largest divisor of n up to limit."""
+    """Return the largest divisor of ``n`` that is at most ``limit``."""
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
 
 
 def lines_per_block(lines: int, other_blocks: int, enough: int) -> int:
-    """Choose as many lines for a block as leave ``enough`` blocks."""
+    """Return the largest number of lines per block that still makes at least ``enough`` blocks.
+
+    Args:
+        lines: lines of an image.
+        other_blocks: blocks along the other axes (batch and channels).
+        enough: blocks that keep the GPU busy.
+    """
     wanted = max(1, math.floor(lines * other_blocks / enough))
     return largest_divisor(lines, wanted)

@@ -1,4 +1,7 @@
-"""What the kernels around the scans share, pooled or not: how threads own channels and tokens, convolution, SiLU."""
+"""Helpers of the kernels before and after the scans: register layouts, convolution, SiLU.
+
+`front` and `back` kernels use them for pooled tokens, and the sequence kernels for tokens that are not pooled.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import LOG2E, reciprocal, reduced, tiled
 
-CHANNELS = 128  # of a block of threads: one a thread
-BLOCK = 128  # channels; the copy engine moves at most 256 along an axis
+CHANNELS = 128  # Channels of a block of 128 threads that own one channel each.
+BLOCK = 128  # Channels of one bulk copy: the copy engine moves at most 256 along an axis.
 
 
 def logistic(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
-    """Compute 1 / (1 + exp(-x)) in float32; for large -x the reciprocal is 0.
+    """Compute 1 / (1 + exp(-x)) in float32; it is 0 where exp(-x) overflows.
 
-    For tokens of half precision use the hardware's tanh, because it is one special function instruction and not two.
-    Its error of up to 2^-12 is an eighth of what rounding to bfloat16 may add.
+    For tokens of 16 bits (`dtype`) use the hardware's tanh, because it takes one special-function instruction instead
+    of two. Its error is at most 2^-12, an eighth of the error of rounding to bfloat16.
     """
     if jnp.dtype(dtype).itemsize == 2:
         return lax.tanh(x * 0.5) * 0.5 + 0.5
@@ -33,7 +36,7 @@ def silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
 
 
 def row_layout(*shape: int):
-    """Give every thread one channel of each 128."""
+    """Return the layout in which every thread owns one channel of each 128."""
     return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
 
 
@@ -43,9 +46,13 @@ def read_row(ref, layout) -> jax.Array:
 
 
 def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, backward: bool):
-    """Convolve at the window's middle token; backward, the window looks ahead.
+    """Compute one causal convolution at the middle token of `window`.
 
-    The last tap meets the middle token in both directions.
+    Args:
+        window: tokens from `taps - 1` before the middle one to `taps - 1` after it.
+        kernel: one vector of channels per tap. The last tap multiplies the middle token in both directions.
+        bias: one vector of channels.
+        backward: read the tokens after the middle one instead of those before it.
     """
     middle = len(kernel) - 1
     total = bias
@@ -56,7 +63,16 @@ def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, 
 
 
 class TokenLayouts:
-    """Register layouts of a few whole tokens, ``(at_once, blocks, 128)``: one or more warps hold a token."""
+    """Define how the registers of a warpgroup hold whole tokens, so that a norm over channels stays in few warps.
+
+    Tokens are arrays ``(at_once, blocks, 128)``: `at_once` tokens of `blocks` times 128 channels. Each token is held by
+    one warp or several.
+
+    Attributes:
+        tokens: layout of ``(at_once, blocks, 128)``.
+        channels: layout of a vector over channels, ``(blocks, 128)``.
+        statistic: layout of one number per token, ``(at_once,)``.
+    """
 
     def __init__(self, blocks: int):
         self.blocks = blocks
@@ -71,15 +87,18 @@ class TokenLayouts:
         self.statistic = reduced(base, (1, 2))
 
     def over_tokens(self, vector: jax.Array) -> jax.Array:
+        """Broadcast a vector over channels to all tokens."""
         spread = lax.broadcast_in_dim(vector, (self.at_once, *vector.shape), (1, 2))
         return plgpu.layout_cast(spread, self.tokens)
 
     def over_channels(self, statistic: jax.Array) -> jax.Array:
+        """Broadcast one number per token to all channels."""
         spread = lax.broadcast_in_dim(statistic, (self.at_once, self.blocks, BLOCK), (0,))
         return plgpu.layout_cast(spread, self.tokens)
 
     def mean(self, x: jax.Array) -> jax.Array:
-        if self.at_once == 4:  # a warp holds whole tokens: add up its registers first
+        """Compute the mean over the channels of each token."""
+        if self.at_once == 4:  # One warp holds a token: add up its registers before its lanes.
             total = jnp.sum(jnp.sum(x, axis=1), axis=1)
         else:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
@@ -87,7 +106,7 @@ class TokenLayouts:
 
 
 def owned_blocks(blocks: int) -> int:
-    """Return how many blocks of channels the threads own at a time: up to three."""
+    """Return how many of the ``blocks`` of channels the threads own at a time: 3, 2 or 1, whichever divides them."""
     return next(n for n in (3, 2, 1) if blocks % n == 0)
 
 

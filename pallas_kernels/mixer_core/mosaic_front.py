@@ -1,7 +1,7 @@
-"""Front of the mixer: both causal convolutions with SiLU and the pooling, as one Mosaic GPU kernel.
+"""Run both causal convolutions, SiLU and the pooling in one Mosaic GPU kernel: the part of a mixer before the scan.
 
-A thread owns a channel and walks the tokens of its lines with the convolutions' window in
-registers, so that every token is read once for both directions.
+Each thread owns one channel and visits the tokens of its lines in order. It keeps the window of both convolutions in
+registers, so that every token is read from memory once for both directions.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 @functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))
 def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpret: bool):
-    """Pooled tokens of both directions.
+    """Compute the pooled tokens of both directions.
 
     Args:
         x: ``b rows columns ≥e``; channels beyond e are not read.
-        kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
-        method: "mean" (times ``scale``) or "max".
+        kernels: ``2 k e`` float32: taps of the forward convolution, then of the backward one.
+        biases: ``2 e`` float32.
+        grid: how the grid of tokens is divided.
+        method: "mean" or "max".
+        scale: factor of the mean.
+        interpret: run on the CPU, by Pallas' interpreter.
 
     Returns:
-        Forward and backward, ``2 b lines e`` float32 (one array, as the projections of both
-        take it); with "max" then, ``b lines e`` int32 each, the maxima's first places in
-        their lines (any place of a line with a NaN).
+        A list. First the pooled tokens, ``2 b lines e`` float32: forward and backward in one array, because the
+        projections of both directions read one. With "max", two arrays ``b lines e`` int32 follow: for each direction,
+        the position in its line of the first token that attains the maximum (any position if the line has a NaN).
     """
     largest = method == "max"
     layout = row_layout(CHANNELS)
@@ -74,7 +78,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                         if not largest:
                             pooled[d] = pooled[d] + c
                             continue
-                        best = lax.max(pooled[d], c)  # NaN if either is
+                        best = lax.max(pooled[d], c)  # NaN if either operand is NaN.
                         place = (part * grid.segment + t).astype(jnp.uint32)
                         places[d] = jnp.where(best != pooled[d], place, places[d])
                         pooled[d] = best
@@ -91,7 +95,9 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                 return plgpu.layout_cast(jnp.broadcast_to(value, (CHANNELS,)), layout)
 
             start = full(jnp.float32(-jnp.inf if largest else 0.0))
-            place = full(jnp.uint32(0))  # unsigned, as all that select gives is here
+            place = full(
+                jnp.uint32(0)
+            )  # Unsigned, because Mosaic's select returns unsigned integers.
             start = (start, start), (place, place) if largest else ()
             pooled, places = lax.fori_loop(0, grid.segments, segment, start)
             if not largest:

@@ -1,13 +1,13 @@
-"""Second half of the mixer core's way back, as one Mosaic GPU kernel.
+"""Compute the gradients of `mosaic_front` in one Mosaic GPU kernel: the last part of a mixer core's backward pass.
 
-From the gradient of s (the mix of both directions) and of the pooled tokens, through
-skip, pooling, SiLU and both convolutions, which are computed again, to x:
+The kernel takes the gradients of s, the mean of both directions' outputs, and of the pooled tokens. It recomputes the
+convolutions and goes back through skip, pooling, SiLU and convolutions to x:
 
     dc_d   = D_d ds / 2 + dpooled_d of the line / tokens        dp_d = dc_d silu'(p_d)
-             (of a maximum: + all of dpooled_d, at its place alone)
+             (with "max": dpooled_d of the line goes to the token of the maximum alone)
     dx_t   = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]
 
-As in the forward kernel, a thread owns a channel and walks the tokens.
+As in the forward kernel, each thread owns one channel and visits the tokens of its lines in order.
 """
 
 from __future__ import annotations
@@ -30,17 +30,26 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 def front_gradients(
     x, ds, dxz, pooled_bar, places, ids, kernels, biases, D, grid: Grid, *, share: float, interpret
 ):
-    """Args:
-        x: ``b rows columns ≥e``; ds: ``b rows columns e``; dxz: ``b rows columns 2e``, whose first half is
-            written; pooled_bar: ``2 b lines e`` float32; kernels ``2 k e``, biases and D ``2 e`` float32.
-        places: of the maxima in their lines, ``b lines e`` int32 of each direction; () for means.
-        ids: of a ragged grid, for each direction ``b tokens`` int32: which of pooled_bar's lines
-            is a token's; ``grid`` is then any that holds the tokens. Else ().
-        share: a token's factor in its line's sum; 1 for maxima.
+    """Write the gradient of x into `dxz`, and compute the gradients of the convolutions and of D.
+
+    Args:
+        x: ``b rows columns ≥e``; channels beyond e are not read.
+        ds: gradient of s, ``b rows columns e``.
+        dxz: ``b rows columns 2e``; its first half is overwritten.
+        pooled_bar: gradient of the pooled tokens, ``2 b lines e`` float32.
+        places: with "max", each direction's positions of the maxima in their lines, ``b lines e`` int32; else ().
+        ids: for a ragged grid, each direction's line of ``pooled_bar`` for every token, ``b tokens`` int32; ``grid`` is
+            then any grid that holds the tokens. Else ().
+        kernels: ``2 k e`` float32.
+        biases: ``2 e`` float32.
+        D: ``2 e`` float32.
+        grid: how the grid of tokens is divided.
+        share: factor of a token in the sum over its line; 1 with "max".
+        interpret: run on the CPU, by Pallas' interpreter.
 
     Returns:
-        dxz, in its old place where nothing else needs that, and shares of the gradients of kernels, biases and D,
-        ``parts 2 (k + 2) e`` float32.
+        dxz, in the same buffer if nothing else needs the old values; and the gradients of kernels, biases and D,
+        ``parts 2 (k + 2) e`` float32, to be summed over the parts.
     """
     layout = row_layout(CHANNELS)
     halo, segment, taps = grid.halo, grid.segment, grid.taps
@@ -73,8 +82,9 @@ def front_gradients(
         skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
 
         def pooled_of(line, first_token):
-            """Return what the pooling sends back to a line: for each direction, to token
-            ``first_token + at`` of it. Nothing outside the grid.
+            """Return a function of direction d and offset ``at``: the pooling's gradient at token ``first_token + at``.
+
+            It is zero for a line outside the grid.
             """
             inside = jnp.logical_and(line >= 0, line < grid.lines)
             factor = lax.select(inside, jnp.float32(share), jnp.float32(0.0))
@@ -88,7 +98,7 @@ def front_gradients(
             return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
 
         def of_token(line, start):
-            """Return the same for a ragged grid: to token ``at`` after the start of a segment."""
+            """Return the same function for a ragged grid: ``at`` counts from the start of a segment."""
 
             def of(d, at):
                 token = line * grid.tokens + start + at
@@ -100,7 +110,7 @@ def front_gradients(
             return of
 
         def pooled_around(line, start):
-            """Return it for the tokens before, in and after a segment."""
+            """Return these functions for the tokens before, in and after a segment."""
             if ids:
                 return (of_token(line, start),) * 3
             opens, closes = start == 0, start + segment == grid.tokens
@@ -117,13 +127,13 @@ def front_gradients(
             slot = lax.rem(item, 2)
             before, here, after = pooled_around(line, start)
             plgpu.barrier_wait(barrier.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The previous tile has been read.
             sums = [list(s) for s in sums]
             window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
             back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
             place_of = lambda p: before if p < 0 else here if p < segment else after  # noqa: E731
-            # At turn p the window ends at token p: p is the place of the forward convolution
-            # and p - halo that of the backward one, whose windows are then the same tokens.
+            # At turn p the window ends at token p. The forward convolution at token p and the backward one at token
+            # p - halo read the same window.
             for p in range(segment + halo):
                 window.append(row(x_tiles.at[slot, p + halo]))
                 for d, at in ((0, p), (1, p - halo)):
