@@ -61,6 +61,7 @@ class BatchIterator(Iterator[Batch]):
         config: how the batches are made, and how the compiled step preprocesses them.
         steps_per_epoch: batches in one pass over the source.
         corrupt: indices of the undecodable records met so far.
+        lend: yield the memory that workers share instead of a copy. It is freed when the next batch is taken.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class BatchIterator(Iterator[Batch]):
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.corrupt: set[int] = set()
+        self.lend = False
         self._stream = stream
         self._identity = dict(identity)
         self._taken = 0
@@ -93,7 +95,7 @@ class BatchIterator(Iterator[Batch]):
         batch: Any = next(self._running)
         self._taken += 1
         self._note_corrupt(batch.pop("corrupt"))
-        return batch
+        return batch if self.lend else owned(batch)
 
     def get_state(self) -> dict[str, Any]:
         """Return the position as JSON-able values, together with the seed, data and batch size that it belongs to."""
@@ -143,6 +145,16 @@ class BatchIterator(Iterator[Batch]):
                     f"{self.config.max_corrupt}. Mend or remove the file, or raise data.max_corrupt."
                 )
             _log.warning("Undecodable record left out: %s", reason)
+
+
+def owned(batch: Mapping[str, Any]) -> Any:
+    """Copy the arrays that lie in memory shared with workers, which is freed under whoever still looks at it."""
+    return {
+        key: np.array(value)
+        if isinstance(value, np.ndarray) and type(value) is not np.ndarray
+        else value
+        for key, value in batch.items()
+    }
 
 
 def decode_record(

@@ -8,6 +8,7 @@ more than the number of batches taken.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ def make_train_iterator(
         )
     batches = train_batches(source, config, seed=seed, batch_size=local)
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(
+            batches[process_index::process_count],
+            config.workers,
+            batch_bytes=local * _image_bytes(config),
+        ),
         source,
         config,
         steps_per_epoch=steps,
@@ -144,7 +149,11 @@ def make_eval_iterator(
     # Starting processes takes seconds, so those of an evaluation stay for the next.
     stay = config.workers > 0
     return BatchIterator(
-        grain_stream(share.repeat(None) if stay else share, config.workers),
+        grain_stream(
+            share.repeat(None) if stay else share,
+            config.workers,
+            batch_bytes=local * _image_bytes(config),
+        ),
         source,
         config,
         steps_per_epoch=steps,
@@ -167,6 +176,10 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
         background=config.background,
     )
     return eval_transform(image, config)
+
+
+def _image_bytes(config: ClassificationData) -> int:
+    return math.prod((*config.height_width, config.channels))
 
 
 @dataclasses.dataclass

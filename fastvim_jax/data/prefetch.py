@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import jax
 
 from fastvim_jax.data.batches import Batch, BatchIterator
 
@@ -39,10 +42,13 @@ class DevicePrefetch(Iterator[Placed]):
         self._ahead = ahead
         self._state = batches.get_state()
         self._running: _Feeder | None = None
+        self._pace = _Pace()
+        # Placing copies to another device, so that workers' memory need not be copied first.
+        batches.lend = jax.default_backend() != "cpu"
 
     def __next__(self) -> Placed:
         if self._running is None:
-            self._running = _Feeder(self._batches, self._place, self._ahead)
+            self._running = _Feeder(self._batches, self._place, self._ahead, self._pace)
         taken = self._running.take()
         if isinstance(taken, BaseException):
             self.close()
@@ -50,6 +56,13 @@ class DevicePrefetch(Iterator[Placed]):
         batch, self._state = taken
         self.corrupt = set(self._state["corrupt"])
         return batch
+
+    def seconds_per_batch(self) -> float | None:
+        """Return the mean time to read and place a batch since the last call, without waiting for room in the queue.
+
+        None if no batch was made.
+        """
+        return self._pace.take()
 
     def get_state(self) -> dict[str, Any]:
         """Return the position after the last batch taken; see `BatchIterator.get_state`."""
@@ -70,14 +83,39 @@ class DevicePrefetch(Iterator[Placed]):
         self._batches.set_state(self._state)
 
 
+class _Pace:
+    """The mean time of what one thread does, read by another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds, self._count = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds += seconds
+            self._count += 1
+
+    def take(self) -> float | None:
+        """Return the mean since the last call, and begin anew."""
+        with self._lock:
+            mean = self._seconds / self._count if self._count else None
+            self._seconds, self._count = 0.0, 0
+        return mean
+
+
 class _Feeder:
     """A thread that fills a queue with pairs (batch, position after it), and last with the error that ended it."""
 
     def __init__(
-        self, batches: BatchIterator, place: Callable[[Batch], Placed], ahead: int
+        self,
+        batches: BatchIterator,
+        place: Callable[[Batch], Placed],
+        ahead: int,
+        pace: _Pace,
     ) -> None:
         self._batches = batches
         self._place = place
+        self._pace = pace
         self._queue: queue.Queue[tuple[Placed, dict[str, Any]] | BaseException] = queue.Queue(ahead)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._feed, name="device prefetch", daemon=True)
@@ -93,7 +131,12 @@ class _Feeder:
     def _feed(self) -> None:
         try:
             while not self._stopped.is_set():
-                batch = self._place(next(self._batches))
+                begin = time.perf_counter()
+                lent = next(self._batches)
+                batch = self._place(lent)
+                if self._batches.lend:
+                    jax.block_until_ready(batch)
+                self._pace.add(time.perf_counter() - begin)
                 self._put((batch, self._batches.get_state()))
         # Hand any error to the thread that reads the queue, which raises it.
         except BaseException as error:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from fastvim_jax.data.batches import BatchIterator, local_batch
+from fastvim_jax.data.batches import BatchIterator, local_batch, owned
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.geometry import Scene, fitted_size, flip, pad, resize_image, resize_mask
 from fastvim_jax.data.photometric import distort, draw_distortion
@@ -131,7 +131,7 @@ class EvaluationImages:
     def __iter__(self) -> Iterator[EvaluationImage]:
         indices = grain.MapDataset.source(range(len(self.source)))
         images = indices.map(_LoadForEvaluation(self.source, self._config))
-        for item in grain_stream(images, self._config.workers)(0):
+        for item in map(owned, grain_stream(images, self._config.workers)(0)):
             label = item["label"] if item["label"].size else None
             yield EvaluationImage(str(item["name"]), item["image"], label, str(item["error"]))
 

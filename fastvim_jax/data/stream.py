@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
+import shutil
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -18,28 +21,37 @@ from fastvim_jax.data.listing import FiledSequence
 from fastvim_jax.data.workers import guard_worker, signals_blocked
 from fastvim_jax.errors import UserError
 
+_AHEAD = 2  # finished batches that wait in each worker
+_log = logging.getLogger(__name__)
+
 
 class WorkersEnded(UserError):
     """A worker process that makes batches ended before its work did, or was ended from outside."""
 
 
-def grain_stream(batches: grain.MapDataset, workers: int) -> Stream:
+def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 0) -> Stream:
     """Open a random-access sequence of batches at any number, read ahead by threads or by worker processes.
+
+    Arrays made by workers lie in memory that is freed when the next batch is taken (`batches.owned`).
 
     Args:
         batches: dictionaries of arrays by their number.
         workers: processes; 0: two threads of this process.
+        batch_bytes: size of a batch, for which room in shared memory is needed; 0: not known.
+
+    Raises:
+        UserError: shared memory is too small for the workers' batches.
     """
+    ahead = batches_ahead(workers, batch_bytes)
 
     def stream(first: int) -> Generator[dict[str, Any], None, None]:
-        running = _read_ahead(batches[first:], workers)
+        running = _read_ahead(batches[first:], workers, ahead)
         try:
             # The first batch starts the workers, and the threads that do so.
             with signals_blocked() if workers else contextlib.nullcontext():
                 batch = next(running, None)
             while batch is not None:
-                # Copied, because workers hand over shared memory that is freed under whoever still looks at it.
-                yield {key: np.array(value) for key, value in batch.items()}
+                yield dict(batch)
                 batch = next(running, None)
         except RuntimeError as error:
             found = _ENDED.search(str(error))
@@ -73,7 +85,34 @@ def _why(code: int) -> str:
     )
 
 
-def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def batches_ahead(workers: int, batch_bytes: int) -> int:
+    """Choose how many finished batches wait in each worker, 2 or 1, by the room in shared memory.
+
+    A worker makes one more, and this process holds two.
+
+    Raises:
+        UserError: there is not even room for one.
+    """
+    shared = Path("/dev/shm")
+    if not workers or not batch_bytes or not shared.is_dir():
+        return _AHEAD
+    free = shutil.disk_usage(shared).free
+    for ahead in range(_AHEAD, 0, -1):
+        needed = (workers * (ahead + 1) + 2) * batch_bytes
+        if needed <= free:
+            said = f"{workers} workers hold up to {needed / 2**20:,.0f} MiB of batches in /dev/shm"
+            _log.info("%s, of %s MiB free.", said, f"{free / 2**20:,.0f}")
+            return ahead
+    raise UserError(
+        f"data.workers={workers} need {needed / 2**20:,.0f} MiB of shared memory for their batches, but /dev/shm has "
+        f"{free / 2**20:,.0f} MiB free: use fewer workers or a smaller batch, or enlarge it (docker run "
+        "--shm-size=16g, mount -o remount,size=16g /dev/shm)."
+    )
+
+
+def _read_ahead(
+    batches: grain.MapDataset, workers: int, ahead: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Start reading ahead: in two threads of this process, or in worker processes."""
     if workers == 0:
         return iter(
@@ -86,7 +125,7 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, n
         flags.FLAGS.mark_as_parsed()
     filed = grain.MapDataset.source(FiledSequence(batches))
     dataset = filed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
     guard = functools.partial(guard_worker, os.getpid())
     with signals_blocked():
         return iter(dataset.mp_prefetch(options, worker_init_fn=guard))

@@ -19,9 +19,11 @@ TIMING = frozenset(
         "first_step_seconds",
         "evaluation_seconds",
         "checkpoint_seconds",
+        "step_images_per_second",
+        "data_images_per_second",
     }
 )
-"""Names of all numbers that `Clock.lap` gives, and that differ from run to run."""
+"""Names of all numbers that `Clock.lap` and `feed.FeedMeter.lap` give, and that differ from run to run."""
 
 _WITHIN = ("data_wait", "dispatch", "device_wait")
 _BETWEEN = ("evaluation_seconds", "checkpoint_seconds", "first_step_seconds")
@@ -39,7 +41,7 @@ class Clock:
     def __init__(
         self, batch_size: int, *, image_flops: float = 0.0, peak_flops: float | None = None
     ) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._image_flops = image_flops
         self._peak = peak_flops
         self._begin = self._lap = time.perf_counter()
@@ -75,7 +77,7 @@ class Clock:
         numbers = {"seconds": now - self._begin}
         length = now - self._lap - between
         if self._steps and length > 0:
-            rate = self._steps * self._batch_size / length
+            rate = self._steps * self.batch_size / length
             numbers |= {"images_per_second": rate, "step_seconds": length / self._steps}
             numbers |= {part: min(1.0, self._spent[part] / length) for part in _WITHIN}
             if self._peak:

@@ -20,6 +20,7 @@ from fastvim_jax.distributed import all_gather_set, barrier
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.evaluators import Evaluator
+from fastvim_jax.training.feed import PROBED, FeedMeter
 from fastvim_jax.training.health import Window
 from fastvim_jax.training.metrics import RunLog, evaluated, open_sinks, read_metrics
 from fastvim_jax.training.parameter_norms import parameter_names
@@ -50,6 +51,9 @@ class Batches(Protocol):
 
     def __next__(self) -> Batch:
         """Return the next batch, on the devices."""
+
+    def seconds_per_batch(self) -> float | None:
+        """Return the mean time to make a batch since the last call, without waiting for the step; None if none was."""
 
     def get_state(self) -> dict[str, Any]:
         """Return the position after the last batch taken, as JSON-able values."""
@@ -132,6 +136,7 @@ def run_loop(
     window = Window(config, records)
     parameters = parameter_names(state.params)
     main = evaluators[0].name if evaluators else "eval"
+    feed = FeedMeter(clock.batch_size, getattr(config, "data", None))
     picture = SummaryPicture(folder, total_steps, headline, main)
     sinks = open_sinks(call.wandb, folder, config)
     log = call.opened.enter_context(
@@ -194,7 +199,11 @@ def run_loop(
             if batch is None:
                 raise stop_after(step - 1)
             with clock.timed("dispatch"):
+                begun = time.perf_counter()
                 state, metrics = train_step(state, batch)
+                if step - first_step in PROBED:
+                    jax.block_until_ready((state, metrics))
+                    feed.add_step(time.perf_counter() - begun)
         with clock.timed("device_wait"):
             window.add(step, metrics)
         clock.step()
@@ -214,7 +223,10 @@ def run_loop(
             scalars |= {"learning_rate": float(learning_rate(step - 1))}
             if corrupt := all_gather_set(batches.corrupt):
                 scalars["corrupt_records"] = len(corrupt)
-            log.write("train", step, scalars | clock.lap())
+            timing = clock.lap() | feed.lap(batches.seconds_per_batch())
+            log.write("train", step, scalars | timing)
+            if said := feed.message(timing):
+                log.say(said)
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
         if last or step % steps_per_epoch == 0:
             log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})

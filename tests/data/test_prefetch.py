@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -16,8 +17,10 @@ from fastvim_jax.data import (
     DecodeError,
     make_eval_iterator,
     make_train_iterator,
+    stream,
 )
 from fastvim_jax.data.prefetch import DevicePrefetch
+from fastvim_jax.errors import UserError
 
 DIGITS = ClassificationData(
     source="digits", channels=1, image_size=8, batch_size=100, crop="pad_shift", pad=1,
@@ -118,3 +121,32 @@ def test_an_error_comes_with_the_batch_it_belongs_to(image_tree: Path, seed: int
     assert prefetch.corrupt == {5}
     with pytest.raises(StopIteration):
         next(prefetch)
+
+
+def test_workers_memory_is_lent_until_it_is_placed(seed):
+    """On a GPU the shared memory itself goes to the device; here `place` copies as the device would."""
+    config = dataclasses.replace(DIGITS, workers=1)
+    expected = _take(make_train_iterator(DIGITS, seed=seed), 4)
+    iterator = make_train_iterator(config, seed=seed)
+    prefetch = DevicePrefetch(
+        iterator, lambda batch: {k: jax.numpy.array(v) for k, v in batch.items()}
+    )
+    iterator.lend = True
+    _assert_same(_take(prefetch, 4), expected)
+    assert prefetch.seconds_per_batch() > 0
+    prefetch.close()
+    assert type(next(iterator)["image"]) is not np.ndarray
+    iterator.lend = False
+    assert type(next(iterator)["image"]) is np.ndarray
+    iterator.close()
+
+
+def test_room_in_shared_memory_bounds_what_workers_hold(monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage(100 * 2**20))
+    monkeypatch.setattr(stream.Path, "is_dir", lambda _: True)
+    assert stream.batches_ahead(4, 7 * 2**20) == 2  # 14 batches
+    assert stream.batches_ahead(4, 10 * 2**20) == 1  # 10
+    assert stream.batches_ahead(0, 2**40) == stream.batches_ahead(4, 0) == 2
+    with pytest.raises(UserError, match=r"need 110 MiB .* 100 MiB free"):
+        stream.batches_ahead(4, 11 * 2**20)

@@ -66,6 +66,9 @@ class Numbers:
         x = rng.normal(size=(4, 3)).astype(np.float32)
         return {"x": x, "y": x @ np.array([1, 2, 3], np.float32)}
 
+    def seconds_per_batch(self) -> float | None:
+        return None
+
     def get_state(self) -> dict[str, Any]:
         return {"index": self.index}
 

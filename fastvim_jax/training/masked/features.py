@@ -97,6 +97,10 @@ class FeatureBatches:
             {"feature": self._features.feature[chosen], "label": self._features.label[chosen]}
         )
 
+    def seconds_per_batch(self) -> float | None:
+        """Return None: the features are in memory."""
+        return None
+
     def get_state(self) -> dict[str, Any]:
         """Return the number of batches taken."""
         return {"taken": self._taken}

@@ -1,0 +1,72 @@
+"""Whether the data keep up with the step: what each could do alone, and what to change if the step waits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+PROBED = range(3, 8)
+"""Steps since the start whose time is taken alone, without reading ahead; the first two compile and warm up."""
+_LATE = 0.05  # share of the time; less is not worth a change
+_SAID_AT = 2  # the first line of the log counts batches that workers had read before
+
+
+class FeedMeter:
+    """Compare the rate of the step alone with that of the data pipeline.
+
+    Args:
+        batch_size: images a step, over all processes.
+        data: the data's config, of which the advice depends; None for tasks without one.
+    """
+
+    def __init__(self, batch_size: int, data: Any = None) -> None:
+        self._batch_size = batch_size
+        self._data = data
+        self._steps: list[float] = []
+        self._laps = 0
+
+    def add_step(self, seconds: float) -> None:
+        """Add the time of one probed step."""
+        self._steps.append(seconds)
+
+    def lap(self, seconds_per_batch: float | None) -> dict[str, float]:
+        """Return the numbers for a line of the log.
+
+        `step_images_per_second`, of the probed steps, and `data_images_per_second`: what the pipeline gave while it was
+        not held up by the step.
+        """
+        self._laps += 1
+        numbers = {}
+        if self._steps:
+            numbers["step_images_per_second"] = self._batch_size / min(self._steps)
+        if seconds_per_batch:
+            numbers["data_images_per_second"] = self._batch_size / seconds_per_batch
+        return numbers
+
+    def message(self, numbers: dict[str, float]) -> str | None:
+        """Return what to tell the user, once: after the second line of the log, given all its numbers."""
+        names = ("step_images_per_second", "data_images_per_second", "data_wait")
+        if self._laps != _SAID_AT or not all(name in numbers for name in names):
+            return None
+        step, data, wait = (numbers[name] for name in names)
+        found = f"The step takes up to {step:,.0f} images/s, the data pipeline gives "
+        if wait < _LATE or data >= step:
+            return f"{found}at least {min(data, step):,.0f}: it keeps up."
+        return f"{found}{data:,.0f}: the step waits for data {wait:.0%} of the time. {advice(self._data)}"
+
+
+def advice(data: Any) -> str:
+    """Say what would make the pipeline of a data config faster."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options = []
+    workers = getattr(data, "workers", None)
+    if workers is not None and workers < (cores or 1):
+        options.append(f"data.workers={cores}, one a core")
+    operations = getattr(data, "rand_augment", None), getattr(data, "colour_jitter", None)
+    if any(operations) and getattr(data, "augment_on", "device") == "host":
+        options.append("data.augment_on=device")
+    if getattr(data, "source", "pixels") not in ("pixels", "digits"):
+        options.append("shards of pixels (fastvim data prepare --pixels 256, data.source=pixels)")
+    if not options:
+        return "More cores, or a resident set (data.resident), would help."
+    return f"What helps: {'; '.join(options)}."

@@ -1,0 +1,46 @@
+"""What a run says of its data pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fastvim_jax.data import ClassificationData
+from fastvim_jax.training import feed
+from fastvim_jax.training.feed import FeedMeter
+
+
+def _second_lap(meter: FeedMeter, wait: float, seconds: float) -> str | None:
+    for step in (0.5, 0.2, 0.3):
+        meter.add_step(step)
+    assert meter.message(meter.lap(0.01) | {"data_wait": 0.9}) is None
+    numbers = meter.lap(seconds) | {"data_wait": wait}
+    assert numbers["step_images_per_second"] == pytest.approx(500)
+    return meter.message(numbers)
+
+
+def test_it_says_once_whether_the_data_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    meter = FeedMeter(100, ClassificationData(workers=4, rand_augment=9.0))
+    assert _second_lap(meter, 0.01, 0.05) == (
+        "The step takes up to 500 images/s, the data pipeline gives at least 500: it keeps up."
+    )
+    assert meter.message(meter.lap(0.5) | {"data_wait": 0.9}) is None
+    data = ClassificationData(source="image_folder", path="x", workers=4, rand_augment=9.0)
+    said = _second_lap(FeedMeter(100, data), 0.6, 0.5)
+    assert said is not None and "gives 200: the step waits for data 60% of the time" in said
+    for option in ("data.workers=16", "data.augment_on=device", "prepare --pixels"):
+        assert option in said
+    best = dataclasses.replace(data, source="pixels", workers=16, augment_on="device")
+    said = _second_lap(FeedMeter(100, best), 0.6, 0.5)
+    assert said is not None and said.endswith(
+        "More cores, or a resident set (data.resident), would help."
+    )
+    assert _second_lap(FeedMeter(100), 0.6, 0.5) is not None
+
+
+def test_without_numbers_it_is_silent() -> None:
+    meter = FeedMeter(100)
+    meter.lap(None)
+    assert meter.lap(None) == {} and meter.message({"data_wait": 0.5}) is None
