@@ -109,6 +109,7 @@ def run_loop(
     Every step calls `train_step` on the next batch. Every `config.log_every_steps` steps, the loop logs the means of
     the metrics since the last line as a record of kind `train`. After every epoch, it logs the norms of all parameters
     as a record of kind `norms`.
+    It says when a batch has shapes that no batch had before, because the step is compiled for each.
     It saves a checkpoint every `config.checkpoint_every_steps` steps. Each evaluator runs at its own interval and after
     the last step, and logs its scores under its own name.
 
@@ -192,12 +193,19 @@ def run_loop(
         if missed:
             evaluate_at(first_step, missed)
     stop.before_start(total_steps, first_step)
+    compiled_for: list[dict[str, tuple[int, ...]]] = []
     for step in range(first_step + 1, total_steps + 1):
         with profiler.begin(step):
             with clock.timed("data_wait"):
                 batch = stop.next_of(batches)
             if batch is None:
                 raise stop_after(step - 1)
+            shapes = {name: jax.numpy.shape(values) for name, values in batch.items()}
+            if shapes not in compiled_for:
+                if compiled_for:  # Channel sampling gives batches of other shapes.
+                    words = (f"{k} {'x'.join(map(str, shape))}" for k, shape in shapes.items())
+                    log.say(f"Step {step} compiles the program for batches of {', '.join(words)}.")
+                compiled_for.append(shapes)
             with clock.timed("dispatch"):
                 begun = time.perf_counter()
                 state, metrics = train_step(state, batch)

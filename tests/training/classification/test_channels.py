@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.data import CellsData
+from fastvim_jax.data.cells import draw_channels
 from fastvim_jax.data.multichannel import find_channel_files, read_channel_files, to_uint8
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.records import Record
@@ -78,11 +80,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_a_stopped_run_goes_on_with_the_same_channels_and_ends_in_the_same_bits(
-    config: TrainConfig, tmp_path: Path
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    result = train(config, whole, progress=False)
+    result = train(config, whole)
     assert result.step == 6 and result.metrics["count"] == 48
+    counts = [len(draw_channels(config.seed, step, 3, "unsorted")) for step in range(6)]
+    shown = " ".join("".join(capsys.readouterr()).split())
+    said = re.findall(r"Step (\d) compiles [^.]* image 16x8x8x(\d)", shown)
+    first = [(str(counts.index(n) + 1), str(n)) for n in dict.fromkeys(counts)]
+    assert said == first[1:]
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "6")
     train(config, stopped, progress=False)
