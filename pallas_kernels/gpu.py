@@ -1,12 +1,14 @@
-"""Decide whether an operation runs as Mosaic GPU kernels, without importing any of them."""
+"""Decide whether an operation runs as Mosaic GPU or Triton kernels, without importing any of them."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -90,14 +92,91 @@ def _no_device() -> str | None:
     for device in devices:
         capability = getattr(device, "compute_capability", None)
         name = f"{device.device_kind} (compute capability {capability})"
-        try:
-            version = float(capability)
-        except (TypeError, ValueError):  # not NVIDIA's
-            version = 0.0
+        version = _capability(device)
         if version < 9.0:
             return f"{name} is older than Hopper"
         if version >= 11.0:
             return f"{name} has less shared memory than the 227 KB that the kernels are cut for"
+    return None
+
+
+def choose_triton(
+    implementation: str, operation: str, unsupported: Callable[[], str | None]
+) -> bool:
+    """Return whether `operation` runs as Triton kernels: if asked for by name, or with "auto" on Ampere and Ada GPUs.
+
+    Args:
+        implementation: the name that the caller gave.
+        operation: its name, for messages.
+        unsupported: returns why the kernels cannot take this call, or None. It may import jax_triton.
+
+    Raises:
+        NotImplementedError: the implementation is "triton", and this machine cannot run it. A call that the kernels do
+            not cover is logged once instead.
+    """
+    if implementation == "triton":
+        missing = triton_missing()
+        if missing is not None:
+            raise NotImplementedError(f"{operation}: 'triton' cannot run here: {missing}")
+    elif implementation == "auto" and _before_hopper():
+        missing = triton_missing()
+        if missing is not None:
+            log_once(f"{operation}: using XLA and not the Triton kernels, since {missing}")
+            return False
+    else:
+        return False
+    reason = unsupported()
+    if reason is not None:
+        log_once(f"{operation}: using XLA and not the Triton kernels, since {reason}")
+    return reason is None
+
+
+def triton_missing() -> str | None:
+    """Return why programs traced now cannot hold Triton kernels, or None if they can. Import jax_triton if they can.
+
+    They can on NVIDIA GPUs from Ampere on (compute capability 8.0), with the extra `triton` installed.
+    FASTVIM_KERNELS=off turns these kernels off, too.
+    """
+    if os.environ.get("FASTVIM_KERNELS") == "off":
+        return "FASTVIM_KERNELS=off"
+    capabilities = _capabilities()
+    if not capabilities:
+        return NO_GPU
+    if min(capabilities) < 8.0:
+        return f"compute capability {min(capabilities)} is older than Ampere's 8.0"
+    return _jax_triton_missing()
+
+
+def _before_hopper() -> bool:
+    """Return whether all GPUs are of compute capability 8: Ampere and Ada."""
+    return bool(_capabilities()) and all(8.0 <= c < 9.0 for c in _capabilities())
+
+
+@functools.cache
+def _capabilities() -> tuple[float, ...]:
+    """Return the compute capabilities of the local GPUs, 0 for those that are not NVIDIA's."""
+    devices = [d for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
+    return tuple(map(_capability, devices))
+
+
+def _capability(device: Any) -> float:
+    try:
+        return float(getattr(device, "compute_capability", None))
+    except (TypeError, ValueError):  # not NVIDIA's
+        return 0.0
+
+
+@functools.cache
+def _jax_triton_missing() -> str | None:
+    install = "install it with: pip install 'fastvim-jax[triton]'"
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:
+        return f"jax-triton cannot be imported ({error}); {install}"
+    version = importlib.metadata.version("jax-triton")
+    # 0.4 renames `out_shape`, and its rule for dead code fails under JAX 0.12 ("takes 2 positional arguments").
+    if not version.startswith("0.3."):
+        return f"jax-triton {version} is not of the series 0.3; {install}"
     return None
 
 

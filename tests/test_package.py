@@ -223,7 +223,7 @@ def test_types_are_published(package: str) -> None:
 
 
 def test_every_module_imports_without_a_warning() -> None:
-    optional = {"jax_triton", "torch", "tensorflow_datasets", "tensorflow"}
+    optional = {"jax_triton", "triton", "torch", "tensorflow_datasets", "tensorflow"}
     for name in modules():
         if name == "fastvim_jax.__main__":
             continue

@@ -15,6 +15,7 @@ from pallas_kernels.selective_scan.arg_specs import ScanSpec, of_length
 
 LABELS = {
     "pallas": "Pallas kernel",
+    "triton": "Triton kernel",
     "xla_associative": "associative scan, XLA",
     "xla_sequential": "step by step, XLA",
     "mamba_ssm": "mamba CUDA kernel, eager",

@@ -30,7 +30,9 @@ PoolingMethod = Literal["mean", "max", "attention", "none"]
 PoolAxes = Literal["alternate", "columns", "rows"]
 BlockMode = Literal["scan", "unroll"]
 Remat = Literal["none", "block", "dots"]
-ScanName = Literal["auto", "xla", "xla_associative", "xla_sequential", "pallas", "reference"]
+ScanName = Literal[
+    "auto", "xla", "xla_associative", "xla_sequential", "pallas", "triton", "reference"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 `api` is the public function, `bidirectional` that of both directions of a mixer at once, `reference` the
 definition, `xla_sequential` and `xla_associative` the backends for any platform, `chunks` the chunk-by-chunk driver
 they share, `bidirectional_xla` both directions by these backends, `mosaic` and `mosaic_bidirectional` the GPU kernels
-of one and of both directions, `vjp` the derivative rule, `sharded` the scan under a sharded `jit`, `implementations`
-the names and the rule behind `"auto"`, `arg_specs` the shapes that tests and bench use.
+of one and of both directions, `triton` and `triton_kernels` those for GPUs before Hopper, `vjp` the derivative rule,
+`sharded` the scan under a sharded `jit`, `implementations` the names and the rule behind `"auto"`, `arg_specs` the
+shapes that tests and bench use.
 """
 
 from pallas_kernels.selective_scan.api import selective_scan

@@ -99,9 +99,12 @@ def selective_scan(
         reverse: visit the steps from last to first. Equal to flipping u, delta, B, C, z and y along l.
         return_last_state: also return the state after the last visited step.
         initial_state: the state before the first visited step, zero if None. With the last state of one call, the next
-            call goes on where it ended: a sequence scanned in pieces equals one scan. The GPU kernels do not take it.
+            call goes on where it ended: a sequence scanned in pieces equals one scan. The Pallas kernels do not
+            take it.
         implementation: "auto" (the fastest where the program is lowered for), "xla" (the fastest of the next two),
-            "xla_associative", "xla_sequential", "pallas", or "reference".
+            "xla_associative", "xla_sequential", "pallas" (Hopper GPUs), "triton" (NVIDIA GPUs from Ampere on, with the
+            extra `triton`; `jax.vmap` and what its kernels do not cover run as "xla_associative", which is logged
+            once), or "reference".
 
     Returns:
         y in u's dtype; with `return_last_state`, (y, last state), the latter float32 or wider.

@@ -18,7 +18,7 @@ from pallas_kernels.selective_scan.arg_specs import LENGTHS, TARGETS, ScanSpec, 
 from pallas_kernels.selective_scan.chunks import chunk_length
 from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
 
-IMPLEMENTATIONS = ("pallas", "xla_associative", "xla_sequential", "mamba_ssm")
+IMPLEMENTATIONS = ("pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm")
 TOLERANCES = {
     "float32": 1e-4,
     "bfloat16": 2e-2,
@@ -57,8 +57,12 @@ def cases(
 
     What cannot run here is skipped once.
     """
-    missing = {"pallas": gpu.kernels_missing(), "mamba_ssm": mamba_ssm.missing()}
-    reasons = {name: missing.get(name) for name in implementations}
+    missing = {
+        "pallas": gpu.kernels_missing,
+        "triton": gpu.triton_missing,
+        "mamba_ssm": mamba_ssm.missing,
+    }
+    reasons = {name: missing[name]() if name in missing else None for name in implementations}
     found: list[tuple[timing.Row, timing.Case]] = [
         ({"implementation": name}, timing.skipped(reason))
         for name, reason in reasons.items()

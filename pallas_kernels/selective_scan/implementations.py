@@ -18,6 +18,7 @@ from pallas_kernels.sharding import mark_varying
 
 _MODULES = {
     "pallas": "pallas_kernels.selective_scan.mosaic",
+    "triton": "pallas_kernels.selective_scan.triton",
     "xla_associative": "pallas_kernels.selective_scan.xla_associative",
     "xla_sequential": "pallas_kernels.selective_scan.xla_sequential",
     "reference": "pallas_kernels.selective_scan.reference",
@@ -55,7 +56,7 @@ class ByPlatform:
 
 @dataclasses.dataclass(frozen=True)
 class KernelOnCuda:
-    """The Mosaic kernels where the program is lowered for CUDA, XLA elsewhere."""
+    """Kernels where the program is lowered for CUDA, XLA elsewhere."""
 
     kernel: ModuleType
     other: Backend
@@ -119,6 +120,15 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
         return _reference(both)
     one_or_both = lambda backend: Bidirectional(backend) if both else backend  # noqa: E731
     xla = one_or_both(xla_backend(inputs.u.shape[-2]))
+    if gpu.choose_triton(name, "selective_scan", lambda: _module("triton").unsupported(inputs)):
+        kernel = _module("triton")
+        backend = one_or_both(KernelOnCuda(kernel, xla_backend(inputs.u.shape[-2])))
+        chunk = kernel.chunk_length(inputs)
+        return lambda inputs, options: vjp.scan(
+            Sharded(backend, opaque=True), dataclasses.replace(options, chunk=chunk), inputs
+        )
+    if name == "triton":  # what its kernels do not cover
+        name = "xla_associative"
     kernel_name = "pallas_bidirectional" if both else "pallas"
     if gpu.choose(name, "selective_scan", lambda: _module(kernel_name).unsupported(inputs)):
         kernel = _module(kernel_name)

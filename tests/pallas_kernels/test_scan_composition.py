@@ -116,8 +116,8 @@ def test_wrong_dtype_and_names():
     integers = arrays | {"delta": jnp.ones((1, 2, 3), jnp.int32)}
     with pytest.raises(ValueError, match="delta must be floating point, got int32"):
         inspect.unwrap(selective_scan)(**integers)
-    with pytest.raises(ValueError, match=r"'auto', 'xla', .*'reference'; got 'triton'"):
-        selective_scan(**arrays, implementation="triton")
+    with pytest.raises(ValueError, match=r"'auto', 'xla', .*'reference'; got 'cuda'"):
+        selective_scan(**arrays, implementation="cuda")
 
 
 def test_numpy_arrays_are_taken():

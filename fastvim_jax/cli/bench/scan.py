@@ -36,9 +36,9 @@ class Scan(Options):
     """Channels; by default 384 on a GPU (the Tiny size), 64 elsewhere."""
     states: int = 16
     """States of a channel."""
-    implementations: tuple[Literal["pallas", "xla_associative", "xla_sequential", "mamba_ssm"], ...] = (
-        "pallas", "xla_associative", "xla_sequential", "mamba_ssm",
-    )  # fmt: skip
+    implementations: tuple[
+        Literal["pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm"], ...
+    ] = ("pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm")
     """Which to measure; those that cannot run here are skipped."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of the sequences; the kernels alone are measured in bfloat16."""
