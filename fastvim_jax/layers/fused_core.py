@@ -27,33 +27,40 @@ class Core(NamedTuple):
     """Fused kernels for one class of poolings.
 
     Attributes:
-        takes: `takes(config, pooling)` says whether the kernels can compute this mixer with this pooling.
+        uncovered: `uncovered(config, pooling)` says why the kernels cannot compute this mixer with this pooling, or
+            returns None if they can.
         run: `run(xz, pooling, both, post_norm)` maps in_proj's output xz `b l 2e` to out_proj's input `b l e`.
     """
 
-    takes: Callable[[MixerConfig, Any], bool]
+    uncovered: Callable[[MixerConfig, Any], str | None]
     run: Callable[[jax.Array, Any, ScanDirection, Any], jax.Array]
 
 
 def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
     """Return whether the fused kernels can compute a mixer with this pooling, on this machine."""
-    wanted = (
-        config.scan_implementation in ("auto", "pallas")
-        and config.post_norm == "layer"
-        and config.conv_width >= 2
-        and config.conv_bias
-        and gpu.kernels_missing() is None
-    )
-    if not wanted:
+    if config.scan_implementation not in ("auto", "pallas") or gpu.kernels_missing() is not None:
         return False
-    core = CORES.get(type(pooling))
-    taken = core is not None and core.takes(config, pooling)
-    if not taken and isinstance(pooling, ChannelPooling):
+    reason = uncovered(config, pooling)
+    if reason is not None and isinstance(pooling, ChannelPooling):
         gpu.log_once(
-            "mixer: a channel grid whose pooled tokens are not next to each other in scan order, or are pooled by "
-            "attention, runs without the fused kernels around the scan"
+            f"mixer: a channel grid runs without the fused kernels around the scan: {reason}"
         )
-    return taken
+    return reason is None
+
+
+def uncovered(config: MixerConfig, pooling: Pooling) -> str | None:
+    """Return why the fused kernels cannot compute a mixer with this pooling on any machine, or None if they can.
+
+    They may still refuse a size: see `unsupported` of the kernels' modules, which `analysis.coverage` asks as well.
+    """
+    if config.post_norm != "layer":
+        return f"post_norm={config.post_norm!r}"
+    if config.conv_width < 2:
+        return f"conv_width={config.conv_width}"
+    core = CORES.get(type(pooling))
+    if core is None:
+        return f"no kernels for {type(pooling).__name__}"
+    return core.uncovered(config, pooling)
 
 
 def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: Any) -> jax.Array:
@@ -71,18 +78,19 @@ def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: 
     return CORES[type(pooling)].run(xz, pooling, both, post_norm)
 
 
-def _grid_takes(config: MixerConfig, pooling: GridPooling) -> bool:
-    pools = pooling.method in ("mean", "max") and pooling.class_index is None
-    return pools and config.unpool == "before_skip"
+def _grid_uncovered(config: MixerConfig, pooling: GridPooling) -> str | None:
+    if pooling.method not in ("mean", "max"):
+        return f"pooling by {pooling.method}"
+    return "a class token" if pooling.class_index is not None else None
 
 
 def _grid_core(
     xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: nnx.LayerNorm
 ) -> jax.Array:
-    params, scans = _scans(both, skip=False)
+    params, scans, directions = _pooled(both)
     out = mixer_core(
         xz,
-        Directions(both.conv.kernel[...], both.conv.bias[...], both.D[...]),
+        directions,
         Norm(post_norm.scale[...], post_norm.bias[...]),
         params,
         middle=scans,
@@ -99,9 +107,10 @@ def _grid_core(
     return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
 
 
-def _channel_takes(config: MixerConfig, pooling: ChannelPooling) -> bool:
-    pools = pooling.method in ("mean", "max") and pooling.contiguous
-    return pools and config.unpool == "before_skip"
+def _channel_uncovered(config: MixerConfig, pooling: ChannelPooling) -> str | None:
+    if pooling.method not in ("mean", "max"):
+        return f"pooling by {pooling.method}"
+    return None if pooling.contiguous else "pooled tokens are not neighbours in scan order"
 
 
 def _channel_core(
@@ -121,7 +130,7 @@ def _sequence_core(
     )  # Every token is a step of the scan, so the scan can add the skip D · u.
     return sequence_core(
         xz,
-        Convolutions(both.conv.kernel[...], both.conv.bias[...]),
+        Convolutions(both.conv.kernel[...], _conv_bias(both)),
         Norm(post_norm.scale[...], post_norm.bias[...]),
         params,
         middle=scans,
@@ -129,18 +138,19 @@ def _sequence_core(
     )
 
 
-def _ragged_takes(config: MixerConfig, pooling: RaggedPooling) -> bool:
-    sums = pooling.method == "mean" and pooling.divisor == "row_length"
-    return sums and pooling.valid is None and config.unpool == "before_skip"
+def _ragged_uncovered(config: MixerConfig, pooling: RaggedPooling) -> str | None:
+    if pooling.method != "mean" or pooling.divisor != "row_length":
+        return f"masked tokens pooled by {pooling.method}, divisor {pooling.divisor}"
+    return None if pooling.valid is None else "different numbers of tokens in a batch"
 
 
 def _ragged_core(
     xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: nnx.LayerNorm
 ) -> jax.Array:
-    params, scans = _scans(both, skip=False)
+    params, scans, directions = _pooled(both)
     out = mixer_core(
         pooling.to_scan_order(xz),
-        Directions(both.conv.kernel[...], both.conv.bias[...], both.D[...]),
+        directions,
         Norm(post_norm.scale[...], post_norm.bias[...]),
         params,
         middle=scans,
@@ -155,12 +165,32 @@ def _ragged_core(
 
 
 CORES: dict[type, Core] = {
-    GridPooling: Core(_grid_takes, _grid_core),
-    RaggedPooling: Core(_ragged_takes, _ragged_core),
-    ChannelPooling: Core(_channel_takes, _channel_core),
-    NoPooling: Core(lambda config, pooling: True, _sequence_core),
+    GridPooling: Core(_grid_uncovered, _grid_core),
+    RaggedPooling: Core(_ragged_uncovered, _ragged_core),
+    ChannelPooling: Core(_channel_uncovered, _channel_core),
+    NoPooling: Core(lambda config, pooling: None, _sequence_core),
 }
 """Fused kernels by the class of the pooling. A class without an entry never runs fused."""
+
+
+def _conv_bias(both: ScanDirection) -> jax.Array:
+    """Return both convolutions' biases `2 e`, zeros if they have none."""
+    kernel = both.conv.kernel[...]
+    return jnp.zeros_like(kernel[:, 0]) if both.conv.bias is None else both.conv.bias[...]
+
+
+def _pooled(both: ScanDirection) -> tuple[Any, Callable[..., Any], Directions]:
+    """Return `_scans` of pooled tokens, and what the kernels around them read.
+
+    With unpool="after_skip" the skip reads the pooled tokens. Then the scans add it, and the kernels' own D is zero.
+    """
+    after = both.config.unpool == "after_skip"
+    params, scans = _scans(both, skip=after)
+    D = both.D[...]
+    directions = Directions(
+        both.conv.kernel[...], _conv_bias(both), jnp.zeros_like(D) if after else D
+    )
+    return params, scans, directions
 
 
 def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]:

@@ -104,20 +104,7 @@ class VisionMamba(Backbone):
         return self.config.grid[0] * self.config.grid[1] + (self.config.class_token != "none")
 
     def _poolings(self, grid: tuple[int, int]) -> tuple[Pooling, ...]:
-        config = self.config
-        if config.pooling == "none":
-            return (NoPooling(grid[0] * grid[1] + (self.class_token is not None)),)
-        orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
-        return tuple(
-            GridPooling(
-                *grid,
-                transposed=transposed,
-                method=config.pooling,
-                scale=config.pool_scale,
-                class_index=self._class_index(grid),
-            )
-            for transposed in orders[config.pool_axes]
-        )
+        return grid_poolings(self.config, grid)
 
     def _prepared(self, poolings: Sequence[Pooling]) -> Any:
         return prepare_blocks(self.blocks, poolings)
@@ -150,7 +137,7 @@ class VisionMamba(Backbone):
         return resize_with_class_row(table, built_for, grid, source, target)
 
     def _class_index(self, grid: tuple[int, int]) -> int | None:
-        return {"none": None, "middle": grid[0] * grid[1] // 2, "head": 0}[self.config.class_token]
+        return _class_index(self.config, grid)
 
     def _reads_all(self, *head_pools: str) -> bool:
         return self.class_token is None and self.config.head_pool in head_pools
@@ -182,3 +169,24 @@ class VisionMamba(Backbone):
         if self.class_token is None:
             raise UserError("return_prefix_tokens=True: this model has no class token.")
         return self._pool(tokens)[:, None]
+
+
+def grid_poolings(config: VisionMambaConfig, grid: tuple[int, int]) -> tuple[Pooling, ...]:
+    """List one period of a model's poolings over a stored `grid` of patches."""
+    if config.pooling == "none":
+        return (NoPooling(grid[0] * grid[1] + (config.class_token != "none")),)
+    orders = {"alternate": (False, True), "columns": (False,), "rows": (True,)}
+    return tuple(
+        GridPooling(
+            *grid,
+            transposed=transposed,
+            method=config.pooling,
+            scale=config.pool_scale,
+            class_index=_class_index(config, grid),
+        )
+        for transposed in orders[config.pool_axes]
+    )
+
+
+def _class_index(config: VisionMambaConfig, grid: tuple[int, int]) -> int | None:
+    return {"none": None, "middle": grid[0] * grid[1] // 2, "head": 0}[config.class_token]

@@ -27,7 +27,9 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 MAX_STATES = 32
 CHANNELS = 32  # of one program: one warp, one channel a thread
 LONGEST_CHUNK = 8  # unrolled, in registers
-ENOUGH_PROGRAMS = 1024  # about eight for each of the 84 to 132 processors of a GPU
+# Forward and backward at (2, 16384, 384), ms on an H100, 2026-11-28: 60.7 with one part, 5.38 with parts for 512
+# programs, 3.18 for 1024, 2.49 for 2048.
+ENOUGH_PROGRAMS = 2048
 SHORTEST_PART = 8  # chunks
 
 

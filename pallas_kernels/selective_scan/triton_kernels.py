@@ -28,8 +28,8 @@ def _row(x, rows, i):
 
 @triton.jit
 @no_type_check
-def _recurrence(a, b, h, rows, CHUNK: tl.constexpr, FROM_LAST: tl.constexpr):
-    """Return all h <- a h + b of a chunk, `t e`, and the last one computed.
+def _recurrence(a, b, h, rows, CHUNK: tl.constexpr, FROM_LAST: tl.constexpr, DECAYED: tl.constexpr):
+    """Return all h <- a h + b of a chunk, `t e` (with DECAYED all a h instead), and the last h computed.
 
     All comparisons are of constants once Triton has placed the rows in one thread, so that CHUNK multiply-adds remain.
     (`tl.associative_scan` from the last row to the first exchanges them across threads.)
@@ -37,8 +37,10 @@ def _recurrence(a, b, h, rows, CHUNK: tl.constexpr, FROM_LAST: tl.constexpr):
     x = b
     for i in tl.static_range(CHUNK):
         t = CHUNK - 1 - i if FROM_LAST else i
-        h = _row(a, rows, t) * h + _row(b, rows, t)
-        x = tl.where(rows[:, None] == t, h[None, :], x)
+        decayed = _row(a, rows, t) * h
+        h = decayed + _row(b, rows, t)
+        kept = decayed if DECAYED else h
+        x = tl.where(rows[:, None] == t, kept[None, :], x)
     return x, h
 
 
@@ -140,7 +142,7 @@ def forward(
                 b = a * tokens * _load(B + of_step + n, exists)
             else:
                 b = v * _load(B + of_step + n, exists)
-            x, after = _recurrence(a, b, _row(h, state, n), within, CHUNK, REVERSE)
+            x, after = _recurrence(a, b, _row(h, state, n), within, CHUNK, REVERSE, False)
             if WRITE_Y:
                 out += x * _load(C + of_step + n, exists)
             h = tl.where(state[:, None] == n, after[None, :], h)
@@ -241,10 +243,13 @@ def backward(
             c_n = _load(C + of_step + n, exists)
             a = tl.exp(step * rate[None, :])
             b = v * b_n
-            x, _ = _recurrence(a, b, before, within, CHUNK, REVERSE)
-            decayed = x - b
+            # Not x - b: where nothing was before, as in a scan of one step, A's gradient is exactly 0.
+            decayed, _ = _recurrence(a, b, before, within, CHUNK, REVERSE, True)
+            x = decayed + b
             a = tl.exp(step_after * rate[None, :])
-            x_bar, entered = _recurrence(a, c_n * s, _row(g, state, n), within, CHUNK, not REVERSE)
+            x_bar, entered = _recurrence(
+                a, c_n * s, _row(g, state, n), within, CHUNK, not REVERSE, False
+            )
             if HAS_Z:
                 out += x * c_n
             v_bar += x_bar * b_n

@@ -124,15 +124,20 @@ def test_scan_of_blocks_and_checkpoint(seed):
     args = scan.draw(np.random.default_rng(seed), 2, 30, 64, 16)
     u = args.pop("u")
 
-    def loss(u, name, remat):
-        block = lambda u, _: (selective_scan(u, **args, implementation=name), None)  # noqa: E731
-        return jnp.sum(
-            jnp.sin(jax.lax.scan(jax.checkpoint(block) if remat else block, u, None, 3)[0])
-        )
+    def gradient(name, remat):
+        def loss(args):
+            block = lambda u, _: (selective_scan(u, **args[1], implementation=name), None)  # noqa: E731
+            block = jax.checkpoint(block) if remat else block
+            return jnp.sum(jnp.sin(jax.lax.scan(block, args[0], None, 3)[0]))
 
-    got = jax.jit(jax.grad(lambda u: loss(u, "triton", True)))(u)
-    wanted = jax.jit(jax.grad(lambda u: loss(u, "xla_sequential", False)))(u)
-    assert max(relative_errors(got, wanted)) < 1e-5
+        return jax.grad(loss)
+
+    args = (u, args)
+    wanted = on_cpu_in_float64(gradient("xla_sequential", False), args)
+    got = compiled(gradient("triton", True), args)(args)
+    plain = jax.jit(gradient("xla_sequential", False))(args)  # float32 amplified by three blocks
+    most = [max(1e-5, 3 * error) for error in relative_errors(plain, wanted)]
+    assert all(e < m for e, m in zip(relative_errors(got, wanted), most, strict=True))
 
 
 def test_auto_takes_them_on_gpus_before_hopper(seed, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.layers.direction import MixerConfig
-from fastvim_jax.layers.fused_core import runs_fused
+from fastvim_jax.layers.fused_core import runs_fused, uncovered
 from fastvim_jax.layers.mixer import Mixer, join_directions
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
@@ -76,15 +76,37 @@ def test_unpooled_through_every_kernel(key, monkeypatch):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("pooling", "options"),
+    [(GRID, {"unpool": "after_skip", "conv_bias": False}), (NoPooling(12), {"conv_bias": False})],
+    ids=["pooled", "unpooled"],
+)
+def test_options_that_are_data(key, rng, monkeypatch, pooling, options):
+    """The skip of pooled tokens moves into the scans; a missing bias is one of zeros."""
+    mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
+    for side in (mixer.forward, mixer.backward):
+        side.D[...] = jnp.asarray(rng.standard_normal(128), jnp.float32)
+    graphdef, params = nnx.split(mixer)
+    h = jax.random.normal(key, (2, 12, 64))
+    wanted = value_and_gradients(graphdef, pooling)(params, h)
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    assert runs_fused(mixer.config, pooling)
+    got = value_and_gradients(graphdef, pooling)(params, h)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
 def test_what_does_not_run_fused(key, monkeypatch):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
-    for options in ({"post_norm": "none"}, {"conv_width": 0}, {"conv_bias": False}):
+    for options, reason in (
+        ({"post_norm": "none"}, "post_norm='none'"),
+        ({"conv_width": 0}, "conv_width=0"),
+    ):
         mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
-        assert not runs_fused(mixer.config, GRID)
-        assert not runs_fused(mixer.config, NoPooling(12))
-    mixer = Mixer(MixerConfig(64, unpool="after_skip"), rngs=nnx.Rngs(key))
-    assert not runs_fused(mixer.config, GRID)
-    assert runs_fused(mixer.config, NoPooling(12))
+        for pooling in (GRID, NoPooling(12)):
+            assert uncovered(mixer.config, pooling) == reason
+            assert not runs_fused(mixer.config, pooling)
+    attention = dataclasses.replace(GRID, method="attention")
+    assert uncovered(MixerConfig(64), attention) == "pooling by attention"
 
 
 @pytest.mark.parametrize(
