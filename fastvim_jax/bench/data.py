@@ -74,7 +74,7 @@ def _whole(
     ours = next(iter(running))
     missing = [m for m in ("torch", "torchvision") if importlib.util.find_spec(m) is None]
     if not missing:
-        running[torch, "pillow"] = _torch(source, config)
+        running[torch, "pillow"] = torch_loader(source, config)
     times = _time_batches(list(running.values()), config, seconds)
     found = dict(zip(running, times, strict=True))
     for (what, decoder), milliseconds in found.items():
@@ -204,7 +204,7 @@ def _take_turns(
     return best
 
 
-def _torch(source: Source, config: ClassificationData) -> Iterator[Any]:
+def torch_loader(source: Source, config: ClassificationData) -> Iterator[Any]:
     """Read the same files through a PyTorch DataLoader: Pillow, torchvision's transforms, float32 batches."""
     import torch
     from torchvision import transforms as vision

@@ -1,0 +1,338 @@
+"""Measures whether the data keep an accelerator busy: the trainer with the full ImageNet recipe on real photographs.
+
+    python benchmarks/feed.py run --data shared/data --work /tmp/feed --json benchmarks/results/h100/feed.json
+    python benchmarks/feed.py report benchmarks/results/h100/feed.json > benchmarks/feed.md
+
+About 4 minutes on 16 cores and one H100, 16 GB of disk. On a CPU, to see it work: add `--tiny --records 300`.
+
+1. The 41 ImageNet photographs of `--data` are repeated to `--records` and written as `fastvim data prepare` does:
+   as pixels (`pixels=256`) and as JPEG files of 256 pixels (`max_size=256`). All copies are read from the page cache.
+2. For each model, one start of the trainer (`training.train` with `experiments/imagenet`, one GPU's batch) trains on
+   shards of pixels, then on JPEG shards, then on one batch that lies on the device: that is the step alone. Flip,
+   RandAugment, erasing, mixup and cutmix run in the step in all three.
+3. A PyTorch DataLoader with Pillow and torchvision's transforms reads the same JPEG files, without training.
+
+Rows are the means of the last laps of the trainer's own log (`metrics.jsonl`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fastvim_jax.bench.data import torch_loader
+from fastvim_jax.bench.record import show
+from fastvim_jax.data import ClassificationData, make_train_iterator, open_source
+from fastvim_jax.data.batches import BatchIterator, open_split, owned
+from fastvim_jax.data.prepare.shards import prepare
+from fastvim_jax.data.records import Record, Source
+from fastvim_jax.training import load_experiment, train
+from fastvim_jax.training.classification import train as trainer
+
+MODELS = {"FastVim-T": "imagenet/fastvim_tiny", "FastVim-S": "imagenet/fastvim_small"}
+FEEDS = {"pixels": "pixels", "jpeg": "array_record", "step": ""}
+"""What feeds the step in each phase, and the source that reads it; the last repeats one batch."""
+LAPS = {"pixels": 6, "jpeg": 6, "step": 3}
+"""Lines of the log in each phase. The first half of them counts starting workers and batches read before."""
+PROMISED = {
+    ("FastVim-S", "pixels"): 0.95,
+    ("FastVim-T", "pixels"): 0.85,
+    ("FastVim-S", "jpeg"): 0.5,
+}
+"""Required shares of the step's own throughput."""
+
+
+@dataclasses.dataclass
+class Repeated:
+    """A source's records over and over."""
+
+    source: Source
+    count: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[index % len(self.source)]
+
+    def stamp(self, index: int) -> str:
+        return f"{index} of {len(self.source)}"
+
+
+class Relay:
+    """Training batches of several feeds one after the other, each for its number of steps; then `Done`.
+
+    Takes the place of the trainer's `BatchIterator`.
+    """
+
+    def __init__(self, feeds: dict[str, ClassificationData], steps: dict[str, int], **options: Any):
+        self._feeds, self._steps, self._options = feeds, steps, options
+        self._first = self._open(next(iter(feeds)))
+        self.source, self.config = self._first.source, self._first.config
+        self.steps_per_epoch = 10**6  # ended by `Done`
+        self.corrupt: set[int] = set()
+        self.lend = False
+        self._batches = self._all()
+
+    def _open(self, name: str) -> BatchIterator:
+        return make_train_iterator(self._feeds[name], **self._options)
+
+    def _all(self) -> Iterator[Any]:
+        batch: Any = None
+        for number, name in enumerate(self._feeds):
+            running = self._first if number == 0 else self._open(name)
+            running.lend = self.lend
+            for _ in range(self._steps[name]):
+                batch = next(running)
+                yield batch
+            batch = owned(batch)
+            running.close()
+        placed = jax.device_put(batch)
+        yield from itertools.repeat(placed, self._steps["step"])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise Done from None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"corrupt": []}
+
+    def set_state(self, state: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class Done(Exception):
+    """All phases are measured."""
+
+
+def write_shards(data: Path, work: Path, options: argparse.Namespace) -> None:
+    """Prepare the repeated photographs, once as pixels and once as JPEG files."""
+    folder = data / "imagenet_samples"
+    photographs = open_source(
+        "image_folder", "val", path=str(folder), class_list=str(folder / "imagenet1k_classes.tsv")
+    )
+    for name, how in (("pixels", {"pixels": 256}), ("jpeg", {"max_size": 256})):
+        begin = time.perf_counter()
+        prepare(photographs, work / f"{name}_once", "train", **how)
+        once = open_source(FEEDS[name], "train", path=str(work / f"{name}_once"))
+        count = options.records
+        done = prepare(
+            Repeated(once, count), work / name, "train", workers=options.workers,
+            shard_records=min(2048, -(-count // max(1, options.workers))), **how,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        print(
+            f"{name}: {done.records} records, {done.bytes / 1e9:.2f} GB, {seconds:.0f} s",
+            flush=True,
+        )
+
+
+def config_of(model: str, options: argparse.Namespace) -> Any:
+    """Return the experiment's config for one device, augmented there."""
+    config = load_experiment(MODELS[model])
+    size = 32 if options.tiny else 224
+    data = dataclasses.replace(
+        config.data, path=str(options.work), batch_size=options.batch, workers=options.workers,
+        augment_on="device", image_size=size, eval_split="train",
+    )  # fmt: skip
+    net = config.model
+    if options.tiny:
+        net = dataclasses.replace(
+            net,
+            image_size=(size, size),
+            depth=2,
+            embed_dim=16,
+            dtype="float32",
+            activations="wide",
+        )
+    return dataclasses.replace(
+        config, model=net, data=data, log_every_steps=options.lap,
+        checkpoint_every_steps=10**6,
+    )  # fmt: skip
+
+
+def measure_model(model: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run the trainer through all phases, and yield a row for each."""
+    config = config_of(model, options)
+    feeds = {
+        name: dataclasses.replace(config.data, source=source, path=str(options.work / name))
+        for name, source in FEEDS.items()
+        if source
+    }
+    steps = {name: laps * options.lap for name, laps in LAPS.items()}
+
+    def relay(data: Any, *, seed: int, mesh: Any, **share: Any) -> Relay:
+        return Relay(feeds, steps, seed=seed)
+
+    original = trainer.make_train_iterator
+    trainer.make_train_iterator = relay  # type: ignore[attr-defined, assignment]
+    config = dataclasses.replace(config, data=feeds["pixels"])
+    folder = Path(tempfile.mkdtemp(prefix="feed-run-"))
+    try:
+        train(config, folder / "run", progress=True)
+    except Done:
+        pass
+    finally:
+        trainer.make_train_iterator = original  # type: ignore[attr-defined]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    shutil.rmtree(folder)
+    lines = [line for line in lines if line["kind"] == "train"]
+    start = 0
+    rates = {}
+    for name, laps in LAPS.items():
+        phase = lines[start : start + laps]
+        start += laps
+        late = phase[-(laps // 2) :]
+        rates[name] = _mean(late, "images_per_second")
+        yield {
+            "model": model, "feed": name, "batch": options.batch, "workers": options.workers,
+            "images_per_s": rates[name], "data_wait": _mean(late, "data_wait"),
+            "data_images_per_s": _mean(late, "data_images_per_second"),
+            "laps": [line["images_per_second"] for line in phase],
+        }  # fmt: skip
+
+
+def measure_torch(options: argparse.Namespace) -> dict[str, Any]:
+    """Time a DataLoader on the JPEG files."""
+    row: dict[str, Any] = {
+        "model": "",
+        "feed": "DataLoader",
+        "batch": options.batch,
+        "workers": options.workers,
+    }
+    config = config_of("FastVim-T", options).data
+    config = dataclasses.replace(config, source="array_record", path=str(options.work / "jpeg"))
+    try:
+        batches = torch_loader(open_split(config, "train"), config)
+    except ImportError as error:
+        return row | {"skipped": str(error)}
+    for _ in range(2 * max(1, options.workers) + 1):
+        next(batches)
+    begin, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < options.seconds:
+        next(batches)
+        count += 1
+    return row | {"images_per_s": count * options.batch / seconds}
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
+    found = [line[name] for line in lines if name in line]
+    return sum(found) / len(found) if found else None
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield every row of the benchmark."""
+    for model in options.models:
+        yield from measure_model(model, options)
+    if not options.no_torch:
+        yield measure_torch(options)
+
+
+def report(file: Path) -> str:
+    """Return the recorded run as Markdown."""
+    record = json.loads(file.read_text())
+    about = record["circumstances"]
+    found = {(row["model"], row["feed"]): row for row in record["rows"]}
+    cores = found[next(iter(found))]["workers"]
+    lines = [
+        "# Feeding one GPU", "",
+        f"Generated by `benchmarks/feed.py report` from a run on {about['device']} with {cores} workers, "
+        f"{about.get('date', '')}, commit {about.get('commit', '')}; what is measured stands in "
+        "[feed.py](feed.py).", "",
+        "| model | fed by | images/s | share of the step alone | required | waiting for data |",
+        "|---|---|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    names = {
+        "pixels": "shards of pixels",
+        "jpeg": "256-px JPEG shards",
+        "step": "one batch (the step alone)",
+    }
+    loader = found.get(("", "DataLoader"))
+    for model in MODELS:
+        alone = found.get((model, "step"))
+        if alone is None:
+            continue
+        for feed, words in names.items():
+            row = found[model, feed]
+            share = row["images_per_s"] / alone["images_per_s"]
+            required = PROMISED.get((model, feed))
+            lines.append(
+                f"| {model} | {words} | {row['images_per_s']:,.0f} | {share:.1%} | "
+                f"{f'{required:.0%}' if required else '-'} | {row['data_wait']:.1%} |"
+            )
+        if loader and "images_per_s" in loader:
+            rate = loader["images_per_s"]
+            share = min(1.0, rate / alone["images_per_s"])
+            lines.append(
+                f"| {model} | PyTorch DataLoader, JPEG | {rate:,.0f} alone | at most {share:.1%} | - | - |"
+            )
+    if loader and "skipped" in loader:
+        lines += ["", f"DataLoader: {loader['skipped']}."]
+    return "\n".join(lines) + "\n"
+
+
+COLUMNS = (
+    ("model", 10, lambda r: r["model"]),
+    ("feed", 10, lambda r: r["feed"]),
+    ("images/s", 9, lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else r["skipped"]),
+    ("data wait", 9, lambda r: f"{r['data_wait']:.1%}" if "data_wait" in r else "-"),
+)
+
+
+def main() -> None:
+    """Run or report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    tasks = parser.add_subparsers(dest="task", required=True)
+    run = tasks.add_parser("run")
+    run.add_argument("--data", type=Path, required=True, help="folder that holds imagenet_samples")
+    run.add_argument(
+        "--work", type=Path, required=True, help="folder of the shards; kept for the next run"
+    )
+    run.add_argument("--json", type=Path)
+    run.add_argument("--records", type=int, default=50_000)
+    run.add_argument("--batch", type=int, default=256)
+    run.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    run.add_argument("--lap", type=int, default=50, help="steps between lines of the log")
+    run.add_argument("--seconds", type=float, default=15.0, help="of the DataLoader")
+    run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    run.add_argument("--no-torch", action="store_true")
+    run.add_argument("--tiny", action="store_true", help="a tiny model at 32 px, for a CPU")
+    shown = tasks.add_parser("report")
+    shown.add_argument("file", type=Path)
+    options = parser.parse_args()
+    if options.task == "report":
+        print(report(options.file), end="")
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_shards(options.data, options.work, options)
+    show("feed", rows(options), COLUMNS, command=" ".join(sys.argv), file=options.json)
+
+
+if __name__ == "__main__":
+    main()
