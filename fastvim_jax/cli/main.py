@@ -1,7 +1,7 @@
-"""Entry of the `fastvim` command: finds the subcommand, and turns errors into messages and exit statuses.
+"""Run the `fastvim` command: find the subcommand, and turn errors into messages and exit statuses.
 
-Subcommands are imported when they are called, so that help does not wait for JAX. A module `cli/<name>.py`
-has a function `run(arguments) -> int`, the exit status.
+Each subcommand is a module `cli/<name>.py` with a function `run(arguments)` that returns the exit status. It is
+imported only when it is called, so that `fastvim --help` need not import JAX.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of our output, `head` perhaps, has gone; nothing is wrong.
+        # The program that read our output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception:
@@ -114,14 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _StoppedEarly(BaseException):
-    """A signal came before training began to handle it; a BaseException, so that nothing on its way catches it."""
+    """A signal came before training handles signals. A BaseException, so that no `except Exception` catches it."""
 
 
 @contextlib.contextmanager
 def _stop_early() -> Iterator[None]:
-    """Let a signal that comes before training handles it end with the status that asks to be started again.
+    """Exit with status 75, which asks a scheduler to start the command again, on a signal before training handles it.
 
-    Importing JAX and building the data pipeline take seconds, in which a scheduler may already take the machine away.
+    Importing JAX and building the data pipeline take seconds, and a scheduler may reclaim the machine during these.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -147,7 +147,7 @@ def _stop_early() -> Iterator[None]:
 
 
 def _failed(status: int) -> int:
-    """Return the exit status of an error. One of several processes ends here and does not return."""
+    """Return the exit status of an error. If this is one of several processes, exit at once instead."""
     if "fastvim_jax.distributed" in sys.modules:
         from fastvim_jax.distributed import fail_at_once
 
@@ -156,7 +156,7 @@ def _failed(status: int) -> int:
 
 
 def _take(arguments: list[str], flag: str) -> bool:
-    """Remove a flag wherever it stands before a `--`, and say whether it was there."""
+    """Remove `flag` from the arguments before a `--`, and return whether it was there."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     found = flag in arguments[:end]
     arguments[:end] = [a for a in arguments[:end] if a != flag]

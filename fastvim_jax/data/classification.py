@@ -1,8 +1,8 @@
-"""Batches of labelled images: grain pipelines that shuffle, decode, augment and batch records by index.
+"""Build the batches of image classification: grain pipelines that shuffle, decode, augment and batch records.
 
-Everything up to the finished batch is random access (`grain.MapDataset`), so batch number i of a seed is
-the same for any number of workers or processes and after any restart, and the iterator's state is little
-more than the number of batches taken.
+Batches are random access (`grain.MapDataset`): the seed and the number of a batch decide its content, whatever the
+number of workers or processes, and after any restart. So the iterator's state is little more than the number of batches
+taken.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def make_train_iterator(
 ) -> BatchIterator:
     """Return an endless iterator over augmented training batches, reshuffled each epoch.
 
-    Each epoch takes every record at most once and drops the remainder that fills no batch. With several
-    processes, each gets its contiguous share of every global batch.
+    Each epoch takes every record at most once, and drops the last records if they do not fill a batch. With several
+    processes, each process gets a contiguous part of every global batch.
 
     Args:
         config: what to read and how to augment it.
-        seed: decides order and augmentation, from 0 to 2**32 - 1.
+        seed: seed of the order and of the augmentation, from 0 to 2**32 - 1.
         process_index: this process's number.
-        process_count: how many processes share a batch.
-        mesh: the devices that keep a resident set's shares; None: all devices.
+        process_count: number of processes that share a global batch.
+        mesh: the devices that hold the parts of a data set kept in device memory; by default all devices.
 
     Raises:
-        UserError: when the data cannot be found or hold less than one batch.
+        UserError: the data cannot be found, or hold fewer records than one batch.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"The data seed is {seed}, but must lie within 0 and 2**32 - 1.")
@@ -95,13 +95,14 @@ def make_train_iterator(
 def train_batches(
     source: Source, config: ClassificationData, *, seed: int, batch_size: int
 ) -> grain.MapDataset:
-    """Build the endless sequence of training batches; taking one by its number reads, decodes and augments its records.
+    """Build the endless sequence of training batches. Indexing it reads, decodes and augments one batch.
 
     Args:
-        source: where the records come from.
-        config: how to augment them; each epoch drops what fills no batch of `config.batch_size`.
-        seed: decides order and augmentation.
-        batch_size: images of a batch here, a divisor of `config.batch_size`.
+        source: the records.
+        config: how to decode and augment them. Each epoch drops the last records that do not fill a batch of
+            `config.batch_size`.
+        seed: seed of the order and of the augmentation.
+        batch_size: images per batch of this sequence, a divisor of `config.batch_size`.
     """
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
     images = records.random_map(_LoadForTraining(source, config, chosen_decoder(config)))
@@ -117,20 +118,20 @@ def make_eval_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """Return an iterator over one pass in the source's order, without augmentation.
+    """Return an iterator over one pass over a split, in the source's order and without augmentation.
 
-    Every batch is full: the last is padded with zero images whose `valid` is False, so counts over
-    `valid` are exact and every process takes the same number of steps.
+    The last batch is padded with zero images whose `valid` is False. So counts over `valid` are exact, and every
+    process takes the same number of steps.
 
     Args:
         config: what to read.
-        split: defaults to `config.eval_split`.
-        batch_size: images a step over all processes; defaults to `config.eval_batch_size` or `batch_size`.
+        split: the split to read; by default `config.eval_split`.
+        batch_size: images per global batch; by default `config.eval_batch_size`, or else `config.batch_size`.
         process_index: this process's number.
-        process_count: how many processes share a batch.
+        process_count: number of processes that share a global batch.
 
     Raises:
-        UserError: when the data cannot be found.
+        UserError: the data cannot be found.
     """
     split = split or config.eval_split
     source = open_split(config, split)
@@ -146,7 +147,7 @@ def make_eval_iterator(
     load = _LoadForEvaluation(source, config, available_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
     share = batches[process_index::process_count]
-    # Starting processes takes seconds, so those of an evaluation stay for the next.
+    # Starting worker processes takes seconds, so the workers of one evaluation are kept for the next.
     stay = config.workers > 0
     return BatchIterator(
         grain_stream(

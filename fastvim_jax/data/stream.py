@@ -26,18 +26,18 @@ _log = logging.getLogger(__name__)
 
 
 class WorkersEnded(UserError):
-    """A worker process that makes batches ended before its work did, or was ended from outside."""
+    """A worker process that makes batches has ended, or was killed, before it was done."""
 
 
 def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 0) -> Stream:
-    """Open a random-access sequence of batches at any number, read ahead by threads or by worker processes.
+    """Return a function that iterates over `batches` from a given number on, reading ahead.
 
     Arrays made by workers lie in memory that is freed when the next batch is taken (`batches.owned`).
 
     Args:
-        batches: dictionaries of arrays by their number.
-        workers: processes; 0: two threads of this process.
-        batch_bytes: size of a batch, for which room in shared memory is needed; 0: not known.
+        batches: a random-access sequence of batches, dictionaries of arrays.
+        workers: number of worker processes that read ahead; 0 for two threads of this process.
+        batch_bytes: size of a batch, to check that shared memory is large enough; 0 if it is not known.
 
     Raises:
         UserError: shared memory is too small for the workers' batches.

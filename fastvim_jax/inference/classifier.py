@@ -1,4 +1,4 @@
-"""Classify images from Python: paths, Pillow images and arrays of any size, in batches compiled once.
+"""Classify images from Python: paths, Pillow images, and arrays of any size.
 
 classifier = Classifier.load("runs/mine")            # or a folder of save_pretrained, or hf://owner/name
 result = classifier(["cat.jpg", Image.open("dog.png"), array])
@@ -37,18 +37,18 @@ from fastvim_jax.training.run_folder import Run, load_run
 HUB = "hf://"
 Images = Any
 """A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
-_AHEAD = 2  # batches that are decoded while the device works
+_AHEAD = 2  # Batches to decode while the devices compute.
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the model says about n images, in the order given; rows of unreadable images are NaN.
+    """The model's outputs for n images, in the order given. Rows of images that could not be read are NaN.
 
     Attributes:
         logits: `n classes`, float32.
         probabilities: `n classes`, float32.
-        embeddings: `n d`, float32: what the head reads.
-        errors: why an image could not be read, by its number.
+        embeddings: `n d`, float32: the pooled features that the head reads.
+        errors: for each image that could not be read, by its index, the reason.
     """
 
     logits: np.ndarray
@@ -58,17 +58,17 @@ class Result:
 
 
 class Classifier:
-    """A trained classifier and everything between an image file and its probabilities.
+    """Classify images with a trained model: decode, preprocess, run the model.
 
-    The model is compiled once for each batch size, at the first call or by `compile`; the last batch is padded. Images
-    are decoded by a thread while the devices work on the batch before. All local devices share a batch.
+    The model is compiled once, at the first call or by `compile`, because the last batch is padded. A thread decodes
+    images while the devices compute the previous batch. Each batch is split over all local devices.
 
     Args:
         model: a classifier with its weights.
-        preprocessing: how images become its input.
-        class_names: by number; may be empty.
-        batch_size: images at a time, rounded up to a multiple of the local devices.
-        dtype: "float32" or "bfloat16" for the products; None: bfloat16 on a GPU, the model's own elsewhere.
+        preprocessing: size, crop and normalisation of the model's input.
+        class_names: in the order of the logits; may be empty.
+        batch_size: images per batch, rounded up to a multiple of the number of local devices.
+        dtype: compute dtype, "float32" or "bfloat16". By default bfloat16 on a GPU, and the model's own elsewhere.
 
     Raises:
         UserError: a model without classes, or a batch size below 1.
@@ -133,9 +133,9 @@ class Classifier:
 
         Args:
             source: a run folder, a folder of `save_pretrained`, or `hf://owner/name` of the Hugging Face hub.
-            weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
-            step: of a run folder, which checkpoint, or `best`; by default the latest.
-            **options: of the class.
+            weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
+            step: for a run folder, the checkpoint's step, or `best`. By default the latest.
+            **options: keyword arguments of `Classifier`.
 
         Raises:
             UserError: no such source, a damaged one, or one that is no classifier.
@@ -148,7 +148,7 @@ class Classifier:
 
     @classmethod
     def of_run(cls, run: Run, **options: Any) -> Classifier:
-        """Make a classifier of a run that was loaded by `load_run`.
+        """Build a classifier from a run that `load_run` loaded.
 
         Raises:
             UserError: the run is of another task, or of cell images.
@@ -163,7 +163,7 @@ class Classifier:
 
     @property
     def batch_size(self) -> int:
-        """Images at a time, over all local devices."""
+        """Images per batch, over all local devices."""
         return self._batch
 
     def compile(self) -> Classifier:
@@ -178,8 +178,8 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: paths, Pillow images, uint8 arrays `h w c`, or a sequence of these of mixed sizes and kinds; or one
-                uint8 array `n h w c`. All are resized and cropped as the model's evaluation does.
+            images: a path, a Pillow image or a uint8 array `h w c`; a sequence of these, of any sizes; or one uint8
+                array `n h w c`. All are resized and cropped as in the model's evaluation.
 
         Raises:
             UserError: an array of another rank, dtype or number of channels.
@@ -202,7 +202,7 @@ class Classifier:
         return Result(logits, probabilities, embeddings, errors)
 
     def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
-        """Decode batches in a thread, `_AHEAD` of them before they are asked for."""
+        """Yield (index of the first image, padded batch, errors), decoded by a thread up to `_AHEAD` batches early."""
         ready: queue.Queue[Any] = queue.Queue(_AHEAD)
         stopped = threading.Event()
 

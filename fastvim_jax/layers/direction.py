@@ -1,8 +1,9 @@
-"""One direction of the mixer: convolution, pooling, projections to Δ, B and C, selective scan, skip.
+"""Define one direction of the mixer: convolution, pooling, projections to Δ, B and C, selective scan, skip.
 
     c = silu(conv(x));   u = pool(c);   Δ, B, C = projections of u;   y = unpool(scan(u, Δ, A, B, C)) + D · c
 
-The backward direction visits the same tokens from last to first: an argument, not a flipped copy.
+The backward direction visits the same tokens from last to first. Convolution and scan take `reverse=True` for this, so
+no flipped copy of the tokens is made.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class ScanDirection(nnx.Module):
         wide = precision.wide
         # 1) Convolution and SiLU.
         c = self.convolve(x)
-        if pooling.every_token:  # the scan has every token at hand, and adds the skip
+        if pooling.every_token:  # Nothing is pooled: the scan itself adds the skip.
             return self.scan(c, D=self.D[...].astype(wide)).astype(wide)
         # 2) Pool the tokens to the scan's steps.
         scores = None if self.score is None else linear(self.score, c, precision)
@@ -131,7 +132,7 @@ class ScanDirection(nnx.Module):
             narrow = precision.compute != precision.wide
 
             def multiply(x, kernel):
-                # As x is: rounding the few pooled tokens would take a kernel longer than TF32's products do.
+                # x keeps its dtype: a kernel that rounds the few pooled tokens takes longer than a product in TF32.
                 mode = jax.lax.Precision.DEFAULT if narrow else precision.lax
                 return jnp.matmul(x, kernel.astype(x.dtype), precision=mode)
         else:
@@ -140,7 +141,7 @@ class ScanDirection(nnx.Module):
                 return product(x, kernel, precision.compute, precision.lax)
 
         projected = multiply(u, self.x_proj.kernel[...])
-        # Rows that `pad_rank` adds are zeros; they may be as many as there are columns here.
+        # `pad_rank` may have added rows of zeros to the kernel, up to the number of columns of `projected`.
         delta = multiply(projected[..., : kernel.shape[0]], kernel)
         B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
         return delta, B, C

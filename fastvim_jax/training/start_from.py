@@ -1,8 +1,8 @@
-"""Start from the weights of another run or of a file, with every parameter accounted for.
+"""Start from the weights of another run or of a file, and report what became of every parameter.
 
-What fits is taken. A head of other classes is drawn anew, position embeddings are resampled to another grid, and a
-backbone is found inside a larger model or put into one. Everything else that does not fit is an error, unless it is
-allowed by name: weights that are silently left out are the most expensive kind of typing error.
+Parameters of the same name and shape are taken. Position embeddings are resampled to the model's grid. A head for other
+classes is drawn anew. A backbone is found inside a larger model, and put into one. Every other misfit is an error,
+unless it is allowed by name, because a run that silently starts without some weights wastes days.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastvim_jax.training.weights_source import Source, read_source
 
 Fate = Literal["taken", "resized", "drawn", "left"]
 
-# Where the backbone is in a model: the model itself, or a part of it.
+# Prefixes of the backbone's parameters: the model is the backbone, or holds it under one of these names.
 _BACKBONES = ("", "backbone.", "encoder.")
-# Parts of a backbone that belong to what it was trained for.
+# Parameters of a backbone that belong to its task: a misfit there is expected.
 _TASK_PARTS = ("head.", "out_norms.", "fc_norm.")
-# Fields of a backbone's config that no parameter and no meaning of one depends on.
+# Fields of a backbone's config that change neither the shapes of its parameters nor what they mean.
 _FREE = frozenset(
     {
         "image_size", "num_classes", "drop_path", "out_indices", "dtype", "param_dtype", "matmul_precision", "blocks",
@@ -44,12 +44,13 @@ _FREE = frozenset(
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one parameter.
+    """Record what became of one parameter.
 
     Attributes:
-        name: its name in the model or, if it is left, in the source.
-        fate: taken from the source; resized from it; drawn anew (kept as it was, by `load_weights`); left there.
-        reason: why, if it was not simply taken.
+        name: its name in the model; for "left", its name in the source.
+        fate: "taken" from the source; "resized" from the source; "drawn" anew (`load_weights` keeps the model's values
+            instead); or "left" in the source, unused.
+        reason: why, unless it was taken.
     """
 
     name: str
@@ -59,12 +60,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of all parameters of the model and of the source.
+    """Record what became of all parameters of the model and of the source.
 
     Attributes:
-        source: the source in words.
-        lines: one for each unstacked parameter.
-        notes: differences that change what the weights mean, though they fit.
+        source: description of the source, for messages.
+        lines: one per parameter; a stacked parameter has one per block.
+        notes: differences between the models or their data under which fitting weights mean something else.
     """
 
     source: str
@@ -101,18 +102,18 @@ def load_weights(
     class_names: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> Report:
-    """Load weights into a model in place; the result says what was taken, resized, kept as it was, and left.
+    """Load weights into a model in place, and report what became of every parameter.
 
-    A head of another number of classes, or of other classes if both are named, is kept as it was drawn. Position
-    embeddings are resampled to the model's grid.
+    The model keeps its own head if the source's has another number of classes, or other classes where both name theirs.
+    Position embeddings are resampled to the model's grid.
 
     Args:
         model: any model of this library.
         source: a run folder; a folder of `save_pretrained`, or `hf://owner/name`; a `.safetensors` or PyTorch file.
-        weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
-        step: of a run folder, which checkpoint; by default the latest.
-        class_names: the model's classes, to be compared with a run's.
-        allow: names of parameters that may misfit, with wildcards, e.g. `patch_embed.*`.
+        weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
+        step: for a run folder, the checkpoint's step. By default the latest.
+        class_names: the names of the model's classes, to compare with those of the source.
+        allow: names of parameters that need not fit, with wildcards, e.g. `patch_embed.*`.
 
     Raises:
         UserError: no such source; numbers that are complex or not finite; a misfit that is not allowed, with all
@@ -129,7 +130,7 @@ def load_source(
     class_names: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> Report:
-    """Load weights that were read already; see `load_weights`."""
+    """Load the weights of a source that was read already. See `load_weights`."""
     state = nnx.state(model)
     arrays, report = fit(
         source,
@@ -148,9 +149,9 @@ def start_state(
     """Put the weights that `config.init` names into a new train state: parameters, average and running statistics.
 
     Args:
-        state: the state before the first step; its values stay where the source has none.
+        state: the state before the first step. It keeps its values for parameters that the source lacks.
         config: the run's config.
-        class_names: names of its classes.
+        class_names: names of the run's classes.
 
     Raises:
         UserError: see `load_weights`.
@@ -183,20 +184,20 @@ def fit(
     class_names: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Find for every parameter of a model its array in the source.
+    """Find the array in the source for every parameter of a model.
 
     Args:
-        source: where the weights come from.
-        shapes: shapes of the model's unstacked parameters by name.
+        source: the weights.
+        shapes: shapes of the model's parameters by name; a stacked parameter has one name per block.
         config: the model's config, for its grid and to explain misfits.
         class_names: see `load_weights`.
         allow: see `load_weights`.
 
     Returns:
-        The arrays by the model's names, and what became of each.
+        The arrays by the names of the model, and the report.
 
     Raises:
-        UserError: listing all misfits.
+        UserError: a parameter does not fit; the message lists all that do not.
     """
     check_numbers(source.arrays, source.name)
     here, there = backbone_of(config), backbone_of(source.config)
@@ -214,7 +215,7 @@ def fit(
             misfits.append(f"{name}: {reason}")
         lines.append(Line(name, fate, reason))
 
-    # Dense features go through norms of their own instead of the final one.
+    # A model with dense features has one norm per feature (`out_norms`) instead of the final norm.
     dense_here, dense_there = (
         not any(name.startswith(f"{prefix}norm.") for name in names)
         for prefix, names in ((inside, shapes), (outside, source.arrays))
@@ -247,7 +248,8 @@ def fit(
         else:
             arrays[name] = array
             lines.append(Line(name, "taken"))
-    masked = getattr(config, "encoder", None) is not None  # its positions are fixed
+    # The position table of a masked autoencoder is fixed, so it is no parameter.
+    masked = getattr(config, "encoder", None) is not None
     for name, original in renamed.items():
         if name not in shapes:
             part = original.removeprefix(outside)
@@ -265,7 +267,7 @@ def fit(
 
 
 def backbone_of(config: Any) -> BackboneConfig | None:
-    """Return the config of a model's backbone, which may be the model itself; None if it is not known."""
+    """Return the config of the backbone in a model's config, or the config itself if the model is one; else None."""
     for each in (config, getattr(config, "backbone", None), getattr(config, "encoder", None)):
         if isinstance(each, BackboneConfig):
             return each
@@ -275,9 +277,9 @@ def backbone_of(config: Any) -> BackboneConfig | None:
 def resize_positions(
     table: np.ndarray, source: BackboneConfig | None, target: BackboneConfig | None
 ) -> np.ndarray | None:
-    """Resample position embeddings `1 l d` to another model's grid; a class token's row moves to its place there.
+    """Resample position embeddings `1 l d` to the grid of `target`, and move the row of the class token to its place.
 
-    Returns None where that is not defined: grids unknown, one model without class token, tokens in another order.
+    Return None if a config is unknown, if only one of the models has a class token, or if their token orders differ.
     """
     if source is None or target is None or _order(source) != _order(target):
         return None
@@ -319,7 +321,7 @@ def _stored_grid(config: BackboneConfig) -> tuple[int, int]:
 
 
 def _class_row(config: BackboneConfig) -> int | None:
-    """Return the row of the class token in the position table: a ViT's is the first."""
+    """Return the row of the class token in the position table, or None; in a ViT it is the first row."""
     rows, columns = config.grid
     place = getattr(config, "class_token", "head")
     return {"none": None, "middle": rows * columns // 2, "head": 0}[place]
@@ -345,7 +347,7 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _differences(here: BackboneConfig | None, there: BackboneConfig | None) -> list[str]:
-    """List the fields in which two backbones differ, of those that matter to their weights."""
+    """List the config fields that matter to the weights and in which two backbones differ."""
     if here is None or there is None:
         return []
     if type(here) is not type(there):
@@ -384,7 +386,7 @@ def _misfits_in_words(
 
 
 def _families(names: Sequence[str]) -> list[str]:
-    """Shorten names to a backbone's parts and a model's others: `blocks.*`, `backbone.blocks.*`, `pos_embed`."""
+    """Shorten parameter names to the modules that hold them, e.g. `blocks.*`, `backbone.blocks.*`, `pos_embed`."""
     families: dict[str, None] = {}
     for name in names:
         prefix = next(each for each in reversed(_BACKBONES) if name.startswith(each))
@@ -398,7 +400,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _replace(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Put arrays into a tree by their unstacked names, each leaf in its dtype and where it lies."""
+    """Put arrays into a tree by name, one name per block. Every leaf keeps its dtype and sharding."""
 
     def replaced(info: ParameterInfo, leaf: Any) -> Any:
         names = info.unstacked_names()

@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, picks an implementation and runs it."""
+"""Define the public function `selective_scan`: check arguments, choose an implementation, run it."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def selective_scan(
         h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = initial_state or 0
         y_t    = (sum over n of C_t h_t  +  D u_t) SiLU(z_t)
 
-    Differentiable with respect to every array, in reverse mode and once. For higher derivatives name an XLA
-    implementation, for forward mode (`jax.jvp`, `jax.jacfwd`) "reference". The backward pass keeps the inputs and one
-    state per chunk of time and computes the rest again; `b l e n` never exists as a whole. State, steps, A and every
-    sum are in float32, or in the widest dtype of the inputs.
+    `jax.grad` works for every array, once. For higher derivatives choose an XLA implementation; for forward mode
+    (`jax.jvp`, `jax.jacfwd`) choose "reference". The backward pass saves the inputs and one state per chunk of steps,
+    and recomputes the other states, so that no array `b l e n` is stored. States, steps, A and all sums are float32, or
+    the widest dtype of the inputs.
 
-    Under a sharded `jit` every device scans its share of b and of e, as u is split; weights are gathered where they
-    are split otherwise. A program that holds the kernels exports for one device only.
+    Under a sharded `jit`, each device scans its part of b and e, split as u is. Weights that are split in another way
+    are gathered. A program with the GPU kernels can be exported for one device only.
 
     Args:
         u: inputs, float of any width.
@@ -98,10 +98,9 @@ def selective_scan(
         delta_softplus: whether steps are softplus(delta + delta_bias) or delta + delta_bias.
         reverse: visit the steps from last to first. Equal to flipping u, delta, B, C, z and y along l.
         return_last_state: also return the state after the last visited step.
-        initial_state: the state before the first visited step, zero if None. With the last state of one call, the next
-            call goes on where it ended: a sequence scanned in pieces equals one scan. The Pallas kernels do not
-            take it.
-        implementation: "auto" (the fastest where the program is lowered for), "xla" (the fastest of the next two),
+        initial_state: the state before the first visited step; zero if None. To scan a sequence in pieces, pass the
+            last state of one call to the next. The Pallas kernels do not accept it.
+        implementation: "auto" (the fastest on the platform), "xla" (the faster of the next two),
             "xla_associative", "xla_sequential", "pallas" (Hopper GPUs), "triton" (NVIDIA GPUs from Ampere on, with the
             extra `triton`; `jax.vmap` and what its kernels do not cover run as "xla_associative", which is logged
             once), or "reference".
@@ -111,10 +110,10 @@ def selective_scan(
 
     Raises:
         ValueError: a shape, rank or dtype does not fit, or the implementation's name is unknown.
-        NotImplementedError: the implementation asked for by name cannot take this call.
+        NotImplementedError: the named implementation does not support these arguments.
     """
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if u.shape[0] == 0:  # no kernel, and no loop, takes an empty batch
+    if u.shape[0] == 0:  # Kernels and loops do not accept an empty batch.
         y, last_state = jnp.zeros(u.shape, u.dtype), jnp.zeros((0, *A.shape), inputs.wide_dtype)
         return (y, last_state) if return_last_state else y
     run = implementations.get(implementation, inputs)
