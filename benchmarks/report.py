@@ -151,6 +151,7 @@ def _milliseconds(r: Row) -> str:
 # Columns of the scan's table after the shape: heading, the row that it reads, and its text.
 _KERNEL = {"dtype": "float32", "implementation": "pallas"}
 _XLA = {"dtype": "float32", "implementation": "xla_associative"}
+_TRITON = {"dtype": "float32", "implementation": "triton"}
 _LOOP = {"dtype": "float32", "implementation": "xla_sequential"}
 SCAN_COLUMNS: tuple[tuple[str, Row, Callable[[Row], str]], ...] = (
     ("Pallas f32, ms", _KERNEL, lambda r: f"**{_milliseconds(r)}**"),
@@ -163,6 +164,7 @@ SCAN_COLUMNS: tuple[tuple[str, Row, Callable[[Row], str]], ...] = (
     ("compile, s", _KERNEL, lambda r: f"{r['compile_seconds']:.1f}"),
     ("error", _KERNEL, lambda r: f"{r['error']:.0e}"),
     ("Pallas bf16", _KERNEL | {"dtype": "bfloat16"}, _milliseconds),
+    ("Triton f32", _TRITON, _milliseconds),
     ("associative (XLA)", _XLA, _milliseconds),
     ("step by step (XLA)", _LOOP, _milliseconds),
 )

@@ -139,12 +139,17 @@ def triton_missing() -> str | None:
     """
     if os.environ.get("FASTVIM_KERNELS") == "off":
         return "FASTVIM_KERNELS=off"
-    capabilities = _capabilities()
-    if not capabilities:
+    if not _capabilities():
         return NO_GPU
-    if min(capabilities) < 8.0:
-        return f"compute capability {min(capabilities)} is older than Ampere's 8.0"
+    oldest = oldest_capability()
+    if oldest < 8.0:
+        return f"compute capability {oldest} is older than Ampere's 8.0"
     return _jax_triton_missing()
+
+
+def oldest_capability() -> float:
+    """Return the lowest compute capability of the local GPUs, such as 9.0; 0 without GPUs or with other makers'."""
+    return min(_capabilities(), default=0.0)
 
 
 def _before_hopper() -> bool:

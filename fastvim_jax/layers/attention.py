@@ -14,6 +14,7 @@ from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
+from pallas_kernels import gpu
 
 
 def dense(
@@ -86,7 +87,8 @@ class Mlp(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
     """Softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
 
-    In half precision on a GPU this is cuDNN's fused kernel; elsewhere XLA, with the softmax in float32 or wider.
+    In bfloat16 this is cuDNN's fused kernel where `_cudnn_takes` the heads; otherwise XLA, with the softmax in float32
+    or wider.
     """
     if q.dtype == jnp.float64:  # the library's attention would go through float32
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
@@ -94,9 +96,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     mode = "highest" if precision.matmul_precision == "highest" else "default"
     # The library's attention promotes dtypes by itself, which a caller's strict promotion would refuse.
     with jax.default_matmul_precision(mode), jax.numpy_dtype_promotion("standard"):
-        if q.dtype == jnp.bfloat16 and q.shape[0] != 0 and jax.default_backend() == "gpu":
+        if q.dtype == jnp.bfloat16 and q.shape[0] != 0 and _cudnn_takes(q.shape[-1]):
             return _attend_on_gpu(q, k, v)
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def _cudnn_takes(width: int) -> bool:
+    """Return whether cuDNN computes attention with heads of this width on the devices that programs are traced for.
+
+    It wants an NVIDIA GPU from Ampere on, and whole 8 channels, up to 128 of them (256 on Hopper and newer GPUs).
+    """
+    if getattr(jax.config.jax_default_device, "platform", "gpu") == "cpu":
+        return False
+    capability = gpu.oldest_capability()
+    return width % 8 == 0 and capability >= 8.0 and width <= (256 if capability >= 9.0 else 128)
 
 
 def _attend_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
