@@ -18,6 +18,7 @@ _HOMES = {
     "build_model": "fastvim_jax.models",
     "create_model": "fastvim_jax.models",
     "from_pretrained": "fastvim_jax.models.pretrained",
+    "jvp": "fastvim_jax.forward_mode",
     "list_models": "fastvim_jax.models",
     "load_pretrained": "fastvim_jax.models.pretrained",
     "save_pretrained": "fastvim_jax.models.pretrained",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "from_torch_state_dict",
+    "jvp",
     "list_models",
     "load_experiment",
     "load_pretrained",
@@ -57,6 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fastvim_jax.errors import UserError
+    from fastvim_jax.forward_mode import jvp
     from fastvim_jax.inference import Classifier
     from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
     from fastvim_jax.models import (

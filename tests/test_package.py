@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "precision": {"pallas_kernels", *BASE},
     "config_checks": {"errors"},
     "serialise": {"errors"},
+    "forward_mode": set(),
     "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},
     "models": {"layers", "distributed", "pallas_kernels", *BASE},

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastvim_jax.precision import Precision
+from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.dtypes import wide_dtype
 
 
@@ -38,7 +39,6 @@ def linear(
     return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
     x: Float[Array, "*rows i"],
     kernel: Float[Array, "i o"],
@@ -51,6 +51,12 @@ def product(
     one product per gradient: it rounds both operands and keeps the result wide. JAX's own rule would keep the incoming
     gradient wide instead, so both products would be wide and slow.
     """
+    with reverse_mode_only("models", "fastvim_jax.jvp"):
+        return _product(x, kernel, operands, precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, operands, precision):
     return _forward(x, kernel, operands, precision)[0]
 
 
@@ -92,4 +98,4 @@ def _contract(a, b, precision, axis_a, axis_b):
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=wide)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

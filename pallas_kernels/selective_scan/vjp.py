@@ -11,6 +11,7 @@ import functools
 
 import jax
 
+from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions, ScanOutput
 
 
@@ -18,15 +19,11 @@ def scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
 ) -> tuple[ScanOutput, jax.Array | None]:
     """Run `_scan`, and say which implementation has forward-mode derivatives where they are asked of it."""
-    try:
+    with reverse_mode_only(
+        "selective_scan, this implementation",
+        "implementation='reference', and for whole models fastvim_jax.jvp",
+    ):
         return _scan(backend, options, inputs)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "selective_scan: this implementation has derivatives in reverse mode only (grad, vjp, jacrev). For forward "
-            "mode (jvp, jacfwd, linearize) use implementation='reference'. Models have reverse mode only."
-        ) from error
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

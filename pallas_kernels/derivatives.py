@@ -1,0 +1,25 @@
+"""Say what can, where an operation with a hand-written gradient is asked for forward-mode derivatives."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def reverse_mode_only(name: str, instead: str) -> Iterator[None]:
+    """Replace JAX's error about forward mode within the block by one that names what has it.
+
+    Args:
+        name: whatever has derivatives in reverse mode only, in the plural or with its implementation.
+        instead: what to use for forward mode.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            f"{name}: derivatives in reverse mode only (grad, vjp, jacrev). For forward mode (jvp, jacfwd, linearize) "
+            f"use {instead}."
+        ) from error
