@@ -154,7 +154,7 @@ class VisionMambaConfig(BackboneConfig):
     outputs within 2e-2 and gradients within 5e-2; "compute" outputs within 1e-1 and gradients within 3e-1, except that
     maxima (pooled or taken by the head) may be other tokens', whose gradients then differ as a whole."""
     scan_implementation: ScanName = "auto"
-    """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas or reference."""
+    """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas, triton or reference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

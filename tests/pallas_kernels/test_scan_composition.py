@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import selective_scan
-from pallas_kernels.selective_scan import implementations
+from pallas_kernels import gpu, selective_scan
+from pallas_kernels.selective_scan import implementations, xla_sequential
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic, relative_errors
 from tests.support import assert_close
@@ -118,6 +120,27 @@ def test_wrong_dtype_and_names():
         inspect.unwrap(selective_scan)(**integers)
     with pytest.raises(ValueError, match=r"'auto', 'xla', .*'reference'; got 'cuda'"):
         selective_scan(**arrays, implementation="cuda")
+
+
+@pytest.mark.parametrize("reason", [None, "it has 99 states"])
+def test_triton_by_name(seed, monkeypatch, caplog, reason):
+    """What its kernels do not cover runs as the associative scan; a program for another platform as XLA's choice."""
+    monkeypatch.setattr(gpu, "triton_missing", lambda: None)
+    gpu.log_once.cache_clear()
+    name = "pallas_kernels.selective_scan.triton"
+    kernels = ModuleType(name)
+    kernels.unsupported, kernels.chunk_length = (lambda inputs: reason), (lambda inputs: 8)
+    kernels.forward, kernels.backward = xla_sequential.forward, xla_sequential.backward
+    monkeypatch.setitem(sys.modules, name, kernels)
+    arrays, options = ScanSpec(2, 21, 4, states=3, z=True).arguments(seed)
+    got, wanted = (
+        jax.grad(lambda a, name=name: objective(a, options, name))(arrays)
+        for name in ("triton", "reference")
+    )
+    for key in arrays:
+        assert_close(got[key], wanted[key], 5e-4, key)
+    said = [] if reason is None else [f"since {reason}"]
+    assert [r.message.split(", ")[-1] for r in caplog.records] == said
 
 
 def test_numpy_arrays_are_taken():
