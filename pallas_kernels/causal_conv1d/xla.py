@@ -25,6 +25,10 @@ def conv(
 ) -> Float[Array, "b l e"]:
     """See `reference.conv`. Reversed, the window looks ahead: padded at the end, taps in opposite order."""
     wide = wide_dtype(x, kernel)
+    # In a scan over blocks these are slices of the stacked parameters. XLA's CPU backend would fuse the slicing into
+    # this pass and then not vectorise it: FastVim-T at 224 px took 56 ms of one core's time for an image instead of 29
+    # (AVX-512 Xeon, float32, JAX 0.12.0, `benchmarks/peers/deit_cpu.py`).
+    kernel, bias = lax.optimization_barrier((kernel, bias))
     width, length = kernel.shape[0], x.shape[1]
     padding = (0, width - 1) if reverse else (width - 1, 0)
     padded = jnp.pad(x, ((0, 0), padding, (0, 0)))
