@@ -8,13 +8,15 @@ export PYTHON GPU VENV WORKERS
 
 python = "$(VENV)/bin/python"
 
-.PHONY: help setup quickstart test test-slow test-reduced lint types format clean
+.PHONY: help setup quickstart test test-slow test-reduced lint types format docs docs-check figures notebooks clean
 
 help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
 	@echo "make test         run the test suite (about half an hour on 2 cores)"
 	@echo "make test-slow    run the tests that take long each (about 10 minutes on 2 cores)"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
+	@echo "make docs         serve the documentation and the API reference at http://127.0.0.1:8000;  make docs-check  builds it strictly"
+	@echo "make figures      draw the figures of docs/ and write the model table;  make notebooks  runs notebooks/ and keeps the outputs"
 	@echo "make setup        only make $(VENV) and install;  make clean  removes it"
 	@echo
 	@echo "Options: PYTHON=/path/to/python3.12  (default: the newest of 3.13, 3.12, 3.11 that works)"
@@ -33,7 +35,7 @@ test:
 	@scripts/test.sh test -m "not slow"
 
 test-slow:
-	@scripts/setup.sh test
+	@scripts/setup.sh test,docs,notebooks
 	@scripts/test.sh slow -m slow
 
 # What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, kernels' XLA path, one golden model of each class,
@@ -60,6 +62,23 @@ format:
 	@scripts/setup.sh dev
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
+
+docs:
+	@scripts/setup.sh docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs serve --strict
+
+docs-check:
+	@scripts/setup.sh docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
+figures:
+	@scripts/setup.sh base
+	$(python) -m fastvim_jax plot all --out docs/figures
+	$(python) docs/model_table.py
+
+notebooks:
+	@scripts/setup.sh notebooks
+	$(python) scripts/notebooks.py
 
 clean:
 	rm -rf "$(VENV)" "$(VENV).lock" build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

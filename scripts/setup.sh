@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment and installs this project into it; does nothing, quickly, when that is already done.
 #
-#   scripts/setup.sh [base|test|dev|notebooks]
+#   scripts/setup.sh [base|test|dev|docs|notebooks|several of them with commas]
 #
 # Read from the environment:
 #   VENV    folder of the virtual environment (default .venv)
@@ -86,6 +86,7 @@ touch "$state/installing"
 printf '%s' "$gpu" >"$state/gpu"
 printf '%s' "$key" >"$state/$extra"
 # A larger set holds the smaller ones.
+for each in ${extra//,/ }; do printf '%s' "$key" >"$state/$each"; done
 [ "$extra" = dev ] && printf '%s' "$key" >"$state/test"
 printf '%s' "$key" >"$state/base"
 rm -f "$state/installing"

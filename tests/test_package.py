@@ -342,19 +342,6 @@ def test_docstrings_of_functions_open_with_a_verb() -> None:
     assert len(others) < functions / 20, "\n".join(others)
 
 
-def test_every_link_of_the_pages_leads_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-    links = [
-        (page.name, link)
-        for page in pages
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-        if "://" not in link
-    ]
-    assert len(links) > 30
-    roots = {page.name: page.parent for page in pages}
-    assert [(name, link) for name, link in links if not (roots[name] / link).exists()] == []
-
-
 @pytest.mark.slow
 def test_the_readme_s_first_example_runs() -> None:
     text = (ROOT / "README.md").read_text()

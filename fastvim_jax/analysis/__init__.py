@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastvim_jax.analysis.flops import (
         ModelCost,
+        activations,
         count_parameters,
         gmacs,
         model_cost,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ModelCost": "flops",
+    "activations": "flops",
     "count_parameters": "flops",
     "gmacs": "flops",
     "model_cost": "flops",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "ModelCost",
     "Sample",
+    "activations",
     "count_parameters",
     "gmacs",
     "model_cost",

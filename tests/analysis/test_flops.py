@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fastvim_jax.analysis import count_parameters, gmacs, model_cost, parallel_steps, scan_steps
+from fastvim_jax.analysis import (
+    activations,
+    count_parameters,
+    gmacs,
+    model_cost,
+    parallel_steps,
+    scan_steps,
+)
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers import conv as conv_module
 from fastvim_jax.layers import direction as direction_module
@@ -114,6 +121,57 @@ def _program_macs(config: VisionMambaConfig | ViTConfig) -> int:
     images = jnp.zeros((1, *config.image_size, config.channels))
     jaxpr = jax.make_jaxpr(lambda p, x: nnx.merge(graphdef, p)(x))(params, images)
     return _contractions(jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), {"tiny": 5.97, "small": 11.95, "base": 23.90}.items()
+)
+def test_activations_of_a_vit_are_those_that_timm_lists(size: str, millions: float) -> None:
+    assert activations(model_config(f"vit_{size}_patch16_224")) == pytest.approx(millions, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "mean"},
+        {"pooling": "none", "class_token": "middle"},
+        {"pooling": "attention", "pool_axes": "columns", "head_pool": "all"},
+    ],
+    ids=str,
+)
+def test_activations_of_a_mamba_are_the_results_of_its_program(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(x, *args, **kwargs):
+        sizes.append(x.size)
+        return x
+
+    monkeypatch.setattr(direction_module, "selective_scan", counted)
+    monkeypatch.setattr(conv_module, "causal_conv1d", counted)
+    config = VisionMambaConfig(
+        image_size=(24, 40), patch_size=8, num_classes=7, embed_dim=16, depth=3, blocks="unroll",
+        **options,
+    )  # fmt: skip
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+    images = jnp.zeros((1, *config.image_size, config.channels))
+    jaxpr = jax.make_jaxpr(lambda p, x: nnx.merge(graphdef, p)(x))(params, images)
+    products = _results(jaxpr.jaxpr)
+    assert round(activations(config) * 1e6) == products + sum(sizes)
+
+
+def _results(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Entries of the results of all matrix products in a program without loops."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total += eqn.outvars[0].aval.size
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += _results(inner)
+    return total
 
 
 def test_scan_steps_follow_the_grid() -> None:
