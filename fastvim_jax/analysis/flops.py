@@ -136,9 +136,10 @@ def _shape_of(
     rows, columns = _grid(config, image_size)
     apart = isinstance(config, (ChannelMambaConfig, ChannelViTConfig))  # One token a channel.
     patches = rows * columns * (config.channels if apart else 1)
-    mamba = isinstance(config, VisionMambaConfig)
-    tokens = patches + (config.class_token != "none" if mamba else 1)
-    reads_all = mamba and config.class_token == "none" and config.head_pool in ("max", "all")
+    tokens, reads_all = patches + 1, False
+    if isinstance(config, VisionMambaConfig):
+        tokens = patches + (config.class_token != "none")
+        reads_all = config.class_token == "none" and config.head_pool in ("max", "all")
     return _Shape(
         patches=patches,
         inputs=1 if apart else config.channels,

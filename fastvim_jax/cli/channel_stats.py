@@ -15,7 +15,7 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 class Arguments:
     """What to count."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder, or a naming pattern: fields/{split}/{class}/{well}_s{site}_{channel}.tif."""
     channels: tuple[str, ...]
     """Names of the channels in their order."""
@@ -26,7 +26,7 @@ class Arguments:
     class_list: str = ""
     """Class list, or folder of plate maps, where the folder's own is not the right one."""
     every: int = 1
-    """Count each so-manieth image only."""
+    """Read only one image in every N."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -16,9 +16,9 @@ from fastvim_jax.cli.usage import parse
 class Arguments:
     """Which run, and which channels."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The folder of a run on images of many channels."""
-    image: Annotated[Path | None, tyro.conf.Positional] = None
+    image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
     """An image of all channels: show what each contributes to its class, instead of accuracies."""
     subsets: tuple[str, ...] = ()
     """Subsets to evaluate, each as DNA+ER; by default all channels, all but one for each, and each alone."""

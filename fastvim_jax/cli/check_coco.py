@@ -18,7 +18,7 @@ from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
 class Arguments:
     """What to scan. The options are the fields of the same names in an experiment's `data`."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder."""
     split: tuple[str, ...] = ("train2017", "val2017")
     """What {split} stands for."""

@@ -18,7 +18,7 @@ from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 class Arguments:
     """What to scan. The options are the fields of the same names in an experiment's `data`."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder."""
     split: tuple[str, ...] = ()
     """What {split} stands for in the patterns; by default every folder in its place."""

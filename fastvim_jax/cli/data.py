@@ -42,7 +42,7 @@ as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or 
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder (or digits, or a TFDS set's name)."""
     source: str = "auto"
     """Which kind of data set it is, as in data.source; auto looks at the folder."""

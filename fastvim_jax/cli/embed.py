@@ -17,7 +17,7 @@ from fastvim_jax.cli.usage import UsageError, parse
 class Arguments:
     """What to embed with what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The folder of a run on images of many channels, or of a saved model of such images."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""

@@ -19,7 +19,7 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 class Arguments:
     """What to evaluate on what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder; named first, it lets every field of its data be overridden: --data.path, --data.source."""
     weights: Literal["all", "raw", "ema"] = "all"
     """The trained weights, their average, or all that the run kept."""
@@ -28,11 +28,11 @@ class Arguments:
     split: str | None = None
     """Which split of the data; by default the one the run was evaluated on."""
     batch_size: int | None = None
-    """Images at a time; never changes the result's count."""
+    """Images per batch; by default the run's. Every image is counted once, whatever the batch."""
     per_class: bool = False
     """Also show the accuracy on each class."""
     confusion: Path | None = None
-    """Draw which classes are taken for which, by the average of the weights if the run kept one, to this PNG."""
+    """Write the confusion matrix to this PNG file (averaged weights, if the run has them)."""
     json: bool = False
     """Print JSON."""
 

@@ -19,7 +19,7 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 class Arguments:
     """What to evaluate on what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     step: int | Literal["best"] | None = None
     """Which checkpoint: a step, best for the one with the best score, or None for the last."""

@@ -16,7 +16,7 @@ from fastvim_jax.cli.usage import parse
 class Arguments:
     """What to export, and where to."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     out: Path
     """File to write; its name ends in .npz."""

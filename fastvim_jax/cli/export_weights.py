@@ -16,7 +16,7 @@ from fastvim_jax.cli.usage import command, parse
 class Arguments:
     """What to write, and where to."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     out: Path
     """The folder to write; with --to torch a file that ends in .safetensors, .pth, .pt or .ckpt."""

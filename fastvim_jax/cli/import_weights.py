@@ -21,7 +21,7 @@ _LICENCE = (
 class Arguments:
     """What to import, and where to."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .pth, .pt, .ckpt, .bin or .safetensors file. Nothing in it is run, and PyTorch is not needed."""
     out: Path
     """Folder to write: weights, config and model card."""

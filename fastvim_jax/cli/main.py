@@ -22,7 +22,7 @@ from fastvim_jax.errors import UserError, suggest
 
 COMMANDS = {
     "models": "list the models: parameters, multiply-adds, scan steps",
-    "train": "train an experiment, or go on with an unfinished run",
+    "train": "train an experiment, or continue an unfinished run",
     "eval": "evaluate a trained run on its data",
     "predict": "classify image files with a trained run",
     "import-weights": "turn a PyTorch or safetensors checkpoint into a folder that every command takes",
@@ -34,7 +34,7 @@ COMMANDS = {
     "plot": "draw the figures of the documentation",
     "data": "check a data set; turn it into shards that read fast",
     "bench": "measure scan, mixer, models, training steps and data on this machine",
-    "quickstart-report": "what `make quickstart` shows of the run it trained",
+    "quickstart-report": "draw the result of `make quickstart`",
 }
 
 HELP = f"""\
@@ -46,9 +46,9 @@ Commands:
 {"".join(f"  {name:<18} {text}{chr(10)}" for name, text in COMMANDS.items())}
 Options of every command:
   --help                     describe the command and its options
-  --traceback                on an error, show where in the code it arose
-  --no-compilation-cache     do not keep compiled programs between runs; otherwise they are
-                             kept in $JAX_COMPILATION_CACHE_DIR, or your cache folder
+  --traceback                on an error, print the traceback
+  --no-compilation-cache     compile everything anew. Otherwise compiled programs are kept in
+                             $JAX_COMPILATION_CACHE_DIR, or in your cache folder
                              (FASTVIM_COMPILATION_CACHE=off does the same)
 
 Examples:

@@ -17,7 +17,7 @@ from fastvim_jax.errors import UserError, suggest
 class Arguments:
     """What to list."""
 
-    pattern: Annotated[str, tyro.conf.Positional] = "*"
+    pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*"
     """Names to list: a part of a name, or a pattern with * and ?."""
     image_size: int | tuple[int, int] | None = None
     """Cost at this side, or height and width, in pixels; by default at the model's own size."""

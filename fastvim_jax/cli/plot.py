@@ -19,7 +19,7 @@ RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h100
 class Arguments:
     """Which figure to draw, and from what."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
     """Name of the figure, or `all`. `--list` shows the names."""
     out: Path | None = None
     """PNG file to write (default: NAME.png). With `all`, the folder for all figures (default: this folder)."""

@@ -19,7 +19,7 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, counted, parse
 class Arguments:
     """What to predict with what."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of any size and kind, folders, patterns in quotes, or @FILE with one name a line."""

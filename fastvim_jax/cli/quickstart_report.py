@@ -17,7 +17,7 @@ from fastvim_jax.errors import UserError
 class Arguments:
     """What to report on."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     picture: Path | None = None
     """Where to write the picture; by default quickstart.png in the run's folder."""

@@ -17,7 +17,7 @@ from fastvim_jax.cli.usage import UsageError, parse
 class Arguments:
     """What to reconstruct with what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a masked pre-training run, or of a saved masked autoencoder."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of any size and kind."""

@@ -23,7 +23,8 @@ _PROCESS_FLAGS = [
         Annotated[
             str | None,
             tyro.conf.arg(
-                help="Several processes: host:port at which process 0 listens.", metavar="HOST:PORT"
+                help="With several processes: host:port at which process 0 listens.",
+                metavar="HOST:PORT",
             ),
         ],
         None,
@@ -33,14 +34,16 @@ _PROCESS_FLAGS = [
         Annotated[
             int | None,
             tyro.conf.arg(
-                help="How many; under SLURM and Open MPI these three are found.", metavar="N"
+                help="Number of processes. Under SLURM and Open MPI, --coordinator, --processes and --process are "
+                "detected.",
+                metavar="N",
             ),
         ],
         None,
     ),
     (
         "process",
-        Annotated[int | None, tyro.conf.arg(help="Which one this is, from 0.", metavar="I")],
+        Annotated[int | None, tyro.conf.arg(help="Number of this process, from 0.", metavar="I")],
         None,
     ),
 ]
@@ -48,10 +51,10 @@ _PROCESS_FLAGS = [
 HELP = """\
 Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
 
-Trains an experiment: one of the names below, or a Python file that sets `config` to a TrainConfig. Every field
-of the config can be overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
-The run goes to FOLDER, by default runs/EXPERIMENT; an unfinished run of the same config there is continued.
-SIGTERM or Ctrl-C: the step under way is finished and saved, and the exit status is 75; the same command goes on.
+Train an experiment: one of the names below, or a Python file that sets `config`. Every field of the config can be
+overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
+The run goes to FOLDER, by default runs/EXPERIMENT. An unfinished run of the same config in FOLDER is continued.
+On SIGTERM or Ctrl-C the current step is finished and saved, and the exit status is 75. The same command continues.
 
 Experiments:
 """

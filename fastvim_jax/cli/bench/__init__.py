@@ -17,8 +17,8 @@ from fastvim_jax.errors import suggest
 HELP = """\
 Usage: fastvim bench BENCH [--json FILE] [OPTIONS]
 
-Measures on the device at hand (device time on a GPU, the clock elsewhere), checks the results it measures, and prints
-a table. Without options it takes shapes that fit the device; `fastvim bench BENCH --help` lists the options.
+Measure on this machine's device (device time on a GPU, wall-clock time elsewhere), check the results, and print a
+table. Without options the shapes fit the device; `fastvim bench BENCH --help` lists the options.
 
 Benches:
   scan     the selective scan: every implementation over lengths 7 to 16384

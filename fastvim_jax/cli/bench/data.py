@@ -15,13 +15,13 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Which files to read, and how.
+    """Measure how fast images are read.
 
     Stages and whole are measured in processor time: images a second of one core, whatever else runs. With worker
     processes, which take a while to start, the clock counts.
     """
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder, as for `fastvim data check`."""
     source: str = "auto"
     """Which kind of data set it is; auto looks at the folder."""

@@ -21,7 +21,7 @@ from fastvim_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Mixer(Options):
-    """What to measure of one mixer."""
+    """Measure one mixer: the stages of its state-space part, and its whole core."""
 
     pixels: tuple[int, ...] = ()
     """Sides of the images, in whole patches of 16; by default 224 to 2048 on a GPU, 64 and 128 elsewhere."""
@@ -32,7 +32,7 @@ class Mixer(Options):
     parts: tuple[Literal["stages", "core"], ...] = ("stages", "core")
     """stages: of the state-space part, one by one. core: all between the mixer's two projections."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of the core; stages are in float32."""
+    """Dtypes of the core. Stages are measured in float32."""
     directions: tuple[Direction, ...] = ("forward", "both")
     """forward, or forward and backward with all gradients (of stages: of all together)."""
     json: Path | None = None

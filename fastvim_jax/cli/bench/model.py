@@ -21,7 +21,7 @@ Precision = Literal["bf16", "tf32", "f32"]
 
 @dataclasses.dataclass(frozen=True)
 class Model(Options):
-    """Which models to measure. All combinations of models, pixels, batches and precisions are taken."""
+    """Measure models, forward. All combinations of models, pixels, batches and precisions are measured."""
 
     models: tuple[str, ...] = ()
     """Names, see `fastvim models`; by default FastVim-T, Vim-T and ViT-T on a GPU, FastVim-T elsewhere."""
@@ -43,7 +43,7 @@ class Model(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Train(Model):
-    """Which training steps to measure: forward, backward and AdamW."""
+    """Measure training steps: forward, backward and AdamW."""
 
     largest_batch: bool = False
     """Instead find the first of the batches, as given, of which a step fits into the device's memory."""

@@ -26,7 +26,7 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 @dataclasses.dataclass(frozen=True)
 class Scan(Options):
-    """What to measure of the selective scan."""
+    """Measure the selective scan."""
 
     lengths: tuple[int, ...] = ()
     """Scan lengths; by default 7 to 16384 and the shapes that kernels are tuned for on a GPU, 7 to 4096 elsewhere."""
@@ -41,7 +41,7 @@ class Scan(Options):
     ] = ("pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm")
     """Which to measure; those that cannot run here are skipped."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of the sequences; the kernels alone are measured in bfloat16."""
+    """Dtypes of the inputs. In bfloat16 only the Pallas kernels are measured."""
     directions: tuple[Direction, ...] = ("forward", "both")
     """forward, or forward and backward with all gradients."""
     pair: bool = False
