@@ -22,7 +22,7 @@ from fastvim_jax.data.files import read_file
 from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
-from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -105,13 +105,15 @@ def make_eval_iterator(
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
     if config.eval_channels:
         batches = batches.map(_TakeChannels(config.eval_ids))
+    stream, stay = evaluation_stream(batches[process_index::process_count], config.workers)
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        stream,
         source,
         config,
         steps_per_epoch=steps,
         identity={"split": split, "records": len(source), "batch_size": size},
         reread=_Decode(source, config),
+        ends=stay,
     )
 
 

@@ -26,7 +26,7 @@ from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.resident_shares import in_shares, sharded_training
-from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
@@ -147,14 +147,11 @@ def make_eval_iterator(
     load = _LoadForEvaluation(source, config, available_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
     share = batches[process_index::process_count]
-    # Starting worker processes takes seconds, so the workers of one evaluation are kept for the next.
-    stay = config.workers > 0
+    stream, stay = evaluation_stream(
+        share, config.workers, batch_bytes=local * _image_bytes(config)
+    )
     return BatchIterator(
-        grain_stream(
-            share.repeat(None) if stay else share,
-            config.workers,
-            batch_bytes=local * _image_bytes(config),
-        ),
+        stream,
         source,
         config,
         steps_per_epoch=steps,

@@ -25,7 +25,7 @@ from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
 from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.coco import CocoSource, Objects, coco_masks, draw_shape
-from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -109,13 +109,15 @@ def make_eval_iterator(
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
+    stream, stay = evaluation_stream(batches[process_index::process_count], config.workers)
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        stream,
         source,
         config,
         steps_per_epoch=steps,
         identity={"split": split or config.eval_split, "records": len(source), "batch_size": size},
         reread=lambda index: load(source, index),
+        ends=stay,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class DevicePrefetch(Iterator[Placed]):
 
     def __next__(self) -> Placed:
         if self._running is None:
-            self._running = _Feeder(self._batches, self._place, self._ahead, self._pace)
+            self._running = _Feeder(self._fetch, self._ahead)
         taken = self._running.take()
         if isinstance(taken, BaseException):
             self.close()
@@ -56,6 +56,16 @@ class DevicePrefetch(Iterator[Placed]):
         batch, self._state = taken
         self.corrupt = set(self._state["corrupt"])
         return batch
+
+    def _fetch(self) -> tuple[Placed, dict[str, Any]]:
+        """Read and place the next batch, in the thread; return it with the position after it."""
+        begin = time.perf_counter()
+        lent = next(self._batches)
+        batch = self._place(lent)
+        if self._batches.lend:
+            jax.block_until_ready(batch)
+        self._pace.add(time.perf_counter() - begin)
+        return batch, self._batches.get_state()
 
     def seconds_per_batch(self) -> float | None:
         """Return the mean time to read and place a batch since the last call, without waiting for room in the queue.
@@ -103,25 +113,38 @@ class _Pace:
         return mean
 
 
-class _Feeder:
-    """A thread that fills a queue with pairs (batch, position after it), and last with the error that ended it."""
+def place_ahead(
+    batches: Iterable[Batch], place: Callable[[Any], Placed], *, ahead: int = 2
+) -> Generator[Placed, None, None]:
+    """Iterate over one pass of `batches` on the device, the next ones read and placed by a thread meanwhile.
 
-    def __init__(
-        self,
-        batches: BatchIterator,
-        place: Callable[[Batch], Placed],
-        ahead: int,
-        pace: _Pace,
-    ) -> None:
-        self._batches = batches
-        self._place = place
-        self._pace = pace
-        self._queue: queue.Queue[tuple[Placed, dict[str, Any]] | BaseException] = queue.Queue(ahead)
+    Args:
+        batches: ends after a pass, as an evaluation's do. Nothing else may read it until then.
+        place: see `DevicePrefetch`.
+        ahead: see `DevicePrefetch`.
+    """
+    reading = iter(batches)
+    feeder = _Feeder(lambda: place(next(reading)), ahead)
+    try:
+        while not isinstance(taken := feeder.take(), StopIteration):
+            if isinstance(taken, BaseException):
+                raise taken
+            yield taken
+    finally:
+        feeder.stop()
+
+
+class _Feeder:
+    """A thread that fills a queue with what `fetch` returns, and last with the error that ended it."""
+
+    def __init__(self, fetch: Callable[[], Any], ahead: int) -> None:
+        self._fetch = fetch
+        self._queue: queue.Queue[Any] = queue.Queue(ahead)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._feed, name="device prefetch", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[Placed, dict[str, Any]] | BaseException:
+    def take(self) -> Any:
         return self._queue.get()
 
     def stop(self) -> None:
@@ -131,18 +154,12 @@ class _Feeder:
     def _feed(self) -> None:
         try:
             while not self._stopped.is_set():
-                begin = time.perf_counter()
-                lent = next(self._batches)
-                batch = self._place(lent)
-                if self._batches.lend:
-                    jax.block_until_ready(batch)
-                self._pace.add(time.perf_counter() - begin)
-                self._put((batch, self._batches.get_state()))
+                self._put(self._fetch())
         # Hand any error to the thread that reads the queue, which raises it.
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: tuple[Placed, dict[str, Any]] | BaseException) -> None:
+    def _put(self, item: Any) -> None:
         while not self._stopped.is_set():
             try:
                 return self._queue.put(item, timeout=0.05)

@@ -9,8 +9,10 @@ distortion; pad. Pixels stay uint8: `normalise` runs on the device, where paddin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -26,7 +28,7 @@ from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask, segmentation_classes
-from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
 IGNORED = 255
@@ -115,7 +117,9 @@ class EvaluationImage:
 
 
 class EvaluationImages:
-    """Whole images of a split in the source's order, read ahead; every pass starts anew.
+    """Whole images of a split in the source's order, read ahead; every pass begins at the first.
+
+    Worker processes stay after a whole pass, for the next one.
 
     Raises:
         UserError: on construction, when the data cannot be found.
@@ -123,17 +127,30 @@ class EvaluationImages:
 
     def __init__(self, config: SegmentationData, split: str | None = None) -> None:
         self.source = open_masks(config, split or config.eval_split)
-        self._config = config
+        images = grain.MapDataset.source(range(len(self.source)))
+        load = _LoadForEvaluation(self.source, config)
+        self._stream, self._stay = evaluation_stream(images.map(load), config.workers)
+        self._waiting: Generator[dict[str, Any], None, None] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __iter__(self) -> Iterator[EvaluationImage]:
-        indices = grain.MapDataset.source(range(len(self.source)))
-        images = indices.map(_LoadForEvaluation(self.source, self._config))
-        for item in map(owned, grain_stream(images, self._config.workers)(0)):
-            label = item["label"] if item["label"].size else None
-            yield EvaluationImage(str(item["name"]), item["image"], label, str(item["error"]))
+        running, self._waiting = self._waiting or self._stream(0), None
+        with contextlib.ExitStack() as unless_whole:
+            unless_whole.callback(running.close)
+            for item in map(owned, itertools.islice(running, len(self))):
+                label = item["label"] if item["label"].size else None
+                yield EvaluationImage(str(item["name"]), item["image"], label, str(item["error"]))
+            if self._stay:
+                unless_whole.pop_all()
+                self._waiting = running
+
+    def close(self) -> None:
+        """End the worker processes. The next pass starts them again."""
+        if self._waiting is not None:
+            self._waiting.close()
+        self._waiting = None
 
 
 def load_scene(source: MaskFolderSource, index: int, config: SegmentationData) -> Scene:

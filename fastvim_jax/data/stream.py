@@ -69,6 +69,19 @@ def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 
     return stream
 
 
+def evaluation_stream(
+    batches: grain.MapDataset, workers: int, *, batch_bytes: int = 0
+) -> tuple[Stream, bool]:
+    """Return a stream of one pass over `batches`, and whether it begins again after the pass.
+
+    With workers it does, so that they stay for the next evaluation: starting processes takes seconds.
+    For the arguments and errors see `grain_stream`.
+    """
+    stay = workers > 0
+    passes = batches.repeat(None) if stay else batches
+    return grain_stream(passes, workers, batch_bytes=batch_bytes), stay
+
+
 # grain's words for a worker process that is gone.
 _ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 

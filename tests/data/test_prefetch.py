@@ -19,7 +19,7 @@ from fastvim_jax.data import (
     make_train_iterator,
     stream,
 )
-from fastvim_jax.data.prefetch import DevicePrefetch
+from fastvim_jax.data.prefetch import DevicePrefetch, place_ahead
 from fastvim_jax.errors import UserError
 
 DIGITS = ClassificationData(
@@ -150,3 +150,33 @@ def test_room_in_shared_memory_bounds_what_workers_hold(monkeypatch):
     assert stream.batches_ahead(0, 2**40) == stream.batches_ahead(4, 0) == 2
     with pytest.raises(UserError, match=r"need 110 MiB .* 100 MiB free"):
         stream.batches_ahead(4, 11 * 2**20)
+
+
+def test_a_pass_is_placed_ahead_and_ends():
+    batches = make_eval_iterator(DIGITS, batch_size=100)
+    expected = [dict(batch) for batch in batches]
+    placed = []
+
+    def place(batch):
+        placed.append(threading.current_thread().name)
+        return jax.device_put(dict(batch))
+
+    for _ in range(2):
+        batches.rewind()
+        _assert_same([jax.device_get(batch) for batch in place_ahead(batches, place)], expected)
+    assert placed == ["device prefetch"] * 8
+    batches.rewind()
+    first = place_ahead(batches, place)
+    next(first)
+    first.close()  # before its end
+    batches.close()
+
+
+def test_an_error_while_placing_ahead_is_raised_where_the_batches_are_read():
+    def place(batch):
+        raise UserError("no room")
+
+    batches = make_eval_iterator(DIGITS, batch_size=100)
+    with pytest.raises(UserError, match="no room"):
+        next(place_ahead(batches, place))
+    batches.close()

@@ -88,6 +88,29 @@ def test_evaluation_keeps_the_masks_size_and_order(root):
         assert min(each.image.shape[:2]) == 40 or max(each.image.shape[:2]) == 64
 
 
+def test_workers_of_an_evaluation_stay_for_the_next(root):
+    import multiprocessing
+
+    def workers():
+        return {child.pid for child in multiprocessing.active_children()}
+
+    before = workers()
+    names = [Path(each.name).name for each in EvaluationImages(config(root))]
+    images = EvaluationImages(config(root, workers=1))
+    assert [Path(each.name).name for each in images] == names
+    started = workers() - before
+    assert len(started) == 1
+    assert [Path(each.name).name for each in images] == names
+    assert workers() - before == started
+    part = iter(images)
+    assert Path(next(part).name).name == names[0]
+    part.close()  # The next pass begins at the first image again.
+    assert workers() == before
+    assert Path(next(iter(images)).name).name == names[0]
+    images.close()
+    assert workers() == before
+
+
 def test_patterns_span_folders(root):
     """As in Cityscapes: a folder a city, and endings that differ."""
     for split in ("training",):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data import BatchIterator
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.labelled import make_preprocess
+from fastvim_jax.data.prefetch import place_ahead
 from fastvim_jax.distributed import all_gather_set, on_every_device
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channels import channel_inputs
@@ -97,7 +99,8 @@ def make_evaluator(
 
     def run(state: TrainState, step: int) -> Evaluation:
         weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
-        found = evaluate_weights(eval_step, weights, map(place, batches))
+        with contextlib.closing(place_ahead(batches, place)) as placed:
+            found = evaluate_weights(eval_step, weights, placed)
         batches.rewind()
         scores: ClassificationScores = {"count": found["raw"]["count"]} | {
             f"{name}_{key}": score[key]

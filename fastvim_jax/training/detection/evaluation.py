@@ -5,6 +5,7 @@ All processes share the images and then hold all detections, so that they comput
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 import time
@@ -23,6 +24,7 @@ from fastvim_jax.analysis.overlays import picture_grid
 from fastvim_jax.data.batches import BatchIterator
 from fastvim_jax.data.detection import load
 from fastvim_jax.data.device_transforms import Preprocess
+from fastvim_jax.data.prefetch import place_ahead
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks
 from fastvim_jax.distributed import all_gather_set, is_first_process, on_every_device
 from fastvim_jax.errors import UserError
@@ -89,14 +91,17 @@ def make_evaluator(
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in weights}
         seen: list[int] = []
         said = time.monotonic()
-        for batch in map(place, batches):
-            by_weights = {k: list(results(detect(p, batch), source)) for k, p in weights.items()}
-            for kind, records in by_weights.items():
-                found[kind] += [each for _, some in records for each in some]
-            seen += [index for index, _ in by_weights["raw"]]
-            if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
-                said = time.monotonic()
-                print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
+        with contextlib.closing(place_ahead(batches, place)) as placed:
+            for batch in placed:
+                by_weights = {
+                    k: list(results(detect(p, batch), source)) for k, p in weights.items()
+                }
+                for kind, records in by_weights.items():
+                    found[kind] += [each for _, some in records for each in some]
+                seen += [index for index, _ in by_weights["raw"]]
+                if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
+                    said = time.monotonic()
+                    print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
         batches.rewind()
         if not seen:
             raise UserError(

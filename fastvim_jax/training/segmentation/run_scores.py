@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,9 @@ def score_run(
     graphdef, *states = nnx.split(run.model, nnx.Param, nnx.BatchStat)
     predict = partial(make_predict(graphdef, config, mesh), states[0], states[1])
     slide = slide_of(config, round_up(config.eval_windows, mesh))
-    areas, _, unread = judge(predict, images, slide, config.model.num_classes, progress=progress)
+    with contextlib.closing(images):
+        areas, _, unread = judge(
+            predict, images, slide, config.model.num_classes, progress=progress
+        )
     count = len(images) - len(unread)
     return SegmentationScores(run.step, count, run.class_names, areas, tuple(unread))

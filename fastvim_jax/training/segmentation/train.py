@@ -51,6 +51,7 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
     call.opened.callback(batches.close)
     eval_images = EvaluationImages(config.data)
+    call.opened.callback(eval_images.close)
     class_names = batches.source.class_names
     if config.model.num_classes != len(class_names):
         raise UserError(
