@@ -183,7 +183,7 @@ def _reason(config: MixerConfig, pooling: Pooling, tokens: int) -> str | None:
         ids: RowIds = ()
         if isinstance(pooling, RaggedPooling):
             ids = (pooling.row_ids, pooling.reverse_ids)
-        reason = mosaic.unsupported(xz, directions, ids, _options(pooling, config.norm_eps))
+        reason = mosaic.unsupported(xz, directions.kernels, ids, _options(pooling, config.norm_eps))
     # One reason for all sizes that share it.
     return reason and re.sub(r"\d+ tokens( of \d+ channels)?", "so many tokens", reason)
 

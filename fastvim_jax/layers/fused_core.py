@@ -3,6 +3,9 @@
 `runs_fused` says whether the kernels can run a mixer; `fused_core` runs them. `Mixer.core` defines what they compute,
 and runs step by step on every other platform and for every other pooling and option. A new pooling that has a kernel
 adds one line to `CORES`.
+
+`runs_joined` and `joined_block` are the same for a block as a whole: `pallas_kernels.mixer_core.mixer_block` also does
+the output projection, the residual sum and the next block's norm.
 """
 
 from __future__ import annotations
@@ -19,7 +22,16 @@ from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from pallas_kernels import gpu
-from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
+from pallas_kernels.mixer_core import (
+    Convolutions,
+    Directions,
+    Norm,
+    Projection,
+    block_unsupported,
+    mixer_block,
+    mixer_core,
+    sequence_core,
+)
 from pallas_kernels.selective_scan import bidirectional_scan
 
 
@@ -105,6 +117,70 @@ def _grid_core(
     # other tokens as two rounded terms. Mean-pooled golden models with post norm stay accurate enough (errors of
     # gradients are at most 5e-2 of the largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
     return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
+
+
+def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
+    """Return whether one kernel can compute a block from the scans to the next block's RMSNorm, on this machine."""
+    precision = config.precision
+    if not isinstance(pooling, GridPooling):
+        return False
+    wanted = (
+        runs_fused(config, pooling)
+        and precision.activations == "compute"
+        and not config.proj_bias
+        and config.layer_scale is None
+    )
+    if not wanted:
+        return False
+    taps = jax.ShapeDtypeStruct((2, config.conv_width, config.inner), precision.params)
+    xz = jax.ShapeDtypeStruct((*residual.shape[:2], 2 * config.inner), precision.compute)
+    return block_unsupported(xz, residual, taps, **_grid_options(pooling)) is None
+
+
+def joined_block(
+    xz: jax.Array,
+    residual: jax.Array,
+    pooling: GridPooling,
+    both: ScanDirection,
+    post_norm: nnx.LayerNorm,
+    projection: Projection,
+    norm_eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Run everything between in_proj of one block and in_proj of the next. Call `runs_joined` first.
+
+    Args:
+        xz: in_proj's output `b l 2e`, in stored token order.
+        residual: residual stream `b l d`.
+        pooling, both, post_norm: see `fused_core`.
+        projection: out_proj's kernel, transposed, and the scale of the next block's RMSNorm.
+        norm_eps: epsilon of the RMSNorm.
+
+    Returns:
+        The new residual stream, and its normalised tokens in xz's dtype.
+    """
+    params, scans, directions = _pooled(both)
+    return mixer_block(
+        xz,
+        residual,
+        directions,
+        Norm(post_norm.scale[...], post_norm.bias[...]),
+        projection,
+        params,
+        middle=scans,
+        scale=pooling.scale,
+        eps=both.config.norm_eps,
+        norm_eps=norm_eps,
+        **_grid_options(pooling),
+    )
+
+
+def _grid_options(pooling: GridPooling) -> dict[str, Any]:
+    return {
+        "rows": pooling.rows,
+        "columns": pooling.columns,
+        "transposed": pooling.transposed,
+        "method": pooling.method,
+    }
 
 
 def _channel_uncovered(config: MixerConfig, pooling: ChannelPooling) -> str | None:

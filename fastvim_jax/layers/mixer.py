@@ -26,12 +26,13 @@ from jaxtyping import Array, Float
 
 from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection, pad_rank, stack_directions
-from fastvim_jax.layers.fused_core import fused_core, runs_fused
+from fastvim_jax.layers.fused_core import fused_core, joined_block, runs_fused
 from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
-from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.layers.pooling import GridPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Tokens
+from pallas_kernels.mixer_core import Projection
 
 
 class Mixer(nnx.Module):
@@ -95,6 +96,23 @@ class Mixer(nnx.Module):
         # 6) Output projection.
         out = linear(self.out_proj, gated, precision)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
+
+    def join(
+        self,
+        normed: Tokens,
+        residual: Tokens,
+        pooling: GridPooling,
+        projection: Projection,
+        norm_eps: float,
+    ) -> tuple[Tokens, Tokens]:
+        """Mix tokens `normed`, add the result to the residual stream, and apply the next block's norm to the sum.
+
+        See `joined_block`. `projection` takes the place of out_proj.
+        """
+        xz = linear(self.in_proj, normed, self.config.precision)
+        both = self.both or stack_directions(self.forward, self.backward, axis=0)
+        norm: Any = self.post_norm  # a LayerNorm
+        return joined_block(xz, residual, pooling, both, norm, projection, norm_eps)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
         """Run everything between the two projections: xz `b l 2e` → `b l e`.

@@ -317,12 +317,23 @@ class Backbone(nnx.Module):
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
         masks = (config.depth, *self._mask_axes, tokens.shape[0])
+        keep = keep_factors(key, drop_path_keep, config.drop_path, masks, tokens.dtype)
+        return self._run_blocks(tokens, poolings, output_blocks, keep)
+
+    def _run_blocks(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        output_blocks: Sequence[int],
+        keep: jax.Array | None,
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        config = self.config
         return run_blocks(
             self._prepared(poolings),
             tokens,
             poolings,
             depth=config.depth,
-            keep=keep_factors(key, drop_path_keep, config.drop_path, masks, tokens.dtype),
+            keep=keep,
             mode=config.blocks,
             remat=config.remat,
             output_blocks=output_blocks,

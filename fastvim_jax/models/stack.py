@@ -34,7 +34,7 @@ def stack_blocks(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) 
 
 def run_blocks(
     blocks: nnx.Module,
-    residual: jax.Array,
+    residual: Any,
     poolings: Sequence[Pooling],
     *,
     depth: int,
@@ -42,13 +42,13 @@ def run_blocks(
     mode: str,
     remat: str,
     output_blocks: Sequence[int] = (),
-) -> tuple[jax.Array, dict[int, tuple[jax.Array, jax.Array]]]:
+) -> tuple[Any, dict[int, tuple[jax.Array, jax.Array]]]:
     """Run the blocks over the residual stream.
 
     Args:
         blocks: Module from `stack_blocks`; called as `block(residual, pooling, keep)`, returning the new residual
             and the block's output.
-        residual: `b l d`, float32 or wider.
+        residual: `b l d`, float32 or wider; or any pytree that the blocks take and return in its place.
         poolings: One period of poolings: block i uses `poolings[i % len(poolings)]`.
         depth: Number of blocks.
         keep: Drop-path factors with leading axis `depth`, or None.

@@ -3,6 +3,8 @@
 residual = patches + position embedding                 (float32, as is everything that adds to it)
 residual = residual + drop_path(mixer(norm(residual)))  for every block
 logits   = head(pool(norm(residual)))
+
+Where one GPU kernel can, it computes a block's end and the next block's norm (`JoinedBlock`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.layers.fused_core import runs_joined
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
@@ -25,8 +28,9 @@ from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_wit
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
-from fastvim_jax.models.stack import broadcast_keep, stack_blocks
+from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
+from pallas_kernels.mixer_core import Projection
 
 
 class Block(nnx.Module):
@@ -48,6 +52,32 @@ class Block(nnx.Module):
         if keep is not None:
             update = update * broadcast_keep(keep, update)
         return residual + update, hidden
+
+
+class JoinedBlock(nnx.Module):
+    """A block without its own norm, and with that of the next block: from normalised tokens to normalised tokens.
+
+    Build it from stacked blocks. Parameters: the mixer's, out_proj's kernel transposed, the next block's norm's scale.
+    """
+
+    def __init__(self, blocks: Any):
+        whole = nnx.merge(*nnx.split(blocks))
+        self.mixer, self.norm_eps = whole.mixer, whole.norm.epsilon
+        precision = whole.mixer.config.precision
+        weight = whole.mixer.out_proj.kernel[...].astype(precision.compute)
+        self.weight = nnx.Param(jnp.swapaxes(weight, -1, -2))
+        # Nothing reads what the last block normalises.
+        self.gain = nnx.Param(jnp.roll(whole.norm.scale[...], -1, axis=0))
+        del self.mixer.out_proj
+
+    def __call__(
+        self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: None
+    ) -> tuple[tuple[Tokens, Tokens], None]:
+        """Map (residual stream, its normalised tokens) to the same behind the block."""
+        del keep
+        residual, normed = stream
+        projection = Projection(self.weight[...], self.gain[...])
+        return self.mixer.join(normed, residual, pooling, projection, self.norm_eps), None
 
 
 class VisionMamba(Backbone):
@@ -108,6 +138,38 @@ class VisionMamba(Backbone):
 
     def _prepared(self, poolings: Sequence[Pooling]) -> Any:
         return prepare_blocks(self.blocks, poolings)
+
+    def _run_blocks(
+        self,
+        tokens: Tokens,
+        poolings: Sequence[Pooling],
+        output_blocks: Sequence[int],
+        keep: jax.Array | None,
+    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+        config = self.config
+        joined = (
+            keep is None
+            and not output_blocks
+            and config.remat == "none"
+            and config.norm == "rms"
+            and all(runs_joined(config.mixer, pooling, tokens) for pooling in poolings)
+        )
+        if not joined:
+            return super()._run_blocks(tokens, poolings, output_blocks, keep)
+        blocks = self._prepared(poolings)
+        graphdef, params = nnx.split(blocks.norm)
+        first = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], params))
+        normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
+        (residual, _), outputs = run_blocks(
+            JoinedBlock(blocks),
+            (tokens, normed),
+            poolings,
+            depth=config.depth,
+            keep=None,
+            mode=config.blocks,
+            remat="none",
+        )
+        return residual, outputs
 
     def _embed(self, images: Images) -> tuple[Tokens, GridSize]:
         wide = self.config.precision.wide

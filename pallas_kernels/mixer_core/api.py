@@ -125,21 +125,21 @@ def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
 
 
 # Dimensions of the operands and results of every stage. Devices split b and nothing else.
-_XZ, _TOKENS, _POOLED = "b l w", "b l e", ("b s e", "b s e")
+_XZ, _TOKENS, POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
 _PLACES, _IDS = "places", "ids"  # Filled in by `_of_share`; empty if the stage has none.
-_DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
-_NORM = Norm("e", "e")  # type: ignore[arg-type]
+DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
+NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
-    "front": ((_XZ, _DIRECTIONS, _IDS), (_BOTH, _PLACES)),
-    "back": ((_XZ, _POOLED, _DIRECTIONS, _NORM, _IDS), _TOKENS),
+    "front": ((_XZ, DIRECTIONS, _IDS), (_BOTH, _PLACES)),
+    "back": ((_XZ, POOLED, DIRECTIONS, NORM, _IDS), _TOKENS),
     "back_gradients": (
-        (_XZ, _POOLED, _DIRECTIONS, _NORM, _TOKENS, _IDS),
-        (_TOKENS, _XZ, _POOLED, _NORM),
+        (_XZ, POOLED, DIRECTIONS, NORM, _TOKENS, _IDS),
+        (_TOKENS, _XZ, POOLED, NORM),
     ),
     "front_gradients": (
-        (_XZ, _TOKENS, _XZ, _BOTH, _PLACES, _DIRECTIONS, _IDS),
-        (_XZ, _DIRECTIONS),
+        (_XZ, _TOKENS, _XZ, _BOTH, _PLACES, DIRECTIONS, _IDS),
+        (_XZ, DIRECTIONS),
     ),
 }
 
@@ -151,7 +151,7 @@ def _of_share(
 
     def run(*arrays):
         known = {
-            _PLACES: _POOLED if options.method == "max" else (),
+            _PLACES: POOLED if options.method == "max" else (),
             _IDS: ("b l", "b l") if arrays[-1] else (),
         }
         operands, results = jax.tree.map(lambda dims: known.get(dims, dims), _DIMS[name])
@@ -166,7 +166,7 @@ def _xla_front(xz, directions, ids, options):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stages:
+class Stages:
     """The four stages as functions: kernels if lowered for CUDA, otherwise XLA. With `always`, kernels only."""
 
     always: bool
@@ -194,16 +194,16 @@ class _Stages:
         return run
 
 
-def _stages(name: str, xz, directions, ids, options) -> _Stages | None:
+def _stages(name: str, xz, directions, ids, options) -> Stages | None:
     """Return the four stages if they can run as kernels, otherwise None."""
 
     def unsupported():
         from pallas_kernels.mixer_core import mosaic
 
-        return mosaic.unsupported(xz, directions, ids, options)
+        return mosaic.unsupported(xz, directions.kernels, ids, options)
 
     runs = gpu.choose(name, "mixer_core", unsupported)
-    return _Stages(always=name == "pallas") if runs else None
+    return Stages(always=name == "pallas") if runs else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import (
     mosaic_back,
+    mosaic_back_project,
     mosaic_front,
     mosaic_front_gradients,
     mosaic_ragged_front,
@@ -42,7 +44,7 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
     return width * (size * (halo + tiles * padded) + 4 * padded)
 
 
-def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | None:
+def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """Segments and lines per block for one of the four kernels; None if none fits.
 
     Of the segments that divide a line and leave room for two blocks a processor, the
@@ -88,7 +90,7 @@ def cut(kind: str, xz: jax.Array, taps: int, options: CoreOptions) -> Grid | Non
     )
 
 
-def _visited(xz: jax.Array, ids: RowIds, options: CoreOptions) -> CoreOptions:
+def _visited(xz: Any, ids: RowIds, options: CoreOptions) -> CoreOptions:
     """Return the grid as the kernels visit it: the tokens of a ragged grid lie in lines of any kind, up to 16 long."""
     if not ids:
         return options
@@ -96,15 +98,13 @@ def _visited(xz: jax.Array, ids: RowIds, options: CoreOptions) -> CoreOptions:
     return dataclasses.replace(options, rows=xz.shape[1] // columns, columns=columns)
 
 
-def unsupported(
-    xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions
-) -> str | None:
-    """Why the kernels cannot take this call, or None."""
+def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str | None:
+    """Why the kernels cannot take this call, or None. Of arrays only shapes and dtypes matter."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
     if not all(isinstance(size, int) for size in xz.shape):
         return f"xz {xz.shape} has a symbolic size"
-    width, taps = xz.shape[-1] // 2, directions.kernels.shape[1]
+    width, taps = xz.shape[-1] // 2, kernels.shape[1]
     if width % 128:
         return f"{width} channels are not made of whole blocks of 128"
     if not 2 <= taps <= 8:
@@ -120,6 +120,39 @@ def unsupported(
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
     return None
+
+
+def block_unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
+    """Why `back_project` does not take this call, which the other kernels can take, or None.
+
+    A batch that leaves processors idle is a reason, unless `fills` says that it is none.
+    """
+    if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
+        return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
+    work = _project_work(xz, kernels.shape[1], residual.shape[-1], options)
+    if work is None:
+        return f"lines of {options.tokens} tokens do not cut into equal segments of 8 to 16"
+    full = PROCESSORS * mosaic_back_project.RESIDENT * mosaic_back_project.PER_TILE
+    if not fills and work.segments < full:
+        return f"{work.segments} segments of lines do not fill the device"
+    return work.unsupported()
+
+
+def _project_work(xz, taps: int, outputs: int, options: CoreOptions):
+    segment = largest_divisor(options.tokens, mosaic_back_project.ROWS)
+    if segment < max(8, taps - 1):
+        return None
+    grid = Grid(
+        batch=xz.shape[0],
+        rows=options.rows,
+        columns=options.columns,
+        width=xz.shape[-1] // 2,
+        transposed=options.transposed,
+        taps=taps,
+        segment=segment,
+        per_block=1,
+    )
+    return mosaic_back_project.Work(grid, outputs)
 
 
 def _on_grid(x: jax.Array, options: CoreOptions) -> jax.Array:
@@ -165,6 +198,22 @@ def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOp
         eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(_flat(out))
+
+
+def back_project(
+    xz, y, residual, directions: Directions, norm: Norm, projection, options: CoreOptions, norm_eps
+) -> tuple[jax.Array, jax.Array]:
+    """See `block.mixer_block`: everything behind the scans."""
+    taps = directions.kernels.shape[1]
+    grid = _project_work(xz, taps, residual.shape[-1], options).grid
+    d, n = _float32((directions, norm))
+    out = mosaic_back_project.back_project(
+        _on_grid(xz, options), _float32(y), _on_grid(residual, options), *d, *n,
+        projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32), grid,
+        eps=options.eps, norm_eps=norm_eps, interpret=gpu.interpreted(),
+    )  # fmt: skip
+    total, normed = gpu.run_once(out)
+    return _flat(total), _flat(normed)
 
 
 def back_gradients(

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from fastvim_jax.models import create_model
 from pallas_kernels import gpu, selective_scan
+from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
@@ -111,6 +112,43 @@ def test_core(seed, case, transposed, method):
     )
     got = jax.device_get(compiled(args, out_bar))
     assert max(relative_errors(got, wanted)) < (1e-2 if "dtype" in case else 1e-5)
+
+
+BLOCKS = [
+    {"b": 128, "rows": 14, "columns": 14, "e": 384},
+    {"b": 3, "rows": 14, "columns": 14, "e": 384, "method": "max"},  # an incomplete tile
+    {"b": 2, "rows": 13, "columns": 9, "e": 256},  # tokens twice in a tile
+    {"b": 1, "rows": 32, "columns": 48, "e": 384},  # lines in segments
+    {"b": 5, "rows": 8, "columns": 10, "e": 128, "taps": 3},
+]
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_block(seed, case, transposed):
+    case = case | {"transposed": transposed}
+    args, _ = block.draw(np.random.default_rng(seed), **case)
+    options = {name: value for name, value in case.items() if name != "taps"}
+    compiled = jax.jit(lambda a: block.block(a, "pallas", **options)).lower(args).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    tokens = args[1]
+    # Leave NaN where the results will be.
+    jax.block_until_ready([jnp.full(tokens.shape, jnp.nan) for _ in range(8)])
+    first = jax.device_get(compiled(args))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = block.wanted_of(jax.device_get(args), options)
+    assert max(relative_errors(first, wanted)) < block.BOUND
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
+
+
+def test_block_under_vmap(seed):
+    case = {"b": 3, "rows": 9, "columns": 14, "e": 384}
+    args, _ = block.draw(np.random.default_rng(seed), **case)
+    run = lambda xz: block.block((xz, *args[1:]), "pallas", **case)  # noqa: E731
+    both = jax.device_get(jax.jit(jax.vmap(run))(both_ways_round(args[0])))
+    for i, turn in enumerate((1, -1)):
+        wanted = jax.device_get(jax.jit(run)(args[0][::turn]))
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, wanted)
 
 
 SEQUENCES = [

@@ -32,10 +32,17 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
     forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
     text = lower_for_h100(forward, params, images)
-    for kernel in ("mixer_front", "selective_scan", "mixer_back"):
+    joined = (
+        batch == 128
+    )  # Then out_proj, the residual sum and the next norm are in the same kernel.
+    for kernel in (
+        "mixer_front",
+        "selective_scan",
+        "mixer_back_project" if joined else "mixer_back",
+    ):
         assert launches(text, kernel) == depth
     # Of each mixer in_proj, the two projections of both directions, and out_proj; patches; head.
-    assert text.count("stablehlo.dot_general") == 4 * depth + 2
+    assert text.count("stablehlo.dot_general") == (3 if joined else 4) * depth + 2
 
 
 @pytest.mark.parametrize(
@@ -94,3 +101,62 @@ def test_fused_equals_plain(seed, options, bound):
     got = traced.lower().compile()(params, images)
     wanted = jax.jit(lambda p, x: run(p, x))(params, images)
     assert max(relative_errors(got, wanted)) < bound
+
+
+SMALL = {"depth": 2, "embed_dim": 64, "image_size": 48, "patch_size": 4, "num_classes": 7}
+COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
+
+
+def test_joined_blocks_equal_plain_ones(seed):
+    """Traced for an H100 and run on this CPU, where XLA takes the kernel's place."""
+    graphdef, params = split(seed, **SMALL, **COMPUTE, blocks="unroll")
+    images = jax.random.normal(jax.random.key(seed), (88, 48, 48, 3))
+    run = lambda p, x: nnx.merge(graphdef, p)(x)  # noqa: E731
+    with abstract_h100():
+        traced = jax.jit(run).trace(params, images)
+    got = traced.lower().compile()(params, images)
+    wanted = jax.jit(lambda p, x: run(p, x))(params, images)
+    assert max(relative_errors(got, wanted)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "joined"),
+    [
+        (COMPUTE, {}, True),
+        (COMPUTE | {"pooling": "max", "blocks": "unroll"}, {}, True),
+        (COMPUTE | {"drop_path": 0.1}, {"key": 0}, False),
+        (COMPUTE | {"drop_path": 0.1}, {}, True),
+        (COMPUTE | {"remat": "block"}, {}, False),
+        (COMPUTE | {"out_indices": (0,)}, {}, False),
+        (COMPUTE | {"norm": "layer"}, {}, False),
+        (COMPUTE | {"proj_bias": True}, {}, False),
+        (COMPUTE | {"class_token": "middle"}, {}, False),
+        ({"dtype": "bfloat16"}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_which_calls_join_their_blocks(monkeypatch, options, call, joined):
+    from fastvim_jax.models import vision_mamba
+
+    built = []
+
+    class Watched(vision_mamba.JoinedBlock):
+        def __init__(self, blocks):
+            built.append(blocks)
+            super().__init__(blocks)
+
+    monkeypatch.setattr(vision_mamba, "JoinedBlock", Watched)
+    graphdef, params = split(**SMALL, **options)
+    images = jax.ShapeDtypeStruct((88, 48, 48, 3), jnp.float32)
+
+    def run(params, images):
+        key = jax.random.key(call["key"]) if call else None
+        return nnx.merge(graphdef, params)(images, key=key)
+
+    with abstract_h100():
+        jax.eval_shape(run, params, images)
+        assert bool(built) == joined
+        monkeypatch.setenv("FASTVIM_KERNELS", "off")
+        built.clear()
+        jax.eval_shape(lambda *a: run(*a), params, images)
+    assert not built

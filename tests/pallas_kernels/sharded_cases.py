@@ -23,6 +23,7 @@ from pallas_kernels.mixer_core import mixer_core, sequence_core
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.sharded import Sharded
 from tests.pallas_kernels import test_bidirectional_scan as pair
+from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_sequence as sequence
@@ -267,6 +268,34 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
     assert all(size <= 2 * 4 * 128 for size in gathers)  # convolutions
     assert gathers
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
+
+
+@needs_mosaic
+@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
+def test_mixer_block(seed, monkeypatch, mesh_is):
+    """Callers: inside a shard_map of the caller's, with JAX's check of what varies over devices."""
+    from pallas_kernels.mixer_core import mosaic
+
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, fills: None)
+    case = {"b": 8, "rows": 3, "columns": 8, "e": 128}
+    args, bars = block.draw(np.random.default_rng(seed), **case)
+
+    def run(args, bars, implementation="auto"):
+        objective = lambda args: block.block(args, implementation, **case)  # noqa: E731
+        _, pull = jax.vjp(objective, args)
+        return objective(args), pull(bars)
+
+    wanted = jax.jit(lambda *a: run(*a, "xla"))(args, bars)
+    mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
+    specs = (P(BATCH), P(BATCH), *jax.tree.map(lambda x: P(), args[2:]))
+    both = (P(BATCH), P(BATCH))
+    args, bars = put((args, bars), (specs, both), mesh)
+    if mesh_is == "callers":
+        run = jax.shard_map(run, mesh=mesh, in_specs=(specs, both), out_specs=(both, (specs,)))
+    program, gathers = compiled(run, args, bars)
+    assert not gathers
+    assert max(relative_errors(program(args, bars), wanted)) < 1e-2
 
 
 @needs_mosaic

@@ -1,0 +1,134 @@
+"""The peer of FastVim on one GPU: DeiT from timm, compiled by PyTorch and captured as one CUDA graph, in bfloat16.
+
+    python benchmarks/peers/deit.py --models tiny small base --json FILE
+
+Needs torch with CUDA and timm. Times the forward pass (weights stored in bfloat16, no autocast), and with --train the
+whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. The report divides the rows of
+`fastvim bench model` and `fastvim bench train` of the same run by these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 3  # calls before a graph is captured: they compile the model and choose its kernels
+SETS = 4  # of input images, so that no call finds its own in the cache
+
+
+def captured(step: Callable[[], Any]) -> Any:
+    """Capture `step` as a CUDA graph. Return the graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def forward_graphs(name: str, pixels: int, batch: int) -> list[Any]:
+    """Capture the forward pass on `SETS` sets of images."""
+    import timm
+    import torch
+
+    model = timm.create_model(name, img_size=pixels).to("cuda", torch.bfloat16).eval()
+    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
+
+    def of(images: Any) -> Any:
+        def step() -> Any:
+            with torch.inference_mode():
+                return compiled(images)
+
+        return captured(step)
+
+    shape = (batch, 3, pixels, pixels)
+    return [of(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(SETS)]
+
+
+def step_graph(name: str, pixels: int, batch: int) -> list[Any]:
+    """Capture a whole training step."""
+    import timm
+    import torch
+
+    model = timm.create_model(name, img_size=pixels).to("cuda").train()
+    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.05, fused=True, capturable=True
+    )
+    images = torch.randn(batch, 3, pixels, pixels, device="cuda")
+    labels = torch.randint(1000, (batch,), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            logits = compiled(images)
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return [captured(step)]
+
+
+def milliseconds(graphs: list[Any], replays: int = 20, repeats: int = 5) -> tuple[float, float]:
+    """Median and fastest milliseconds of a replay."""
+    import torch
+
+    times = []
+    for repeat in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for i in range(replays):
+            graphs[i % len(graphs)].replay()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat:  # the first one warms up
+            times.append(start.elapsed_time(end) / replays)
+    return statistics.median(times), min(times)
+
+
+def measure(size: str, pixels: int, batch: int, what: str) -> dict[str, Any]:
+    """Time one row: `what` is "forward" or "step"."""
+    import timm
+    import torch
+
+    name = f"deit_{size}_patch16_224"
+    make = {"forward": forward_graphs, "step": step_graph}[what]
+    median, fastest = milliseconds(make(name, pixels, batch))
+    return {
+        "row": what, "model": name, "pixels": pixels, "batch": batch, "precision": "bf16", "ms": median,
+        "fastest": fastest, "images_per_s": 1e3 * batch / median, "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "timm": timm.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print and keep all rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--train", action="store_true", help="time training steps as well")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    rows = []
+    for size in chosen.models:
+        for what in ("forward", "step") if chosen.train else ("forward",):
+            rows.append(measure(size, chosen.pixels, chosen.batch, what))
+            print(json.dumps(rows[-1]), flush=True)
+            if chosen.json:
+                chosen.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

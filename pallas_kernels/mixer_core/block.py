@@ -1,0 +1,217 @@
+"""Define `mixer_block`: a FastVim mixer behind in_proj, the residual sum, and the RMSNorm of the next block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.checks import expect_counts, expect_shape
+from pallas_kernels.mixer_core import xla
+from pallas_kernels.mixer_core.api import (
+    DIRECTIONS,
+    IMPLEMENTATIONS,
+    NORM,
+    POOLED,
+    Stages,
+    mixer_core,
+)
+from pallas_kernels.mixer_core.checks import check_arrays
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+from pallas_kernels.sharding import mark_varying, per_shard
+
+
+class Projection(NamedTuple):
+    """Parameters behind the mixer's core: its output projection, transposed, and the gain of the next RMSNorm."""
+
+    weight: Float[Array, "o e"]
+    gain: Float[Array, " o"]
+
+
+def mixer_block(
+    xz: Float[Array, "b l e2"],
+    residual: Float[Array, "b l o"],
+    directions: Directions,
+    norm: Norm,
+    projection: Projection,
+    middle_params: Any,
+    *,
+    middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    rows: int,
+    columns: int,
+    transposed: bool = False,
+    method: str = "mean",
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    norm_eps: float = 1e-6,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
+    """Compute everything between in_proj of one block and in_proj of the next.
+
+        g        = mixer_core(xz)
+        residual = residual + g · weight^T
+        normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
+
+    On Hopper GPUs one kernel computes the three lines from the scans' outputs: g and the product never exist in memory.
+    It runs where `block_unsupported` returns None and nothing is differentiated. Everywhere else, and in the forward
+    pass of a gradient, `mixer_core` and XLA compute the same step by step. Their product is rounded to xz's dtype
+    before it is added; the kernel's is not.
+
+    Args:
+        residual: residual stream, float32 or wider.
+        projection: float parameters; the weight is rounded to xz's dtype.
+        norm_eps: epsilon of the RMSNorm.
+        implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper or
+            newer GPU and the batch fills it, otherwise `mixer_core` and XLA.
+        xz, directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
+
+    Returns:
+        The new residual stream in the dtype of `residual`, and the normalised tokens in xz's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or implementation is unknown.
+        NotImplementedError: implementation is "pallas", but the kernel cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"mixer_block: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
+        )
+    expect_counts("mixer_block", rows=rows, columns=columns)
+    xz = check_arrays("mixer_block", xz, directions[0], directions[1], norm, directions[2])
+    outputs = residual.shape[-1]
+    beside = f"xz {xz.shape} (b l 2e)"
+    for name, x, letters, shape in (
+        ("residual", residual, "b l o", (*xz.shape[:2], outputs)),
+        ("the projection's weight", projection.weight, "o e", (outputs, xz.shape[2] // 2)),
+        ("the gain", projection.gain, "o", (outputs,)),
+    ):
+        expect_shape("mixer_block", name, x, letters, shape, beside)
+    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
+    call = _Call(middle, options, float(norm_eps), implementation)
+    arrays = (xz, residual, directions, norm, projection, middle_params)
+    fills = implementation == "pallas"  # Do not ask.
+
+    def reason():
+        return _unsupported(xz, residual, directions.kernels, options, fills=fills)
+
+    runs = gpu.choose(implementation, "mixer_block", reason)
+    return _fused(call, *arrays) if runs else call.step_by_step(*arrays)
+
+
+def block_unsupported(
+    xz: Any, residual: Any, kernels: Any, *, rows: int, columns: int, transposed: bool, method: str
+) -> str | None:
+    """Return why `mixer_block` of such arrays does not run as one kernel here, or None.
+
+    Args:
+        xz, residual, kernels: as for `mixer_block` (`directions.kernels`), or their `jax.ShapeDtypeStruct`.
+        rows, columns, transposed, method: see `mixer_block`.
+    """
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
+    missing = gpu.kernels_missing()
+    return missing or _unsupported(xz, residual, kernels, options, fills=False)
+
+
+def _unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
+    """Say why not. With `fills`, a batch that does not fill the device is no reason."""
+    from pallas_kernels.mixer_core import mosaic
+
+    return mosaic.unsupported(xz, kernels, (), options) or mosaic.block_unsupported(
+        xz, residual, kernels, options, fills=fills
+    )
+
+
+class _Call(NamedTuple):
+    """The static half of a call."""
+
+    middle: Callable
+    options: CoreOptions
+    norm_eps: float
+    implementation: str
+
+    def step_by_step(self, xz, residual, directions, norm, projection, middle_params):
+        """Compute the block with the kernels of `mixer_core`, where they run, and XLA."""
+        options = self.options
+        g = mixer_core(
+            xz,
+            directions,
+            norm,
+            middle_params,
+            middle=self.middle,
+            rows=options.rows,
+            columns=options.columns,
+            transposed=options.transposed,
+            method=options.method,
+            scale=options.scale,
+            eps=options.eps,
+            implementation=self.implementation,
+        )
+        return add_and_normalise(g, residual, projection, self.norm_eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(call: _Call, xz, residual, directions, norm, projection, middle_params):
+    u, _ = Stages(always=call.implementation == "pallas").front(xz, directions, (), call.options)
+    y = call.middle(middle_params, u)
+    return _project(call, xz, y, residual, directions, norm, projection)
+
+
+def _forward(call, *arrays):
+    return jax.vjp(call.step_by_step, *arrays)
+
+
+def _backward(call, pull, bars):
+    del call
+    return pull(bars)
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _project(call: _Call, xz, y, residual, directions, norm, projection):
+    """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
+    from pallas_kernels.mixer_core import mosaic
+
+    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps}
+    kernel: Callable = functools.partial(mosaic.back_project, **static)
+    other: Callable = functools.partial(_xla_project, **static)
+
+    def on_share(_, *arrays):
+        if call.implementation == "pallas":
+            return kernel(*arrays)
+        return lax.platform_dependent(
+            *arrays,
+            cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays),
+            default=lambda *arrays: other(*arrays),
+        )
+
+    tokens = "b l o"
+    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
+    run = per_shard(on_share, operands, (tokens, tokens), split="b", opaque=True)
+    return run(xz, y, residual, directions, norm, projection)
+
+
+def _xla_project(xz, y, residual, directions, norm, projection, options, norm_eps):
+    g = xla.back(xz, y, directions, norm, (), options)
+    return add_and_normalise(g, residual, projection, norm_eps)
+
+
+def add_and_normalise(
+    g: jax.Array, residual: jax.Array, projection: Projection, norm_eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Project g, add it to the residual stream, and normalise the sum. Define what the kernel computes."""
+    update = jnp.matmul(g, projection.weight.astype(g.dtype).T)
+    total = residual + update.astype(residual.dtype)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # Save the sum alone for the gradient.
+    def normalise(total, gain):
+        deviation = lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + norm_eps)
+        return (total * (deviation * gain.astype(total.dtype))).astype(g.dtype)
+
+    return total, normalise(total, projection.gain)

@@ -1,0 +1,190 @@
+"""The end of a block as one kernel: interpreted against float64, lowered for an H100, and its derivative rule."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mixer_core import Projection, mixer_block
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    launches,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+BOUND = 1e-2  # of bfloat16
+FULL = {"b": 64, "rows": 17, "columns": 9}  # one segment a row: as many as "auto" asks for
+
+
+def draw(rng, b, rows, columns, e, taps=4, **options):
+    """Arguments, and the gradients of both results."""
+    del options
+    d = e // 2
+    (xz, directions, norm, params), _ = core.draw(rng, b, rows, columns, e, taps, "bfloat16")
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    tokens = (b, rows * columns, d)
+    args = (xz, normal(*tokens), directions, norm)
+    args += (Projection(normal(d, e) / e**0.5, normal(d)), params)
+    return args, (normal(*tokens), normal(*tokens).astype("bfloat16"))
+
+
+def abstract(case):
+    """The shapes of the arguments."""
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1})[0])
+    size = lambda x: (case["b"], *x.shape[1:]) if x.ndim == 3 and x.shape[0] == 1 else x.shape  # noqa: E731
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(size(x), x.dtype), args)
+
+
+def block(args, implementation, rows, columns, **options):
+    del options["b"], options["e"]
+    more = {"rows": rows, "columns": columns, "implementation": implementation, **options}
+    return mixer_block(*args, middle=core.middle, **more)
+
+
+def wanted_of(args, case):
+    """The kernel rounds the weight; everything else that it reads, the reference gets as it is."""
+    *rest, projection, params = args
+    rounded = Projection(projection.weight.astype("bfloat16"), projection.gain)
+    with x64():
+        wide = jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x, np.float64)), (*rest, rounded, params)
+        )
+        return jax.device_get(block(wide, "xla", **case))
+
+
+@needs_mosaic
+def test_kernel(seed):
+    """A tile that is not full, and tokens that a segment's 16 rows hold twice."""
+    rng = np.random.default_rng(seed)
+    lines, tokens, transposed = 5, int(rng.integers(8, 17)), bool(rng.integers(2))
+    rows, columns = (tokens, lines) if transposed else (lines, tokens)
+    case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "transposed": transposed}
+    print(case)
+    args, _ = draw(rng, **case)
+    with abstract_h100(), interpreted():
+        run = jax.jit(lambda args: block(args, "pallas", **case))
+        got = jax.device_get(run.trace(args).lower().compile()(args))
+    assert max(relative_errors(got, wanted_of(args, case))) < BOUND
+
+
+@needs_mosaic
+def test_every_segment_has_one_thread_block(seed):
+    """Also where some thread blocks take fewer segments than others."""
+    from pallas_kernels.mixer_core.grid import Grid
+    from pallas_kernels.mixer_core.mosaic_back_project import Work
+
+    rng = np.random.default_rng(seed)
+    for lines in (5, 1056, rng.integers(1057, 5000)):
+        grid = Grid(1, int(lines), 14, 384, False, 4, 14, 1)
+        work = Work(grid, 192)
+        first, stop = jax.vmap(work.share)(jnp.arange(work.thread_blocks, dtype=jnp.int32))
+        assert first[0] == 0 and stop[-1] == lines
+        np.testing.assert_array_equal(first[1:], stop[:-1])
+        assert np.all((stop - first >= 1) & (stop - first <= 4))
+
+
+@needs_mosaic
+def test_lowers_for_an_h100():
+    """FastVim-T's blocks, in both orders."""
+    case = {"b": 128, "rows": 14, "columns": 14, "e": 384}
+    args = abstract(case)
+    orders = [False, True]
+    text = lower_for_h100(lambda a: [block(a, "auto", **case, transposed=t) for t in orders], args)
+    assert launches(text, "mixer_back_project") == 2
+    assert launches(text, "mixer_back") == 0
+
+
+@needs_mosaic
+def test_gradients_run_step_by_step():
+    case = {**FULL, "e": 128}
+    objective = lambda args: jnp.sum(block(args, "auto", **case)[0])  # noqa: E731
+    text = lower_for_h100(jax.grad(objective), abstract(case))
+    assert launches(text, "mixer_back_project") == 0
+    assert launches(text, "mixer_back_gradients") == 1
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"b": 2, "rows": 14, "columns": 14, "e": 384}, "do not fill"),
+        ({"b": 128, "rows": 14, "columns": 14, "e": 768}, "do not fit"),
+        ({"b": 1024, "rows": 7, "columns": 7, "e": 384}, "do not cut"),
+    ],
+)
+def test_what_is_left_to_xla(case, reason, monkeypatch):
+    from pallas_kernels.mixer_core import block_unsupported
+
+    xz, residual, directions, *_ = abstract(case)
+    grid = {"rows": case["rows"], "columns": case["columns"], "transposed": False, "method": "mean"}
+    with abstract_h100():
+        assert reason in block_unsupported(xz, residual, directions.kernels, **grid)
+        monkeypatch.setenv("FASTVIM_KERNELS", "off")
+        assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
+
+
+@needs_mosaic
+def test_derivative_rule(seed):
+    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
+    case = {**FULL, "e": 128}
+    args, bars = draw(np.random.default_rng(seed), **case)
+
+    def run(args, bars, implementation):
+        out, pull = jax.vjp(lambda args: block(args, implementation, **case), args)
+        alone = block(args, implementation, **case)
+        return alone, out, pull(bars)
+
+    with abstract_h100():
+        traced = jax.jit(lambda *a: run(*a, "auto")).trace(args, bars)
+    assert "custom_vjp_call" in str(traced.jaxpr)
+    got = traced.lower().compile()(args, bars)
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, bars))
+        wanted = jax.jit(lambda *a: run(*a, "xla"))(*wide)
+    assert max(relative_errors(got, wanted)) < 2e-2
+
+
+@needs_mosaic
+def test_lowers_under_vmap():
+    case = {**FULL, "e": 128}
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), abstract(case))
+    text = lower_for_h100(jax.vmap(lambda args: block(args, "auto", **case)), args)
+    assert launches(text, "mixer_back_project") == 1
+
+
+def test_equations(seed):
+    """The definition itself, in NumPy, behind the mixer's core."""
+    from pallas_kernels.mixer_core import mixer_core
+
+    case = {"b": 2, "rows": 3, "columns": 4, "e": 6}
+    args, _ = draw(np.random.default_rng(seed), **case)
+    with x64():
+        args = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)
+        xz, residual, directions, norm, projection, params = args
+        got = jax.device_get(block(args, "xla", **case))
+        g = np.asarray(
+            mixer_core(
+                xz, directions, norm, params, middle=core.middle, rows=3, columns=4,
+                implementation="xla",
+            )
+        )  # fmt: skip
+    total = np.asarray(residual) + g @ np.asarray(projection.weight).T
+    scaling = 1 / np.sqrt(np.mean(total**2, axis=-1, keepdims=True) + 1e-6)
+    wanted = (total, total * scaling * np.asarray(projection.gain))
+    assert max(relative_errors(got, wanted)) < 1e-12
+
+
+def test_bad_shapes_are_named(seed):
+    args, _ = draw(np.random.default_rng(seed), 1, 3, 4, 6)
+    *rest, projection, params = args
+    with pytest.raises(ValueError, match="weight"):
+        block((*rest, projection._replace(weight=projection.gain), params), "xla", 3, 4, b=1, e=6)
+    with pytest.raises(ValueError, match="implementation"):
+        block(args, "fast", 3, 4, b=1, e=6)
