@@ -30,6 +30,8 @@ from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.pretrained import Preprocessing, is_pretrained, load_pretrained
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run
@@ -49,12 +51,17 @@ class Result:
         probabilities: `n classes`, float32.
         embeddings: `n d`, float32: the pooled features that the head reads.
         errors: for each image that could not be read, by its index, the reason.
+        features: `n rows columns d`, float32: the features of every patch, after the final norm; None unless the
+            classifier was built with maps=True.
+        class_maps: `n rows columns classes`, float32: the head's logits for every patch, or None.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
     embeddings: np.ndarray
     errors: dict[int, str]
+    features: np.ndarray | None = None
+    class_maps: np.ndarray | None = None
 
 
 class Classifier:
@@ -69,9 +76,11 @@ class Classifier:
         class_names: in the order of the logits; may be empty.
         batch_size: images per batch, rounded up to a multiple of the number of local devices.
         dtype: compute dtype, "float32" or "bfloat16". By default bfloat16 on a GPU, and the model's own elsewhere.
+        maps: return features and class logits of every patch as well.
 
     Raises:
-        UserError: a model without classes, or a batch size below 1.
+        UserError: a model without classes, a model of images with other than one or three channels, or a batch size
+            below 1.
     """
 
     def __init__(
@@ -82,14 +91,22 @@ class Classifier:
         *,
         batch_size: int = 32,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        maps: bool = False,
     ) -> None:
         config: Any = model.config  # type: ignore[attr-defined]
         if not getattr(config, "num_classes", 0) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
+        if config.channels not in (1, 3) or isinstance(
+            config, ChannelMambaConfig | ChannelViTConfig
+        ):
+            raise UserError(
+                f"a {type(model).__name__} of {config.channels} channels classifies no photographs: use "
+                "`fastvim embed`."
+            )
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
         devices = jax.local_devices()
-        if dtype is None and devices[0].platform in ("gpu", "cuda"):
+        if dtype is None and platform_of(devices[0]) in ("gpu", "cuda"):
             dtype = "bfloat16"
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
@@ -110,15 +127,22 @@ class Classifier:
         preprocess = make_preprocess(self.data)
 
         @jax.jit
-        def run(params: Any, images: Array) -> tuple[Array, Array, Array]:
+        def run(params: Any, images: Array) -> tuple[Array, ...]:
             model = nnx.merge(graphdef, params)
-            pixels = preprocess(images)
-            wide = jnp.float32
-            logits = model(pixels).astype(wide)
-            return logits, jax.nn.softmax(logits), model.features(pixels).astype(wide)
+            tokens = model.forward_features(preprocess(images))
+            logits = model.forward_head(tokens).astype(jnp.float32)
+            outputs = [logits, jax.nn.softmax(logits), model.forward_head(tokens, pre_logits=True)]
+            if maps:
+                features = model.feature_maps(tokens, self.data.height_width)
+                outputs += [features, model.class_maps(features)]
+            return tuple(each.astype(jnp.float32) for each in outputs)
 
         self._run: Any = run
-        self._widths = (config.num_classes, config.num_classes, config.embed_dim)
+        # Shapes of one image's outputs, for calls without images.
+        shape = (self._batch, *self.data.height_width, self.data.channels)
+        self._input = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
+        outputs = jax.eval_shape(run, self._params, self._input)
+        self._shapes = [each.shape[1:] for each in outputs]
 
     @classmethod
     def load(
@@ -168,10 +192,8 @@ class Classifier:
 
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""
-        shape = (self._batch, *self.data.height_width, self.data.channels)
-        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
-        compiled = self._run.lower(self._params, images).compile()
-        self._run = compiled
+        if hasattr(self._run, "lower"):
+            self._run = self._run.lower(self._params, self._input).compile()
         return self
 
     def __call__(self, images: Images) -> Result:
@@ -195,11 +217,12 @@ class Classifier:
             if len(waiting) > _AHEAD:  # The devices work on the later batches meanwhile.
                 parts.append(_fetch(*waiting.pop(0)))
         parts += [_fetch(*each) for each in waiting]
-        parts = parts or [tuple(np.zeros((0, n), np.float32) for n in self._widths)]
-        logits, probabilities, embeddings = map(np.concatenate, zip(*parts, strict=True))
-        for array in (logits, probabilities, embeddings):
+        parts = parts or [tuple(np.zeros((0, *shape), np.float32) for shape in self._shapes)]
+        outputs = list(map(np.concatenate, zip(*parts, strict=True)))
+        for array in outputs:
             array[list(errors)] = np.nan
-        return Result(logits, probabilities, embeddings, errors)
+        logits, probabilities, embeddings, *maps = outputs
+        return Result(logits, probabilities, embeddings, errors, *maps)
 
     def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
         """Yield (index of the first image, padded batch, errors), decoded by a thread up to `_AHEAD` batches early."""
@@ -258,6 +281,11 @@ class Classifier:
                 )
             opened = decode_image(array, channels=self.data.channels)
         return eval_transform(opened.convert({1: "L", 3: "RGB"}[self.data.channels]), self.data)
+
+
+def platform_of(device: jax.Device) -> str:
+    """Return a device's platform: cpu, gpu or tpu."""
+    return device.platform
 
 
 def _opaque(image: PIL.Image.Image, background: int) -> PIL.Image.Image:

@@ -23,7 +23,7 @@ from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.head import make_head
-from fastvim_jax.layers.patch_embed import GridSize
+from fastvim_jax.layers.patch_embed import GridSize, grid_of
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import run_blocks
@@ -184,6 +184,33 @@ class Backbone(nnx.Module):
         """
         self._require_head("forward_head")
         return self._head_features(tokens) if pre_logits else self._logits(tokens)
+
+    def feature_maps(self, tokens: Tokens, size: tuple[int, int]) -> Float[Array, "b h w d"]:
+        """Lay the tokens of `forward_features` out as the grid of patches, without the class token.
+
+        Args:
+            tokens: `b l d`.
+            size: pixels of the images, height and width.
+        """
+        rows, columns = grid_of(size, self.config.patch)
+        by_columns = getattr(self.config, "token_order", "row") == "column"
+        grid = GridSize(columns, rows) if by_columns else GridSize(rows, columns)
+        return with_auto_axes(lambda self, tokens: self._as_image(tokens, grid))(self, tokens)
+
+    @with_auto_axes
+    def class_maps(self, maps: Float[Array, "b h w d"]) -> Float[Array, "b h w classes"]:
+        """Apply the head to every patch of `feature_maps`: which class each patch speaks for.
+
+        If a FastVim's head reads the mean of the tokens, the mean of these logits over all patches is the image's
+        logits.
+
+        Raises:
+            UserError: the model has no head.
+        """
+        if self.head is None:
+            raise UserError("class_maps needs a head, which this model has not.")
+        norm = getattr(self, "fc_norm", None)  # Of a ViT that classifies the mean.
+        return self.head(maps if norm is None else norm(maps))
 
     def get_intermediate_layers(
         self,

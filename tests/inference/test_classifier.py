@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +17,9 @@ from fastvim_jax import Classifier, UserError, save_pretrained
 from fastvim_jax.data import load_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.models import VisionMambaConfig, build_model
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.pretrained import Preprocessing
+from tests.support import ROOT
 
 SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 3}
 PREPROCESSING = Preprocessing((8, 8), 0.9, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -75,6 +81,75 @@ def test_one_program_serves_every_number_of_images(classifier, files):
     classifier.compile()
     for count in (1, 3, 4, 6):
         assert classifier(files[:count]).logits.shape == (count, 3)
+
+
+def test_features_and_class_maps_of_every_patch(model, files):
+    found = Classifier(model, PREPROCESSING, batch_size=2, maps=True)([*files[:2], "missing.png"])
+    assert found.features.shape == (3, 2, 2, 8) and found.class_maps.shape == (3, 2, 2, 3)
+    # FastVim's head reads the mean of the tokens, and is linear.
+    np.testing.assert_allclose(
+        found.features.mean(axis=(1, 2))[:2], found.embeddings[:2], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        found.class_maps.mean(axis=(1, 2))[:2], found.logits[:2], rtol=1e-5, atol=1e-6
+    )
+    assert np.isnan(found.class_maps[2]).all() and np.isfinite(found.class_maps[:2]).all()
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+def test_a_patch_s_features_lie_where_the_patch_is(order):
+    """A grid of two rows and three columns; the class token is left out."""
+    model = build_model(
+        VisionMambaConfig(**{**SIZES, "image_size": (8, 12)}, pooling="none", class_token="middle", token_order=order),
+        rngs=nnx.Rngs(1),
+    )  # fmt: skip
+    images = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    tokens = model.forward_features(images)
+    maps = model.feature_maps(tokens, (8, 12))
+    assert maps.shape == (2, 2, 3, 8)
+    (expected,) = model.get_intermediate_layers(images, 1, reshape=True, norm=True)
+    np.testing.assert_allclose(maps, expected, rtol=1e-5, atol=1e-6)
+    plain = build_model(VisionMambaConfig(**{**SIZES, "num_classes": 0}), rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match="class_maps needs a head"):
+        plain.class_maps(maps)
+
+
+def test_two_devices_share_a_batch(model, files, tmp_path):
+    """In another process, which has two simulated devices: its numbers are those of one device."""
+    save_pretrained(model, tmp_path / "model", preprocessing=PREPROCESSING)
+    script = f"""
+import jax, numpy as np
+from fastvim_jax import Classifier
+classifier = Classifier.load({str(tmp_path / "model")!r}, batch_size=3).compile()
+assert len(jax.local_devices()) == 2 and classifier.batch_size == 4
+np.save({str(tmp_path / "logits.npy")!r}, classifier({[str(f) for f in files]!r}).logits)
+"""
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={**os.environ, **two})
+    one = Classifier(model, PREPROCESSING, batch_size=4)(files)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), one.logits, rtol=2e-4, atol=2e-5)
+
+
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(model, monkeypatch):
+    """Which model is built; a stand-in for the device tells its platform alone."""
+    built = []
+    monkeypatch.setattr(
+        "fastvim_jax.inference.classifier.build_model",
+        lambda config, rngs: built.append(config.dtype) or build_model(config, rngs=rngs),
+    )
+    for platform, dtype, expected in (
+        ("gpu", None, "bfloat16"), ("gpu", "float32", "float32"), ("cpu", None, "float32"),
+    ):  # fmt: skip
+        monkeypatch.setattr("fastvim_jax.inference.classifier.platform_of", lambda _, p=platform: p)
+        Classifier(model, PREPROCESSING, dtype=dtype)
+        assert built[-1] == expected
+
+
+def test_models_of_cell_images_are_refused():
+    config = ChannelMambaConfig(**SIZES)
+    cells = build_model(config, rngs=nnx.Rngs(1))
+    with pytest.raises(UserError, match="of 8 channels classifies no photographs"):
+        Classifier(cells, Preprocessing((8, 8), 1.0, (0.0,) * 8, (1.0,) * 8))
 
 
 def test_what_cannot_be_read_is_nan_and_named(classifier, files, tmp_path):
