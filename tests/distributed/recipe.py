@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastvim_jax.data import ClassificationData, make_train_iterator
 from fastvim_jax.data.device_transforms import mix_weights, random_erasing
-from fastvim_jax.distributed import MeshConfig, is_first_process, start, wait
+from fastvim_jax.distributed import MeshConfig, barrier, initialize_distributed, is_first_process
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.training import OptimizerConfig, TrainConfig, read_metrics, train
@@ -157,10 +157,10 @@ def main(what: str, folder: str) -> None:
     if what == "compare":
         compare(Path(folder))
         return
-    start()
+    initialize_distributed()
     if is_first_process():
         write_images(Path(folder) / "images")
-    wait("images")
+    barrier("images")
     train(recipe(Path(folder)), Path(folder) / "run", progress=False)
 
 
