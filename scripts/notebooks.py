@@ -34,12 +34,13 @@ def run_notebook(file: Path, *, seconds: int = 600) -> Any:
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
     notebook = nbformat.read(file, as_version=4)
-    root = str(FOLDER.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
+    # A backend chosen outside would keep the kernel from showing figures.
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    paths = [str(FOLDER.parent), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     resources = {"metadata": {"path": str(file.parent)}}
-    NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=resources).execute()
+    client = NotebookClient(notebook, timeout=seconds, kernel_name="python3", resources=resources)
+    client.execute(env=env)
     return notebook
 
 
