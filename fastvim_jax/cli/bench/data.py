@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +33,8 @@ class Data:
     """Side of the crops."""
     batch_size: int = 32
     """Images a batch."""
+    augment_on: Literal["host", "device"] = "host"
+    """As data.augment_on; with device the host only crops."""
     rand_augment: float | None = None
     """RandAugment's magnitude in the whole pipelines; None: only crop and flip."""
     workers: tuple[int, ...] = ()
@@ -63,6 +65,7 @@ def data(arguments: Sequence[str]) -> int:
             image_size=chosen.image_size,
             batch_size=chosen.batch_size,
             rand_augment=chosen.rand_augment,
+            augment_on=chosen.augment_on,
         )
     rows = measure(config, seconds=chosen.seconds, workers=chosen.workers)
     command = shlex.join(["fastvim", "bench", "data", *arguments])
