@@ -147,6 +147,14 @@ class BatchIterator(Iterator[Batch]):
             _log.warning("Undecodable record left out: %s", reason)
 
 
+def plain(batch: Mapping[str, Any]) -> Any:
+    """View arrays of workers' shared memory as plain NumPy arrays, the only ones that JAX surely takes."""
+    return {
+        key: value.view(np.ndarray) if isinstance(value, np.ndarray) else value
+        for key, value in batch.items()
+    }
+
+
 def owned(batch: Mapping[str, Any]) -> Any:
     """Copy the arrays that lie in memory shared with workers, which is freed under whoever still looks at it."""
     return {

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fastvim_jax.data.batches import Batch, BatchIterator
+from fastvim_jax.data.batches import Batch, BatchIterator, plain
 
 Placed = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ class DevicePrefetch(Iterator[Placed]):
         """Read and place the next batch, in the thread; return it with the position after it."""
         begin = time.perf_counter()
         lent = next(self._batches)
-        batch = self._place(lent)
+        batch = self._place(plain(lent))
         if self._batches.lend:
             jax.block_until_ready(batch)
         self._pace.add(time.perf_counter() - begin)

@@ -1,0 +1,114 @@
+"""Writes the tables of docs/scaling.md from recorded measurements: `python benchmarks/scaling.py`.
+
+Measured: images a second of a step of 128 images on one H100 (`results/h100/train_*.json`), images a second of a core
+(`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`). Assumed: the links below.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "scaling.md"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+IMAGES, EVALUATED, EPOCHS = 1_281_167, 50_000, 300
+BATCH = 128  # images a GPU
+HOST = 8  # GPUs
+IN_HOST, BETWEEN_HOSTS = 300e9, 50e9
+"""Bytes a second and GPU of a reduction, assumed: NVLink within a host, 400 Gbit/s a GPU between hosts."""
+GPUS = (1, 8, 64, 256)
+RECORD_BYTES = {"pixels": 267_900, "jpeg": 38_200}
+"""Of the 41 photographs that `feed.py` prepares, a record in the mean."""
+
+
+def load(name: str) -> Any:
+    """Read a record."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def step_rate(name: str) -> float:
+    """Return the images a second of the recorded step of 128 images."""
+    return next(r["images_per_s"] for r in load(f"h100/{name}")["rows"] if r["batch"] == BATCH)
+
+
+def core_rate(name: str) -> float:
+    """Return the images a second that a core reads, crops and resizes, the step augmenting."""
+    rows = load(f"cpu/data_{name}")["rows"]
+    return next(r["per_core"] for r in rows if r["what"] == "whole" and r["with"] == "turbo")
+
+
+def reduced_bytes(name: str) -> float:
+    """Return the bytes that data-parallel training reduces in a step."""
+    rows = load(f"cpu/{name}")["rows"]
+    return sum(r["bytes"] for r in rows if r["fsdp"] == 1 and r["kind"] == "all-reduce")
+
+
+def epoch_table(model: str, rate: float, sent: float) -> list[str]:
+    """Return the table of an epoch's cost by GPUs."""
+    lines = [
+        f"**{model}**, {rate:,.0f} images/s a GPU, {sent / 1e6:.1f} MB reduced a step:", "",
+        "| GPUs | batch | step, ms | steps of an epoch, s | reduction, s | share if not overlapped | cores, pixels | "
+        "cores, JPEG | reading, GB/s: pixels / JPEG | 300 epochs, h |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    pixels, jpeg = core_rate("pixels"), core_rate("jpeg")
+    for gpus in GPUS:
+        steps = IMAGES // (BATCH * gpus)
+        step = BATCH / rate
+        link = IN_HOST if gpus <= HOST else BETWEEN_HOSTS
+        reduction = 2 * (gpus - 1) / gpus * sent / link
+        total = rate * gpus
+        hours = EPOCHS * steps * (step + reduction) / 3600
+        read = " / ".join(f"{total * size / 1e9:,.1f}" for size in RECORD_BYTES.values())
+        lines.append(
+            f"| {gpus} | {BATCH * gpus:,} | {1e3 * step:.1f} | {steps * step:.1f} | {steps * reduction:.1f} | "
+            f"{reduction / step:.0%} | {total / pixels:,.0f} | {total / jpeg:,.0f} | {read} | {hours:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def tables() -> str:
+    """Return all tables as Markdown."""
+    lines: list[str] = []
+    tiny, small = step_rate("train_tiny"), step_rate("train_small")
+    sent = reduced_bytes("collectives")
+    lines += epoch_table("FastVim-T", tiny, sent)
+    # Nearly all that is reduced are gradients in float32, so that it grows with the parameters.
+    lines += epoch_table("FastVim-S", small, sent * 25_832_680 / 7_166_056)
+    needed = EPOCHS * IMAGES / 86400
+    pixels, jpeg = core_rate("pixels"), core_rate("jpeg")
+    images, hours = EPOCHS * IMAGES, EPOCHS * IMAGES / tiny / 3600
+    lines += [
+        f"A day for FastVim-T: {EPOCHS} epochs are {images / 1e6:,.0f} million images, so {needed:,.0f} images/s; one "
+        f"H100 takes {tiny:,.0f}, so its steps are {hours:.1f} h. Cores for {needed:,.0f} images/s: "
+        f"{needed / pixels:.1f} from shards of pixels, {needed / jpeg:.1f} from JPEG shards; to keep the H100 busy "
+        f"{tiny / pixels:.1f} and {tiny / jpeg:.1f}.",
+        "",
+    ]
+    lines += [
+        "| experiment | mesh | collective | in a step | MB on a device |",
+        "|---|---|---|--:|--:|",
+    ]
+    for name in ("collectives", "collectives_base"):
+        record = load(f"cpu/{name}")
+        lines += [
+            f"| {record['experiment']} | data {r['data']}, fsdp {r['fsdp']} | {r['kind']} | {r['count']} | "
+            f"{r['bytes'] / 1e6:.1f} |"
+            for r in record["rows"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Put the tables into the page."""
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{tables()}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
