@@ -202,6 +202,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
         )
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import is_offline_mode
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise UserError(
@@ -215,8 +216,13 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
+        offline = offline or is_offline_mode()
         why = "it is not in the cache" if offline else "the hub cannot be reached"
-        raise UserError(f"{name}: {why}, and no earlier copy is here.") from error
+        raise UserError(
+            f"{name}: {why}, and no earlier copy is here. Load it once where the network is, or copy its folder and "
+            "name that; later calls find it in the cache, and offline=True (HF_HUB_OFFLINE=1) asks the network for "
+            "nothing."
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{name} cannot be loaded from the hub: {first}") from error

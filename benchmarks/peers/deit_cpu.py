@@ -1,0 +1,160 @@
+"""FastVim-T beside timm's DeiT-T in PyTorch, both on the same cores of this machine's CPU, in turns.
+
+    python benchmarks/peers/deit_cpu.py --torch PYTHON --json FILE
+
+PYTHON is an interpreter that imports torch and timm (by default this one). Images of 224 px, float32, random weights.
+One process a model is pinned to the first `--cores` cores; the two take turns, so that whatever else the machine does
+meets both. `cpu` is the processor time of a call, which other programs disturb less than `wall`, the time on the clock.
+Both are medians over the rounds, with the smallest and the largest; `ratio` is DeiT's over FastVim's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZE = 224
+CALLS = {1: 8, 16: 2}
+"""Calls in a round, by batch size."""
+
+
+def make_fastvim(batch: int) -> Any:
+    """Build a call of FastVim-T, as `create_model` makes it."""
+    import jax
+    from flax import nnx
+
+    from fastvim_jax import create_model
+
+    graphdef, params = nnx.split(create_model("fastvim_tiny_patch16_224", rngs=0))
+    run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    images = jax.random.normal(jax.random.key(0), (batch, SIZE, SIZE, 3))
+    return lambda: run(params, images).block_until_ready()
+
+
+def make_deit(batch: int, cores: int) -> Any:
+    """Build a call of timm's DeiT-T, eager, as it comes."""
+    import timm
+    import torch
+
+    torch.set_num_threads(cores)
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    images = torch.randn(batch, 3, SIZE, SIZE)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return model(images)
+
+    return call
+
+
+def work(name: str, cores: int) -> None:
+    """Answer each line `batch` on standard input by the milliseconds of each call: processor time and clock."""
+    os.sched_setaffinity(0, range(cores))
+    calls: dict[int, Any] = {}
+    for line in sys.stdin:
+        batch = int(line)
+        if batch not in calls:
+            calls[batch] = make_fastvim(batch) if name == "fastvim" else make_deit(batch, cores)
+            for _ in range(2):
+                calls[batch]()
+        times = []
+        for _ in range(CALLS[batch]):
+            cpu, wall = time.process_time(), time.perf_counter()
+            calls[batch]()
+            times.append((1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)))
+        print(json.dumps(times), flush=True)
+
+
+def start(python: str, name: str, cores: int) -> subprocess.Popen:
+    """Start a worker whose arithmetic runs on `cores` threads."""
+    root = str(Path(__file__).resolve().parents[2])
+    command = [python, __file__, "--work", name, "--cores", str(cores)]
+    settings = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(cores)}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
+
+
+def ask(worker: subprocess.Popen, batch: int) -> list[list[float]]:
+    """Have a worker run one round."""
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(f"{batch}\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        raise SystemExit("a worker ended: see its message above.")
+    return json.loads(answer)
+
+
+def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> dict[str, Any]:
+    """Let both models take turns, and summarise."""
+    times: dict[str, list[list[float]]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name] += ask(worker, batch)
+    row: dict[str, Any] = {"batch": batch, "calls": len(times["fastvim"])}
+    for i, kind in enumerate(("cpu", "wall")):
+        for name, found in times.items():
+            values = [each[i] for each in found]
+            spread = [min(values), statistics.median(values), max(values)]
+            row[f"{name}_{kind}_ms"] = [round(value, 2) for value in spread]
+        best, median = (row[f"deit_{kind}_ms"][j] / row[f"fastvim_{kind}_ms"][j] for j in (0, 1))
+        row[f"ratio_{kind}"] = {"of_fastest": round(best, 3), "of_medians": round(median, 3)}
+    return row
+
+
+def processor() -> str:
+    """Return the processor's name, as Linux tells it, and the widest vectors it has."""
+    text = Path("/proc/cpuinfo").read_text()
+    name = next(
+        (line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), "?"
+    )
+    return f"{name}, AVX-512" if "avx512f" in text else name
+
+
+def main() -> None:
+    """Measure and print; write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch", default=sys.executable, help="interpreter with torch and timm")
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", choices=("fastvim", "deit"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.work:
+        return work(chosen.work, chosen.cores)
+    from pallas_kernels import timing
+
+    circumstances = timing.circumstances("benchmarks/peers/deit_cpu.py")
+    about = {"processor": processor(), "cores": chosen.cores, "load_before": os.getloadavg()}
+    circumstances |= about
+    pythons = {"fastvim": sys.executable, "deit": chosen.torch}
+    workers = {name: start(python, name, chosen.cores) for name, python in pythons.items()}
+    rows = []
+    try:
+        for batch in CALLS:
+            rows.append(compare(workers, batch, chosen.rounds))
+            print(json.dumps(rows[-1], indent=1), flush=True)
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.wait()
+    circumstances["load_after"] = os.getloadavg()
+    record = {"bench": "deit_cpu", "circumstances": circumstances, "rows": rows}
+    if chosen.json:
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
