@@ -95,7 +95,7 @@ def load(folder: Path) -> list[Row]:
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
-        bench = record["bench"]
+        bench = record.get("bench")
         if bench not in ("scan", "pair", "mixer", "model", "train"):
             continue
         for row in record["rows"]:
@@ -324,6 +324,46 @@ def plot_models(rows: list[Row], file: Path) -> bool:
     return drawn
 
 
+def peer_section(folder: Path, rows: list[Row]) -> str:
+    """Divide our images a second by those of DeiT; empty without a record of `peers/deit.py`."""
+    lines, said = [], []
+    for file in sorted(folder.glob("peer_*.json")):
+        record = json.loads(file.read_text())
+        how = record["circumstances"]
+        said.append(
+            f"- DeiT, `{how['command']}`: {how['device']}, torch {how['torch']}, timm {how['timm']}, {how['date']}\n"
+        )
+        for peer in record["rows"]:
+            size = peer["model"].split("_")[1]
+            match = {name: peer[name] for name in ("pixels", "batch", "precision")}
+            kind = (
+                {"bench": "model"}
+                if peer["row"] == "forward"
+                else {"bench": "train", "kind": "time"}
+            )
+            for ours in find(rows, model=f"fastvim_{size}_patch16_224", **match, **kind):
+                fast, slow = ours["images_per_s"], peer["images_per_s"]
+                lines.append(
+                    [f"FastVim-{size[0].upper()}", peer["row"], str(peer["pixels"]), str(peer["batch"]), ours["blocks"],
+                     f"{fast:,.0f}", f"{slow:,.0f}", f"**{fast / slow:.2f}**", ours["date"], how["date"]]
+                )  # fmt: skip
+    if not said:
+        return ""
+    header = [
+        "model",
+        "what",
+        "pixels",
+        "batch",
+        "blocks",
+        "images/s",
+        "DeiT's",
+        "ratio",
+        "date",
+        "DeiT's date",
+    ]
+    return "\n".join(["## Against DeiT, by the clock, bf16\n", table(header, lines), *said])
+
+
 def main() -> None:
     """Write page and plots."""
     recorded = load(RESULTS)
@@ -384,6 +424,7 @@ def main() -> None:
         model_table(timed),
         largest_table(find(trains, kind="largest")),
         sources(trains),
+        peer_section(RESULTS, rows),
     ]
     (HERE / "README.md").write_text("\n".join(part for part in parts if part))
 

@@ -103,6 +103,15 @@ if wanted train_base_compile; then # alone, as nothing else compiles
   ended $!
 fi
 
+# The peer, alone on the GPU, where its libraries are: about two minutes of compiling.
+if wanted peer_deit && "$python" -c 'import timm, torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  "$python" benchmarks/peers/deit.py --train --json "$out/peer_deit.json" >"$logs/peer_deit.txt" 2>&1 &
+  running[$!]=peer_deit
+  begun=$((begun + 1))
+  printf '%4d s  started peer_deit\n' "$SECONDS"
+  ended $!
+fi
+
 lot third
 start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --batches 4096 128 1024 512 256 128 32 8 2 --dtypes float32
 start mixer_stages_large mixer --parts stages --pixels 1024 2048

@@ -72,6 +72,26 @@ def test_more_images_a_second_are_better(report, tmp_path):
     assert line_of(report, report.load(tmp_path), what)[5:7] == ["**33,000**", "yes"]
 
 
+def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
+    assert report.peer_section(tmp_path, []) == ""
+    row = {
+        "model": "fastvim_tiny_patch16_224", "pixels": 224, "batch": 128, "dtype": "bfloat16",
+        "precision": "bf16", "activations": "compute", "ms": 2.0, "blocks": "unroll",
+    }  # fmt: skip
+    write(tmp_path, "model_a", "1", row | {"images_per_s": 60000}, bench="model")
+    write(tmp_path, "train_a", "1", row | {"images_per_s": 14000}, bench="train")
+    peer = {"pixels": 224, "batch": 128, "precision": "bf16", "model": "deit_tiny_patch16_224"}
+    rows = [
+        peer | {"row": "forward", "images_per_s": 40000},
+        peer | {"row": "step", "images_per_s": 20000},
+    ]
+    how = {"command": "c", "device": "d", "torch": "2", "timm": "1", "date": "1"}
+    (tmp_path / "peer_deit.json").write_text(json.dumps({"circumstances": how, "rows": rows}))
+    ours = [r for r in report.load(tmp_path) if r["bench"] != "peer"]
+    text = report.peer_section(tmp_path, ours)
+    assert "| 60,000 | 40,000 | **1.50** |" in text and "| 14,000 | 20,000 | **0.70** |" in text
+
+
 def test_wrong_results_are_named_and_in_no_table(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     write(tmp_path, "a", "2026-01-04", SCAN | {"median": 0.0012345, "correct": False})

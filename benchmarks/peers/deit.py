@@ -3,8 +3,8 @@
     python benchmarks/peers/deit.py --models tiny small base --json FILE
 
 Needs torch with CUDA and timm. Times the forward pass (weights stored in bfloat16, no autocast), and with --train the
-whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. The report divides the rows of
-`fastvim bench model` and `fastvim bench train` of the same run by these.
+whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py` divides
+the rows of `fastvim bench model` and `fastvim bench train` by these. Not autotuned unless asked: that takes minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,25 @@ def captured(step: Callable[[], Any]) -> Any:
     return graph
 
 
-def forward_graphs(name: str, pixels: int, batch: int) -> list[Any]:
+def compiled(model: Any, autotune: bool) -> Any:
+    """Compile a model; graphs are captured by `captured`."""
+    import torch
+
+    return torch.compile(model, mode="max-autotune-no-cudagraphs" if autotune else None)
+
+
+def forward_graphs(name: str, pixels: int, batch: int, autotune: bool) -> list[Any]:
     """Capture the forward pass on `SETS` sets of images."""
     import timm
     import torch
 
     model = timm.create_model(name, img_size=pixels).to("cuda", torch.bfloat16).eval()
-    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
+    run = compiled(model, autotune)
 
     def of(images: Any) -> Any:
         def step() -> Any:
             with torch.inference_mode():
-                return compiled(images)
+                return run(images)
 
         return captured(step)
 
@@ -55,13 +64,13 @@ def forward_graphs(name: str, pixels: int, batch: int) -> list[Any]:
     return [of(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(SETS)]
 
 
-def step_graph(name: str, pixels: int, batch: int) -> list[Any]:
+def step_graph(name: str, pixels: int, batch: int, autotune: bool) -> list[Any]:
     """Capture a whole training step."""
     import timm
     import torch
 
     model = timm.create_model(name, img_size=pixels).to("cuda").train()
-    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
+    run = compiled(model, autotune)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, weight_decay=0.05, fused=True, capturable=True
     )
@@ -71,7 +80,7 @@ def step_graph(name: str, pixels: int, batch: int) -> list[Any]:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            logits = compiled(images)
+            logits = run(images)
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 
@@ -95,18 +104,25 @@ def milliseconds(graphs: list[Any], replays: int = 20, repeats: int = 5) -> tupl
     return statistics.median(times), min(times)
 
 
-def measure(size: str, pixels: int, batch: int, what: str) -> dict[str, Any]:
+def measure(size: str, pixels: int, batch: int, what: str, autotune: bool) -> dict[str, Any]:
     """Time one row: `what` is "forward" or "step"."""
+    name = f"deit_{size}_patch16_224"
+    make = {"forward": forward_graphs, "step": step_graph}[what]
+    median, fastest = milliseconds(make(name, pixels, batch, autotune))
+    return {
+        "row": what, "model": name, "pixels": pixels, "batch": batch, "precision": "bf16",
+        "autotuned": autotune, "ms": median, "fastest_ms": fastest, "images_per_s": 1e3 * batch / median,
+    }  # fmt: skip
+
+
+def circumstances() -> dict[str, str]:
+    """Name the device, versions, date and command."""
     import timm
     import torch
 
-    name = f"deit_{size}_patch16_224"
-    make = {"forward": forward_graphs, "step": step_graph}[what]
-    median, fastest = milliseconds(make(name, pixels, batch))
     return {
-        "row": what, "model": name, "pixels": pixels, "batch": batch, "precision": "bf16", "ms": median,
-        "fastest": fastest, "images_per_s": 1e3 * batch / median, "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "timm": timm.__version__,
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "timm": timm.__version__,
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "command": " ".join(["python", *sys.argv]),
     }  # fmt: skip
 
 
@@ -119,15 +135,19 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--train", action="store_true", help="time training steps as well")
+    parser.add_argument("--autotune", action="store_true", help="let PyTorch try more kernels")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    rows = []
-    for size in chosen.models:
-        for what in ("forward", "step") if chosen.train else ("forward",):
-            rows.append(measure(size, chosen.pixels, chosen.batch, what))
-            print(json.dumps(rows[-1]), flush=True)
-            if chosen.json:
-                chosen.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    kinds = ("forward", "step") if chosen.train else ("forward",)
+    wanted = [(size, what) for size in chosen.models for what in kinds]
+    rows: list[dict[str, Any]] = []
+    for size, what in wanted:
+        rows.append(measure(size, chosen.pixels, chosen.batch, what, chosen.autotune))
+        print(json.dumps(rows[-1]), flush=True)
+        record = {"bench": "peer", "circumstances": circumstances(), "rows": rows}
+        record["complete"] = len(rows) == len(wanted)
+        if chosen.json:
+            chosen.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
