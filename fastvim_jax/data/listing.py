@@ -2,6 +2,9 @@
 
 The files and labels of ImageNet are 45 MB when pickled, and 150 MB as Python objects in every worker. Packed into
 arrays they are 45 MB in one file, whose pages all processes of a machine share.
+
+Listing a folder takes one call to the file system for every folder and every tar shard. Where several processes train
+together, one of them lists and the others get what it found (`listing_by`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,6 +26,10 @@ SHARED_FROM = 2**20
 """Bytes from which on an array goes to workers as a file; smaller ones are sent as they are."""
 _PREFIX = "fastvim-listing-"
 _folders: dict[int, Path] = {}
+
+Arrays = Mapping[str, np.ndarray]
+Lister = Callable[[Callable[[], Arrays]], Arrays]
+_lister: ContextVar[Lister | None] = ContextVar("lister", default=None)
 
 
 class SharedArray:
@@ -85,10 +93,22 @@ class Texts(Sequence[str]):
     """A sequence of strings packed into two arrays; file names that are not UTF-8 stay what they are."""
 
     def __init__(self, texts: Iterable[str]) -> None:
+        packed = self.pack(texts)
+        self._ends, self._bytes = (SharedArray(packed[name]) for name in ("ends", "bytes"))
+
+    @staticmethod
+    def pack(texts: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return the arrays `ends` and `bytes` that hold the strings."""
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._ends = SharedArray(ends)
-        self._bytes = SharedArray(np.frombuffer(b"".join(encoded), np.uint8))
+        return {"ends": ends, "bytes": np.frombuffer(b"".join(encoded), np.uint8)}
+
+    @classmethod
+    def packed(cls, arrays: Mapping[str, np.ndarray]) -> Texts:
+        """Return the strings that `pack` packed."""
+        texts = cls(())
+        texts._ends, texts._bytes = SharedArray(arrays["ends"]), SharedArray(arrays["bytes"])
+        return texts
 
     def __len__(self) -> int:
         return len(self._ends.values) - 1
@@ -106,6 +126,22 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
+
+
+@contextlib.contextmanager
+def listing_by(lister: Lister) -> Iterator[None]:
+    """Let sources that are opened within the block list through `lister`, which may ask another process."""
+    token = _lister.set(lister)
+    try:
+        yield
+    finally:
+        _lister.reset(token)
+
+
+def listed(make: Callable[[], Arrays]) -> Arrays:
+    """Return the listing that `make` returns, made by this process or by the one that lists for it."""
+    lister = _lister.get()
+    return make() if lister is None else lister(make)
 
 
 def _own_folder() -> Path:

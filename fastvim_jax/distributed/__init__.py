@@ -3,6 +3,7 @@
 from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
 from fastvim_jax.distributed.processes import (
     all_gather_set,
+    arrays_of_first_process,
     barrier,
     fail_at_once,
     is_first_process,
@@ -23,6 +24,7 @@ __all__ = [
     "Launch",
     "MeshConfig",
     "all_gather_set",
+    "arrays_of_first_process",
     "barrier",
     "check_batch",
     "detect",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -51,6 +52,25 @@ def on_first_process(action: Callable[[], None]) -> None:
         raise failure
     if said.strip():
         raise UserError(said.decode(errors="ignore").strip())
+
+
+def arrays_of_first_process(
+    make: Callable[[], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Run `make` in process 0 only, and return its arrays in every process.
+
+    Raises:
+        Exception: see `on_first_process`.
+    """
+    if jax.process_count() == 1:
+        return dict(make())
+    packed = io.BytesIO()
+    on_first_process(lambda: np.savez(packed, **make()))  # type: ignore[arg-type]
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(packed.tell())))
+    content = np.frombuffer(packed.getvalue().ljust(size), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes()
+    with np.load(io.BytesIO(received), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def fail_at_once(status: int) -> None:

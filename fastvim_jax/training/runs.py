@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.data.listing import listing_by
 from fastvim_jax.data.turbo import chosen_decoder
+from fastvim_jax.distributed import arrays_of_first_process
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.choice import best_step
 from fastvim_jax.training.config import RunConfig
@@ -111,7 +113,7 @@ def train(
     started = time.perf_counter()
     trainer = trainer_of(config)
     config = _with_decoder(config, Path(run_dir))
-    with StopRequest() as stop, ExitStack() as opened:
+    with StopRequest() as stop, ExitStack() as opened, listing_by(arrays_of_first_process):
         call = TrainCall(Path(run_dir), progress, profile, wandb, opened, started, stop)
         result: RunResult = trainer.train(config, call)
     return result

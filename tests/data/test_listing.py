@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fastvim_jax.data import listing, open_source
-from fastvim_jax.data.listing import FiledSequence, SharedArray, Texts
+from fastvim_jax.data.listing import FiledSequence, SharedArray, Texts, listing_by
+from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
 
@@ -47,6 +52,45 @@ def test_sources_are_small_when_pickled(image_tree: Path, monkeypatch: pytest.Mo
     copy = pickle.loads(pickle.dumps(source))
     for i in range(len(source)):
         assert (copy[i].name, copy[i].target) == (source[i].name, source[i].target)
+
+
+def pack_shards(folder: Path, rng: np.random.Generator) -> None:
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for i in range(3):
+            for name, data in ((f"{i}.png", rng.bytes(9)), (f"{i}.cls", b"1")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "webdataset"])
+def test_one_process_lists_for_the_others(
+    kind: str, image_tree: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second source is opened as in another process: with the first one's listing, and without reading a name."""
+    pack_shards(image_tree, rng)
+    made: list[Any] = []
+
+    def first(make: Callable[[], Any]) -> Any:
+        made.append(make())
+        return made[0]
+
+    with listing_by(first):
+        expected = open_source(kind, "train", path=str(image_tree))
+    assert len(made) == 1
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("lists again")
+
+    monkeypatch.setattr("fastvim_jax.data.sources.image_folder.walk", refuse)
+    monkeypatch.setattr("fastvim_jax.data.sources.webdataset.tarfile.open", refuse)
+    with listing_by(lambda make: made[0]):
+        found = open_source(kind, "train", path=str(image_tree))
+    assert len(found) == len(expected) > 0
+    for i in range(len(found)):
+        assert found[i] == expected[i]
+    with pytest.raises(UserError, match="lists again"):
+        open_source(kind, "train", path=str(image_tree))
 
 
 def test_a_sequence_of_any_size_is_small_when_pickled(rng: np.random.Generator) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastvim_jax.data import ClassificationData, make_train_iterator
 from fastvim_jax.data.device_transforms import mix_weights, random_erasing
+from fastvim_jax.data.sources import image_folder
 from fastvim_jax.distributed import MeshConfig, barrier, initialize_distributed, is_first_process
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import named_parameters
@@ -152,6 +153,10 @@ def compare(folder: Path) -> None:
             )
 
 
+def refuse_to_list(*_: Any, **__: Any) -> Any:
+    raise AssertionError("lists the images, as the first process does")
+
+
 def main(what: str, folder: str) -> None:
     jax.config.update("jax_enable_x64", True)
     if what == "compare":
@@ -161,6 +166,8 @@ def main(what: str, folder: str) -> None:
     if is_first_process():
         write_images(Path(folder) / "images")
     barrier("images")
+    if not is_first_process():
+        image_folder.walk = refuse_to_list
     train(recipe(Path(folder)), Path(folder) / "run", progress=False)
 
 

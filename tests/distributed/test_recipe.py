@@ -1,7 +1,8 @@
 """A run with all that the recipe has, on two processes of two devices, makes the steps that are written out by hand.
 
 Flip, RandAugment, erasing, mixup, cutmix, smoothing, drop path, accumulation, clipping, decay groups, the schedule and
-the average of the weights are on. The batches and the random draws are shared; all else is plain JAX in recipe.py.
+the average of the weights are on. The batches and the random draws are shared; all else is plain JAX in recipe.py. The
+first process alone lists the images.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvim_jax.data.files import check_link, read_file, walk
 from fastvim_jax.data.fingerprint import file_stamp
-from fastvim_jax.data.listing import SharedArray, Texts
+from fastvim_jax.data.listing import SharedArray, Texts, listed
 from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.class_lists import (
     ClassList,
@@ -75,15 +75,20 @@ class ImageFolderSource:
                 f"{str(self._root)!r} has folders that are no known class: {', '.join(unknown[:5])}"
                 f"{' ...' if len(unknown) > 5 else ''}. Classes come from the class list or from train/."
             )
-        files: list[str] = []
-        labels: list[int] = []
-        for folder in folders:
-            check_link(str(self._root / folder), home, follow_links=follow_links)
-            for file in self._images(self._root / folder):
-                files.append(os.path.relpath(file, self._root))
-                labels.append(label_of[folder])
-        self._files, self._labels = Texts(files), SharedArray(np.asarray(labels, np.int64))
-        if not files:
+
+        def list_images() -> dict[str, np.ndarray]:
+            files: list[str] = []
+            labels: list[int] = []
+            for folder in folders:
+                check_link(str(self._root / folder), home, follow_links=follow_links)
+                for file in self._images(self._root / folder):
+                    files.append(os.path.relpath(file, self._root))
+                    labels.append(label_of[folder])
+            return {**Texts.pack(files), "labels": np.asarray(labels, np.int64)}
+
+        found = listed(list_images)
+        self._files, self._labels = Texts.packed(found), SharedArray(found["labels"])
+        if not len(self._files):
             raise UserError(
                 f"No images in {str(self._root)!r}: expected one folder a class, with files ending in "
                 f"{', '.join(sorted(EXTENSIONS))}."

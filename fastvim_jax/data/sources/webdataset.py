@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvim_jax.data.fingerprint import file_stamp
-from fastvim_jax.data.listing import SharedArray, Texts
+from fastvim_jax.data.listing import SharedArray, Texts, listed
 from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
@@ -46,15 +46,20 @@ class WebDatasetSource:
                 f"No tar shards of a split {split!r} in {str(root)!r}; splits found there: "
                 f"{', '.join(names) or 'none'}." + suggest(split, names)
             )
-        keys: list[str] = []
-        places: list[tuple[int, int, int, int]] = []
-        for number, shard in enumerate(self._shards):
-            for key, offset, size, label in _index(shard):
-                keys.append(key)
-                places.append((number, offset, size, label))
-        if not places:
+
+        def list_images() -> dict[str, np.ndarray]:
+            keys: list[str] = []
+            places: list[tuple[int, int, int, int]] = []
+            for number, shard in enumerate(self._shards):
+                for key, offset, size, label in _index(shard):
+                    keys.append(key)
+                    places.append((number, offset, size, label))
+            return {**Texts.pack(keys), "places": np.asarray(places, np.int64)}
+
+        found = listed(list_images)
+        self._keys, self._places = Texts.packed(found), SharedArray(found["places"])
+        if not len(self._keys):
             raise UserError(f"The tar shards of {split!r} in {str(root)!r} hold no labelled image.")
-        self._keys, self._places = Texts(keys), SharedArray(np.asarray(places, np.int64))
         classes = list_for(root, class_list)
         self.class_names = names_of_labels(
             self.labels,
