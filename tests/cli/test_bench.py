@@ -7,10 +7,13 @@ import math
 import os
 import threading
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from fastvim_jax.bench import record
-from fastvim_jax.cli.bench import BENCHES
+from fastvim_jax.cli.bench import BENCHES, _no_compilation_cache
 from tests.cli.conftest import Cli
 
 CIRCUMSTANCES = {"device", "platform", "jax", "jaxlib", "flax", "commit", "date", "command"}
@@ -39,6 +42,32 @@ def bench(fastvim, tmp_path, *arguments):
         for key in ("median", "ms", "fastest", "compile_seconds"):
             assert row.get(key, 1) > 0 and math.isfinite(row.get(key, 1))
     return rows, record, out
+
+
+def test_a_bench_leaves_the_compilation_cache_alone(tmp_path):
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def entries_after(factor):
+        jax.jit(lambda x: x * factor)(jnp.ones(3)).block_until_ready()
+        return len(list(tmp_path.glob("*-cache")))
+
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        first = entries_after(2.5)
+        with _no_compilation_cache():
+            during = entries_after(3.5)
+        assert 0 < first == during < entries_after(4.5)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_scan(fastvim: Cli, tmp_path):

@@ -56,12 +56,18 @@ def run(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """Compile times are measured, too."""
+    """Turn the persistent compilation cache off, because benches measure how long compiling takes.
+
+    JAX decides at the first compilation of a process whether it uses the cache. `reset_cache` lets it decide again.
+    """
     import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
