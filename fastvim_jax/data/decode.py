@@ -31,6 +31,7 @@ GREY_MODES = frozenset(("1", "L", "LA", "La", *_DEEP_MODES))
 _MODES = frozenset(
     ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 )
+_MODE_OF = {1: "L", 3: "RGB"}
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,10 +64,23 @@ def decode_image(
         DecodeError: when the bytes are no image of `FORMATS`, are cut short, hold too many pixels, or values with no
             fixed scale.
     """
-    mode = {1: "L", 3: "RGB"}[channels]
     if isinstance(image, np.ndarray):
-        return _from_pixels(image, name).convert(mode)
-    opened = open_header(image, name)
+        return _from_pixels(image, name).convert(_MODE_OF[channels])
+    return convert_image(
+        open_header(image, name), channels=channels, name=name, background=background
+    )
+
+
+def convert_image(
+    opened: Image.Image, *, channels: int, name: str = "image", background: int = WHITE
+) -> Image.Image:
+    """Turn an opened Pillow image upright and bring it to 8 bits and the channels asked for; see `decode_image`.
+
+    Raises:
+        DecodeError: see `decode_image`.
+    """
+    _check_opened(opened, name)
+    mode = _MODE_OF[channels]
     large = opened.width * opened.height > LARGE
     with _one_large if large else contextlib.nullcontext():
         try:
@@ -100,6 +114,12 @@ def open_header(image: bytes, name: str) -> Image.Image:
         raise DecodeError(f"{name}: more pixels than {MAX_PIXELS:,}, the most read.") from None
     except Exception as error:
         raise DecodeError(f"{name}: damaged image ({error or type(error).__name__}).") from None
+    _check_opened(opened, name)
+    return opened
+
+
+def _check_opened(opened: Image.Image, name: str) -> None:
+    """Raise DecodeError for too many pixels or a colour mode that is not read."""
     if opened.width * opened.height > MAX_PIXELS:
         raise DecodeError(
             f"{name}: {opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}, the most read: reduce the "
@@ -111,7 +131,6 @@ def open_header(image: bytes, name: str) -> Image.Image:
         )
     if opened.mode not in _MODES and opened.mode not in _DEEP_MODES:
         raise DecodeError(f"{name}: pixels of the mode {opened.mode} are not read; save it as RGB.")
-    return opened
 
 
 def orientation(opened: Image.Image) -> tuple[int, bool]:

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from fastvim_jax.data import DecodeError, load_image
 from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model
@@ -271,7 +271,10 @@ class Classifier:
         if isinstance(image, str | Path):
             return load_image(image, self.data)
         if isinstance(image, PIL.Image.Image):
-            opened: PIL.Image.Image = _opaque(image, self.data.background)
+            # As a file's: upright, 8 bits, opaque.
+            opened = convert_image(
+                image, channels=self.data.channels, background=self.data.background
+            )
         else:
             array = np.asarray(image)
             if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (1, 3):
@@ -280,22 +283,12 @@ class Classifier:
                     "uint8, with 1 or 3 channels. Pixels are normalised here, so give them as they are."
                 )
             opened = decode_image(array, channels=self.data.channels)
-        return eval_transform(opened.convert({1: "L", 3: "RGB"}[self.data.channels]), self.data)
+        return eval_transform(opened, self.data)
 
 
 def platform_of(device: jax.Device) -> str:
     """Return a device's platform: cpu, gpu or tpu."""
     return device.platform
-
-
-def _opaque(image: PIL.Image.Image, background: int) -> PIL.Image.Image:
-    """Lay transparent pixels on the background, as the decoder of files does."""
-    try:
-        above = image.convert("RGBA")
-    except ValueError as error:
-        raise UserError(f"a Pillow image of mode {image.mode} cannot be used: {error}.") from error
-    ground = PIL.Image.new("RGBA", above.size, (background,) * 3 + (255,))
-    return PIL.Image.alpha_composite(ground, above)
 
 
 def _listed(images: Images) -> Sequence[Any]:

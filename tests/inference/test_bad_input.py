@@ -1,0 +1,138 @@
+"""What people name by mistake: every file is predicted or reported with its reason, and nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from fastvim_jax import Classifier, UserError, save_pretrained
+from fastvim_jax.cli.main import main
+from fastvim_jax.models import VisionMambaConfig, build_model
+
+SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return save_pretrained(build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(1)), folder)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
+
+
+def bomb(side):
+    """A PNG file of a few kilobytes that says it has side x side pixels."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(1 << 16), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_folder_of_everything_is_predicted_as_far_as_it_can_be(saved, tmp_path, rng, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rgb = rng.integers(0, 256, (9, 12, 3), np.uint8)
+    jpeg = io.BytesIO()
+    Image.fromarray(rgb).save(jpeg, "JPEG")
+    good = {
+        "rgb.png": Image.fromarray(rgb),
+        "grey.png": Image.fromarray(rgb[..., 0]),
+        "deep.png": Image.fromarray(rng.integers(0, 1 << 16, (9, 12), np.uint16)),
+        "alpha.webp": Image.fromarray(np.dstack([rgb, rgb[..., :1]])),
+        "cmyk.jpg": Image.fromarray(rgb).convert("CMYK"),
+        "one_bit.tif": Image.fromarray(rgb[..., 0]).convert("1"),
+        "palette.gif": Image.fromarray(rgb).convert("P"),
+    }
+    for name, image in good.items():
+        image.save(photos / name)
+    bad = {
+        "text.jpg": b"hello, I am a text",
+        "empty.png": b"",
+        "cut.jpg": jpeg.getvalue()[:60],
+        "bomb.png": bomb(60_000),
+        "heic.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+        "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "pickle.bmp": b"\x80\x04cos\nsystem\n",
+    }
+    for name, content in bad.items():
+        (photos / name).write_bytes(content)
+    os.mkfifo(photos / "pipe.png")  # Never opened: reading it would wait for ever.
+    command = ["predict", str(saved), str(photos), str(tmp_path / "missing.png"), "--json"]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    found = {each["file"]: each for each in json.loads(said.out)}
+    assert {os.path.basename(name) for name in found} == {*good, *bad, "missing.png"}
+    for name, each in found.items():
+        base = os.path.basename(name)
+        assert ("predictions" in each) == (base in good), (base, each)
+        if base not in good:
+            assert base in each["error"] and base in said.err
+    assert "pixels" in found[str(photos / "bomb.png")]["error"]
+
+
+def test_a_folder_without_images_is_named(saved, tmp_path, capsys):
+    for content in ((), ("notes.txt",)):
+        folder = tmp_path / f"with {len(content)}"
+        folder.mkdir()
+        for name in content:
+            (folder / name).write_text("no image")
+        assert main(["predict", str(saved), str(folder)]) == 2
+        assert f"{folder} holds no image file" in capsys.readouterr().err
+
+
+def test_arrays_and_images_of_mixed_channel_counts(saved, rng):
+    classifier = Classifier.load(saved, batch_size=2)
+    rgb = rng.integers(0, 256, (9, 12, 3), np.uint8)
+    grey = np.repeat(rgb[..., :1], 3, axis=2)
+    opaque = np.dstack([rgb, np.full_like(rgb[..., :1], 255)])
+    mixed = [rgb, rgb[..., :1], Image.fromarray(rgb[..., 0]), grey, Image.fromarray(opaque)]
+    found = classifier(mixed).logits
+    for one, other in ((1, 3), (2, 3), (0, 4)):
+        np.testing.assert_allclose(found[one], found[other], rtol=1e-5, atol=1e-6)
+    for array in (rgb[..., 0], rgb[..., :2], np.concatenate([rgb, rgb], axis=2)):
+        with pytest.raises(UserError, match="with 1 or 3 channels"):
+            classifier([rgb, array])
+
+
+def test_opened_images_are_read_as_their_files_are(saved, tmp_path, rng):
+    """Deep, transparent and turned ones too: the pixels do not depend on who opens the file."""
+    classifier = Classifier.load(saved, batch_size=2)
+    rgb = rng.integers(0, 256, (9, 12, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.dstack([rgb, rgb[..., :1]])).save(tmp_path / "alpha.png")
+    Image.fromarray(rng.integers(0, 1 << 16, (9, 12), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
+    files = sorted(tmp_path.glob("*.png"))
+    by_name, opened = classifier(files), classifier([Image.open(file) for file in files])
+    np.testing.assert_array_equal(by_name.logits, opened.logits)
+    odd = classifier([Image.fromarray(np.zeros((9, 9), np.float32)), files[0]])
+    assert "floating-point pixels" in odd.errors[0] and sorted(odd.errors) == [0]
+
+
+def test_an_opened_image_that_ends_early_is_reported_and_the_rest_predicted(saved, rng):
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    cut = Image.open(io.BytesIO(file.getvalue()[:900]))
+    found = Classifier.load(saved, batch_size=2)([np.zeros((9, 9, 3), np.uint8), cut])
+    assert sorted(found.errors) == [1] and "truncated" in found.errors[1]
+    assert np.isfinite(found.logits[0]).all() and np.isnan(found.logits[1]).all()
