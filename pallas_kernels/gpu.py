@@ -78,6 +78,19 @@ def kernels_missing() -> str | None:
     return _no_device()
 
 
+def wgmma_missing() -> str | None:
+    """Return why kernels with Hopper's matrix instructions cannot run where `kernels_missing` is None, or None.
+
+    Later generations do not have these instructions.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.platform in ("gpu", "cuda"):
+        hopper = device.device_kind.removeprefix("NVIDIA ").startswith(("H", "GH"))
+    else:
+        hopper = all(9.0 <= version < 10.0 for version in _capabilities())
+    return None if hopper else f"{device_kind()} does not have Hopper's matrix instructions"
+
+
 def device_kind() -> str:
     """Return the kind of device that programs are traced for, such as "NVIDIA H100 80GB HBM3"."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

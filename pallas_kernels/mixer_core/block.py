@@ -58,7 +58,8 @@ def mixer_block(
         residual = residual + g · weight^T
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
-    On Hopper GPUs one kernel computes the three lines from the scans' outputs: g and the product never exist in memory.
+    On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
+    exist in memory.
     It runs where `block_unsupported` returns None and nothing is differentiated. Everywhere else, and in the forward
     pass of a gradient, `mixer_core` and XLA compute the same step by step. Their product is rounded to xz's dtype
     before it is added; the kernel's is not.
@@ -67,8 +68,8 @@ def mixer_block(
         residual: residual stream, float32 or wider.
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
-        implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper or
-            newer GPU and the batch fills it, otherwise `mixer_core` and XLA.
+        implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
+            and the batch fills it, otherwise `mixer_core` and XLA.
         xz, directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
 
     Returns:
@@ -122,8 +123,10 @@ def _unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) ->
     """Say why not. With `fills`, a batch that does not fill the device is no reason."""
     from pallas_kernels.mixer_core import mosaic
 
-    return mosaic.unsupported(xz, kernels, (), options) or mosaic.block_unsupported(
-        xz, residual, kernels, options, fills=fills
+    return (
+        gpu.wgmma_missing()
+        or mosaic.unsupported(xz, kernels, (), options)
+        or mosaic.block_unsupported(xz, residual, kernels, options, fills=fills)
     )
 
 

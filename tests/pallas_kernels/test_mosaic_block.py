@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,26 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
         assert reason in block_unsupported(xz, residual, directions.kernels, **grid)
         monkeypatch.setenv("FASTVIM_KERNELS", "off")
         assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
+
+
+@needs_mosaic
+def test_only_hopper_has_the_instructions(monkeypatch):
+    from pallas_kernels.mixer_core import block_unsupported
+    from tests.pallas_kernels import mosaic_support
+
+    case = {"b": 128, "rows": 14, "columns": 14, "e": 384}
+    xz, residual, directions, *_ = abstract(case)
+    grid = {"rows": 14, "columns": 14, "transposed": False, "method": "mean"}
+    for kind, missing in (
+        ("NVIDIA H200", False),
+        ("NVIDIA GH200 480GB", False),
+        ("NVIDIA B200", True),
+    ):
+        device = dataclasses.replace(mosaic_support.abstract_device(), device_kind=kind)
+        monkeypatch.setattr(mosaic_support, "abstract_device", lambda device=device: device)
+        with abstract_h100():
+            reason = block_unsupported(xz, residual, directions.kernels, **grid)
+        assert ("matrix instructions" in (reason or "")) == missing, kind
 
 
 @needs_mosaic
