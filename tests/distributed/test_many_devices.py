@@ -177,3 +177,14 @@ def test_two_processes_score_a_run_as_one_does(two_processes):
         )
         assert np.sum(mine[weights]["confusion"]) == mine[weights]["count"] == EVAL_IMAGES
     assert mine == theirs
+
+
+@pytest.mark.slow
+def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
+    """Each process keeps and gathers its own devices' shares; no image passes between them."""
+    finish(launch("shares.py", str(tmp_path / "one.npz"), str(seed), devices=4))
+    together("shares.py", str(tmp_path / "two.npz"), str(seed))
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert set(one) == {"kept", "image", "label"}
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], atol=1e-6)
