@@ -139,15 +139,13 @@ def _equalized(
     images: UInt8[Array, "b h w c"], wanted: Bool[Array, " b"], high: Array, several: Array
 ) -> Int32[Array, "b c 256"]:
     """Build the tables that spread each channel's values evenly, as Pillow's `ImageOps.equalize` does."""
-    channels = images.shape[-1]
-    offset = 256 * jnp.arange(channels)
-
-    def histogram(image: Array, wanted: Array) -> Array:
-        # Only the images that need it are counted: the others' indices lie outside and are dropped.
-        index = jnp.where(wanted, image.astype(jnp.int32) + offset, 256 * channels)
-        return jnp.zeros(256 * channels, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
-
-    counts = jax.vmap(histogram)(images, wanted).reshape(-1, channels, 256)
+    count, channels = len(images), images.shape[-1]
+    which = jnp.arange(count)[:, None, None, None] * channels + jnp.arange(channels)
+    # Only the images that need it are counted: the others' indices lie outside and are dropped.
+    outside = count * channels * 256
+    index = jnp.where(wanted[:, None, None, None], 256 * which + images, outside)
+    counts = jnp.zeros(outside, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
+    counts = counts.reshape(count, channels, 256)
     last = jnp.take_along_axis(counts, high, axis=-1)
     step = (images.shape[1] * images.shape[2] - last) // 255
     below = jnp.cumsum(counts, -1) - counts

@@ -1,6 +1,6 @@
 """Run as a program: a batch of a resident set in shares, in one process or as one of several.
 
-    python tests/distributed/shares.py OUT.npz SEED
+python tests/distributed/shares.py OUT.npz SEED
 """
 
 from __future__ import annotations
