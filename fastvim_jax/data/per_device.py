@@ -1,4 +1,4 @@
-"""Work on each device's own images inside a step that is sharded over a mesh."""
+"""Work on each device's own images inside a step that is sharded over a mesh, a few images at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,35 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+CHUNK = 128
+"""Most images at a time. A whole batch's intermediate results would take about ten megabytes an image."""
+
 
 def on_each_device(work: Callable[..., Array], *arrays: Array) -> Array:
-    """Run `work` on each device's share of the batch, because the partitioner may gather what indices read."""
+    """Run `work` on each device's share of the batch, because the partitioner may gather what indices read.
+
+    Args:
+        work: a function of arrays with the batch as their first axis, each image on its own.
+        arrays: its arguments, for the whole batch.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
     if mesh.empty or mesh.size == 1 or not automatic or len(arrays[0]) % mesh.size:
-        return work(*arrays)
+        return _in_chunks(work, *arrays)
     split = P(mesh.axis_names)
-    return jax.shard_map(work, in_specs=split, out_specs=split, check_vma=False)(*arrays)
+
+    def share(*own: Array) -> Array:
+        return _in_chunks(work, *own)
+
+    return jax.shard_map(share, in_specs=split, out_specs=split, check_vma=False)(*arrays)
+
+
+def _in_chunks(work: Callable[..., Array], *arrays: Array) -> Array:
+    """Run `work` on chunks of equal size, one after the other."""
+    count = len(arrays[0])
+    size = next(size for size in range(min(CHUNK, count), 0, -1) if count % size == 0)
+    if size == count or 4 * size < CHUNK:  # small chunks would leave a device idle
+        return work(*arrays)
+    parts = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
+    done = jax.lax.map(lambda part: work(*part), tuple(parts))
+    return done.reshape(count, *done.shape[2:])

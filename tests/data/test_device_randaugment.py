@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import ClassificationData, make_train_iterator
+from fastvim_jax.data import ClassificationData, make_train_iterator, per_device
 from fastvim_jax.data import device_randaugment as device
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.data.randaugment import FILL, GEOMETRIC, NAMES, NOTHING, OPERATIONS, SIGNED
@@ -84,6 +84,31 @@ def test_noise_equalizes_and_flat_images_stay(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(ours.astype(int), theirs, atol=int(name == "auto_contrast"))
     nothing = apply_operation(jnp.asarray(images), jnp.full(4, NOTHING, jnp.int32), jnp.zeros(4))
     np.testing.assert_array_equal(nothing, images)
+
+
+def test_chunks_change_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = jnp.asarray(smooth_images(rng, 12))
+    numbers = jnp.asarray(rng.integers(0, 15, (12, 1)), jnp.int32)
+    levels = jnp.asarray(rng.uniform(0, 10, (12, 1)), jnp.float32)
+    drawn = {"operation": numbers, "level": levels}
+    whole = device.augment_drawn(images, drawn)
+    sizes = []
+
+    def counted(images: jax.Array, *drawn: jax.Array) -> jax.Array:
+        sizes.append(len(images))
+        return original(images, *drawn)
+
+    original = device.rand_augment
+    monkeypatch.setattr(device, "rand_augment", counted)
+    for most, expected in ((5, 4), (6, 6), (12, 12), (100, 12)):
+        monkeypatch.setattr(per_device, "CHUNK", most)
+        sizes.clear()
+        np.testing.assert_array_equal(device.augment_drawn(images, drawn), whole)
+        assert set(sizes) == {expected}
+    monkeypatch.setattr(per_device, "CHUNK", 5)
+    sizes.clear()
+    device.augment_drawn(images[:11], {name: value[:11] for name, value in drawn.items()})
+    assert sizes == [11]  # a prime number of images
 
 
 DIGITS = ClassificationData(
