@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
 import shutil
 
 import jax
@@ -147,3 +149,30 @@ def test_the_page_of_the_families_is_the_one_made_from_the_records(monkeypatch):
         if "channelvim" in line
     ]
     assert met == ["no", "yes"]
+
+
+TIMED = re.compile(
+    r"batch (?P<batch>\d+)[^.]* takes (?P<ms>[\d.]+) ms \((?P<rate>[\d,]+) images/s, benchmarks/README.md\), "
+    r"so the steps alone are about (?P<hours>\d+) hours"
+)
+
+
+def test_experiments_cite_the_newest_record(report):
+    """Times of steps in docstrings, and the hours that 300 epochs of ImageNet then take."""
+    rows = report.load(ROOT / "benchmarks" / "results" / "h100")
+    found = 0
+    for file in sorted((ROOT / "experiments").rglob("*.py")):
+        text = " ".join(ast.get_docstring(ast.parse(file.read_text())).split())
+        cited = TIMED.search(text)
+        assert (cited is None) == ("images/s" not in text), f"{file}: not in the form of TIMED"
+        if cited is None:
+            continue
+        (row,) = report.find(
+            rows, bench="train", kind="time", model=f"{file.stem}_patch16_224", pixels=224,
+            batch=int(cited["batch"]), precision="bf16", activations="compute", blocks="unroll",
+        )  # fmt: skip
+        assert cited["ms"] == f"{row['ms']:.1f}", file
+        assert cited["rate"] == f"{row['images_per_s']:,.0f}", file
+        assert cited["hours"] == f"{300 * 1_281_167 / row['images_per_s'] / 3600:.0f}", file
+        found += 1
+    assert found >= 2
