@@ -14,11 +14,20 @@ from flax import nnx
 
 from fastvim_jax.bench.model import policy, reference_options
 from fastvim_jax.bench.record import Columns
+from fastvim_jax.data import ClassificationData
+from fastvim_jax.data.device_draws import draw_augmentation
+from fastvim_jax.data.device_transforms import Augment, make_augment
 from fastvim_jax.models import ModelConfig, build_model, model_config
-from fastvim_jax.training.classification.train import make_loss
+from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.config import OptimizerConfig
 from fastvim_jax.training.optimizer import make_optimizer
-from fastvim_jax.training.steps import TrainState, init_state, make_train_step
+from fastvim_jax.training.steps import (
+    TrainState,
+    augment_key,
+    draw_key,
+    init_state,
+    make_train_step,
+)
 from pallas_kernels import timing
 
 # Of the first step's loss and gradient (all parameters as one vector), relative to float32 by XLA.
@@ -26,6 +35,13 @@ LOSS_TOLERANCES = {"f32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 GRADIENT_TOLERANCES = {"f32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}
 CHECKED = 16  # images of the reference's part batches
 BETA1 = 0.9
+RECIPE: dict[str, Any] = {
+    "flip": 0.5, "rand_augment": 9.0, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "augment_on": "device",
+}  # fmt: skip
+"""Augmentation of a step with `recipe`, all of it on the device. The host's crops are left out."""
+SMOOTHING = 0.1
+DROP_PATH = 0.1
+EMA_DECAY = 0.9999
 
 Setting = tuple[str, int, int, str]  # model's name, pixels, batch, precision
 
@@ -43,7 +59,11 @@ def compile_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.
 def largest_batch_cases(
     settings: Sequence[Setting], **how: Any
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """Find, for each model, size and precision, the first of the given batches of which a step fits."""
+    """Find the largest batch of which a step fits, for each model, size and precision.
+
+    Of several batches, the first that fits is taken. Between the two of a pair in rising order, the largest that fits
+    is found by bisection, to a sixteenth of the larger one.
+    """
     batches: dict[tuple[str, int, str], list[int]] = {}
     for name, pixels, batch, precision in settings:
         batches.setdefault((name, pixels, precision), []).append(batch)
@@ -51,7 +71,8 @@ def largest_batch_cases(
     for (name, pixels, precision), tried in batches.items():
         ((row, config),) = _configs([(name, pixels, 0, precision)], **how)
         del row["batch"]
-        found.append((row | {"largest_batch_of": tried}, _largest_batch(config, tried)))
+        case = _largest_batch(config, tried, "recipe" in row)
+        found.append((row | {"largest_batch_of": tried}, case))
     return found
 
 
@@ -60,13 +81,25 @@ def _configs(
     *,
     activations: str = "compute",
     blocks: str = "unroll",
+    recipe: bool = False,
     **options: Any,
 ) -> list[tuple[timing.Row, ModelConfig]]:
-    """`activations` of models in bf16, "compute" or "wide"; `blocks`, "unroll" or "scan"; further options of models."""
+    """List rows and configs.
+
+    Args:
+        settings: what to measure.
+        activations: of models in bf16, "compute" or "wide".
+        blocks: "unroll" or "scan".
+        recipe: take uint8 images, augment them, drop paths and average the weights, as the supervised recipe does.
+        options: further options of models.
+    """
+    if recipe:
+        options = {"drop_path": DROP_PATH, **options}
     found = []
     for name, pixels, batch, precision in settings:
         chosen = policy(name, precision, activations=activations, blocks=blocks)
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
+        row |= {"recipe": True} if recipe else {}
         config = model_config(name, image_size=pixels, **options, **chosen)
         found.append((row | {"remat": config.remat}, config))
     return found
@@ -78,32 +111,64 @@ def _optimizer(params: Any) -> optax.GradientTransformation:
     )
 
 
-def _state(config: ModelConfig) -> TrainState:
+def _state(config: ModelConfig, recipe: bool) -> TrainState:
     params = nnx.state(build_model(config, rngs=nnx.Rngs(0)))
-    return init_state(params, _optimizer(params), ema=False)
+    return init_state(params, _optimizer(params), ema=recipe)
 
 
-def _batch(config: ModelConfig, batch: int, seed: int) -> dict[str, jax.Array]:
-    height, width = config.grid[0] * config.patch[0], config.grid[1] * config.patch[1]
-    images, labels = jax.random.split(jax.random.key(seed))
+def _size_of(config: ModelConfig) -> tuple[int, int]:
+    return config.grid[0] * config.patch[0], config.grid[1] * config.patch[1]
+
+
+def _data(config: ModelConfig) -> ClassificationData:
+    options: dict[str, Any] = {"channels": config.channels, **RECIPE}
+    return ClassificationData(image_size=_size_of(config), **options)
+
+
+def _batch(config: ModelConfig, batch: int, seed: int, recipe: bool) -> dict[str, jax.Array]:
+    images, labels, draws, flips = jax.random.split(jax.random.key(seed), 4)
+    shape = (batch, *_size_of(config), config.channels)
+    label = jax.random.randint(labels, (batch,), 0, config.num_classes, jnp.int32)
+    if not recipe:
+        return {"image": jax.random.normal(images, shape), "label": label}
     return {
-        "image": jax.random.normal(images, (batch, height, width, config.channels)),
-        "label": jax.random.randint(labels, (batch,), 0, config.num_classes, jnp.int32),
+        "image": jax.random.bits(images, shape, jnp.uint8),
+        "label": label,
+        "flip": jax.random.bernoulli(flips, RECIPE["flip"], (batch,)),
+        **draw_augmentation(draws, _data(config), batch),
     }
 
 
-def _train_step(config: ModelConfig, params: Any) -> Callable[..., Any]:
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
-    return make_train_step(make_loss(graphdef), _optimizer(params))
+def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
 
 
-def _program(config: ModelConfig, batch: int) -> timing.Program:
-    state, inputs = jax.eval_shape(lambda: (_state(config), _batch(config, batch, 0)))
-    return timing.Program(_train_step(config, state.params), state, inputs, donate=(0,))
+def _augment(config: ModelConfig) -> Augment:
+    return make_augment(_data(config), config.num_classes, label_smoothing=SMOOTHING)
+
+
+def _train_step(config: ModelConfig, params: Any, recipe: bool) -> Callable[..., Any]:
+    graphdef = _graphdef(config)
+    if not recipe:
+        return make_train_step(make_loss(graphdef), _optimizer(params))
+    return make_train_step(
+        make_loss(graphdef),
+        _optimizer(params),
+        draw=make_draw(graphdef),
+        augment=_augment(config),
+        ema_decay=EMA_DECAY,
+    )
+
+
+def _program(config: ModelConfig, batch: int, recipe: bool) -> timing.Program:
+    state, inputs = jax.eval_shape(
+        lambda: (_state(config, recipe), _batch(config, batch, 0, recipe))
+    )
+    return timing.Program(_train_step(config, state.params, recipe), state, inputs, donate=(0,))
 
 
 def _compile(row: timing.Row, config: ModelConfig) -> timing.Case:
-    program = _program(config, row["batch"])
+    program = _program(config, row["batch"], "recipe" in row)
     costs = program.costs()
     lines = program.lowered.as_text().count("\n")
     yield None
@@ -112,12 +177,14 @@ def _compile(row: timing.Row, config: ModelConfig) -> timing.Case:
 
 def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
     batch = row["batch"]
-    program = _program(config, batch)
-    state = _state(config)
-    batches = [_batch(config, batch, seed) for seed in range(2)]
+    recipe = "recipe" in row
+    program = _program(config, batch, recipe)
+    state = _state(config, recipe)
+    batches = [_batch(config, batch, seed, recipe) for seed in range(2)]
     options = reference_options(row["model"])
     first = (state.params, batches[0])
-    loss, gradient = timing.Program(_reference(config, options), *first, hasty=True)(*first)
+    reference = _reference(config, options, recipe)
+    loss, gradient = timing.Program(reference, *first, hasty=True)(*first)
     del first
     held, metrics = program(state, batches[0])
     # After one step, Adam's first moment is the gradient times 1 - beta1.
@@ -154,22 +221,23 @@ def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
     }  # fmt: skip
 
 
-def _reference(config: ModelConfig, options: dict[str, Any]) -> Callable[..., Any]:
-    """Mean loss and its gradient, some images at a time, in float32 by XLA."""
-    plain = _plain(config, options)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(plain, rngs=nnx.Rngs(0))))
-
-    def loss_of(params, part):
-        logits = nnx.merge(graphdef, params)(part["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, part["label"]).mean()
+def _reference(config: ModelConfig, options: dict[str, Any], recipe: bool) -> Callable[..., Any]:
+    """Compute the mean loss of the first step and its gradient, some images at a time, in float32 by XLA."""
+    graphdef = _graphdef(_plain(config, options))
+    loss_of = make_loss(graphdef)
 
     def run(params, batch):
+        drawn = None
+        if recipe:  # with the draws of the first step
+            first = jnp.zeros((), jnp.int32)
+            batch = _augment(config)(augment_key(0, first), batch)
+            drawn = make_draw(graphdef)(params, draw_key(0, first), batch)
         size = batch["label"].shape[0]
         count = size // CHECKED if size % CHECKED == 0 else 1
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, drawn))
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, *part)), None
 
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         total, _ = jax.lax.scan(add, zero, parts)
@@ -188,20 +256,28 @@ def _scaled(moment: Any) -> Any:
     return jax.tree.map(lambda m: m / (1 - BETA1), moment)
 
 
-def _largest_batch(config: ModelConfig, batches: Sequence[int]) -> timing.Case:
+def _largest_batch(config: ModelConfig, batches: Sequence[int], recipe: bool) -> timing.Case:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    tried = []
-    fitting = []
-    for batch in batches:
-        program = _program(config, batch)
+    tried: list[dict[str, Any]] = []
+    fitting: dict[int, timing.Program] = {}
+
+    def fits(batch: int) -> bool:
+        program = _program(config, batch, recipe)
         costs = program.costs()
         tried.append({"batch": batch, **costs})
-        if limit is None or costs["peak_bytes"] <= limit:
-            fitting.append((batch, program))
-            break
+        if limit is not None and costs["peak_bytes"] > limit:
+            return False
+        fitting.clear()  # One program at a time.
+        fitting[batch] = program
+        return True
+
+    if len(batches) == 2 and batches[0] < batches[1]:
+        bisect(fits, *batches)
+    else:
+        any(map(fits, batches))
     yield None
-    for batch, program in fitting:
-        state, inputs = _state(config), _batch(config, batch, 0)
+    for batch, program in fitting.items():
+        state, inputs = _state(config, recipe), _batch(config, batch, 0, recipe)
         start = time.perf_counter()
         state, metrics = program(state, inputs)
         loss = float(metrics["loss"])
@@ -211,6 +287,19 @@ def _largest_batch(config: ModelConfig, batches: Sequence[int]) -> timing.Case:
             "limit_bytes": limit, "tried": tried, **program.costs(),
         }  # fmt: skip
     yield {"largest_batch": None, "limit_bytes": limit, "tried": tried}
+
+
+def bisect(fits: Callable[[int], bool], low: int, high: int) -> None:
+    """Call `fits` on batches from `low` to `high`, until the largest that fits is known to a sixteenth of `high`.
+
+    The batches between are multiples of that sixteenth, or of 1.
+    """
+    grain = max(high // 16, 1)
+    if not fits(low) or fits(high):
+        return
+    while high - low > grain:
+        middle = max((low + high) // 2 // grain * grain, low + 1)
+        low, high = (middle, high) if fits(middle) else (low, middle)
 
 
 def _size(row: timing.Row) -> str:
@@ -223,6 +312,7 @@ COLUMNS: Columns = (
     ("batch", 5, _size),
     ("precision", 9, lambda r: r["precision"]),
     ("blocks", 6, lambda r: r["blocks"]),
+    ("step", 6, lambda r: "recipe" if "recipe" in r else "bare"),
     ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}" if "images_per_s" in r else "-"),
     ("ms", 9, lambda r: f"{r['ms']:.2f}" if "ms" in r else "-"),
     ("device ms", 9, lambda r: f"{r['device_ms']:.2f}" if "device_ms" in r else "-"),

@@ -44,6 +44,27 @@ def test_steps_are_timed_and_their_gradients_compared_with_float32(monkeypatch):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-3
 
 
+def test_the_recipes_step_is_compared_with_the_same_draws():
+    (row,) = rows(benchmark.step_cases([(*SETTING[:3], "f32")], recipe=True, **SMALL, depth=2))
+    assert row["recipe"] and row["correct"], row
+    assert row["gradient_error"] < 1e-4 and row["last_loss"] > 0
+
+
+@pytest.mark.parametrize(("low", "high", "most"), [(16, 512, 300), (1, 8, 1), (2, 8, 1), (4, 8, 9)])
+def test_bisection(low, high, most):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= most
+
+    benchmark.bisect(fits, low, high)
+    fitting = [batch for batch in tried if batch <= most]
+    expected = {300: 288, 1: 1, 9: 8}[most] if low <= most else None
+    assert (max(fitting) if fitting else None) == expected
+    assert len(tried) == len(set(tried)) <= 8
+
+
 def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
     settings = [(*SETTING[:2], batch, "f32") for batch in (64, 2)]
 

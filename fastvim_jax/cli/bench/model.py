@@ -45,8 +45,12 @@ class Model(Options):
 class Train(Model):
     """Measure training steps: forward, backward and AdamW."""
 
+    recipe: bool = False
+    """Measure the supervised recipe's step: uint8 images, flip, RandAugment, erasing and mixing on the device, drop
+    path, and the average of the weights."""
     largest_batch: bool = False
-    """Instead find the first of the batches, as given, of which a step fits into the device's memory."""
+    """Instead find the first of the batches, as given, of which a step fits into the device's memory; of two in rising
+    order, the largest between them by bisection."""
     compile_only: bool = False
     """Instead trace and compile only, and count the program's lines."""
 
@@ -74,7 +78,7 @@ def train(arguments: Sequence[str]) -> int:
     make = bench.largest_batch_cases if chosen.largest_batch else bench.step_cases
     make = bench.compile_cases if chosen.compile_only else make
     with as_usage_error():
-        cases = make(_settings(chosen), **_how(chosen))
+        cases = make(_settings(chosen), recipe=chosen.recipe, **_how(chosen))
     return status(measure("train", cases, bench.COLUMNS, arguments, chosen.json))
 
 
