@@ -6,21 +6,22 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastvim_jax.cli.usage import UsageError, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to embed with what."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The folder of a run on images of many channels, or of a saved model of such images."""
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a run, a folder of `save_pretrained`, or hf://owner/name of a classifier."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""
+    """Photographs: files, folders, patterns in quotes, or @FILE with one name a line. Microscope images: files of all
+    channels (.npy, TIFF), or with --pattern folders of one file a channel."""
     out: Path = Path("features.parquet")
     """The table: .parquet or .csv."""
     pattern: str | None = None
@@ -48,9 +49,9 @@ class Arguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Embed microscope fields with a trained run, and write one row a site with its plate, well and site.
+    """Embed images with a trained model: a row a photograph, or of microscope fields a row a site with plate and well.
 
-    A field that cannot be read is reported and the others are embedded; the exit status is then 1.
+    An image that cannot be read is reported and the others are embedded; the exit status is then 1.
     """
     chosen = parse(Arguments, "embed", arguments, f"{run.__doc__}")
     if not chosen.paths:
@@ -60,9 +61,12 @@ def run(arguments: Sequence[str]) -> int:
         text for text, (a, _, b) in zip(chosen.rename, pairs, strict=True) if not (a and b)
     ]:
         raise UsageError(f"--rename {wrong[0]!r}: write FILE_CHANNEL=MODEL_CHANNEL.")
-    from fastvim_jax.inference.channel_model import load_channel_model
+    from fastvim_jax.inference.channel_model import has_channels, load_channel_model
+    from fastvim_jax.inference.classifier import HUB
+
+    if chosen.run.startswith(HUB) or not has_channels(chosen.run):
+        return _photographs(chosen)
     from fastvim_jax.inference.embed import (
-        draw_embeddings,
         embed_fields,
         find_fields,
         normalise_to_controls,
@@ -81,6 +85,40 @@ def run(arguments: Sequence[str]) -> int:
     )
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
+    return _written(table, chosen)
+
+
+def _photographs(chosen: Arguments) -> int:
+    """Embed photographs while a bar shows how far they are."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from fastvim_jax.inference.classifier import Classifier
+    from fastvim_jax.inference.embed import embed_images
+    from fastvim_jax.inference.image_files import find_images
+
+    for name in ("pattern", "channels", "rename", "controls"):
+        if getattr(chosen, name):
+            raise UsageError(f"--{name} is of microscope images; {chosen.run} reads photographs.")
+    with as_usage_error():
+        files = find_images(chosen.paths)
+    size = min(chosen.batch_size, len(files))
+    classifier = Classifier.load(chosen.run, weights=chosen.weights, batch_size=size)
+    console = Console(stderr=True)
+    table = embed_images(
+        classifier,
+        files,
+        follow=lambda parts: track(
+            parts, "embedding", console=console, disable=not console.is_terminal
+        ),
+    )
+    return _written(table, chosen)
+
+
+def _written(table: Any, chosen: Arguments) -> int:
+    """Write the table and the plot, report what was left out, and return the exit status."""
+    from fastvim_jax.inference.embed import draw_embeddings
+
     table.write(chosen.out)
     print(
         f"{chosen.out}: {table.features.shape[0]} rows of {table.features.shape[1]} features, "

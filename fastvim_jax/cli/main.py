@@ -29,7 +29,7 @@ COMMANDS = {
     "export-weights": "write a run's weights as a folder to share, or as a file for PyTorch",
     "export": "write a trained run as one file that runs with JAX and NumPy alone",
     "reconstruct": "draw image files as a masked autoencoder reconstructs them",
-    "embed": "write embeddings of microscope fields to a table",
+    "embed": "write embeddings of photographs or microscope fields to a table",
     "channels": "show which channels matter to a trained run",
     "plot": "draw the figures of the documentation",
     "data": "check a data set; turn it into shards that read fast",

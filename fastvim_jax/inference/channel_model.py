@@ -9,8 +9,19 @@ from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
-from fastvim_jax.training.run_folder import load_run
+from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, read_model_config
+from fastvim_jax.training.run_folder import load_run, read_config
+
+
+def has_channels(source: Path | str) -> bool:
+    """Return whether the model of a run or of a folder of `save_pretrained` is one of images with channels by name.
+
+    Raises:
+        UserError: neither of these, or a damaged one.
+    """
+    if is_pretrained(source):
+        return isinstance(read_model_config(source), ChannelMambaConfig | ChannelViTConfig)
+    return isinstance(getattr(read_config(source), "data", None), CellsData)
 
 
 def load_channel_model(source: Path | str, *, weights: str | None = None) -> tuple[Any, CellsData]:

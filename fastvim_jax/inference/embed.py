@@ -1,4 +1,4 @@
-"""Embeddings of microscope fields: one row a tile, site or well, with the columns that say where it comes from.
+"""Embeddings of photographs, a row a file; and of microscope fields, a row a tile, site or well with its columns.
 
 A field is cut into tiles of the model's input size, each tile's features are what the model's head reads, and a site's
 row is the mean over its tiles, a well's the mean over its sites. Columns are `Metadata_...` and `feature_0000`, ..., as
@@ -8,7 +8,7 @@ pycytominer reads them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,12 @@ from fastvim_jax.data.multichannel import (
 )
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.models.channels import channel_inputs
 
 Level = Literal["tile", "site", "well"]
+Follow = Callable[[Sequence[int]], Iterable[int]]
+_PART = 8  # Batches between two steps of progress.
 PREFIX = "Metadata_"
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation over median absolute deviation, of normal numbers."""
@@ -173,6 +176,36 @@ def embed_fields(
         raise UserError("no field could be embedded.\n  " + "\n  ".join(problems[:20]))
     table = Embeddings(_columns(metadata), np.stack(features), tuple(problems))
     return aggregate(table, ("plate", "well")) if level == "well" else table
+
+
+def embed_images(
+    classifier: Classifier, files: Sequence[str | Path], *, follow: Follow = iter
+) -> Embeddings:
+    """Embed photographs: a row a file with what the classifier's head reads; files that cannot be read are told.
+
+    Args:
+        classifier: see `Classifier.load`.
+        files: image files of any size and kind that `predict` reads.
+        follow: wraps the iteration over parts of the files, to show progress.
+
+    Raises:
+        UserError: no file could be read.
+    """
+    part = _PART * classifier.batch_size
+    starts = range(0, len(files), part)
+    names: list[str] = []
+    features: list[np.ndarray] = []
+    problems: list[str] = []
+    for start in follow(starts):
+        chunk = [str(file) for file in files[start : start + part]]
+        found = classifier(chunk)
+        problems += found.errors.values()
+        good = [i for i in range(len(chunk)) if i not in found.errors]
+        names += [chunk[i] for i in good]
+        features.append(found.embeddings[good])
+    if not names:
+        raise UserError("no image could be embedded.\n  " + "\n  ".join(problems[:20]))
+    return Embeddings({"file": names}, np.concatenate(features), tuple(problems))
 
 
 def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -86,6 +87,28 @@ def test_a_folder_of_everything_is_predicted_as_far_as_it_can_be(saved, tmp_path
         if base not in good:
             assert base in each["error"] and base in said.err
     assert "pixels" in found[str(photos / "bomb.png")]["error"]
+
+
+def test_photographs_are_embedded_and_the_unreadable_told(saved, tmp_path, rng, capsys):
+    photos, table = tmp_path / "photos", tmp_path / "features.csv"
+    photos.mkdir()
+    for i in range(3):
+        pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+    (photos / "bad.png").write_text("no image")
+    command = ["embed", str(saved), str(photos), "--out", str(table), "--batch-size", "2"]
+    assert main(command) == 1
+    assert "bad.png" in capsys.readouterr().err
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    files = [str(photos / f"{i}.png") for i in range(3)]
+    assert [row["Metadata_file"] for row in rows] == files
+    found = [[float(row[f"feature_{i:04}"]) for i in range(8)] for row in rows]
+    expected = Classifier.load(saved, batch_size=2)(files).embeddings
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert main([*command, "--pattern", "{plate}"]) == 2
+    assert "--pattern is of microscope images" in capsys.readouterr().err
+    assert main(["embed", str(tmp_path), str(photos)]) == 1
+    assert "is no run folder" in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_named(saved, tmp_path, capsys):
