@@ -201,9 +201,8 @@ def _channel_core(
 def _sequence_core(
     xz: jax.Array, pooling: NoPooling, both: ScanDirection, post_norm: nnx.LayerNorm
 ) -> jax.Array:
-    params, scans = _scans(
-        both, skip=True
-    )  # Every token is a step of the scan, so the scan can add the skip D · u.
+    # Every token is a step of the scan, so the scan can add the skip D · u.
+    params, scans = _scans(both, skip=True)
     return sequence_core(
         xz,
         Convolutions(both.conv.kernel[...], _conv_bias(both)),

@@ -95,9 +95,8 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                 return plgpu.layout_cast(jnp.broadcast_to(value, (CHANNELS,)), layout)
 
             start = full(jnp.float32(-jnp.inf if largest else 0.0))
-            place = full(
-                jnp.uint32(0)
-            )  # Unsigned, because Mosaic's select returns unsigned integers.
+            # Unsigned, because Mosaic's select returns unsigned integers.
+            place = full(jnp.uint32(0))
             start = (start, start), (place, place) if largest else ()
             pooled, places = lax.fori_loop(0, grid.segments, segment, start)
             if not largest:
