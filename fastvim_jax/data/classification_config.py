@@ -74,6 +74,11 @@ class ClassificationData(DataConfig):
         for name in ("crop_scale", "crop_aspect"):
             low, high = getattr(self, name)
             self._require(low <= high, name, "lowest and highest, in this order")
+        if self.mixup or self.cutmix:
+            for name in ("batch_size", "mix_group"):
+                self._require(
+                    getattr(self, name) > 1, name, "more than 1, if mixup or cutmix is on"
+                )
         if self.resident:
             self._check_resident()
 

@@ -56,6 +56,7 @@ from fastvim_jax.models.upernet import UperNet
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
+_SHOWN = 10
 TABLES = {
     VisionMamba: NameTable(tuple(VISION_MAMBA)),
     VisionTransformer: NameTable(tuple(VISION_TRANSFORMER)),
@@ -83,7 +84,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
             a `.pth` file with `torch.load(..., weights_only=True)` and convert its tensors, or use safetensors.
 
     Raises:
-        UserError: one error that lists every missing, unexpected and misshapen entry by its own name.
+        UserError: one error that lists the missing, unexpected and misshapen entries by their own names.
     """
     table = _table(model)
     params = nnx.state(model)
@@ -101,13 +102,37 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
     problems = list_mismatches(expected, {name: a.shape for name, a in arrays.items()})
     if problems:
         raise UserError(
-            f"the weights do not fit this {type(model).__name__}:\n  " + "\n  ".join(problems)
+            f"the weights do not fit this {type(model).__name__}:\n  "
+            + "\n  ".join(_shortened(problems))
+            + _advice(expected, arrays)
         )
     flat = {}
     for torch_name, array in arrays.items():
         name, convert = table.to_ours(torch_name)  # type: ignore[misc]  # unknown names are listed above
         flat[name] = convert(array)
     nnx.update(model, replace_parameters(params, flat))
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """Return all problems, or of very many the first and the last, as missing names come first and shapes last."""
+    if len(problems) <= 2 * _SHOWN:
+        return problems
+    return [
+        *problems[:_SHOWN], f"... and {len(problems) - 2 * _SHOWN} more ...", *problems[-_SHOWN:]
+    ]  # fmt: skip
+
+
+def _advice(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Name the prefix that all given names have and the expected ones lack, if there is one."""
+    first = next(iter(given), "").split(".")[0]
+    prefix = f"{first}."
+    shared = all(name.startswith(prefix) for name in given)
+    if not shared or not expected.keys() & {name.removeprefix(prefix) for name in given}:
+        return ""
+    return (
+        f"\nAll given names begin with {prefix!r}: take it off, as in {{name.removeprefix({prefix!r}): array for name, "
+        "array in weights.items()}."
+    )
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:

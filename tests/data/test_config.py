@@ -73,3 +73,11 @@ def test_json_and_back() -> None:
     )
     again = serialise.from_json(ClassificationData, serialise.to_json(config))
     assert again == config
+
+
+@pytest.mark.parametrize("field", ["batch_size", "mix_group"])
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_one_image_has_none_to_be_mixed_with(field: str, mixing: str) -> None:
+    ClassificationData(source="digits", **{field: 1})
+    with pytest.raises(UserError, match=f"data.{field} is 1, but must be more than 1, if mixup"):
+        ClassificationData(source="digits", **{field: 1, mixing: 0.8})

@@ -68,3 +68,14 @@ def test_misfits_are_listed_together_and_nothing_is_loaded(key):
 def test_other_modules_are_refused():
     with pytest.raises(UserError, match="no name table for Linear"):
         from_torch_state_dict(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {"weight": jnp.zeros((2, 2))})
+
+
+def test_a_prefix_of_all_names_is_named_and_the_list_is_short():
+    """As `torch.nn.parallel.DistributedDataParallel` saves weights."""
+    model = build_model(CONFIGS[0], rngs=nnx.Rngs(0))
+    given = {f"module.{name}": array for name, array in to_torch_state_dict(model).items()}
+    with pytest.raises(UserError, match=r"All given names begin with 'module\.'") as caught:
+        from_torch_state_dict(model, given)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 23 and f"... and {2 * len(given) - 20} more ..." in lines[11]
+    from_torch_state_dict(model, {name.removeprefix("module."): a for name, a in given.items()})
