@@ -201,8 +201,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
             f"there is no folder {name}, and a repository on the Hugging Face hub is called owner/name."
         )
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.constants import is_offline_mode
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise UserError(
@@ -216,7 +215,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        offline = offline or is_offline_mode()
+        offline = offline or constants.HF_HUB_OFFLINE
         why = "it is not in the cache" if offline else "the hub cannot be reached"
         raise UserError(
             f"{name}: {why}, and no earlier copy is here. Load it once where the network is, or copy its folder and "
