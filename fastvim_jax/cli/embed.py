@@ -20,8 +20,8 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional]
     """The folder of a run, a folder of `save_pretrained`, or hf://owner/name of a classifier."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Photographs: files, folders, patterns in quotes, or @FILE with one name a line. Microscope images: files of all
-    channels (.npy, TIFF), or with --pattern folders of one file a channel."""
+    """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name a line. Microscope images:
+    files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""
     out: Path = Path("features.parquet")
     """The table: .parquet or .csv."""
     pattern: str | None = None

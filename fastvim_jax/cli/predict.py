@@ -22,7 +22,7 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of any size and kind, folders, patterns in quotes, or @FILE with one name a line."""
+    """Image files of any size and kind, folders, tar files, patterns in quotes, or @FILE with one name a line."""
     top_k: int = 5
     """Classes to show for each image."""
     weights: Literal["raw", "ema"] | None = None

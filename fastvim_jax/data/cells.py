@@ -18,11 +18,11 @@ from jaxtyping import Int32, UInt8
 
 from fastvim_jax.data.batches import BatchIterator, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
-from fastvim_jax.data.files import read_file
 from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
+from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -123,7 +123,7 @@ def load_image(file: str | Path, config: CellsData) -> UInt8[np.ndarray, "h w c"
     Raises:
         DecodeError: when the file cannot be read, is no image, or has other channels.
     """
-    return cut(_pixels(Record(read_file(file), 0, str(file)), config), config.height_width)
+    return cut(_pixels(Record(read_image_file(file), 0, str(file)), config), config.height_width)
 
 
 def draw_channels(

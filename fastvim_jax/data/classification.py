@@ -22,11 +22,11 @@ from jaxtyping import UInt8
 from fastvim_jax.data.augment import DRAWN, eval_transform, train_example
 from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, open_split
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.resident_shares import in_shares, sharded_training
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
+from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
@@ -167,7 +167,7 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
         DecodeError: when the file cannot be read or is no image.
     """
     image = open_image(
-        read_file(file),
+        read_image_file(file),
         channels=config.channels,
         name=printable(str(file)),
         decoder=available_decoder(config),

@@ -17,8 +17,8 @@ from fastvim_jax.analysis.detections import draw_objects
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
-from fastvim_jax.data.files import read_file
 from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.inference.drawings import Drawing, output_names
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -69,7 +69,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     annotations: list[dict[str, Any]] = []
     for file, name in zip(files, output_names(files), strict=True):
         try:
-            image = np.asarray(decode_image(read_file(file), channels=3, name=str(file)))
+            image = np.asarray(decode_image(read_image_file(file), channels=3, name=str(file)))
         except DecodeError as error:
             drawings.append(Drawing(str(file), error=str(error)))
             continue

@@ -1,4 +1,4 @@
-"""Find the image files that a user names: files, folders, patterns and lists."""
+"""Find the image files that a user names: files, folders, tar files, patterns and lists."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
 
 SUFFIXES = (
@@ -17,12 +18,13 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
     """List image files in the order given, each once.
 
     Args:
-        names: files; folders, whose image files are taken with those of their sub-folders in alphabetical order;
-            patterns such as `photos/*.jpg`; and `@list.txt`, a file that names one a line.
+        names: files; folders, whose image files are taken with those of their sub-folders in alphabetical order; tar
+            files, whose image files are named `shard.tar/member`; patterns of all these such as `photos/*.jpg`; and
+            `@list.txt`, a file that names one a line.
 
     Raises:
-        UserError: a folder without images, a pattern that nothing matches, or a list that cannot be read. A file that
-            is missing is listed, and fails by itself later.
+        UserError: a folder or a tar file without images, a tar file that cannot be read, a pattern that nothing
+            matches, or a list that cannot be read. A file that is missing is listed, and fails by itself later.
     """
     found: dict[str, None] = {}
     for name in map(str, names):
@@ -49,8 +51,18 @@ def _expand(name: str) -> list[str]:
         files = sorted(glob.glob(name, recursive=True))
         if not files:
             raise UserError(f"nothing matches {name}.")
-        return files
-    return [name]
+        return [image for file in files for image in _in_tar(file)]
+    return _in_tar(name)
+
+
+def _in_tar(name: str) -> list[str]:
+    """Return the image files of a tar file, or the name itself if it is of another file."""
+    if not name.endswith(".tar") or not Path(name).is_file():
+        return [name]
+    images = [member for member in list_members(name) if member.lower().endswith(SUFFIXES)]
+    if not images:
+        raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).")
+    return images
 
 
 def _listed(name: str) -> list[str]:

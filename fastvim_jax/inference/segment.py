@@ -14,10 +14,10 @@ from PIL import Image
 
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.decode import decode_image
-from fastvim_jax.data.files import read_file
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
+from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.inference.drawings import Drawing, output_names
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
@@ -91,4 +91,4 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
 
 
 def _read(file: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    return np.asarray(decode_image(read_file(file), channels=3, name=str(file)))
+    return np.asarray(decode_image(read_image_file(file), channels=3, name=str(file)))

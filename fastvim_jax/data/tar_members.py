@@ -1,0 +1,85 @@
+"""Read an image that a user names: a file, or a member of a tar file, `photos.tar/2024/cat.jpg`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tarfile
+from pathlib import Path
+
+from fastvim_jax.data.files import MAX_BYTES, read_file
+from fastvim_jax.data.records import DecodeError, printable
+from fastvim_jax.errors import UserError
+
+
+def list_members(shard: str) -> list[str]:
+    """List the regular files of a tar file, `shard/member` each, in the archive's order.
+
+    Raises:
+        UserError: it is no tar file, or is damaged or cut short.
+    """
+    return [f"{shard}/{member}" for member in _index(shard, _version(shard))]
+
+
+def read_image_file(name: str | Path) -> bytes:
+    """Read a regular file, or a member of a tar file. Nothing is extracted to the disk.
+
+    Raises:
+        DecodeError: it does not exist, is no regular file, is too large, or cannot be read.
+    """
+    shard, member = _parts(str(name))
+    if not member:
+        return read_file(name)
+    shown = printable(str(name))
+    try:
+        place = _index(shard, _version(shard)).get(member)
+    except UserError as error:
+        raise DecodeError(str(error)) from None
+    if place is None:
+        raise DecodeError(f"{shown}: the tar file has no such member.")
+    offset, size = place
+    if size > MAX_BYTES:
+        raise DecodeError(f"{shown}: {size:,} bytes are too many for an image.")
+    try:
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DecodeError(f"{shown}: {error.strerror or error}.") from None
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Take `shard.tar/member` apart; the member is empty for any other name."""
+    at = name.find(".tar/") + len(".tar")
+    if at < len(".tar") or not os.path.isfile(name[:at]):
+        return name, ""
+    return name[:at], name[at + 1 :]
+
+
+def _version(shard: str) -> tuple[int, int]:
+    """Return what changes when the file does, so that no old index of it is used."""
+    try:
+        status = os.stat(shard)
+    except OSError as error:
+        raise UserError(f"{printable(shard)}: {error.strerror or error}.") from None
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=4)
+def _index(shard: str, version: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Return offset and size by member; of several of one name the last counts, as tar itself does."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            # Links and devices are no files; a sparse file's bytes do not lie in one piece.
+            found = {
+                member.name: (member.offset_data, member.size)
+                for member in tar
+                if member.isfile() and not member.issparse()
+            }
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{printable(shard)} cannot be read as a tar file: {error}. Unpack a compressed one first."
+        ) from None
+    if found and max(offset + size for offset, size in found.values()) > version[1]:
+        raise UserError(f"{printable(shard)} is cut short: its last member ends past its end.")
+    return found
