@@ -151,6 +151,8 @@ class Classifier:
         *,
         weights: str | None = None,
         step: int | Literal["best"] | None = None,
+        revision: str | None = None,
+        offline: bool = False,
         **options: Any,
     ) -> Classifier:
         """Load a classifier.
@@ -159,6 +161,8 @@ class Classifier:
             source: a run folder, a folder of `save_pretrained`, or `hf://owner/name` of the Hugging Face hub.
             weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
             step: for a run folder, the checkpoint's step, or `best`. By default the latest.
+            revision: for a repository of the hub, its branch, tag or commit.
+            offline: for a repository of the hub, take what is in the cache and ask nobody.
             **options: keyword arguments of `Classifier`.
 
         Raises:
@@ -166,7 +170,7 @@ class Classifier:
         """
         name = str(source)
         if name.startswith(HUB) or is_pretrained(name):
-            found = load_pretrained(name.removeprefix(HUB))
+            found = load_pretrained(name.removeprefix(HUB), revision=revision, offline=offline)
             return cls(found.model, found.preprocessing, found.class_names, **options)
         return cls.of_run(load_run(source, weights=weights, step=step), **options)
 

@@ -39,6 +39,11 @@ assert "cannot be loaded from the hub" in refused("owner/other")
 assert "owner/other: it is not in the cache" in refused("owner/other", offline=True)
 again = from_pretrained("owner/name", revision="v1", offline=True)
 np.testing.assert_array_equal(again.norm.scale[...], found.model.norm.scale[...])
+
+from fastvim_jax.inference import Classifier
+
+classifier = Classifier.load("hf://owner/name", revision="v1", offline=True, batch_size=1)
+assert classifier.class_names == ("a", "b")
 """
 OUT_OF_REACH = """
 from fastvim_jax import UserError, from_pretrained
