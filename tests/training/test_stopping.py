@@ -33,6 +33,16 @@ def signalled(patch, number, *, at_step):
     patch.setattr(RunLog, "advance", send)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def signals_not_ignored():
+    """Take SIGINT and SIGHUP as a shell in the foreground has them, wherever the suite was started (nohup, &)."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    earlier = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of one piece; a signal in its last step comes too late to change anything."""
@@ -126,11 +136,11 @@ def test_the_exit_code_of_a_worker_is_explained():
 
     grain_words = "Worker process was terminated unexpectedly with exit code -9. Search the logs"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkersEnded) as caught:
-        patch.setattr(stream, "_read_ahead", lambda batches, workers: ended(grain_words))
+        patch.setattr(stream, "_read_ahead", lambda *_: ended(grain_words))
         next(stream.grain_stream(grain.MapDataset.range(3), 2)(0))
     assert "exit code -9 (SIGKILL, as the kernel sends when memory runs out)" in str(caught.value)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="odd record"):
-        patch.setattr(stream, "_read_ahead", lambda batches, workers: ended("odd record"))
+        patch.setattr(stream, "_read_ahead", lambda *_: ended("odd record"))
         next(stream.grain_stream(grain.MapDataset.range(3), 2)(0))
 
 
