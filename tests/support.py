@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,16 @@ def checked(config: Any, **changes: Any) -> Any:
         object.__setattr__(config, name, value)
     config.__post_init__()
     return config
+
+
+def assert_says_same(script: str, *arguments: Any, devices: int) -> None:
+    """Run a Python script on so many simulated devices, in a process of its own; it must end by printing "same"."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,7 @@ from fastvim_jax.data import ClassificationData, make_train_iterator, per_device
 from fastvim_jax.data import device_randaugment as device
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.data.randaugment import FILL, GEOMETRIC, NAMES, NOTHING, OPERATIONS, SIGNED
-from tests.support import ROOT
+from tests.support import assert_says_same
 
 SIZE = (20, 26)
 LEVELS = (0.0, 2.5, 5.0, 9.0, 10.0)
@@ -172,12 +169,4 @@ print("same")
 
 
 def test_every_device_augments_its_own_images(seed: int) -> None:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(seed)],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "same", done.stderr[-3000:]
+    assert_says_same(SHARDED, seed, devices=4)

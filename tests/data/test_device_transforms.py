@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ from scipy import stats
 
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.data import device_transforms as dt
-from tests.support import ROOT
+from tests.support import assert_says_same
 
 CONFIG = ClassificationData(source="digits", image_size=(12, 16))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -342,9 +339,4 @@ print("same")
 
 def test_sharding_the_batch_changes_nothing(seed):
     """Four devices hold a quarter each of a batch that one device holds whole."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(seed)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert run.returncode == 0 and run.stdout.strip() == "same", run.stderr
+    assert_says_same(SHARDED, seed, devices=4)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +20,7 @@ from fastvim_jax.data import (
 )
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
-from tests.support import ROOT
+from tests.support import assert_says_same
 
 DIGITS = ClassificationData(
     source="digits", channels=1, image_size=8, batch_size=96, crop="resize", flip=0.0,
@@ -157,12 +154,4 @@ print("same")
 
 def test_the_devices_do_not_change_the_batches(seed: int) -> None:
     """One, four and two by two devices; what the iterator gathers is not copied again."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(seed)],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "same", done.stderr[-3000:]
+    assert_says_same(SHARDED, seed, devices=4)

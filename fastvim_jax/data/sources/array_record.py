@@ -12,54 +12,29 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastvim_jax.data.records import DecodeError, Record
-from fastvim_jax.data.sources.class_lists import read_class_list
-from fastvim_jax.data.sources.manifest import find_shards, read_manifest
+from fastvim_jax.data.sources.prepared import PreparedSplit
 
 FORMAT = "fastvim-array-record-1"
 # Random access: no thread reads ahead.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-class ArrayRecordSource:
-    """One prepared split. The shards may differ in length; each process opens them when it first reads."""
+class ArrayRecordSource(PreparedSplit):
+    """One prepared split. Each process opens the shards when it first reads."""
 
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
     ) -> None:
-        self.manifest = read_manifest(root, split, FORMAT)
-        self.shards, self.files = find_shards(root, split, self.manifest)
-        # Where each shard begins, and the end of the last.
-        counts = [shard["records"] for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        names = read_class_list(class_list).names if class_list else self.manifest["class_names"]
-        self.class_names = tuple(names)
-        self._any_label = any_label
+        super().__init__(root, split, FORMAT, class_list, any_label)
         self._open()
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = index - int(self._starts[shard])
+        shard, place = self._find(index)
         name = f"{self.files[shard]}[{place}]"
         header, image = split_record(self._read(shard, place, name), name)
-        label = header["label"]
-        if not (self._any_label or 0 <= label < len(self.class_names)):
-            raise DecodeError(
-                f"{name}: the label {label} is outside the {len(self.class_names)} classes."
-            )
+        label = self._check_label(header["label"], name)
         return Record(image, label, f"{name} ({header['name']})")
-
-    def stamp(self, index: int) -> str:
-        """Return what changes with a record: its shard's checksum (`fingerprint.Stamped`)."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"{self.shards[shard]['sha256']}[{index - int(self._starts[shard])}]"
 
     def _read(self, shard: int, place: int, name: str) -> bytes:
         from array_record.python.array_record_module import ArrayRecordReader

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastvim_jax.data.records import DecodeError, Record
-from fastvim_jax.data.sources.class_lists import read_class_list
-from fastvim_jax.data.sources.manifest import find_shards, read_manifest
+from fastvim_jax.data.records import Record
+from fastvim_jax.data.sources.prepared import PreparedSplit
 from fastvim_jax.errors import UserError
 
 FORMAT = "fastvim-pixels-1"
@@ -49,19 +48,13 @@ class PixelWriter:
             opened.write(np.asarray([at_index, at_names], "<u8").tobytes() + _MAGIC)
 
 
-class PixelsSource:
+class PixelsSource(PreparedSplit):
     """One prepared split. A record's image is a view of the mapped file: nothing is read before it is used."""
 
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
     ) -> None:
-        self.manifest = read_manifest(root, split, FORMAT)
-        self.shards, self.files = find_shards(root, split, self.manifest)
-        counts = [shard["records"] for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        names = read_class_list(class_list).names if class_list else self.manifest["class_names"]
-        self.class_names = tuple(names)
-        self._any_label = any_label
+        super().__init__(root, split, FORMAT, class_list, any_label)
         self._open()
 
     @property
@@ -74,26 +67,14 @@ class PixelsSource:
         """Every record's height and width, `records 2`."""
         return self._index[:, 1:3]
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         shard, place = self._find(index)
         offset, height, width, channels, label = map(int, self._index[index])
-        if not (self._any_label or 0 <= label < len(self.class_names)):
-            raise DecodeError(
-                f"{self._name(shard, place)}: the label {label} is outside the {len(self.class_names)} classes."
-            )
+        name = self._name(shard, place)
+        self._check_label(label, name)
         pixels = self._mapped[shard][offset : offset + height * width * channels]
         shape = (height, width) if channels == 1 else (height, width, channels)
-        return Record(pixels.reshape(shape), label, self._name(shard, place))
-
-    def stamp(self, index: int) -> str:
-        """Return what changes with a record: its shard's checksum (`fingerprint.Stamped`)."""
-        shard, place = self._find(index)
-        return f"{self.shards[shard]['sha256']}[{place}]"
+        return Record(pixels.reshape(shape), label, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_mapped", "_index", "_names")}
@@ -101,10 +82,6 @@ class PixelsSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
-
-    def _find(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
 
     def _name(self, shard: int, place: int) -> str:
         if shard not in self._names:
