@@ -18,7 +18,7 @@ class Arguments:
     """What to embed with what."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """The folder of a run, a folder of `save_pretrained`, or hf://owner/name of a classifier."""
+    """The folder of a run, a folder of `save_pretrained`, or hf://owner/name."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name a line. Microscope images:
     files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""
@@ -31,17 +31,19 @@ class Arguments:
     """The model's channels to use; by default all that an image has."""
     rename: tuple[str, ...] = ()
     """A file's channel as the model calls it: DAPI=DNA."""
-    per: Literal["tile", "site", "well"] = "site"
-    """What a row is: a tile of the model's input size, the mean over a site's tiles, or over a well's sites."""
+    per: Literal["tile", "site", "well"] | None = None
+    """What a row of microscope images is: a tile of the model's input size, the mean over a site's tiles, or over a
+    well's sites. By default a site."""
     controls: tuple[str, ...] = ()
     """Control wells: features become robust z-scores, by median and median absolute deviation of each plate's
     controls."""
-    depth: Literal["full", "percentile"] = "full"
-    """16-bit pixels to 8 bits: full divides by 257; percentile stretches each channel of each image."""
+    depth: Literal["full", "percentile"] | None = None
+    """16-bit pixels of microscope images to 8 bits: full, the default, divides by 257; percentile stretches each
+    channel of each image."""
     plot: Path | None = None
     """Draw the first two principal components to this PNG file."""
-    colour: str = "well"
-    """The column that colours the plot."""
+    colour: str | None = None
+    """The column that colours the plot. By default the well; photographs have one colour."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, if the run kept one."""
     batch_size: int = 32
@@ -62,9 +64,8 @@ def run(arguments: Sequence[str]) -> int:
     ]:
         raise UsageError(f"--rename {wrong[0]!r}: write FILE_CHANNEL=MODEL_CHANNEL.")
     from fastvim_jax.inference.channel_model import has_channels, load_channel_model
-    from fastvim_jax.inference.classifier import HUB
 
-    if chosen.run.startswith(HUB) or not has_channels(chosen.run):
+    if not has_channels(chosen.run):
         return _photographs(chosen)
     from fastvim_jax.inference.embed import (
         embed_fields,
@@ -79,13 +80,13 @@ def run(arguments: Sequence[str]) -> int:
         find_fields(chosen.paths, chosen.pattern),
         channels=chosen.channels or None,
         rename={a: b for a, _, b in pairs},
-        level=chosen.per,
-        depth=chosen.depth,
+        level=chosen.per or "site",
+        depth=chosen.depth or "full",
         batch_size=chosen.batch_size,
     )
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
-    return _written(table, chosen)
+    return _written(table, chosen, chosen.colour or "well")
 
 
 def _photographs(chosen: Arguments) -> int:
@@ -97,7 +98,7 @@ def _photographs(chosen: Arguments) -> int:
     from fastvim_jax.inference.embed import embed_images
     from fastvim_jax.inference.image_files import find_images
 
-    for name in ("pattern", "channels", "rename", "controls"):
+    for name in ("pattern", "channels", "rename", "controls", "per", "depth"):
         if getattr(chosen, name):
             raise UsageError(f"--{name} is of microscope images; {chosen.run} reads photographs.")
     with as_usage_error():
@@ -112,10 +113,10 @@ def _photographs(chosen: Arguments) -> int:
             parts, "embedding", console=console, disable=not console.is_terminal
         ),
     )
-    return _written(table, chosen)
+    return _written(table, chosen, chosen.colour)
 
 
-def _written(table: Any, chosen: Arguments) -> int:
+def _written(table: Any, chosen: Arguments, colour: str | None) -> int:
     """Write the table and the plot, report what was left out, and return the exit status."""
     from fastvim_jax.inference.embed import draw_embeddings
 
@@ -125,8 +126,8 @@ def _written(table: Any, chosen: Arguments) -> int:
         f"columns {', '.join(table.metadata)}"
     )
     if chosen.plot:
-        draw_embeddings(table, chosen.colour, chosen.plot)
-        print(f"{chosen.plot}: the first two principal components by {chosen.colour}")
+        draw_embeddings(table, colour, chosen.plot)
+        print(f"{chosen.plot}: the first two principal components")
     for problem in table.problems:
         print(f"left out: {problem}", file=sys.stderr)
     return int(bool(table.problems))

@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     inputs = Inputs(
         records=chosen.records or (RECORDS if RECORDS.is_dir() else None),
         image=chosen.image,
-        model=None if chosen.run is None else _model_of(chosen.run),
+        **({} if chosen.run is None else _of_run(chosen.run)),
     )
     every = chosen.name == "all"
     for name in FIGURES if every else [chosen.name]:
@@ -65,7 +65,10 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _model_of(folder: Path) -> Any:
+def _of_run(folder: Path) -> dict[str, Any]:
+    """Return a run's model, and by what its images are normalised."""
     from fastvim_jax.training import load_run
 
-    return load_run(folder).model
+    run = load_run(folder)
+    data: Any = run.config.data
+    return {"model": run.model, "mean": data.mean, "std": data.std}

@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "predict", arguments, f"{run.__doc__}")
     if not chosen.images:
         raise UsageError("name at least one image file: fastvim predict RUN IMAGE...")
-    from fastvim_jax.inference.classifier import HUB, Classifier
+    from fastvim_jax.inference.classifier import Classifier
     from fastvim_jax.inference.drawings import draws
     from fastvim_jax.inference.image_files import find_images
     from fastvim_jax.models.pretrained import is_pretrained
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
                 f"--top-k {chosen.top_k} and --batch-size {chosen.batch_size} must be at least 1"
             )
     size = min(chosen.batch_size, len(files))
-    if chosen.run.startswith(HUB) or is_pretrained(chosen.run):
+    if is_pretrained(chosen.run):
         return _classify(Classifier.load(chosen.run, batch_size=size), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     if chosen.weights is None and loaded.weights == "raw" and loaded.config.ema_decay is not None:

@@ -1,9 +1,10 @@
 """RandAugment and colour jitter on batches of uint8 images inside the jitted step, by the numbers that the host drew.
 
-The operations are those of `randaugment`, held to Pillow: the ones by histogram or table in exact integers, the ones
-that blend or move within one level. A branch for each image would compute all 15 for every image. So a layer makes
-three passes instead: every image through one table of 256 entries a channel (six operations), every image blended with
-one other (four), every image moved by one matrix (five), and each keeps the result that its operation asks for.
+The operations are those of `randaugment`, held to Pillow: the ones by histogram or table exactly, but for
+auto_contrast; that one, and those that blend or move, within one level. A branch for each image would compute all 15
+for every image. So a layer makes three passes instead: every image through one table of 256 entries a channel (six
+operations), every image blended with one other (four), every image moved by one matrix (five), and each keeps the
+result that its operation asks for.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def make_augment(
     return augment
 
 
-def _cropped(key: Array, batch: Batch, config: ClassificationData) -> UInt8[Array, "b h w c"]:
+def _cropped(key: Array, batch: DeviceBatch, config: ClassificationData) -> UInt8[Array, "b h w c"]:
     """Crop resident images at random."""
     images = batch["image"]
     if config.crop == "pad_shift":

@@ -30,6 +30,9 @@ from fastvim_jax.data.transforms import resized, to_array
 from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.errors import UserError
 
+# Keep the draws apart. (A number of 2**32 or more would be taken as two words, so that streams might meet.)
+_DEAL, _SHUFFLE = 0, 1
+
 
 def in_shares(config: ClassificationData) -> bool:
     """Return whether a resident set is kept in shares, each on one device; random resized crops want that too."""
@@ -58,7 +61,7 @@ def sharded_training(
         raise UserError(
             f"data.batch_size is {size}, but {config.source} {config.train_split} holds only {len(source)} images."
         )
-    dealt = np.random.default_rng((seed, 2**32)).permutation(len(source))
+    dealt = np.random.default_rng((seed, _DEAL)).permutation(len(source))
     images = _Shares(source, config, mesh, dealt[: shares * records].reshape(shares, records))
 
     def stream(first: int) -> Generator[dict[str, Any], None, None]:
@@ -69,7 +72,7 @@ def sharded_training(
             if number // steps != epoch:
                 epoch = number // steps
                 orders = [
-                    np.random.default_rng((seed, epoch, share)).permutation(records)
+                    np.random.default_rng((seed, _SHUFFLE, epoch, share)).permutation(records)
                     for share in range(shares)
                 ]
             start = number % steps * each

@@ -101,7 +101,8 @@ def _why(code: int) -> str:
 def batches_ahead(workers: int, batch_bytes: int) -> int:
     """Choose how many finished batches wait in each worker, 2 or 1, by the room in shared memory.
 
-    A worker makes one more, and this process holds two.
+    A worker makes one more, and this process holds two. What another stream of this process will take, and has not
+    taken yet, is not known here.
 
     Raises:
         UserError: there is not even room for one.

@@ -36,7 +36,6 @@ from fastvim_jax.models.pretrained import Preprocessing, is_pretrained, load_pre
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run
 
-HUB = "hf://"
 Images = Any
 """A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
 _AHEAD = 2  # Batches to decode while the devices compute.
@@ -168,9 +167,8 @@ class Classifier:
         Raises:
             UserError: no such source, a damaged one, or one that is no classifier.
         """
-        name = str(source)
-        if name.startswith(HUB) or is_pretrained(name):
-            found = load_pretrained(name.removeprefix(HUB), revision=revision, offline=offline)
+        if is_pretrained(source):
+            found = load_pretrained(source, revision=revision, offline=offline)
             return cls(found.model, found.preprocessing, found.class_names, **options)
         return cls.of_run(load_run(source, weights=weights, step=step), **options)
 

@@ -281,15 +281,15 @@ def cut_tiles(
             yield pixels[top : top + size[0], left : left + size[1]]
 
 
-def draw_embeddings(table: Embeddings, colour: str, picture: Path | str) -> None:
-    """Draw the first two principal components, coloured by a column.
+def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) -> None:
+    """Draw the first two principal components, coloured by a column, or in one colour.
 
     Raises:
         UserError: there is no such column.
     """
     import matplotlib.pyplot as plt
 
-    if colour not in table.metadata:
+    if colour is not None and colour not in table.metadata:
         raise UserError(
             f"there is no column {colour!r}: choose one of {', '.join(table.metadata)}."
             + suggest(colour, table.metadata)
@@ -300,14 +300,20 @@ def draw_embeddings(table: Embeddings, colour: str, picture: Path | str) -> None
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     share = scale[:2] ** 2 / max((scale**2).sum(), 1e-30)
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    for value in dict.fromkeys(table.metadata[colour]):
-        rows = np.array([v == value for v in table.metadata[colour]])
+    values = [""] * len(points) if colour is None else table.metadata[colour]
+    for value in dict.fromkeys(values):
+        rows = np.array([v == value for v in values])
         axes.plot(*points[rows].T, "o", ms=4, alpha=0.7, label=value)
     labels = [f"component {i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(share)]
-    axes.set(xlabel=labels[0], ylabel=labels[-1], title=f"{len(points)} rows by {colour}")
-    axes.legend(fontsize=8)
+    axes.set(xlabel=labels[0], ylabel=labels[-1], title=f"{len(points)} rows{_by(colour)}")
+    if colour is not None:
+        axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _by(colour: str | None) -> str:
+    return "" if colour is None else f" by {colour}"
 
 
 def _channels_of(

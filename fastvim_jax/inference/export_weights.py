@@ -24,7 +24,6 @@ from fastvim_jax.training.choice import headline_of
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.run_folder import Run, load_run
 
-HUB = "hf://"
 TORCH = (".pth", ".pt", ".ckpt")
 Target = Literal["folder", "torch"]
 
@@ -61,11 +60,10 @@ def export_weights(
     if to == "folder" and out.exists() and not is_pretrained(out):
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out} exists and holds no saved model: name another folder.")
-    name = str(source)
-    if name.startswith(HUB) or is_pretrained(name):
-        found = load_pretrained(name.removeprefix(HUB))
+    if is_pretrained(source):
+        found = load_pretrained(source)
         model, preprocessing, classes = found.model, found.preprocessing, found.class_names
-        card = {"Source": f"Copied from {Path(name).name}."}
+        card = {"Source": f"Copied from {Path(source).name}."}
     else:
         run = load_run(source, weights=weights, step=step)
         model, preprocessing, classes = run.model, preprocessing_of(run), run.class_names
@@ -84,7 +82,8 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
     """Write a model's weights under the authors' names, in a .pth file below `state_dict`, where their code keeps them.
 
     Raises:
-        UserError: another dtype; there is no table of names for the model; PyTorch is missing.
+        UserError: another dtype; there is no table of names for the model; PyTorch is missing; the
+            folder of `out` cannot be made.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
@@ -92,6 +91,10 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
         name: np.ascontiguousarray(array).astype(jax.dtypes.canonicalize_dtype(dtype))
         for name, array in to_torch_state_dict(model).items()
     }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     if out.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
@@ -120,7 +123,10 @@ def preprocessing_of(run: Run) -> Preprocessing:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if not data.mean:
         return default_preprocessing(config.model)
-    return Preprocessing(pair, crop, tuple(data.mean), tuple(data.std), tuple(names))
+    normalise_pixels = getattr(config, "normalise_pixels", True)
+    return Preprocessing(
+        pair, crop, tuple(data.mean), tuple(data.std), tuple(names), normalise_pixels
+    )
 
 
 def card_of(run: Run, folder: Path | str) -> dict[str, str]:

@@ -58,7 +58,13 @@ def load_masked(
         mixup=0.0,
         cutmix=0.0,
     )
-    return Run(found.model, PretrainConfig(model=config, data=data), (), 0, "raw")
+    return Run(
+        found.model,
+        PretrainConfig(model=config, data=data, normalise_pixels=images.normalise_pixels),
+        (),
+        0,
+        "raw",
+    )
 
 
 def reconstruct_files(

@@ -15,9 +15,7 @@ from fastvim_jax.interop.torch_names import (
     Layout,
     NameTable,
 )
-from fastvim_jax.layers.pos_embed import sincos_pos_embed
-from fastvim_jax.models.config import ViTConfig
-from fastvim_jax.models.mae import MaskedAutoencoder
+from fastvim_jax.models.mae import MaskedAutoencoder, fixed_table
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
@@ -59,11 +57,9 @@ def fixed_tables(model: MaskedAutoencoder) -> dict[str, np.ndarray]:
     A class token has the first row, which is zero.
     """
     config = model.config
-    computed_in = np.float64 if isinstance(config.encoder, ViTConfig) else np.float32
     widths = {"pos_embed": config.encoder.embed_dim, "decoder_pos_embed": config.decoder_dim}
     tables = {
-        name: sincos_pos_embed(width, config.grid, computed_in=computed_in)
-        for name, width in widths.items()
+        name: fixed_table(config.encoder, width, config.grid) for name, width in widths.items()
     }
     if model.encoder.class_token is not None:
         tables = {name: np.insert(table, 0, 0.0, axis=0) for name, table in tables.items()}

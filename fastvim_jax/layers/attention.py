@@ -102,11 +102,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
 
 
 def _cudnn_takes(width: int) -> bool:
-    """Return whether cuDNN computes attention with heads of this width on the devices that programs are traced for.
+    """Return whether cuDNN computes attention with heads of this width on the local GPUs.
 
     It wants an NVIDIA GPU from Ampere on, and whole 8 channels, up to 128 of them (256 on Hopper and newer GPUs).
     """
-    if getattr(jax.config.jax_default_device, "platform", "gpu") == "cpu":
+    default = jax.config.jax_default_device  # a device, the name of a platform, or None
+    if getattr(default, "platform", default) == "cpu":
         return False
     capability = gpu.oldest_capability()
     return width % 8 == 0 and capability >= 8.0 and width <= (256 if capability >= 9.0 else 128)

@@ -33,7 +33,7 @@ from fastvim_jax.layers.patch_embed import check_images
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.layers.ragged_pooling import move_tokens, ragged_pooling
-from fastvim_jax.models.config import ViTConfig
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.models.stack import run_blocks, stack_blocks
@@ -234,7 +234,9 @@ class MaskedAutoencoder(nnx.Module):
         return masking.ids_keep.shape[1] // 2
 
     def _table(self, width: int, grid: tuple[int, int]) -> Float[Array, "l d"]:
-        return jnp.asarray(_fixed_table(self._is_vit, width, grid), self.config.precision.wide)
+        return jnp.asarray(
+            fixed_table(self.config.encoder, width, grid), self.config.precision.wide
+        )
 
     def _grid(self, images: Images) -> tuple[int, int]:
         images = check_images(images, self.config.channels, self.config.patch)
@@ -265,8 +267,11 @@ def _parts(
     return mamba, lambda rngs: Block(inner, rngs=rngs)
 
 
-def _fixed_table(is_vit: bool, width: int, grid: tuple[int, int]) -> np.ndarray:
-    """Build the position table as the reference of this encoder does; see `sincos_pos_embed`."""
+def fixed_table(
+    encoder: VisionMambaConfig | ViTConfig, width: int, grid: tuple[int, int]
+) -> np.ndarray:
+    """Build the position table `l width` as the reference of this encoder does; see `sincos_pos_embed`."""
+    is_vit = isinstance(encoder, ViTConfig)
     return sincos_pos_embed(width, grid, computed_in=np.float64 if is_vit else np.float32)
 
 
@@ -276,7 +281,7 @@ def backbone_parameters(model: MaskedAutoencoder) -> dict[str, Array]:
     The fixed table becomes the first value of the learned position embedding; a class token's row of it is zero.
     """
     config = model.config.encoder
-    table = _fixed_table(isinstance(config, ViTConfig), config.embed_dim, config.grid)
+    table = fixed_table(config, config.embed_dim, config.grid)
     if model.encoder.class_token is not None:
         middle = getattr(config, "class_token", "head") == "middle"
         table = np.insert(table, len(table) // 2 if middle else 0, 0.0, axis=0)

@@ -28,6 +28,8 @@ FORMAT = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+HUB = "hf://"
+"""Stands before the name of a repository on the Hugging Face hub where a folder might be meant."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -42,6 +44,7 @@ class Preprocessing:
         mean: of each channel, for pixels from 0 to 1.
         std: of each channel, likewise.
         channel_names: of a model of microscope images, by number; else empty.
+        normalise_pixels: of a masked autoencoder, whether it predicts pixels normalised by patch.
     """
 
     image_size: tuple[int, int]
@@ -49,6 +52,7 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     channel_names: tuple[str, ...] = ()
+    normalise_pixels: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,15 @@ def load_pretrained(
     """Load a model, its preprocessing and its class names.
 
     Args:
-        source: a folder of `save_pretrained`, or the name of a repository on the Hugging Face hub, `owner/name`.
+        source: a folder of `save_pretrained`, or the name of a repository on the Hugging Face hub, `owner/name` or
+            `hf://owner/name`.
         revision: of a repository: branch, tag or commit.
         offline: of a repository: take what an earlier call left in the cache, and ask the network for nothing.
 
     Raises:
         UserError: no such folder or repository; a damaged file, or one of a newer format; weights that do not fit.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(str(source), revision, offline)
+    folder = _folder_of(source, revision, offline)
     about = _read_config(folder / CONFIG_FILE)
     config = read_model_config(folder)
     preprocessing = from_dict(Preprocessing, about["preprocessing"], "preprocessing")
@@ -161,19 +164,29 @@ def from_pretrained(source: Path | str, **options: Any) -> Any:
     return load_pretrained(source, **options).model
 
 
-def read_model_config(folder: Path | str) -> Any:
-    """Read the config of the model in a folder of `save_pretrained`.
+def read_model_config(source: Path | str) -> Any:
+    """Read the config of the model in a folder of `save_pretrained` or a repository, as `load_pretrained` takes them.
 
     Raises:
-        UserError: a missing or damaged file, or one of a newer format.
+        UserError: a missing or damaged file, or one of a newer format; no such repository.
     """
-    values = _read_config(Path(folder) / CONFIG_FILE)["model"]
+    values = _read_config(_folder_of(source) / CONFIG_FILE)["model"]
     return from_dict(config_class(values.get("class", "")), values, "model")
 
 
-def is_pretrained(folder: Path | str) -> bool:
-    """Return whether a folder is one of `save_pretrained`."""
-    return (Path(folder) / WEIGHTS_FILE).is_file() and (Path(folder) / CONFIG_FILE).is_file()
+def is_pretrained(source: Path | str) -> bool:
+    """Return whether this names a saved model: a folder of `save_pretrained`, or `hf://owner/name`."""
+    files = (Path(source) / WEIGHTS_FILE, Path(source) / CONFIG_FILE)
+    return str(source).startswith(HUB) or all(file.is_file() for file in files)
+
+
+def _folder_of(source: Path | str, revision: str | None = None, offline: bool = False) -> Path:
+    """Return the folder itself, or the one in the cache that holds a repository's files."""
+    name = str(source)
+    folder = Path(source).expanduser()
+    if not name.startswith(HUB) and folder.is_dir():
+        return folder
+    return _from_hub(name.removeprefix(HUB), revision, offline)
 
 
 def _is_float(value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fastvim_jax.data.classification_config import ClassificationData
+
 PROBED = range(3, 8)
 """Steps since the start whose time is taken alone, without reading ahead; the first two compile and warm up."""
 _LATE = 0.05  # share of the time; less is not worth a change
@@ -62,11 +64,14 @@ def advice(data: Any) -> str:
     workers = getattr(data, "workers", None)
     if workers is not None and workers < (cores or 1):
         options.append(f"data.workers={cores}, one a core")
-    operations = getattr(data, "rand_augment", None), getattr(data, "colour_jitter", None)
-    if any(operations) and getattr(data, "augment_on", "device") == "host":
-        options.append("data.augment_on=device")
-    if getattr(data, "source", "pixels") not in ("pixels", "digits"):
-        options.append("shards of pixels (fastvim data prepare --pixels 256, data.source=pixels)")
-    if not options:
-        return "More cores, or a resident set (data.resident), would help."
-    return f"What helps: {'; '.join(options)}."
+    photographs = isinstance(data, ClassificationData) and not data.resident
+    if photographs:
+        if (data.rand_augment or data.colour_jitter) and data.augment_on == "host":
+            options.append("data.augment_on=device")
+        if data.source not in ("pixels", "digits"):
+            options.append(
+                "shards of pixels (fastvim data prepare --pixels 256, data.source=pixels)"
+            )
+    if options:
+        return f"What helps: {'; '.join(options)}."
+    return f"More cores{', or a resident set (data.resident),' if photographs else ''} would help."

@@ -15,10 +15,8 @@ from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recogn
 from fastvim_jax.models import build_model
 from fastvim_jax.models.mae import MaskedAutoencoder, backbone_parameters
 from fastvim_jax.models.parameters import named_parameters
-from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
+from fastvim_jax.models.pretrained import HUB, is_pretrained, load_pretrained
 from fastvim_jax.training.run_folder import CONFIG_FILE, load_run
-
-HUB = "hf://"
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,10 @@ def read_source(
     Raises:
         UserError: no such folder or file; a damaged one; weights of no model that is known here.
     """
-    hub = str(source).removeprefix(HUB) if str(source).startswith(HUB) else None
     path = Path(source).expanduser()
-    if hub is not None or is_pretrained(path):
+    if is_pretrained(source) or is_pretrained(path):
         _refuse_choice(str(source), weights, step)
-        found = load_pretrained(hub or path)
+        found = load_pretrained(source)
         config = getattr(found.model, "config", None)
         return Source(
             str(source), source_arrays(found.model), config, found.class_names, found.preprocessing

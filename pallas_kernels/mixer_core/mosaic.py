@@ -206,9 +206,9 @@ def back_project(
     """See `block.mixer_block`: everything behind the scans."""
     taps = directions.kernels.shape[1]
     grid = _project_work(xz, taps, residual.shape[-1], options).grid
-    d, n = _float32((directions, norm))
+    directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(
-        _on_grid(xz, options), _float32(y), _on_grid(residual, options), *d, *n,
+        _on_grid(xz, options), _float32(y), _on_grid(residual, options), *directions32, *norm32,
         projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32), grid,
         eps=options.eps, norm_eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip

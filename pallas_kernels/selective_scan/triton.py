@@ -1,6 +1,6 @@
 """The selective scan as Triton kernels, called through jax-triton: for NVIDIA GPUs older than Hopper.
 
-Calls keep for their gradients the inputs and the state that enters each chunk of 16 steps (8 or 4 for short scans).
+Calls keep for their gradients the inputs and the state that enters each chunk of 8 steps (4 for scans of up to 4).
 A program scans one sequence, channel by channel; where sequences and channels make too few programs, time is cut into
 parts: their last states are computed first, from zero and side by side, then what enters each part, then the rest.
 
@@ -27,8 +27,7 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 MAX_STATES = 32
 CHANNELS = 32  # of one program: one warp, one channel a thread
 LONGEST_CHUNK = 8  # unrolled, in registers
-# Forward and backward at (2, 16384, 384), ms on an H100, 2026-11-28: 60.7 with one part, 5.38 with parts for 512
-# programs, 3.18 for 1024, 2.49 for 2048.
+# Parts for 2048 programs were the fastest of 1, 512, 1024 and 2048 at (2, 16384, 384) on an H100 (benchmarks/NOTES.md).
 ENOUGH_PROGRAMS = 2048
 SHORTEST_PART = 8  # chunks
 

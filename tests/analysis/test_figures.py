@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.analysis.figures import FIGURES, Inputs, draw_figure, receptive_field
+from fastvim_jax.analysis.figures import FIGURES, Inputs, draw_figure, receptive_field, selection
 from fastvim_jax.analysis.figures.costs import gmacs_lines, steps_lines
 from fastvim_jax.analysis.figures.receptive_field import KINDS, receptive_fields
 from fastvim_jax.analysis.figures.selection import selection_of
@@ -161,6 +161,25 @@ def test_every_figure_becomes_a_png(
     with Image.open(file) as drawn:
         assert drawn.format == "PNG" and min(drawn.size) > 300
         assert len(np.unique(np.asarray(drawn.convert("L")))) > 20
+
+
+def test_a_runs_images_are_normalised_as_in_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        selection,
+        "selection_of",
+        lambda model, image, block: seen.append(image) or spied(model, image, block),
+    )
+    spied = selection_of
+    config = VisionMambaConfig(image_size=64, patch_size=64, embed_dim=8, depth=1, num_classes=0)
+    model = build_model(config, rngs=0)
+    photograph = tmp_path / "white.png"
+    Image.new("RGB", (400, 400), "white").save(photograph)
+    inputs = Inputs(image=photograph, model=model, mean=(0.5, 0.0, 0.2), std=(0.5, 2.0, 0.4))
+    draw_figure("selection", tmp_path / "x.png", inputs)
+    assert_close(np.asarray(seen[0][0, 0]), np.array([1.0, 0.5, 2.0]), 1e-6)
 
 
 def test_selection_refuses_what_it_cannot_draw(tmp_path: Path) -> None:

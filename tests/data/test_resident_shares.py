@@ -17,6 +17,7 @@ from fastvim_jax.data import (
     make_eval_iterator,
     make_train_iterator,
     open_source,
+    resident_shares,
 )
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
@@ -155,3 +156,13 @@ print("same")
 def test_the_devices_do_not_change_the_batches(seed: int) -> None:
     """One, four and two by two devices; what the iterator gathers is not copied again."""
     assert_says_same(SHARDED, seed, devices=4)
+
+
+def test_dealing_and_shuffling_draw_from_streams_of_their_own(seed: int) -> None:
+    """No number is split into two words, so that no two of these are one stream."""
+    keys = [(seed, resident_shares._DEAL)]
+    keys += [
+        (seed, resident_shares._SHUFFLE, epoch, share) for epoch in range(3) for share in range(3)
+    ]
+    drawn = {np.random.default_rng(key).integers(2**62) for key in keys}
+    assert len(drawn) == len(keys)

@@ -105,8 +105,12 @@ def test_photographs_are_embedded_and_the_unreadable_told(saved, tmp_path, rng, 
     found = [[float(row[f"feature_{i:04}"]) for i in range(8)] for row in rows]
     expected = Classifier.load(saved, batch_size=2)(files).embeddings
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert main([*command, "--pattern", "{plate}"]) == 2
-    assert "--pattern is of microscope images" in capsys.readouterr().err
+    for option in (["--pattern", "{plate}"], ["--per", "tile"]):
+        assert main([*command, *option]) == 2
+        assert f"{option[0]} is of microscope images" in capsys.readouterr().err
+    assert main([*command, "--plot", str(tmp_path / "plot.png")]) == 1  # of the unreadable one
+    with Image.open(tmp_path / "plot.png") as drawn:
+        assert drawn.format == "PNG"
     assert main(["embed", str(tmp_path), str(photos)]) == 1
     assert "is no run folder" in capsys.readouterr().err
 

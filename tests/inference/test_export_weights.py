@@ -13,9 +13,13 @@ from safetensors.numpy import load_file
 
 from fastvim_jax import UserError, load_pretrained
 from fastvim_jax.cli.main import main
-from fastvim_jax.inference.export_weights import export_weights
+from fastvim_jax.inference.export_weights import export_weights, preprocessing_of
+from fastvim_jax.inference.reconstruct import load_masked
+from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
 from fastvim_jax.training import load_run, train
+from fastvim_jax.training.masked.config import PretrainConfig
+from fastvim_jax.training.run_folder import Run
 from tests.training.tiny import tiny_config, tiny_model
 
 
@@ -57,7 +61,7 @@ def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
 
 
 def test_a_run_becomes_a_file_of_the_authors_names_and_comes_back(run, tmp_path, capsys):
-    file, back = tmp_path / "weights.safetensors", str(tmp_path / "back")
+    file, back = tmp_path / "new folder" / "weights.safetensors", str(tmp_path / "back")
     assert main(["export-weights", str(run), "--to", "torch", "--out", str(file)]) == 0
     arrays = load_file(file)
     assert arrays["layers.1.mixer.conv1d_b.weight"].shape == (16, 1, 4)
@@ -101,9 +105,19 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_a_folder_is_replaced_by_another_model(tmp_path):
-    from fastvim_jax.models import build_model
-
     models = [build_model(tiny_model(), rngs=nnx.Rngs(i)) for i in (1, 2)]
     for i, model in enumerate(models):
         save_pretrained(model, tmp_path / str(i))
     same(load_pretrained(export_weights(tmp_path / "1", tmp_path / "0")).model, models[1])
+
+
+def test_a_masked_autoencoder_of_plain_pixels_stays_one(tmp_path):
+    config = MaskedAutoencoderConfig(
+        encoder=tiny_model(num_classes=0, drop_path=0.0), decoder_dim=8, decoder_depth=1
+    )
+    for normalise in (True, False):
+        made = PretrainConfig(model=config, data=tiny_config().data, normalise_pixels=normalise)
+        trained = Run(build_model(config, rngs=nnx.Rngs(0)), made, (), 0, "raw")
+        out = tmp_path / str(normalise)
+        save_pretrained(trained.model, out, preprocessing=preprocessing_of(trained))
+        assert load_masked(out).config.normalise_pixels is normalise

@@ -32,7 +32,11 @@ def test_cudnn_where_it_takes_the_heads(monkeypatch, capabilities, width, cudnn)
     assert jnp.all(out == (7 if cudnn else 1))
 
 
-def test_xla_for_a_program_of_the_cpu_beside_a_gpu(monkeypatch):
+@pytest.mark.parametrize("default", ["cpu", "the first cpu"])
+def test_xla_for_a_program_of_the_cpu_beside_a_gpu(monkeypatch, default):
     monkeypatch.setattr(gpu, "_capabilities", lambda: (9.0,))
-    with jax.default_device(jax.devices("cpu")[0]):
-        assert not attention._cudnn_takes(64)
+    monkeypatch.setattr(attention, "_attend_on_gpu", lambda q, k, v: 7 * q)
+    q = jnp.ones((1, 2, 1, 64), jnp.bfloat16)
+    with jax.default_device("cpu" if default == "cpu" else jax.devices("cpu")[0]):
+        assert jnp.all(attention.attend(q, q, q, Precision("bfloat16")) == 1)
+    assert jnp.all(attention.attend(q, q, q, Precision("bfloat16")) == 7)

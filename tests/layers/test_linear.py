@@ -57,7 +57,7 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to(rng) -> None:
     assert to_x.dtype == jnp.bfloat16 and to_kernel.dtype == jnp.float32
 
 
-def test_largest_gives_its_gradient_to_the_first_of_equals() -> None:
+def test_max_by_argmax_gives_its_gradient_to_the_first_of_equals() -> None:
     x = jnp.array([[1.0, 3.0, 3.0], [-2.0, -5.0, -2.0]])
     y, pullback = jax.vjp(lambda x: max_by_argmax(x, axis=1), x)
     np.testing.assert_array_equal(y, [3.0, -2.0])

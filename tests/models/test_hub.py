@@ -42,6 +42,10 @@ np.testing.assert_array_equal(again.norm.scale[...], found.model.norm.scale[...]
 
 from fastvim_jax.inference import Classifier
 
+from fastvim_jax.inference.channel_model import has_channels
+
+assert not has_channels("hf://owner/name")  # `fastvim embed` takes it for photographs
+
 classifier = Classifier.load("hf://owner/name", revision="v1", offline=True, batch_size=1)
 assert classifier.class_names == ("a", "b")
 """

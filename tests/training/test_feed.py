@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from fastvim_jax.data import ClassificationData
+from fastvim_jax.data import CellsData, ClassificationData
+from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.training import feed
 from fastvim_jax.training.feed import FeedMeter
 
@@ -37,7 +38,11 @@ def test_it_says_once_whether_the_data_keep_up(monkeypatch: pytest.MonkeyPatch) 
     assert said is not None and said.endswith(
         "More cores, or a resident set (data.resident), would help."
     )
-    assert _second_lap(FeedMeter(100), 0.6, 0.5) is not None
+    for other in (None, CellsData(path="x", workers=16), SegmentationData(path="x", workers=16)):
+        said = _second_lap(
+            FeedMeter(100, other), 0.6, 0.5
+        )  # None of them takes pixels or is resident.
+        assert said is not None and said.endswith("of the time. More cores would help.")
 
 
 def test_without_numbers_it_is_silent() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Inputs:
         records: folder of the JSON files that `fastvim bench ... --json` writes.
         image: a photograph; None: one that comes with scikit-learn.
         model: a trained FastVim or Vim; None: models with random parameters.
+        mean: of each channel, by which the model's images are normalised, for pixels from 0 to 1.
+        std: of each channel, likewise.
     """
 
     records: Path | None = None
     image: Path | None = None
     model: Any = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,6 @@ from fastvim_jax.models import VisionMambaConfig, build_model, model_config
 from fastvim_jax.models.vision_mamba import VisionMamba
 
 _SIDE = 384
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +130,11 @@ def draw_selection(inputs: Inputs) -> Figure:
         title = "What the scan reads of a photograph"
     figure = new_figure(10, 2.2 * len(rows) + 0.5, title)
     panels: Any = figure.subplots(len(rows), 4, squeeze=False)
-    normalised = (pixels / 255 - np.array(_MEAN)) / np.array(_STD)
+    mean, std = np.array(inputs.mean), np.array(inputs.std)
+    normalised = (pixels / 255 - mean) / std
     for axes, (name, (model, block)) in zip(panels, rows.items(), strict=True):
         selection = selection_of(model, jnp.asarray(normalised, jnp.float32), block)
-        colours = selection.colours * np.array(_STD) + np.array(_MEAN)
+        colours = selection.colours * std + mean
         axes[0].imshow(np.clip(colours, 0, 1), interpolation="nearest")
         axes[0].set_title("patches, pooled" if _in_first_row(axes[0]) else "", fontsize=10.5)
         axes[0].set_ylabel(name, fontsize=9.5, color=INK)

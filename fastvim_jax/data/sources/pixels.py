@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvim_jax.data.listing import Texts
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.prepared import PreparedSplit
 from fastvim_jax.errors import UserError
@@ -62,11 +63,6 @@ class PixelsSource(PreparedSplit):
         """Every record's label, known without reading an image."""
         return self._index[:, 4]
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """Every record's height and width, `records 2`."""
-        return self._index[:, 1:3]
-
     def __getitem__(self, index: int) -> Record:
         shard, place = self._find(index)
         offset, height, width, channels, label = map(int, self._index[index])
@@ -86,13 +82,13 @@ class PixelsSource(PreparedSplit):
     def _name(self, shard: int, place: int) -> str:
         if shard not in self._names:
             mapped = self._mapped[shard]
-            self._names[shard] = _read_names(mapped, len(mapped), str(self.files[shard]))
+            self._names[shard] = Texts(_read_names(mapped, str(self.files[shard])))
         names = self._names[shard]
         known = f" ({names[place]})" if place < len(names) else ""
         return f"{self.files[shard]}[{place}]{known}"
 
     def _open(self) -> None:
-        self._names: dict[int, list[str]] = {}
+        self._names: dict[int, Texts] = {}
         self._mapped = [np.memmap(file, np.uint8, "r") for file in self.files]
         parts = [
             _read_index(mapped, shard["records"], str(file))
@@ -130,11 +126,11 @@ def _read_index(mapped: np.ndarray, records: int, name: str) -> np.ndarray:
     return index
 
 
-def _read_names(mapped: np.ndarray, size: int, name: str) -> list[str]:
+def _read_names(mapped: np.ndarray, name: str) -> list[str]:
     """Return the names of a shard's records; none if they are damaged, because only messages hold them."""
     _, at_names = _read_trailer(mapped, name)
     try:
-        names = json.loads(mapped[at_names : size - _TRAILER].tobytes())
+        names = json.loads(mapped[at_names:-_TRAILER].tobytes())
     except (ValueError, RecursionError):
         return []
     return [str(each) for each in names] if isinstance(names, list) else []

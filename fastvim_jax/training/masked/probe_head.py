@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.distributed import on_every_device
 from fastvim_jax.layers.head import make_head
 from fastvim_jax.precision import Precision
+from fastvim_jax.training.classification.evaluation import label_rank
 from fastvim_jax.training.masked.config import ProbeConfig
 from fastvim_jax.training.schedules import Schedule
 from fastvim_jax.training.steps import Batch, Loss, LossOf, Metrics
@@ -91,9 +92,7 @@ def make_counts(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], Metrics]:
     def counts(params: Any, model_state: Any, batch: Batch) -> Metrics:
         logits = nnx.merge(graphdef, params, model_state)(batch["feature"])
         label, valid = batch["label"], batch["valid"]
-        label_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
-        before = jnp.arange(logits.shape[-1]) < label[:, None]
-        rank = ((logits > label_logit) | ((logits == label_logit) & before)).sum(-1)
+        rank = label_rank(logits, label)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         found = {
             "count": valid.sum(dtype=jnp.int32),
