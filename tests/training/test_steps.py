@@ -12,7 +12,6 @@ from fastvim_jax.models import build_model
 from fastvim_jax.training.classification.evaluation import (
     evaluate,
     evaluate_weights,
-    label_rank,
     make_eval_step,
 )
 from fastvim_jax.training.classification.losses import (
@@ -20,6 +19,7 @@ from fastvim_jax.training.classification.losses import (
     label_smoothing_cross_entropy,
     smooth_labels,
 )
+from fastvim_jax.training.label_rank import label_rank
 from fastvim_jax.training.steps import (
     draw_key,
     init_state,

@@ -21,6 +21,7 @@ from fastvim_jax.distributed import all_gather_set, on_every_device
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channels import channel_inputs
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
+from fastvim_jax.training.label_rank import label_rank
 from fastvim_jax.training.steps import (
     Batch,
     Metrics,
@@ -159,17 +160,6 @@ def make_eval_step(
         return on_every_device(counts)
 
     return step
-
-
-def label_rank(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Count the classes that come before the label: `b classes`, `b` → `b`. Equal logits rank by class number.
-
-    A row that holds a NaN ranks last, so that a broken model is never counted as right.
-    """
-    label_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    before = jnp.arange(logits.shape[-1]) < label[:, None]
-    rank = ((logits > label_logit) | ((logits == label_logit) & before)).sum(-1)
-    return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], rank)
 
 
 def _add(totals: dict[str, Metrics], counts: dict[str, Metrics]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.distributed import on_every_device
 from fastvim_jax.layers.head import make_head
 from fastvim_jax.precision import Precision
-from fastvim_jax.training.classification.evaluation import label_rank
+from fastvim_jax.training.label_rank import label_rank
 from fastvim_jax.training.masked.config import ProbeConfig
 from fastvim_jax.training.schedules import Schedule
 from fastvim_jax.training.steps import Batch, Loss, LossOf, Metrics
