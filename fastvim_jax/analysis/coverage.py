@@ -1,7 +1,7 @@
-"""Which mixers run as the fused GPU kernels around the scan, and which fall back to XLA: from a config alone.
+"""List which mixers of a config run as fused GPU kernels around the scan, and which fall back to XLA.
 
-The answer comes from the checks that the models themselves ask: `uncovered` for the options, `unsupported` of the
-kernels' modules for the sizes. Where a mixer falls back, its scan still runs as a kernel.
+The answer comes from the checks that the models make themselves: `layers.fused_core.unsupported` for the options, and
+`unsupported` of the kernels' modules for the sizes. Where a mixer falls back, its scan still runs as a kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.channel_pooling import ChannelPooling, channel_poolings
 from fastvim_jax.layers.direction import MixerConfig
-from fastvim_jax.layers.fused_core import uncovered
+from fastvim_jax.layers.fused_core import unsupported
 from fastvim_jax.layers.masking import kept_count
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling, ragged_pooling
@@ -169,7 +169,7 @@ def _reason(config: MixerConfig, pooling: Pooling, tokens: int) -> str | None:
     """Return why a mixer falls back, or None if it runs fused. Call it while JAX traces."""
     from pallas_kernels.mixer_core import mosaic, mosaic_sequence
 
-    reason = uncovered(config, pooling)
+    reason = unsupported(config, pooling)
     if reason is not None:
         return reason
     e, p = config.inner, config.precision

@@ -1,4 +1,4 @@
-"""Reading a subcommand's arguments with tyro, and telling wrong usage from failure."""
+"""Read a subcommand's arguments with tyro, and tell wrong usage from failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastvim_jax.errors import UserError
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class UsageError(UserError):
-    """Wrong arguments: exit status 2, where other errors of the user's exit with 1."""
+    """Wrong arguments. The command exits with status 2; after any other `UserError` it exits with status 1."""
 
 
 @contextlib.contextmanager
 def as_usage_error() -> Iterator[None]:
-    """Make a UserError raised inside one about the arguments."""
+    """Turn any `UserError` raised inside into a `UsageError`."""
     try:
         yield
     except UsageError:
@@ -37,7 +37,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def command() -> str:
-    """Return how the user can call this program: `fastvim` if the shell finds it, otherwise through Python."""
+    """Return what to type to call this program: `fastvim` if the shell finds it, otherwise `python -m fastvim_jax`."""
     beside = Path(sys.executable).with_name("fastvim")
     found = shutil.which("fastvim")
     if found and Path(found).absolute() == beside.absolute():
@@ -49,12 +49,42 @@ def command() -> str:
 def parse(kind: Callable[..., T], prog: str, arguments: Sequence[str], description: str) -> T:
     """Read `arguments` into the dataclass `kind`; tyro prints help or names the wrong field, and exits.
 
+    Args:
+        kind: a dataclass; the strings beneath its fields are the options' help.
+        prog: name of the subcommand, for the first line of the help.
+        arguments: what follows the subcommand.
+        description: what the subcommand does, for the help.
+
     Raises:
-        UsageError: when the dataclass refuses a value.
+        UsageError: the dataclass refuses a value.
         SystemExit: with status 0 after help, 2 after an error.
     """
-    # Imported here: the list of commands must not wait for it.
+    # Import tyro only here, because `fastvim --help` must not wait for it.
     import tyro
 
-    with as_usage_error():
+    with as_usage_error(), _join_lines_of_help():
         return tyro.cli(kind, prog=f"fastvim {prog}", args=list(arguments), description=description)
+
+
+@contextlib.contextmanager
+def _join_lines_of_help() -> Iterator[None]:
+    """Give tyro the string beneath each field as one line per paragraph.
+
+    tyro 1.0 keeps the line breaks of an indented string, so the help would break lines in the middle of a sentence.
+    """
+    import docstring_parser
+
+    original = docstring_parser.parse_from_object
+
+    def parse_from_object(kind: Any, *options: Any) -> docstring_parser.Docstring:
+        parsed = original(kind, *options)
+        for field in parsed.params:
+            paragraphs = (field.description or "").split("\n\n")
+            field.description = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        return parsed
+
+    docstring_parser.parse_from_object = parse_from_object  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = original

@@ -1,4 +1,4 @@
-"""Run a mixer's core, all between its two projections, with the fused kernels of `pallas_kernels.mixer_core`.
+"""Run a mixer's core, everything between its two projections, with the kernels of `pallas_kernels.mixer_core`.
 
 `runs_fused` says whether the kernels can run a mixer; `fused_core` runs them. `Mixer.core` defines what they compute,
 and runs step by step on every other platform and for every other pooling and option. A new pooling that has a kernel
@@ -39,12 +39,12 @@ class Core(NamedTuple):
     """Fused kernels for one class of poolings.
 
     Attributes:
-        uncovered: `uncovered(config, pooling)` says why the kernels cannot compute this mixer with this pooling, or
-            returns None if they can.
+        unsupported: `unsupported(config, pooling)` returns the reason why the kernels cannot compute this mixer with
+            this pooling, or None if they can.
         run: `run(xz, pooling, both, post_norm)` maps in_proj's output xz `b l 2e` to out_proj's input `b l e`.
     """
 
-    uncovered: Callable[[MixerConfig, Any], str | None]
+    unsupported: Callable[[MixerConfig, Any], str | None]
     run: Callable[[jax.Array, Any, ScanDirection, Any], jax.Array]
 
 
@@ -52,7 +52,7 @@ def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
     """Return whether the fused kernels can compute a mixer with this pooling, on this machine."""
     if config.scan_implementation not in ("auto", "pallas") or gpu.kernels_missing() is not None:
         return False
-    reason = uncovered(config, pooling)
+    reason = unsupported(config, pooling)
     if reason is not None and isinstance(pooling, ChannelPooling):
         gpu.log_once(
             f"mixer: a channel grid runs without the fused kernels around the scan: {reason}"
@@ -60,7 +60,7 @@ def runs_fused(config: MixerConfig, pooling: Pooling) -> bool:
     return reason is None
 
 
-def uncovered(config: MixerConfig, pooling: Pooling) -> str | None:
+def unsupported(config: MixerConfig, pooling: Pooling) -> str | None:
     """Return why the fused kernels cannot compute a mixer with this pooling on any machine, or None if they can.
 
     They may still refuse a size: see `unsupported` of the kernels' modules, which `analysis.coverage` asks as well.
@@ -72,7 +72,7 @@ def uncovered(config: MixerConfig, pooling: Pooling) -> str | None:
     core = CORES.get(type(pooling))
     if core is None:
         return f"no kernels for {type(pooling).__name__}"
-    return core.uncovered(config, pooling)
+    return core.unsupported(config, pooling)
 
 
 def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: Any) -> jax.Array:
@@ -90,7 +90,7 @@ def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: 
     return CORES[type(pooling)].run(xz, pooling, both, post_norm)
 
 
-def _grid_uncovered(config: MixerConfig, pooling: GridPooling) -> str | None:
+def _grid_unsupported(config: MixerConfig, pooling: GridPooling) -> str | None:
     if pooling.method not in ("mean", "max"):
         return f"pooling by {pooling.method}"
     return "a class token" if pooling.class_index is not None else None
@@ -113,9 +113,10 @@ def _grid_core(
         scale=pooling.scale,
         eps=both.config.norm_eps,
     )
-    # Round the mean-pooled result to the compute dtype: this halves the bytes that out_proj reads. `linear` keeps all
-    # other tokens as two rounded terms. Mean-pooled golden models with post norm stay accurate enough (errors of
-    # gradients are at most 5e-2 of the largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
+    # Round the mean-pooled result to the compute dtype: this halves the bytes that out_proj reads. Otherwise `linear`
+    # splits each token into two terms of that dtype, whose sum is more exact. Compared with the authors' numbers
+    # (tests/parity), mean-pooled models with post norm stay accurate enough (errors of gradients are at most 5e-2 of
+    # the largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
     return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
 
 
@@ -183,7 +184,7 @@ def _grid_options(pooling: GridPooling) -> dict[str, Any]:
     }
 
 
-def _channel_uncovered(config: MixerConfig, pooling: ChannelPooling) -> str | None:
+def _channel_unsupported(config: MixerConfig, pooling: ChannelPooling) -> str | None:
     if pooling.method not in ("mean", "max"):
         return f"pooling by {pooling.method}"
     return None if pooling.contiguous else "pooled tokens are not neighbours in scan order"
@@ -192,10 +193,11 @@ def _channel_uncovered(config: MixerConfig, pooling: ChannelPooling) -> str | No
 def _channel_core(
     xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: nnx.LayerNorm
 ) -> jax.Array:
-    before, members, _ = pooling.view
-    lines = GridPooling(before, members, method=pooling.method, scale=pooling.scale)
+    # In scan order, tokens that are pooled together are neighbours, like the tokens of a row of a grid.
+    lines, tokens_per_line, _ = pooling.view
+    as_grid = GridPooling(lines, tokens_per_line, method=pooling.method, scale=pooling.scale)
     visited = pooling.to_scan_order(xz)
-    return pooling.from_scan_order(_grid_core(visited, lines, both, post_norm))
+    return pooling.from_scan_order(_grid_core(visited, as_grid, both, post_norm))
 
 
 def _sequence_core(
@@ -213,7 +215,7 @@ def _sequence_core(
     )
 
 
-def _ragged_uncovered(config: MixerConfig, pooling: RaggedPooling) -> str | None:
+def _ragged_unsupported(config: MixerConfig, pooling: RaggedPooling) -> str | None:
     if pooling.method != "mean" or pooling.divisor != "row_length":
         return f"masked tokens pooled by {pooling.method}, divisor {pooling.divisor}"
     return None if pooling.valid is None else "different numbers of tokens in a batch"
@@ -240,9 +242,9 @@ def _ragged_core(
 
 
 CORES: dict[type, Core] = {
-    GridPooling: Core(_grid_uncovered, _grid_core),
-    RaggedPooling: Core(_ragged_uncovered, _ragged_core),
-    ChannelPooling: Core(_channel_uncovered, _channel_core),
+    GridPooling: Core(_grid_unsupported, _grid_core),
+    RaggedPooling: Core(_ragged_unsupported, _ragged_core),
+    ChannelPooling: Core(_channel_unsupported, _channel_core),
     NoPooling: Core(lambda config, pooling: None, _sequence_core),
 }
 """Fused kernels by the class of the pooling. A class without an entry never runs fused."""
@@ -286,6 +288,7 @@ def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]
         return *direction.select(u), A, D, bias
 
     def scans(params, u):
+        # All arrays have a leading axis of two, the directions.
         delta, B, C, A, D, bias = jax.vmap(inputs)(params, u)
         B, C = _written_at_once(jnp.stack([B, C]).astype(wide))
         return bidirectional_scan(
@@ -313,4 +316,6 @@ def _written_at_once(parts: jax.Array) -> jax.Array:
 
 # Pass the gradient through without a barrier. JAX's own rule would put one there too, which would keep XLA from fusing
 # the gradients of B and C with the other gradients of x_proj's output.
-_written_at_once.defvjp(lambda parts: (_written_at_once(parts), None), lambda _, bar: (bar,))
+_written_at_once.defvjp(
+    lambda parts: (_written_at_once(parts), None), lambda _, gradient: (gradient,)
+)

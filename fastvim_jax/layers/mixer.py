@@ -40,7 +40,7 @@ class Mixer(nnx.Module):
 
     def __init__(self, config: MixerConfig, *, rngs: nnx.Rngs):
         p = config.precision
-        d, e = config.width, config.inner
+        d, e = config.width, config.inner  # model width, inner width
         self.config = config
         dense: dict[str, Any] = {
             "use_bias": config.proj_bias,
@@ -51,20 +51,22 @@ class Mixer(nnx.Module):
         }
         self.in_proj = nnx.Linear(
             d,
-            2 * e,
+            2 * e,  # x and z
             kernel_init=init.fan_in_uniform(d),
             bias_init=zeros,
             **dense,
         )
         self.forward = ScanDirection(config, reverse=False, rngs=rngs)
         self.backward = ScanDirection(config, reverse=True, rngs=rngs)
-        # Replaces `forward` and `backward` while a stack runs fused: see `join_directions`.
+        # Both directions' parameters stacked. Replaces `forward` and `backward` while a stack of blocks runs fused: see
+        # `stack_mixer_directions`.
         self.both: Any = nnx.data(None)
         self.post_norm = (
             nnx.data(None)
             if config.post_norm == "none"
             else make_norm(config.post_norm, e, eps=config.norm_eps, precision=p, rngs=rngs)
         )
+        # Divide by sqrt(depth), so that the variance of the residual stream does not grow with the number of blocks.
         self.out_proj = nnx.Linear(
             e,
             d,
@@ -107,7 +109,10 @@ class Mixer(nnx.Module):
     ) -> tuple[Tokens, Tokens]:
         """Mix tokens `normed`, add the result to the residual stream, and apply the next block's norm to the sum.
 
-        See `joined_block`. `projection` takes the place of out_proj.
+        One kernel does this, see `joined_block`. `projection` takes the place of out_proj.
+
+        Returns:
+            The new residual stream, and its normalised tokens: the input of the next block's in_proj. Both are `b l d`.
         """
         xz = linear(self.in_proj, normed, self.config.precision)
         both = self.both or stack_directions(self.forward, self.backward, axis=0)
@@ -117,7 +122,7 @@ class Mixer(nnx.Module):
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
         """Run everything between the two projections: xz `b l 2e` → `b l e`.
 
-        The fused kernels do it where `runs_fused` says that they can, otherwise the steps below.
+        The fused kernels compute it in one go where `runs_fused` returns True. Everywhere else the steps below run.
         """
         if runs_fused(self.config, pooling):
             both = self.both or stack_directions(self.forward, self.backward, axis=0)
@@ -142,21 +147,21 @@ def prepare_blocks(blocks: Any, poolings: Sequence[Pooling]) -> Any:
 
     Args:
         blocks: a module with a `mixer` whose parameters have a leading `depth` axis.
-        poolings: one period of the stack's poolings.
+        poolings: one period of the stack's poolings, for instance over columns and over rows.
     """
     if not all(runs_fused(blocks.mixer.config, pooling) for pooling in poolings):
         return blocks
-    prepared = nnx.merge(*nnx.split(blocks))
-    prepared.mixer = join_directions(prepared.mixer)
+    prepared = nnx.clone(blocks)
+    prepared.mixer = stack_mixer_directions(prepared.mixer)
     return prepared
 
 
-def join_directions(mixers: Mixer) -> Mixer:
+def stack_mixer_directions(mixers: Mixer) -> Mixer:
     """Stack both directions' parameters, `depth 2 ...`, once for all blocks.
 
-    Otherwise every block launches one GPU kernel per parameter.
+    Otherwise every block launches one GPU kernel per parameter to stack its own.
     """
-    joined = nnx.merge(*nnx.split(mixers))
-    joined.both = pad_rank(stack_directions(joined.forward, joined.backward, axis=1))
-    del joined.forward, joined.backward
-    return joined
+    stacked = nnx.clone(mixers)
+    stacked.both = pad_rank(stack_directions(stacked.forward, stacked.backward, axis=1))
+    del stacked.forward, stacked.backward
+    return stacked

@@ -1,4 +1,4 @@
-"""Pool tokens for the scan: decide which tokens it reads, in which order, and how tokens get its results.
+"""Pool tokens for the scan: decide which tokens the scan reads, in which order, and how its results reach the tokens.
 
 A mixer works with any object that follows the `Pooling` protocol. A new variant of the family is therefore a new
 pooling, not a new mixer. The whole model stores tokens in one order (*stored order*); a pooling says in which order
@@ -22,8 +22,9 @@ class Pooling(Protocol):
     """What a mixer needs to know about the token grid of its block.
 
     A pooling may hold arrays, also traced ones, such as the row ids of a ragged grid. It need not be a pytree, because
-    blocks close over it. A stack repeats a period of poolings; within one `lax.scan` nothing else may change the
-    pooling from block to block.
+    blocks close over it. A stack of blocks repeats a short list of poolings (a *period*, for instance columns, rows).
+    The pooling of a block depends on its place in the period and on nothing else, because `lax.scan` compiles one
+    period for all blocks.
 
     The backward direction, which visits the tokens from last to first, passes `reverse=True`. Arrays are not flipped
     for it. A pooling that treats both directions alike ignores the argument.
@@ -48,7 +49,15 @@ class Pooling(Protocol):
         ...
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
-        """Pool tokens, in scan order, to the steps of the scan; the result is float32 or wider if it pools at all."""
+        """Pool tokens, in scan order, to the steps of the scan.
+
+        The result is float32 or wider, unless every token is a step: then it is x.
+
+        Args:
+            x: tokens after the convolution, `b l e`.
+            scores: one score per token `b l 1`; only attention pooling reads them.
+            reverse: whether the backward direction asks.
+        """
         ...
 
     def unpool(self, y: Pooled, *, reverse: bool = False) -> Inner:
@@ -92,7 +101,8 @@ class GridPooling:
         transposed: Visit the tokens column by column and pool along the rows' axis (every other block).
         method: "mean", "max", "attention" (weights: softmax of `scores` over the pooled tokens), or "none": visit the
             tokens in this order, but do not pool them.
-        scale: Factor on the pooled mean (0.25 after masked pre-training of ratio 0.75).
+        scale: Factor on the pooled mean. After masked pre-training of ratio 0.75 it is 0.25, because the means seen
+            there were sums over the visible quarter of a row, divided by the length of the whole row.
         class_index: Index of the class token in the sequence, or None. The class token is one step of the scan and is
             never pooled. Transposing the grid leaves it at this index. If the index lies inside a row, the class
             token's step comes just before the step of that row.

@@ -1,10 +1,11 @@
-"""FastVim and Vim: patch embedding, a stack of bidirectional scan mixers, a head. There is no MLP.
+"""Define FastVim and Vim: patch embedding, a stack of bidirectional scan mixers, a head. There is no MLP.
 
-residual = patches + position embedding                 (float32, as is everything that adds to it)
+residual = patches + position embedding                 float32, also after every sum below
 residual = residual + drop_path(mixer(norm(residual)))  for every block
 logits   = head(pool(norm(residual)))
 
-Where one GPU kernel can, it computes a block's end and the next block's norm (`JoinedBlock`).
+`VisionMamba` fills in the steps that `Backbone` calls, and `backbone` says what each step takes and returns. At
+inference one GPU kernel may compute the end of a block together with the norm of the next block (`JoinedBlock`).
 """
 
 from __future__ import annotations
@@ -55,25 +56,28 @@ class Block(nnx.Module):
 
 
 class JoinedBlock(nnx.Module):
-    """A block without its own norm, and with that of the next block: from normalised tokens to normalised tokens.
+    """A mixer joined to the norm of the *next* block, so that it maps normalised tokens to normalised tokens.
 
-    Build it from stacked blocks. Parameters: the mixer's, out_proj's kernel transposed, the next block's norm's scale.
+    Its parameters are the mixer's, out_proj's kernel transposed, and the scale of the next block's norm.
+
+    Args:
+        blocks: stacked blocks from `stack_blocks`; they are copied.
     """
 
     def __init__(self, blocks: Any):
-        whole = nnx.merge(*nnx.split(blocks))
-        self.mixer, self.norm_eps = whole.mixer, whole.norm.epsilon
-        precision = whole.mixer.config.precision
-        weight = whole.mixer.out_proj.kernel[...].astype(precision.compute)
-        self.weight = nnx.Param(jnp.swapaxes(weight, -1, -2))
-        # Nothing reads what the last block normalises.
-        self.gain = nnx.Param(jnp.roll(whole.norm.scale[...], -1, axis=0))
+        copy = nnx.clone(blocks)
+        self.mixer, self.norm_eps = copy.mixer, copy.norm.epsilon
+        precision = copy.mixer.config.precision
+        weight = copy.mixer.out_proj.kernel[...].astype(precision.compute)
+        self.weight = nnx.Param(jnp.swapaxes(weight, -1, -2))  # `depth d e`
+        # Shift the norms' scales by one block. The last block gets that of the first: nothing reads what it normalises.
+        self.gain = nnx.Param(jnp.roll(copy.norm.scale[...], -1, axis=0))
         del self.mixer.out_proj
 
     def __call__(
         self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: None
     ) -> tuple[tuple[Tokens, Tokens], None]:
-        """Map (residual stream, its normalised tokens) to the same behind the block."""
+        """Map (residual stream, its normalised tokens) before the block to the same pair after it, all `b l d`."""
         del keep
         residual, normed = stream
         projection = Projection(self.weight[...], self.gain[...])
@@ -147,6 +151,7 @@ class VisionMamba(Backbone):
         keep: jax.Array | None,
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
+        # The kernel of a joined block neither drops paths nor returns a block's output, and it computes an RMSNorm.
         joined = (
             keep is None
             and not output_blocks
@@ -201,20 +206,21 @@ class VisionMamba(Backbone):
     def _class_index(self, grid: tuple[int, int]) -> int | None:
         return _class_index(self.config, grid)
 
-    def _reads_all(self, *head_pools: str) -> bool:
+    def _classifies_every_token(self, *head_pools: str) -> bool:
+        """Return whether the head reads every token, and `head_pool` is one of these."""
         return self.class_token is None and self.config.head_pool in head_pools
 
     def _pool(self, tokens: Tokens) -> Array:
         if self.class_token is not None:
             grid_tokens = tokens.shape[1] - 1
             return tokens[:, 0 if self.config.class_token == "head" else grid_tokens // 2]
-        if self._reads_all("max", "all"):
+        if self._classifies_every_token("max", "all"):
             return tokens
         return tokens[:, -1] if self.config.head_pool == "last" else jnp.mean(tokens, axis=1)
 
     def _classify(self, features: Array) -> Array:
         logits = self.head(features)
-        return max_by_argmax(logits, axis=1) if self._reads_all("max") else logits
+        return max_by_argmax(logits, axis=1) if self._classifies_every_token("max") else logits
 
     def _after_block(self, before: Tokens, output: Tokens) -> Tokens:
         return before + output.astype(before.dtype)
@@ -251,4 +257,5 @@ def grid_poolings(config: VisionMambaConfig, grid: tuple[int, int]) -> tuple[Poo
 
 
 def _class_index(config: VisionMambaConfig, grid: tuple[int, int]) -> int | None:
+    """Return the index of the class token among the tokens of a stored `grid`, or None without a class token."""
     return {"none": None, "middle": grid[0] * grid[1] // 2, "head": 0}[config.class_token]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from fastvim_jax.cli import compilation_cache
 from fastvim_jax.cli.main import COMMANDS
+from fastvim_jax.cli.usage import parse
 from fastvim_jax.errors import UserError
 from tests.cli.conftest import Cli
 
@@ -46,6 +48,19 @@ def test_the_module_is_the_command() -> None:
 def test_every_command_has_help(fastvim: Cli, command: str) -> None:
     status, out, _ = fastvim(command, "--help")
     assert status == 0 and f"fastvim {command}" in out
+
+
+@dataclasses.dataclass
+class TwoLines:
+    value: int = 0
+    """One sentence
+    over two lines of source."""
+
+
+def test_help_breaks_no_line_where_the_source_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TwoLines, "any", ["--help"], "")
+    assert "One sentence over two lines of source." in capsys.readouterr().out
 
 
 WRONG_USAGE = [

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.layers.direction import MixerConfig
-from fastvim_jax.layers.fused_core import runs_fused, uncovered
-from fastvim_jax.layers.mixer import Mixer, join_directions
+from fastvim_jax.layers.fused_core import runs_fused, unsupported
+from fastvim_jax.layers.mixer import Mixer, stack_mixer_directions
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
 from pallas_kernels import gpu
@@ -103,10 +103,10 @@ def test_what_does_not_run_fused(key, monkeypatch):
     ):
         mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
         for pooling in (GRID, NoPooling(12)):
-            assert uncovered(mixer.config, pooling) == reason
+            assert unsupported(mixer.config, pooling) == reason
             assert not runs_fused(mixer.config, pooling)
     attention = dataclasses.replace(GRID, method="attention")
-    assert uncovered(MixerConfig(64), attention) == "pooling by attention"
+    assert unsupported(MixerConfig(64), attention) == "pooling by attention"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_joined_directions_fill_up_the_rank(key, width, precision, columns, rows
         return jax.tree.leaves(jax.vmap(select)(params))
 
     def joined(params):
-        both = join_directions(nnx.merge(graphdef, params)).both
+        both = stack_mixer_directions(nnx.merge(graphdef, params)).both
         assert both.x_proj.kernel.shape[-1] == columns
         assert both.dt_proj.kernel.shape[-2] == rows
         graph, together = nnx.split(both)
