@@ -1,8 +1,14 @@
-"""Array operations of state-space vision models, each with a reference, XLA backends and room for GPU kernels.
+"""Array operations of state-space vision models, each with XLA implementations and, mostly, GPU kernels.
 
-Knows nothing of models or training. Every public function takes `implementation=...`; `"auto"` picks
-what is fastest where the program is lowered for. The environment variable FASTVIM_KERNELS=off turns all
-GPU kernels off.
+    causal_conv1d   depthwise causal convolution (XLA only)
+    selective_scan  Mamba's recurrence, of one direction or of both (`bidirectional_scan`)
+    mixer_core      everything of a mixer between its two projections, in a few kernels around the scan
+
+The package knows neither models nor training. Every public function takes `implementation=...`; `"auto"` chooses the
+fastest one for the platform that the program is lowered for. The environment variable FASTVIM_KERNELS=off turns all
+GPU kernels off. Read each folder's `__init__` first: it says which file holds what.
+
+In derivative rules `x_bar` is the gradient (cotangent) of x, and `pull` the function that `jax.vjp` returns.
 """
 
 from pallas_kernels.causal_conv1d import causal_conv1d

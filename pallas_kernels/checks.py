@@ -1,4 +1,4 @@
-"""Checks at the operations' doors: what was expected of an argument, and what was given."""
+"""Check the arguments of public operations. Errors say what an argument must be and what it is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 
 def as_floats(operation: str, name: str, x: Any, letters: str = "") -> jax.Array:
-    """Return `x` as a JAX array, once it holds floats and has the axes that `letters` name (any, if empty).
+    """Return `x` as a JAX array; check that it holds floats and has the axes that `letters` name (any, if empty).
 
     Raises:
-        ValueError: naming the operation, the argument, what it must be and what it is.
+        ValueError: the message names the operation, the argument, what it must be and what it is.
     """
     try:
         array = jnp.asarray(x)
@@ -33,7 +33,7 @@ def as_floats(operation: str, name: str, x: Any, letters: str = "") -> jax.Array
 def expect_shape(
     operation: str, name: str, x: jax.Array, letters: str, shape: tuple[int, ...], beside: str
 ) -> None:
-    """Raise ValueError unless `x` has this shape; `beside` names the arguments that it has to go with."""
+    """Raise ValueError unless `x` has this shape; `beside` names, for the message, the arguments that it must fit."""
     if x.shape != shape:
         raise ValueError(
             f"{operation}: {name} must have shape {shape} ({letters}) to go with {beside}, got {x.shape}"

@@ -1,4 +1,4 @@
-"""Say what can, where an operation with a hand-written gradient is asked for forward-mode derivatives."""
+"""Explain the error when an operation with a hand-written gradient is differentiated in forward mode."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def reverse_mode_only(name: str, instead: str) -> Iterator[None]:
-    """Replace JAX's error about forward mode within the block by one that names what has it.
+    """Replace JAX's error about forward mode, raised inside the block, by one that names an alternative.
 
     Args:
-        name: whatever has derivatives in reverse mode only, in the plural or with its implementation.
+        name: what has derivatives in reverse mode only, such as "models" or an operation with its implementation.
         instead: what to use for forward mode.
     """
     try:

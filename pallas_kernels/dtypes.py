@@ -1,4 +1,4 @@
-"""The dtype of sums and states."""
+"""Choose the dtype of sums and states."""
 
 from __future__ import annotations
 

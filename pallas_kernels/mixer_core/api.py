@@ -1,4 +1,14 @@
-"""Define `mixer_core`: check its arguments, choose kernels or XLA, and differentiate it."""
+"""Define `mixer_core`: check its arguments, choose kernels or XLA, and differentiate it.
+
+Kernels and XLA compute the same four stages, two for the forward and two for the backward pass:
+
+    front            convolution, SiLU and pooling of both directions
+    back             repeat the scans' outputs, add the skips, LayerNorm, gate
+    back_gradients   gradients of `back`, except through its skips
+    front_gradients  gradients of `front` and of the skips
+
+Between front and back the caller's `middle` runs.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +56,8 @@ def mixer_core(
         out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
 
     Here d is one of the two directions. The convolution of the second direction looks ahead. A line is a row of the
-    grid, or a column if `transposed`. On Hopper GPUs the kernels read xz twice and write out once; c and the repeated y
-    never exist in memory.
+    grid, or a column if `transposed`. The GPU kernels (Hopper and newer) read xz twice and write out once; c and the
+    repeated y never exist in memory.
 
     Reverse-mode differentiation works; where kernels run, only once. Saved for the gradient are xz and arrays of the
     size of u. With "max", one of these (int32) holds the place of the first maximum in each line, because only this
@@ -80,7 +90,7 @@ def mixer_core(
             GPU, otherwise XLA.
 
     Returns:
-        `b l e` in xz's dtype.
+        The input of out_proj, `b l e` in xz's dtype.
 
     Raises:
         ValueError: shapes do not fit, or method or implementation is unknown.
@@ -124,10 +134,12 @@ def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
         raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
 
 
-# Dimensions of the operands and results of every stage. Devices split b and nothing else.
+# Dimensions of the operands and results of every stage. Devices split b and nothing else. Here w is the width 2e of xz,
+# d the two directions, k the taps of a convolution, and s the lines, one scan step each.
 _XZ, _TOKENS, POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
-_PLACES, _IDS = "places", "ids"  # Filled in by `_of_share`; empty if the stage has none.
+# `_of_share` replaces these: places of the maxima in their lines, and row ids; both are empty where a call has none.
+_PLACES, _IDS = "places", "ids"
 DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
@@ -147,7 +159,14 @@ _DIMS: dict[str, tuple[Any, Any]] = {
 def _of_share(
     name: str, stage: Callable, options: CoreOptions, *, opaque: bool = False
 ) -> Callable:
-    """Return the stage as a function that runs on each device's share of the batch."""
+    """Return the stage as a function that runs on each device's share of the batch.
+
+    Args:
+        name: key of the stage in `_DIMS`.
+        stage: function of the stage's arrays and the options.
+        options: the static half of the call.
+        opaque: whether the stage holds kernels, which XLA's partitioner cannot split by itself.
+    """
 
     def run(*arrays):
         known = {
@@ -167,7 +186,11 @@ def _xla_front(xz, directions, ids, options):
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The four stages as functions: kernels if lowered for CUDA, otherwise XLA. With `always`, kernels only."""
+    """The four stages as attributes: `front`, `back`, `back_gradients` and `front_gradients`.
+
+    Each is a function that runs kernels if the program is lowered for CUDA, otherwise XLA. With `always` it holds
+    kernels only, because "pallas" was asked for by name.
+    """
 
     always: bool
 
@@ -222,6 +245,7 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
 
 def _backward(stages, middle, options, residuals, out_bar):
     xz, y, places, ids, pull, *weights = residuals
+    # s, whose gradient is s_bar, is what the LayerNorm reads.
     # Cast the parameters, so that their gradients are summed over devices in float32 or wider.
     directions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
     s_bar, xz_bar, y_bar, norm_bar = stages.back_gradients(

@@ -1,4 +1,4 @@
-"""Define `mixer_block`: a FastVim mixer behind in_proj, the residual sum, and the RMSNorm of the next block."""
+"""Define `mixer_block`: a FastVim mixer after its in_proj, the residual sum, and the RMSNorm of the next block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pallas_kernels.sharding import mark_varying, per_shard
 
 
 class Projection(NamedTuple):
-    """Parameters behind the mixer's core: its output projection, transposed, and the gain of the next RMSNorm."""
+    """Parameters after the mixer's core: its output projection, transposed, and the scale of the next RMSNorm."""
 
     weight: Float[Array, "o e"]
     gain: Float[Array, " o"]
@@ -59,17 +59,16 @@ def mixer_block(
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
     On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
-    exist in memory.
-    It runs where `block_unsupported` returns None and nothing is differentiated. Everywhere else, and in the forward
-    pass of a gradient, `mixer_core` and XLA compute the same step by step. Their product is rounded to xz's dtype
-    before it is added; the kernel's is not.
+    exist in memory. The kernel runs where `block_unsupported` returns None and nothing is differentiated. Everywhere
+    else, and in the forward pass of a gradient, `mixer_core` and XLA compute the same step by step. They round the
+    product to xz's dtype before they add it; the kernel does not.
 
     Args:
         residual: residual stream, float32 or wider.
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
         implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
-            and the batch fills it, otherwise `mixer_core` and XLA.
+            and the batch has work for all of its processors, otherwise `mixer_core` and XLA.
         xz, directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
 
     Returns:
@@ -96,7 +95,7 @@ def mixer_block(
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     call = _Call(middle, options, float(norm_eps), implementation)
     arrays = (xz, residual, directions, norm, projection, middle_params)
-    fills = implementation == "pallas"  # Do not ask.
+    fills = implementation == "pallas"  # Asked for by name, the kernel runs on small batches too.
 
     def reason():
         return _unsupported(xz, residual, directions.kernels, options, fills=fills)
@@ -120,7 +119,7 @@ def block_unsupported(
 
 
 def _unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
-    """Say why not. With `fills`, a batch that does not fill the device is no reason."""
+    """Return why the kernel cannot run, or None. With `fills`, do not ask whether the batch fills the device."""
     from pallas_kernels.mixer_core import mosaic
 
     return (
@@ -131,7 +130,7 @@ def _unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) ->
 
 
 class _Call(NamedTuple):
-    """The static half of a call."""
+    """Everything of one call that is not an array."""
 
     middle: Callable
     options: CoreOptions
@@ -208,13 +207,13 @@ def _xla_project(xz, y, residual, directions, norm, projection, options, norm_ep
 def add_and_normalise(
     g: jax.Array, residual: jax.Array, projection: Projection, norm_eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Project g, add it to the residual stream, and normalise the sum. Define what the kernel computes."""
+    """Project g, add it to the residual stream, and normalise the sum. The kernel computes the same."""
     update = jnp.matmul(g, projection.weight.astype(g.dtype).T)
     total = residual + update.astype(residual.dtype)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # Save the sum alone for the gradient.
     def normalise(total, gain):
-        deviation = lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + norm_eps)
-        return (total * (deviation * gain.astype(total.dtype))).astype(g.dtype)
+        factor = lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + norm_eps)
+        return (total * (factor * gain.astype(total.dtype))).astype(g.dtype)
 
     return total, normalise(total, projection.gain)

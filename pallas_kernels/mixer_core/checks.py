@@ -1,4 +1,4 @@
-"""What both fused cores check of their arguments."""
+"""Check the arguments of both fused cores, `mixer_core` and `sequence_core`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pallas_kernels.checks import as_floats, expect_shape
 def check_arrays(
     operation: str, xz: Any, kernels: Any, biases: Any, norm: Any, D: Any = None
 ) -> jax.Array:
-    """Return `xz` as a JAX array, once it and the weights are floats whose shapes go together.
+    """Return `xz` as a JAX array; check that it and the weights are floats whose shapes fit together.
 
     Raises:
-        ValueError: naming the argument, what it must be and what it is.
+        ValueError: an argument does not fit; the message says what it must be and what it is.
     """
     xz = as_floats(operation, "xz", xz, "b l 2e")
     if min(xz.shape[1:]) < 1:

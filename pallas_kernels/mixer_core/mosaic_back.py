@@ -250,12 +250,12 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
 def back_gradients(
     xz, y, ids, kernels, biases, D, scale, shift, out_bar, grid: Grid, *, eps, interpret
 ):
-    """Compute the gradients of :func:`back` through gate, LayerNorm and repeat.
+    """Compute the gradients of `back` through gate, LayerNorm and repeat.
 
     `mosaic_front_gradients` continues from here, through skip and convolutions.
 
     Args:
-        out_bar: gradient of :func:`back`'s output. All other arguments are those of `back`.
+        out_bar: gradient of `back`'s output. All other arguments are those of `back`.
 
     Returns:
         ds: gradient of s, ``b rows columns e`` in xz's dtype.

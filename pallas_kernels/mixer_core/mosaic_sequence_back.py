@@ -208,10 +208,10 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
 
 @functools.partial(jax.jit, static_argnames=("cut", "eps", "interpret"))
 def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, interpret: bool):
-    """Compute the gradients of :func:`back`.
+    """Compute the gradients of `back`.
 
     Args:
-        out_bar: gradient of :func:`back`'s output, in the output's dtype. All other arguments are those of `back`.
+        out_bar: gradient of `back`'s output, in the output's dtype. All other arguments are those of `back`.
 
     Returns:
         y_bar: gradient of each direction's y (equal for both), ``b l e`` in xz's dtype.

@@ -181,7 +181,7 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
 
     Args:
         c_bar: of both directions, ``2 b l e`` in xz's dtype.
-        xz_bar: ``b l 2e``, whose first half is written; the others as in :func:`front`.
+        xz_bar: ``b l 2e``, whose first half is written; the others as in `front`.
 
     Returns:
         xz_bar, in its old place where nothing else needs that, and shares of the gradients of kernels and biases,

@@ -1,4 +1,4 @@
-"""What passes between the mixer core's public function and its implementations."""
+"""Types that pass between the mixer core's public function and its implementations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Norm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CoreOptions:
-    """The static half of a call: see `api.mixer_core`. Of a ragged grid, rows and columns are the whole one's."""
+    """The arguments of `api.mixer_core` that are not arrays. For a ragged grid, rows and columns of the whole one."""
 
     rows: int
     columns: int
@@ -40,10 +40,10 @@ class CoreOptions:
 
     @property
     def lines(self) -> int:
-        """What is pooled, one scan step each."""
+        """Number of lines (rows, or columns if `transposed`). Each is pooled to one scan step."""
         return self.columns if self.transposed else self.rows
 
     @property
     def tokens(self) -> int:
-        """Tokens of a line."""
+        """Number of tokens of a line."""
         return self.rows if self.transposed else self.columns

@@ -1,4 +1,4 @@
-"""The mixer core without fusion by hand: the definition, and the path of every platform without kernels."""
+"""Define what the mixer core computes, in plain JAX. Every platform without kernels runs this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward,
 
 
 def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
-    """Transpose stored order to the order of visits, or back (``first``: rows of the grid as it is)."""
+    """Transpose tokens from stored order to scan order, or back; ``first`` is the number of rows before that."""
     if not options.transposed:
         return x
     grid = x.reshape(x.shape[0], first, x.shape[1] // first, x.shape[-1]).swapaxes(1, 2)
@@ -33,7 +33,7 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 def front(
     x: Float[Array, "b l e"], directions: Directions, ids: RowIds, options: CoreOptions
 ) -> tuple[Float[Array, "2 b s e"], Places]:
-    """Convolutions, SiLU and the mean or maximum over each line; with "max", where in the line it first is."""
+    """Apply convolution and SiLU, and pool each line. With "max", also return the place of each first maximum."""
     if options.method == "mean":
         return _mean(x, directions, ids, options), ()
     lines = tokens_of_lines(x, directions, options)
@@ -59,9 +59,10 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
 
 
 def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Float[Array, "b s e"]:
-    """Sum the tokens of each row, in float32 or wider, by a product: scattered sums change from run to run on GPUs.
+    """Sum the tokens of each row, in float32 or wider.
 
-    A NaN or infinity is in all rows of its sample then, where the kernel has it in one.
+    The sums are a matrix product, because scattered sums change from run to run on GPUs. The product spreads a NaN or
+    infinity to all rows of its sample; the kernel keeps it in one row.
     """
     wide = wide_dtype(x.dtype)
     of_row = (jnp.arange(rows)[:, None] == ids[:, None, :]).astype(x.dtype)
@@ -70,7 +71,7 @@ def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Flo
 
 
 def _at(lines: list[jax.Array], places: Places) -> jax.Array:
-    """Return the tokens at their lines' places, which get all of the gradient."""
+    """Return the token at each line's place. That token alone gets the gradient."""
     wide = wide_dtype(lines[0].dtype)
 
     def one(c, place):
@@ -87,7 +88,7 @@ def mix(
     ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
-    """Mean of both directions' repeated scan outputs and skips, in stored order, float32 or wider."""
+    """Average both directions' repeated scan outputs and skips, in stored order, float32 or wider."""
     x = _swap(x, options.rows, options)
     if ids:
         forward, backward = (
@@ -105,7 +106,7 @@ def mix(
 def gate(
     s: Float[Array, "b l e"], z: Float[Array, "b l e"], norm: Norm, options: CoreOptions
 ) -> Float[Array, "b l e"]:
-    """LayerNorm(s) · silu(z), in z's dtype."""
+    """Compute LayerNorm(s) · silu(z), in z's dtype."""
     s = s - jnp.mean(s, axis=-1, keepdims=True)
     s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + options.eps)
     s = s * norm.scale.astype(s.dtype) + norm.shift.astype(s.dtype)
@@ -120,7 +121,7 @@ def back(
     ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
-    """Everything after the scan: see `mix` and `gate`."""
+    """Compute everything after the scan: `mix`, then `gate`."""
     x, z = jnp.split(xz, 2, axis=-1)
     return gate(mix(x, y, directions, ids, options), z, norm, options)
 
@@ -134,9 +135,10 @@ def back_gradients(
     ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Norm]:
-    """Gradients of s, ``b l e``, of xz as far as z goes (the first half is left), of y and of norm.
+    """Compute the gradients of s ``b l e`` (the LayerNorm's input), of z, of y and of norm.
 
-    The first two are of xz's dtype. Written side by side here, the halves of xz's gradient need no pass to join them.
+    The gradient of z is the second half of an array like xz, whose first half is zero: `front_gradients` writes the
+    gradient of x there, so no later pass has to join the two. Gradients of s and xz have xz's dtype.
     """
     x, z = jnp.split(xz, 2, axis=-1)
     s = mix(x, y, directions, ids, options)
@@ -162,7 +164,7 @@ def front_gradients(
     ids: RowIds,
     options: CoreOptions,
 ) -> tuple[jax.Array, Directions]:
-    """Compute the gradient of xz, whose second half is there already, and those of the directions."""
+    """Write the gradient of x into the first half of `xz_bar`; return it and the gradients of the directions."""
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):

@@ -222,7 +222,7 @@ def _state_in(x: jax.Array, cut: Plan) -> jax.Array:
 
 
 def _state_out(x: jax.Array, width: int, states: int) -> jax.Array:
-    """Invert :func:`_state_in`."""
+    """Invert `_state_in`."""
     return x.reshape(*x.shape[:-2], -1)[..., :width, :states]
 
 

@@ -71,7 +71,7 @@ class _BackwardStream(Stream):
 def scan_gradients(
     u, delta, B, C, A, D, bias, states, y_bar, leaving, last_state_bar, plan, *, interpret
 ):
-    """Gradients of :func:`mosaic_forward.scan` without its gate, of one or both directions.
+    """Gradients of `mosaic_forward.scan` without its gate, of one or both directions.
 
     Args:
         states: the state entering every chunk, ``b k e w r``; None if there is one chunk.

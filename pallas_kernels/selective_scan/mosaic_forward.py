@@ -10,9 +10,14 @@ brings into shared memory. For each chunk the block
 One launch may hold both directions of a mixer. Each block then picks the code of its own direction, which is the same
 as in a launch of one direction (`by_direction`).
 
-If batch and channels are too few to fill the GPU, the time axis is cut into ``splits``. :func:`split_ends` computes
-the state that each split reaches from a zero state. In :func:`scan`, every block first combines the end states of the
-splits before its own. Words such as tile and split are explained in `mosaic_walk`.
+If batch and channels are too few to fill the GPU, the time axis is cut into ``splits``. `split_ends` computes the state
+that each split reaches from a zero state. In `scan`, every block first combines the end states of the splits before its
+own. `mosaic_walk` explains words such as tile and split.
+
+Letters: b batch, l steps, e channels (padded to whole blocks where marked so), g groups of B and C, k chunks, s splits.
+The n states of a channel are stored as w · r: ``plan.warps`` groups of ``plan.rest`` states. A kernel gets one
+reference per operand, in the order of the call, then its results, then its scratch memory: ``body`` takes them in this
+order from a list.
 """
 
 from __future__ import annotations
@@ -50,8 +55,10 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
         coefficients: ``b l g w r`` float32: B, or C in the backward pass.
         A: ``e w r`` float32, padded.
         bias: ``e`` float32, padded, or None.
+        plan: how the scan is cut into blocks and chunks.
         scaled: the input of a step is step size · x instead of x.
         post_decay: a step also decays what it has just added. The backward pass needs this.
+        interpret: run on the CPU, in Pallas's interpreter.
 
     Returns:
         The end states ``b s-1 e w r``, and the sums of the step sizes of every split ``b s-1 e``, both float32.
@@ -152,10 +159,12 @@ def scan(
         B, C: ``b l g w r`` float32.
         A: ``e w r`` float32, padded.
         D, bias: ``e`` float32, padded, or None.
-        entering: result of :func:`split_ends`; read only if ``plan.splits > 1``.
+        entering: result of `split_ends`; read only if ``plan.splits > 1``.
+        plan: how the scan is cut into blocks and chunks.
         save_states: also return the state that enters every chunk.
         last_state: also return the state after the last step.
         dtype: dtype of y.
+        interpret: run on the CPU, in Pallas's interpreter.
 
     Returns:
         A list: y ``b l e`` of each direction; with `save_states` the entering states ``b k e w r``; with `last_state`
@@ -208,6 +217,7 @@ def scan(
                     states_ref.at[batch, plan.place(stream.chunk(k)), columns],
                     reader.to_store(state),
                 )
+            # 1) Step sizes, and their products with u.
             prepare_tile(
                 tiles["delta"].at[slot],
                 tiles["x"].at[slot],
@@ -221,6 +231,7 @@ def scan(
             )
             plgpu.commit_smem()
 
+            # 2) The recurrence.
             def turn(steps, state):
                 shares = []
                 for t in steps:
@@ -236,7 +247,8 @@ def scan(
                 return state
 
             state = in_turns(plan, turn, state)
-            # Wait until the previous copy has read y_tile, before y_tile is written again.
+            # 3) Sum the warps' parts of y, add the skip, and gate. Before y_tile is written again, wait until the
+            # previous copy has read it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()
             y = plgpu.load(shares_ref.at[0], layout=layout, optimized=False)

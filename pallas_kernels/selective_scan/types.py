@@ -1,4 +1,4 @@
-"""What passes between the public function, the derivative rule and the backends."""
+"""Types that pass between the public function, the derivative rule and the backends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pallas_kernels.dtypes import wide_dtype
 
 
 class ScanInputs(NamedTuple):
-    """Every array of one scan, as the caller gave it (its own dtype), except that B and C always have groups.
+    """Every array of one scan, in the dtype that the caller gave; B and C always have an axis of groups.
 
-    Also carries the gradients, entry by entry; absent inputs are None in both. The scans of both directions of a
-    mixer, the first forward, the second in reverse, are one value with a further leading axis of two on every array.
+    The gradients are a `ScanInputs` as well; an input that is None has the gradient None. For both directions of a
+    mixer, every array has one more leading axis of two: the first entry is scanned forward, the second in reverse.
     """
 
     u: Float[Array, "b l e"]
@@ -37,11 +37,13 @@ class ScanInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScanOptions:
-    """The static half of a call.
+    """The arguments of a scan that are not arrays.
 
-    chunk: number of steps between the states a forward pass leaves for the backward pass. It is part of
-    the call, not of a backend, so that backends can be exchanged at lowering time.
-    keep_boundaries: whether a gradient will follow, so that those states are wanted at all.
+    Attributes:
+        delta_softplus, reverse, return_last_state: see `selective_scan`.
+        chunk: number of steps between the states that the forward pass saves for the backward pass. It is part of the
+            call and not of a backend, so that backends can be exchanged at lowering time.
+        keep_boundaries: whether to return these states, because a gradient will follow.
     """
 
     delta_softplus: bool
@@ -51,7 +53,7 @@ class ScanOptions:
     keep_boundaries: bool = True
 
 
-# `b l e`; of both directions, two of them.
+# y `b l e`; for both directions, a pair.
 ScanOutput = jax.Array | tuple[jax.Array, jax.Array]
 
 # Output, state after the last visited step (None unless asked for), and the state entering each chunk
@@ -63,12 +65,12 @@ ScanForward = tuple[ScanOutput, jax.Array | None, jax.Array | None]
 class Backend(Protocol):
     """A module with these two functions is an implementation; see `implementations`.
 
-    One that takes both directions' inputs gives and takes y as a tuple of two, and states with a leading axis of two;
-    neither gate nor last state are asked of it, and `options.reverse` says nothing.
+    A backend for both directions returns (and reads the gradient of) y as a pair, and states with a leading axis of
+    two. It is called with neither a gate nor `return_last_state`, and ignores `options.reverse`.
     """
 
     def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
-        """Run the scan, leaving the state that enters each chunk for `backward`."""
+        """Run the scan, and save the state that enters each chunk for `backward`."""
         ...
 
     def backward(
@@ -79,5 +81,5 @@ class Backend(Protocol):
         y_bar: ScanOutput,
         last_state_bar: Float[Array, "b e n"] | None,
     ) -> ScanInputs:
-        """Gradients with respect to every input, each in its input's dtype."""
+        """Compute the gradients with respect to every input, each in its input's dtype."""
         ...

@@ -1,7 +1,7 @@
-"""The derivative rule: inputs and chunk-boundary states are kept, everything else is computed again.
+"""Define the derivative rule of the scan: save the inputs and the state that enters each chunk, recompute the rest.
 
-It is outermost, around the choice of a backend, so that forward and backward are each chosen at
-lowering time and no residual of a backend that does not run is kept.
+The rule stands around the choice of a backend. So the backends of forward and backward pass are both chosen at lowering
+time, and nothing is saved for a backend that does not run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pallas_kernels.selective_scan.types import Backend, ScanInputs, ScanOptions
 def scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
 ) -> tuple[ScanOutput, jax.Array | None]:
-    """Run `_scan`, and say which implementation has forward-mode derivatives where they are asked of it."""
+    """Run `_scan`. If it is differentiated in forward mode, the error names an implementation that can do it."""
     with reverse_mode_only(
         "selective_scan, this implementation",
         "implementation='reference', and for whole models fastvim_jax.jvp",
@@ -30,7 +30,8 @@ def scan(
 def _scan(
     backend: Backend, options: ScanOptions, inputs: ScanInputs
 ) -> tuple[ScanOutput, jax.Array | None]:
-    """Return y `b l e` (of both directions, two) and, when `options` ask for it, the last state `b e n`."""
+    """Return y `b l e` (for both directions, a pair) and, if `options` ask for it, the last state `b e n`."""
+    # Without differentiation nobody reads the states that enter the chunks.
     options = dataclasses.replace(options, keep_boundaries=False)
     y, last_state, _ = backend.forward(inputs, options)
     return y, last_state
