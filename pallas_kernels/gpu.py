@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +31,26 @@ def interpret(on: bool) -> None:
 def interpreted() -> bool:
     """Return whether kernels are traced for the CPU interpreter."""
     return _interpret
+
+
+_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+
+
+@contextlib.contextmanager
+def kernels_off() -> Iterator[None]:
+    """Trace programs that hold no kernel, cuDNN's attention included, as FASTVIM_KERNELS=off does for a process."""
+    before = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(before)
+
+
+def switched_off() -> str | None:
+    """Return what turned all kernels off, or None."""
+    if os.environ.get("FASTVIM_KERNELS") == "off":
+        return "FASTVIM_KERNELS=off"
+    return "the program is to be portable" if _off.get() else None
 
 
 def choose(implementation: str, operation: str, unsupported: Callable[[], str | None]) -> bool:
@@ -65,17 +87,28 @@ def kernels_missing() -> str | None:
     They can on NVIDIA's data centre GPUs from Hopper on, compute capabilities 9 and 10.  On a machine without one,
     trace under `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
     """
-    if os.environ.get("FASTVIM_KERNELS") == "off":
-        return "FASTVIM_KERNELS=off"
+    off = switched_off()
+    if off is not None:
+        return off
     if jax.__version_info__ < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         return f"JAX {jax.__version__} is older than {oldest}"
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and device.platform in ("gpu", "cuda"):
-        old = ("K", "M", "P", "V", "T", "A", "L", "RTX", "GeForce", "Quadro", "Tesla")
-        name = device.device_kind.removeprefix("NVIDIA ")
-        return f"the abstract device is an {device.device_kind}" if name.startswith(old) else None
+    device = _abstract_gpu()
+    if device is not None:
+        new = _after_ada(device.device_kind.removeprefix("NVIDIA "))
+        return None if new else f"the abstract device is an {device.device_kind}"
     return _no_device()
+
+
+def _abstract_gpu() -> Any:
+    """Return the abstract GPU that programs are traced for (`jax.sharding.use_abstract_mesh`), or None."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device if device is not None and device.platform in ("gpu", "cuda") else None
+
+
+def _after_ada(name: str) -> bool:
+    old = ("K", "M", "P", "V", "T", "A", "L", "RTX", "GeForce", "Quadro", "Tesla")
+    return not name.startswith(old)
 
 
 def wgmma_missing() -> str | None:
@@ -83,8 +116,8 @@ def wgmma_missing() -> str | None:
 
     Later generations do not have these instructions.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and device.platform in ("gpu", "cuda"):
+    device = _abstract_gpu()
+    if device is not None:
         hopper = device.device_kind.removeprefix("NVIDIA ").startswith(("H", "GH"))
     else:
         hopper = all(9.0 <= version < 10.0 for version in _capabilities())
@@ -150,8 +183,9 @@ def triton_missing() -> str | None:
     They can on NVIDIA GPUs from Ampere on (compute capability 8.0), with the extra `triton` installed.
     FASTVIM_KERNELS=off turns these kernels off, too.
     """
-    if os.environ.get("FASTVIM_KERNELS") == "off":
-        return "FASTVIM_KERNELS=off"
+    off = switched_off()
+    if off is not None:
+        return off
     if not _capabilities():
         return NO_GPU
     oldest = oldest_capability()
@@ -163,6 +197,18 @@ def triton_missing() -> str | None:
 def oldest_capability() -> float:
     """Return the lowest compute capability of the local GPUs, such as 9.0; 0 without GPUs or with other makers'."""
     return min(_capabilities(), default=0.0)
+
+
+def lowering_capability() -> float:
+    """Return the compute capability of the GPUs that programs are traced for; 0 if there are none.
+
+    Without a GPU at hand it is that of an abstract device, by its generation: 8, 9 or more.
+    """
+    device = _abstract_gpu()
+    if device is None:
+        return oldest_capability()
+    name = device.device_kind.removeprefix("NVIDIA ")
+    return 9.0 if _after_ada(name) else 8.0 if name.startswith(("A", "L")) else 0.0
 
 
 def _before_hopper() -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
+from jax.tree_util import Partial
 
 from fastvim_jax.layers.conv import DepthwiseConv
 from fastvim_jax.layers.linear import linear
@@ -15,6 +18,7 @@ from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
 from pallas_kernels import gpu
+from pallas_kernels.sharding import mark_varying
 
 
 def dense(
@@ -87,41 +91,120 @@ class Mlp(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
     """Softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
 
-    In bfloat16 this is cuDNN's fused kernel where `_cudnn_takes` the heads; otherwise XLA, with the softmax in float32
-    or wider.
+    In bfloat16 this is cuDNN's fused kernel if the program is lowered for CUDA and cuDNN takes the heads. Otherwise it
+    is XLA, with the softmax in float32 or wider.
     """
     if q.dtype == jnp.float64:  # the library's attention would go through float32
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
     mode = "highest" if precision.matmul_precision == "highest" else "default"
+    tokens, width = q.shape[1], q.shape[-1]
+    known = all(isinstance(size, int) for size in q.shape) and q.shape[0] != 0
+    if q.dtype != jnp.bfloat16 or not known or _cudnn_refusal(width) is not None:
+        return _attend_in_xla(mode, tokens, q, k, v)
+    if tokens % 2:  # cuDNN's gradient wants an even number of tokens: add one that nobody reads.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    return _attend_by_platform(mode, tokens, q, k, v)[:, :tokens]
+
+
+def _cudnn_refusal(width: int) -> str | None:
+    """Return why cuDNN cannot compute attention with heads of this width on the GPUs at hand, or None if it can."""
+    off = gpu.switched_off()
+    if off is not None:
+        return off
+    capability = gpu.lowering_capability()
+    if capability < 8.0:
+        return gpu.NO_GPU if not capability else "the GPU is older than Ampere"
+    reason = _refusal(width, capability)
+    if reason is not None:
+        gpu.log_once(f"attention: using XLA and not cuDNN, since {reason}")
+    return reason
+
+
+@functools.cache
+def _refusal(width: int, capability: float) -> str | None:
+    del capability  # part of the cache's key: JAX's checks ask the device
+    tokens = jax.ShapeDtypeStruct((1, 2, 1, width), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(_attend_on_gpu, 2), tokens, tokens, tokens)
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_by_platform(
+    mode: str, tokens: int, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Attend to the first `tokens` keys, with cuDNN if the program is lowered for CUDA and with XLA elsewhere.
+
+    It has its own derivative rule, because JAX's rule for a choice saves what any of the branches needs: the
+    attention weights `b heads l l` of XLA's branch also on CUDA.
+    """
+    return jax.lax.platform_dependent(
+        q, k, v,
+        cuda=functools.partial(_attend_on_gpu, tokens),
+        default=functools.partial(_attend_in_xla, mode, tokens),
+    )  # fmt: skip
+
+
+def _forward(mode, tokens, q, k, v):
+    """Save q, k and v, and what else cuDNN's gradient needs: the output and `b heads l` sums."""
+    structure: Any = None
+
+    def on_gpu(*qkv):
+        nonlocal structure
+        out, pull = jax.vjp(functools.partial(_attend_on_gpu, tokens), *qkv)
+        leaves, tree = jax.tree.flatten(pull)
+        known = [next((i for i, x in enumerate(qkv) if x is leaf), None) for leaf in leaves]
+        structure = (tree, known)
+        return out, [leaf for leaf, at in zip(leaves, known, strict=True) if at is None]
+
+    def in_xla(*qkv):
+        zeros = [mark_varying(jnp.zeros(x.shape, x.dtype), qkv) for x in shapes]
+        return _attend_in_xla(mode, tokens, *qkv), zeros
+
+    shapes = jax.eval_shape(on_gpu, q, k, v)[1]
+    out, saved = jax.lax.platform_dependent(q, k, v, cuda=on_gpu, default=in_xla)
+    return out, (q, k, v, Partial(functools.partial(_pull_on_gpu, *structure), saved))
+
+
+def _pull_on_gpu(tree: Any, known: list[int | None], saved, qkv, out_bar) -> Any:
+    rest = iter(saved)
+    leaves = [next(rest) if at is None else qkv[at] for at in known]
+    return jax.tree.unflatten(tree, leaves)(out_bar)
+
+
+def _backward(mode, tokens, residuals, out_bar):
+    *qkv, pull = residuals
+
+    def in_xla(pull, qkv, out_bar):
+        del pull
+        return jax.vjp(functools.partial(_attend_in_xla, mode, tokens), *qkv)[1](out_bar)
+
+    return jax.lax.platform_dependent(
+        pull, qkv, out_bar, cuda=lambda pull, *arrays: pull(*arrays), default=in_xla
+    )
+
+
+_attend_by_platform.defvjp(_forward, _backward)
+
+
+def _attend_in_xla(mode: str, tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     # The library's attention promotes dtypes by itself, which a caller's strict promotion would refuse.
     with jax.default_matmul_precision(mode), jax.numpy_dtype_promotion("standard"):
-        if q.dtype == jnp.bfloat16 and q.shape[0] != 0 and _cudnn_takes(q.shape[-1]):
-            return _attend_on_gpu(q, k, v)
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **_lengths(tokens, q))
 
 
-def _cudnn_takes(width: int) -> bool:
-    """Return whether cuDNN computes attention with heads of this width on the local GPUs.
-
-    It wants an NVIDIA GPU from Ampere on, and whole 8 channels, up to 128 of them (256 on Hopper and newer GPUs).
-    """
-    default = jax.config.jax_default_device  # a device, the name of a platform, or None
-    if getattr(default, "platform", default) == "cpu":
-        return False
-    capability = gpu.oldest_capability()
-    return width % 8 == 0 and capability >= 8.0 and width <= (256 if capability >= 9.0 else 128)
+def _attend_on_gpu(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **_lengths(tokens, q))
+    return mark_varying(out, (q, k, v))
 
 
-def _attend_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """cuDNN's attention, whose gradient wants an even number of tokens: an odd one gets a token that nobody reads."""
-    batch, tokens = q.shape[:2]
-    if tokens % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((batch,), tokens, jnp.int32)
-    out = jax.nn.dot_product_attention(
-        q, k, v,
-        query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn",
-    )  # fmt: skip
-    return out[:, :tokens]
+def _lengths(tokens: Any, q: jax.Array) -> dict[str, Any]:
+    """Return the arguments that mask tokens from number `tokens` on, if there are any."""
+    if tokens == q.shape[1]:
+        return {}
+    lengths = jnp.full((q.shape[0],), tokens, jnp.int32)
+    return {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
