@@ -1,8 +1,16 @@
-"""Image data: sources, transforms and grain pipelines. Knows no model.
+"""Read images and make batches of them: sources, transforms and grain pipelines. This package knows no model.
 
-A file here is shared by all tasks, or is the pipeline of the one task it is named after.
+Read in this order:
 
-The iterators load on first use: grain imports JAX, which the command line's help need not wait for.
+    1. records, sources      what a record is, and where records come from (`sources.image_folder` is an example)
+    2. decode, transforms    from the bytes of a file to the pixels of an image
+    3. classification        the pipeline of one task; `cells`, `segmentation` and `detection` are those of the others
+    4. batches, stream       the batches that every pipeline yields, and reading ahead
+    5. device_transforms     normalisation and augmentation inside the compiled step
+    6. resident, prefetch    data sets kept in device memory; batches moved to the devices
+
+`prepare` holds what `fastvim data check` and `fastvim data prepare` do. The iterators are imported on first use,
+because they import grain and JAX, and the command line's help must not wait for these.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
 _REPLACEMENTS = 100
+"""Undecodable records drawn in a row before the path is taken for a wrong one."""
 
 
 def make_train_iterator(
@@ -54,7 +55,7 @@ def make_train_iterator(
         mesh: the devices that hold the parts of a data set kept in device memory; by default all devices.
 
     Raises:
-        UserError: the data cannot be found, or hold fewer records than one batch.
+        UserError: the data set cannot be found, or it holds fewer records than one batch.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"The data seed is {seed}, but must lie within 0 and 2**32 - 1.")
@@ -131,7 +132,7 @@ def make_eval_iterator(
         process_count: number of processes that share a global batch.
 
     Raises:
-        UserError: the data cannot be found.
+        UserError: the data set cannot be found.
     """
     split = split or config.eval_split
     source = open_split(config, split)
@@ -142,12 +143,12 @@ def make_eval_iterator(
             source, config, split=split, batch_size=size,
             process_index=process_index, process_count=process_count,
         )  # fmt: skip
-    steps = -(-len(source) // size)
+    steps = math.ceil(len(source) / size)
     positions = grain.MapDataset.source(range(steps * size))
     load = _LoadForEvaluation(source, config, available_decoder(config))
     batches = positions.map(load).batch(local, batch_fn=_stack)
     share = batches[process_index::process_count]
-    stream, stay = evaluation_stream(
+    stream, endless = evaluation_stream(
         share, config.workers, batch_bytes=local * _image_bytes(config)
     )
     return BatchIterator(
@@ -156,7 +157,7 @@ def make_eval_iterator(
         config,
         steps_per_epoch=steps,
         identity={"split": split, "records": len(source), "batch_size": size},
-        ends=stay,
+        ends=endless,  # The iterator ends each pass itself.
     )
 
 
@@ -164,7 +165,7 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
     """Read one image file the way evaluation does: decode, resize, centre crop.
 
     Raises:
-        DecodeError: when the file cannot be read or is no image.
+        DecodeError: the file cannot be read, or is not an image.
     """
     image = open_image(
         read_image_file(file),
@@ -182,7 +183,7 @@ def _image_bytes(config: ClassificationData) -> int:
 
 @dataclasses.dataclass
 class _LoadForTraining(grain.transforms.RandomMap):
-    """Decode and augment a record; an undecodable one is replaced by another, drawn at random."""
+    """Decode and augment a record. Replace an undecodable one by another, drawn at random."""
 
     source: Source
     config: ClassificationData
@@ -207,7 +208,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
 
 @dataclasses.dataclass
 class _LoadForEvaluation(grain.transforms.Map):
-    """Decode a record; positions past the end, and undecodable records, become zeros that do not count."""
+    """Decode a record. Positions past the end and undecodable records become zeros that do not count."""
 
     source: Source
     config: ClassificationData
@@ -227,7 +228,7 @@ class _LoadForEvaluation(grain.transforms.Map):
 
 
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Stack a batch; the undecodable records' indices are listed, whatever their number."""
+    """Stack the examples of a batch, and list the indices of its undecodable records, however many there are."""
     batch = {
         "image": np.stack([e["image"] for e in elements]),
         "label": np.asarray([e["label"] for e in elements], np.int32),

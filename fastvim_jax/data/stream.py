@@ -72,14 +72,14 @@ def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 
 def evaluation_stream(
     batches: grain.MapDataset, workers: int, *, batch_bytes: int = 0
 ) -> tuple[Stream, bool]:
-    """Return a stream of one pass over `batches`, and whether it begins again after the pass.
+    """Return a stream over `batches`, and whether it is endless: whether it begins again after each pass.
 
-    With workers it does, so that they stay for the next evaluation: starting processes takes seconds.
+    With workers it is endless, so that the workers stay for the next evaluation: starting processes takes seconds.
     For the arguments and errors see `grain_stream`.
     """
-    stay = workers > 0
-    passes = batches.repeat(None) if stay else batches
-    return grain_stream(passes, workers, batch_bytes=batch_bytes), stay
+    endless = workers > 0
+    passes = batches.repeat(None) if endless else batches
+    return grain_stream(passes, workers, batch_bytes=batch_bytes), endless
 
 
 # grain's words for a worker process that is gone.
@@ -99,13 +99,13 @@ def _why(code: int) -> str:
 
 
 def batches_ahead(workers: int, batch_bytes: int) -> int:
-    """Choose how many finished batches wait in each worker, 2 or 1, by the room in shared memory.
+    """Choose how many finished batches wait in each worker, 2 or 1, by the free shared memory.
 
-    A worker makes one more, and this process holds two. What another stream of this process will take, and has not
-    taken yet, is not known here.
+    Each worker works on one more batch, and this process holds two. Other streams of this process may take more of the
+    shared memory later, which cannot be foreseen here.
 
     Raises:
-        UserError: there is not even room for one.
+        UserError: there is no room for even one batch per worker.
     """
     shared = Path("/dev/shm")
     if not workers or not batch_bytes or not shared.is_dir():

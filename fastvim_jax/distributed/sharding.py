@@ -46,7 +46,8 @@ def state_shardings(mesh: Mesh, tree: Any, *, stacked_key: Callable[[KeyPath], i
     Args:
         mesh: the mesh, with an axis `fsdp`.
         tree: arrays, or their shapes and dtypes.
-        stacked_key: returns None for the path of a leaf that has no leading axis of blocks.
+        stacked_key: returns the place in the path of a leaf that names the stacked blocks, or None if the leaf has no
+            leading axis of blocks.
     """
     fsdp = mesh.shape[FSDP]
 
@@ -91,8 +92,8 @@ def with_auto_axes(method: Method) -> Method:
     def call(self, images, **options):
         if not hasattr(images, "shape"):  # Not an array: the method raises the error.
             return method(self, images, **options)
-        lies = jax.typeof(images).sharding
-        kinds = zip(lies.mesh.axis_names, lies.mesh.axis_types, strict=True)
+        given = jax.typeof(images).sharding
+        kinds = zip(given.mesh.axis_names, given.mesh.axis_types, strict=True)
         explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
         if not explicit:
             return method(self, images, **options)
@@ -101,7 +102,7 @@ def with_auto_axes(method: Method) -> Method:
         def run(state, images, options):
             return method(nnx.merge(graphdef, state), images, **options)
 
-        split = NamedSharding(lies.mesh, P(lies.spec[0]))
+        split = NamedSharding(given.mesh, P(given.spec[0]))
         inner = jax.sharding.auto_axes(run, axes=explicit, out_sharding=split)
         return inner(state, images, options)
 

@@ -1,6 +1,14 @@
-"""Training, evaluation and run folders.
+"""Train and evaluate models, and keep what a run writes in its run folder.
 
-A folder here is a task, whose `train.py` reads top to bottom; a file is shared by all tasks and knows none of them.
+Each folder here is a task: classification, masked, segmentation, detection. Each file is shared by all tasks and knows
+none of them. Read in this order:
+
+    1. classification.train  one trainer, from top to bottom
+    2. runs, tasks           find the trainer of a config, open the run folder
+    3. loop                  the training loop that all trainers share
+    4. steps                 the train state and the compiled step
+    5. optimizer, schedules  AdamW, its groups, its learning rates
+    6. run_folder, checkpoints, metrics  what a run folder holds
 """
 
 from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints

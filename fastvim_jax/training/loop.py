@@ -108,10 +108,9 @@ def run_loop(
 
     Every step calls `train_step` on the next batch. Every `config.log_every_steps` steps, the loop logs the means of
     the metrics since the last line as a record of kind `train`. After every epoch, it logs the norms of all parameters
-    as a record of kind `norms`.
-    It says when a batch has shapes that no batch had before, because the step is compiled for each.
-    It saves a checkpoint every `config.checkpoint_every_steps` steps. Each evaluator runs at its own interval and after
-    the last step, and logs its scores under its own name.
+    as a record of kind `norms`. It saves a checkpoint every `config.checkpoint_every_steps` steps. Each evaluator runs
+    at its own interval and after the last step, and logs its scores under its own name. A batch of new shapes is
+    announced, because the step is compiled again for them.
 
     Args:
         state: the state to start from, from `begin_or_resume`.
@@ -179,10 +178,13 @@ def run_loop(
     def due_at(step: int) -> list[Evaluator]:
         return [each for each in evaluators if each.due(step, steps_per_epoch, total_steps)]
 
-    if (left := (config.ema_decay or 0.0) ** total_steps) > 0.01:
+    initial_share = (
+        config.ema_decay or 0.0
+    ) ** total_steps  # of the initial weights in the last average
+    if initial_share > 0.01:
         log.say(
-            f"After {total_steps} steps the average (ema) will still be {left:.0%} the initial weights: judge the raw "
-            f"ones, or set an ema_decay below {config.ema_decay}."
+            f"After {total_steps} steps the average (ema) will still hold {initial_share:.0%} of the initial weights: "
+            f"judge the raw ones, or set an ema_decay below {config.ema_decay}."
         )
     for message in run.messages:
         log.say(message)
@@ -196,6 +198,7 @@ def run_loop(
     compiled_for: list[dict[str, tuple[int, ...]]] = []
     for step in range(first_step + 1, total_steps + 1):
         with profiler.begin(step):
+            # 1) Take a batch. Without one the run ends, because a data worker died; the state is that of the last step.
             with clock.timed("data_wait"):
                 batch = stop.next_of(batches)
             if batch is None:
@@ -206,12 +209,14 @@ def run_loop(
                     words = (f"{k} {'x'.join(map(str, shape))}" for k, shape in shapes.items())
                     log.say(f"Step {step} compiles the program for batches of {', '.join(words)}.")
                 compiled_for.append(shapes)
+            # 2) Make the update. Only the probed steps wait for the device.
             with clock.timed("dispatch"):
                 begun = time.perf_counter()
                 state, metrics = train_step(state, batch)
                 if step - first_step in PROBED:
                     jax.block_until_ready((state, metrics))
                     feed.add_step(time.perf_counter() - begun)
+        # 3) Note the metrics, and ask all processes whether to stop after this step.
         with clock.timed("device_wait"):
             window.add(step, metrics)
         clock.step()
@@ -224,6 +229,7 @@ def run_loop(
             clock.first_step()
         if trace := profiler.end(step, metrics):
             log.say(f"The trace is in {trace}: show it with xprof or TensorBoard's profile plugin.")
+        # 4) Log.
         if step % config.log_every_steps == 0 or last:
             with clock.timed("device_wait"):
                 scalars = window.summarise(checkpoints.describe_latest)
@@ -233,11 +239,12 @@ def run_loop(
                 scalars["corrupt_records"] = len(corrupt)
             timing = clock.lap() | feed.lap(batches.seconds_per_batch())
             log.write("train", step, scalars | timing)
-            if said := feed.message(timing):
-                log.say(said)
+            if advice := feed.message(timing):
+                log.say(advice)
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
         if last or step % steps_per_epoch == 0:
             log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})
+        # 5) Stop, or save and then evaluate. A run that ends during an evaluation makes up for it when it resumes.
         if stopping and not last:
             raise stop_after(step)
         due = due_at(step)
@@ -252,7 +259,7 @@ def run_loop(
     checkpoints.wait()
     picture.draw(at_once=True)
     barrier("log")
-    found = read_metrics(folder, main)
-    scores = found[-1] if found else {}
+    evaluations = read_metrics(folder, main)
+    scores = evaluations[-1] if evaluations else {}
     seconds = time.perf_counter() - call.started
     return RunResult(folder, total_steps, scores, seconds, headline.in_words(scores))

@@ -1,4 +1,4 @@
-"""Starting a run of any task: what `train` was called with, and what is open while a run trains."""
+"""Start a run of any task: `train` finds the task's trainer, and `open_run` holds the run folder while it trains."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def train(
     profile: ProfileSteps | None = None,
     wandb: str | None = None,
 ) -> RunResult:
-    """Train, or go on training, in a run folder, which belongs to this process meanwhile.
+    """Train a run, or continue it, in a run folder. No other process can train in the folder at the same time.
 
     Args:
         config: the run; its class says which task it is.
@@ -106,9 +106,9 @@ def train(
         wandb: a project of Weights & Biases that gets the numbers too.
 
     Raises:
-        UserError: bad input, found before any compute; a damaged checkpoint; a file that cannot be written.
+        UserError: bad input (found before any compute), a damaged checkpoint, or a file that cannot be written.
         NonFiniteError: a loss, gradient or update that is not finite.
-        Stopped: a signal came, or a data worker died; the run is saved as it was after the step then under way.
+        Stopped: a signal came, or a data worker died. The step under way was finished and the run saved.
     """
     started = time.perf_counter()
     trainer = trainer_of(config)
@@ -120,9 +120,10 @@ def train(
 
 
 def _with_decoder(config: Any, run_dir: Path) -> Any:
-    """Replace data.decoder="auto" by the decoder that the run began with, or else by the one installed here.
+    """Replace data.decoder="auto" by the decoder that the run began with, or in a new run by the one installed here.
 
-    The config that is stored then names a decoder, so that the run can go on where another would be chosen.
+    The stored config then names a decoder. So the run continues with the same pixels on a machine where "auto" would
+    choose another decoder.
     """
     if getattr(getattr(config, "data", None), "decoder", None) != "auto":
         return config
@@ -135,7 +136,7 @@ def _with_decoder(config: Any, run_dir: Path) -> Any:
 def open_run(
     call: TrainCall, config: RunConfig, class_names: Sequence[str] | None = None
 ) -> OpenRun:
-    """Make the run folder, or check that an existing one is of the same run, and hold it until the call ends.
+    """Create the run folder, or check that an existing one holds the same run, and lock it until the call ends.
 
     Args:
         call: what `train` was called with.

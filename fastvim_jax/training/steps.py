@@ -156,8 +156,8 @@ def make_train_step(
 
     Returns:
         The compiled step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
-        clipping), `param_norm` (before the update), `update_norm` and `finite_input`. The metric `norms` holds three
-        vectors, `grad`, `param` and `update`, with one norm for each parameter.
+        clipping), `param_norm` (before the update), `update_norm` and `finite_input` (whether every float of the batch
+        is finite). The metric `norms` holds three vectors, `grad`, `param` and `update`, with one norm per parameter.
     """
 
     def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A tree with one folder a class: `<root>/<split>/<class>/**/image.jpg`."""
+"""Read a tree with one folder per class: `<root>/<split>/<class>/**/image.jpg`."""
 
 from __future__ import annotations
 
@@ -41,28 +41,33 @@ EXTENSIONS = frozenset(
 class ImageFolderSource:
     """One split of a tree of class folders.
 
-    Labels come from, in this order: the class list given, `classes.tsv`, `.csv` or `.txt` in the root, the
-    sorted folders of `train`, the sorted folders of the split itself. So a split that lacks some classes
-    keeps the labels of training. A class folder without images is allowed; an unknown folder is an error.
-    Hidden files and folders are left out at every depth, and links out of the root are an error unless
-    `follow_links`.
+    Labels come from the first of these that exists: the given class list; `classes.tsv`, `.csv` or `.txt` in the root;
+    the sorted folders of `train`; the sorted folders of the split itself. So a split that lacks some classes keeps the
+    labels of training. A class folder may be empty. A folder that is no known class is an error. Hidden files and
+    folders are skipped at every depth.
+
+    Args:
+        root: the data set's folder.
+        split: name of the split's folder in it.
+        class_list: a file that lists the classes; see `class_lists`.
+        follow_links: read files that links lead to outside the root. Otherwise such a link is an error.
     """
 
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, follow_links: bool = False
     ) -> None:
-        self._root = root / split
-        if not self._root.is_dir():
+        self._split_folder = root / split
+        if not self._split_folder.is_dir():
             splits = folders_in(root)
             raise UserError(
-                f"{str(self._root)!r} does not exist; folders found there: {', '.join(splits) or 'none'}."
+                f"{str(self._split_folder)!r} does not exist; folders found there: {', '.join(splits) or 'none'}."
                 + suggest(split, splits)
             )
-        self._home = root
+        self._root = root
         self._follow_links = follow_links
         home = os.path.realpath(root)
-        check_link(str(self._root), home, follow_links=follow_links)
-        folders = folders_in(self._root)
+        check_link(str(self._split_folder), home, follow_links=follow_links)
+        folders = folders_in(self._split_folder)
         if class_list:
             classes = read_class_list(class_list)
         else:
@@ -72,7 +77,7 @@ class ImageFolderSource:
         unknown = [printable(folder) for folder in folders if folder not in label_of]
         if unknown:
             raise UserError(
-                f"{str(self._root)!r} has folders that are no known class: {', '.join(unknown[:5])}"
+                f"{str(self._split_folder)!r} has folders that are no known class: {', '.join(unknown[:5])}"
                 f"{' ...' if len(unknown) > 5 else ''}. Classes come from the class list or from train/."
             )
 
@@ -80,9 +85,9 @@ class ImageFolderSource:
             files: list[str] = []
             labels: list[int] = []
             for folder in folders:
-                check_link(str(self._root / folder), home, follow_links=follow_links)
-                for file in self._images(self._root / folder):
-                    files.append(os.path.relpath(file, self._root))
+                check_link(str(self._split_folder / folder), home, follow_links=follow_links)
+                for file in self._images(self._split_folder / folder):
+                    files.append(os.path.relpath(file, self._split_folder))
                     labels.append(label_of[folder])
             return {**Texts.pack(files), "labels": np.asarray(labels, np.int64)}
 
@@ -90,7 +95,7 @@ class ImageFolderSource:
         self._files, self._labels = Texts.packed(found), SharedArray(found["labels"])
         if not len(self._files):
             raise UserError(
-                f"No images in {str(self._root)!r}: expected one folder a class, with files ending in "
+                f"No images in {str(self._split_folder)!r}: expected one folder per class, with files ending in "
                 f"{', '.join(sorted(EXTENSIONS))}."
             )
 
@@ -103,24 +108,24 @@ class ImageFolderSource:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        file = os.path.join(self._root, self._files[index])
+        file = os.path.join(self._split_folder, self._files[index])
         return Record(read_file(file), int(self.labels[index]), printable(file))
 
     def stamp(self, index: int) -> str:
-        """Return what changes with a record: its file and label (`fingerprint.Stamped`)."""
+        """Return a string that changes whenever a record's file or label does (`fingerprint.Stamped`)."""
         file = self._files[index]
-        return f"{file_stamp(self._root / file)} {self.labels[index]} {file}"
+        return f"{file_stamp(self._split_folder / file)} {self.labels[index]} {file}"
 
     def unread(self) -> list[str]:
-        """Files in the split that are no record: of another extension, or beside the class folders; hidden ones not."""
+        """List files of the split that are not read: files of other types, or beside the class folders; none hidden."""
         read = set(self._files)
-        found = walk(self._root, self._home, follow_links=self._follow_links)
-        names = (os.path.relpath(file, self._root) for file in found)
+        found = walk(self._split_folder, self._root, follow_links=self._follow_links)
+        names = (os.path.relpath(file, self._split_folder) for file in found)
         return [printable(name) for name in names if name not in read]
 
     def _images(self, folder: Path) -> Iterator[str]:
         """List image files under a class folder, in an order that does not depend on the file system."""
-        found = walk(folder, self._home, follow_links=self._follow_links)
+        found = walk(folder, self._root, follow_links=self._follow_links)
         return (file for file in found if os.path.splitext(file)[1].lower() in EXTENSIONS)
 
 
@@ -130,6 +135,6 @@ def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:
 
 
 def folders_in(root: Path) -> list[str]:
-    """Names of the sub-folders, sorted, hidden ones left out."""
+    """List the names of the sub-folders, sorted, without hidden ones."""
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

@@ -1,4 +1,4 @@
-"""Anchors: the boxes of fixed shape that the region proposal network scores at every place of every level."""
+"""Build anchors: the boxes of fixed shape that the region proposal network scores at every cell of every level."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def level_anchors(
 ) -> Float[np.ndarray, "n 4"]:
     """Return one level's anchors, float64, in the order row, column, ratio.
 
-    They are centred on (column·stride, row·stride): cells' corners, as the reference has it, not their middles.
+    They are centred on the cells' upper left corners (column·stride, row·stride), as in the reference, not on the
+    cells' middles.
     """
     y, x = np.meshgrid(*(np.arange(n) * float(stride) for n in grid), indexing="ij")
     centres = np.stack([x, y, x, y], -1)[:, :, None]

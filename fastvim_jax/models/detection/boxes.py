@@ -1,6 +1,7 @@
-"""Boxes (x1, y1, x2, y2) in continuous pixel coordinates: overlap, deltas, clipping. No +1 anywhere.
+"""Compute with boxes (x1, y1, x2, y2): overlap, deltas, clipping.
 
-Deltas of a box p to a target g, divided by `stds`:
+Coordinates are continuous, in pixels: a box's width is x2 - x1, without the + 1 of older detectors. The deltas from a
+box p to a target g, before they are divided by `stds`, are
 
     ((gx - px) / pw, (gy - py) / ph, log(gw / pw), log(gh / ph)),   x, y the centres
 """

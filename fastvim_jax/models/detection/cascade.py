@@ -1,7 +1,10 @@
-"""Cascade Mask R-CNN on a plain backbone: one stride-16 map, a simple pyramid, proposals, and stages that refine them.
+"""Define Cascade Mask R-CNN on a plain backbone: one stride-16 map, a pyramid, proposals, and stages that refine them.
 
-Only the image size and the config decide the shape of an array: proposals, samples and detections are padded, and masks
-mark the valid ones. A program is compiled once for an image size, whatever the images hold.
+Only the image size and the config decide the shape of an array: proposals, samples and detections are padded, and
+`valid` marks the real ones. So one program is compiled per image size, whatever the images show.
+
+Letters: n boxes of an image, k detections of an image. `classes` counts the background, as the last one. `sets` is the
+number of deltas of a box: one for each class without the background, or one for all (`class_agnostic`).
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ class Detections(NamedTuple):
     """Detected objects of each image, best first; `valid` marks those that exist.
 
     Attributes:
-        boxes: in pixels of the original image (`scale` undone).
+        boxes: (x1, y1, x2, y2) in pixels of the original image, before it was resized.
         scores: from 0 to 1.
-        labels: classes from 0.
-        valid: marks detections.
-        masks: probabilities inside each box, or None without mask heads.
+        labels: classes, from 0 to num_classes - 1.
+        valid: marks the detections that exist.
+        masks: probabilities inside each box, `n` × `n` cells over the whole box; None without mask heads.
     """
 
     boxes: Float[Array, "b k 4"]
@@ -151,7 +154,7 @@ class CascadeRCNN(nnx.Module):
         size: Float[Array, "b 2"],
         scale: Float[Array, "b 2"],
     ) -> Detections:
-        """Refine proposals stage by stage, average the stages' logits, suppress, and predict masks."""
+        """Refine proposals stage by stage, average the stages' logits, drop duplicates, and predict masks."""
         found = self.suppress(
             *self.cascade(levels, proposals.boxes, size), proposals.valid, size, scale
         )
@@ -166,7 +169,7 @@ class CascadeRCNN(nnx.Module):
         boxes: Float[Array, "b n 4"],
         size: Float[Array, "b 2"],
     ) -> tuple[Float[Array, "b n 4"], Float[Array, "b n classes"], Float[Array, "b n sets 4"]]:
-        """Refine boxes stage by stage; return the last stage's input, the mean of all logits and the last deltas."""
+        """Refine boxes stage by stage; return the last stage's input boxes, the mean of all logits, and its deltas."""
         logits = []
         for i, (stage, settings) in enumerate(zip(self.stages, self.config.stages, strict=True)):
             scores, deltas = self.box_scores(stage, levels, boxes)
@@ -184,7 +187,7 @@ class CascadeRCNN(nnx.Module):
         size: Float[Array, "b 2"],
         scale: Float[Array, "b 2"],
     ) -> Detections:
-        """Turn what `cascade` returned into detections without masks."""
+        """Turn the results of `cascade` into detections without masks."""
         stage = self.config.stages[-1]
         return detections(boxes, logits, deltas, valid, stage, size, scale, self.config)
 
@@ -226,11 +229,11 @@ class CascadeRCNN(nnx.Module):
         return chosen.reshape(b, n, *logits.shape[1:3])
 
     def _pool(self, levels, boxes, bins):
-        """RoIAlign of every image's boxes, `(b n) bins bins c`."""
+        """Apply RoIAlign to the boxes of every image: `(b n) bins bins c`. The coarsest level, p6, is not read."""
         levels, strides = tuple(levels)[:4], self.config.strides[:4]
         cells = cell_bound([x.shape[1:3] for x in levels], strides)
 
-        # The gathered cells are large and cheap to gather again.
+        # Save nothing for the backward pass: the gathered cells are large, and cheap to gather again.
         @jax.checkpoint
         def one(levels, boxes):
             return roi_align(
@@ -254,15 +257,16 @@ def refine(
     size: Float[Array, "b 2"],
     labels: Int[Array, "b n"] | None = None,
 ) -> Float[Array, "b n 4"]:
-    """Decode each box with the deltas of its best foreground class; no gradient flows through.
+    """Move each box by the deltas of its best foreground class. No gradient flows through.
 
     Args:
-        boxes: What the deltas refer to.
+        boxes: The boxes that the deltas were predicted for.
         logits: Class logits, background last.
-        deltas: Of each class, or one set for all.
+        deltas: Deltas for each class, or one set for all.
         stage: Gives the deltas' standard deviations.
-        size: Height and width of each image, to clip to.
-        labels: Classes to use instead where they are foreground (a training step knows those of positives).
+        size: Height and width of each image; boxes are clipped to it.
+        labels: True classes of the boxes, if known (in training). Where they are foreground, they replace the best
+            class.
     """
     boxes, logits, deltas = jax.lax.stop_gradient((boxes, logits, deltas))
     chosen = jnp.argmax(logits[..., :-1], -1)
@@ -287,15 +291,15 @@ def detections(
     scale: Float[Array, "b 2"],
     config: DetectorConfig,
 ) -> Detections:
-    """Turn the last stage's boxes into detections: decode, clip, undo the resize, suppress within classes.
+    """Turn the last stage's boxes into detections: decode, clip, undo the resize, drop duplicates within classes.
 
     Args:
-        boxes: Boxes the deltas refer to.
+        boxes: The boxes that the deltas were predicted for.
         logits: Class logits, mean over stages, background last.
-        deltas: Of each class, or one set for all.
+        deltas: Deltas for each class, or one set for all.
         valid: Marks the boxes that are not padding.
         stage: Gives the deltas' standard deviations.
-        size: Height and width of each image, to clip to.
+        size: Height and width of each image; boxes are clipped to it.
         scale: Factors along width and height by which each image was resized.
         config: Gives thresholds and sizes.
     """

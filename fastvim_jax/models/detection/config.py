@@ -21,7 +21,7 @@ Four = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 @dataclass(frozen=True)
 class ProposalConfig:
-    """The region proposal network: its anchors, what it trains on and what it proposes."""
+    """The region proposal network: its anchors, its training targets, and how many boxes it proposes."""
 
     convs: NonNegativeInt = 2
     """Convolutions before the scores and deltas."""
@@ -32,23 +32,23 @@ class ProposalConfig:
     positive: Probability = 0.7
     """Least IoU of an anchor that belongs to an object."""
     negative: Probability = 0.3
-    """Below this IoU an anchor is background; also the least IoU of an object's best anchors, which belong to it."""
+    """Below this IoU an anchor is background. An object also gets its best anchors, if their IoU is at least this."""
     samples: PositiveInt = 256
-    """Anchors an image that a step trains on."""
+    """Anchors per image that a step trains on."""
     fraction: Probability = 0.5
     """Largest share of positives among them."""
     beta: PositiveFloat = 1 / 9
     """Where the smooth L1 loss of the deltas becomes linear."""
     nms: Probability = 0.7
-    """Proposals of one level that overlap a better one by more are dropped."""
+    """Proposals of one level whose IoU with a better one exceeds this are dropped."""
     train_before: PositiveInt = 2000
-    """Proposals a level before suppression, in training."""
+    """Proposals per level before suppression, in training."""
     train_after: PositiveInt = 2000
-    """Proposals an image after it, in training."""
+    """Proposals per image after suppression, in training."""
     test_before: PositiveInt = 1000
-    """Proposals a level before suppression, in detection."""
+    """Proposals per level before suppression, in detection."""
     test_after: PositiveInt = 1000
-    """Proposals an image after it, in detection."""
+    """Proposals per image after suppression, in detection."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model.rpn.")
@@ -59,9 +59,9 @@ class StageConfig:
     """One stage of the cascade."""
 
     overlap: Probability = 0.5
-    """Least IoU of a box that belongs to an object; below it is background."""
+    """Least IoU of a box that belongs to an object. Other boxes are background."""
     stds: Four = (0.1, 0.1, 0.2, 0.2)
-    """What the deltas are divided by."""
+    """Standard deviations that the deltas of x, y, width and height are divided by."""
     weight: PositiveFloat = 1.0
     """Weight of the stage's losses."""
 
@@ -109,18 +109,18 @@ class DetectorConfig:
     box_loss: Literal["l1", "smooth_l1"] = "l1"
     """Loss of the box heads' deltas; smooth_l1 is quadratic below 1."""
     samples: PositiveInt = 512
-    """Boxes an image that a stage trains on."""
+    """Boxes per image that a stage trains on."""
     fraction: Probability = 0.25
     """Largest share of positives among them."""
     score: Probability = 0.05
-    """Detections need a higher score."""
+    """Least score of a detection (exclusive)."""
     nms: Probability = 0.5
-    """Detections of one class that overlap a better one by more are dropped."""
+    """Detections of one class whose IoU with a better one exceeds this are dropped."""
     detections: PositiveInt = 100
-    """Detections an image."""
+    """Largest number of detections per image."""
     candidates: PositiveInt = 4096
-    """Pairs of box and class an image that enter suppression, the best by score. The result is that of all pairs
-    whenever no more reach `score`, or `detections` of these survive."""
+    """Pairs of box and class per image that enter suppression, the best by score. If no more pairs than this reach
+    `score`, or if `detections` of them survive, the result is the same as with all pairs."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model.")
@@ -162,10 +162,10 @@ class DetectorConfig:
 
 
 def cascade_mask_rcnn(backbone: VisionMambaConfig | ViTConfig, **options: Any) -> DetectorConfig:
-    """Configure a Cascade Mask R-CNN on a backbone, of which the last block is read.
+    """Configure a Cascade Mask R-CNN that reads the last block of a backbone.
 
-    `stages=(StageConfig(),)` makes a Mask R-CNN of it, `masks=False` besides a Faster R-CNN. Build the model with
-    `fastvim_jax.models.build_model`.
+    `stages=(StageConfig(),)` makes it a Mask R-CNN; with `masks=False` as well it is a Faster R-CNN. Build the model
+    with `fastvim_jax.models.build_model`.
 
     Args:
         backbone: for example `model_config("fastvim_tiny", image_size=1024)`; any FastVim, Vim or ViT.

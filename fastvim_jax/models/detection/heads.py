@@ -26,7 +26,19 @@ def _convs(count, width, out, eps, precision, rngs) -> list[ConvNorm]:
 
 
 class BoxHead(nnx.Module):
-    """Convolutions, one fully connected layer, then class scores and deltas."""
+    """Predict class scores and deltas of a box: convolutions, one fully connected layer, two linear outputs.
+
+    Args:
+        width: Channels of the features.
+        num_classes: Classes without the background.
+        convs: Number of 3 × 3 convolutions.
+        conv_width: Their channels.
+        hidden: Width of the fully connected layer.
+        class_agnostic: Predict one set of deltas for all classes.
+        eps: Epsilon of the norms.
+        precision: Dtypes of parameters and products.
+        rngs: Source of the initial weights.
+    """
 
     def __init__(
         self,
@@ -64,7 +76,7 @@ class BoxHead(nnx.Module):
     def __call__(
         self, x: Float[Array, "n h w c"]
     ) -> tuple[Float[Array, "n classes"], Float[Array, "n boxes 4"]]:
-        """Return class logits (background last) and deltas of each class, or of one for all; float32 or wider."""
+        """Return class logits (background last), and deltas for each class or one set for all; float32 or wider."""
         for conv in self.convs:
             x = jax.nn.relu(conv(x))
         x = jax.nn.relu(self.fc(x))
@@ -72,7 +84,10 @@ class BoxHead(nnx.Module):
 
 
 class MaskHead(nnx.Module):
-    """Convolutions, doubled resolution, then one mask of logits for each class."""
+    """Predict one mask of logits for each class: convolutions, doubled resolution, a 1 × 1 convolution.
+
+    Args: as for `BoxHead`.
+    """
 
     def __init__(
         self,

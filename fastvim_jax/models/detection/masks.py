@@ -1,4 +1,4 @@
-"""Masks of objects: packed bits in, training targets of 28 × 28, and pasting predictions back into an image."""
+"""Make training targets of 28 × 28 from packed masks of objects, and paste predicted masks back into an image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def mask_targets(
     *,
     size: int = TARGET_SIZE,
 ) -> Float[Array, "n size size"]:
-    """Average each object's mask inside the bins of its box, as RoIAlign with adaptive samples does; targets are ≥ 0.5.
+    """Average each object's mask inside the bins of its box, as RoIAlign with adaptive samples does.
+
+    The caller compares the averages with 0.5 to get the targets.
 
     Args:
-        masks: Bits along the width, as `numpy.packbits` packs them: masks of whole images are large.
-        width: Pixels of a row, of which the last byte may hold fewer than eight.
-        boxes: Boxes, clipped here to the image.
-        objects: Which mask a box reads.
+        masks: Masks of whole images. They are large, so `numpy.packbits` has packed eight pixels of a row into a byte.
+        width: Pixels of a row. The last byte of a row may hold fewer than eight.
+        boxes: Boxes; they are clipped to the image here.
+        objects: Index of the mask that each box reads.
         size: Bins along each side.
     """
     height = masks.shape[1]
@@ -51,17 +53,16 @@ def mask_targets(
         exact = jax.lax.Precision.HIGHEST
         return jnp.matmul(jnp.matmul(rows, bits, precision=exact), columns.T, precision=exact)
 
-    # Unpacked, the masks of one batch would fill a GPU: a few boxes at a time.
+    # Work on a few boxes at a time, because the unpacked masks of a batch would fill a GPU.
     return jax.lax.map(one, (boxes, objects), batch_size=min(16, max(len(boxes), 1)))
 
 
 def paste_mask(
     probability: Float[np.ndarray, "n n"], box: Float[np.ndarray, " 4"], height: int, width: int
 ) -> Float[np.ndarray, "height width"]:
-    """Sample a predicted mask at the pixels of an image: bilinear inside its box, zero outside. On the host.
+    """Sample a predicted mask at the pixels of an image, on the host: bilinear inside its box, zero outside.
 
-    The value at pixel p is that at (p + 0.5 - x0) / (x1 - x0) · n - 0.5 of the mask's cells; the object is where this
-    is at least 0.5.
+    Pixel p reads the mask at (p + 0.5 - x0) / (x1 - x0) · n - 0.5, counted in cells.
     """
     n = len(probability)
     weights = []

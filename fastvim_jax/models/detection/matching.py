@@ -1,4 +1,4 @@
-"""Which boxes belong to which objects, and which of them a step trains on: all of fixed size, with masks."""
+"""Match boxes with objects, and sample the boxes that a step trains on. Arrays have fixed sizes; masks mark entries."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ IGNORED, BACKGROUND = -1, 0
 
 
 class Assignment(NamedTuple):
-    """Object of every box: k + 1 for object k, 0 for background, -1 for neither; and its largest IoU."""
+    """The match of every box.
+
+    Attributes:
+        objects: k + 1 for object k, 0 for background, -1 for neither.
+        overlap: the box's largest IoU with any object.
+    """
 
     objects: Int[Array, " n"]
     overlap: Float[Array, " n"]
 
 
 class Sample(NamedTuple):
-    """Boxes drawn for a step: first the positives, then the negatives, each in index order; then unused slots.
+    """The boxes drawn for a step, `k` slots: first positives, then negatives, each in index order, then unused slots.
 
     Attributes:
-        indices: of the drawn boxes.
-        objects: index of the object of a positive, else 0.
-        positive: marks positives, which can only stand in the first `limit` slots.
+        indices: indices of the drawn boxes.
+        objects: for a positive the index of its object, else 0.
+        positive: marks positives. They can only fill the first `int(count * fraction)` slots.
         valid: marks the slots that are used.
     """
 
@@ -48,9 +53,9 @@ def assign(
 ) -> Assignment:
     """Assign boxes to objects by IoU.
 
-    A box whose largest IoU is below `negative` is background; from `positive` on it belongs to the object of that IoU,
-    the first of equal ones. With `low_quality`, an object whose best IoU reaches that value gets every box of exactly
-    this IoU, too; where several objects claim a box, the last one has it.
+    A box whose largest IoU is below `negative` is background. If its largest IoU is at least `positive`, the box
+    belongs to that object, the first one of equals. With `low_quality`, an object also gets the boxes that overlap it
+    best, if their IoU is at least `low_quality`; if several objects claim a box, the last one gets it.
 
     Args:
         boxes: Anchors or proposals.
@@ -62,7 +67,7 @@ def assign(
         low_quality: Least best IoU of an object for the second rule; None: no second rule.
     """
     iou = jnp.where(valid[:, None] & present, overlaps(boxes, objects), -1.0)
-    # Computed once: the second rule compares entries with their own maximum, bit by bit.
+    # Keep XLA from computing this twice, because the second rule compares entries with their own maximum, bit by bit.
     iou = jax.lax.optimization_barrier(iou)
     overlap = jnp.maximum(jnp.max(iou, 1, initial=-1.0), jnp.where(valid, 0.0, -1.0))
     first = (
@@ -81,7 +86,10 @@ def assign(
 def thin(
     candidates: Bool[Array, " n"], priority: Float[Array, " n"], count: Int[Array, ""], limit: int
 ) -> Bool[Array, " n"]:
-    """Keep the `count` candidates of lowest priority number, or all; `limit` is a static bound on `count`."""
+    """Keep the `count` candidates with the lowest priority numbers, or all if there are fewer.
+
+    `limit` is a static bound on `count`.
+    """
     limit = min(limit, len(candidates))
     values, indices = jax.lax.top_k(jnp.where(candidates, -priority, -jnp.inf), limit)
     kept = (values > -jnp.inf) & (jnp.arange(limit) < count)
@@ -97,11 +105,11 @@ def choose(
 ) -> tuple[Bool[Array, " n"], Bool[Array, " n"]]:
     """Choose at most `count` boxes, at most `fraction` of them positive, and mark positives and negatives.
 
-    Missing positives are made up for by negatives.
+    If there are too few positives, more negatives are chosen.
 
     Args:
         assigned: `Assignment.objects`.
-        priority: A random number per box, for positives and for negatives; the lowest are taken.
+        priority: One random number per box as a positive and one as a negative; the boxes with the lowest are chosen.
         count: Boxes to choose.
         fraction: Largest share of positives.
     """

@@ -1,9 +1,9 @@
-"""Greedy non-maximum suppression of fixed size, exact, without a loop over boxes.
+"""Compute greedy non-maximum suppression: exact, of fixed size, without a loop over boxes.
 
 Greedy suppression keeps box j if no kept box before it (by score) overlaps it by more than the threshold. Iterating
-`keep = not any(keep[i] and overlaps[i, j], i < j)` from "keep all" reaches exactly that set: after k steps the first k
-boxes are right, and a set that no longer changes is right everywhere. It takes as many steps as the longest chain of
-boxes that suppress each other, about ten on real images, and every step is one product of a vector with a matrix.
+`keep[j] = not any(keep[i] and overlaps[i, j], i < j)` from "keep all" reaches exactly that set: after k steps the first
+k boxes are right, and a set that no longer changes is right everywhere. The number of steps is the longest chain of
+boxes that suppress each other, about ten on real images. Every step is one product of a vector with a matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from fastvim_jax.models.detection.boxes import overlaps
 
 
 class Best(NamedTuple):
-    """The best `k` of `n` entries: their scores, indices and whether there were so many valid ones."""
+    """The best `k` of `n` entries, best first.
+
+    Attributes:
+        scores: their scores; 0 for padding.
+        indices: their indices.
+        valid: False for padding, if fewer than `k` entries were valid.
+    """
 
     scores: Float[Array, "*b k"]
     indices: Int[Array, "*b k"]
@@ -26,7 +32,7 @@ class Best(NamedTuple):
 
 
 def best(scores: Float[Array, "*b n"], valid: Bool[Array, "*b n"], k: int) -> Best:
-    """Return the `k` valid entries of highest score, equal scores by index; `k` may exceed n, which pads."""
+    """Return the `k` valid entries of highest score, equal scores in index order. If `k` exceeds n, pad."""
     n = scores.shape[-1]
     values, indices = jax.lax.top_k(jnp.where(valid, scores, -jnp.inf), min(k, n))
     found = values > -jnp.inf

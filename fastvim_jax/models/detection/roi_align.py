@@ -1,4 +1,4 @@
-"""RoIAlign with the reference's adaptive number of samples: exact, of fixed shape, as products of matrices.
+"""Compute RoIAlign with the reference's adaptive number of samples: exact, of fixed shape, as matrix products.
 
 A box of w × h cells has bins of w/n × h/n cells; each bin is the mean of ceil(w/n) × ceil(h/n) bilinear samples. A
 bilinear sample on a grid is separable, so the weight of cell (y, x) in bin (p, q) is `rows[p, y] · columns[q, x]`, each
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from fastvim_jax.models.detection.boxes import sides
 
 BASE_SIZE = 56
-"""Side in pixels of the square boxes at which level 1 begins is twice this; level k begins at 2^k times."""
+"""Pixels. Square boxes with sides from 2^k times this read level k (from 0)."""
 
 
 def box_levels(boxes: Float[Array, "*n 4"], levels: int) -> Int[Array, "*n"]:
@@ -41,7 +41,7 @@ def cell_bound(
     Args:
         grids: Rows and columns of each level.
         strides: Pixels of a cell of each level.
-        levelled: Boxes are at the level that `box_levels` gives; otherwise any box may be at any level.
+        levelled: Whether every box reads the level that `box_levels` gives. Otherwise any box may read any level.
     """
     bound = 1
     for level, ((rows, columns), stride) in enumerate(zip(grids, strides, strict=True)):
@@ -74,7 +74,7 @@ def roi_align(
         level: The map each box reads.
         strides: Pixels of a cell of each map.
         size: Bins along height and width.
-        cells: Cells gathered a box, from `cell_bound`; a box that reads more loses those at its bottom.
+        cells: Cells gathered per box, from `cell_bound`. A box that needs more loses those at its bottom.
         ratio: Samples along each side of a bin; 0: ceil(side / bins), the reference's setting.
 
     Returns:
@@ -103,7 +103,7 @@ def roi_align(
 
 @jax.custom_vjp
 def _take(table: Float[Array, "cells c"], index: Int[Array, "n m"]) -> Float[Array, "n m c"]:
-    """Return rows of `table`, whose gradients are added up in float32 or wider: a cell is read by hundreds of boxes."""
+    """Return rows of `table`. Add up their gradients in float32 or wider, because hundreds of boxes may read a cell."""
     return table[index]
 
 
@@ -122,7 +122,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def _cell_weights(box, grid, size, cells, ratio):
-    """Weights `bins cells` of the cells that one box reads, and their index in its map, row by row."""
+    """Return the weights `bins cells` of the cells that one box reads, and their indices in its map, row by row."""
     axes = []
     for axis, bins in enumerate(size):
         low, high = box[1 - axis], box[3 - axis]
@@ -153,8 +153,9 @@ def axis_weights(
 ) -> Float[Array, "bins n"]:
     """Weigh cells along one axis: the mean over a bin's samples of the hat function around the cell.
 
-    The samples of a bin are evenly spaced, so those between two cells are a run of indices whose mean is its middle: no
-    loop over samples. A sample below -1 or above `limit` counts for nothing, others are clamped to the cells.
+    The samples of a bin are evenly spaced, so the mean of those between two cells is the middle of the first and the
+    last one. This needs no loop over samples. Samples below -1 or above `limit` are ignored, others are clamped to the
+    cells.
 
     Args:
         cell: Cells, numbers from 0 to `limit` - 1; cell i lies at i.
@@ -169,7 +170,7 @@ def axis_weights(
     at = lambda i: start + (i + 0.5) * step  # noqa: E731
 
     def below(place, inclusive=False):
-        """Count a bin's samples below `place`, by division and then exactly."""
+        """Count a bin's samples below `place`: estimate by division, then correct the rounding error."""
         i = jnp.clip(jnp.ceil((place - start) / jnp.maximum(step, 1e-30) - 0.5), 0, count)
         i = jnp.where((i > 0) & (at(i - 1) >= place), i - 1, i)
         i = jnp.where((i < count) & (at(i) < place), i + 1, i)

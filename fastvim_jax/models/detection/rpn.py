@@ -1,4 +1,4 @@
-"""The region proposal network: scores and deltas of anchors, their targets, and proposals."""
+"""Define the region proposal network: scores and deltas of anchors, their training targets, and proposals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastvim_jax.models.detection.nms import Best, best, suppress
 from fastvim_jax.precision import Precision
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
+"""Standard deviations of the anchors' deltas: they are used as they are."""
 
 
 class RPNHead(nnx.Module):
@@ -70,7 +71,13 @@ class RPNHead(nnx.Module):
 
 
 class Anchors(NamedTuple):
-    """Anchors of all levels one after the other (float64) and which of them the padded image reaches."""
+    """Anchors of all levels, one level after the other.
+
+    Attributes:
+        boxes: (x1, y1, x2, y2) in pixels, float64.
+        valid: marks the anchors of cells that the padded image reaches.
+        counts: anchors of each level.
+    """
 
     boxes: Float[np.ndarray, "n 4"]
     valid: Bool[np.ndarray, " n"]
@@ -96,12 +103,12 @@ def make_anchors(
 
 
 class AnchorTargets(NamedTuple):
-    """What a step trains anchors on, for one image.
+    """Training targets of the anchors of one image.
 
     Attributes:
-        sampled: marks the anchors that count.
-        positive: marks those of them that belong to an object.
-        deltas: from an anchor to its object; only those of positives mean something.
+        sampled: marks the anchors that enter the loss.
+        positive: marks the sampled anchors that belong to an object.
+        deltas: from an anchor to its object; only the entries of positive anchors are used.
     """
 
     sampled: Bool[Array, " n"]
@@ -117,7 +124,7 @@ def anchor_targets(
     priority: Float[Array, "2 n"],
     config: ProposalConfig,
 ) -> AnchorTargets:
-    """Assign and sample the anchors of one image; those that leave the image of `size` (height, width) do not count."""
+    """Assign and sample the anchors of one image. Anchors that leave the image (`size`: height, width) take no part."""
     boxes = jnp.asarray(anchors.boxes, objects.dtype)
     usable = jnp.asarray(anchors.valid) & inside(boxes, size)
     assigned = assign(
@@ -158,16 +165,16 @@ def propose(
 ) -> Proposals:
     """Turn scores and deltas into proposals. No gradient flows through them.
 
-    Of each level the best `before` are decoded, clipped to the image and suppressed among themselves; the best
-    `after` of all levels remain.
+    On each level, the best `before` anchors are decoded and clipped to the image, and non-maximum suppression drops
+    duplicates among them. The best `after` of all levels remain.
 
     Args:
         scores: Logits of each level.
         deltas: Deltas of each level.
         anchors: From `make_anchors`.
         size: Height and width of each image.
-        before: Boxes a level before suppression.
-        after: Boxes an image after it.
+        before: Boxes per level before suppression.
+        after: Boxes per image after suppression.
         threshold: Largest IoU of two proposals of a level.
     """
     scores, deltas = jax.lax.stop_gradient((list(scores), list(deltas)))

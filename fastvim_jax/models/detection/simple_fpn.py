@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid on one stride-16 map, and the two layers that neck and heads are made of."""
+"""Define ViTDet's simple feature pyramid on one stride-16 map, and the two layers that it and the heads are made of."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ConvNorm(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """A transposed convolution of 2 × 2 with stride 2: every cell becomes four, each by its own matrix."""
+    """A transposed convolution of 2 × 2 with stride 2: every cell becomes four, each through a matrix of its own."""
 
     def __init__(self, width: int, out: int, *, precision: Precision, rngs: nnx.Rngs):
         kernel_init = he_normal(in_axis=2, out_axis=(0, 1, 3))
@@ -57,7 +57,7 @@ class Upsample(nnx.Module):
 
 
 class SimpleFPN(nnx.Module):
-    """Five levels of strides 4, 8, 16, 32 and 64 from one map of stride 16; there is no top-down path.
+    """Make five levels of strides 4, 8, 16, 32 and 64 from one map of stride 16, without a top-down path.
 
     p2 = up(gelu(norm(up(x)))), p3 = up(x), p4 = x, p5 = max-pool(x); each then a 1 × 1 and a 3 × 3 `ConvNorm`, without
     activation; p6 is every second cell of p5.

@@ -1,4 +1,4 @@
-"""Supervised training, from top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
+"""Train a classifier, from top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)
     place = partial(place_batch, mesh)
-    share: dict[str, Any] = {
+    this_process: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
     # Data
     config = dataclasses.replace(config, data=config.data.resolved())
-    found = make_train_iterator(config.data, seed=config.seed, mesh=mesh, **share)
-    batches = DevicePrefetch(found, place)
+    host_batches = make_train_iterator(config.data, seed=config.seed, mesh=mesh, **this_process)
+    batches = DevicePrefetch(host_batches, place)
     eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
-    eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **share)
+    eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **this_process)
     call.opened.callback(batches.close)
     call.opened.callback(eval_batches.close)
     class_names = batches.source.class_names
@@ -72,7 +72,9 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
     def build() -> nnx.Module:
         return build_model(config.model, rngs=nnx.Rngs(config.seed))
 
-    graphdef, params = nnx.split(nnx.eval_shape(build))  # Only shapes.
+    graphdef, params = nnx.split(
+        nnx.eval_shape(build)
+    )  # Shapes only; `begin` below builds the weights.
 
     # Optimizer
     learning_rate = learning_rate_schedule(
@@ -88,7 +90,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
         total_steps=config.epochs * batches.steps_per_epoch,
     )
 
-    # State: built, or restored, where it lies
+    # State: built or restored directly on its devices
     def begin() -> TrainState:
         return init_state(nnx.state(build()), optimizer, ema=config.ema_decay is not None)
 

@@ -233,7 +233,7 @@ def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished, capsys):
     )
     try:
         assert train(free, folder).metrics == result.metrics
-        assert "the average (ema) will still be 10% the initial" in capsys.readouterr().err
+        assert "the average (ema) will still hold 10% of the initial" in capsys.readouterr().err
     finally:
         train(CONFIG, folder, progress=False)  # for the tests that follow
 
