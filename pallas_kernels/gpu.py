@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from pallas_kernels.trial import Trial, compile_failure
+
 logger = logging.getLogger("pallas_kernels")
 
 OLDEST_JAX = (0, 11, 1)
@@ -53,7 +55,12 @@ def switched_off() -> str | None:
     return "the program is to be portable" if _off.get() else None
 
 
-def choose(implementation: str, operation: str, unsupported: Callable[[], str | None]) -> bool:
+def choose(
+    implementation: str,
+    operation: str,
+    unsupported: Callable[[], str | None],
+    trial: Trial | None = None,
+) -> bool:
     """Return whether `operation` runs as kernels.
 
     Args:
@@ -61,6 +68,8 @@ def choose(implementation: str, operation: str, unsupported: Callable[[], str | 
         operation: its name, for messages.
         unsupported: returns why the kernels cannot take this call, or None. It is called, and may import the kernels,
             only where kernels can run.
+        trial: the kernels of this call. With "auto" they are compiled first on devices other than Hopper GPUs, where
+            nobody has tried them.
 
     Raises:
         NotImplementedError: the implementation is "pallas", and the kernels cannot run. With "auto" the reason is
@@ -70,6 +79,8 @@ def choose(implementation: str, operation: str, unsupported: Callable[[], str | 
         return False
     missing = kernels_missing()
     reason = missing or unsupported()
+    if reason is None and implementation == "auto" and trial is not None and not _tried():
+        reason = compile_failure(operation, trial)
     if reason is None:
         return True
     if implementation == "pallas":
@@ -122,6 +133,13 @@ def wgmma_missing() -> str | None:
     else:
         hopper = all(9.0 <= version < 10.0 for version in _capabilities())
     return None if hopper else f"{device_kind()} does not have Hopper's matrix instructions"
+
+
+def _tried() -> bool:
+    """Return whether programs are traced for Hopper GPUs, an abstract device or the interpreter."""
+    if interpreted() or _abstract_gpu() is not None:
+        return True
+    return all(9.0 <= version < 10.0 for version in _capabilities())
 
 
 def device_kind() -> str:

@@ -18,6 +18,7 @@ from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.sharding import mark_varying, match_types, per_shard
+from pallas_kernels.trial import Trial
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 
@@ -70,7 +71,15 @@ def sequence_core(
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     rounded = _Rounded(middle, xz.dtype)
-    stages = _stages(implementation, xz, convolutions, float(eps))
+
+    def run(xz, convolutions, norm):
+        always = _Stages("always", float(eps))
+        return _core(
+            always, _Rounded(lambda _, c: (c[0], c[1]), xz.dtype), xz, convolutions, norm, ()
+        )
+
+    trial = Trial(run, (xz, convolutions, norm), float(eps))
+    stages = _stages(implementation, xz, convolutions, float(eps), trial)
     if stages is None:
         stages = _Stages("never", float(eps))
         y = rounded(middle_params, stages.front(xz, convolutions))
@@ -137,7 +146,7 @@ class _Stages:
         return per_shard(either, operands, results, split="b", opaque=True)
 
 
-def _stages(name: str, xz, convolutions, eps: float) -> _Stages | None:
+def _stages(name: str, xz, convolutions, eps: float, trial: Trial) -> _Stages | None:
     """Return the stages that may run as kernels, or None for plain XLA."""
 
     def unsupported():
@@ -145,7 +154,7 @@ def _stages(name: str, xz, convolutions, eps: float) -> _Stages | None:
 
         return mosaic_sequence.unsupported(xz, convolutions)
 
-    runs = gpu.choose(name, "sequence_core", unsupported)
+    runs = gpu.choose(name, "sequence_core", unsupported, trial)
     return _Stages("always" if name == "pallas" else "on CUDA", eps) if runs else None
 
 

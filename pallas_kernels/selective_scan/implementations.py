@@ -13,8 +13,15 @@ from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
 from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, Bidirectional, of_direction
 from pallas_kernels.selective_scan.sharded import Sharded
-from pallas_kernels.selective_scan.types import Backend, ScanForward, ScanInputs, ScanOptions
+from pallas_kernels.selective_scan.types import (
+    Backend,
+    ScanForward,
+    ScanInputs,
+    ScanOptions,
+    ScanOutput,
+)
 from pallas_kernels.sharding import mark_varying
+from pallas_kernels.trial import Trial
 
 _MODULES = {
     "pallas": "pallas_kernels.selective_scan.mosaic",
@@ -130,7 +137,14 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
     if name == "triton":  # what its kernels do not cover
         name = "xla_associative"
     kernel_name = "pallas_bidirectional" if both else "pallas"
-    if gpu.choose(name, "selective_scan", lambda: _module(kernel_name).unsupported(inputs)):
+
+    def run(inputs: ScanInputs) -> ScanOutput:
+        kernel = _module(kernel_name)
+        options = ScanOptions(True, False, False, kernel.chunk_length(inputs))
+        return vjp.scan(Sharded(kernel, opaque=True), options, inputs)[0]
+
+    unsupported = lambda: _module(kernel_name).unsupported(inputs)  # noqa: E731
+    if gpu.choose(name, "selective_scan", unsupported, Trial(run, (inputs,), kernel_name)):
         kernel = _module(kernel_name)
         backend = kernel if name == "pallas" else KernelOnCuda(kernel, xla)
         chunk = kernel.chunk_length(inputs)

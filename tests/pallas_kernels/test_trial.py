@@ -1,0 +1,105 @@
+"""Kernels that do not compile on a device nobody tried them on: one line, and XLA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu, mixer_core, selective_scan, sequence_core, trial
+from pallas_kernels.mixer_core.sequence_xla import Convolutions
+from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_scan as scan
+from tests.pallas_kernels.mosaic_support import needs_mosaic, relative_errors
+
+pytestmark = needs_mosaic
+GRID = {"rows": 3, "columns": 4}
+
+
+@pytest.fixture
+def blackwell(monkeypatch):
+    """A device that nobody has tried; on this CPU no Mosaic kernel compiles."""
+    monkeypatch.setattr(gpu, "_capabilities", lambda: (10.0,))
+    monkeypatch.setattr(gpu, "_no_device", lambda: None)
+    monkeypatch.setattr(trial, "_results", {})
+    gpu.log_once.cache_clear()
+
+
+def operations(rng):
+    """Each operation as a function of its implementation, and its arrays."""
+    (xz, directions, norm, params), _ = core.draw(rng, 1, 3, 4, 128)
+    convolutions = Convolutions(directions.kernels, directions.biases)
+    middle = lambda _, c: (c[0], c[1])  # noqa: E731
+    inputs = scan.draw(rng, 1, 6, 32, 4)
+    return {
+        "mixer_core": (
+            lambda name, xz: mixer_core(
+                xz, directions, norm, params, middle=middle, implementation=name, **GRID
+            ),
+            xz,
+        ),
+        "sequence_core": (
+            lambda name, xz: sequence_core(
+                xz, convolutions, norm, params, middle=middle, implementation=name
+            ),
+            xz,
+        ),
+        "selective_scan": (
+            lambda name, u: selective_scan(**{**inputs, "u": u}, implementation=name),
+            inputs["u"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("operation", ["mixer_core", "sequence_core", "selective_scan"])
+def test_kernels_that_do_not_compile(blackwell, rng, caplog, operation):
+    run, x = operations(rng)[operation]
+    value = lambda name: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(name, x)))))  # noqa: E731
+    got = value("auto")(x)
+    value("auto")(x)
+    assert max(relative_errors(got, value("xla")(x))) < 1e-6
+    (record,) = caplog.records
+    said = f"{operation}: using XLA and not the GPU kernels, since they do not compile for cpu"
+    assert record.message.startswith(said)
+    assert "Error: " in record.message
+    with pytest.raises(Exception, match=r"(?i)cpu"):  # the compiler's own
+        value("pallas")(x)
+
+
+def test_it_compiles_once_for_each_shape(blackwell, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(trial, "_failure", lambda run, arrays: compiled.append(arrays))
+    choose = lambda size, name="auto": gpu.choose(  # noqa: E731
+        name, "an operation", lambda: None, trial.Trial(jnp.sin, (np.zeros(size),), None)
+    )
+    assert all([choose(3), choose(3), choose(4), choose(4, "pallas")])
+    assert [arrays[0].shape for arrays in compiled] == [(3,), (4,)]
+    monkeypatch.setattr(gpu, "_capabilities", lambda: (9.0, 9.0))
+    assert choose(5)
+    assert len(compiled) == 2
+
+
+def test_what_it_compiles_is_forward_and_backward():
+    """Outside of the mesh and the arrays of the program that is being traced; integers have no gradient."""
+    seen = []
+
+    @jax.custom_vjp
+    def run(x, ids):
+        seen.append(jax.sharding.get_abstract_mesh().empty)
+        return x * ids
+
+    def backward(_, bar):
+        seen.append(jax.sharding.get_abstract_mesh().empty)
+        return bar, None
+
+    run.defvjp(lambda x, ids: (run(x, ids), None), backward)
+
+    def traced(x):
+        arrays = (x, jnp.ones(3, jnp.int32))
+        assert trial.compile_failure("an operation", trial.Trial(run, arrays, 0)) is None
+        return x
+
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        jax.jit(traced)(jnp.ones(3))
+    assert seen == [True, True]
