@@ -100,14 +100,14 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
     }
 
 
-def peer_rows(batches: list[int]) -> Iterator[dict[str, Any]]:
+def peer_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield images a second of a compiled PyTorch ChannelViT-S, forward."""
     from benchmarks.peers.channel_vit import measure
 
-    for patch in (16, 8):
-        for batch in batches:
-            for dtype in ("bfloat16", "float32"):
-                yield measure(patch=patch, batch=batch, dtype=dtype)
+    for patch in options.patches:
+        for batch in options.batches:
+            for dtype in options.dtypes:
+                yield measure(patch=patch, batch=batch, dtype=dtype, mode=options.mode)
 
 
 def main() -> int:
@@ -119,6 +119,11 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=list(TRAINED))
     parser.add_argument("--batch", type=int, default=32, help="of the training steps")
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the peer")
+    parser.add_argument("--patches", type=int, nargs="*", default=[16, 8], help="of the peer")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], help="of the peer")
+    parser.add_argument(
+        "--mode", default="", help="of torch.compile; by default the one that searches most"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -140,7 +145,7 @@ def main() -> int:
             ("", 0, lambda r: r.get("failed", "")),
         )
     else:
-        rows = peer_rows(options.batches)
+        rows = peer_rows(options)
         columns = (
             ("model", 24, lambda r: r["model"]),
             ("batch", 5, lambda r: str(r["batch"])),

@@ -1,7 +1,7 @@
 """Train the channel models on CIFAR-10 spread over 8 channels, on all GPUs of a host, and write channels.md.
 
     python benchmarks/channels.py prepare --data build/cifar10_channels
-    python benchmarks/channels.py run --data build/cifar10_channels --gpus 4 --runs build/channel_runs
+    python benchmarks/channels.py run --data build/cifar10_channels --runs build/channel_runs
     python benchmarks/channels.py report --runs build/channel_runs --commit HASH
 
 The stand-in: a 32 x 32 image becomes 8 channels of the same size. Its luma Y = (R + 2 G + B) / 4 and its opponent
@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jobs import Job, circumstances, run
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "results" / "h100" / "channels"
@@ -109,7 +108,7 @@ def prepare(data: Path, workers: int) -> None:
     write_statistics(data, count_statistics(images, NAMES))
 
 
-def config_of(row: str, data: Path, seed: int, epochs: int, workers: int) -> Any:
+def config_of(row: str, seed: int, options: argparse.Namespace) -> Any:
     """Return the run of one row: 8 blocks of 192, patches of 4, the cell recipe."""
     from fastvim_jax.data import CellsData
     from fastvim_jax.models import VisionMambaConfig, ViTConfig
@@ -117,7 +116,7 @@ def config_of(row: str, data: Path, seed: int, epochs: int, workers: int) -> Any
     from fastvim_jax.models.channel_vit import ChannelViTConfig
     from fastvim_jax.training import OptimizerConfig, TrainConfig
 
-    family, options, sampling = ROWS[row]
+    family, changes, sampling = ROWS[row]
     shared: dict[str, Any] = {
         "image_size": 32, "patch_size": 4, "channels": 8, "num_classes": 10, "embed_dim": 192,
         "drop_path": 0.05, "dtype": "bfloat16",
@@ -128,11 +127,12 @@ def config_of(row: str, data: Path, seed: int, epochs: int, workers: int) -> Any
         "vit": lambda: ViTConfig(**shared, **attention),
         "vim": lambda: VisionMambaConfig(**shared, **mamba, **CHANNEL_VIM),
         "channelvit": lambda: ChannelViTConfig(**shared, **attention),
-        "channel": lambda: ChannelMambaConfig(**shared, **mamba, **options),
+        "channel": lambda: ChannelMambaConfig(**shared, **mamba, **changes),
     }[family]()
     cells = CellsData(
-        path=str(data), channels=8, channel_names=NAMES, image_size=32, batch_size=256,
-        eval_batch_size=1000, workers=workers, channel_sampling=sampling, flip=0.0, defocus=0.0,
+        path=str(options.data), train_split=f"train[:{options.images}]",
+        eval_split=f"test[:{options.test_images}]", channels=8, channel_names=NAMES, image_size=32, batch_size=256,
+        eval_batch_size=1000, workers=options.workers, channel_sampling=sampling, flip=0.0, defocus=0.0,
         dropout=0.5, dropout_size=8,
     )  # fmt: skip
     optimizer = OptimizerConfig(
@@ -140,7 +140,7 @@ def config_of(row: str, data: Path, seed: int, epochs: int, workers: int) -> Any
         final_learning_rate=1e-6, weight_decay=0.04, weight_decay_end=0.4, decay_groups="cell",
     )  # fmt: skip
     return TrainConfig(
-        model=model, data=cells, optimizer=optimizer, epochs=epochs, seed=seed, ema_decay=None,
+        model=model, data=cells, optimizer=optimizer, epochs=options.epochs, seed=seed, ema_decay=None,
         label_smoothing=0.0, evaluate_every_epochs=0, checkpoint_every_steps=10**6,
     )  # fmt: skip
 
@@ -155,65 +155,42 @@ def subsets() -> list[tuple[str, ...]]:
     return chosen + [(name,) for name in NAMES]
 
 
-def train_one(row: str, seed: int, data: Path, runs: Path, epochs: int, workers: int) -> None:
+def train_one(row: str, seed: int, options: argparse.Namespace) -> None:
     """Train one row and evaluate it on every subset; keep its scores in the run's folder."""
     from fastvim_jax.inference.channel_scores import score_subsets
     from fastvim_jax.training import train
 
-    folder = runs / f"{row}_s{seed}"
+    folder = options.runs / f"{row}_s{seed}"
     started = time.perf_counter()
-    result = train(config_of(row, data, seed, epochs, workers), folder, progress=False)
+    result = train(config_of(row, seed, options), folder, progress=False)
     trained = time.perf_counter() - started
     scores = score_subsets(folder, subsets())
     record = {
-        "row": row, "seed": seed, "epochs": epochs, "train_seconds": round(trained, 1),
-        "top1": result.metrics["raw_top1"],
+        "row": row, "seed": seed, "epochs": options.epochs, "images": options.images,
+        "train_seconds": round(trained, 1), "top1": result.metrics["raw_top1"],
         "subsets": [{"channels": s.channels, "count": s.count, "top1": s.top1} for s in scores],
     }  # fmt: skip
     (folder / "channels.json").write_text(json.dumps(record, indent=1))
     print(f"{row} seed {seed}: {100 * record['top1']:.2f} % in {trained:.0f} s", flush=True)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run all rows, one process a run and one run a GPU at a time; a failed run is told and the others go on."""
-    jobs = [(row, seed) for row in ROWS for seed in range(options.seeds if row in MAIN else 1)]
-    jobs = [job for job in jobs if not options.only or job[0] in options.only]
-    jobs = [j for j in jobs if not (options.runs / f"{j[0]}_s{j[1]}" / "channels.json").exists()]
-    options.runs.mkdir(parents=True, exist_ok=True)
-    busy: dict[int, tuple[subprocess.Popen[bytes], str]] = {}
-    failed: list[str] = []
-    deadline = time.monotonic() + options.minutes * 60
-    while jobs or busy:
-        for gpu, (process, name) in list(busy.items()):
-            if process.poll() is None and time.monotonic() < deadline:
-                continue
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            if process.returncode:
-                failed.append(name)
-            del busy[gpu]
-        for gpu in range(options.gpus):
-            if gpu in busy or not jobs or time.monotonic() > deadline:
-                continue
-            row, seed = jobs.pop(0)
-            name = f"{row}_s{seed}"
-            command = [sys.executable, __file__, "one", row, str(seed)]
-            command += ["--data", options.data, "--runs", options.runs]
-            command += ["--epochs", str(options.epochs), "--workers", str(options.workers)]
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-            with (options.runs / f"{name}.log").open("wb") as log:
-                process = subprocess.Popen(
-                    list(map(str, command)), env=environment, stdout=log, stderr=subprocess.STDOUT
-                )
-            busy[gpu] = (process, name)
-        if time.monotonic() > deadline and jobs:
-            failed += [f"{row}_s{seed} (no time)" for row, seed in jobs]
-            jobs = []
-        time.sleep(0.5)
-    for name in failed:
-        print(f"FAILED {name}", flush=True)
-    return bool(failed)
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """List the runs: the main rows with all seeds, then the others with one."""
+    pairs = [(row, seed) for row in MAIN for seed in range(options.seeds)]
+    pairs += [(row, 0) for row in ROWS if row not in MAIN]
+    return [
+        Job(
+            f"{row}_s{seed}",
+            (
+                str(Path(__file__).resolve()), "one", row, str(seed), "--data", str(options.data), "--runs", "{runs}",
+                "--epochs", str(options.epochs), "--images", str(options.images),
+                "--test-images", str(options.test_images), "--workers", str(options.workers),
+            ),
+            like=f"{row}_s0" if seed else "",
+        )
+        for row, seed in pairs
+        if not options.only or row in options.only
+    ]  # fmt: skip
 
 
 def collect(runs: Path, commit: str) -> None:
@@ -257,7 +234,8 @@ def report() -> None:
         "# Channel models on CIFAR-10 spread over 8 channels\n",
         "Generated by `benchmarks/channels.py report` from recorded runs; do not edit.\n",
         (__doc__ or "").split("The stand-in:")[1].strip() + "\n",
-        f"8 blocks of width 192 (ViT and ChannelViT: 4), patches of 4, {first['epochs']} epochs, top-1 % of the test\n"
+        f"8 blocks of width 192 (ViT and ChannelViT: 4), patches of 4, {first['epochs']} epochs of the first "
+        f"{first['images']:,} training images, top-1 % of the test\n"
         f"images; mean over {seeds} seeds ± their deviation where there are several, else one seed. Columns: all\n"
         "channels, and the mean over the same random subsets of 6, 4 and 2 channels and over all single ones. Models\n"
         "without channel embeddings see missing channels at their mean.\n",
@@ -265,7 +243,7 @@ def report() -> None:
         "## One channel alone\n",
         "\n".join(single) + "\n",
         "![Accuracy by number of channels](channels.png)\n",
-        f"{first['device']}, JAX {first['versions']['jax']}, {first['started'][:10]}, commit {first['commit'][:7]}. "
+        f"{circumstances([record for records in rows.values() for record in records])}. "
         "`python benchmarks/channels.py prepare`, `run`, `report`, as in the file's head.\n",
     ]
     (HERE / "channels.md").write_text("\n".join(parts))
@@ -320,20 +298,24 @@ def main() -> int:
         each.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     for each in (running, one):
         each.add_argument("--epochs", type=int, default=8)
-    running.add_argument("--gpus", type=int, default=4)
+        each.add_argument("--images", type=int, default=50000, help="training images")
+        each.add_argument("--test-images", type=int, default=10000)
+    running.add_argument("--devices", default="0,1,2,3", help="GPU numbers")
+    running.add_argument(
+        "--share", type=float, default=1.0, help="of a GPU for each run; 0.25: four at a time"
+    )
     running.add_argument("--seeds", type=int, default=3, help="of the five main rows")
     running.add_argument("--only", nargs="*", choices=ROWS)
-    running.add_argument("--minutes", type=float, default=60.0, help="stop what runs longer")
+    running.add_argument("--seconds", type=float, default=3600.0, help="then runs are stopped")
     reporting.add_argument("--commit", required=True, help="of the code that ran")
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.data, options.workers)
     elif options.command == "one":
-        train_one(
-            options.row, options.seed, options.data, options.runs, options.epochs, options.workers
-        )
+        train_one(options.row, options.seed, options)
     elif options.command == "run":
-        return run(options)
+        devices = options.devices.split(",")
+        run(jobs_of(options), options.runs, devices, options.seconds, options.share)
     else:
         collect(options.runs, options.commit)
         report()

@@ -2,9 +2,10 @@
 
     python benchmarks/family.py
 
-`benchmarks/masked_speed.py`, `fastvim bench model`, `fastvim bench segment` and `fastvim bench detect` make the
-records, each with `--json benchmarks/results/h100/family/NAME.json`. Required values and the paper's numbers are typed
-here, measured ones never.
+`benchmarks/masked_speed.py`, `benchmarks/channel_speed.py`, `benchmarks/peers/mae_vit.py`, `fastvim bench model`,
+`fastvim bench segment` and `fastvim bench detect` make the records, each with
+`--json benchmarks/results/h100/family/NAME.json`. Required values and the paper's numbers are typed here, measured ones
+never.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ CHANNEL_FACTOR = {"bf16": 10, "f32": 5}  # required, times the paper's
 ENCODER_RATIO = (
     0.4  # required of the masked encoder at mask ratio 0.75, times the unmasked one's time
 )
+PEER_RATIO = (
+    0.9  # required of FastMaskVim's images a second, times those of the compiled PyTorch ViT-B
+)
+HEADS_SHARE = 0.35  # of a detector's time: the most that heads and post-processing may take
 
 INTRODUCTION = """\
 # Speed of masked, channel and dense models on one H100
@@ -81,6 +86,18 @@ def masked(rows: list[Row]) -> Iterator[str]:
     if fast and slow:
         ratio = slow["device_ms"] / fast["device_ms"]
         yield f"Required: FastMaskVim ahead of Vim. It is {ratio:.2f} times as fast; met: {yes(ratio > 1)}.\n"
+    peers = [row for row in rows if row["bench"] == "masked_peer"]
+    if peers and fast:
+        best = max(row["images_per_s"] for row in peers)
+        ratio = fast["images_per_s"] / best
+        yield table(
+            ("PyTorch, timm's blocks", "images/s", "ms"),
+            [(row["model"], f"{row['images_per_s']:,.0f}", f"{row['ms']:.1f}") for row in peers],
+        )
+        yield (
+            f"Required: FastMaskVim at least {PEER_RATIO} times as fast as the compiled PyTorch ViT-B. It is "
+            f"{ratio:.2f} times as fast as the fastest of these; met: {yes(ratio >= PEER_RATIO)}.\n"
+        )
     yield "Forward pass of the encoder over the quarter of the patches that is kept, against all patches.\n"
     yield table(
         ("model", "images/s", "device ms", "all patches, device ms", "ratio", f"met (at most {ENCODER_RATIO})"),
@@ -90,7 +107,7 @@ def masked(rows: list[Row]) -> Iterator[str]:
             for row in found if row["row"] == "encoder"
         ],
     )  # fmt: skip
-    yield source(found)
+    yield source(found + peers)
 
 
 def channels(rows: list[Row]) -> Iterator[str]:
@@ -124,24 +141,114 @@ def channels(rows: list[Row]) -> Iterator[str]:
         lines,
     )
     yield source(found)
+    yield from channel_peer(rows, found)
+    yield from channel_training(rows)
+
+
+def channel_peer(rows: list[Row], ours: list[Row]) -> Iterator[str]:
+    """Yield the compiled PyTorch ChannelViT-S, and the comparison that is required."""
+    found = [row for row in rows if row["bench"] == "channel_peer"]
+    if not found:
+        return
+    yield "A ChannelViT-S of timm's blocks in PyTorch, compiled, with fused attention, forward:\n"
+    yield table(
+        ("model", "batch", "dtype", "mode of torch.compile", "images/s", "ms"),
+        [
+            (row["model"], str(row["batch"]), row["dtype"], row.get("mode", ""), f"{row['images_per_s']:,.0f}",
+             f"{row['ms']:.2f}")
+            for row in found
+        ],
+    )  # fmt: skip
+    fast = "fastchannelvim_small_patch8_224"
+    for row in found:
+        same = [
+            mine
+            for mine in ours
+            if mine["model"] == fast
+            and mine["batch"] == row["batch"]
+            and mine["precision"] == "bf16"
+        ]
+        if "S/8" in row["model"] and row["dtype"] == "bfloat16" and same:
+            ratio = same[-1]["images_per_s"] / row["images_per_s"]
+            yield (
+                f"Required: FastChannelVim-S/8 ahead of it. At batch {row['batch']} in bfloat16 it is {ratio:.2f} "
+                f"times as fast; met: {yes(ratio > 1)}.\n"
+            )
+    yield source(found)
+
+
+def channel_training(rows: list[Row]) -> Iterator[str]:
+    """Yield training steps with and without channel sampling."""
+    found = [row for row in rows if row["bench"] == "channel_train"]
+    if not found:
+        return
+    yield "Training steps in bfloat16 (forward, backward, AdamW), with all 8 channels and with sampled ones:\n"
+    yield table(
+        ("model", "batch", "images/s, all channels", "images/s, sampled"),
+        [
+            (row["model"], str(row["batch"]), f"{row['images_per_s']:,.0f}", f"{row['sampled_images_per_s']:,.0f}")
+            for row in found
+        ],
+    )  # fmt: skip
+    yield source(found)
 
 
 def dense(rows: list[Row]) -> Iterator[str]:
     """Yield the tables of segmentation and detection."""
-    for bench, title in (("segment", "UperNet"), ("detect", "Cascade Mask R-CNN")):
+    for bench, title, required in (
+        ("segment", "UperNet", segmentation_required),
+        ("detect", "Cascade Mask R-CNN", detection_required),
+    ):
         found = [row for row in rows if row["bench"] == bench]
         if not found:
             continue
         yield f"## {title}: what was recorded so far\n"
         yield table(
-            ("backbone", "pixels", "batch", "part", "images/s", "ms", "beside compilers"),
+            ("backbone", "pixels", "batch", "part", "blocks", "images/s", "ms", "beside compilers"),
             [
-                (row["model"], str(row["pixels"]), str(row["batch"]), row["part"], f"{row['images_per_s']:,.1f}",
-                 f"{row['ms']:.2f}", noisy(row))
+                (row["model"], str(row["pixels"]), str(row["batch"]), row.get("part", "whole"), row.get("blocks", ""),
+                 f"{row['images_per_s']:,.1f}", f"{row['ms']:.2f}", noisy(row))
                 for row in found
             ],
         )  # fmt: skip
+        yield from required(found)
         yield source(found)
+
+
+def segmentation_required(found: list[Row]) -> Iterator[str]:
+    """Yield whether FastVim-T is ahead of ViT-T, by size of the images."""
+    times = {
+        (row["model"].split("_")[0], row["pixels"], row["batch"], row["blocks"]): row["ms"]
+        for row in found
+        if row["part"] == "whole"
+    }
+    for (name, *rest), mine in times.items():
+        other = times.get(("vit", *rest))
+        if name == "fastvim" and other:
+            yield (
+                f"Required: FastVim-T ahead of ViT-T. At {rest[0]} px and batch {rest[1]} it is {other / mine:.2f} "
+                f"times as fast; met: {yes(mine < other)}.\n"
+            )
+
+
+def detection_required(found: list[Row]) -> Iterator[str]:
+    """Yield which share of detection heads and post-processing take, the parts being timed apart."""
+    parts = ("rpn", "proposals", "boxes", "detections", "masks")
+    times: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in found:
+        if "part" in row:
+            times.setdefault((row["model"], row["pixels"], row["batch"]), {})[row["part"]] = row[
+                "ms"
+            ]
+    for (name, pixels, batch), each in times.items():
+        if {*parts, "backbone", "neck"} <= each.keys():
+            whole = sum(each[part] for part in (*parts, "backbone", "neck"))
+            share = sum(each[part] for part in parts) / whole
+            yield (
+                f"Required: heads and post-processing at most {HEADS_SHARE:.0%} of detection. {name}, {pixels} px, "
+                f"batch {batch}: {share:.0%} of the sum of all parts ({', '.join(parts)}); "
+                f"met: {yes(share <= HEADS_SHARE)}.\n"
+            )
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

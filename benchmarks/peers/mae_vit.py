@@ -10,9 +10,10 @@ the equations.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,12 @@ def build() -> Any:
     return MaskedAutoencoder()
 
 
-def measure(*, batch: int, compiled: bool, seconds: float = 1.0) -> dict[str, Any]:
-    """Time the whole training step."""
+def measure(*, batch: int, mode: str | None, seconds: float = 1.0) -> dict[str, Any]:
+    """Time the whole training step, compiled in a mode of `torch.compile`, or eager if it is None."""
     import torch
 
     model = build().to("cuda").train()
-    loss_of = torch.compile(model, mode="max-autotune-no-cudagraphs") if compiled else model
+    loss_of = model if mode is None else torch.compile(model, mode=mode)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     images = torch.randn(batch, 3, 224, 224, device="cuda")
 
@@ -112,25 +113,38 @@ def measure(*, batch: int, compiled: bool, seconds: float = 1.0) -> dict[str, An
         times.append(1e3 * (time.perf_counter() - start) / count)
     ms = statistics.median(times)
     return {
-        "row": "step", "model": "pytorch mae vit-b, " + ("compiled" if compiled else "eager"), "batch": batch, "ms": ms,
+        "row": "step", "model": f"pytorch mae vit-b, {mode or 'eager'}", "batch": batch, "ms": ms,
         "images_per_s": 1e3 * batch / ms, "last_loss": float(loss), "torch": torch.__version__,
     }  # fmt: skip
 
 
+def rows(batch: int, modes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the eager row, then one for each mode."""
+    for mode in (None, *modes):
+        yield measure(batch=batch, mode=mode)
+
+
 def main() -> None:
-    """Measure, print and keep both rows."""
+    """Measure, print and keep the rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs"])
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    rows = []
-    for compiled in (False, True):
-        rows.append(measure(batch=chosen.batch, compiled=compiled))
-        print(json.dumps(rows[-1]), flush=True)
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    from fastvim_jax.bench.record import show
+
+    columns: Any = (
+        ("model", 46, lambda r: r["model"]),
+        ("batch", 5, lambda r: str(r["batch"])),
+        ("images/s", 9, lambda r: f"{r['images_per_s']:.0f}"),
+        ("ms", 9, lambda r: f"{r['ms']:.2f}"),
+    )
+    command = " ".join(sys.argv)
+    show(
+        "masked_peer", rows(chosen.batch, chosen.modes), columns, command=command, file=chosen.json
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ config = DetectionConfig(
         scale=(1.0, 1.0),
         flip=0.0,
         batch_size=8,
+        max_objects=32,  # the fullest image has 23
         workers=8,
     ),
     optimizer=OptimizerConfig(

@@ -66,6 +66,8 @@ CHANGES = {
     "cifar10/vit_pooled": ("cifar10/vit", {"pooling": "mean"}),
     "cifar10/vit_pooled_conv": ("cifar10/vit_pooled", {"conv_width": 4}),
     "tiny_imagenet/vim": ("tiny_imagenet/fastvim", {"pooling": "none"}),
+    "tiny_imagenet/only_columns": ("tiny_imagenet/fastvim", {"pool_axes": "columns"}),
+    "tiny_imagenet/only_rows": ("tiny_imagenet/fastvim", {"pool_axes": "rows"}),
 }
 
 
@@ -115,7 +117,7 @@ def test_every_ablation_is_held_to_its_base():
     stand_alone = {
         "digits/fastvim_digits", "imagenet/fastvim_tiny", "imagenet/vit_small", "imagenet/deit_tiny",
         "imagenet/deit_small", "imagenet/deit_base", "cifar10/fastvim", "cifar10/vit",
-        "tiny_imagenet/fastvim", "your_images/fastvim",
+        "cifar10/fastvim_fine", "tiny_imagenet/fastvim", "tiny_imagenet/vit", "your_images/fastvim",
     }  # fmt: skip
     assert stand_alone | CHANGES.keys() == set(EXPERIMENTS)
     for name in stand_alone:

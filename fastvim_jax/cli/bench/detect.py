@@ -34,6 +34,8 @@ class Detect(Options):
     """bf16, tf32 (float32, products in TF32), f32 (products in full float32)."""
     width: int = 256
     """Channels of pyramid and heads."""
+    blocks: Literal["unroll", "scan"] | None = None
+    """By default unroll on a GPU, scan elsewhere; scan compiles in a fraction of the time."""
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
     peer: bool = False
@@ -61,7 +63,7 @@ def detect(arguments: Sequence[str]) -> int:
         cases = bench.cases(
             settings,
             detector={"width": chosen.width},
-            blocks="unroll" if gpu else "scan",
+            blocks=chosen.blocks or ("unroll" if gpu else "scan"),
             **how,
         )
         if chosen.peer:

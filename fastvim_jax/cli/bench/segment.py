@@ -31,6 +31,8 @@ class Segment(Options):
     """What lies between backbone and heads."""
     channels: int = 512
     """Width of UPerHead."""
+    blocks: Literal["unroll", "scan"] | None = None
+    """By default unroll on a GPU, scan elsewhere; scan compiles in a fraction of the time."""
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
     json: Path | None = None
@@ -58,7 +60,7 @@ def segment(arguments: Sequence[str]) -> int:
             settings,
             neck=chosen.neck,
             channels=chosen.channels,
-            blocks="unroll" if gpu else "scan",
+            blocks=chosen.blocks or ("unroll" if gpu else "scan"),
             **how,
         )
     return status(measure("segment", cases, bench.COLUMNS, arguments, chosen.json))

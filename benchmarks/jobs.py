@@ -1,0 +1,267 @@
+"""Run training jobs side by side on the GPUs of one host, and keep what their run folders say.
+
+A job is one command of Python with a folder of its own. Jobs start in the order of the list, as soon as a GPU has room
+for them and what they begin from is done. When the time is over, the runs under way are asked to stop. They save, and
+the same call goes on with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+KEPT = ("epoch", "loss", "learning_rate", "images_per_second", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        name: its folder.
+        command: arguments of Python; `{runs}` in them becomes the folder of all runs.
+        after: the job whose run it starts from.
+        like: a job with the same programs. This one waits until that one has compiled them, and then finds them in the
+            compilation cache.
+        share: the part of a GPU that it takes. A GPU runs jobs of at most 1 together.
+        environment: more variables.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    after: str = ""
+    like: str = ""
+    share: float = 1.0
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def training(name: str, experiment: str, *arguments: str, after: str = "", **options: Any) -> Job:
+    """Return the job that trains an experiment, from the run of the job `after` if it is given."""
+    start = ("--init", f"{{runs}}/{after}") if after else ()
+    command = (
+        "-m", "fastvim_jax", "train", experiment, "--run-dir", f"{{runs}}/{name}", "--no-progress", *start, *arguments,
+    )  # fmt: skip
+    return Job(name, command, after, **options)
+
+
+def run(
+    jobs: Sequence[Job], runs: Path, devices: Sequence[str], seconds: float, share: float = 0.0
+) -> list[str]:
+    """Run all jobs that are not done, until the time is over; return the names of those left.
+
+    Args:
+        jobs: in order of importance.
+        runs: folder of the run folders.
+        devices: numbers of the GPUs to use.
+        seconds: after this time jobs are asked to stop.
+        share: replaces the share of every job, if it is positive.
+    """
+    end = time.monotonic() + seconds
+    runs.mkdir(parents=True, exist_ok=True)
+    jobs = [dataclasses.replace(job, share=share) if share else job for job in jobs]
+    waiting = [job for job in jobs if not done(runs / job.name)]
+    running: dict[str, tuple[Job, str, subprocess.Popen[bytes]]] = {}
+    while (waiting or running) and time.monotonic() < end:
+        for job in list(waiting):
+            coming = {each.name for each in waiting} | set(running)
+            if job.after and job.after not in coming and not done(runs / job.after):
+                print(f"{job.name} is left out: it starts from {job.after}", flush=True)
+                waiting.remove(job)
+            elif _ready(job, runs, coming):
+                device = _roomiest(devices, running)
+                if job.share <= 1.001 - _taken(device, running):
+                    waiting.remove(job)
+                    running[job.name] = (job, device, _start(job, runs, device))
+        for name, (_, _, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                _finished(name, process, runs)
+        time.sleep(0.3)
+    for _, _, process in running.values():
+        process.send_signal(signal.SIGTERM)  # It saves, and goes on next time.
+    for name, (_, _, process) in running.items():
+        process.wait()
+        _finished(name, process, runs)
+    left = [job.name for job in jobs if not done(runs / job.name)]
+    print(f"{len(jobs) - len(left)} of {len(jobs)} runs done; left: {', '.join(left) or 'none'}")
+    return left
+
+
+def done(folder: Path) -> bool:
+    """Whether the job of this folder is finished."""
+    return (folder / "done").is_file()
+
+
+def _ready(job: Job, runs: Path, coming: set[str]) -> bool:
+    if job.after and not done(runs / job.after):
+        return False
+    return job.like not in coming or (runs / job.like / "metrics.jsonl").is_file()
+
+
+def _taken(device: str, running: dict[str, tuple[Job, str, Any]]) -> float:
+    return sum(job.share for job, where, _ in running.values() if where == device)
+
+
+def _roomiest(devices: Sequence[str], running: dict[str, tuple[Job, str, Any]]) -> str:
+    return min(devices, key=lambda device: _taken(device, running))
+
+
+def _start(job: Job, runs: Path, device: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *(part.replace("{runs}", str(runs)) for part in job.command)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device, **dict(job.environment)}
+    if job.share < 1:
+        environment |= {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * job.share:.3f}",
+        }
+    print(f"{time.strftime('%H:%M:%S')} GPU {device}: {job.name} starts", flush=True)
+    with (runs / f"{job.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def _finished(name: str, process: subprocess.Popen[bytes], runs: Path) -> None:
+    status = process.returncode
+    if status == 0:
+        (runs / name).mkdir(exist_ok=True)
+        (runs / name / "done").touch()
+    print(f"{time.strftime('%H:%M:%S')} {name}: exit status {status}", flush=True)
+
+
+def record_of(folder: Path, commit: str) -> dict[str, Any]:
+    """Return what a finished run's folder says: circumstances, curve, last evaluation.
+
+    Args:
+        folder: the run folder.
+        commit: of the code that ran.
+    """
+    starts = json.loads((folder / "environment.json").read_text())["starts"]
+    config = json.loads((folder / "config.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    evaluation = [line for line in lines if line["kind"] == "eval"][-1]
+    experiment, arguments, source = _command(starts[0]["command"])
+    return {
+        "job": folder.name,
+        "experiment": experiment,
+        "arguments": arguments,
+        "from": source,
+        "seed": config["seed"],
+        "epochs": config["epochs"],
+        "device": starts[0]["device"]["kind"],
+        "versions": starts[0]["versions"],
+        "commit": commit,
+        "started": starts[0]["started"],
+        "starts": len(starts),
+        "seconds": _duration(trained),
+        "pool_scale": config["model"].get("pool_scale"),
+        "evaluation": {
+            k: v for k, v in evaluation.items() if k.startswith(("raw", "ema", "count"))
+        },
+        "log": [{k: round(line[k], 6) for k in KEPT if k in line} for line in trained],
+    }
+
+
+def keep(record: dict[str, Any], folder: Path) -> None:
+    """Write a record to the folder of the kept ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1).replace("\n   ", " ").replace("\n  }", " }")
+    (folder / f"{record['job']}.json").write_text(text + "\n")
+
+
+def load(jobs: Sequence[Job], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the kept records by name without seed (`_s0`), in the order of the jobs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        path = folder / f"{job.name}.json"
+        if path.is_file():
+            found.setdefault(job.name.rpartition("_s")[0], []).append(json.loads(path.read_text()))
+    return found
+
+
+def collect(jobs: Sequence[Job], runs: Path, records: Path, commit: str) -> None:
+    """Keep the records of all finished runs."""
+    for job in jobs:
+        if done(runs / job.name):
+            keep(record_of(runs / job.name, commit), records)
+
+
+def command_line(
+    doc: str,
+    jobs: Sequence[Job],
+    records: Path,
+    report: Callable[[], None],
+    prepare: Callable[[Path], None] | None = None,
+) -> int:
+    """Run, collect or report: the command line of a program with a list of jobs.
+
+    Args:
+        doc: the program's description.
+        jobs: its jobs.
+        records: folder of the kept records.
+        report: writes its page.
+        prepare: makes what the jobs read, given the folder of the runs.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train all jobs that are not done")
+    running.add_argument("runs", type=Path)
+    running.add_argument("--devices", default="0", help="GPU numbers: 0,1,2,3")
+    running.add_argument(
+        "--share", type=float, default=1.0, help="of a GPU for each run; 0.25: four at a time"
+    )
+    running.add_argument("--seconds", type=float, default=540.0)
+    collecting = commands.add_parser("collect", help="keep finished runs")
+    collecting.add_argument("runs", type=Path)
+    collecting.add_argument("--commit", required=True, help="of the code that ran")
+    commands.add_parser("report", help="write the page")
+    chosen = parser.parse_args()
+    if chosen.command == "report":
+        report()
+    elif chosen.command == "collect":
+        collect(jobs, chosen.runs, records, chosen.commit)
+    else:
+        if prepare is not None:
+            prepare(chosen.runs)
+        run(jobs, chosen.runs, chosen.devices.split(","), chosen.seconds, chosen.share)
+    return 0
+
+
+def circumstances(records: Sequence[dict[str, Any]]) -> str:
+    """Say on what, when and with which code the records were made."""
+    seen = {
+        f"{r['device']}, JAX {r['versions']['jax']}, {r['started'][:10]}, commit {r['commit'][:7]}"
+        for r in records
+    }
+    return "; ".join(sorted(seen))
+
+
+def _command(command: Sequence[str]) -> tuple[str, list[str], str]:
+    """Split a start's command into experiment, overrides, and the name of the run that it begins from."""
+    rest = list(command[command.index("train") + 1 :])
+    experiment, arguments, source = rest.pop(0), [], ""
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--run-dir", "--init"):  # Where runs lay is nobody's business.
+            value = rest.pop(0)
+            source = Path(value).name if argument == "--init" else source
+        elif argument != "--no-progress":
+            arguments.append(argument)
+    return experiment, arguments, source
+
+
+def _duration(trained: Sequence[dict[str, Any]]) -> float:
+    """Return the seconds of training; the log's clock starts anew when a run is resumed."""
+    times = [line["seconds"] for line in trained]
+    return times[-1] + sum(a for a, b in itertools.pairwise(times) if b < a)

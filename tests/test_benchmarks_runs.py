@@ -1,0 +1,188 @@
+"""The programs that run trainings for real: order, dependencies and stops of jobs; pages made from records alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).parent.joinpath('order').open('a').write(sys.argv[2])"
+FOREVER = (
+    "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+    "print('on', flush=True); time.sleep(60)"
+)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Import a program of benchmarks/ as its scripts do, from their own folder."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def load(name):
+        for module in ("jobs", name):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_jobs_wait_for_what_they_start_from_and_failures_stop_only_their_own(
+    programs, tmp_path, capsys
+):
+    jobs = programs("jobs")
+
+    def job(name, code=WRITES, **options):
+        return jobs.Job(name, ("-c", code, f"{{runs}}/{name}", name), **options)
+
+    listed = [
+        job("b", after="a"),
+        job("a"),
+        job("d", after="c"),
+        job("c", code="raise SystemExit(3)"),
+        job("e", like="c"),
+        job("f", after="nowhere"),
+    ]
+    left = jobs.run(listed, tmp_path, ["0", "1"], seconds=30)
+    assert left == ["d", "c", "f"]
+    order = (tmp_path / "order").read_text()
+    assert sorted(order) == ["a", "b", "e"] and order.index("a") < order.index("b")
+    assert "c: exit status 3" in capsys.readouterr().out
+    assert jobs.run(listed[:2], tmp_path, ["0"], seconds=30) == []
+    assert (tmp_path / "order").read_text() == order  # What is done does not run again.
+
+
+def test_a_gpu_has_room_for_shares_of_one_and_the_time_ends_with_a_stop(programs, tmp_path, capsys):
+    jobs = programs("jobs")
+    listed = [jobs.Job(name, ("-c", FOREVER), share=0.5) for name in "abc"]
+    assert jobs.run(listed, tmp_path, ["0"], seconds=1.5) == ["a", "b", "c"]
+    said = capsys.readouterr().out
+    assert "GPU 0: b starts" in said and "c starts" not in said
+    assert "a: exit status 75" in said
+
+
+def record(job, epochs=60, **scores):
+    return {
+        "job": job, "experiment": "x", "arguments": [], "from": "", "seed": 0, "epochs": epochs, "device": "H100",
+        "versions": {"jax": "1"}, "commit": "abcdefghij", "started": "2026-01-02T", "seconds": 60.0, "pool_scale": 1.0,
+        "evaluation": {"count": 10, **scores}, "log": [{"epoch": epochs, "loss": 1.0, "images_per_second": 5.0}],
+    }  # fmt: skip
+
+
+def test_a_run_folder_becomes_a_record(programs, tmp_path):
+    jobs = programs("jobs")
+    run = tmp_path / "runs" / "tenth_s1"
+    run.mkdir(parents=True)
+    command = [
+        "/x/fastvim",
+        "train",
+        "a/b",
+        "--run-dir",
+        "/x/tenth_s1",
+        "--init",
+        "/x/pre_s1",
+        "--no-progress",
+        "--seed",
+        "1",
+    ]
+    start = {"command": command, "device": {"kind": "H100"}, "versions": {}, "started": "2026"}
+    (run / "environment.json").write_text(json.dumps({"starts": [start, start]}))
+    (run / "config.json").write_text(json.dumps({"seed": 1, "epochs": 4, "model": {}}))
+    lines = [
+        {"kind": "train", "epoch": 1.0, "loss": 2.0, "seconds": 30.0},
+        {
+            "kind": "train",
+            "epoch": 2.0,
+            "loss": 1.0,
+            "seconds": 10.0,
+        },  # the clock of the second start
+        {"kind": "norms", "epoch": 2.0},
+        {"kind": "eval", "epoch": 2.0, "count": 10, "raw_top1": 0.5, "step": 3},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert jobs.done(run) is False
+    (run / "done").touch()
+    listed = [jobs.Job("tenth_s1", ()), jobs.Job("tenth_s2", ())]
+    jobs.collect(listed, tmp_path / "runs", tmp_path / "kept", "abc")
+    (found,) = jobs.load(listed, tmp_path / "kept")["tenth"]
+    assert (found["experiment"], found["arguments"], found["from"]) == (
+        "a/b",
+        ["--seed", "1"],
+        "pre_s1",
+    )
+    assert (found["seconds"], found["starts"]) == (40.0, 2)
+    assert found["evaluation"] == {"count": 10, "raw_top1": 0.5}
+
+
+def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(programs):
+    masked = programs("masked")
+    runs = {
+        "pretrain60": [record("pretrain60_s0", raw_loss=0.4)],
+        "tenth_scratch": [
+            record(f"tenth_scratch_s{i}", ema_top1=v) for i, v in enumerate((0.5, 0.52))
+        ],
+        "tenth60": [record(f"tenth60_s{i}", ema_top1=v) for i, v in enumerate((0.6, 0.51))],
+        "probe60_unscaled": [record("probe60_unscaled_s0", raw_top1=0.1)],
+    }
+    page = masked.page(runs)
+    assert "it is +4.50 points ahead (2 and 2 seeds; the seeds overlap)" in page
+    assert "| pre-trained for 60 epochs | 55.50 ± 6.36 | 60.00, 51.00 |" in page
+    assert "| no scaling factor | 10.00 | 10.00 | 1.0 | 0.02 (L) |" in page
+    assert "Tiny-ImageNet, 100" not in page  # Nothing of that group has run.
+    runs["tenth60"] = [record(f"tenth60_s{i}", ema_top1=0.6) for i in range(2)]
+    assert "every seed of the one above every seed of the other" in masked.page(runs)
+
+
+def test_the_page_of_dense_runs_says_what_is_met(programs):
+    dense = programs("dense")
+    runs = {
+        "coco": [record("coco_s0", raw_bbox_ap=0.89, raw_bbox_ap50=0.98, raw_segm_ap=0.8)],
+        "ade20k": [record("ade20k_s0", raw_aacc=0.96, raw_miou=0.7, raw_macc=0.7)],
+        "start_vit": [record("start_vit_s0", ema_top1=0.71)],
+        "scenes_vit": [record("scenes_vit_s0", raw_miou=0.2, raw_aacc=0.8)],
+        "scenes_vit_started": [record("scenes_vit_started_s0", raw_miou=0.4, raw_aacc=0.9)],
+    }
+    page = dense.page(runs)
+    assert "box AP | **89.0** | 90 | no | AP50 98.0, mask AP 80.0 |" in page
+    assert "pixels right | **96.0** | 95 | yes | mIoU 70.0 |" in page
+    assert "| vit | nothing | 20.0 | 80.0 | 60 | 1.0 |" in page
+    assert "| vit | CIFAR-10 (71.0 %) | 40.0 | 90.0 |" in page
+
+
+def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, monkeypatch):
+    channels = programs("channels")
+    monkeypatch.setattr(channels, "HERE", tmp_path)
+    monkeypatch.setattr(channels, "RECORDS", tmp_path / "kept")
+    for row, seed in (("vit", 0), ("vit", 1), ("fastchannelvim", 0)):
+        folder = tmp_path / "runs" / f"{row}_s{seed}"
+        folder.mkdir(parents=True)
+        subsets = [
+            {"channels": list(s), "count": 9, "top1": 0.5 + seed / 10} for s in channels.subsets()
+        ]
+        scores = {
+            "row": row,
+            "seed": seed,
+            "epochs": 6,
+            "images": 20000,
+            "train_seconds": 9,
+            "top1": 0.5,
+            "subsets": subsets,
+        }
+        (folder / "channels.json").write_text(json.dumps(scores))
+        start = {"device": {"kind": "H100"}, "versions": {"jax": "1"}, "started": "2026-01-02T"}
+        (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
+    channels.collect(tmp_path / "runs", "abcdefghij")
+    channels.report()
+    page = (tmp_path / "channels.md").read_text()
+    assert (
+        "| vit | all | 55.0 ± 7.1 |" in page
+        and "| fastchannelvim | sampled, sorted | 50.0 |" in page
+    )
+    assert (
+        "6 epochs of the first 20,000 training images" in page
+        and "H100, JAX 1, 2026-01-02, commit abcdefg" in page
+    )
+    assert (tmp_path / "channels.png").stat().st_size > 1000
