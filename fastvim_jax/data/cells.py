@@ -8,6 +8,7 @@ its channels too, so every process of a run and every resumed run sees the same 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def make_train_iterator(
     if config.channel_sampling != "none":
         mine = mine.map_with_index(_SampleChannels(seed, config.channels, config.channel_sampling))
     return BatchIterator(
-        grain_stream(mine, config.workers),
+        grain_stream(mine, config.workers, batch_bytes=local * _image_bytes(config)),
         source,
         config,
         steps_per_epoch=steps,
@@ -105,7 +106,11 @@ def make_eval_iterator(
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
     if config.eval_channels:
         batches = batches.map(_TakeChannels(config.eval_ids))
-    stream, stay = evaluation_stream(batches[process_index::process_count], config.workers)
+    stream, stay = evaluation_stream(
+        batches[process_index::process_count],
+        config.workers,
+        batch_bytes=local * _image_bytes(config),
+    )
     return BatchIterator(
         stream,
         source,
@@ -159,6 +164,10 @@ def cut(
     room = [have - wanted for wanted, have in zip(size, pixels.shape[:2], strict=True)]
     top, left = (r // 2 if rng is None else int(rng.integers(0, r + 1)) for r in room)
     return pixels[top : top + size[0], left : left + size[1]]
+
+
+def _image_bytes(config: CellsData) -> int:
+    return math.prod((*config.height_width, config.channels))
 
 
 def _open(config: CellsData, split: str) -> Source:

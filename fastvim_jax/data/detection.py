@@ -11,6 +11,7 @@ they are normalised. Objects are padded to `max_objects`, and their masks travel
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
 from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.sources import expand_path
-from fastvim_jax.data.sources.coco import CocoSource, Objects, coco_masks, draw_shape
+from fastvim_jax.data.sources.coco import CocoSource, coco_masks, draw_shape
+from fastvim_jax.data.sources.coco_file import Objects
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
@@ -78,7 +80,11 @@ def make_train_iterator(
     scenes = records.random_map(_LoadForTraining(source, config))
     batches = scenes[: steps * config.batch_size].batch(local, batch_fn=_stack).repeat(None)
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(
+            batches[process_index::process_count],
+            config.workers,
+            batch_bytes=local * _example_bytes(config),
+        ),
         source,
         config,
         steps_per_epoch=steps,
@@ -109,7 +115,11 @@ def make_eval_iterator(
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
-    stream, stay = evaluation_stream(batches[process_index::process_count], config.workers)
+    stream, stay = evaluation_stream(
+        batches[process_index::process_count],
+        config.workers,
+        batch_bytes=local * math.prod(config.height_width) * 3,
+    )
     return BatchIterator(
         stream,
         source,
@@ -290,6 +300,12 @@ def fit_image(
     placement = Placement(fit((int(size[0]), int(size[1])), config.height_width))
     scale = (np.asarray(placement.size) / size)[::-1].astype(np.float32)
     return place(image, placement, config), scale
+
+
+def _example_bytes(config: DetectionData) -> int:
+    height, width = config.height_width
+    masks = config.max_objects * height * -(-width // 8) if config.masks else 0
+    return height * width * 3 + masks
 
 
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

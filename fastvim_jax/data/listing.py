@@ -90,7 +90,7 @@ class FiledSequence(Sequence[Any]):
 
 
 class Texts(Sequence[str]):
-    """A sequence of strings packed into two arrays; file names that are not UTF-8 stay what they are."""
+    """A sequence of strings packed into two arrays; lone surrogates, as in file names that are not UTF-8, are kept."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         packed = self.pack(texts)
@@ -99,7 +99,7 @@ class Texts(Sequence[str]):
     @staticmethod
     def pack(texts: Iterable[str]) -> dict[str, np.ndarray]:
         """Return the arrays `ends` and `bytes` that hold the strings."""
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return {"ends": ends, "bytes": np.frombuffer(b"".join(encoded), np.uint8)}
 
@@ -122,10 +122,25 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(len(self))[index]]
         place = range(len(self))[index]
         start, stop = self._ends.values[place : place + 2]
-        return self._bytes.values[start:stop].tobytes().decode("utf-8", "surrogateescape")
+        return self._bytes.values[start:stop].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
+
+
+def packed_texts(lists: Mapping[str, Iterable[str]]) -> dict[str, np.ndarray]:
+    """Pack several lists of strings into one set of arrays, for `listed`."""
+    packed = {name: Texts.pack(texts) for name, texts in lists.items()}
+    return {f"{name}.{part}": array for name, two in packed.items() for part, array in two.items()}
+
+
+def unpacked_texts(arrays: Arrays) -> dict[str, Texts]:
+    """Return the lists that `packed_texts` packed."""
+    names = [name.removesuffix(".ends") for name in arrays if name.endswith(".ends")]
+    return {
+        name: Texts.packed({part: arrays[f"{name}.{part}"] for part in ("ends", "bytes")})
+        for name in names
+    }
 
 
 @contextlib.contextmanager

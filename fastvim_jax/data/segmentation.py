@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -90,7 +91,11 @@ def make_train_iterator(
     whole = steps * config.batch_size
     batches = scenes[:whole].batch(local, batch_fn=_stack).repeat(None)
     return BatchIterator(
-        grain_stream(batches[process_index::process_count], config.workers),
+        grain_stream(
+            batches[process_index::process_count],
+            config.workers,
+            batch_bytes=local * math.prod(config.height_width) * 4,  # three colours, one label
+        ),
         source,
         config,
         steps_per_epoch=steps,

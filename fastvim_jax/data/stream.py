@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
 import re
 import shutil
 import signal
+import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,12 @@ def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 
     Raises:
         UserError: shared memory is too small for the workers' batches.
     """
-    ahead = batches_ahead(workers, batch_bytes)
+    ahead, claim = _room_for_batches(workers, batch_bytes)
 
     def stream(first: int) -> Generator[dict[str, Any], None, None]:
+        _not_started.discard(
+            claim
+        )  # from now on its batches lie in shared memory, where all can see them
         running = _read_ahead(batches[first:], workers, ahead)
         try:
             # The first batch starts the workers, and the threads that do so.
@@ -98,29 +103,44 @@ def _why(code: int) -> str:
     )
 
 
-def batches_ahead(workers: int, batch_bytes: int) -> int:
-    """Choose how many finished batches wait in each worker, 2 or 1, by the free shared memory.
+@dataclasses.dataclass(eq=False)
+class _Claim:
+    """Shared memory that a stream will take."""
 
-    Each worker works on one more batch, and this process holds two. Other streams of this process may take more of the
-    shared memory later, which cannot be foreseen here.
+    needed: int = 0
+
+
+# Of the streams of this process, such as those of training and of evaluations.
+_not_started: weakref.WeakSet[_Claim] = weakref.WeakSet()
+
+
+def _room_for_batches(workers: int, batch_bytes: int) -> tuple[int, _Claim]:
+    """Choose how many finished batches wait in each worker, 2 or 1, and claim the shared memory for them.
+
+    A worker makes one more batch, and this process holds two. What other streams of this process claimed and have not
+    taken yet, because they have not started, is not free. Streams of other processes are not known here.
 
     Raises:
         UserError: there is no room for even one batch per worker.
     """
     shared = Path("/dev/shm")
     if not workers or not batch_bytes or not shared.is_dir():
-        return _AHEAD
-    free = shutil.disk_usage(shared).free
+        return _AHEAD, _Claim()
+    others = sum(claim.needed for claim in _not_started)
+    free = shutil.disk_usage(shared).free - others
     for ahead in range(_AHEAD, 0, -1):
         needed = (workers * (ahead + 1) + 2) * batch_bytes
         if needed <= free:
             said = f"{workers} workers hold up to {needed / 2**20:,.0f} MiB of batches in /dev/shm"
             _log.info("%s, of %s MiB free.", said, f"{free / 2**20:,.0f}")
-            return ahead
+            claim = _Claim(needed)
+            _not_started.add(claim)
+            return ahead, claim
+    promised = f" beside the {others / 2**20:,.0f} MiB of this run's other streams" * bool(others)
     raise UserError(
         f"data.workers={workers} need {needed / 2**20:,.0f} MiB of shared memory for their batches, but /dev/shm has "
-        f"{free / 2**20:,.0f} MiB free: use fewer workers or a smaller batch, or enlarge it (docker run "
-        "--shm-size=16g, mount -o remount,size=16g /dev/shm)."
+        f"{max(free, 0) / 2**20:,.0f} MiB free{promised}: use fewer workers or a smaller batch, or enlarge it (docker "
+        "run --shm-size=16g, mount -o remount,size=16g /dev/shm)."
     )
 
 

@@ -21,7 +21,7 @@ from fastvim_jax.data.detection import (
     place_objects,
 )
 from fastvim_jax.data.detection_config import DetectionData
-from fastvim_jax.data.sources.coco import Objects
+from fastvim_jax.data.sources.coco_file import Objects
 from fastvim_jax.errors import UserError
 
 masks = pytest.importorskip("pycocotools.mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -17,6 +18,9 @@ import pytest
 
 from fastvim_jax.data import listing, open_source
 from fastvim_jax.data.listing import FiledSequence, SharedArray, Texts, listing_by
+from fastvim_jax.data.sources.coco import CocoSource
+from fastvim_jax.data.sources.coco_file import Objects
+from fastvim_jax.data.sources.mask_folder import MaskFolderSource
 from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
@@ -91,6 +95,75 @@ def test_one_process_lists_for_the_others(
         assert found[i] == expected[i]
     with pytest.raises(UserError, match="lists again"):
         open_source(kind, "train", path=str(image_tree))
+
+
+def dense_sets(root: Path, rng: np.random.Generator) -> dict[str, Callable[[], Any]]:
+    """Write a folder of masks and a set in COCO's format; return what opens them."""
+    for folder, ending in (("images/train", "jpg"), ("annotations/train", "png")):
+        (root / folder).mkdir(parents=True)
+        for i in range(3):
+            (root / folder / f"{i}.{ending}").write_bytes(rng.bytes(9))
+    shapes = [None, [[1.1, 2, 3, 4, 5, 6]], {"size": [9, 8], "counts": "abc"}]
+    content = {
+        "images": [
+            {"id": i + 5, "file_name": f"{i}.jpg", "width": 8, "height": 9} for i in range(3)
+        ],
+        "annotations": [
+            {
+                "image_id": 5 + j // 2,
+                "category_id": 4,
+                "bbox": [j, 1, 2, 2.5],
+                "segmentation": shape,
+            }
+            for j, shape in enumerate(shapes)
+        ],
+        "categories": [{"id": 4, "name": "é"}],
+    }
+    (root / "annotations/instances_train.json").write_text(json.dumps(content))
+    return {
+        "mask_folder": lambda: MaskFolderSource(root, "train", class_names=("a", "b")),
+        "coco": lambda: CocoSource(root, "train", images="images/{split}"),
+    }
+
+
+def plain(target: Any) -> Any:
+    return vars(target) if isinstance(target, Objects) else target
+
+
+@pytest.mark.parametrize("kind", ["mask_folder", "coco"])
+def test_dense_sets_are_listed_once_and_small_when_pickled(
+    kind: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = dense_sets(tmp_path, rng)[kind]
+    made: list[Any] = []
+
+    def first(make: Callable[[], Any]) -> Any:
+        made.append(make())
+        return made[0]
+
+    with listing_by(first):
+        expected = opened()
+    monkeypatch.setattr("fastvim_jax.data.sources.mask_folder._find", None)
+    monkeypatch.setattr("fastvim_jax.data.sources.coco.pack_records", None)
+    with listing_by(lambda make: made[0]):
+        found = opened()
+    monkeypatch.setattr(listing, "SHARED_FROM", 1)
+    copy = pickle.loads(pickle.dumps(found))
+    assert len(copy) == len(found) == len(expected) == 3
+    for i in range(3):
+        for one, other in ((found[i], expected[i]), (copy[i], expected[i])):
+            assert (one.name, one.image) == (other.name, other.image)
+            np.testing.assert_equal(plain(one.target), plain(other.target))
+    if kind == "coco":
+        assert found.image_ids == (5, 6, 7) and found.class_names == ("é",)
+        assert [len(found.objects(i).labels) for i in range(3)] == [2, 1, 0]
+        # 9 x 8 is the size of the RLE's image, so both kinds of mask and none come back as they were.
+        assert [found.objects(i).shapes for i in range(2)] == [
+            (None, [[1.1, 2, 3, 4, 5, 6]]),
+            ({"size": [9, 8], "counts": "abc"},),
+        ]
+        np.testing.assert_array_equal(found.objects(0).boxes, [[0, 1, 2, 3.5], [1, 1, 3, 3.5]])
+        assert found.truth("bbox") == expected.truth("bbox")
 
 
 def test_a_sequence_of_any_size_is_small_when_pickled(rng: np.random.Generator) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import grain
 import numpy as np
 import pytest
 
+from fastvim_jax.data import stream
 from fastvim_jax.data.stream import WorkersEnded, grain_stream
+from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
 SCRIPT = """
@@ -104,6 +110,45 @@ def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
             for pid in left:
                 if _runs(pid):
                     os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Free bytes of shared memory, as a test sets them."""
+    found = {"bytes": 0}
+    usage = lambda folder: SimpleNamespace(free=found["bytes"])  # noqa: E731
+    monkeypatch.setattr(stream.shutil, "disk_usage", usage)
+    monkeypatch.setattr(stream, "_not_started", weakref.WeakSet())
+    monkeypatch.setattr(stream, "_read_ahead", lambda *_: iter([{"image": 0}]))
+    return found
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_shared_memory_is_enough_for_all_streams(free: dict[str, int]) -> None:
+    """Two workers with one or two batches waiting in each hold 6 or 8 MiB."""
+    one = grain.MapDataset.source([0])
+    make = functools.partial(grain_stream, one, 2, batch_bytes=2**20)
+    free["bytes"] = 5 * 2**20
+    with pytest.raises(UserError, match="need 6 MiB of shared memory.* has 5 MiB free: use fewer"):
+        make()
+    free["bytes"] = 13 * 2**20
+    training = make()
+    with pytest.raises(UserError, match="beside the 8 MiB of this run's other streams: use fewer"):
+        make()
+    free["bytes"] = 14 * 2**20
+    evaluation = make()
+    # A stream that has started has taken its part from what is free.
+    assert next(training(0)) == {"image": 0}
+    free["bytes"] = 11 * 2**20
+    with pytest.raises(UserError, match="other streams"):
+        make()
+    free["bytes"] = 12 * 2**20
+    last = make()
+    del evaluation, last, training  # Whatever nobody holds needs no memory.
+    gc.collect()
+    free["bytes"] = 6 * 2**20
+    make()
+    assert grain_stream(one, 2) and grain_stream(one, 0, batch_bytes=10**9)
 
 
 def test_a_worker_killed_while_it_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from fastvim_jax.data.prepare.check import Problem
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress
 from fastvim_jax.data.records import DecodeError
-from fastvim_jax.data.sources.coco import CocoSource, draw_shape, examine
+from fastvim_jax.data.sources.coco import CocoSource, draw_shape
+from fastvim_jax.data.sources.coco_file import examine
 
 _CHUNK = 32
 

@@ -6,43 +6,24 @@ see `CocoSource.problems`. Category ids may have gaps; labels count the categori
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, UInt8
 
 from fastvim_jax.data.files import read_inside
+from fastvim_jax.data.listing import SharedArray, listed, unpacked_texts
 from fastvim_jax.data.records import DecodeError, Record, printable
+from fastvim_jax.data.sources.coco_file import FATAL, Objects, examine, pack_records, read_json
 from fastvim_jax.errors import UserError
 
 ANNOTATIONS = "annotations/instances_{split}.json"
 IMAGES = "{split}"
 _SHOWN = 3
-_FEWEST_NUMBERS = 6  # of a polygon: three points
-
-
-@dataclasses.dataclass(frozen=True)
-class Objects:
-    """The objects of one image that can be trained on; crowds are left out.
-
-    Attributes:
-        boxes: corners (x1, y1, x2, y2), clipped to the image.
-        labels: classes from 0.
-        shapes: of each object its polygons `[[x, y, x, y, ...], ...]`, its RLE, or None without a mask.
-        width: of the image as the file says.
-        height: of the image as the file says.
-    """
-
-    boxes: Float[np.ndarray, "n 4"]
-    labels: Int[np.ndarray, " n"]
-    shapes: tuple[Any, ...]
-    width: int
-    height: int
 
 
 class CocoSource:
@@ -61,8 +42,6 @@ class CocoSource:
     Attributes:
         class_names: names of the categories by label.
         category_ids: COCO's id of each label.
-        image_ids: COCO's id of each record.
-        content: the JSON file's content, for the evaluation.
         problems: how many annotations or images have which problem, by kind.
 
     Raises:
@@ -84,45 +63,69 @@ class CocoSource:
         self.file = root / annotations.replace("{split}", split)
         self._root, self._images = root, images.replace("{split}", split)
         self._follow_links = follow_links
-        self.content = read_json(self.file)
-        categories = sorted(self.content["categories"], key=lambda c: c["id"])
-        self.category_ids = tuple(int(c["id"]) for c in categories)
-        self.class_names = tuple(str(c["name"]) for c in categories)
-        self.problems: Counter[str] = Counter()
-        found = self._objects(training, least_side)
-        self._items = found
-        self.image_ids = tuple(image["id"] for image, _ in found)
-        folder = root / self._images
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
-        names = [str(image["file_name"]) for image, _ in found]
-        self.missing = tuple(n for n in names if n not in present and not (folder / n).is_file())
+
+        def list_images() -> dict[str, np.ndarray]:
+            content = read_json(self.file)
+            if not training:
+                self.content = content
+            try:
+                return pack_records(content, root / self._images, training, least_side)
+            except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+                raise UserError(
+                    f"{str(self.file)!r}: an entry is not as COCO's instances format has it ({error!r})."
+                ) from None
+
+        arrays = listed(list_images)
+        texts = unpacked_texts(arrays)
+        self._names, self._ids, self._shapes = texts["names"], texts["ids"], texts["shapes"]
+        self._sizes, self._ends = SharedArray(arrays["sizes"]), SharedArray(arrays["ends"])
+        self._boxes, self._labels = SharedArray(arrays["boxes"]), SharedArray(arrays["labels"])
+        self.category_ids = tuple(arrays["category_ids"].tolist())
+        self.class_names = tuple(texts["class_names"])
+        counts = arrays["problem_counts"].tolist()
+        self.problems = Counter(dict(zip(texts["problems"], counts, strict=True)))
+        self.missing = tuple(texts["missing"])
         if self.missing and not allow_missing:
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
             raise UserError(
-                f"{len(self.missing)} of {len(found)} images named in {str(self.file)!r} are not in "
-                f"{str(folder)!r}: {shown}. Add the files, or correct data.images."
+                f"{len(self.missing)} of {len(self)} images named in {str(self.file)!r} are not in "
+                f"{str(root / self._images)!r}: {shown}. Add the files, or correct data.images."
             )
-        if not found:
+        if not len(self):
             raise UserError(
                 f"{str(self.file)!r} has no image{' with an object to train on' if training else ''}."
             )
 
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """Content of the JSON file. It is read again where another process listed the images, or for training."""
+        return read_json(self.file)
+
+    @cached_property
+    def image_ids(self) -> tuple[Any, ...]:
+        """COCO's id of each record."""
+        return tuple(map(json.loads, self._ids))
+
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        image, objects = self._items[index]
-        path = f"{self._images}/{image['file_name']}"
+        path = f"{self._images}/{self._names[index]}"
         data = read_inside(self._root, path, follow_links=self._follow_links)
-        return Record(data, objects, printable(str(self._root / path)))
+        return Record(data, self.objects(index), printable(str(self._root / path)))
 
     def file_name(self, index: int) -> str:
         """Return the name of a record's image as the JSON file has it."""
-        return str(self._items[index][0]["file_name"])
+        return self._names[index]
 
     def objects(self, index: int) -> Objects:
         """Return a record's objects without reading its image."""
-        return self._items[index][1]
+        place = range(len(self))[index]
+        start, stop = self._ends.values[place : place + 2]
+        width, height = self._sizes.values[place].tolist()
+        shapes = tuple(json.loads(self._shapes[place]))
+        boxes, labels = self._boxes.values[start:stop], self._labels.values[start:stop]
+        return Objects(np.array(boxes), np.array(labels), shapes, width, height)
 
     def truth(self, kind: str) -> dict[str, Any]:
         """Return what detections are judged against: the file's content without what cannot be judged.
@@ -141,7 +144,7 @@ class CocoSource:
             problem, shape = (
                 examine(annotation, *sizes[annotation["image_id"]]) if known else ("", None)
             )
-            if not known or problem in _FATAL or (kind == "segm" and shape is None):
+            if not known or problem in FATAL or (kind == "segm" and shape is None):
                 continue
             area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
             filled = {"area": area, "iscrowd": annotation.get("iscrowd", 0), "id": len(kept) + 1}
@@ -150,112 +153,11 @@ class CocoSource:
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers get the records, not the whole JSON file.
-        return self.__dict__ | {"content": None}
-
-    def _objects(self, training: bool, least_side: int) -> list[tuple[dict[str, Any], Objects]]:
-        by_image: dict[Any, list[dict[str, Any]]] = {
-            image["id"]: [] for image in self.content["images"]
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("content", "image_ids")
         }
-        for annotation in self.content["annotations"]:
-            if annotation["image_id"] in by_image:
-                by_image[annotation["image_id"]].append(annotation)
-            else:
-                self.problems["annotations of an image that is not listed"] += 1
-        found = []
-        for image in self.content["images"]:
-            objects = self._of_image(image, by_image[image["id"]])
-            if training and not len(objects.boxes):
-                self.problems["images without objects"] += 1
-            elif training and min(image["width"], image["height"]) < least_side:
-                self.problems[f"images with a side below {least_side}"] += 1
-            else:
-                found.append((image, objects))
-        return found
-
-    def _of_image(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Objects:
-        boxes, labels, shapes = [], [], []
-        width, height = int(image["width"]), int(image["height"])
-        for annotation in annotations:
-            problem, shape = examine(annotation, width, height)
-            if annotation["category_id"] not in self.category_ids:
-                problem = "unknown category"
-            if problem:
-                self.problems[problem] += 1
-            if problem in _FATAL or problem == "unknown category" or annotation.get("iscrowd"):
-                continue
-            x, y, w, h = annotation["bbox"]
-            boxes.append(np.clip([x, y, x + w, y + h], 0, [width, height, width, height]))
-            labels.append(self.category_ids.index(annotation["category_id"]))
-            shapes.append(shape)
-        return Objects(
-            np.asarray(boxes, np.float32).reshape(-1, 4),
-            np.asarray(labels, np.int32),
-            tuple(shapes),
-            width,
-            height,
-        )
-
-
-_FATAL = ("box without area", "box outside the image", "box that is no [x, y, width, height]")
-
-
-def examine(annotation: dict[str, Any], width: int, height: int) -> tuple[str, Any]:
-    """Return what is wrong with an annotation ("" if nothing) and its mask as far as it can be used.
-
-    Polygons of fewer than three points are dropped; an object none of whose polygons is left has no mask (None).
-    """
-    try:
-        x, y, w, h = (float(v) for v in annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
-        return "box that is no [x, y, width, height]", None
-    if not np.isfinite([x, y, w, h]).all():
-        return "box that is no [x, y, width, height]", None
-    if w <= 0 or h <= 0:
-        return "box without area", None
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return "box outside the image", None
-    shape = annotation.get("segmentation")
-    if isinstance(shape, dict):
-        fits = shape.get("size") == [height, width]
-        return ("", shape) if fits else ("mask of another size than its image", None)
-    polygons = shape or []
-    whole = [p for p in polygons if len(p) >= _FEWEST_NUMBERS and len(p) % 2 == 0]
-    problem = "polygon of fewer than three points" if len(whole) < len(polygons) else ""
-    if not problem and (x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1):
-        problem = "box that leaves the image"
-    return problem, whole or None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read an annotation file and check that it has COCO's parts.
-
-    Raises:
-        UserError: no such file, no JSON, or a part is missing.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{str(file)!r}: {error.strerror or error} (data.path, data.annotations and the split's name make it)."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{str(file)!r} is no JSON: {error}.") from None
-    for part, fields in (
-        ("images", ("id", "file_name", "width", "height")),
-        ("annotations", ("image_id", "category_id")),
-        ("categories", ("id", "name")),
-    ):
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise UserError(
-                f"{str(file)!r} has no list {part!r}: it must be COCO's instances format."
-            )
-        for entry in entries:
-            if lacking := [f for f in fields if f not in entry]:
-                raise UserError(
-                    f"{str(file)!r}: an entry of {part!r} has no {lacking[0]!r}: {str(entry)[:80]}"
-                )
-    return content
 
 
 def coco_masks() -> Any:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import read_inside
+from fastvim_jax.data.listing import listed, packed_texts, unpacked_texts
 from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
@@ -67,31 +68,46 @@ class MaskFolderSource:
         self.class_names = class_names
         self._root = root
         self._follow_links = follow_links
-        images = _find(root, split, image_pattern)
-        if not images:
+
+        def list_pairs() -> dict[str, np.ndarray]:
+            images = _find(root, split, image_pattern)
+            masks = _find(root, split, mask_pattern) if images else {}
+            names = sorted(images)
+            lists = {
+                "images": [images[name] for name in names],
+                "masks": [masks.get(name, "") for name in names],
+                "stray": [masks[name] for name in sorted(masks) if name not in images],
+            }
+            return packed_texts(lists)
+
+        found = unpacked_texts(listed(list_pairs))
+        self._images, self._masks, self._stray = found["images"], found["masks"], found["stray"]
+        if not len(self._images):
             where = root / image_pattern.replace("{split}", split)
             raise UserError(
                 f"no image matches {str(where)!r}: check data.path, the split's name and data.image_pattern."
             )
-        masks = _find(root, split, mask_pattern)
-        names = sorted(images)
-        self._pairs = [(images[name], masks.get(name)) for name in names]
-        self.missing = tuple(image for image, mask in self._pairs if mask is None)
-        self.stray = tuple(masks[name] for name in sorted(masks) if name not in images)
+        pairs = zip(self._images, self._masks, strict=True)
+        self.missing = tuple(image for image, mask in pairs if not mask)
         if self.missing and not allow_missing:
             expected = mask_pattern.replace("{split}", split)
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
             raise UserError(
-                f"{len(self.missing)} of {len(names)} images in {str(root)!r} have no mask at {expected!r}: {shown}. "
+                f"{len(self.missing)} of {len(self)} images in {str(root)!r} have no mask at {expected!r}: {shown}. "
                 "Add the masks, remove the images, or correct data.mask_pattern."
             )
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._images)
+
+    @property
+    def stray(self) -> tuple[str, ...]:
+        """Masks without an image."""
+        return tuple(self._stray)
 
     def __getitem__(self, index: int) -> Record:
-        image, mask = self._pairs[index]
-        target = None if mask is None else self._read(mask)
+        image, mask = self._images[index], self._masks[index]
+        target = self._read(mask) if mask else None
         return Record(self._read(image), target, printable(str(self._root / image)))
 
     def _read(self, path: str) -> bytes:
@@ -99,8 +115,8 @@ class MaskFolderSource:
 
     def mask_name(self, index: int) -> str:
         """Path of a record's mask, for messages."""
-        mask = self._pairs[index][1]
-        return "no mask" if mask is None else str(self._root / mask)
+        mask = self._masks[index]
+        return str(self._root / mask) if mask else "no mask"
 
 
 def segmentation_classes(root: Path, class_list: Path | None, count: int) -> tuple[str, ...]:

@@ -1,0 +1,184 @@
+"""What a JSON file in COCO's format says of images and objects, checked and packed into arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fastvim_jax.data.listing import packed_texts
+from fastvim_jax.errors import UserError
+
+_FEWEST_NUMBERS = 6  # of a polygon: three points
+FATAL = ("box without area", "box outside the image", "box that is no [x, y, width, height]")
+"""Problems of annotations that nothing can be judged or trained by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """The objects of one image that can be trained on; crowds are left out.
+
+    Attributes:
+        boxes: corners (x1, y1, x2, y2), clipped to the image.
+        labels: classes from 0.
+        shapes: of each object its polygons `[[x, y, x, y, ...], ...]`, its RLE, or None without a mask.
+        width: of the image as the file says.
+        height: of the image as the file says.
+    """
+
+    boxes: Float[np.ndarray, "n 4"]
+    labels: Int[np.ndarray, " n"]
+    shapes: tuple[Any, ...]
+    width: int
+    height: int
+
+
+def pack_records(
+    content: dict[str, Any], folder: Path, training: bool, least_side: int
+) -> dict[str, np.ndarray]:
+    """Pack all that records need into arrays, which processes can share: polygons and ids as JSON."""
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    category_ids = tuple(int(c["id"]) for c in categories)
+    problems: Counter[str] = Counter()
+    found = _images_with_objects(content, category_ids, problems, training, least_side)
+    images, objects = [image for image, _ in found], [each for _, each in found]
+    names = [str(image["file_name"]) for image in images]
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    return {
+        **packed_texts(
+            {
+                "names": names,
+                "ids": [json.dumps(image["id"]) for image in images],
+                "shapes": [json.dumps(each.shapes) for each in objects],
+                "class_names": [str(c["name"]) for c in categories],
+                "problems": list(problems),
+                "missing": [n for n in names if n not in present and not (folder / n).is_file()],
+            }
+        ),
+        "category_ids": np.asarray(category_ids, np.int64),
+        "problem_counts": np.asarray(list(problems.values()), np.int64),
+        "sizes": np.asarray([(o.width, o.height) for o in objects], np.int64).reshape(-1, 2),
+        "ends": np.cumsum([0, *(len(o.labels) for o in objects)], dtype=np.int64),
+        "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(o.boxes for o in objects)]),
+        "labels": np.concatenate([np.zeros(0, np.int32), *(o.labels for o in objects)]),
+    }
+
+
+def _images_with_objects(
+    content: dict[str, Any],
+    category_ids: tuple[int, ...],
+    problems: Counter[str],
+    training: bool,
+    least_side: int,
+) -> list[tuple[dict[str, Any], Objects]]:
+    """List the images to use with their objects, and count in `problems` what is left out."""
+    by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] in by_image:
+            by_image[annotation["image_id"]].append(annotation)
+        else:
+            problems["annotations of an image that is not listed"] += 1
+    found = []
+    for image in content["images"]:
+        objects = _objects_of(image, by_image[image["id"]], category_ids, problems)
+        if training and not len(objects.boxes):
+            problems["images without objects"] += 1
+        elif training and min(image["width"], image["height"]) < least_side:
+            problems[f"images with a side below {least_side}"] += 1
+        else:
+            found.append((image, objects))
+    return found
+
+
+def _objects_of(
+    image: dict[str, Any],
+    annotations: list[dict[str, Any]],
+    category_ids: tuple[int, ...],
+    problems: Counter[str],
+) -> Objects:
+    boxes, labels, shapes = [], [], []
+    width, height = int(image["width"]), int(image["height"])
+    for annotation in annotations:
+        problem, shape = examine(annotation, width, height)
+        if annotation["category_id"] not in category_ids:
+            problem = "unknown category"
+        if problem:
+            problems[problem] += 1
+        if problem in FATAL or problem == "unknown category" or annotation.get("iscrowd"):
+            continue
+        x, y, w, h = annotation["bbox"]
+        boxes.append(np.clip([x, y, x + w, y + h], 0, [width, height, width, height]))
+        labels.append(category_ids.index(annotation["category_id"]))
+        shapes.append(shape)
+    return Objects(
+        np.asarray(boxes, np.float32).reshape(-1, 4),
+        np.asarray(labels, np.int32),
+        tuple(shapes),
+        width,
+        height,
+    )
+
+
+def examine(annotation: dict[str, Any], width: int, height: int) -> tuple[str, Any]:
+    """Return what is wrong with an annotation ("" if nothing) and its mask as far as it can be used.
+
+    Polygons of fewer than three points are dropped; an object none of whose polygons is left has no mask (None).
+    """
+    try:
+        x, y, w, h = (float(v) for v in annotation["bbox"])
+    except (KeyError, TypeError, ValueError):
+        return "box that is no [x, y, width, height]", None
+    if not np.isfinite([x, y, w, h]).all():
+        return "box that is no [x, y, width, height]", None
+    if w <= 0 or h <= 0:
+        return "box without area", None
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return "box outside the image", None
+    shape = annotation.get("segmentation")
+    if isinstance(shape, dict):
+        fits = shape.get("size") == [height, width]
+        return ("", shape) if fits else ("mask of another size than its image", None)
+    polygons = shape or []
+    whole = [p for p in polygons if len(p) >= _FEWEST_NUMBERS and len(p) % 2 == 0]
+    problem = "polygon of fewer than three points" if len(whole) < len(polygons) else ""
+    if not problem and (x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1):
+        problem = "box that leaves the image"
+    return problem, whole or None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read an annotation file and check that it has COCO's parts.
+
+    Raises:
+        UserError: no such file, no JSON, or a part is missing.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{str(file)!r}: {error.strerror or error} (data.path, data.annotations and the split's name make it)."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{str(file)!r} is no JSON: {error}.") from None
+    for part, fields in (
+        ("images", ("id", "file_name", "width", "height")),
+        ("annotations", ("image_id", "category_id")),
+        ("categories", ("id", "name")),
+    ):
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(
+                f"{str(file)!r} has no list {part!r}: it must be COCO's instances format."
+            )
+        for entry in entries:
+            if lacking := [f for f in fields if not isinstance(entry, dict) or f not in entry]:
+                raise UserError(
+                    f"{str(file)!r}: an entry of {part!r} has no {lacking[0]!r}: {str(entry)[:80]}"
+                )
+    return content
