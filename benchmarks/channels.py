@@ -132,7 +132,8 @@ def config_of(row: str, seed: int, options: argparse.Namespace) -> Any:
     cells = CellsData(
         path=str(options.data), train_split=f"train[:{options.images}]",
         eval_split=f"test[:{options.test_images}]", channels=8, channel_names=NAMES, image_size=32, batch_size=256,
-        eval_batch_size=1000, workers=options.workers, channel_sampling=sampling, flip=0.0, defocus=0.0,
+        eval_batch_size=min(1000, options.test_images), workers=options.workers,
+        channel_sampling=sampling, flip=0.0, defocus=0.0,
         dropout=0.5, dropout_size=8,
     )  # fmt: skip
     optimizer = OptimizerConfig(

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+GRACE = 30.0
+"""Seconds that runs have to save when the time is over."""
 KEPT = ("epoch", "loss", "learning_rate", "images_per_second", "seconds")
 
 
@@ -89,8 +91,13 @@ def run(
         time.sleep(0.3)
     for _, _, process in running.values():
         process.send_signal(signal.SIGTERM)  # It saves, and goes on next time.
+    patience = time.monotonic() + GRACE
     for name, (_, _, process) in running.items():
-        process.wait()
+        try:
+            process.wait(max(0.1, patience - time.monotonic()))
+        except subprocess.TimeoutExpired:  # It compiles, and hears no signal until it is done.
+            process.kill()
+            process.wait()
         _finished(name, process, runs)
     left = [job.name for job in jobs if not done(runs / job.name)]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs done; left: {', '.join(left) or 'none'}")
