@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: what went wrong and how to mend it."""
+"""Define errors for the user: they say what went wrong and how to mend it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dtype policy, in one place.
+"""Define the dtype policy: the dtypes of parameters, matrix products, and everything between them.
 
 Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is that of the operands of products
 (`fastvim_jax.layers.linear`; in a ViT of the activations between them too). Everything else — results of products,

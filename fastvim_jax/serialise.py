@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, exactly: nothing dropped, nothing guessed.
+"""Convert frozen dataclasses to JSON and back, exactly: nothing is dropped, nothing guessed.
 
 A dataclass is written with its class under `"class"`, so that unions of config classes can be told apart;
 tuples become lists and return as tuples. Reading is strict: an unknown field, a missing one without a default
@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gave it, as the annotated type."""
+    """Convert `value`, as JSON gave it, to the annotated type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return _typed(args[0], value, where)

@@ -1,4 +1,4 @@
-"""One glossary of dimension letters, as jaxtyping aliases used in every signature.
+"""Define the letters of dimensions, and jaxtyping aliases of the arrays that many signatures use.
 
 b batch   h w image or grid height and width   c image channels   l tokens   s scan length
 d model width   e inner width (expand * d)   n state size   k convolution width   r dt rank

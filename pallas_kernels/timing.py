@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 COLD_BYTES = 256e6  # what calls read before one reads the same again
-MOST_SETS = 64  # of inputs: what needs more, below 4 MB a call, finds some of them in the cache
+MOST_SETS = 64  # of inputs: what needs more, below 4 MB per call, finds some of them in the cache
 LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
 PATIENCE = 180.0  # seconds after which a timing no longer waits for others to finish compiling
 _started = time.monotonic()
@@ -44,7 +44,7 @@ Case = Iterator[Row | None]
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most: bytes, float32 exponentials and float32 operations a second."""
+    """What a device can do at most: bytes, float32 exponentials and float32 operations per second."""
 
     bandwidth: float
     exponentials: float
@@ -52,7 +52,7 @@ class Ceilings:
 
 
 CEILINGS = {
-    # 132 processors of 16 exponentials and 128 fused multiply-adds a clock, at 1.755 GHz
+    # 132 processors of 16 exponentials and 128 fused multiply-adds per clock, at 1.755 GHz
     "NVIDIA H100 80GB HBM3": Ceilings(3.0e12, 132 * 16 * 1.755e9, 132 * 256 * 1.755e9)
 }
 
@@ -64,7 +64,7 @@ def ceilings() -> Ceilings | None:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Milliseconds a call.
+    """Milliseconds per call.
 
     Attributes:
         method: "profiler", "loop" (see the module) or "clock" (around queued calls).
@@ -72,7 +72,7 @@ class Time:
         warm: the same inputs at every call; None where inputs are not rotated.
         span: from the first kernel's start to the last one's end, gaps included, over the calls.
         calls, input_sets: how many of each.
-        kernels: milliseconds a call by name, the longest first.
+        kernels: milliseconds per call by name, the longest first.
     """
 
     method: str
@@ -215,7 +215,7 @@ def _loop_time(loop: Program, arguments: tuple, seconds: float, repeats: int) ->
 def clock(
     step: Callable[[int], Any], *, warm_up: int = 2, steps: int = 10, repeats: int = 5
 ) -> tuple[float, float, float]:
-    """Median, fastest and slowest milliseconds a step, of `repeats` runs of `steps` queued steps."""
+    """Median, fastest and slowest milliseconds per step, of `repeats` runs of `steps` queued steps."""
     times = []
     for i in range(warm_up):
         jax.block_until_ready(step(i))

@@ -1,7 +1,7 @@
 """DeiT-B with UperNet on ADE20K, beside fastvim_base.py: no result is recorded, 144,179,756 parameters.
 
 The recipe of fastvim_tiny.py, on the pyramid of a MultiLevelNeck as in the DeiT baselines.
-Cost: 6.9e+18 FLOPs (6 x 445 GMACs an image, 220 of them in the heads); time not measured.
+Cost: 6.9e+18 FLOPs (6 x 445 GMACs per image, 220 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """DeiT-S with UperNet on ADE20K, beside fastvim_small.py: no result is recorded, 57,998,252 parameters.
 
 The recipe of fastvim_tiny.py, on the pyramid of a MultiLevelNeck as in the DeiT baselines.
-Cost: 4.2e+18 FLOPs (6 x 276 GMACs an image, 215 of them in the heads); time not measured.
+Cost: 4.2e+18 FLOPs (6 x 276 GMACs per image, 215 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

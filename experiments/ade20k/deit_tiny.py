@@ -1,7 +1,7 @@
 """DeiT-T with UperNet on ADE20K, beside fastvim_tiny.py: no result is recorded, 35,256,428 parameters.
 
 The recipe of fastvim_tiny.py, on the pyramid of a MultiLevelNeck as in the DeiT baselines.
-Cost: 3.5e+18 FLOPs (6 x 230 GMACs an image, 212 of them in the heads); time not measured.
+Cost: 3.5e+18 FLOPs (6 x 230 GMACs per image, 212 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

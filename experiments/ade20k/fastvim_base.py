@@ -1,6 +1,7 @@
 """FastVim-B with UperNet on ADE20K: 47.8 mIoU in the paper (section 4.5), 131,684,396 parameters.
 
-The recipe of fastvim_tiny.py. Cost: 1.9e+18 FLOPs (6 x 122 GMACs an image, 33 of them in the heads); time not measured.
+The recipe of fastvim_tiny.py. Cost: 1.9e+18 FLOPs (6 x 122 GMACs per image, 33 of them in the heads); time not
+measured.
 """
 
 from dataclasses import replace

@@ -9,7 +9,7 @@ photometric distortion; evaluated by sliding a 512 px window by 341. It starts f
 The released models were trained with `--loss-divisor all` and with LayerNorm in the blocks (`norm="layer"`, with
 init_allow "backbone.blocks.*.norm.bias": the ImageNet weights have no biases), which are options here.
 
-Cost: 5.3e+17 FLOPs (6 x 34 GMACs an image, 28 of them in the heads); time not measured.
+Cost: 5.3e+17 FLOPs (6 x 34 GMACs per image, 28 of them in the heads); time not measured.
 
 Set FASTVIM_ADE20K_DIR to ADEChallengeData2016, which holds `images` and `annotations`, and put `objectInfo150.csv` or
 a `classes.txt` of 150 names there.

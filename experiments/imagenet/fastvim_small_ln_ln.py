@@ -1,6 +1,6 @@
 """FastVim-S with LayerNorm also before each mixer and the head: 80.9 % top-1 (Table 17), 25,842,280 parameters.
 
-Its base, fastvim_small.py, has RMSNorm there (RMS-LN): 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs an image); time not
+Its base, fastvim_small.py, has RMSNorm there (RMS-LN): 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs per image); time not
 measured.
 """
 

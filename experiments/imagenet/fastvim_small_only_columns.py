@@ -1,6 +1,6 @@
 """FastVim-S that pools over the columns of the grid in every block: 80.0 % top-1 (Table 6), 25,832,680 parameters.
 
-Its base, fastvim_small.py, alternates between columns and rows: 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs an image),
+Its base, fastvim_small.py, alternates between columns and rows: 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs per image),
 time not measured; the kernels are those of fastvim_small.py.
 """
 

@@ -1,7 +1,7 @@
 """FastVim-S with RMSNorm also between scan and gate: 80.7 % top-1 (Table 17), 25,814,248 parameters.
 
-Its base, fastvim_small.py, has LayerNorm there (RMS-LN): 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs an image); time not
-measured.
+Its base, fastvim_small.py, has LayerNorm there (RMS-LN): 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs per image); time
+not measured.
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@ The recipe of every file in this folder: 300 epochs of 1,281,167 images at an ef
 crop, flip, RandAugment, random erasing, mixup and cutmix, label smoothing; AdamW; an average of the weights. It is
 evaluated with the raw weights and with their average.
 
-Cost: 2.6e18 FLOPs (6 × 1.14 GMACs an image). On one H100 a step of batch 128 of this model takes 11.2 ms (11,393
+Cost: 2.6e18 FLOPs (6 × 1.14 GMACs per image). On one H100 a step of batch 128 of this model takes 11.2 ms (11,393
 images/s, benchmarks/README.md), so the steps alone are about 9 hours there, at that batch and without augmentation.
 FLOPs, here and in the other files, are those of the products of all epochs: 2 a multiply-add, twice as many backward.
 

@@ -1,6 +1,6 @@
 """The pooled ViT-S with a depthwise convolution before the pooling: 74.0 % top-1 (Table 7), 22,073,704 parameters.
 
-Its base, vit_small_pooled.py, has none: 73.9 %. Cost: 7.6e18 FLOPs (6 × 3.28 GMACs an image); time not measured.
+Its base, vit_small_pooled.py, has none: 73.9 %. Cost: 7.6e18 FLOPs (6 × 3.28 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

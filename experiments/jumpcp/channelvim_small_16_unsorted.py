@@ -1,7 +1,7 @@
 """ChannelVim-S/16, sampled channels in the order drawn: 69.4 % top-1 on JUMP-CP (Table 19).
 
 Its base is channelvim_small_16.py.
-25,316,513 parameters. Cost: 280 GFLOPs an image and epoch (6 × 46.72 GMACs); time not measured.
+25,316,513 parameters. Cost: 280 GFLOPs per image and epoch (6 × 46.72 GMACs); time not measured.
 """
 
 from dataclasses import replace

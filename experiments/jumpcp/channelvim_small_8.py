@@ -1,7 +1,7 @@
 """ChannelVim-S/8, which pools nothing: 83.0 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
-25,468,577 parameters. Cost: 1118 GFLOPs an image and epoch (6 × 186.31 GMACs); time not measured.
+25,468,577 parameters. Cost: 1118 GFLOPs per image and epoch (6 × 186.31 GMACs); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """ChannelViT-S/16, attention over all tokens: 68.6 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_16.py.
-21,534,113 parameters. Cost: 337 GFLOPs an image and epoch (6 × 56.16 GMACs); time not measured.
+21,534,113 parameters. Cost: 337 GFLOPs per image and epoch (6 × 56.16 GMACs); time not measured.
 """
 
 from dataclasses import replace

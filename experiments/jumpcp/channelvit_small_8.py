@@ -1,7 +1,7 @@
 """ChannelViT-S/8, attention over all tokens: 74.8 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
-21,686,177 parameters. Cost: 2976 GFLOPs an image and epoch (6 × 496.01 GMACs); time not measured.
+21,686,177 parameters. Cost: 2976 GFLOPs per image and epoch (6 × 496.01 GMACs); time not measured.
 """
 
 from dataclasses import replace

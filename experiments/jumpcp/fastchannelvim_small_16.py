@@ -5,7 +5,7 @@ sampling in order. FASTVIM_JUMP_CP names a folder that `fastvim data prepare --s
 BR00116991 (splits train, val, test), see docs/cells.md. Mean and deviation are the published ones of that plate, for
 pixels scaled as there; leave them out for what `fastvim data stats` counts.
 
-25,316,129 parameters. Cost: 208 GFLOPs an image and epoch (6 × 34.66 GMACs); time not measured.
+25,316,129 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.66 GMACs); time not measured.
 """
 
 from fastvim_jax.data import CellsData

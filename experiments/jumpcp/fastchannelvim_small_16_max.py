@@ -1,7 +1,7 @@
 """FastChannelVim-S/16 with maxima pooled: 72.9 % top-1 on JUMP-CP (Table 20).
 
 Its base is fastchannelvim_small_16.py.
-25,316,129 parameters. Cost: 208 GFLOPs an image and epoch (6 × 34.66 GMACs); time not measured.
+25,316,129 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.66 GMACs); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FastChannelVim-S/16 pooling two axes, maxima: 73.5 % top-1 on JUMP-CP (Table 21).
 
 Its base is fastchannelvim_small_16.py.
-25,316,129 parameters. Cost: 203 GFLOPs an image and epoch (6 × 33.84 GMACs); time not measured.
+25,316,129 parameters. Cost: 203 GFLOPs per image and epoch (6 × 33.84 GMACs); time not measured.
 """
 
 from dataclasses import replace

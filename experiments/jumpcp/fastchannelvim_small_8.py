@@ -1,7 +1,7 @@
 """FastChannelVim-S/8: 83.1 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_16.py.
-25,468,193 parameters. Cost: 818 GFLOPs an image and epoch (6 × 136.34 GMACs); time not measured.
+25,468,193 parameters. Cost: 818 GFLOPs per image and epoch (6 × 136.34 GMACs); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FastChannelVim-S/8 with attention pooling: 85.8 % top-1 on JUMP-CP (Table 20).
 
 Its base is fastchannelvim_small_8.py.
-25,505,105 parameters. Cost: 819 GFLOPs an image and epoch (6 × 136.57 GMACs); time not measured.
+25,505,105 parameters. Cost: 819 GFLOPs per image and epoch (6 × 136.57 GMACs); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FastChannelVim-S/8 pooling two axes, maxima: 84.0 % top-1 on JUMP-CP (Table 21).
 
 Its base is fastchannelvim_small_8.py.
-25,468,193 parameters. Cost: 808 GFLOPs an image and epoch (6 × 134.66 GMACs); time not measured.
+25,468,193 parameters. Cost: 808 GFLOPs per image and epoch (6 × 134.66 GMACs); time not measured.
 """
 
 from dataclasses import replace

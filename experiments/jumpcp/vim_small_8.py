@@ -1,7 +1,7 @@
 """Vim-S/8, 8 channels a patch: 66.4 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
-25,637,921 parameters. Cost: 141 GFLOPs an image and epoch (6 × 23.45 GMACs); time not measured.
+25,637,921 parameters. Cost: 141 GFLOPs per image and epoch (6 × 23.45 GMACs); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """ViT-S/16, 8 channels a patch: 58.9 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_16.py.
-22,219,169 parameters. Cost: 28 GFLOPs an image and epoch (6 × 4.69 GMACs); time not measured.
+22,219,169 parameters. Cost: 28 GFLOPs per image and epoch (6 × 4.69 GMACs); time not measured.
 """
 
 from dataclasses import replace

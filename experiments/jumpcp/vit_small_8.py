@@ -1,7 +1,7 @@
 """ViT-S/8, 8 channels a patch: 67.6 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
-21,855,137 parameters. Cost: 135 GFLOPs an image and epoch (6 × 22.50 GMACs); time not measured.
+21,855,137 parameters. Cost: 135 GFLOPs per image and epoch (6 × 22.50 GMACs); time not measured.
 """
 
 from dataclasses import replace

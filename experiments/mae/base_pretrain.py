@@ -1,7 +1,7 @@
 """FastMaskVim-B, masked pre-training on ImageNet-1k: 1600 epochs, batch 4096, mask ratio 0.75, norm-pixel loss.
 
 Section 4.3 of the paper; fine-tuned by base_finetune.py. 101,178,112 parameters. Cost: 6.6e19 FLOPs (6 × 5.40 GMACs
-an image); time not measured. Set FASTVIM_DATA_DIR to the folder that holds imagenet/train and imagenet/val.
+per image); time not measured. Set FASTVIM_DATA_DIR to the folder that holds imagenet/train and imagenet/val.
 """
 
 from dataclasses import replace

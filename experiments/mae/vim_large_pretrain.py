@@ -1,6 +1,6 @@
 """Vim-L, masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
-343,562,496 parameters. Cost: 2.3e20 FLOPs (6 × 19.10 GMACs an image); time not measured.
+343,562,496 parameters. Cost: 2.3e20 FLOPs (6 × 19.10 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """ViT-B (the original masked autoencoder), masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
-111,655,680 parameters. Cost: 1.2e20 FLOPs (6 × 9.69 GMACs an image); time not measured.
+111,655,680 parameters. Cost: 1.2e20 FLOPs (6 × 9.69 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

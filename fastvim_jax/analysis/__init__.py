@@ -1,4 +1,4 @@
-"""What a model costs, and pictures of a run."""
+"""Compute what a model costs, and draw pictures of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiply-adds, activations, scan steps and parameters of a model, from its config alone.
+"""Count multiply-adds, activations, scan steps and parameters of a model, from its config alone.
 
 Counted, per image: one multiply-add per weight and token of every product — patch embedding, projections,
 depthwise convolution, skip D · u, head — and per direction of a scan 9 · s · e · n, the usual count for the
@@ -215,7 +215,7 @@ def _kept(config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | N
 
 
 def _mixer(config: VisionMambaConfig, tokens: int, steps: int) -> int:
-    """Multiply-adds of one block: l tokens, s scan steps."""
+    """Count the multiply-adds of one block: l tokens, s scan steps."""
     mixer = config.mixer
     d, e, n, r = config.embed_dim, mixer.inner, mixer.state_size, mixer.rank
     direction = (
@@ -251,7 +251,7 @@ def _vit_results(config: ViTConfig, tokens: int, steps: int) -> int:
 
 
 def _vit_block(config: ViTConfig, tokens: int, steps: int) -> int:
-    """Multiply-adds of one block: l tokens, attention over s of them."""
+    """Count the multiply-adds of one block: l tokens, attention over s of them."""
     d = config.embed_dim
     attention = tokens * d * config.conv_width + steps * d * 3 * d + 2 * steps * steps * d
     return attention + tokens * d * d + 2 * tokens * d * int(d * config.mlp_ratio)
@@ -269,7 +269,7 @@ def _steps_per_block(config: VisionMambaConfig | ViTConfig, rows: int, columns: 
         return [rows * columns + class_token] * config.depth
     if isinstance(config, VisionMambaConfig) and config.token_order == "column":
         rows, columns = columns, rows
-    # Pooling over the columns leaves one step a row, and the other way round.
+    # Pooling over the columns leaves one step per row, and the other way round.
     left = {"alternate": (rows, columns), "columns": (rows,), "rows": (columns,)}[config.pool_axes]
     return [left[block % len(left)] + class_token for block in range(config.depth)]
 

@@ -1,4 +1,4 @@
-"""The score that a run is known by, in its log, its picture and the command line's last line."""
+"""Define a run's headline: the score that sums it up in the log, the picture and the command line's last line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Most floating-point operations a second of known GPUs, from their makers' data sheets (dense, without sparsity).
+"""List the peak FLOPs per second of known GPUs, from their makers' data sheets (dense, without sparsity).
 
 Model FLOPs utilisation (MFU) is the share of this that a model's own multiply-adds reach. A backward pass costs
 two forward passes; what remat computes again, norms and activations do not count.
@@ -28,7 +28,7 @@ _PEAKS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device_kind: str, dtype: str, matmul_precision: str = "highest") -> float | None:
-    """Most FLOPs a second of one device for products of this kind; None where it is not known, as on a CPU.
+    """Return the peak FLOPs per second of one device for matrix products of this kind, or None if unknown, as on a CPU.
 
     Args:
         device_kind: `jax.Device.device_kind`, e.g. "NVIDIA H100 80GB HBM3".
@@ -43,11 +43,11 @@ def peak_flops(device_kind: str, dtype: str, matmul_precision: str = "highest") 
 
 
 def peak_of(mesh: Mesh, config: AnyModelConfig) -> float | None:
-    """`peak_flops` of all devices of a mesh together, for the products of this model."""
+    """Return the sum of `peak_flops` over all devices of a mesh, for the products of this model; None if unknown."""
     one = peak_flops(mesh.devices.flat[0].device_kind, config.dtype, config.matmul_precision)
     return None if one is None else one * mesh.size
 
 
 def training_flops(config: AnyModelConfig) -> float:
-    """FLOPs per image of a training step: two a multiply-add, and three passes (forward, and backward twice that)."""
+    """Return a training step's FLOPs per image: 2 per multiply-add; the backward pass counts as two forward passes."""
     return 3 * 2 * 1e9 * gmacs(config)

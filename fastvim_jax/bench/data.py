@@ -1,6 +1,6 @@
 """What reading images costs: each stage by itself, the whole pipeline, and a PyTorch DataLoader on the same files.
 
-Stages and whole are measured in processor time, so that a number of images a second is one core's, whatever else runs
+Stages and whole are measured in processor time, so that a number of images per second is one core's, whatever else runs
 on the machine. With worker processes the clock counts instead.
 """
 
@@ -170,7 +170,7 @@ def _our_batches(source: Source, config: ClassificationData) -> Iterator[Any]:
 def _time_batches(
     running: Sequence[Iterator[Any]], config: ClassificationData, seconds: float
 ) -> list[float]:
-    """Milliseconds an image of each: of processor time without workers, else of the clock, one after the other."""
+    """Milliseconds per image of each: of processor time without workers, else of the clock, one after the other."""
     if config.workers:
         best = []
         for batches in running:

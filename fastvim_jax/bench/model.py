@@ -1,4 +1,4 @@
-"""Measures forward passes of whole models: images a second by size, resolution, batch and precision.
+"""Measures forward passes of whole models: images per second by size, resolution, batch and precision.
 
 In bf16 the weights of products are rounded once, as who serves a model would, and not at every call.
 """

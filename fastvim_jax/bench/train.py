@@ -1,4 +1,4 @@
-"""Measures training steps: images a second, the largest batch that fits, and how long tracing and compiling take."""
+"""Measures training steps: images per second, the largest batch that fits, and how long tracing and compiling take."""
 
 from __future__ import annotations
 

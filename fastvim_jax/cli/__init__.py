@@ -1,1 +1,1 @@
-"""The `fastvim` command: one module a subcommand, each thin over public functions."""
+"""Define the `fastvim` command: one module per subcommand. Each module only calls public functions and prints."""

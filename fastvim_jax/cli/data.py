@@ -34,7 +34,7 @@ Usage: fastvim data check PATH [OPTIONS]
             started again, it goes on
   stats     count mean and deviation of every channel and store them with the data, where training takes them from
 
-PATH is a data set's folder: one folder a split with one folder a class (train/cat/1.jpg), tar shards, Parquet files
+PATH is a data set's folder: one folder per split with one folder per class (train/cat/1.jpg), tar shards, Parquet files
 as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or what `prepare` wrote.
 `fastvim data check --help` and `fastvim data prepare --help` list the options.
 """
@@ -76,9 +76,9 @@ class Prepare(_Where):
     """Reduce images whose shorter side is longer than this many pixels to it (bicubic, JPEG quality 95)."""
     pixels: int | None = None
     """Store decoded pixels, the shorter side at most this long, which readers crop without decoding (256 for 224-pixel
-    training: about 0.26 MB a photograph)."""
+    training: about 0.26 MB per photograph)."""
     shard_records: int = 4096
-    """Records a shard."""
+    """Records per shard."""
     max_corrupt: int = 0
     """Undecodable records left out before it stops (only images that are resized are decoded)."""
 

@@ -15,45 +15,45 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to embed with what."""
+    """The images to embed, the model, and the table to write."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """The folder of a run, a folder of `save_pretrained`, or hf://owner/name."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name a line. Microscope images:
-    files of all channels (.npy, TIFF), or with --pattern folders of one file a channel."""
+    """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name per line. Microscope images:
+    files of all channels (.npy, TIFF), or with --pattern folders of one file per channel."""
     out: Path = Path("features.parquet")
-    """The table: .parquet or .csv."""
+    """The table to write: .parquet or .csv."""
     pattern: str | None = None
-    """Names of the files below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png"; the fields in braces
-    become columns, {} matches anything."""
+    """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
+    braces become columns; {} matches anything."""
     channels: tuple[str, ...] = ()
-    """The model's channels to use; by default all that an image has."""
+    """Channels of the model to use; by default all that an image has."""
     rename: tuple[str, ...] = ()
-    """A file's channel as the model calls it: DAPI=DNA."""
+    """Which channel of the model a file's channel is: DAPI=DNA."""
     per: Literal["tile", "site", "well"] | None = None
-    """What a row of microscope images is: a tile of the model's input size, the mean over a site's tiles, or over a
-    well's sites. By default a site."""
+    """What each row describes, for microscope images: a tile of the model's input size; a site: the mean over its tiles
+    (default); a well: the mean over its sites."""
     controls: tuple[str, ...] = ()
-    """Control wells: features become robust z-scores, by median and median absolute deviation of each plate's
-    controls."""
+    """Names of control wells. Features become robust z-scores: median and median absolute deviation are those of the
+    controls on the same plate."""
     depth: Literal["full", "percentile"] | None = None
-    """16-bit pixels of microscope images to 8 bits: full, the default, divides by 257; percentile stretches each
+    """How 16-bit pixels of microscope images become 8 bits: full (default) divides by 257; percentile stretches each
     channel of each image."""
     plot: Path | None = None
     """Draw the first two principal components to this PNG file."""
     colour: str | None = None
-    """The column that colours the plot. By default the well; photographs have one colour."""
+    """Column that colours the points of the plot; by default the well, or one colour for photographs."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, if the run kept one."""
     batch_size: int = 32
-    """Tiles at a time."""
+    """Images, or tiles of microscope images, per batch."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Embed images with a trained model: a row a photograph, or of microscope fields a row a site with plate and well.
+    """Embed images with a trained model and write a table: one row per photograph, or per site of microscope images.
 
-    An image that cannot be read is reported and the others are embedded; the exit status is then 1.
+    Images that cannot be read are reported and left out; the exit status is then 1.
     """
     chosen = parse(Arguments, "embed", arguments, f"{run.__doc__}")
     if not chosen.paths:

@@ -119,7 +119,7 @@ class _StoppedEarly(BaseException):
 
 @contextlib.contextmanager
 def _stop_early() -> Iterator[None]:
-    """Exit with status 75, which asks a scheduler to start the command again, on a signal before training handles it.
+    """Exit with status 75, which asks a scheduler for a restart, on a signal that comes before training handles them.
 
     Importing JAX and building the data pipeline take seconds, and a scheduler may reclaim the machine during these.
     """

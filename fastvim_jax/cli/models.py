@@ -1,4 +1,4 @@
-"""`fastvim models [PATTERN]`: what there is, and what it costs."""
+"""`fastvim models [PATTERN]`: list the models and their costs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     size = f"images of {_size(chosen.image_size)}" if chosen.image_size else "each model's own size"
     print(
-        f"\nGMACs: billions of multiply-adds an image, at {size}.\n"
+        f"\nGMACs: billions of multiply-adds per image, at {size}.\n"
         "Steps: of each direction's scan in a block (even/odd blocks where they differ), one after the\n"
         "other, and as a parallel scan."
     )

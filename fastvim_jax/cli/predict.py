@@ -17,31 +17,33 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, counted, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to predict with what."""
+    """The images to predict, and the model."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of any size and kind, folders, tar files, patterns in quotes, or @FILE with one name a line."""
+    """Image files of any size and kind, folders, tar files, patterns in quotes, or @FILE with one name per line."""
     top_k: int = 5
     """Classes to show for each image."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, or what scored better in the run's log."""
+    """raw: the trained weights; ema: their average. By default the average, unless raw scored better in the run's
+    log."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
     batch_size: int = 32
-    """Images at a time."""
+    """Images per batch."""
     json: bool = False
-    """Print JSON: one object a file."""
+    """Print JSON: one object per file."""
     out: Path | None = None
-    """Classes: a file for all predictions that ends in .jsonl, .csv or .parquet; given again, the command goes on with
-    the first two. Segmentation and detection: the folder of drawings and masks, which they need."""
+    """For classifiers: a file for all predictions, ending in .jsonl, .csv or .parquet. If a .jsonl or .csv file exists,
+    images that it holds already are skipped. For segmentation and detection (required): the folder for drawings and
+    masks."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Predict image files: the most probable classes of each, best first; or drawings and masks in the folder --out.
+    """Predict image files: print the most probable classes of each, or write drawings and masks to the folder --out.
 
-    A file that is no image is reported and the others are classified; the exit status is then 1.
+    Files that are not images are reported and left out; the exit status is then 1.
     """
     chosen = parse(Arguments, "predict", arguments, f"{run.__doc__}")
     if not chosen.images:

@@ -22,7 +22,7 @@ class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of any size and kind."""
     out: Path = Path("reconstructions.png")
-    """PNG file to write: a row an image, with original, masked, reconstructed and pasted image."""
+    """PNG file to write: one row per image, with original, masked, reconstructed and pasted image."""
     mask_ratio: float | None = None
     """Share of the patches to remove; by default that of the run."""
     seed: int = 0

@@ -76,7 +76,7 @@ def train_transform(
         # The same draws and pixels as below, without a Pillow image in between.
         pixels = _cropped(picture, config, rng)
         if config.flip and rng.random() < config.flip:
-            # As one value a pixel, which NumPy copies backwards twice as fast as three.
+            # As one value per pixel, which NumPy copies backwards twice as fast as three.
             mirrored = np.ascontiguousarray(pixels).view("V3")[:, ::-1]
             return np.ascontiguousarray(mirrored).view(np.uint8)
         return pixels

@@ -90,7 +90,7 @@ def make_eval_iterator(
     Args:
         config: what to read.
         split: defaults to `config.eval_split`.
-        batch_size: images a step over all processes; defaults to `config.eval_batch_size` or `batch_size`.
+        batch_size: images per step over all processes; defaults to `config.eval_batch_size` or `batch_size`.
         process_index: this process's number.
         process_count: how many processes share a batch.
 

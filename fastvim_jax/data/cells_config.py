@@ -41,8 +41,8 @@ class CellsData(DataConfig):
 
     source: str = "array_record"
     """Where records come from: array_record (what `fastvim data prepare` writes), jump_cp (a Parquet index),
-    channel_files (one file a channel; `path` is a naming pattern), or another source of `DataConfig` if its images have
-    the channels asked for."""
+    channel_files (one file per channel; `path` is a naming pattern), or another source of `DataConfig` whose images
+    have the right number of channels."""
     channels: int = 8
     """Channels of every image."""
     channel_names: tuple[str, ...] = CHANNEL_ORDER

@@ -95,7 +95,7 @@ def turn(
 
 
 def disk(radius: int) -> Float[np.ndarray, "n n"]:
-    """Return a disk's share of each of (2 radius + 1)² pixels around its centre, from 9 x 9 samples a pixel; sum 1."""
+    """Return a disk's share of each pixel around its centre, `2 radius + 1` squared, from 9 x 9 samples each; sum 1."""
     samples = 9
     steps = (np.arange((2 * radius + 1) * samples) + 0.5) / samples - radius - 0.5
     inside = (steps[:, None] ** 2 + steps[None] ** 2 <= (radius + 0.5) ** 2).astype(np.float64)

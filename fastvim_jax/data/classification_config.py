@@ -1,4 +1,4 @@
-"""Settings of classification's data: crops and augmentation besides what every task shares."""
+"""Define the data settings of classification: crops and augmentation, besides what all tasks share."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ class ClassificationData(DataConfig):
     """
 
     channels: Literal[1, 3] = 3
-    """3: every image becomes RGB; 1: every image becomes greyscale."""
+    """3: convert every image to RGB; 1: convert every image to greyscale."""
     crop: Literal["random_resized", "pad_shift", "resize"] = "random_resized"
-    """Training crop: random resized crop; resize, pad and shift at random (small images); only resize."""
+    """Training crop. random_resized: a random box, resized; pad_shift: resize, pad, and cut at a random place (for
+    small images); resize: resize only."""
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
-    """random_resized: the crop's share of the image's area, lowest and highest."""
+    """For random_resized: lowest and highest share of the image's area that is cropped."""
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    """random_resized: the crop's width over height, lowest and highest (log-uniform)."""
+    """For random_resized: lowest and highest ratio of the crop's width to its height (log-uniform)."""
     pad: Pad = 4
-    """pad_shift: zero pixels added on each side before a crop of the input size is taken at random."""
+    """For pad_shift: pixels of zeros added on each side before a crop of the input size is taken at a random place."""
     flip: Probability = 0.5
     """Probability of a horizontal flip in training."""
     rand_augment: Strength | None = None
@@ -52,22 +53,24 @@ class ClassificationData(DataConfig):
     mix_prob: Probability = 1.0
     """Probability that a group is mixed, if mixup or cutmix is on."""
     mix_switch_prob: Probability = 0.5
-    """Probability that it is cutmix that mixes, if both are on."""
+    """Probability of cutmix instead of mixup, if both are on."""
     mix_group: PositiveInt = 128
-    """Neighbours in the batch that are mixed with each other, in one proportion: the recipes' batch of one device. A
-    batch on several devices is then mixed without sending images between them."""
+    """Size of a group: neighbours in the batch that are mixed with each other, in one proportion. 128 is the recipes'
+    batch per device. If each device holds whole groups, no image is sent between devices."""
     eval_crop: Share = 0.875
-    """Evaluation: share of the resized image's side that the centre crop keeps; 1: no border is cut."""
+    """For evaluation: share of the resized image's side that the centre crop keeps; 1: nothing is cut off."""
     augment_on: Literal["host", "device"] = "host"
-    """Where training images are flipped, RandAugmented and jittered. device: the host only crops; the images differ
-    from the host's by rounding, because the host draws for both. Erasing, mixup and cutmix are always the device's."""
+    """Where training images are flipped, RandAugmented and colour-jittered. With device, the host only crops. Both use
+    the random numbers that the host draws, so their images differ by rounding only. Erasing, mixup and cutmix always
+    run on the device."""
     resident: bool = False
     """Decode all training images once and keep them on the device, where they are cropped and augmented."""
     resident_shares: PositiveInt = 1
-    """resident: parts that the records are dealt into, each kept by one device alone; a multiple of the devices and a
-    divisor of batch_size. Every batch takes equally many images from each. 1: one device keeps all."""
+    """For resident: number of parts of the data set, each kept on one device. It must be a multiple of the number of
+    devices and divide batch_size, because every batch takes equally many images from each part. 1: one device keeps
+    all images."""
     resident_size: PositiveInt = 256
-    """resident with crop=random_resized: side of the squares that images are kept as."""
+    """For resident with crop=random_resized: side, in pixels, of the squares that images are stored as."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +86,7 @@ class ClassificationData(DataConfig):
             self._check_resident()
 
     def _check_resident(self) -> None:
-        """Resident images are augmented on the device alone."""
+        """Refuse augmentation on the host, because resident images are augmented on the device only."""
         for name in ("rand_augment", "colour_jitter"):
             used = getattr(self, name)
             allowed = not used or self.augment_on == "device"

@@ -1,4 +1,4 @@
-"""Settings that every task's data share: what to read, how to decode it and how to batch it.
+"""Define the data settings that all tasks share: what to read, how to decode it, and how to batch it.
 
 A task's own settings (crops, augmentation) are a subclass beside its pipeline, as in `classification_config.py`.
 """
@@ -25,7 +25,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data of any task. Every value is a plain number, string or tuple, so it goes through JSON.
+    """Data settings of any task. Every value is a number, a string or a tuple, so that JSON can hold it.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field.
@@ -42,36 +42,37 @@ class DataConfig:
     folder, or a set's name in $TFDS_DATA_DIR. Unused by digits."""
     train_split: str = "train"
     """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder), the shards
-    `<split>*.tar` (webdataset) or `<split>-*.parquet` (hugging_face), or the set's own name. A slice behind it takes
-    a part of its records: train[5000:], counted in the source's own order (an image_folder's is by class); train[1/10]
-    takes one record in ten of each class, train[-1/10] all others."""
+    `<split>*.tar` (webdataset) or `<split>-*.parquet` (hugging_face), or the name of a TFDS split. A slice after the
+    name takes a part of the records: train[5000:] counts in the order of the source (in an image_folder, class by
+    class); train[1/10] takes one record in ten of each class, train[-1/10] all others."""
     eval_split: str = "test"
     """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""
-    """Class list (.txt: one name a line; .tsv: label, folder, name) where the folder's own is not the right one."""
+    """A class list to use instead of the folder's own. .txt: one name per line; .tsv: label, folder, name."""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
-    """Side, or height and width, of the model's input in pixels."""
+    """Height and width of the model's input in pixels (one number: square)."""
     channels: PositiveInt = 3
     """Channels of the model's input."""
     batch_size: PositiveInt = 128
-    """Images a training step takes, over all processes."""
+    """Images per training step, over all processes."""
     eval_batch_size: PositiveInt | None = None
-    """Images an evaluation step takes, over all processes; None: batch_size."""
+    """Images per evaluation step, over all processes; None: batch_size."""
     workers: Workers = 0
-    """Worker processes that decode and augment; 0: threads of this process. Never changes the batches."""
+    """Worker processes that decode and augment; 0: threads of this process. The batches are the same for any number."""
     decoder: Literal["auto", "pillow", "turbo"] = "auto"
-    """turbo: libjpeg-turbo and a SIMD resizer (the extra `data`), several times faster, for upright colour JPEG files;
-    pillow: Pillow for everything; auto: turbo if it is installed. Their pixels differ by rounding; see `turbo.py`."""
+    """turbo: libjpeg-turbo and a SIMD resizer for upright colour JPEG files, several times faster (install the extra
+    `data`); pillow: Pillow for all files; auto: turbo if it is installed. Their pixels differ by rounding."""
     background: Level = 255
-    """Grey level that transparent pixels are laid on: 0 is black, 255 white."""
+    """Grey level behind transparent pixels: 0 is black, 255 white."""
     follow_links: bool = False
-    """Read what links in the data set's folder point to outside it; without, such a link is an error."""
+    """Read files outside the data set's folder that links in it lead to. Otherwise such a link is an error."""
     mean: PerChannel = IMAGENET_MEAN
-    """Subtracted per channel, on a pixel scale of 0 to 1."""
+    """Mean of each channel, subtracted from pixels scaled to 0 to 1."""
     std: PositivePerChannel = IMAGENET_STD
-    """Divides per channel, on a pixel scale of 0 to 1."""
+    """Standard deviation of each channel, for pixels scaled to 0 to 1. Pixels minus the mean are divided by it."""
     max_corrupt: NonNegativeInt = 0
-    """Undecodable training records replaced by others (and counted) before the run stops; 0: the first one stops it."""
+    """Largest number of undecodable training records. Each is counted and replaced by another; one more stops the
+    run."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -90,7 +91,7 @@ class DataConfig:
             self._require(len(getattr(self, name)) == self.channels, name, expected)
 
     def resolved(self) -> Any:
-        """Return the config with everything filled in that is stored with the data; here it is complete already."""
+        """Return the config, completed by what is stored with the data. Here nothing is stored there."""
         return self
 
     @property

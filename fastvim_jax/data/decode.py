@@ -164,7 +164,7 @@ def _opaque_8_bit(image: Image.Image, name: str, background: int) -> Image.Image
 
 
 def _from_deep(image: Image.Image, name: str) -> Image.Image:
-    """Divide 16-bit values by 257, a strip at a time: the whole in floating point would take 8 bytes a pixel."""
+    """Divide 16-bit values by 257, a strip at a time: the whole in floating point would take 8 bytes per pixel."""
     out = np.empty((image.height, image.width), np.uint8)
     rows = max(1, 2**20 // image.width)
     for top in range(0, image.height, rows):

@@ -28,7 +28,7 @@ class DetectionData(DataConfig):
     image_size: int | tuple[int, int] = 1024
     """Side, or height and width, to which images are padded, at the bottom and right."""
     batch_size: int = 64
-    """Images a training step takes, over all processes."""
+    """Images per training step, over all processes."""
     annotations: str = ANNOTATIONS
     """The JSON file below data.path."""
     images: str = IMAGES

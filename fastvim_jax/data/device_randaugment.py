@@ -2,7 +2,7 @@
 
 The operations are those of `randaugment`, held to Pillow: the ones by histogram or table exactly, but for
 auto_contrast; that one, and those that blend or move, within one level. A branch for each image would compute all 15
-for every image. So a layer makes three passes instead: every image through one table of 256 entries a channel (six
+for every image. So a layer makes three passes instead: every image through one table of 256 entries per channel (six
 operations), every image blended with one other (four), every image moved by one matrix (five), and each keeps the
 result that its operation asks for.
 """
@@ -119,7 +119,7 @@ def look_up(
 def blend(
     images: UInt8[Array, "b h w c"], kind: Int[Array, " b"], factor: Float[Array, " b"]
 ) -> UInt8[Array, "b h w c"]:
-    """Extrapolate each image from its degenerate form by `factor`, cut to 8 bits as Pillow's `Image.blend` does.
+    """Blend each image with its degenerate form by `factor`, cut to 8 bits, as Pillow's `Image.blend` does.
 
     The degenerate form of `BLENDED[kind]`: black, the mean of the greyscale image, the greyscale image, the smoothed
     image.

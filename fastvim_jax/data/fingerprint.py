@@ -1,4 +1,4 @@
-"""What tells that a source's records have changed, without decoding them and, where possible, without reading them."""
+"""Detect that a source's records have changed, without decoding them and, where possible, without reading them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Stamped(Protocol):
     """A source that knows of each record what changes with it."""
 
     def stamp(self, index: int) -> str:
-        """Text that differs when the record's image, label or name has changed."""
+        """Return a string that changes whenever the record's image, label or name does."""
         ...
 
 
 def fingerprint(source: Source, start: int, stop: int) -> str:
-    """Digest the records `start` to `stop`, as hexadecimal digits: equal as long as the records are the same.
+    """Return a digest of the records `start` to `stop`, as hexadecimal digits. Equal records have equal digests.
 
     A `Stamped` source answers from what it knows (files' sizes and times of change); any other's records are read.
     A file that cannot be read counts as such, so that its coming back is a change.
@@ -38,7 +38,7 @@ def fingerprint(source: Source, start: int, stop: int) -> str:
 
 
 def file_stamp(file: Path | str) -> str:
-    """Size and time of change of a file.
+    """Return a string of a file's size and time of change.
 
     Raises:
         OSError: when it is not there.

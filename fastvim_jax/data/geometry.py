@@ -1,4 +1,4 @@
-"""Images, masks and boxes moved together: resize, crop, flip, pad. NumPy arrays, every draw made by the caller.
+"""Resize, crop, flip and pad images together with their masks and boxes, as NumPy arrays. The caller makes all draws.
 
 Coordinates are continuous: pixel (row i, column j) covers [j, j + 1] x [i, i + 1], and a box is (x1, y1, x2, y2).
 """
@@ -78,7 +78,7 @@ def flip(scene: Scene) -> Scene:
 
 
 def pad(scene: Scene, size: tuple[int, int], *, image: int = 0, mask: int = 0) -> Scene:
-    """Extend to `size` (height, width) at the bottom and right with these values; boxes stay where they are."""
+    """Extend image and masks to `size` (height, width) with these values, at the bottom and right. Boxes stay."""
     below, right = size[0] - scene.size[0], size[1] - scene.size[1]
     margins = ((0, below), (0, right))
     padded = np.pad(scene.image, (*margins, (0, 0)), constant_values=image)

@@ -1,4 +1,4 @@
-"""Images of any number of channels: `.npy`, multi-page and multi-channel TIFF (OME names), PNG, one file a channel.
+"""Images of any number of channels: `.npy`, multi-page and multi-channel TIFF (OME names), PNG, one file per channel.
 
 Every reader returns pixels `h w c` in the file's own integers and the channels' names, where the file has any;
 `to_uint8` brings them to 8 bits by a rule that the caller chooses.
@@ -39,7 +39,7 @@ class MultiChannel:
 
     Attributes:
         pixels: `h w c`, unsigned integers of 8 or 16 bits.
-        names: one name a channel, or () where the file names none.
+        names: one name per channel, or () where the file names none.
     """
 
     pixels: np.ndarray
@@ -86,7 +86,7 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
 
 
 def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
-    """Read one file a channel and stack them in the order given.
+    """Read one file per channel and stack them in the order given.
 
     Args:
         files: channel name → its file, each of one channel.
@@ -103,7 +103,7 @@ def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
         pixels = read_channels(data, str(file)).pixels
         if pixels.shape[-1] != 1:
             raise DecodeError(
-                f"{file}: {pixels.shape[-1]} channels, but one file a channel was expected."
+                f"{file}: {pixels.shape[-1]} channels, but one file per channel was expected."
             )
         if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
             first = next(iter(files.values()))
@@ -210,7 +210,7 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
     if len(extra) > 1:
         raise DecodeError(
             f"{name}: a TIFF with the axes {axes} {pixels.shape}; one axis besides Y and X is read as channels: "
-            "split stacks and time series into one file an image."
+            "split stacks and time series into one file per image."
         )
     pixels = pixels.reshape([n for n, _ in kept])
     place = {axis: i for i, (_, axis) in enumerate(kept)}

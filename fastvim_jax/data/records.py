@@ -1,4 +1,4 @@
-"""What a source yields, and the one protocol every source follows."""
+"""Define the record that every source returns, and the protocol that every source follows."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class SegmentationData(DataConfig):
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 512
     """Side, or height and width, of training crops and of evaluation's windows."""
     batch_size: PositiveInt = 16
-    """Images a training step takes, over all processes."""
+    """Images per training step, over all processes."""
     image_pattern: str = IMAGE_PATTERN
     """Where images lie below data.path; {name} may span folders, the extension .* stands for any image."""
     mask_pattern: str = MASK_PATTERN

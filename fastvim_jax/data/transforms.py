@@ -44,7 +44,7 @@ def random_box(
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the box that `random_resized_crop` crops."""
+    """Draw the box that `random_resized_crop` crops: left, top, right and bottom."""
     left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
     return left, top, left + width, top + height
 

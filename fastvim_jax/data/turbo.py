@@ -51,7 +51,7 @@ class TurboJpeg:
         self._name = name
 
     def crop_resized(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
-        """`crop_pixels` as a Pillow image."""
+        """Return the result of `crop_pixels` as a Pillow image."""
         return Image.fromarray(np.ascontiguousarray(self.crop_pixels(box, size)))
 
     def crop_pixels(
@@ -101,7 +101,7 @@ class MappedPixels:
         self._pixels = pixels
 
     def crop_resized(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
-        """`crop_pixels` as a Pillow image."""
+        """Return the result of `crop_pixels` as a Pillow image."""
         return Image.fromarray(np.ascontiguousarray(self.crop_pixels(box, size)))
 
     def crop_pixels(
@@ -207,7 +207,7 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _reduction(box: tuple[int, int], size: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: how far the image may be reduced before it is resized."""
+    """Choose 1, 2, 4 or 8: by how much libjpeg may reduce the image before it is resized."""
     room = min(box[0] / size[0], box[1] / size[1]) / GAP
     return next((factor for factor in (8, 4, 2) if room >= factor), 1)
 

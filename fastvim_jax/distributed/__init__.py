@@ -1,4 +1,4 @@
-"""Many devices and many processes: the start of a process, the mesh, what lies where, and what processes agree on."""
+"""Use many devices and processes: start processes, build the mesh, place arrays on it, and agree among processes."""
 
 from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
 from fastvim_jax.distributed.processes import (

@@ -1,4 +1,4 @@
-"""Using a finished run: classifying images, predictions of files, exported programs, imported weights, reports."""
+"""Use a finished run: classify images, predict files, export programs, import weights, draw reports."""
 
 from fastvim_jax.inference.classifier import Classifier, Result
 from fastvim_jax.inference.export import export_classifier

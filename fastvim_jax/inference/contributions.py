@@ -1,4 +1,4 @@
-"""What each channel contributes to a model's answer for one image, as numbers and as a picture."""
+"""Compute what each channel contributes to a model's answer for one image, as numbers and as a picture."""
 
 from __future__ import annotations
 

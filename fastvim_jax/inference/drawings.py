@@ -1,4 +1,4 @@
-"""Predictions that are pictures: what runs of each task draw of image files, looked up by the run's config.
+"""Draw predictions of segmentation and detection runs on image files. The run's config decides the task.
 
 A drawer is a module with `draw_files(run, files, out) -> list[Drawing]`. A new task is one more line in `DRAWERS`.
 """

@@ -1,8 +1,8 @@
-"""Embeddings of photographs, a row a file; and of microscope fields, a row a tile, site or well with its columns.
+"""Embed photographs, one row per file, and microscope images, one row per tile, site or well.
 
-A field is cut into tiles of the model's input size, each tile's features are what the model's head reads, and a site's
-row is the mean over its tiles, a well's the mean over its sites. Columns are `Metadata_...` and `feature_0000`, ..., as
-pycytominer reads them.
+A field of view is cut into tiles of the model's input size. A tile's features are what the model's head reads. The row
+of a site is the mean over its tiles, that of a well the mean over its sites. The columns are `Metadata_...` and
+`feature_0000`, ..., as pycytominer reads them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Follow = Callable[[Sequence[int]], Iterable[int]]
 _PART = 8  # Batches between two steps of progress.
 PREFIX = "Metadata_"
 MAD_TO_DEVIATION = 1.4826
-"""Standard deviation over median absolute deviation, of normal numbers."""
+"""Ratio of standard deviation to median absolute deviation in a normal distribution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Field:
     """One field of view to embed.
 
     Attributes:
-        metadata: what names it, for example plate, well and site.
-        files: its one file, or a file for each channel by name.
+        metadata: the values that identify it, for example plate, well and site.
+        files: one file with all channels, or one file per channel, by the channel's name.
     """
 
     metadata: dict[str, str]
@@ -54,7 +54,7 @@ class Field:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the field in messages."""
         return "_".join(self.metadata.values())
 
 
@@ -97,7 +97,7 @@ def find_fields(paths: Sequence[Path], pattern: str | None) -> list[Field]:
     """List the fields that files and folders hold.
 
     Args:
-        paths: image files of all channels; with `pattern`, folders of one file a channel.
+        paths: image files of all channels; with `pattern`, folders of one file per channel.
         pattern: see `data.multichannel.find_channel_files`.
 
     Raises:
@@ -181,7 +181,7 @@ def embed_fields(
 def embed_images(
     classifier: Classifier, files: Sequence[str | Path], *, follow: Follow = iter
 ) -> Embeddings:
-    """Embed photographs: a row a file with what the classifier's head reads; files that cannot be read are told.
+    """Embed photographs: one row per file with what the classifier's head reads; files that cannot be read are told.
 
     Args:
         classifier: see `Classifier.load`.

@@ -75,7 +75,7 @@ def reconstruct_files(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Write a PNG with a row an image: original, masked, reconstructed and pasted.
+    """Write a PNG with one row per image: original, masked, reconstructed and pasted.
 
     Args:
         run: a masked pre-training run, from `load_run`.

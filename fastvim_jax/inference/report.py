@@ -1,4 +1,4 @@
-"""A run's report: what its model says about the held-out images, and one picture of it all."""
+"""Report on a run: classify its held-out images, and draw one picture of the results."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The pieces models are made of."""
+"""Define the layers that models are made of."""

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         self.proj = dense(width, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """h `b l d` in stored order → `b l d`, float32 or wider."""
+        """Attend over tokens h `b l d` in stored order; return `b l d`, float32 or wider."""
         p = self.precision
         x = pooling.to_scan_order(h)
         if self.conv is not None:
@@ -82,14 +82,14 @@ class Mlp(nnx.Module):
         self.fc2 = dense(hidden, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens) -> Tokens:
-        """h `b l d` → `b l d`, float32 or wider."""
+        """Apply the MLP to tokens h `b l d`; return `b l d`, float32 or wider."""
         p = self.precision
         hidden = linear(self.fc1, h, p).astype(p.compute)
         return linear(self.fc2, jax.nn.gelu(hidden, approximate=False), p)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
-    """Softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
+    """Compute softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
 
     In bfloat16 this is cuDNN's fused kernel if the program is lowered for CUDA and cuDNN takes the heads. Otherwise it
     is XLA, with the softmax in float32 or wider.

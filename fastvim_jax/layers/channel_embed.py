@@ -99,7 +99,7 @@ def cut_patches(
 def strided_grid(
     size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]
 ) -> tuple[int, int]:
-    """Rows and columns of the patches that lie wholly inside an image of `size` (height, width)."""
+    """Count the rows and columns of patches that lie wholly inside an image of `size` (height, width)."""
     rows, columns = ((s - p) // step + 1 for s, p, step in zip(size, patch, stride, strict=True))
     return rows, columns
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def drop_path_rates(rate: float, depth: int) -> np.ndarray:
-    """Rate for the output of each block: linear in depth, 0 for the first and `rate` for the last."""
+    """Return the rate for each block's output: linear in depth, 0 for the first and `rate` for the last."""
     return np.linspace(0.0, rate, depth)
 
 
@@ -42,7 +42,7 @@ def draw_masks(
 def scale_keep(
     keep: Float[Array, "depth ..."], rates: np.ndarray, dtype
 ) -> Float[Array, "depth ..."]:
-    """Kept outputs divided by (1 - rate): the factor by which each output joins the residual."""
+    """Turn 0/1 masks into factors on the blocks' outputs: kept ones are divided by (1 - rate)."""
     survive = (1.0 - rates).reshape(-1, *(1,) * (keep.ndim - 1))
     return keep.astype(dtype) / jnp.asarray(np.where(survive > 0, survive, 1.0), dtype)
 
@@ -54,7 +54,7 @@ def keep_factors(
     shape: tuple[Any, ...],
     dtype,
 ) -> Float[Array, "depth ..."] | None:
-    """Factors for all blocks from `given` masks `depth *shape`, else drawn from `key`; None where nothing is dropped.
+    """Return factors for all blocks, from `given` masks `depth *shape` or drawn from `key`; None if nothing is dropped.
 
     Args:
         key: This step's key, or None outside training.

@@ -1,4 +1,4 @@
-"""Initial values of the parameters, in distribution those of the authors' implementation."""
+"""Define initial values of the parameters, with the distributions of the authors' implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 
 
 def symmetric_uniform(bound: float) -> Initializer:
-    """Uniform on ±`bound`."""
+    """Draw uniformly from ±`bound`."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -19,7 +19,7 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 def fan_in_uniform(fan_in: int, scale: float = 1.0) -> Initializer:
-    """Uniform on ±scale/sqrt(fan_in)."""
+    """Draw uniformly from ±scale/sqrt(fan_in)."""
     return symmetric_uniform(scale / math.sqrt(fan_in))
 
 
@@ -34,7 +34,7 @@ def truncated_normal(std: float, bound: float) -> Initializer:
 
 
 def step_bias(low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Initializer:
-    """Inverse softplus of steps drawn log-uniformly from [low, high] and floored (Mamba's dt initialisation)."""
+    """Draw steps log-uniformly from [low, high], floor them, and invert softplus (Mamba's initial bias of dt)."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         log_step = jax.random.uniform(key, shape, dtype, math.log(low), math.log(high))
@@ -45,5 +45,5 @@ def step_bias(low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Ini
 
 
 def log_range(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
-    """log(1..n) along the last axis: the S4D-real initialisation of A_log."""
+    """Return log(1..n) along the last axis: the S4D-real initialisation of A_log."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)

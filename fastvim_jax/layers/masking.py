@@ -1,4 +1,4 @@
-"""Which patches of an image a masked autoencoder keeps: drawn at random, or given as a boolean grid.
+"""Choose which patches of an image a masked autoencoder keeps: at random, or from a boolean grid.
 
 Every function has fixed shapes, so it runs under `jax.jit`. Letters: b batch, l patches of the whole grid,
 k patches kept (of an image with fewer, the last of its k places are padding).

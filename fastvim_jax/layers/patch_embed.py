@@ -1,4 +1,4 @@
-"""Images to a grid of patch embeddings."""
+"""Embed the patches of images as a grid of vectors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PatchEmbed(nnx.Module):
         self.proj = PatchProjection(patch, channels, width, precision=precision, rngs=rngs)
 
     def __call__(self, images: Images) -> Grid:
-        """Images `b h w c` → `b rows columns d`, float32 or wider, rows = ceil(h / p).
+        """Embed images `b h w c` as `b rows columns d`, float32 or wider; rows = ceil(h / p).
 
         Raises:
             UserError: images of another rank, dtype or channel count, or smaller than one patch.

@@ -74,7 +74,7 @@ def resize_with_class_row(
 
 @jax.custom_vjp
 def add_table(tokens: Float[Array, "b l d"], table: Float[Array, "1 l d"]) -> Float[Array, "b l d"]:
-    """tokens + table, of one dtype, with the table's gradient summed over the batch by a product.
+    """Add a table to the tokens (of the same dtype). A matrix product sums the table's gradient over the batch.
 
     As a reduction, that sum makes XLA keep every block's tokens with the batch innermost on a GPU, and transpose them
     back for each kernel: 5 to 8 % of a training step.

@@ -400,7 +400,7 @@ class Backbone(nnx.Module):
 
 
 class FeatureInfo(list):
-    """A list of dicts, one for each dense feature map: `num_chs`, `reduction` (pixels a cell) and `module`."""
+    """A list of dicts, one for each dense feature map: `num_chs`, `reduction` (pixels per cell) and `module`."""
 
     def channels(self) -> list[int]:
         """Return the channels of each."""

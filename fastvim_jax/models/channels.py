@@ -1,4 +1,4 @@
-"""How any model takes an image that holds some of its channels only."""
+"""Call any model on images that hold only some of its channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of the backbones: every architecture option, checked before any compute."""
+"""Define the configurations of the backbones: every architecture option, checked before any compute."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ ScanName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """What the configs of all backbones share. A new model's config extends this one, in a file beside the model.
+    """The options that all backbones share. A new model's config extends this one, in a file beside the model.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
     image_size: Pixels = 224
-    """Pixels, height and width (one number: square), for which position embeddings are learned. Other sizes are
-    accepted at call time."""
+    """Height and width of the images in pixels (one number: square), for which position embeddings are learned. A model
+    accepts other sizes when it is called."""
     patch_size: Pixels = 16
-    """Pixels of a patch, height and width."""
+    """Height and width of a patch in pixels (one number: square)."""
     channels: PositiveInt = 3
     """Image channels."""
     num_classes: NonNegativeInt = 1000
@@ -57,7 +57,7 @@ class BackboneConfig:
     depth: PositiveInt = 12
     """Number of blocks."""
     head_std: PositiveFloat = 0.02
-    """Standard deviation of the head's initial weights (2e-5 where fine-tuning goes on at 448 px)."""
+    """Standard deviation of the head's initial weights (2e-5 in the recipe that continues fine-tuning at 448 px)."""
     drop_path: Rate = 0.0
     """Rate of stochastic depth at the last block; linear in depth from 0 at the first."""
     out_indices: tuple[int, ...] = ()
@@ -66,15 +66,16 @@ class BackboneConfig:
     norm_eps: NonNegativeFloat = 1e-5
     """Added to the mean square or variance in the norms."""
     dtype: DtypeName = "float32"
-    """Dtype of the operands of products; see fastvim_jax.precision."""
+    """Dtype of the operands of matrix products; see fastvim_jax.precision."""
     param_dtype: ParamDtypeName = "float32"
     """Dtype in which parameters are stored."""
     matmul_precision: MatmulPrecision = "highest"
-    """How float32 products are carried out on a GPU: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    """How a GPU computes float32 matrix products: in true float32, or in TF32 (10 mantissa bits, faster)."""
     blocks: BlockMode = "scan"
-    """Compile one period of the stack and loop over it, or every block."""
+    """scan: compile one period of the stack of blocks and loop over it (compiles fast); unroll: compile every block
+    (runs faster)."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but the products."""
+    """What the backward pass recomputes, to save memory: nothing, whole blocks, or all but matrix products (dots)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -113,23 +114,24 @@ class VisionMambaConfig(BackboneConfig):
     depth: PositiveInt = 24
     """Number of blocks."""
     pooling: PoolingMethod = "mean"
-    """What the scan reads of each row of tokens: mean, max or attention (FastVim), or every token, none (Vim)."""
+    """What the scan reads of each row of tokens: mean, max or attention (FastVim); none: every token (Vim)."""
     pool_axes: PoolAxes = "alternate"
-    """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows (Table 6)."""
+    """alternate: pool over the columns in even blocks and over the rows in odd ones; columns, rows: always over these
+    (Table 6)."""
     token_order: Literal["row", "column"] = "row"
-    """Patches flattened row by row or column by column; the grid's axes then swap roles everywhere."""
+    """How the grid of patches is flattened. With column, rows and columns swap roles in all other options."""
     norm: Literal["rms", "layer"] = "rms"
     """Input norms of the blocks and the final norm (Table 17)."""
     post_norm: Literal["layer", "rms", "none"] = "layer"
-    """Norm between the scan and the gate; none leaves it out."""
+    """Norm between the scan and the gate."""
     class_token: Literal["none", "middle", "head"] = "none"
-    """A class token in the middle of the sequence or at its head; the classifier then reads it (Table 16)."""
+    """Put a class token into the middle of the sequence, or at its head. The classifier then reads it (Table 16)."""
     conv_width: NonNegativeInt = 4
     """Width of the depthwise causal convolution; 0 leaves it out (Table 7)."""
     unpool: Literal["before_skip", "after_skip"] = "before_skip"
-    """Repeat the scan's result along the row before or after D · tokens is added (Table 18)."""
+    """Repeat the scan's result along the row before or after the skip (D · tokens) is added (Table 18)."""
     pool_scale: PositiveFloat = 1.0
-    """Factor on pooled means; 0.25 after masked pre-training of ratio 0.75."""
+    """Factor on pooled means. After masked pre-training it is 1 - mask_ratio, for example 0.25."""
     layer_scale: float | None = None
     """Initial value of a learned per-channel factor on mixer outputs; None for no such factor."""
     state_size: PositiveInt = 16
@@ -145,16 +147,16 @@ class VisionMambaConfig(BackboneConfig):
     pos_embed: bool = True
     """Learned position embeddings."""
     head_pool: Literal["mean", "last", "max", "all"] = "mean"
-    """The head reads the mean of the tokens or the last one, or all of them: the largest or every token's logits.
-    A class token takes precedence."""
+    """What the classifier reads: the mean of the tokens, the last token, or every token. Of every token's logits, max
+    returns the largest for each class, and all returns all. If there is a class token, the classifier reads that."""
     activations: Activations = "wide"
-    """What the mixers' linear layers leave in memory: float32 or wider from tokens as two terms, whose gradients are
-    close to exact, or `dtype` from images and tokens rounded once, which is faster.
-    In bfloat16, relative to the largest entry of the authors' float64 values, on their four-block models: "wide" keeps
-    outputs within 2e-2 and gradients within 5e-2; "compute" outputs within 1e-1 and gradients within 3e-1, except that
-    maxima (pooled or taken by the head) may be other tokens', whose gradients then differ as a whole."""
+    """What the mixers' linear layers return. wide: float32 or wider; each token is split into two terms of `dtype`, so
+    gradients are close to exact. compute: `dtype`, from tokens rounded once, which is faster. Largest errors in
+    bfloat16, relative to the largest entry of the authors' float64 values, on their four-block models: wide 2e-2 in
+    outputs and 5e-2 in gradients, compute 1e-1 and 3e-1. Where a maximum is taken (max pooling, head_pool=max), the
+    rounding of compute may let another token win; then the gradients of both tokens are entirely different."""
     scan_implementation: ScanName = "auto"
-    """Implementation of the selective scan: auto, xla, xla_associative, xla_sequential, pallas, triton or reference."""
+    """Implementation of the selective scan. auto: GPU kernels where there are any, otherwise XLA (docs/kernels.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,10 +208,10 @@ class ViTConfig(BackboneConfig):
     head_pool: Literal["token", "mean"] = "token"
     """The head reads the final-norm class token, or the mean of the patch tokens through a norm of its own."""
     pooling: Literal["none", "mean"] = "none"
-    """mean: queries, keys and values from the row means of the normed tokens, the result repeated along the row; the
-    class token stays a token of its own."""
+    """mean: attention reads the row means of the normalised tokens, and its result is repeated along the row. The class
+    token is not pooled."""
     pool_axes: PoolAxes = "alternate"
-    """Pool over columns in even blocks and over rows in odd ones, or always over columns, or rows."""
+    """alternate: pool over the columns in even blocks and over the rows in odd ones; columns, rows: always these."""
     conv_width: NonNegativeInt = 0
     """Width of a depthwise causal convolution with SiLU before the pooling; 0 for none."""
     norm_eps: NonNegativeFloat = 1e-6
@@ -231,7 +233,7 @@ ModelConfig = VisionMambaConfig | ViTConfig
 
 
 def replace_options(config: ModelConfig, **options) -> ModelConfig:
-    """`config` with `options` replaced.
+    """Return `config` with `options` replaced.
 
     Raises:
         UserError: an option that this kind of model does not have (nearest names suggested), or a bad value.

@@ -1,4 +1,4 @@
-"""Options under the names that people know from timm."""
+"""Translate option names known from timm to ours."""
 
 from __future__ import annotations
 

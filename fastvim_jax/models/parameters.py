@@ -1,4 +1,4 @@
-"""Parameters by name. What is defined per parameter is defined on the unstacked one.
+"""Access parameters by name. Whatever is defined per parameter is defined on the unstacked one, of a single block.
 
 Blocks are stored stacked: the leaf `blocks.mixer.D` of shape `depth e` stands for the parameters
 `blocks.0.mixer.D`, `blocks.1.mixer.D`, ... of shape `e`. So does every leaf below a key `blocks`, for example
@@ -60,7 +60,7 @@ class ParameterInfo:
         return self.depth is not None
 
     def unstacked_names(self) -> list[str]:
-        """Names of the parameters this leaf holds."""
+        """List the names of the parameters that this leaf holds."""
         if self.depth is None:
             return [self.name]
         rest = self.name.removeprefix(self.stack + ".")
@@ -73,7 +73,7 @@ def map_parameters(fn: Callable[[ParameterInfo, Any], Any], params: Any) -> Any:
 
 
 def round_products(params: Any, dtype: jnp.dtype) -> Any:
-    """`params` with the weights of products in `dtype`, the model's compute dtype; all others as they are.
+    """Return `params` with the weights of matrix products in `dtype`, the model's compute dtype; keep all others.
 
     For inference: the model rounds these weights at every call, a sixth of the time that one image takes.
     Convolutions, A, D, biases, norms and the head are not rounded by the model and stay. With activations="compute" it
@@ -89,12 +89,12 @@ def round_products(params: Any, dtype: jnp.dtype) -> Any:
 
 
 def parameter_infos(params: Any) -> list[ParameterInfo]:
-    """`ParameterInfo` of every stored leaf, in the order of `jax.tree.leaves`."""
+    """List the `ParameterInfo` of every stored leaf, in the order of `jax.tree.leaves`."""
     return [_info(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def named_parameters(params: Any) -> dict[str, Any]:
-    """Unstacked parameters by dotted name, for example `blocks.3.mixer.in_proj.kernel`."""
+    """Return the unstacked parameters by dotted name, for example `blocks.3.mixer.in_proj.kernel`."""
     flat: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         info = _info(path, leaf)
@@ -104,7 +104,7 @@ def named_parameters(params: Any) -> dict[str, Any]:
 
 
 def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
-    """Inverse of `named_parameters`: `params` with every leaf taken from `flat`, in the leaf's own dtype.
+    """Return `params` with every leaf taken from `flat`, in the leaf's own dtype. This inverts `named_parameters`.
 
     Raises:
         UserError: listing every missing, unexpected and misshapen entry.
@@ -126,7 +126,7 @@ def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
 def list_mismatches(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """List, a line each, the names that are missing, unexpected, or given with another shape."""
+    """List, one per line, the names that are missing, unexpected, or given with another shape."""
     lines = [f"missing: {name} {expected[name]}" for name in expected if name not in given]
     lines += [f"unexpected: {name} {given[name]}" for name in given if name not in expected]
     lines += [

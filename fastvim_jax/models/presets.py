@@ -1,4 +1,4 @@
-"""The named architectures of the paper: sizes only, everything else is a default or an option."""
+"""List the named architectures of the paper: their sizes only. Everything else is a default or an option."""
 
 from __future__ import annotations
 

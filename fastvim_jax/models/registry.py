@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Find and build models by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL_CLASSES: dict[type, type] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the registered models that match a shell-style `pattern` (or contain it, if it has no wildcard)."""
+    """List the models whose names match a shell-style `pattern` (or contain it, if it has no wildcard)."""
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     return [name for name in PRESETS if fnmatch.fnmatchcase(name, wanted)]
 

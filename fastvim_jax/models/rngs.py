@@ -1,4 +1,4 @@
-"""Sources of randomness, as people give them."""
+"""Turn a seed, a JAX key or `nnx.Rngs` into `nnx.Rngs`."""
 
 from __future__ import annotations
 

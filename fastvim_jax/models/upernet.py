@@ -215,7 +215,7 @@ def upernet(
 
 
 def quarter_blocks(depth: int) -> tuple[int, ...]:
-    """Last block of each quarter: 5, 11, 17, 23 of 24."""
+    """Return the last block of each quarter: 5, 11, 17, 23 of 24."""
     if depth < 4:
         return tuple(min(i, depth - 1) for i in range(4))
     return tuple(depth * (i + 1) // 4 - 1 for i in range(4))

@@ -1,4 +1,4 @@
-"""Where a run's time goes, and how well it uses the device: the numbers of the log that are about the machine."""
+"""Measure where a run's time goes and how well it uses the device: the timing numbers of the log."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _BETWEEN = ("evaluation_seconds", "checkpoint_seconds", "first_step_seconds")
 
 
 class Clock:
-    """Times the loop's parts, by laps from one line of the log to the next.
+    """Clock of the training loop. A lap lasts from one line of the log to the next.
 
     Args:
-        batch_size: images a step, over all devices.
-        image_flops: floating-point operations an image costs in a step, forward and backward.
+        batch_size: images per step, over all devices.
+        image_flops: floating-point operations of a step per image, forward and backward.
         peak_flops: those a second that all devices could do at most; None: not known, and there is no `mfu`.
     """
 

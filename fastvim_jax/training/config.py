@@ -1,4 +1,4 @@
-"""What all runs are configured by: the optimizer, and the fields that the tasks' configs share."""
+"""Define the configuration of runs: the optimizer, and the fields that the configs of all tasks share."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ class OptimizerConfig:
     learning_rate: PositiveFloat = 1e-3
     """Base learning rate, before scaling to the batch size."""
     learning_rate_scaling: Literal["deit", "linear", "sqrt", "none"] = "deit"
-    """Peak rate: deit: × batch/512; linear: × batch/256; sqrt: × √(batch/1024); none: as given."""
+    """Factor from the base to the peak rate. deit: batch/512; linear: batch/256; sqrt: √(batch/1024); none: 1."""
     schedule: ScheduleName = "warmup_cosine"
-    """warmup_cosine counts steps, its warm-up includes both ends; epoch_cosine counts fractional epochs from 0;
-    warmup_linear counts steps too and falls on a straight line to 0; warmup_step falls to a tenth at each milestone."""
+    """What follows the linear warm-up. warmup_cosine: a cosine over steps (the warm-up includes both ends);
+    epoch_cosine: a cosine over fractional epochs, counted from 0; warmup_linear: a straight line to 0; warmup_step: a
+    tenth after each milestone; constant: the same rate in all steps, without warm-up."""
     milestones: tuple[float, ...] = (8 / 9, 26 / 27)
     """Shares of the run after which the rate is a tenth of what it was (warmup_step)."""
     warmup_epochs: NonNegativeFloat | None = None
@@ -56,23 +57,24 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of the decayed parameters."""
     weight_decay_end: NonNegativeFloat | None = None
-    """Weight decay that a half cosine over the whole run leads to; None: constant."""
+    """Weight decay at the end of the run, reached along half a cosine; None: constant."""
     decay_groups: DecayGroups = "supervised"
     """Which parameters decay. supervised, cell: all but one-dimensional ones and biases; finetune: all but
     one-dimensional ones, position embedding and class token; pretrain: all; segmentation: all but norms, A_log, D,
     position embedding and class token of the backbone; detection: all but norms of blocks and position embedding;
     detection_released: all but the position embedding, because the released rule recognised no block."""
     layer_decay: Annotated[float, Interval(gt=0, le=1)] | None = None
-    """Layer-wise factor of the learning rate; None: none."""
+    """Factor on the learning rate from each layer to the one below it (see layer_rule); None: one rate for all."""
     layer_rule: LayerRule = "pairs"
-    """What layer_decay is applied to. pairs: one factor for every two blocks below the head; blocks: one for every
-    block, as in ViTDet; detection_released: embeddings alone, 13 factors, as the released detectors were trained."""
+    """What counts as a layer of layer_decay. pairs: every two blocks; blocks: every block, as in ViTDet;
+    detection_released: only the embeddings get a factor, layer_decay to the power of 13, as the released detectors were
+    trained."""
     beta1: Rate = 0.9
     """Decay of Adam's first moment."""
     beta2: Rate = 0.999
     """Decay of Adam's second moment."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the corrected second moment."""
+    """Added to the square root of the bias-corrected second moment."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest global gradient norm; None: not clipped."""
 
@@ -89,7 +91,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the runs of all tasks have in common; each task's config adds its own fields (`TrainConfig` classifies).
+    """The fields that runs of all tasks share; each task's config adds its own (`TrainConfig` for classification).
 
     Two runs of one config on one machine end in the same weights.
 
@@ -104,34 +106,36 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW, its groups and its schedules."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the devices share the batch and the parameters; what comes out does not depend on it."""
+    """How the devices share the batch and the parameters. Results do not depend on it, except for rounding."""
     accumulate: PositiveInt = 1
-    """Parts in which a batch of data.batch_size passes through the model before its one update, to save memory."""
+    """Number of parts that each batch of data.batch_size is cut into. They pass through the model one after the other,
+    which saves memory, and then one update is made."""
     epochs: PositiveInt = 300
-    """Passes over the training images; the schedules end with the last."""
+    """Passes over the training images. The schedules end with the last one."""
     ema_decay: Rate | None = 0.9999
-    """Decay of the average of the weights that is evaluated beside them; None: no average."""
+    """Decay of the moving average of the weights, which is evaluated beside the weights; None: no average."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images, their augmentation and drop path."""
     evaluate_every_epochs: NonNegativeInt = 1
-    """Epochs between evaluations; 0: only after the last."""
+    """Epochs between evaluations; 0: evaluate only after the last step."""
     checkpoint_every_steps: PositiveInt | None = None
     """Steps between checkpoints; None: one after every epoch. The last step is always saved."""
     keep_checkpoints: PositiveInt = 3
-    """Latest checkpoints kept."""
+    """How many of the latest checkpoints are kept."""
     keep_best: bool = False
-    """Keep the checkpoint with the best score too (--step best); every evaluation then saves one."""
+    """Also keep the checkpoint with the best score (--step best). Every evaluation then saves a checkpoint."""
     keep_every_steps: PositiveInt | None = None
-    """Keep all checkpoints too whose step is a multiple of this."""
+    """Also keep all checkpoints whose step is a multiple of this; None: none."""
     log_every_steps: PositiveInt = 50
-    """Steps between lines of the log; only there the loop waits for the device."""
+    """Steps between two lines of the log. The loop waits for the device only there."""
     init: str | None = None
-    """Weights to start from: a run folder, a saved model or hf://owner/name, a .safetensors or .pth file. A head of
-    other classes is drawn anew, position embeddings are resampled, and what else does not fit is an error."""
+    """Weights to start from: a run folder, a saved model, hf://owner/name, or a .safetensors or .pth file. A head for
+    other classes is drawn anew, and position embeddings are resampled. Any other misfit is an error."""
     init_weights: Literal["raw", "ema"] | None = None
-    """Which weights of that run folder: the trained ones or their average; None: the average if it was kept."""
+    """Which weights of the run folder in init: raw: the trained ones; ema: their average; None: ema if it was kept."""
     init_allow: tuple[str, ...] = ()
-    """Names of parameters that may misfit and are then drawn anew or left out, e.g. patch_embed.* for other patches."""
+    """Names of parameters that need not fit: they are drawn anew or left out. Example: patch_embed.* for other
+    patches."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -161,5 +165,5 @@ class RunConfig:
 
 
 def refuse(where: str, config: Any, name: str, expected: str) -> None:
-    """Raise a UserError that names a field, its value and what was expected."""
+    """Raise a `UserError` that names a field, its value, and what was expected."""
     raise UserError(f"{where}{name} is {getattr(config, name)!r}, but must be {expected}.")

@@ -20,5 +20,5 @@ def init_ema(params: Tree) -> Tree:
 
 
 def update_ema(ema: Tree, params: Tree, decay: float) -> Tree:
-    """decay · ema + (1 − decay) · params, leaf by leaf, in the dtype of the average."""
+    """Compute decay · ema + (1 − decay) · params, leaf by leaf, in the dtype of the average."""
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(e.dtype), ema, params)

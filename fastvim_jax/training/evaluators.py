@@ -1,4 +1,4 @@
-"""What judges a run while it trains: any number of evaluators, each with its own interval."""
+"""Define evaluators: a run has any number of them, and each evaluates it at its own interval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvim_jax.training.steps import TrainState
 
 
 class Evaluation(NamedTuple):
-    """What an evaluator found.
+    """The result of one evaluation.
 
     Attributes:
         scores: JSON-able numbers by name, the same in all processes. Scores of the raw weights begin with `raw_`,

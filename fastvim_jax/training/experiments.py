@@ -1,4 +1,4 @@
-"""Experiment files by name: `digits/fastvim_digits` or a path to a Python file that sets `config`."""
+"""Load experiment files by name: `digits/fastvim_digits`, or a path to a Python file that sets `config`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def experiments_folder() -> Path:
 
 
 def list_experiments() -> list[str]:
-    """Names of the experiments that ship, e.g. `digits/fastvim_digits`."""
+    """List the experiments that come with the package, e.g. `digits/fastvim_digits`."""
     folder = experiments_folder()
     files = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
     return sorted(name.as_posix() for name in files if not name.name.startswith("_"))

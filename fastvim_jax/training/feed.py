@@ -1,4 +1,4 @@
-"""Whether the data keep up with the step: what each could do alone, and what to change if the step waits."""
+"""Compare the speed of the data pipeline with that of the step, and say what to change if the step waits for data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FeedMeter:
     """Compare the rate of the step alone with that of the data pipeline.
 
     Args:
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         data: the data's config, of which the advice depends; None for tasks without one.
     """
 

@@ -1,4 +1,4 @@
-"""The rank of the true class, of which top-1 and top-5 follow."""
+"""Compute the rank of the true class, from which top-1 and top-5 follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time trains in a run folder.
+"""Lock a run folder, so that only one process at a time trains in it.
 
 The lock is an advisory `flock` on the file `lock`, so the system releases it however the process ends, and the
 file says who holds it. Between machines it holds on NFS (Linux clients hand it to the server), on Lustre and

@@ -1,4 +1,4 @@
-"""AdamW with the recipes' weight-decay groups and layer-wise learning rates.
+"""Build AdamW with the recipes' weight-decay groups and layer-wise learning rates.
 
 Every rule here is about the *unstacked* parameter, the one of a single block: a norm scale stored as
 `depth d` is one-dimensional and is not decayed, and a layer-wise rate is a vector over the depth axis.
@@ -220,7 +220,7 @@ def adamw(
     eps: float = 1e-8,
     clip_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW in the order clip → Adam → decay → layer-wise factors → learning rate.
+    """Build AdamW, in the order clip → Adam → decay → layer-wise factors → learning rate.
 
     Args:
         params: the parameters to train; only their names and shapes are used.
@@ -250,7 +250,7 @@ def make_optimizer(
     learning_rate: Schedule,
     total_steps: int,
 ) -> optax.GradientTransformation:
-    """`adamw` as a run's config asks for it."""
+    """Build the `adamw` that a run's config describes."""
     decay: float | Schedule = config.weight_decay
     if config.weight_decay_end is not None:
         decay = weight_decay_schedule(config, total_steps=total_steps)

@@ -1,4 +1,4 @@
-"""Norms of every unstacked parameter, its gradient and its update: one small vector a tree, made in the step."""
+"""Compute the norms of every unstacked parameter, gradient and update inside the step: one vector for each kind."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def whole_norm(norms: Float[Array, " p"]) -> Float[Array, ""]:
 
 
 def parameter_names(tree: Any) -> list[str]:
-    """Names of the unstacked parameters, e.g. `blocks.3.mixer.in_proj.kernel`, in the order of `parameter_norms`."""
+    """List the unstacked parameters, e.g. `blocks.3.mixer.in_proj.kernel`, in the order of `parameter_norms`."""
     return [name for info in parameter_infos(tree) for name in info.unstacked_names()]

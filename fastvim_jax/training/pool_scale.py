@@ -1,4 +1,4 @@
-"""The pooling scale of a model that starts from a masked run.
+"""Choose the pooling scale of a model that starts from the weights of a masked run.
 
 Masked pre-training divides a row's sum by the length of the whole row, although a row then holds only 1 - mask_ratio
 of its tokens. A model that sees whole rows gets means that are larger by 1 / (1 - mask_ratio), unless they are scaled.

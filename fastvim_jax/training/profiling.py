@@ -1,4 +1,4 @@
-"""Traces of some steps for xprof or TensorBoard's profiler: `fastvim train ... --profile 10:13`."""
+"""Trace some steps for xprof or TensorBoard's profiler: `fastvim train ... --profile 10:13`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProfileSteps:
 
     @staticmethod
     def parse(text: str) -> ProfileSteps:
-        """`10:13` or `10`.
+        """Read `10:13` or `10`.
 
         Raises:
             UserError: for anything else.

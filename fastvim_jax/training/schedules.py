@@ -1,4 +1,4 @@
-"""Learning-rate and weight-decay schedules of the recipes, as pure functions of the step.
+"""Define the recipes' schedules of learning rate and weight decay, as pure functions of the step.
 
 A schedule is called with an integer, a NumPy array (then everything is computed in float64) or a traced
 JAX array (float32, inside the train step). Three families exist in the recipes:
@@ -48,7 +48,7 @@ def warmup_cosine(
     start: Number = 0.0,
     final: Number = 0.0,
 ) -> Schedule:
-    """Linear warm-up from `start` to `peak`, both included, then half a cosine towards `final`.
+    """Warm up linearly from `start` to `peak`, both included; then follow half a cosine towards `final`.
 
     The warm-up's last step and the cosine's first both hold `peak`; the last step is one short of
     `final`, which is returned from `total_steps` on. `final` above `peak` rises (the cells' weight decay).
@@ -77,7 +77,7 @@ def epoch_cosine(
     final: Number = 0.0,
     accumulation: int = 1,
 ) -> Schedule:
-    """Linear warm-up from zero, then half a cosine to `final`, over the fractional epoch of each batch.
+    """Warm up linearly from zero; then follow half a cosine to `final`, over the fractional epoch of each batch.
 
     `accumulation` > 1 holds the value over that many batches, counted anew in every epoch; the step is
     then the number of the batch, not of the optimizer's update.
@@ -102,7 +102,7 @@ def epoch_cosine(
 def warmup_linear(
     *, peak: Number, total_steps: int, warmup_steps: int = 0, start: Number = 0.0
 ) -> Schedule:
-    """Linear warm-up from `start` to `peak`, both included, then a straight line to exactly 0 at the last step.
+    """Warm up linearly from `start` to `peak`, both included; then fall linearly to exactly 0 at the last step.
 
     The warm-up's last step and the line's first both hold `peak` (segmentation: 1500 of 160,000 steps).
 
@@ -128,7 +128,7 @@ def warmup_step(
     start: Number = 0.0,
     milestones: tuple[float, ...] = (),
 ) -> Schedule:
-    """Linear warm-up from `start` to `peak`, both included, then `peak`, and a tenth of it from each milestone on.
+    """Warm up linearly from `start` to `peak`, both included; then hold `peak`, and divide by 10 at each milestone.
 
     Args:
         peak: the rate after the warm-up.
@@ -165,7 +165,7 @@ def _half_cosine(xp: ModuleType, first: Number, last: Number, phase: Any) -> Any
 
 
 def _namespace(step: Any) -> tuple[ModuleType, Any]:
-    """NumPy in float64 for numbers known on the host, JAX for traced ones."""
+    """Choose NumPy in float64 for numbers known on the host, and JAX for traced ones."""
     if isinstance(step, jax.Array):
         return jnp, step
     return np, np.asarray(step)

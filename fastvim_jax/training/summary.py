@@ -1,4 +1,4 @@
-"""`summary.png` of a run folder: its curves so far, drawn anew after evaluations and at the end."""
+"""Draw `summary.png` of a run folder: the curves so far, drawn anew after evaluations and at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class SummaryPicture:
-    """Draws a run's picture from its log.
+    """Picture of a run, drawn from its log.
 
     Args:
         folder: the run folder.

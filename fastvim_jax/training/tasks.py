@@ -1,4 +1,4 @@
-"""The tasks that can be trained, by the class of their config.
+"""List the tasks that can be trained, by the class of their config.
 
 A task is a folder beside this file. Its `config` module holds the config's class, a `RunConfig`; its `train` module
 holds `train(config, call) -> RunResult`, which ends in `loop.run_loop`. A new task is one more line in `TASKS`.

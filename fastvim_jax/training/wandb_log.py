@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who have the extra `wandb`: `fastvim train ... --wandb PROJECT`."""
+"""Send a run's numbers to Weights & Biases (extra `wandb`): `fastvim train ... --wandb PROJECT`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """Segments and lines per block for one of the four kernels; None if none fits.
 
-    Of the segments that divide a line and leave room for two blocks a processor, the
+    Of the segments that divide a line and leave room for two blocks per processor, the
     longest (their halos are read twice); then the lines per block that take the fewest
     waves times segments, a block's start counted.
     """

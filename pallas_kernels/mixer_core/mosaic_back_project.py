@@ -56,7 +56,7 @@ PADDING = 8  # columns; keeps the rows of the product in different banks
 
 
 class Layouts:
-    """Register layouts: a row of channels a thread block, whole tokens a warp."""
+    """Register layouts: a row of channels per thread block, whole tokens per warp."""
 
     def __init__(self):
         self.channels = row_layout(BLOCK)

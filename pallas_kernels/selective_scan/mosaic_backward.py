@@ -47,11 +47,10 @@ from pallas_kernels.selective_scan.mosaic_walk import (
 def _ahead(plan: Plan) -> tuple[int, int]:
     """Choose the steps whose sums over channels are exchanged together, and those whose factors wait in registers.
 
-    Other factors are computed again.
-
-    Every exchange waits for the one before: the more steps together, the more there is to do meanwhile. Both as far as
-    there are registers, 168 for three blocks a processor. With 64 channels and blocks enough, or both directions, which
-    need more than that in any case, two blocks a processor are faster, and have room for all.
+    Other factors are computed again. Every exchange waits for the one before it; the more steps share an exchange, the
+    more work hides the wait. Registers limit both numbers: a thread has 168 if three blocks share a processor. With 64
+    channels and enough blocks, or with both directions, a thread needs more than that in any case; then two blocks per
+    processor are faster, and there is room for all factors.
     """
     if plan.rest > 4:
         return 1, 0

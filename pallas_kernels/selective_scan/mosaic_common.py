@@ -51,10 +51,12 @@ class StateLayouts:
         self.warps, self.rest = warps, rest
 
     def sums(self, steps: int) -> Any:
-        """Layout of ``(steps, 2, warps, rest)``: one value a group of lanes, so at most 32 values a warp."""
+        """Layout of ``(steps, 2, warps, rest)``: one value per group of lanes, so at most 32 values a warp."""
         copies, left = divmod(LANES, 2 * steps * self.rest)
         if left or self.warps != WARPS:
-            raise ValueError(f"no layout for sums of {steps} steps with {self.rest} states a lane")
+            raise ValueError(
+                f"no layout for sums of {steps} steps with {self.rest} states per lane"
+            )
         lanes = (-8, -7, -5, plgpu.Replicated(copies)) if copies > 1 else (-8, -7, -5)
         return tiled(((steps, 2, WARPS, self.rest), (1, 1, 1, 1)), (-6,), lanes, -1)[1]
 
@@ -62,7 +64,7 @@ class StateLayouts:
 @functools.cache
 def tile_layout(rows: int) -> Any:
     """Layout of a ``(rows, channels)`` tile for the elementwise phases."""
-    if rows % 16 == 0:  # a lane holds 4 neighbours: 8 lanes a row, 16 rows a register
+    if rows % 16 == 0:  # a lane holds 4 neighbours: 8 lanes per row, 16 rows a register
         tiles = ((16, 32), (4, 32), (1, 4))
     elif rows % 8 == 0:
         tiles = ((8, 32), (2, 32), (1, 2))

@@ -25,7 +25,7 @@ from pallas_kernels.selective_scan import triton_kernels, xla_associative
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
 
 MAX_STATES = 32
-CHANNELS = 32  # of one program: one warp, one channel a thread
+CHANNELS = 32  # of one program: one warp, one channel per thread
 LONGEST_CHUNK = 8  # unrolled, in registers
 # Parts for 2048 programs were the fastest of 1, 512, 1024 and 2048 at (2, 16384, 384) on an H100 (benchmarks/NOTES.md).
 ENOUGH_PROGRAMS = 2048

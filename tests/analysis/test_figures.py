@@ -133,7 +133,7 @@ def test_the_selection_is_what_the_scan_is_given(
     _, delta, B, C = given[2]  # Two scans a block; the forward one comes first.
     sizes = (delta.mean(-1), jnp.linalg.norm(B, axis=-1), jnp.linalg.norm(C, axis=-1))
     for values, size in zip((found.delta, found.B, found.C), sizes, strict=True):
-        if pooling == "mean":  # The second block pools the rows' axis: one step a column.
+        if pooling == "mean":  # The second block pools the rows' axis: one step per column.
             assert values.shape == (3, 5)
             assert_close(values, np.tile(size[0], (3, 1)), 1e-5)
         else:

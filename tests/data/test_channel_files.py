@@ -1,4 +1,4 @@
-"""Labelled images with one file a channel, found by a naming pattern."""
+"""Labelled images with one file per channel, found by a naming pattern."""
 
 from __future__ import annotations
 

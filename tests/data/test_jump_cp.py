@@ -85,7 +85,7 @@ def test_a_parquet_index_is_split_the_same_way_every_time(
 
 
 def write_gallery(folder: Path, rng: np.random.Generator) -> None:
-    """A load_data CSV and its TIFFs: one site a well, of which two are damaged or lack a channel."""
+    """A load_data CSV and its TIFFs: one site per well, of which two are damaged or lack a channel."""
     tifffile = pytest.importorskip("tifffile")
     rows = []
     for site, well in enumerate(["A01", "A02", "A03", "A01"]):

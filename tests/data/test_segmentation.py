@@ -112,7 +112,7 @@ def test_workers_of_an_evaluation_stay_for_the_next(root):
 
 
 def test_patterns_span_folders(root):
-    """As in Cityscapes: a folder a city, and endings that differ."""
+    """As in Cityscapes: one folder per city, and endings that differ."""
     for split in ("training",):
         (root / "left" / split / "city").mkdir(parents=True)
         (root / "fine" / split / "city").mkdir(parents=True)

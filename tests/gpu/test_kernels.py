@@ -44,7 +44,7 @@ def on_cpu_in_float64(function, *args):
 SCANS = [
     {"b": 128, "l": 14, "e": 384, "n": 16},
     {"b": 4, "l": 196, "e": 384, "n": 16, "dtype": "bfloat16"},
-    {"b": 100, "l": 40, "e": 384, "n": 16},  # two channels a lane
+    {"b": 100, "l": 40, "e": 384, "n": 16},  # two channels per lane
     {"b": 1, "l": 2500, "e": 392, "n": 16},
     {"b": 2, "l": 2100, "e": 64, "n": 16},  # tiles as wide as the array, and time is split
     {"b": 2, "l": 2100, "e": 30, "n": 16},

@@ -22,7 +22,7 @@ from tests.pallas_kernels.mosaic_support import (
 from tests.support import x64
 
 BOUND = 1e-2  # of bfloat16
-FULL = {"b": 64, "rows": 17, "columns": 9}  # one segment a row: as many as "auto" asks for
+FULL = {"b": 64, "rows": 17, "columns": 9}  # one segment per row: as many as "auto" asks for
 
 
 def draw(rng, b, rows, columns, e, taps=4, **options):

@@ -91,7 +91,7 @@ def test_every_experiment_builds_what_it_claims(name):
         assert f"{claims['parameters']:,} parameters" in docs
         cost = gmacs(config.model)
         flops = f"{6e9 * cost * config.epochs * 1_281_167:.1e}".replace("e+", "e")
-        assert f"Cost: {flops} FLOPs (6 × {cost:.2f} GMACs an image)" in " ".join(docs.split())
+        assert f"Cost: {flops} FLOPs (6 × {cost:.2f} GMACs per image)" in " ".join(docs.split())
         pretraining = not config.model.num_classes
         assert pretraining or "% top-1" in docs or "No result of the paper" in docs
 

@@ -1,4 +1,4 @@
-"""The smallest real run: a two-block FastVim on the digits, 11 steps an epoch, seconds of compute."""
+"""The smallest real run: a two-block FastVim on the digits, 11 steps per epoch, seconds of compute."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def gmacs_lines(size: str, pixels: Sequence[int] = _SWEEP) -> dict[str, list[flo
 
 
 def draw_gmacs(inputs: Inputs) -> Figure:
-    """Draw multiply-adds against resolution, one panel a model size."""
+    """Draw multiply-adds against resolution, one panel per model size."""
     figure = new_figure(9.5, 4, "Multiply-adds per image")
     panels: Any = figure.subplots(1, len(_SIZES))
     for axes, size in zip(panels, _SIZES, strict=True):

@@ -84,7 +84,7 @@ def receptive_fields(
 
 
 def draw_receptive_field(inputs: Inputs) -> Figure:
-    """Draw the receptive fields, one row a pooling and one column a number of blocks."""
+    """Draw the receptive fields, one row per pooling and one column per number of blocks."""
     figure = new_figure(8, 7.6, "What reaches the centre token (random weights, random inputs)")
     panels: Any = figure.subplots(len(KINDS), len(_AFTER))
     norm = LogNorm(1e-7, 1)

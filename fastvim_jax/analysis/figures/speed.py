@@ -132,7 +132,7 @@ def stage_times(rows: Iterable[Row]) -> dict[int, dict[str, dict[str, float]]]:
 
 
 def draw_stages(inputs: Inputs) -> Figure:
-    """Draw the stages of the state-space part as stacked bars, one panel a resolution."""
+    """Draw the stages of the state-space part as stacked bars, one panel per resolution."""
     rows = [r for r in read_rows(inputs.records, "mixer") if r.get("part") in (*STAGES, "total")]
     times = stage_times(rows)
     if not times:

@@ -23,8 +23,8 @@ table. Without options the shapes fit the device; `fastvim bench BENCH --help` l
 Benches:
   scan     the selective scan: every implementation over lengths 7 to 16384
   mixer    one mixer: pool, projection, scan, repeat, skip, and its whole core
-  model    images a second of FastVim, Vim and ViT
-  train    images a second of training steps; largest batch; trace and compile time
+  model    images per second of FastVim, Vim and ViT
+  train    images per second of training steps; largest batch; trace and compile time
   segment  segmentation models by parts: backbone, heads, classes, whole; training steps
   detect   detectors by parts: backbone, neck, heads, post-processing, whole; training steps
   data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)

@@ -1,4 +1,4 @@
-"""`fastvim bench data PATH`: images a second of each stage, of the whole pipeline, and of a PyTorch DataLoader."""
+"""`fastvim bench data PATH`: images per second of each stage, of the whole pipeline, and of a PyTorch DataLoader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 class Data:
     """Measure how fast images are read.
 
-    Stages and whole are measured in processor time: images a second of one core, whatever else runs. With worker
+    Stages and whole are measured in processor time: images per second of one core, whatever else runs. With worker
     processes, which take a while to start, the clock counts.
     """
 
@@ -32,7 +32,7 @@ class Data:
     image_size: int = 224
     """Side of the crops."""
     batch_size: int = 32
-    """Images a batch."""
+    """Images per batch."""
     augment_on: Literal["host", "device"] = "host"
     """As data.augment_on; with device the host only crops."""
     rand_augment: float | None = None
@@ -84,6 +84,6 @@ _COLUMNS = (
     ("stage", 34, lambda row: row["what"]),
     ("decoder", 8, lambda row: row["with"]),
     ("ms/image", 10, lambda row: _number(row, "milliseconds", 3)),
-    ("images/s a core", 16, lambda row: _number(row, "per_core", 0)),
+    ("images/s per core", 16, lambda row: _number(row, "per_core", 0)),
     ("images/s", 9, lambda row: _number(row, "per_second", 0)),
 )

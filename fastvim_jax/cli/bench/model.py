@@ -1,4 +1,4 @@
-"""`fastvim bench model|train`: images a second of whole models, forward and in training steps."""
+"""`fastvim bench model|train`: images per second of whole models, forward and in training steps."""
 
 from __future__ import annotations
 

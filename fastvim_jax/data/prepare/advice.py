@@ -1,4 +1,4 @@
-"""What a scan's findings mean for training: what would refuse the data, and which options train on them."""
+"""Explain what a scan's findings mean: why training would refuse the data, and which options accept them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scan of a data set that lists what training would trip over: every record is read and decoded once."""
+"""Scan a data set: read and decode every record once, and list the problems that training would meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scan of a data set in COCO's format that lists what training would trip over or leave out."""
+"""Scan a data set in COCO's format, and list what training would fail on or leave out."""
 
 from __future__ import annotations
 

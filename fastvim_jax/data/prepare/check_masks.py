@@ -1,4 +1,4 @@
-"""A scan of images and label maps that lists what training would trip over: every pair is read and decoded once."""
+"""Scan images and label maps: read and decode every pair once, and list the problems that training would meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work on a source in several processes: each opens the source once and gets tasks until none are left."""
+"""Run tasks on a source in several processes. Each one opens the source once and takes tasks until none are left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any source turned into shards, of encoded images or of pixels: checksummed, and resumable shard by shard.
+"""Turn any source into shards of encoded images or of pixels: checksummed, and resumable shard by shard.
 
 A shard is written under a temporary name, flushed to the disk and renamed; only then does it enter the manifest,
 which is itself replaced in one step. Whatever was finished when a run was killed is kept by the next, unless the
@@ -91,7 +91,7 @@ def prepare(
         max_size: images whose shorter side is longer are reduced to it (bicubic, JPEG at `JPEG_QUALITY`), upright and
             in 8 bits; all others, and all images if None, keep their bytes. Pixel arrays become PNG.
         pixels: decode every image, reduce it as `max_size` would, and store its pixels instead of a file.
-        shard_records: records a shard.
+        shard_records: records per shard.
         workers: processes.
         max_corrupt: undecodable records left out (and named in the manifest) before the preparation stops. Without
             `max_size` nothing is decoded: `check` finds such records.

@@ -1,4 +1,4 @@
-"""What keeps shards from being written, in words for the user."""
+"""Explain to the user why shards cannot be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where records come from: one small class per kind of data set, all following `records.Source`."""
+"""Open data sets: one small class per kind of data set, all of which follow `records.Source`."""
 
 from __future__ import annotations
 

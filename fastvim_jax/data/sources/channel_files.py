@@ -1,4 +1,4 @@
-"""Images of one file a channel, found by a naming pattern.
+"""Images of one file per channel, found by a naming pattern.
 
 An example is `fields/{split}/{class}/{well}_s{site}_{channel}.tif`.
 """

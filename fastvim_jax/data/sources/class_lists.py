@@ -1,4 +1,4 @@
-"""Class lists beside a data set: what label and which folder each class has."""
+"""Read class lists: the label, the name and the folder of each class of a data set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ClassList(NamedTuple):
 
 
 def read_class_list(file: Path) -> ClassList:
-    """Read a text file (one name a line), or a table (.tsv, .csv) with the columns label, wnid or folder, and name.
+    """Read a text file (one name per line), or a table (.tsv, .csv) with the columns label, wnid or folder, and name.
 
     Byte order marks, Windows line ends, UTF-16 and, with a warning, Windows-1252 are understood.
 

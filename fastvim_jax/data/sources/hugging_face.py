@@ -1,4 +1,4 @@
-"""A data set's folder as the Hugging Face hub lays it out: Parquet shards of a split, or one folder a class.
+"""A data set's folder as the Hugging Face hub lays it out: Parquet shards of a split, or one folder per class.
 
 `<root>/data/<split>-00000-of-00004.parquet` (or in the root, or in a folder of a config) with an image column, a
 struct of `bytes` and `path`, and a whole-number label column whose names stand in the files' `huggingface` metadata.
@@ -205,7 +205,7 @@ def _import() -> Any:
 
 
 def parquet_splits(root: Path) -> dict[str, list[Path]]:
-    """Parquet files by split: in `data`, in the root, or in the only config's folder."""
+    """List the Parquet files of each split: in `data`, in the root, or in the only config's folder."""
     for folder in (root / "data", root):
         files = sorted(folder.glob("*.parquet"))
         if files:

@@ -1,4 +1,4 @@
-"""Labels that a data set stores as numbers: each must be the index of a class."""
+"""Check labels that a data set stores as numbers: each must be the index of a class."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _labels_of_text(labels: np.ndarray, where: str, names: tuple[str, ...] | Non
     texts = [t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in labels]
     if names is None:
         raise UserError(
-            f"{where}: the labels are text, such as {texts[0]!r}. Put a classes.txt beside the data, one name a line, "
+            f"{where}: labels are text, such as {texts[0]!r}. Put a classes.txt beside the data, one name per line, "
             "whose order gives the numbers."
             if texts
             else f"{where} holds no record."
@@ -97,7 +97,7 @@ def names_of_labels(
         if highest >= MOST_CLASSES and not any_label:
             raise UserError(
                 f"{where} holds the label {highest}, and no class list says that there are so many classes: mend the "
-                "label, or put a classes.txt beside the data, one name a line."
+                "label, or put a classes.txt beside the data, one name per line."
             )
         plausible = labels[labels < MOST_CLASSES]
         names = tuple(str(i) for i in range(int(plausible.max(initial=-1)) + 1))

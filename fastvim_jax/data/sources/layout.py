@@ -1,4 +1,4 @@
-"""What lies in a folder: which kind of data set, and which splits."""
+"""Find out which kind of data set lies in a folder, and which splits it has."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def guess_source(path: str) -> str:
         if any(next(root.glob(pattern), None) is not None for pattern in patterns):
             return name
     raise UserError(
-        f"{str(root)!r} is of no known layout; expected one folder a split with one folder a class in it "
+        f"{str(root)!r} is of no known layout; expected one folder per split with one folder per class in it "
         "(train/cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with their manifest)."
     )
 

@@ -41,7 +41,7 @@ class MaskFolderSource:
         split: what `{split}` stands for.
         image_pattern: where images lie; see the module.
         mask_pattern: where the mask of an image lies.
-        class_names: one name a class.
+        class_names: one name per class.
         allow_missing: accept images without a mask, for a scan that lists them.
         follow_links: read what links point to outside the root.
 
@@ -114,7 +114,7 @@ class MaskFolderSource:
         return read_inside(self._root, path, follow_links=self._follow_links)
 
     def mask_name(self, index: int) -> str:
-        """Path of a record's mask, for messages."""
+        """Return the path of a record's mask, for messages."""
         mask = self._masks[index]
         return str(self._root / mask) if mask else "no mask"
 
@@ -143,7 +143,7 @@ def segmentation_classes(root: Path, class_list: Path | None, count: int) -> tup
         return found.names
     if count < 1:
         raise UserError(
-            f"{str(root)!r} has no class list: put classes.txt (one name a line) there, name one in data.class_list, "
+            f"{str(root)!r} has no class list: put classes.txt (one name per line) there, name one in data.class_list, "
             "or set data.classes to the number of classes."
         )
     return tuple(f"class {i}" for i in range(count))
@@ -184,7 +184,7 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
 
 
 def _find(root: Path, split: str, pattern: str) -> dict[str, str]:
-    """Paths below `root` that match, by what `{name}` stands for."""
+    """List the paths below `root` that match a pattern, by what `{name}` stands for."""
     filled = pattern.replace("{split}", split)
     before, _, _ = filled.partition("{name}")
     start = before.rpartition("/")[0]

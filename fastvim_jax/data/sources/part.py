@@ -24,7 +24,7 @@ _PART = re.compile(r"(?P<split>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
 def split_and_part(name: str) -> tuple[str, Part | None]:
-    """`train[5000:]` → the split's own name and the slice; a name without a slice → itself and None.
+    """Split `train[5000:]` into the split's own name and the slice; without a slice, return the name and None.
 
     Raises:
         UserError: for brackets that hold no slice.

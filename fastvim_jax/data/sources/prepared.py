@@ -1,4 +1,4 @@
-"""What every format of prepared shards has in common: the manifest, where shards begin, classes, and checked labels."""
+"""Define what all formats of prepared shards share: manifest, first record of each shard, classes, checked labels."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def _as_array_record(info: Any, folder: str) -> str:
 
 
 def _image_and_label(info: Any, tfds: Any) -> tuple[str, str]:
-    """Names of the image feature and of the label feature: the supervised pair, or the only ones of their kinds."""
+    """Return the names of the image and the label feature: the supervised pair, or the only ones of their kinds."""
     features = dict(info.features)
     found = tuple(
         [name for name, feature in features.items() if isinstance(feature, kind)]

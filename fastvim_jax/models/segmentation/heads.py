@@ -159,5 +159,5 @@ class FCNHead(nnx.Module):
         train: bool = False,
         keep: Kept | None = None,
     ) -> FeatureMap:
-        """Logits `b h w classes` of one feature map; arguments as in `UPerHead.__call__`."""
+        """Return the logits `b h w classes` of one feature map; arguments as in `UPerHead.__call__`."""
         return self.classifier(self.conv(x, train=train), keep)

@@ -29,7 +29,7 @@ class DeconvolutionNeck(nnx.Module):
         self.up2 = UpConv(features, features, precision=precision, rngs=rngs)
 
     def __call__(self, maps: Sequence[FeatureMap], *, train: bool) -> tuple[FeatureMap, ...]:
-        """Four maps `b h w d` of one size → sizes 4, 2, 1 and 1/2 (odd sizes are floored)."""
+        """Resize four maps `b h w d` of one size by 4, 2, 1 and 1/2 (odd sizes are floored)."""
         x0, x1, x2, x3 = maps
         up = nnx.gelu(self.up4_norm(self.up4_first(x0), train=train), approximate=False)
         return self.up4_second(up), self.up2(x1), x2, nnx.max_pool(x3, (2, 2), strides=(2, 2))
@@ -63,7 +63,7 @@ class MultiLevelNeck(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, maps: Sequence[FeatureMap], *, train: bool) -> tuple[FeatureMap, ...]:
-        """Four maps `b h w d` of one size → sizes 4, 2, 1 and 1/2, all of one width."""
+        """Resize four maps `b h w d` of one size by 4, 2, 1 and 1/2, and project them to one width."""
         levels = []
         for x, scale, lateral, output in zip(
             maps, MULTILEVEL_SCALES, self.laterals, self.outputs, strict=True

@@ -16,7 +16,7 @@ from pallas_kernels.dtypes import wide_dtype
 def smooth_labels(
     labels: Int[Array, " b"], num_classes: int, smoothing: float, dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "b classes"]:
-    """One-hot targets with the mass `smoothing` spread evenly over all classes, the true one included.
+    """Return one-hot targets with the mass `smoothing` spread evenly over all classes, the true one included.
 
     Args:
         labels: class numbers, 0 ≤ label < num_classes.
@@ -34,7 +34,7 @@ def smooth_labels(
 def soft_target_cross_entropy(
     logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]
 ) -> Float[Array, ""]:
-    """Mean over the batch of −Σ targets · log softmax(logits).
+    """Compute the mean over the batch of −Σ targets · log softmax(logits).
 
     The rows of `targets` are used as given; they need not sum to one.
     """
@@ -44,14 +44,14 @@ def soft_target_cross_entropy(
 def label_smoothing_cross_entropy(
     logits: Float[Array, "b classes"], labels: Int[Array, " b"], smoothing: float
 ) -> Float[Array, ""]:
-    """Cross entropy with the smoothed targets of `smooth_labels`."""
+    """Compute the cross entropy with the smoothed targets of `smooth_labels`."""
     logits = _wide(logits)
     targets = smooth_labels(labels, logits.shape[-1], smoothing, logits.dtype)
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
 def cross_entropy(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> Float[Array, ""]:
-    """Mean over the batch of −log softmax(logits)[label]."""
+    """Compute the mean over the batch of −log softmax(logits)[label]."""
     return optax.softmax_cross_entropy_with_integer_labels(_wide(logits), labels).mean()
 
 

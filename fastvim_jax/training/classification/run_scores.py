@@ -1,4 +1,4 @@
-"""The scores of a trained run on any data: all its weights in one pass, over all devices."""
+"""Score a trained run on any data: raw and averaged weights in one pass, over all devices."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def make_evaluator(
     pictures: int,
     progress: bool,
 ) -> Evaluator:
-    """Judge a train state: `count`, `raw_bbox_ap`, `raw_bbox_ap50`, ..., `raw_segm_ap`, ...; draw images into `folder`.
+    """Return an evaluator that gives `count`, `raw_bbox_ap`, ..., `raw_segm_ap`, ..., and draws images into `folder`.
 
     Args:
         detect: from `make_detect`.

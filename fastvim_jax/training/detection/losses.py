@@ -49,7 +49,7 @@ class Draws(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What one stage trains on: `k` boxes an image, positives first.
+    """What one stage trains on: `k` boxes per image, positives first.
 
     Attributes:
         boxes: sampled boxes.
@@ -241,7 +241,7 @@ def mask_loss(
     objects: Objects,
     width: int,
 ) -> Float[Array, ""]:
-    """Mean binary cross-entropy over positives and pixels, on the channel of each positive's class."""
+    """Compute the mean binary cross-entropy over positives and pixels, on the channel of each positive's class."""
     config = model.config
     room = int(config.samples * config.fraction)  # Positives stand in the first slots.
     boxes, positive, owner = (

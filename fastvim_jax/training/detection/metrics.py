@@ -31,7 +31,7 @@ def coco_evaluation(
         detections: `image_id`, `category_id`, `score` and `bbox` [x, y, w, h] or `segmentation` (RLE) of each.
         kind: bbox or segm.
         image_ids: images that count; None: all.
-        most: numbers of detections an image that are evaluated, the largest last.
+        most: numbers of detections per image that are evaluated, the largest last.
     """
     coco_masks()  # raises the error that names the extra
     from pycocotools.coco import COCO
@@ -53,7 +53,7 @@ def coco_evaluation(
 
 
 def average_precisions(evaluation: Any) -> dict[str, float]:
-    """Return AP by the names in `NAMES`, with as many detections an image as the last entry of `most`."""
+    """Return AP by the names in `NAMES`, with as many detections per image as the last entry of `most`."""
     precision = evaluation.eval["precision"]  # IoU, recall, category, area, detections
     at = lambda iou: np.flatnonzero(np.isclose(evaluation.params.iouThrs, iou))  # noqa: E731
     parts = [precision[..., 0, -1], precision[at(0.5), ..., 0, -1], precision[at(0.75), ..., 0, -1]]

@@ -49,7 +49,7 @@ def make_reconstruct(
 
 
 def draw_grid(path: Path, columns: Sequence[np.ndarray]) -> None:
-    """Write a PNG with one row an image and one column for each of `columns`.
+    """Write a PNG with one row per image and one column for each of `columns`.
 
     Args:
         path: of the PNG file; replaced at once.

@@ -1,4 +1,4 @@
-"""What a linear probe trains: batch norm without parameters, then a linear head."""
+"""Define the head that a linear probe trains: batch norm without parameters, then a linear layer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ ADE20K_OPTIMIZER = OptimizerConfig(
     learning_rate=6e-5,
     learning_rate_scaling="none",
     schedule="warmup_linear",
-    warmup_epochs=1500 / 1263,  # 1500 steps: 20,210 images in batches of 16 are 1263 steps an epoch
+    warmup_epochs=1500
+    / 1263,  # 1500 steps: 20,210 images in batches of 16 are 1263 steps per epoch
     warmup_start=6e-11,
     weight_decay=0.01,
     decay_groups="segmentation",

@@ -90,7 +90,7 @@ def make_evaluator(
     *,
     progress: bool,
 ) -> Evaluator:
-    """Judge a train state: `count`, `raw_miou`, `raw_macc`, `raw_aacc`; and draw images into `folder`.
+    """Return an evaluator that gives `count`, `raw_miou`, `raw_macc` and `raw_aacc`, and draws images into `folder`.
 
     Args:
         predict: from `make_predict`.

@@ -1,4 +1,4 @@
-"""Cross entropy of pixels, some of which are ignored, and the share of pixels that are right."""
+"""Compute the cross entropy of pixels, some of which are ignored, and the share of right pixels."""
 
 from __future__ import annotations
 

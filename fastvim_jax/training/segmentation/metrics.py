@@ -52,7 +52,7 @@ class Areas:
         return _ratio(self.intersect, self.labelled)
 
     def scores(self) -> dict[str, float]:
-        """`miou`, `macc` (means over classes with pixels) and `aacc` (share of all pixels), from 0 to 1."""
+        """Return `miou`, `macc` (means over classes with pixels) and `aacc` (share of all pixels), from 0 to 1."""
         return {
             "miou": _mean(self.iou),
             "macc": _mean(self.accuracy),

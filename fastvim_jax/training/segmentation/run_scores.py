@@ -1,4 +1,4 @@
-"""The scores of a trained segmentation run on any data, over all devices."""
+"""Score a trained segmentation run on any data, over all devices."""
 
 from __future__ import annotations
 
