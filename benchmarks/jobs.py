@@ -112,7 +112,10 @@ def done(folder: Path) -> bool:
 def _ready(job: Job, runs: Path, coming: set[str]) -> bool:
     if job.after and not done(runs / job.after):
         return False
-    return job.like not in coming or (runs / job.like / "metrics.jsonl").is_file()
+    if job.like not in coming:
+        return True
+    log = runs / job.like / "metrics.jsonl"  # Empty until the first steps are logged.
+    return log.is_file() and log.stat().st_size > 0
 
 
 def _taken(device: str, running: dict[str, tuple[Job, str, Any]]) -> float:

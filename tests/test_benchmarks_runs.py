@@ -55,6 +55,31 @@ def test_jobs_wait_for_what_they_start_from_and_failures_stop_only_their_own(
     assert (tmp_path / "order").read_text() == order  # What is done does not run again.
 
 
+COMPILES = """
+import pathlib, sys, time
+log = pathlib.Path(sys.argv[1], "metrics.jsonl")
+log.parent.mkdir()
+log.touch()
+time.sleep(0.7)
+order = log.parent.parent / "order"
+order.write_text("compiled, ")
+log.write_text("{}")
+"""
+
+
+def test_a_job_like_another_starts_once_that_one_has_compiled(programs, tmp_path):
+    jobs = programs("jobs")
+    listed = [
+        jobs.Job("a", ("-c", COMPILES, "{runs}/a")),
+        jobs.Job("b", ("-c", WRITES, "{runs}/b", "b starts, "), like="a"),
+    ]
+    assert jobs.run(listed, tmp_path, ["0", "1"], seconds=30) == []
+    order = (tmp_path / "order").read_text()
+    assert (
+        order.startswith("compiled, ") and "b starts, " in order
+    )  # What came before is overwritten.
+
+
 def test_a_gpu_has_room_for_shares_of_one_and_the_time_ends_with_a_stop(programs, tmp_path, capsys):
     jobs = programs("jobs")
     listed = [jobs.Job(name, ("-c", FOREVER), share=0.5) for name in "abc"]
