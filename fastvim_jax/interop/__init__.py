@@ -1,4 +1,4 @@
-"""Weights from and to other implementations."""
+"""Read and write the weights of other implementations: their file formats, names and layouts."""
 
 from fastvim_jax.interop.recognise import recognise
 from fastvim_jax.interop.state_dict import (
