@@ -278,7 +278,7 @@ def model_table(rows: list[Row]) -> str:
                 r["model"].split("_patch")[0],
                 str(r["pixels"]),
                 str(r["batch"]),
-                r["precision"] + (f", {r['activations']}" if r["precision"] == "bf16" else ""),
+                _mode(r),
                 r["blocks"],
                 f"**{device_images_per_s(r):,.0f}**" if "device_ms" in r else "–",
                 optional(r, "device_ms", 3) + _device_spread(r),
@@ -329,6 +329,11 @@ def plot_models(rows: list[Row], file: Path) -> bool:
     return drawn
 
 
+def _mode(row: Row) -> str:
+    """Return a row's precision and, of bf16, what lies between products."""
+    return row["precision"] + (f", {row['activations']}" if row["precision"] == "bf16" else "")
+
+
 def peer_section(folder: Path, rows: list[Row]) -> str:
     """Divide our images a second by those of DeiT; empty without a record of `peers/deit.py`."""
     lines, said = [], []
@@ -349,7 +354,8 @@ def peer_section(folder: Path, rows: list[Row]) -> str:
             for ours in find(rows, model=f"fastvim_{size}_patch16_224", **match, **kind):
                 fast, slow = ours["images_per_s"], peer["images_per_s"]
                 lines.append(
-                    [f"FastVim-{size[0].upper()}", peer["row"], str(peer["pixels"]), str(peer["batch"]), ours["blocks"],
+                    [f"FastVim-{size[0].upper()}", f"{peer['row']}, {ours['activations']}", str(peer["pixels"]),
+                     str(peer["batch"]), ours["blocks"],
                      f"{fast:,.0f}", f"{slow:,.0f}", f"**{fast / slow:.2f}**", ours["date"], how["date"]]
                 )  # fmt: skip
     if not said:
@@ -451,7 +457,7 @@ def largest_table(rows: list[Row]) -> str:
     body = [
         [
             r["model"].split("_patch")[0],
-            f"{r['precision']}, {r['blocks']}",
+            ", ".join([_mode(r), r["blocks"]]),
             str(t["batch"]),
             f"{t['peak_bytes'] / 1e9:.1f}",
             "ran" if t["batch"] == r["largest_batch"] else "too large",

@@ -66,7 +66,7 @@ def test_more_images_a_second_are_better(report, tmp_path):
         "model": "fastvim_tiny_patch16_224", "pixels": 224, "batch": 128, "dtype": "bfloat16",
         "precision": "bf16", "activations": "compute", "ms": 4.0,
     }  # fmt: skip
-    what = "FastVim-T forward bf16 224 px, batch 128"
+    what = "FastVim-T forward bf16 (compute) 224 px, batch 128"
     write(tmp_path, "model_a", "1", row | {"blocks": "scan", "images_per_s": 31000}, bench="model")
     write(
         tmp_path, "model_b", "2", row | {"blocks": "unroll", "images_per_s": 33000}, bench="model"
@@ -176,3 +176,37 @@ def test_experiments_cite_the_newest_record(report):
         assert cited["hours"] == f"{300 * 1_281_167 / row['images_per_s'] / 3600:.0f}", file
         found += 1
     assert found >= 2
+
+
+HALF = re.compile(r"\b(bf16|bfloat16)\b", re.IGNORECASE)
+MODE = re.compile(r"compute|wide|fast=True")
+MODEL = re.compile(r"(vim|vit)_\w|Vi[mT]-[TSB]\b")  # Kernels have a dtype and no mode.
+
+
+def without_mode(text):
+    """List the rows of tables, and paragraphs that cite speeds, that say bfloat16 of a model and not which mode."""
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith("|") and MODEL.search(line) and "mixer core" not in line
+    ]
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    speeds = [part.strip() for part in prose.split("\n\n") if re.search(r"\d images/s", part)]
+    return [part for part in rows + speeds if HALF.search(part) and not MODE.search(part)]
+
+
+def test_every_bf16_row_names_its_mode():
+    """No speed stands without its mode, because "compute" has wider error bounds than "wide"."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    found = {
+        p.name: rows
+        for p in pages
+        if p.name != "NOTES.md" and (rows := without_mode(p.read_text()))
+    }
+    assert not found
+    assert without_mode(
+        "| fastvim_tiny | 128 | bf16 | 41,276 |\n\nIn bf16 it makes 41 images/s."
+    ) == [
+        "| fastvim_tiny | 128 | bf16 | 41,276 |",
+        "In bf16 it makes 41 images/s.",
+    ]
