@@ -145,19 +145,19 @@ def test_a_run_folder_becomes_a_record(programs, tmp_path):
 def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(programs):
     masked = programs("masked")
     runs = {
-        "pretrain60": [record("pretrain60_s0", raw_loss=0.4)],
+        "pretrain40": [record("pretrain40_s0", raw_loss=0.4)],
         "tenth_scratch": [
             record(f"tenth_scratch_s{i}", ema_top1=v) for i, v in enumerate((0.5, 0.52))
         ],
-        "tenth60": [record(f"tenth60_s{i}", ema_top1=v) for i, v in enumerate((0.6, 0.51))],
-        "probe60_unscaled": [record("probe60_unscaled_s0", raw_top1=0.1)],
+        "tenth40": [record(f"tenth40_s{i}", ema_top1=v) for i, v in enumerate((0.6, 0.51))],
+        "probe40_unscaled": [record("probe40_unscaled_s0", raw_top1=0.1)],
     }
     page = masked.page(runs)
     assert "it is +4.50 points ahead (2 and 2 seeds; the seeds overlap)" in page
-    assert "| pre-trained for 60 epochs | 55.50 ± 6.36 | 60.00, 51.00 |" in page
+    assert "| pre-trained for 40 epochs | 55.50 ± 6.36 | 60.00, 51.00 |" in page
     assert "| no scaling factor | 10.00 | 10.00 | 1.0 | 0.02 (L) |" in page
     assert "Tiny-ImageNet, 100" not in page  # Nothing of that group has run.
-    runs["tenth60"] = [record(f"tenth60_s{i}", ema_top1=0.6) for i in range(2)]
+    runs["tenth40"] = [record(f"tenth40_s{i}", ema_top1=0.6) for i in range(2)]
     assert "every seed of the one above every seed of the other" in masked.page(runs)
 
 
@@ -211,3 +211,61 @@ def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, mo
         and "H100, JAX 1, 2026-01-02, commit abcdefg" in page
     )
     assert (tmp_path / "channels.png").stat().st_size > 1000
+
+
+def speed_row(bench, **row):
+    about = {"device": "H100", "jax": "1", "date": "2026-01-02 UTC", "commit": "abcdefghij"}
+    return {"bench": bench, "complete": True, "about": about, "quiet": True} | row
+
+
+def test_the_page_of_speeds_says_what_is_met(programs):
+    family = programs("family")
+    fast, wide = "fastchannelvim_small_patch8_224", {"pixels": 1024, "batch": 4, "blocks": "scan"}
+    parts = {
+        "backbone": 5,
+        "neck": 3,
+        "rpn": 1,
+        "proposals": 1,
+        "boxes": 1,
+        "detections": 0.5,
+        "masks": 0.5,
+    }
+    rows = [
+        speed_row(
+            "masked_speed",
+            row="step",
+            model="mae_fastvim_base_patch16_224",
+            images_per_s=800.0,
+            device_ms=1.0,
+        ),
+        speed_row("masked_peer", model="pytorch mae vit-b, eager", images_per_s=500.0, ms=2.0),
+        speed_row("masked_peer", model="pytorch mae vit-b, default", images_per_s=1000.0, ms=1.0),
+        speed_row(
+            "model", model=fast, batch=8, precision="bf16", images_per_s=300.0, device_ms=1.0
+        ),
+        speed_row(
+            "channel_peer",
+            model="ChannelViT-S/8 (timm)",
+            batch=8,
+            dtype="bfloat16",
+            images_per_s=200.0,
+            ms=1.0,
+        ),
+        speed_row(
+            "channel_train", model=fast, batch=8, images_per_s=30.0, sampled_images_per_s=60.0
+        ),
+        speed_row("segment", model="fastvim_tiny", part="whole", images_per_s=1.0, ms=3.0, **wide),
+        speed_row("segment", model="vit_tiny", part="whole", images_per_s=1.0, ms=6.0, **wide),
+        *(
+            speed_row("detect", model="fastvim_tiny", part=part, images_per_s=1.0, ms=ms, **wide)
+            for part, ms in parts.items()
+        ),
+        speed_row("detect", model="torchvision", pixels=1024, batch=1, images_per_s=1.0, ms=9.0),
+    ]
+    page = family.page(rows)
+    assert "It is 0.80 times as fast as the fastest of these; met: no." in page
+    assert "At batch 8 in bfloat16 it is 1.50 times as fast; met: yes." in page
+    assert f"| {fast} | 8 | 30 | 60 |" in page
+    assert "At 1024 px and batch 4 it is 2.00 times as fast; met: yes." in page
+    assert "33% of the sum of all parts" in page and "met: yes." in page
+    assert "| torchvision | 1024 | 1 | whole |" in page
