@@ -128,12 +128,13 @@ def _roomiest(devices: Sequence[str], running: dict[str, tuple[Job, str, Any]]) 
 
 def _start(job: Job, runs: Path, device: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, *(part.replace("{runs}", str(runs)) for part in job.command)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device, **dict(job.environment)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device}
     if job.share < 1:
         environment |= {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * job.share:.3f}",
         }
+    environment |= dict(job.environment)
     print(f"{time.strftime('%H:%M:%S')} GPU {device}: {job.name} starts", flush=True)
     with (runs / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
