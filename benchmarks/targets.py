@@ -62,6 +62,7 @@ class Target:
         aim: the bound that is aimed at.
         others: what others reach, for the page.
         more_is_better: whether a larger number is better.
+        clock: takes the same from a row as the clock saw it, where `value` is of device time.
     """
 
     what: str
@@ -72,6 +73,7 @@ class Target:
     aim: float
     others: str = "–"
     more_is_better: bool = False
+    clock: Callable[[Row], float | None] | None = None
 
     def row(self, rows: list[Row]) -> list[str]:
         """Return the cells of this requirement's line on the page."""
@@ -81,7 +83,7 @@ class Target:
         line = [self.what, self.unit, self.others, required, _number(self.aim)]
         if not found:
             wrong = any(not right(r) for r in matching)
-            return [*line, "wrong result" if wrong else "not measured", "", ""]
+            return [*line, "wrong result" if wrong else "not measured", "", "", ""]
         seen, row = (max if self.more_is_better else min)(found, key=lambda pair: pair[0])
 
         def reaches(bound: float | None) -> bool:
@@ -90,11 +92,17 @@ class Target:
         met = "aim" if reaches(self.aim) else "yes" if reaches(self.required) else "no"
         if self.required is None and met == "no":
             met = "short of the aim"
-        return [*line, f"**{_number(seen)}**", met, f"`{row['from']}`"]
+        clock = None if self.clock is None else self.clock(row)
+        said = "–" if clock is None else _number(clock)
+        return [*line, f"**{_number(seen)}**", said, met, f"`{row['from']}`"]
 
 
 def _number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _images_per_s(row: Row) -> float:
+    return row["images_per_s"]
 
 
 def device_images_per_s(row: Row) -> float:
@@ -164,7 +172,7 @@ def _forward_passes() -> Iterator[Target]:
         what = f"{title} forward {said} {pixels} px, batch {BATCHES[pixels]}"
         others = f"authors {authors:,}" + (f", DeiT-{title[-1]} {deit:,}" if deit else "")
         return Target(
-            what, "images/s", match, device_images_per_s, required, aim, others, more_is_better=True
+            what, "images/s", match, device_images_per_s, required, aim, others, True, _images_per_s
         )
 
     yield of(TINY, "bf16", 224, 32000, 54000, 4202, 53217)
@@ -181,7 +189,8 @@ def _forward_passes() -> Iterator[Target]:
     yield of(VIM, "bf16", 2048, 220, 300, 52)
     match = {"bench": "model", "model": TINY, "pixels": 224, "batch": 1} | _COMPUTE
     what = "FastVim-T forward bf16 (compute) 224 px, batch 1"
-    yield Target(what, "ms", match, lambda r: r.get("device_ms"), 0.8, 0.4)
+    device = lambda r: r.get("device_ms")  # noqa: E731
+    yield Target(what, "ms", match, device, 0.8, 0.4, clock=lambda r: r["ms"])
 
 
 def _training() -> Iterator[Target]:
@@ -190,8 +199,9 @@ def _training() -> Iterator[Target]:
         match = train | {"kind": "time", "model": name, "batch": 128}
         what = f"{TITLES[name]} training step bf16 (compute) 224 px, batch 128"
         yield Target(
-            what, "images/s", match, device_images_per_s, required, aim, f"authors {authors}", True
-        )
+            what, "images/s", match, device_images_per_s, required, aim, f"authors {authors}", True,
+            _images_per_s,
+        )  # fmt: skip
     largest = train | {"kind": "largest", "model": BASE, "remat": "none"}
     what = "FastVim-B largest training batch, 224 px, bf16 (compute), no remat"
     yield Target(

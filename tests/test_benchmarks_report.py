@@ -50,13 +50,13 @@ def test_the_latest_right_row_counts(report, tmp_path):
     write(tmp_path, "a", "2026-01-03", SCAN | {"median": 0.009})
     write(tmp_path, "b", "2026-01-02", SCAN | {"median": 0.001})
     rows = report.load(tmp_path)
-    assert line_of(report, rows, what)[3:] == ["0.01", "0.007", "**0.009**", "yes", "`a`"]
+    assert line_of(report, rows, what)[3:] == ["0.01", "0.007", "**0.009**", "–", "yes", "`a`"]
     write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.02})
-    assert line_of(report, report.load(tmp_path), what)[5:7] == ["**0.02**", "no"]
+    assert line_of(report, report.load(tmp_path), what)[5:8:2] == ["**0.02**", "no"]
     write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": True})
-    assert line_of(report, report.load(tmp_path), what)[5:7] == ["**0.006**", "aim"]
+    assert line_of(report, report.load(tmp_path), what)[5:8:2] == ["**0.006**", "aim"]
     write(tmp_path, "c", "2026-01-04", SCAN | {"median": 0.006, "correct": False})
-    assert line_of(report, report.load(tmp_path), what)[5:] == ["wrong result", "", ""]
+    assert line_of(report, report.load(tmp_path), what)[5:] == ["wrong result", "", "", ""]
     write(tmp_path, "c", "2026-01-05", {"implementation": "pallas", "skipped": "no GPU"})
     assert line_of(report, report.load(tmp_path), what)[5] == "**0.009**"
 
@@ -71,7 +71,12 @@ def test_more_images_a_second_are_better(report, tmp_path):
     write(
         tmp_path, "model_b", "2", row | {"blocks": "unroll", "images_per_s": 33000}, bench="model"
     )
-    assert line_of(report, report.load(tmp_path), what)[5:7] == ["**33,000**", "yes"]
+    line = line_of(report, report.load(tmp_path), what)
+    assert line[5:8] == ["**33,000**", "33,000", "yes"]
+    device = row | {"blocks": "unroll", "images_per_s": 40000, "device_ms": 2.0}
+    write(tmp_path, "model_c", "3", device, bench="model")
+    line = line_of(report, report.load(tmp_path), what)
+    assert line[5:8] == ["**64,000**", "40,000", "aim"]
 
 
 def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
