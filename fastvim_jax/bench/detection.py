@@ -1,8 +1,8 @@
-"""Measures a Cascade Mask R-CNN by parts: backbone, neck, heads, post-processing, the whole, and training steps.
+"""Measure a Cascade Mask R-CNN by parts: backbone, neck, heads, post-processing, the whole, and training steps.
 
-Post-processing is what selects: proposals (top-k, decoding, suppression) and detections. The parts are compiled apart,
-so that their times add up to a little more than that of the whole. Weights are random: their scores are alike, so that
-suppression works on as many candidates as there can be, more than on real images.
+Post-processing selects proposals (top-k, decoding, suppression) and detections. Each part is a program of its own, so
+the parts' times add up to a little more than the time of the whole. The weights are random, so all scores are similar,
+and suppression works on as many candidates as it can get: more than on real images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARTS: tuple[Part, ...] = (
 )  # fmt: skip
 OBJECTS = 20
 """Objects of every image in training steps."""
-_ROOM = 100
+_ROOM = 100  # slots for objects, as in the COCO recipe; the others are padding
 
 
 def cases(
@@ -50,8 +50,8 @@ def cases(
     """List the measurements for `timing.run`.
 
     Args:
-        settings: (backbone's name, pixels, batch, precision, part) of each.
-        activations: of backbones in bf16, "compute" or "wide".
+        settings: one tuple (backbone's name, pixels, batch, precision, part) per measurement.
+        activations: the option of that name for backbones in bf16: "compute" or "wide".
         blocks: "unroll" or "scan".
         detector: fields of `DetectorConfig`.
         options: further fields of the backbones' configs.
@@ -71,7 +71,7 @@ def cases(
 
 
 def part_functions(config: DetectorConfig) -> dict[str, Callable[..., Any]]:
-    """Return the functions of a detector's state and of the part before, by part."""
+    """Return one function per part: of the detector's state and of the results of the parts before it."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     padded = config.image_size
     rpn = config.rpn
@@ -149,7 +149,7 @@ def _forward(row: timing.Row, config: DetectorConfig) -> timing.Case:
 
 
 def _inputs(functions, state, config: DetectorConfig, part: str, batch: int, seed: int) -> tuple:
-    """Draw what a part reads, from random images through the parts before it where their values matter."""
+    """Draw the inputs of a part. Where their values matter, run the parts before it on a random feature map."""
     key = jax.random.key(seed)
     images = jax.random.normal(key, (batch, *config.image_size, config.backbone.channels))
     if part in ("backbone", "whole"):

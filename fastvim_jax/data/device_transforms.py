@@ -2,9 +2,9 @@
 
 With `augment_on="device"`, the batch holds what the host drew for each image (`augment.draw_augmentation`), and flip,
 RandAugment and colour jitter come first (`device_randaugment`). All else is drawn from a key and from an image's
-position in the global batch, so a batch comes out the same on any number of devices and processes. The order is the
-recipes': each image is normalised, then erased, then each group of neighbours in the batch is mixed with itself
-reversed.
+position in the global batch, so a batch comes out the same on any number of devices and processes. The order is that of
+the recipes: normalise each image, erase a box, then mix. Mixing pairs the images of a group (neighbours in the batch):
+the first with the last, the second with the last but one, and so on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ Preprocess = Callable[[UInt8[Array, "b h w c"]], Float[Array, "b h w c"]]
 Augment = Callable[[Key[Array, ""], DeviceBatch], DeviceBatch]
 
 ERASED_AREA = (0.02, 1 / 3)
+"""Smallest and largest share of the image's area that random erasing fills."""
 ERASED_ASPECT = (0.3, 1 / 0.3)
+"""Smallest and largest ratio of the erased box's height to its width."""
 _ATTEMPTS = 10
+"""Boxes that are drawn; the first that fits is erased."""
 
 
 def make_preprocess(config: DataConfig) -> Preprocess:
@@ -50,16 +53,17 @@ def make_preprocess(config: DataConfig) -> Preprocess:
 def make_augment(
     config: ClassificationData, num_classes: int, *, label_smoothing: float = 0.0
 ) -> Augment:
-    """Build the map `augment(key, batch) -> batch` of a training batch, for use inside the step.
+    """Build the function `augment(key, batch) -> batch` of a training batch, for use inside the step.
 
-    In: `image` uint8 `b h w c` and `label` int32 `b`, the whole global batch; with `augment_on="device"` also what the
-    host drew, or for resident images cropped here `source_size`, int32 `b 2`. Out: `image` float32, normalised,
-    and `label`: as it was, or where mixup or cutmix are on the soft targets `b classes`, float32, smoothed.
+    It takes the whole global batch: `image` uint8 `b h w c` and `label` int32 `b`. With `augment_on="device"` the batch
+    also holds what the host drew; resident images that are cropped here come with `source_size`, int32 `b 2`. It
+    returns `image`, normalised float32, and `label`: unchanged, or with mixup or cutmix the smoothed soft targets
+    `b classes`, float32.
 
     Args:
-        config: what is on, and how strong.
+        config: which augmentations are on, and how strong they are.
         num_classes: length of the soft targets.
-        label_smoothing: mass of each soft target that is spread evenly; integer labels are left to the loss.
+        label_smoothing: mass of each soft target that is spread evenly. The loss smooths integer labels instead.
     """
     preprocess = make_preprocess(config)
 
@@ -125,10 +129,10 @@ def horizontal_flip(
 def random_erasing(
     key: Key[Array, ""], images: Float[Array, "b h w c"], *, probability: float
 ) -> Float[Array, "b h w c"]:
-    """Fill one box of each image, with the given probability, with standard normal noise of its own per pixel.
+    """Fill one box of each image, with the given probability, with noise: one standard normal number per value.
 
-    Zhong et al. 2020, with noise in place of the original's one colour; the noise has the scale of normalised
-    pixels. The box's law is `erased_box`'s.
+    Zhong et al. 2020, with noise instead of the original's one colour. The noise has the scale of normalised pixels.
+    `erased_box` draws the box.
     """
 
     def erase(key: Array, image: Array) -> Array:
@@ -144,9 +148,9 @@ def random_erasing(
 def erased_box(key: Key[Array, ""], size: tuple[int, int]) -> Bool[Array, "h w"]:
     """Draw a mask that is True inside a random box.
 
-    Its share of the area is uniform in `ERASED_AREA`, its height over width log-uniform in `ERASED_ASPECT`, its
-    place uniform. Of ten such boxes the first smaller than the image in both directions counts; if there is
-    none, the mask is empty.
+    Its share of the area is uniform in `ERASED_AREA`, its height over width log-uniform in `ERASED_ASPECT`, its place
+    uniform. Ten boxes are drawn, and the first one that is smaller than the image in both directions is used. If there
+    is none, the mask is empty.
     """
     height, width = size
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
@@ -172,11 +176,10 @@ def mix_groups(
     num_classes: int,
     smoothing: float,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """Mix neighbours in the batch, `config.mix_group` at a time and each group by a draw of its own.
+    """Mix the images of each group of `config.mix_group` neighbours in the batch, each group by a draw of its own.
 
-    Groups keep the images of a device apart from those of others, because a batch is spread over devices in contiguous
-    parts. A group's draw depends on its number alone, so a batch comes out the same on any number of devices. What
-    fills no group at the batch's end is a smaller one.
+    Devices hold contiguous parts of the batch, so groups rarely mix images of different devices. A group's draw depends
+    on its number alone, so a batch comes out the same on any number of devices. The last group may be smaller.
     """
     size = min(config.mix_group, len(images))
     whole = len(images) // size * size
@@ -214,19 +217,19 @@ def mix_weights(
     probability: float = 1.0,
     switch_probability: float = 0.5,
 ) -> tuple[Float[Array, "h w"], Float[Array, ""]]:
-    """Draw how much of itself every image of a group keeps: per pixel, and in all.
+    """Draw the share of itself that every image of a group keeps: at each pixel, and on average.
 
-    Mixup (Zhang et al. 2018) keeps the same share λ of every pixel; cutmix (Yun et al. 2019) replaces a box
-    whose sides are √(1 - λ) of the image's, around a uniform centre and cut off at the border: its λ is then
-    the share of pixels that really stay. λ is drawn from Beta(α, α).
+    Mixup (Zhang et al. 2018) keeps the same share λ of every pixel. Cutmix (Yun et al. 2019) replaces a box whose sides
+    are √(1 - λ) of the image's, around a uniform centre and cut off at the border; λ then becomes the share of pixels
+    that really stay. λ is drawn from Beta(α, α).
 
     Args:
-        key: decides for the whole group.
+        key: key of the group.
         size: height and width of the images.
         mixup: α of mixup; 0: off.
         cutmix: α of cutmix; 0: off.
-        probability: with which the group is mixed at all.
-        switch_probability: with which it is cutmix that mixes, if both are on.
+        probability: probability that the group is mixed.
+        switch_probability: probability of cutmix instead of mixup, if both are on.
     """
     on_key, switch_key, share_key, box_key = jax.random.split(key, 4)
     if mixup and cutmix:
@@ -255,7 +258,7 @@ def cutmix_box(
 
 
 def mix(images: Float[Array, "b h w c"], weight: Float[Array, "h w"]) -> Float[Array, "b h w c"]:
-    """Blend each image with the one as far from the group's end as it is from its beginning."""
+    """Blend each image of a group with its partner: the first with the last, the second with the last but one, ..."""
     weight = weight[..., None]
     return images * weight + jnp.flip(images, 0) * (1.0 - weight)
 
@@ -263,17 +266,15 @@ def mix(images: Float[Array, "b h w c"], weight: Float[Array, "h w"]) -> Float[A
 def mixed_targets(
     label: Int[Array, " b"], share: Float[Array, ""], num_classes: int, smoothing: float
 ) -> Float[Array, "b classes"]:
-    """Compute the soft targets of `mix`'s images: both images' labels in their shares, then smoothed.
+    """Compute the soft targets of mixed images: both labels, weighted by their shares, then smoothed. Rows sum to 1."""
 
-    Rows sum to one.
-    """
     one_hot = jax.nn.one_hot(label, num_classes)
     mixed = one_hot * share + jnp.flip(one_hot, 0) * (1.0 - share)
     return mixed * (1.0 - smoothing) + smoothing / num_classes
 
 
 def _box(size: tuple[int, int], top: Array, bottom: Array, left: Array, right: Array) -> Array:
-    """Return a mask that is True inside the box; the part beyond the image is cut off."""
+    """Return a mask that is True inside the box; parts outside the image are cut off."""
     rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 

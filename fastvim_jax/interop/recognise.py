@@ -1,4 +1,4 @@
-"""Tell from the names and shapes of PyTorch weights which model they are of."""
+"""Find out from the names and shapes of PyTorch weights which model they belong to."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _CHANNEL_EMBEDDINGS = ("patch_embed.channel_embed.weight", "patch_embed.channel_
 def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
     """Find the configuration whose model has these weights.
 
-    Names and shapes tell the family (a decoder: masked pre-training; a channel embedding: cell images), widths, depth,
-    patches, channels, classes, norms and the class token. `assumptions` lists what they do not tell; give `options` for
-    it.
+    Names and shapes determine the family (a decoder means masked pre-training, a channel embedding cell images),
+    widths, depth, patches, channels, classes, norms and the class token. `assumptions` lists the fields that they do
+    not determine: give these as `options` if the defaults are wrong.
 
     Args:
         arrays: state-dict names, as the authors or timm write them, to arrays.
-        **options: fields of the configuration that override what was recognised; of a masked autoencoder, its
-            encoder's as well.
+        **options: fields of the configuration that override what was recognised; for a masked autoencoder also fields
+            of its encoder.
 
     Raises:
-        UserError: the names are of no model of this library, or the position table is of no square grid and `options`
-            has no `image_size`.
+        UserError: no model of this library has these names, or the position table fits no square grid and `options` has
+            no `image_size`.
     """
     plain: Any
     of_channels: Any
     if "layers.0.mixer.in_proj.weight" in arrays:
-        read, plain, of_channels = _vision_mamba, VisionMambaConfig, ChannelMambaConfig
+        read_fields, plain, of_channels = _vision_mamba, VisionMambaConfig, ChannelMambaConfig
     elif "blocks.0.attn.qkv.weight" in arrays:
-        read, plain, of_channels = _vision_transformer, ViTConfig, ChannelViTConfig
+        read_fields, plain, of_channels = _vision_transformer, ViTConfig, ChannelViTConfig
     else:
         raise UserError(_unknown(arrays))
     try:
-        fields = read(arrays)
+        fields = read_fields(arrays)
     except KeyError as error:
         raise UserError(
             f"the weights have no entry {error}, as every {plain.__name__} has."
@@ -81,7 +81,7 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
 
 
 def assumptions(config: AnyModelConfig) -> dict[str, Any]:
-    """Return the fields of a configuration that names and shapes do not tell, with the values they have."""
+    """Return the fields of a configuration that names and shapes do not determine, with their assumed values."""
     inner = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config
     if isinstance(inner, ViTConfig):
         names = ["num_heads"]

@@ -44,12 +44,13 @@ from fastvim_jax.typing import Images, Tokens
 
 
 class Reconstruction(NamedTuple):
-    """What a masked autoencoder makes of a batch.
+    """The outputs of a masked autoencoder for a batch. Letters: k kept patches, l all patches, v values of a patch.
 
     Attributes:
-        predicted: Vectors (p q c) of all patches, `b l v`, float32 or wider.
-        latent: The encoder's output, `b k d` (with class token `b k+1 d`); zeros at padded places.
-        masking: Which patches the encoder saw.
+        predicted: The predicted pixels of all patches, `b l v` with v = rows · columns · channels of a patch, float32
+            or wider.
+        latent: The encoder's output, `b k d` (`b k+1 d` with a class token); zeros at padded places.
+        masking: Tells which patches the encoder saw.
     """
 
     predicted: Float[Array, "b l v"]
@@ -58,7 +59,7 @@ class Reconstruction(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Blocks over the whole grid with a mask token at every removed place, and the projection to pixels."""
+    """Decode the whole grid, with a mask token at every removed place: blocks, then a projection to pixels."""
 
     def __init__(self, config: MaskedAutoencoderConfig, make_block: Any, *, rngs: nnx.Rngs):
         p, d = config.precision, config.decoder_dim
@@ -81,7 +82,7 @@ class Decoder(nnx.Module):
 class MaskedAutoencoder(nnx.Module):
     """FastMaskVim, Vim and ViT autoencoders. Build one through `fastvim_jax.create_model`.
 
-    Parameters are `encoder...` (named as in the classifier) and `decoder...`; position tables are fixed and no
+    Parameters are named `encoder...` (as in the classifier) and `decoder...`. Position tables are fixed: they are not
     parameters.
     """
 
@@ -100,12 +101,12 @@ class MaskedAutoencoder(nnx.Module):
         noise: Float[Array, "b l"] | None = None,
         masking: Masking | None = None,
     ) -> Reconstruction:
-        """Mask images, encode what is left and predict all patches.
+        """Mask images, encode the kept patches, and predict all patches.
 
         Args:
-            images: `b h w c`, normalised; h and w are whole numbers of patches. Any size.
-            noise: Values `b l` whose smallest say which patches are kept (`random_masking`).
-            masking: A mask from `masking_of` instead.
+            images: `b h w c`, normalised, of any size that is a whole number of patches.
+            noise: One number per patch, `b l`. The patches with the smallest numbers are kept (`random_masking`).
+            masking: A mask from `masking_of`, instead of noise.
 
         Raises:
             UserError: neither noise nor masking; a mask of another grid; a wrong channel count or image size; padding
@@ -150,7 +151,7 @@ class MaskedAutoencoder(nnx.Module):
             )
         patches = embed.cut(images)
         patches = patches.reshape(len(images), -1, patches.shape[-1])
-        # Only what is kept is embedded, so the encoder's cost is that of the kept patches.
+        # Embed only the kept patches, so that the encoder's cost is theirs alone.
         kept = jnp.take_along_axis(patches, masking.ids_keep[:, :, None], axis=1)
         tokens = embed.project(kept).astype(config.precision.wide)
         tokens = tokens + self._table(config.embed_dim, grid)[masking.ids_keep]
@@ -175,7 +176,8 @@ class MaskedAutoencoder(nnx.Module):
         if index is not None:
             kept, class_token = _take_out(kept, index)
         place = jnp.minimum(masking.ids_restore, kept.shape[1] - 1)
-        tokens = move_tokens(kept, place, masking.ids_keep)  # removed places get no gradient below
+        # The mask token overwrites removed places below, so `move_tokens` may ignore their gradient.
+        tokens = move_tokens(kept, place, masking.ids_keep)
         mask_token = decoder.mask_token[...].astype(p.wide)
         tokens = jnp.where(masking.removed[:, :, None] > 0, mask_token, tokens)
         tokens = tokens + self._table(self.config.decoder_dim, grid)
@@ -260,7 +262,7 @@ def _parts(
         wide = dataclasses.replace(encoder, **heads)  # type: ignore[arg-type]
         return transformer, lambda rngs: ViTBlock(wide, rngs=rngs)
     mamba = VisionMamba(dataclasses.replace(encoder, pos_embed=False), rngs=rngs)
-    # Keeps the encoder's depth, by which the authors scale the decoder's out_proj as well.
+    # Keep the encoder's depth, because the authors scale the decoder's out_proj by it, too.
     inner = dataclasses.replace(
         encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
     )
@@ -278,7 +280,7 @@ def fixed_table(
 def backbone_parameters(model: MaskedAutoencoder) -> dict[str, Array]:
     """Return the encoder's parameters by the names of the classifier that fine-tuning trains.
 
-    The fixed table becomes the first value of the learned position embedding; a class token's row of it is zero.
+    The fixed table becomes the initial value of the learned position embedding. The class token's row is zero.
     """
     config = model.config.encoder
     table = fixed_table(config, config.embed_dim, config.grid)
@@ -300,7 +302,7 @@ def _check_mask(shape: tuple[int, ...], batch: int, grid: tuple[int, int]) -> No
 def _insert(
     tokens: Tokens, token: Float[Array, "1 1 d"], index: int | Array
 ) -> Float[Array, "b k d"]:
-    """Insert a token before place `index` (one for all images, or one each)."""
+    """Insert a token before place `index`: a number for all images, or an array with one number per image."""
     if isinstance(index, int):
         one = jnp.broadcast_to(token.astype(tokens.dtype), (len(tokens), 1, tokens.shape[2]))
         return jnp.concatenate([tokens[:, :index], one, tokens[:, index:]], axis=1)
@@ -315,7 +317,7 @@ def _insert(
 def _take_out(
     tokens: Tokens, index: int | Array
 ) -> tuple[Float[Array, "b k d"], Float[Array, "b 1 d"]]:
-    """Undo `_insert`: return the other tokens, and the one."""
+    """Undo `_insert`: return the other tokens, and the inserted token."""
     if isinstance(index, int):
         rest = jnp.concatenate([tokens[:, :index], tokens[:, index + 1 :]], axis=1)
         return rest, tokens[:, index : index + 1]
@@ -328,7 +330,7 @@ def _take_out(
 def _initialise_as_autoencoder(
     model: MaskedAutoencoder, precision: Precision, rngs: nnx.Rngs
 ) -> None:
-    """Draw the parameters anew whose law differs from the classifiers'."""
+    """Draw those parameters anew whose initial distribution differs from the classifier's."""
     projection = model.encoder.patch_embed.proj
     kernel = projection.kernel
     fan_in = kernel.shape[0] * kernel.shape[1] * kernel.shape[2]

@@ -13,6 +13,7 @@ from fastvim_jax.data.sources.tfds import tfds_splits
 from fastvim_jax.data.sources.webdataset import shard_splits
 from fastvim_jax.errors import UserError
 
+# Files by which a layout is recognised. The first layout that matches counts, because later patterns match more.
 _LAYOUTS = {
     "tfds": ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"),
     "hugging_face": ("*.parquet", "*/*.parquet"),
@@ -23,12 +24,13 @@ _LAYOUTS = {
 
 
 def guess_source(path: str) -> str:
-    """Guess the kind of data set that lies in a folder; `digits`, which needs no folder, is itself.
+    """Guess the kind of data set that lies in a folder.
 
-    A path with `{channel}` in it is a naming pattern of channel_files.
+    `digits` needs no folder: for it, return "digits". A path with `{channel}` in it is a naming pattern of
+    channel_files.
 
     Raises:
-        UserError: when the folder does not exist or is of no known layout.
+        UserError: the folder does not exist, or has no known layout.
     """
     if path == "digits":
         return path

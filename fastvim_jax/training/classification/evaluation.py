@@ -1,4 +1,4 @@
-"""Exact evaluation: every image is counted once, whatever the batch size and the padding of the last batch."""
+"""Evaluate classifiers exactly: every image counts once, whatever the batch size and the padding of the last batch."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def evaluate(
 
     Args:
         model: a classifier, called on `image` `b h w c`.
-        batches: batches of `image`, `label` and `valid`: of `make_eval_iterator`, whose pixels are normalised by
-            its config, or with images that are normalised already.
+        batches: batches of `image`, `label` and `valid`. If they come from `make_eval_iterator`, their pixels are
+            normalised as its config says; otherwise the images must be normalised already.
         per_class: also count by class.
 
     Returns:
-        `count` images, the shares `top1` and `top5` (0 to 1) among them, and their mean cross entropy `loss`. By
-        class, int64: `class_count` images of each, and `confusion`, images of the class of the row taken for that
-        of the column (but for those whose logits hold a NaN).
+        `count`: number of images; `top1`, `top5`: shares of right answers (0 to 1); `loss`: mean cross entropy. With
+        `per_class` also, int64: `class_count` `classes`, the images of each class, and `confusion` `classes classes`,
+        the images by true class (row) and predicted class (column), without images whose logits hold a NaN.
 
     Raises:
-        UserError: when there is no image to count.
+        UserError: there is no image to count.
     """
     graphdef, params = nnx.split(model)
     eval_step = make_eval_step(graphdef, preprocess=preprocess_of(batches), per_class=per_class)
-    return evaluate_weights(eval_step, {"it": params}, batches)["it"]
+    return evaluate_weights(eval_step, {"model": params}, batches)["model"]
 
 
 def preprocess_of(batches: Iterable[Batch]) -> Preprocess | None:
-    """Return what makes the images of `batches` the model's input; None: they are that already."""
+    """Return the function that normalises the images of `batches`, or None if they are normalised already."""
     return make_preprocess(batches.config) if isinstance(batches, BatchIterator) else None
 
 
@@ -79,7 +79,9 @@ def evaluate_weights(
     waiting: list[dict[str, Metrics]] = []
     for batch in batches:
         waiting.append({name: eval_step(params, batch) for name, params in weights.items()})
-        if len(waiting) > 1:  # The batch before is fetched while this one computes.
+        if (
+            len(waiting) > 1
+        ):  # Fetch the counts of the previous batch while the device computes this one.
             _add(totals, waiting.pop(0))
     for counts in waiting:
         _add(totals, counts)
@@ -89,7 +91,7 @@ def evaluate_weights(
 def make_evaluator(
     eval_step: Any, batches: BatchIterator, place: Callable[[Any], Batch], *, every_epochs: int
 ) -> Evaluator:
-    """Evaluate a train state's raw weights and, if kept, their average: `count`, `raw_top1`, `ema_loss`, ...
+    """Return an evaluator of a state's raw weights and, if kept, their average: `count`, `raw_top1`, `ema_loss`, ...
 
     Args:
         eval_step: from `make_eval_step`.
@@ -128,12 +130,16 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """Compile `step(params, batch) -> counts` of one evaluation batch.
 
-    A batch holds `image` `b h w c`, as `preprocess` takes them (`data.device_transforms.make_preprocess`: uint8)
-    or normalised, `label` `b` and `valid` `b`, false for padding, and `channel_ids` `b k` where the images hold some of
-    the model's channels only. The counts are sums over
-    the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or wider); with `per_class`
-    also `class_count` `classes` by label and `confusion` `classes classes` by label and prediction (int32), from
-    which images whose logits hold a NaN are missing.
+    A batch holds
+
+    - `image` `b h w c`: pixels (uint8) if there is a `preprocess`, otherwise normalised floats;
+    - `label` `b`;
+    - `valid` `b`: False for padding;
+    - `channel_ids` `b k`, only if the images hold some of the model's channels only.
+
+    The counts are sums over the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or
+    wider). With `per_class` there are also `class_count` `classes` and `confusion` `classes classes` (int32; rows are
+    labels, columns predictions; images whose logits hold a NaN are left out).
     """
 
     @jax.jit

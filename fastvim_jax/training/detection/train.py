@@ -1,4 +1,4 @@
-"""Detection training, top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
+"""Train a detector, from top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)
     place = partial(place_batch, mesh)
-    share: dict[str, Any] = {
+    this_process: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
     # Data
     data = config.data
-    batches = DevicePrefetch(make_train_iterator(data, seed=config.seed, **share), place)
+    batches = DevicePrefetch(make_train_iterator(data, seed=config.seed, **this_process), place)
     call.opened.callback(batches.close)
     eval_size = round_up(data.eval_batch_size or data.batch_size, mesh)
     splits = {"eval": data.eval_split} | (
         {"train_ap": data.train_split} if config.evaluate_train else {}
     )
     eval_batches = {
-        name: make_eval_iterator(data, split=split, batch_size=eval_size, **share)
+        name: make_eval_iterator(data, split=split, batch_size=eval_size, **this_process)
         for name, split in splits.items()
     }
     for each in eval_batches.values():
@@ -69,7 +69,9 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
     def build() -> nnx.Module:
         return build_model(config.model, rngs=nnx.Rngs(config.seed))
 
-    graphdef, params = nnx.split(nnx.eval_shape(build))  # Only shapes.
+    graphdef, params = nnx.split(
+        nnx.eval_shape(build)
+    )  # Shapes only; `begin` below builds the weights.
 
     # Optimizer
     learning_rate = learning_rate_schedule(
@@ -85,7 +87,7 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
         total_steps=config.epochs * batches.steps_per_epoch,
     )
 
-    # State: built, or restored, where it lies
+    # State: built or restored directly on its devices
     def begin() -> TrainState:
         return init_state(nnx.state(build()), optimizer, ema=config.ema_decay is not None)
 

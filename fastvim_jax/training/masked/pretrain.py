@@ -1,6 +1,7 @@
-"""Masked pre-training, from top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop.
+"""Pre-train a masked autoencoder, from top to bottom.
 
-Images, targets and masks stay on the devices: a step is given pixels and returns scalars.
+The order is: mesh, data, run folder, model, optimizer, state, step, evaluation, loop. Targets and masks are made on the
+devices: a step takes pixels and returns scalars.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)
     place = partial(place_batch, mesh)
-    share: dict[str, Any] = {
+    this_process: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
     # Data
-    found = make_train_iterator(config.data, seed=config.seed, mesh=mesh, **share)
-    batches = DevicePrefetch(found, place)
+    host_batches = make_train_iterator(config.data, seed=config.seed, mesh=mesh, **this_process)
+    batches = DevicePrefetch(host_batches, place)
     eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
-    eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **share)
+    eval_batches = make_eval_iterator(config.data, batch_size=eval_size, **this_process)
     call.opened.callback(batches.close)
     call.opened.callback(eval_batches.close)
 
@@ -77,7 +78,9 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
     def build() -> nnx.Module:
         return build_model(config.model, rngs=nnx.Rngs(config.seed))
 
-    graphdef, params = nnx.split(nnx.eval_shape(build))  # Only shapes.
+    graphdef, params = nnx.split(
+        nnx.eval_shape(build)
+    )  # Shapes only; `begin` below builds the weights.
 
     # Optimizer
     learning_rate = learning_rate_schedule(
@@ -93,7 +96,7 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
         total_steps=config.epochs * batches.steps_per_epoch,
     )
 
-    # State: built, or restored, where it lies
+    # State: built or restored directly on its devices
     def begin() -> TrainState:
         return init_state(nnx.state(build()), optimizer, ema=config.ema_decay is not None)
 
@@ -135,7 +138,7 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
 
 
 def require_masked(source: Path | str) -> None:
-    """Raise a UserError that names a run folder's task if it is no masked pre-training run; files pass."""
+    """Raise a `UserError` if `source` is the folder of a run that is not masked pre-training. Files are accepted."""
     folder = Path(source).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         return
@@ -148,7 +151,7 @@ def require_masked(source: Path | str) -> None:
 
 
 def make_draw(graphdef: nnx.GraphDef) -> Draw:
-    """Return the `draw` of `make_train_step`: noise `b l`, whose smallest values say which patches are kept."""
+    """Return the `draw` of `make_train_step`: noise `b l`. The patches with the smallest values are kept."""
 
     def draw(params: Any, key: jax.Array, batch: Batch) -> jax.Array:
         return nnx.merge(graphdef, params).draw_noise(key, len(batch["image"]))
@@ -157,7 +160,7 @@ def make_draw(graphdef: nnx.GraphDef) -> Draw:
 
 
 def make_loss(graphdef: nnx.GraphDef, config: PretrainConfig) -> LossOf:
-    """Return the `loss_of` of `make_train_step`: the error of the removed patches under the noise drawn."""
+    """Return the `loss_of` of `make_train_step`: the error of the patches that the drawn noise removes."""
 
     def loss_of(params: Any, batch: Batch, drawn: jax.Array) -> jax.Array:
         images = require_normalised(batch["image"])

@@ -1,4 +1,4 @@
-"""Linear probing, from top to bottom: mesh, data, run folder, backbone, features, head, step, evaluation, loop."""
+"""Train a linear probe, top to bottom: mesh, data, run folder, backbone, features, head, step, evaluation, loop."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, 1)
     place = partial(place_batch, mesh)
-    share: dict[str, Any] = {
+    this_process: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
     # Data
     eval_size = round_up(config.data.eval_batch_size or config.data.batch_size, mesh)
-    eval_images = make_eval_iterator(config.data, batch_size=eval_size, **share)
+    eval_images = make_eval_iterator(config.data, batch_size=eval_size, **this_process)
     call.opened.callback(eval_images.close)
     class_names = eval_images.source.class_names
     if config.model.num_classes != len(class_names):
@@ -91,7 +91,7 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
 
     # Features: cached where they fit
     train_images = make_eval_iterator(
-        config.data, split=config.data.train_split, batch_size=eval_size, **share
+        config.data, split=config.data.train_split, batch_size=eval_size, **this_process
     )
     call.opened.callback(train_images.close)
     images = len(train_images.source) + len(eval_images.source)
@@ -120,7 +120,9 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
         run.messages.append(
             f"Features {reason}: they are not cached but computed in every epoch, from augmented images."
         )
-        stream = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
+        stream = DevicePrefetch(
+            make_train_iterator(config.data, seed=config.seed, **this_process), place
+        )
         call.opened.callback(stream.close)
         batches = stream
 

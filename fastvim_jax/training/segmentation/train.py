@@ -1,4 +1,4 @@
-"""Segmentation training, top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
+"""Train a segmenter, top to bottom: mesh, data, run folder, model, optimizer, state, step, evaluation, loop."""
 
 from __future__ import annotations
 
@@ -43,12 +43,14 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)
     place = partial(place_batch, mesh)
-    share: dict[str, Any] = {
+    this_process: dict[str, Any] = {
         "process_index": jax.process_index(), "process_count": jax.process_count()
     }  # fmt: skip
 
     # Data
-    batches = DevicePrefetch(make_train_iterator(config.data, seed=config.seed, **share), place)
+    batches = DevicePrefetch(
+        make_train_iterator(config.data, seed=config.seed, **this_process), place
+    )
     call.opened.callback(batches.close)
     eval_images = EvaluationImages(config.data)
     call.opened.callback(eval_images.close)
@@ -66,7 +68,9 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     def build() -> nnx.Module:
         return build_model(config.model, rngs=nnx.Rngs(config.seed))
 
-    graphdef, *states = nnx.split(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)  # Only shapes.
+    graphdef, *states = nnx.split(
+        nnx.eval_shape(build), nnx.Param, nnx.BatchStat
+    )  # Shapes only; `begin` below builds the weights.
     params = states[0]
 
     # Optimizer
@@ -83,7 +87,7 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
         total_steps=config.epochs * batches.steps_per_epoch,
     )
 
-    # State: built, or restored, where it lies
+    # State: built or restored directly on its devices
     def begin() -> TrainState:
         model = build()
         statistics = nnx.state(model, nnx.BatchStat)
