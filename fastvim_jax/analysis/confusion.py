@@ -11,8 +11,8 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-_NUMBERS = 20  # Up to so many classes every cell shows its count,
-_NAMES = 60  # and up to so many every row and column shows its class.
+_NUMBERS = 20  # up to this number of classes, every cell shows its count
+_NAMES = 60  # up to this number of classes, every row and column shows the name of its class
 
 
 def plot_confusion(
@@ -28,7 +28,7 @@ def plot_confusion(
         confusion: number of images by true class (row) and predicted class (column).
         class_names: in label order.
         file: the PNG to write; its folder is made.
-        title: the headline.
+        title: title of the picture.
     """
     count = len(class_names)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -43,7 +43,9 @@ def plot_confusion(
         im_kw={"vmin": 0, "vmax": max(shares.max(), 1e-9)},
         text_kw={"fontsize": 8},
     )
-    if display.text_ is not None:  # The library writes the shares that it colours by.
+    if (
+        display.text_ is not None
+    ):  # The library writes shares into the cells; replace them by counts.
         for text, images in zip(display.text_.flat, confusion.flat, strict=True):
             text.set_text(f"{images}" if images else "")
     axes.set_title(title, loc="left", fontsize=11)

@@ -16,18 +16,18 @@ from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to scan. The options are the fields of the same names in an experiment's `data`."""
+    """The data set to scan. The options have the names of the fields in an experiment's `data`."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder."""
     split: tuple[str, ...] = ("train2017", "val2017")
-    """What {split} stands for."""
+    """Splits to scan: the values of {split} in --annotations and --images."""
     annotations: str = ANNOTATIONS
-    """The JSON file below PATH."""
+    """The JSON file of annotations, relative to FOLDER."""
     images: str = IMAGES
-    """The folder of the images below PATH."""
+    """The folder of the images, relative to FOLDER."""
     workers: int = 0
-    """Worker processes."""
+    """Worker processes; 0: this process alone."""
     list: int = 20
     """Problems of each split to list; the others are counted."""
     json: bool = False
@@ -35,7 +35,7 @@ class Arguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """List what is wrong with images and objects; the exit status is 1 if anything is."""
+    """List what is wrong with images and objects. The exit status is 1 if there is a problem."""
     chosen = parse(Arguments, "data check-coco", arguments, f"{run.__doc__}")
     from fastvim_jax.cli.data import progress_bar
     from fastvim_jax.data.detection import open_coco

@@ -14,7 +14,7 @@ from fastvim_jax.data.records import DecodeError, Source
 
 @runtime_checkable
 class Stamped(Protocol):
-    """A source that knows of each record what changes with it."""
+    """A source that can tell cheaply whether a record has changed."""
 
     def stamp(self, index: int) -> str:
         """Return a string that changes whenever the record's image, label or name does."""
@@ -24,8 +24,8 @@ class Stamped(Protocol):
 def fingerprint(source: Source, start: int, stop: int) -> str:
     """Return a digest of the records `start` to `stop`, as hexadecimal digits. Equal records have equal digests.
 
-    A `Stamped` source answers from what it knows (files' sizes and times of change); any other's records are read.
-    A file that cannot be read counts as such, so that its coming back is a change.
+    For a `Stamped` source the digest is that of its stamps (sizes and times of change of files); for any other source
+    the records are read. An unreadable file enters the digest as unreadable, so that it changes when the file returns.
     """
     digest = hashlib.blake2b(digest_size=16)
     for index in range(start, stop):
@@ -41,7 +41,7 @@ def file_stamp(file: Path | str) -> str:
     """Return a string of a file's size and time of change.
 
     Raises:
-        OSError: when it is not there.
+        OSError: the file does not exist.
     """
     status = os.stat(file)
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -181,5 +181,5 @@ class ChannelMamba(VisionMamba):
 
     def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
         raise UserError(
-            "channel models have a token per patch and channel, which are no image: use `intermediates`."
+            "channel models have a token per patch and channel, not one image of tokens: use `intermediates`."
         )

@@ -27,7 +27,7 @@ from fastvim_jax.models.vit import VisionTransformer
 from fastvim_jax.typing import Images, Tokens
 
 STRETCH = 0.1
-"""Patches by which the released model lengthens the grid that its position table is resampled to."""
+"""Patches that the released model adds to both sides of a grid, rows and columns, when it resamples its positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ class ChannelViT(VisionTransformer):
         tokens = patches.transpose(0, 3, 1, 2, 4).reshape(batch, -1, width)
         token = jnp.broadcast_to(self.class_token[...].astype(wide), (batch, 1, width))
         table = self.pos_embed[...]
-        # The released model resamples its table, stretched, unless this holds; released weights were trained with it.
+        # Only in this case the released model uses its table as it is. Otherwise it resamples and stretches the table,
+        # and the released weights were trained with that.
         native = (
             count == 1 and images.shape[1] == images.shape[2] and (rows, columns) == config.grid
         )
@@ -116,7 +117,7 @@ class ChannelViT(VisionTransformer):
             table[:, 1:], config.grid, (rows, columns), stretch=0.0 if native else STRETCH
         )
         if not native and (rows, columns) == config.grid:
-            # The gradient of the released model's resampling to an equal grid is a copy, as is its library's.
+            # Resampling to a grid of the same size has the gradient of a copy in PyTorch, and so in the released model.
             positions = table[:, 1:] + jax.lax.stop_gradient(positions - table[:, 1:])
         repeated = jnp.concatenate([table[:, :1], jnp.tile(positions, (1, count, 1))], axis=1)
         tokens = jnp.concatenate([token, tokens], axis=1)
@@ -124,5 +125,5 @@ class ChannelViT(VisionTransformer):
 
     def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
         raise UserError(
-            "channel models have a token per patch and channel, which are no image: use `intermediates`."
+            "channel models have a token per patch and channel, not one image of tokens: use `intermediates`."
         )

@@ -16,9 +16,9 @@ from fastvim_jax.typing import Images
 
 
 def channel_inputs(model: Any, images: Array, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments by which `model` takes normalised `images` with the channels that a batch names.
+    """Return the arguments to call `model` with, for normalised `images` that hold the channels named in the batch.
 
-    A channel model is told `channel_ids`. Any other model reads all channels: those that are missing are 0, their mean.
+    A channel model gets `channel_ids`. Any other model gets all channels; missing ones are 0, which is their mean.
     """
     ids = batch.get("channel_ids")
     if ids is None:

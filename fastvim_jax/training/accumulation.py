@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch passes through the model in parts, when it is too large for the devices at once."""
+"""Accumulate gradients: pass a batch that is too large for the devices through the model in parts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import jax.numpy as jnp
 
 from fastvim_jax.distributed import split_batch
 
-# (params, carry, part) → (loss, (what is averaged over the parts, the next part's carry))
+# (params, carry, part) → (loss, (report, carry)): reports are averaged over the parts, the carry goes to the next part.
 PartLoss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
 
 
 def mean_value_and_grad(
     loss_of: PartLoss, params: Any, carry: Any, parts: Any
 ) -> tuple[tuple[jax.Array, Any, Any], Any]:
-    """Average a loss, what it reports and its gradient over parts of equal size, computed one after the other.
+    """Average a loss, its report and its gradient over parts of equal size, computed one after the other.
 
     Args:
         loss_of: `loss_of(params, carry, part) -> (loss, (report, carry))`, the means over a part.
-        params: what the gradient is taken of.
-        carry: given to the first part; each part's is given to the next.
+        params: the parameters that the loss is differentiated by.
+        carry: passed to the first part. Each part returns the carry of the next one.
         parts: a pytree from `in_parts`; its leading axis counts the parts.
 
     Returns:
@@ -45,9 +45,9 @@ def mean_value_and_grad(
 
 
 def in_parts(tree: Any, parts: int) -> Any:
-    """Split arrays along their first axis, that of the batch, into `parts`, counted by a new leading axis.
+    """Split arrays along their first axis, the batch, into `parts`, along a new leading axis.
 
-    Part i holds the images i, i + parts, i + 2·parts, ...: every device works on its own images in every part.
+    Part i holds the images i, i + parts, i + 2·parts, ... So in every part, every device works on images that it holds.
     """
 
     def split(leaf: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ def in_parts(tree: Any, parts: int) -> Any:
 
 
 def batch_first(masks: Any) -> Any:
-    """Move the last axis, the batch of drop-path masks, to the front, as all that is drawn for a step has it."""
+    """Move the batch axis of drop-path masks from the last to the first place, where `in_parts` expects it."""
     return jax.tree.map(lambda mask: jnp.moveaxis(mask, -1, 0), masks)
 
 

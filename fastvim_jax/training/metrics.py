@@ -1,8 +1,8 @@
-"""Write a run's numbers to the console, `metrics.jsonl`, TensorBoard event files and, if asked, elsewhere.
+"""Write a run's numbers to the console, to `metrics.jsonl`, to TensorBoard event files and, if asked, to other places.
 
-`metrics.jsonl` holds one JSON object a line: `kind` (`train`, `norms`, `eval` or another evaluator's name),
-`step`, `epoch`, then the numbers. The timings that `clock.TIMING` names depend on the machine. Everything else is
-the same for a run that was interrupted and resumed and for one that was not.
+Each line of `metrics.jsonl` is a JSON object: `kind` (`train`, `norms`, `eval` or another evaluator's name), `step`,
+`epoch`, then the numbers. Timings (the names in `clock.TIMING`) depend on the machine. All other numbers are the same
+whether a run was interrupted or not.
 """
 
 from __future__ import annotations
@@ -30,33 +30,34 @@ from fastvim_jax.training.event_file import EventFile
 from fastvim_jax.training.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
-LINE_INTERVAL = 15.0  # seconds
+LINE_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where scalars go besides `metrics.jsonl`."""
+    """A place for scalars besides `metrics.jsonl`, such as TensorBoard."""
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Take in scalars by names such as `train/loss`."""
+        """Write the scalars of a step, by names such as `train/loss`."""
 
     def close(self) -> None:
-        """Finish."""
+        """Write what is still pending, and close."""
 
 
 class RunLog:
-    """Writes a run's metrics; a context manager. Of several processes the first writes, and the others are silent.
+    """Context manager that writes a run's metrics. With several processes, only the first one writes.
 
     Args:
         folder: the run folder.
-        step: the step the run starts or resumes at. Lines written past it by an interrupted run are dropped. Lines that
-            cannot be read are dropped too, after a copy of the file was kept as `metrics.jsonl.damaged`.
+        step: the step at which the run starts or resumes. Later lines, which an interrupted run wrote, are dropped. If
+            there are unreadable lines, they are dropped as well, and a copy of the file is kept as
+            `metrics.jsonl.damaged`.
         total_steps: length of the run, for the progress bar.
         progress: show a progress bar and messages on standard error.
         sinks: more places for the scalars; closed with the log.
 
     Raises:
-        UserError: here and in the methods, when a file cannot be written.
+        UserError: a file cannot be written; the methods raise this, too.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class RunLog:
         try:
             self.close()
         except UserError:
-            if error is None:  # The error that came first is the one to raise.
+            if error is None:  # Otherwise raise the earlier error, which Python does by itself.
                 raise
 
     def advance(self) -> None:
@@ -140,7 +141,7 @@ class RunLog:
 
 
 class _Display:
-    """A progress bar on a terminal; elsewhere a line now and then, so that log files stay short."""
+    """A progress bar on a terminal. Elsewhere, a line every `LINE_INTERVAL` seconds, so that log files stay short."""
 
     def __init__(self, step: int, total: int, *, shown: bool) -> None:
         self._console = Console(
@@ -179,7 +180,7 @@ class _Display:
 
 
 class _StandardError(io.TextIOBase):
-    """Standard error, whose reader may go away: a closed terminal or pipe must not end a run.
+    """Standard error that survives the loss of its reader, because a closed terminal or pipe must not end a run.
 
     The first write that fails points the file descriptor at the null device, so that tracebacks and other libraries'
     messages cannot fail either.
@@ -209,13 +210,13 @@ class _StandardError(io.TextIOBase):
         return self._stderr.isatty()
 
     def fileno(self) -> int:
-        """Return the file descriptor, of which the console asks the width of the terminal."""
+        """Return the file descriptor. The console uses it to find the width of the terminal."""
         return self._stderr.fileno()
 
 
 @contextlib.contextmanager
 def survive_closed_output(stream: Any) -> Iterator[None]:
-    """Ignore that `stream` cannot be written; what follows goes to the null device."""
+    """Ignore an error while writing to `stream`, and send everything after it to the null device."""
     try:
         yield
     except (OSError, ValueError):  # ValueError: I/O operation on closed file.
@@ -224,7 +225,7 @@ def survive_closed_output(stream: Any) -> Iterator[None]:
 
 
 def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read the records of a run folder in order, of one kind if given; lines that cannot be read are left out."""
+    """Read the records of a run folder in order, or only those of one kind. Skip lines that cannot be read."""
     records, _ = _read(Path(folder) / METRICS_FILE)
     return [record for record in records if kind is None or record["kind"] == kind]
 

@@ -18,8 +18,8 @@ from fastvim_jax.training.run_folder import CONFIG_FILE, read_config
 def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
     """Return a run's config with model.pool_scale set to 1 - mask_ratio of the masked run that it starts from.
 
-    Only a pool_scale of 1 over pooled means is changed, and only if `config.scale_from_init` is set. A run that goes
-    on keeps the scale that it began with, so that it needs its source no more.
+    Only a pool_scale of 1 over pooled means is changed, and only if `config.scale_from_init` is set. A resumed run
+    keeps the scale that it began with, so that it does not need the masked run any more.
 
     Args:
         config: of a classifier's or a probe's run, with `init`, `scale_from_init` and `model`.

@@ -1,4 +1,4 @@
-"""Pictures of what a masked autoencoder makes of images: original, masked, reconstructed, pasted."""
+"""Draw what a masked autoencoder reconstructs: original, masked, reconstructed and pasted images side by side."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastvim_jax.training.masked.loss import patch_statistics, patchify, unpatch
 from fastvim_jax.typing import Images
 
 COLUMNS = ("original", "masked", "reconstructed", "pasted")
-GREY = 0.0  # of normalised images: the data set's mean
-GAP = 2
+GREY = 0.0  # in normalised images: the data set's mean
+GAP = 2  # pixels between images
 
 
 def make_reconstruct(
@@ -52,8 +52,8 @@ def draw_grid(path: Path, columns: Sequence[np.ndarray]) -> None:
     """Write a PNG with one row per image and one column for each of `columns`.
 
     Args:
-        path: of the PNG file; replaced at once.
-        columns: uint8 images `b h w c` of equal shape; c is 1 or 3, of others the first is shown.
+        path: the PNG file. An existing file is replaced in one step, so that readers never see half a file.
+        columns: uint8 images `b h w c` of equal shape. With c other than 3, only the first channel is shown.
     """
     rows = []
     for images in zip(*columns, strict=True):

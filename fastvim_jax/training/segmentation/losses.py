@@ -23,15 +23,15 @@ def pixel_loss(
     """Compute the cross entropy at the labels' resolution, averaged over pixels.
 
     Args:
-        logits: of any size; resized (bilinear) to the labels'.
+        logits: of any size; they are resized (bilinear) to the size of the labels.
         label: classes, or `IGNORED`.
-        divisor: valid: mean over the pixels that are not ignored. all: their sum divided by the number of all pixels,
-            as mmseg does unless told otherwise (`avg_non_ignore=False`), and so the released models were trained.
+        divisor: "valid": mean over the pixels that are not ignored. "all": their sum divided by the number of all
+            pixels. This is mmseg's default (`avg_non_ignore=False`), and the released models were trained with it.
     """
     logits = resize_bilinear(logits, (label.shape[1], label.shape[2]))
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     valid = label != IGNORED
-    # A comparison instead of an index: the gradient is then elementwise and no scatter.
+    # Compare instead of indexing, so that the gradient is elementwise and not a scatter.
     is_label = jnp.arange(logits.shape[-1]) == label[..., None]
     picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     losses = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
@@ -42,7 +42,7 @@ def pixel_loss(
 def pixel_accuracy(
     logits: Float[Array, "b rows columns classes"], label: Int[Array, "b h w"]
 ) -> Float[Array, ""]:
-    """Share, from 0 to 1, of the pixels that are not ignored whose class has the largest logit."""
+    """Return the share (0 to 1) of the pixels, without ignored ones, whose largest logit is that of the label."""
     logits = resize_bilinear(logits, (label.shape[1], label.shape[2]))
     valid = label != IGNORED
     right = (jnp.argmax(logits, axis=-1) == label) & valid
