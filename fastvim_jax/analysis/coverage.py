@@ -113,10 +113,18 @@ def fallback_table(found: dict[str, dict[str, Coverage]]) -> str:
     ]
     for name, of_precision in found.items():
         counts = [f"{len(c.fused)} of {len(c.sizes)}" for c in of_precision.values()]
-        reasons = dict.fromkeys(reason for c in of_precision.values() for reason in c.fallbacks)
-        if reasons:
-            lines.append(f"| `{name}` | {' | '.join(counts)} | {'; '.join(reasons)} |")
+        lost: dict[str, set[int]] = defaultdict(set)
+        for precision in of_precision.values():
+            for reason, sizes in precision.fallbacks.items():
+                lost[reason].update(sizes)
+        if lost:
+            reasons = "; ".join(map(_with_few_sizes, lost, lost.values()))
+            lines.append(f"| `{name}` | {' | '.join(counts)} | {reasons} |")
     return "\n".join(lines)
+
+
+def _with_few_sizes(reason: str, sizes: set[int]) -> str:
+    return f"{reason} ({', '.join(map(str, sorted(sizes)))} px)" if len(sizes) < 4 else reason
 
 
 def has_mixers(config: AnyModelConfig) -> bool:
@@ -185,7 +193,7 @@ def _reason(config: MixerConfig, pooling: Pooling, tokens: int) -> str | None:
             ids = (pooling.row_ids, pooling.reverse_ids)
         reason = mosaic.unsupported(xz, directions.kernels, ids, _options(pooling, config.norm_eps))
     # One reason for all sizes that share it.
-    return reason and re.sub(r"\d+ tokens( of \d+ channels)?", "so many tokens", reason)
+    return reason and re.sub(r" of \d+ tokens( of \d+ channels)?", "", reason)
 
 
 def _options(pooling: Any, eps: float) -> CoreOptions:

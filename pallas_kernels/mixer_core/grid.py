@@ -17,7 +17,9 @@ class Grid:
     """A grid of tokens, stored row by row, and its division among blocks and tiles.
 
     A *line* is what is pooled to one token: a row, or a column if ``transposed``. The kernels visit one line after
-    another. A *segment* is the part of a line that one tile in shared memory holds.
+    another. A *segment* is the part of a line that one tile in shared memory holds. Where segments do not divide a
+    line, its last one overlaps the one before it, so that every tile is whole. Then the tokens of the overlap are
+    computed twice, and must not be added twice.
 
     Attributes:
         batch: images.
@@ -25,7 +27,7 @@ class Grid:
         width: channels.
         transposed: whether lines are columns.
         taps: width of the causal convolution.
-        segment: tokens of a segment; divides the tokens of a line.
+        segment: tokens of a segment, at most those of a line.
         per_block: lines that one GPU block visits; divides the number of lines.
     """
 
@@ -56,7 +58,26 @@ class Grid:
     @property
     def segments(self) -> int:
         """Segments per line."""
-        return self.tokens // self.segment
+        return math.ceil(self.tokens / self.segment)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the last segment of a line overlaps the one before it."""
+        return self.tokens % self.segment != 0
+
+    def start(self, part: Any) -> Any:
+        """Return the first token of a line's segment number ``part``."""
+        start = part * self.segment
+        return jnp.minimum(start, self.tokens - self.segment) if self.overlaps else start
+
+    def counts(self, part: Any, t: Any) -> Any:
+        """Return whether token number ``t`` of a line's segment number ``part`` is not in the next one, too.
+
+        Of two segments that overlap the last one counts. The halo behind the other one may reach past the line's end,
+        where it holds zeros and not the next line.
+        """
+        overlap = self.tokens - self.segment - part * self.segment
+        return t < lax.select(part == self.segments - 1, jnp.int32(self.segment), overlap)
 
     @property
     def groups(self) -> int:

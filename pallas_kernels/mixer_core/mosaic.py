@@ -47,9 +47,9 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """Segments and lines per block for one of the four kernels; None if none fits.
 
-    Of the segments that divide a line and leave room for two blocks per processor, the
-    longest (their halos are read twice); then the lines per block that take the fewest
-    waves times segments, a block's start counted.
+    Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
+    are read twice. If none of at least 4 tokens divides it, take the one that reads the fewest tokens. Then take the
+    lines per block with the fewest waves times segments, a block's start counted.
     """
     batch, _, width = xz.shape
     width //= 2
@@ -57,21 +57,26 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     fitting = [
         s
         for s in range(1, min(options.tokens, 32) + 1)
-        if options.tokens % s == 0
-        and s >= taps - 1  # a halo reaches no further than the next segment
+        if s >= taps - 1  # a halo reaches no further than the next segment
         and _bytes(kind, s, taps, width, size) <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
     ]
     # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
     limits = (8, 16, 32) if kind == "front_gradients" else (16, 32)
-    limit = next((n for n in limits if any(4 <= s <= n for s in fitting)), 32)
-    segment = max((s for s in fitting if s <= limit), default=0)
-    if segment < min(4, options.tokens):
+    dividing = [s for s in fitting if options.tokens % s == 0 and s >= min(4, options.tokens)]
+    limit = next((n for n in limits if any(4 <= s <= n for s in dividing)), 32)
+    segment = max((s for s in dividing if s <= limit), default=0)
+    if not segment:
+        most = 8 if kind == "front_gradients" else 16
+        fitting = [s for s in fitting if min(4, options.tokens) <= s <= max(most, taps - 1)]
+        reads = lambda s: math.ceil(options.tokens / s) * (s + 2 * (taps - 1))  # noqa: E731
+        segment = min(fitting, key=lambda s: (reads(s), -s), default=0)
+    if not segment:
         return None
     held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024)
     resident = min(RESIDENT[kind], held)
     slots = PROCESSORS * resident
     others = batch * (width // 128 if kind.startswith("front") else 1)
-    segments = options.tokens // segment
+    segments = math.ceil(options.tokens / segment)
 
     def cost(per_block):
         waves = math.ceil(others * options.lines / per_block / slots)
@@ -90,11 +95,17 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     )
 
 
-def _visited(xz: Any, ids: RowIds, options: CoreOptions) -> CoreOptions:
-    """Return the grid as the kernels visit it: the tokens of a ragged grid lie in lines of any kind, up to 16 long."""
+def _visited(xz: Any, taps: int, ids: RowIds, options: CoreOptions) -> CoreOptions:
+    """Return the grid as the kernels visit it.
+
+    The tokens of a ragged grid lie in lines of any kind: in equal ones of up to 16 tokens, or all in one if such lines
+    would be shorter than 4 tokens or than the convolutions' reach.
+    """
     if not ids:
         return options
     columns = largest_divisor(xz.shape[1], 16)
+    if columns < max(4, taps - 1):
+        columns = xz.shape[1]
     return dataclasses.replace(options, rows=xz.shape[1] // columns, columns=columns)
 
 
@@ -111,9 +122,7 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
         return f"convolutions of width {taps} are not between 2 and 8"
     if 0 in xz.shape:
         return f"xz {xz.shape} is empty"
-    options = _visited(xz, ids, options)
-    if ids and options.tokens < max(4, taps - 1):
-        return f"{xz.shape[1]} tokens are no whole number of segments of {max(4, taps - 1)} to 16"
+    options = _visited(xz, taps, ids, options)
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
     for kind in ("front", "back", "front_gradients", "back_gradients"):
@@ -169,8 +178,9 @@ def _float32(tree):
 
 def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions):
     """See `xla.front`; reads x out of xz in place."""
-    visited = _visited(xz, ids, options)
-    grid = cut("front", xz, directions.kernels.shape[1], visited)
+    taps = directions.kernels.shape[1]
+    visited = _visited(xz, taps, ids, options)
+    grid = cut("front", xz, taps, visited)
     directions32 = _float32(directions)
     if ids:
         per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
@@ -190,8 +200,9 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
 
 def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
     """See `xla.back`."""
-    options = _visited(xz, ids, options)
-    grid = cut("back", xz, directions.kernels.shape[1], options)
+    taps = directions.kernels.shape[1]
+    options = _visited(xz, taps, ids, options)
+    grid = cut("back", xz, taps, options)
     directions32, norm32 = _float32((directions, norm))
     out = mosaic_back.back(
         _on_grid(xz, options), _float32(y), ids, *directions32, *norm32, grid,
@@ -220,8 +231,9 @@ def back_gradients(
     xz, y, directions: Directions, norm: Norm, out_bar, ids: RowIds, options: CoreOptions
 ):
     """See `xla.back_gradients`."""
-    visited = _visited(xz, ids, options)
-    grid = cut("back_gradients", xz, directions.kernels.shape[1], visited)
+    taps = directions.kernels.shape[1]
+    visited = _visited(xz, taps, ids, options)
+    grid = cut("back_gradients", xz, taps, visited)
     directions32, norm32 = _float32((directions, norm))
     s_bar, xz_bar, y_bar, norm_bar = mosaic_back.back_gradients(
         _on_grid(xz, visited), _float32(y), ids, *directions32, *norm32, _on_grid(out_bar, visited), grid,
@@ -241,7 +253,7 @@ def front_gradients(
 ):
     """See `xla.front_gradients`."""
     taps = directions.kernels.shape[1]
-    visited = _visited(xz, ids, options)
+    visited = _visited(xz, taps, ids, options)
     grid = cut("front_gradients", xz, taps, visited)
     directions32 = _float32(directions)
     tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))

@@ -60,7 +60,7 @@ class Segments:
         """Return the line and the first token of this thread block's segment number ``item``."""
         grid = self.grid
         line = lax.axis_index("group") * grid.per_block + lax.div(item, grid.segments)
-        return line, lax.rem(item, grid.segments) * grid.segment
+        return line, grid.start(lax.rem(item, grid.segments))
 
     def fetch(self, ref, tile, barrier, item, half: int = 0):
         line, start = self.place(item)
@@ -216,7 +216,7 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
             work.each_token(finish)
             plgpu.commit_smem()
             work.send(z_tile, out_ref, item)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=not grid.overlaps)
 
             @pl.when(item + 1 < work.items)
             def _():
@@ -286,7 +286,8 @@ def back_gradients(
             parameters, norm = (lambda channels: held), (lambda: held_norm)
 
         def item_of(item, sums):
-            line, start = work.place(item)
+            line, _ = work.place(item)
+            part = lax.rem(item, grid.segments)
             plgpu.barrier_wait(x_barrier)
             work.mix(x_tile, sides[:2], sides[2:], item, s_tile, parameters)
             plgpu.commit_smem()
@@ -312,7 +313,12 @@ def back_gradients(
                     dz = jnp.where(row < grid.segment, dz, 0.0)
                     g = jnp.where(row < grid.segment, g, 0.0)
                     s = jnp.where(row < grid.segment, s, 0.0)
-                sums = (sums[0] + g * s, sums[1] + g)
+                counted = g
+                if grid.overlaps:
+                    row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
+                    row = plgpu.layout_cast(row, layouts.tokens) + rows.start
+                    counted = jnp.where(grid.counts(part, row), g, 0.0)
+                sums = (sums[0] + counted * s, sums[1] + counted)
                 g = g * gamma
                 g = g - layouts.over_channels(layouts.mean(g))
                 g = g - s * layouts.over_channels(layouts.mean(g * s))
@@ -328,13 +334,16 @@ def back_gradients(
             work.send(z_tile, dxz_ref, item, 1)
 
             def add_up(channels):
-                total = read_row(s_tile.at[0, channels], work.row)
-                for t in range(1, grid.segment):
-                    total = total + read_row(s_tile.at[t, channels], work.row)
-                store(dy_ref.at[batch, line, lax.div(start, grid.segment), channels], total * 0.5)
+                total = None
+                for t in range(grid.segment):
+                    of_token = read_row(s_tile.at[t, channels], work.row)
+                    if grid.overlaps:
+                        of_token = jnp.where(grid.counts(part, t), of_token, 0.0)
+                    total = of_token if total is None else total + of_token
+                store(dy_ref.at[batch, line, part, channels], total * 0.5)
 
             work.each_group(add_up)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=not grid.overlaps)
             plgpu.commit_smem()
 
             @pl.when(item + 1 < work.items)

@@ -50,7 +50,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
 
         def fetch(item, slot):
             line = first + lax.div(item, grid.segments)
-            start = lax.rem(item, grid.segments) * grid.segment
+            start = grid.start(lax.rem(item, grid.segments))
             grid.fetch_with_halo(
                 x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, columns
             )
@@ -75,11 +75,13 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                     for d in range(2):
                         c = convolve(window, kernel[d], bias[d], bool(d))
                         c = silu(c, layout, interpret, x.dtype)
+                        if grid.overlaps:
+                            c = jnp.where(grid.counts(part, t), c, -jnp.inf if largest else 0.0)
                         if not largest:
                             pooled[d] = pooled[d] + c
                             continue
                         best = lax.max(pooled[d], c)  # NaN if either operand is NaN.
-                        place = (part * grid.segment + t).astype(jnp.uint32)
+                        place = (grid.start(part) + t).astype(jnp.uint32)
                         places[d] = jnp.where(best != pooled[d], place, places[d])
                         pooled[d] = best
                     window.pop(0)

@@ -65,7 +65,7 @@ def front_gradients(
 
         def place(item):
             line = first + lax.div(item, grid.segments)
-            return line, lax.rem(item, grid.segments) * segment
+            return line, grid.start(lax.rem(item, grid.segments))
 
         def fetch(item, slot):
             line, start = place(item)
@@ -127,7 +127,9 @@ def front_gradients(
             slot = lax.rem(item, 2)
             before, here, after = pooled_around(line, start)
             plgpu.barrier_wait(barrier.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The previous tile has been read.
+            plgpu.wait_smem_to_gmem(
+                0, wait_read_only=not grid.overlaps
+            )  # The previous tile has been read.
             sums = [list(s) for s in sums]
             window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
             back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
@@ -146,9 +148,14 @@ def front_gradients(
                     c = total * sigma
                     p_bar = c_bar * (sigma + c * (1.0 - sigma))
                     if 0 <= at < segment:
+                        added = p_bar
+                        if grid.overlaps:
+                            counts = grid.counts(lax.rem(item, grid.segments), at)
+                            added = jnp.where(counts, p_bar, 0.0)
+                            g = jnp.where(counts, g, 0.0)
                         for j in range(taps):
-                            sums[d][j] = sums[d][j] + p_bar * window[taps - 1 - j if d else j]
-                        sums[d][taps] = sums[d][taps] + p_bar
+                            sums[d][j] = sums[d][j] + added * window[taps - 1 - j if d else j]
+                        sums[d][taps] = sums[d][taps] + added
                         sums[d][taps + 1] = sums[d][taps + 1] + c * g
                     back[d].append(p_bar)
                 window.pop(0)

@@ -43,7 +43,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         def fetch(item, slot):
             line = group * grid.per_block + lax.div(item, grid.segments)
-            start = lax.rem(item, grid.segments) * grid.segment
+            start = grid.start(lax.rem(item, grid.segments))
             grid.fetch_with_halo(
                 x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
             )
@@ -64,7 +64,9 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         def item_of(item, sums):
             slot = lax.rem(item, 2)
-            first = (group * items + item) * grid.segment
+            line = group * grid.per_block + lax.div(item, grid.segments)
+            part = lax.rem(item, grid.segments)
+            first = line * grid.tokens + grid.start(part)
             at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
             rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
             plgpu.barrier_wait(barrier.at[slot])
@@ -73,12 +75,17 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
             for t in range(grid.segment):
                 window.append(row(tiles.at[slot, t + 2 * grid.halo]))
                 for d in (0, 1):
-                    c = convolve(window, kernel[d], bias[d], bool(d))
-                    sums[d] = sums[d] + silu(c, layout, interpret, x.dtype)
+                    c = silu(
+                        convolve(window, kernel[d], bias[d], bool(d)), layout, interpret, x.dtype
+                    )
                     here = rows_of[d][t]
                     ends = here != rows_of[d][t + 1]
                     if t == grid.segment - 1:
                         ends = jnp.logical_or(ends, item == items - 1)
+                    if grid.overlaps:
+                        c = jnp.where(grid.counts(part, t), c, 0.0)
+                        ends = jnp.logical_and(ends, grid.counts(part, t))
+                    sums[d] = sums[d] + c
 
                     @pl.when(ends)
                     def _(d=d, here=here, total=sums[d] * share):

@@ -50,7 +50,7 @@ def test_options_that_fall_back(options, reason):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("size", "fused"), [(64, True), (592, False)])
+@pytest.mark.parametrize(("size", "fused"), [(64, True), (592, True), (32, False)])
 def test_it_is_what_a_model_does(size, fused):
     """A model lowered for an H100 holds the fused kernels exactly where the table says so."""
     name, options = "fastvim_tiny_patch16_224", {"depth": 2, "embed_dim": 64}

@@ -94,6 +94,9 @@ CORES = [
     {"b": 2, "rows": 5, "columns": 7, "e": 128, "taps": 3},
     {"b": 2, "rows": 9, "columns": 68, "e": 128, "taps": 8},
     {"b": 1, "rows": 33, "columns": 64, "e": 256},
+    {"b": 4, "rows": 37, "columns": 41, "e": 384, "dtype": "bfloat16"},  # segments overlap
+    {"b": 2, "rows": 22, "columns": 37, "e": 768, "taps": 8},
+    {"b": 2, "rows": 9, "columns": 22, "e": 2048},  # 4 tokens a tile
 ]
 
 
@@ -230,6 +233,8 @@ def test_maxima(seed):
         {"b": 8, "kept": 49, "rows": 14, "columns": 14, "e": 384},
         {"b": 2, "kept": 98, "rows": 14, "columns": 14, "e": 1536, "dtype": "bfloat16"},
         {"b": 2, "kept": 21, "rows": 12, "columns": 9, "e": 768, "taps": 3},
+        {"b": 3, "kept": 61, "rows": 12, "columns": 9, "e": 1024},  # segments overlap
+        {"b": 3, "kept": 37, "rows": 12, "columns": 9, "e": 384, "dtype": "bfloat16"},
     ],
 )
 def test_ragged_core(seed, case):

@@ -86,6 +86,24 @@ def test_random_grid(seed):
 
 
 @needs_mosaic
+def test_segments_that_overlap(seed):
+    """Lines that cut into no equal segments: what is computed twice is added once, and written twice in order."""
+    from pallas_kernels.mixer_core import mosaic
+    from pallas_kernels.mixer_core.types import CoreOptions
+
+    rng = np.random.default_rng(seed)
+    transposed, method = bool(rng.integers(2)), str(rng.choice(["mean", "max"]))
+    rows, columns = (37, 2) if transposed else (2, 37)
+    taps = int(rng.integers(3, 9))  # a halo that is longer than what only the last segment has
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
+    xz = jax.ShapeDtypeStruct((1, 74, 256), jnp.float32)
+    for kind in ("front", "back", "front_gradients", "back_gradients"):
+        assert mosaic.cut(kind, xz, taps, options).overlaps
+    case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "scale": 0.25, "taps": taps}
+    compare(rng, 3e-6, **case, transposed=transposed, method=method)
+
+
+@needs_mosaic
 def test_maxima(seed):
 
     with abstract_h100(), interpreted():
@@ -129,6 +147,8 @@ def check_maxima(seed):
         {"b": 1, "rows": 5, "columns": 4, "e": 256, "dtype": "bfloat16"},
         {"b": 2, "rows": 34, "columns": 3, "e": 128, "transposed": True, "method": "max"},
         {"b": 1, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16", "method": "max"},
+        {"b": 1, "rows": 2, "columns": 37, "e": 384, "dtype": "bfloat16", "taps": 8},
+        {"b": 1, "rows": 7, "columns": 2, "e": 1536, "transposed": True},  # wide: 4 tokens a tile
     ],
 )
 def test_cases(seed, case):
@@ -146,6 +166,22 @@ def test_cases(seed, case):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_lowers_for_an_h100(case, transposed, method):
+    check_lowering(case, transposed, method)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("case", "transposed", "method"),
+    [
+        ({"b": 2, "rows": 37, "columns": 37, "e": 384, "dtype": "bfloat16"}, True, "max"),
+        ({"b": 2, "rows": 22, "columns": 22, "e": 2048}, False, "mean"),
+    ],
+)
+def test_segments_that_overlap_lower_for_an_h100(case, transposed, method):
+    check_lowering(case, transposed, method)
+
+
+def check_lowering(case, transposed, method):
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1}))
     args = jax.tree.map(
         lambda x: (

@@ -73,8 +73,8 @@ def test_random_rows(seed, monkeypatch):
 
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(mosaic, "PROCESSORS", int(rng.choice([1, 132])))
-    rows, columns = (int(x) for x in rng.integers(5, 8, 2))
-    compare(rng, 3e-6, 1, int(rng.choice([8, 21])), rows, columns, 128)
+    rows, columns = (int(x) for x in rng.integers(7, 9, 2))
+    compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
 
 
 @needs_mosaic
@@ -85,6 +85,7 @@ def test_random_rows(seed, monkeypatch):
         {"b": 2, "kept": 24, "rows": 6, "columns": 7, "e": 128, "taps": 3},
         {"b": 1, "kept": 7, "rows": 9, "columns": 3, "e": 768},
         {"b": 1, "kept": 12, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16"},
+        {"b": 2, "kept": 37, "rows": 7, "columns": 9, "e": 128, "taps": 2},  # segments overlap
     ],
 )
 def test_cases(seed, case):
@@ -96,7 +97,7 @@ def test_cases(seed, case):
     "case",
     [
         {"b": 2, "kept": 49, "rows": 14, "columns": 14, "e": 384},
-        {"b": 2, "kept": 98, "rows": 14, "columns": 14, "e": 768, "dtype": "bfloat16"},
+        {"b": 2, "kept": 37, "rows": 14, "columns": 14, "e": 768},
     ],
 )
 def test_lowers_for_an_h100(case):
