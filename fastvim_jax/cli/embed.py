@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastvim_jax.cli.records import write_results
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 
@@ -23,7 +25,8 @@ class Arguments:
     """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name per line. Microscope images:
     files of all channels (.npy, TIFF), or with --pattern folders of one file per channel."""
     out: Path = Path("features.parquet")
-    """The table to write: .parquet or .csv."""
+    """The table to write: .parquet or .csv; for photographs also .jsonl. If a .jsonl or .csv file of photographs
+    exists, images that it holds already are skipped."""
     pattern: str | None = None
     """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
     braces become columns; {} matches anything."""
@@ -86,16 +89,18 @@ def run(arguments: Sequence[str]) -> int:
     )
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
-    return _written(table, chosen, chosen.colour or "well")
+    return _written(table, chosen)
 
 
 def _photographs(chosen: Arguments) -> int:
-    """Embed photographs while a bar shows how far they are."""
-    from rich.console import Console
-    from rich.progress import track
-
+    """Embed photographs: write a row for each as it is made, then the plot."""
     from fastvim_jax.inference.classifier import Classifier
-    from fastvim_jax.inference.embed import embed_images
+    from fastvim_jax.inference.embed import (
+        draw_embeddings,
+        iter_features,
+        photograph_columns,
+        read_photographs,
+    )
     from fastvim_jax.inference.image_files import find_images
 
     for name in ("pattern", "channels", "rename", "controls", "per", "depth"):
@@ -105,18 +110,15 @@ def _photographs(chosen: Arguments) -> int:
         files = find_images(chosen.paths)
     size = min(chosen.batch_size, len(files))
     classifier = Classifier.load(chosen.run, weights=chosen.weights, batch_size=size)
-    console = Console(stderr=True)
-    table = embed_images(
-        classifier,
-        files,
-        follow=lambda parts: track(
-            parts, "embedding", console=console, disable=not console.is_terminal
-        ),
-    )
-    return _written(table, chosen, chosen.colour)
+    make = functools.partial(iter_features, classifier)
+    status = write_results(files, make, chosen.out, photograph_columns(classifier), "embedding")
+    if chosen.plot:
+        draw_embeddings(read_photographs(chosen.out), chosen.colour, chosen.plot)
+        print(f"{chosen.plot}: the first two principal components")
+    return status
 
 
-def _written(table: Any, chosen: Arguments, colour: str | None) -> int:
+def _written(table: Any, chosen: Arguments) -> int:
     """Write the table and the plot, report what was left out, and return the exit status."""
     from fastvim_jax.inference.embed import draw_embeddings
 
@@ -126,7 +128,7 @@ def _written(table: Any, chosen: Arguments, colour: str | None) -> int:
         f"columns {', '.join(table.metadata)}"
     )
     if chosen.plot:
-        draw_embeddings(table, colour, chosen.plot)
+        draw_embeddings(table, chosen.colour or "well", chosen.plot)
         print(f"{chosen.plot}: the first two principal components")
     for problem in table.problems:
         print(f"left out: {problem}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
-from fastvim_jax.cli.usage import UsageError, as_usage_error, counted, parse
+from fastvim_jax.cli.records import complain, write_results
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,33 +77,18 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:
-    """Print predictions, or write them to a file while a bar shows how far they are."""
-    from rich.progress import track
+    """Print predictions, or write them to a file."""
+    from fastvim_jax.inference.predict import COLUMNS, iter_predictions
 
-    from fastvim_jax.inference.predict import iter_predictions
-    from fastvim_jax.inference.prediction_files import already_written, write_predictions
-
-    failed = 0
     if chosen.out is not None:
-        done = already_written(chosen.out)
-        left = [file for file in files if file not in done]
-        made = iter_predictions(classifier, left, top_k=chosen.top_k)
-        console = Console(stderr=True)
-        made = write_predictions(made, chosen.out)
-        for each in track(
-            made, "predicting", len(left), console=console, disable=not console.is_terminal
-        ):
-            failed += _complained(each)
-        before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
-        print(
-            f"{chosen.out}: {counted(len(files), 'file')}{before}, {failed} of which could not be read."
-        )
-        return int(failed > 0)
+        make = functools.partial(iter_predictions, classifier, top_k=chosen.top_k)
+        return write_results(files, make, chosen.out, COLUMNS, "predicting")
+    failed = 0
     predictions = list(iter_predictions(classifier, files, top_k=chosen.top_k))
     if chosen.json:
         print(json.dumps([p.to_dict() for p in predictions], indent=2, ensure_ascii=False))
     for prediction in predictions:
-        failed += _complained(prediction)
+        failed += complain(prediction)
         if prediction.error is None and not chosen.json:
             print(prediction.file)
             for name, probability in zip(
@@ -110,13 +96,6 @@ def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:
             ):
                 print(f"  {probability:>7.2%}  {name}")
     return int(failed > 0)
-
-
-def _complained(prediction: Any) -> bool:
-    """Print why there is no prediction, if there is none."""
-    if prediction.error is not None:
-        print(f"fastvim: {prediction.error}", file=sys.stderr)
-    return prediction.error is not None
 
 
 def _draw(loaded: Any, files: list[str], chosen: Arguments) -> int:

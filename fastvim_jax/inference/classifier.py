@@ -29,6 +29,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.models import build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -39,6 +40,7 @@ from fastvim_jax.training.run_folder import Run, load_run
 Images = Any
 """A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
 _AHEAD = 2  # Batches to decode while the devices compute.
+_PART = 8  # Batches of files whose outputs are in memory at a time.
 
 
 @dataclass(frozen=True)
@@ -181,16 +183,19 @@ class Classifier:
         """
         if not isinstance(run.config, TrainConfig):
             raise UserError(f"a run of a {type(run.config).__name__} is no classifier.")
-        data = run.config.data
-        if not isinstance(data, ClassificationData):
+        if not isinstance(run.config.data, ClassificationData):
             raise UserError("a run of cell images classifies no photographs: use `fastvim embed`.")
-        preprocessing = Preprocessing(data.height_width, data.eval_crop, data.mean, data.std)
-        return cls(run.model, preprocessing, run.class_names, **options)
+        return cls(run.model, preprocessing_of(run), run.class_names, **options)
 
     @property
     def batch_size(self) -> int:
         """Images per batch, over all local devices."""
         return self._batch
+
+    @property
+    def num_features(self) -> int:
+        """Width of the embeddings."""
+        return self._shapes[2][0]
 
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""
@@ -225,6 +230,19 @@ class Classifier:
             array[list(errors)] = np.nan
         logits, probabilities, embeddings, *maps = outputs
         return Result(logits, probabilities, embeddings, errors, *maps)
+
+    def each_file(self, files: Sequence[str | Path]) -> Iterator[tuple[str, int, Result]]:
+        """Classify any number of image files, a part of them at a time.
+
+        Yields:
+            For each file, in order: its name, its row in the result of its part, and that result.
+        """
+        part = _PART * self._batch
+        for start in range(0, len(files), part):
+            names = [str(file) for file in files[start : start + part]]
+            result = self(names)
+            for i, name in enumerate(names):
+                yield name, i, result
 
     def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
         """Yield (index of the first image, padded batch, errors), decoded by a thread up to `_AHEAD` batches early."""

@@ -7,8 +7,10 @@ of a site is the mean over its tiles, that of a well the mean over its sites. Th
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +35,6 @@ from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.models.channels import channel_inputs
 
 Level = Literal["tile", "site", "well"]
-Follow = Callable[[Sequence[int]], Iterable[int]]
-_PART = 8  # Batches between two steps of progress.
 PREFIX = "Metadata_"
 MAD_TO_DEVIATION = 1.4826
 """Ratio of standard deviation to median absolute deviation in a normal distribution."""
@@ -178,34 +178,73 @@ def embed_fields(
     return aggregate(table, ("plate", "well")) if level == "well" else table
 
 
-def embed_images(
-    classifier: Classifier, files: Sequence[str | Path], *, follow: Follow = iter
-) -> Embeddings:
-    """Embed photographs: one row per file with what the classifier's head reads; files that cannot be read are told.
+@dataclasses.dataclass(frozen=True)
+class PhotographFeatures:
+    """One photograph's features.
+
+    Attributes:
+        file: the file as it was named.
+        features: `d`, float32: what the classifier's head reads; empty where the file could not be read.
+        error: why there are no features, or None.
+    """
+
+    file: str
+    features: np.ndarray
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values: `file`, and either `features` or `error`."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        return {"file": self.file, "features": self.features.tolist()}
+
+    def to_rows(self) -> list[list[Any]]:
+        """Return a row of `photograph_columns`; none for a file that could not be read."""
+        return [] if self.error is not None else [[self.file, *self.features.tolist()]]
+
+
+def photograph_columns(classifier: Classifier) -> dict[str, str]:
+    """Return the columns of a table of photographs: name and Arrow type."""
+    names = [f"feature_{i:04}" for i in range(classifier.num_features)]
+    return {f"{PREFIX}file": "string", **dict.fromkeys(names, "float32")}
+
+
+def iter_features(
+    classifier: Classifier, files: Sequence[str | Path]
+) -> Iterator[PhotographFeatures]:
+    """Embed any number of photographs, and yield each one's features as soon as its part of the files is done.
 
     Args:
         classifier: see `Classifier.load`.
         files: image files of any size and kind that `predict` reads.
-        follow: wraps the iteration over parts of the files, to show progress.
+    """
+    for file, i, result in classifier.each_file(files):
+        error = result.errors.get(i)
+        yield PhotographFeatures(file, result.embeddings[i if error is None else slice(0)], error)
+
+
+def read_photographs(file: Path) -> Embeddings:
+    """Read a table of photographs that `row_files.write_records` wrote.
 
     Raises:
-        UserError: no file could be read.
+        UserError: it has no rows.
     """
-    part = _PART * classifier.batch_size
-    starts = range(0, len(files), part)
-    names: list[str] = []
-    features: list[np.ndarray] = []
-    problems: list[str] = []
-    for start in follow(starts):
-        chunk = [str(file) for file in files[start : start + part]]
-        found = classifier(chunk)
-        problems += found.errors.values()
-        good = [i for i in range(len(chunk)) if i not in found.errors]
-        names += [chunk[i] for i in good]
-        features.append(found.embeddings[good])
-    if not names:
-        raise UserError("no image could be embedded.\n  " + "\n  ".join(problems[:20]))
-    return Embeddings({"file": names}, np.concatenate(features), tuple(problems))
+    if file.suffix == ".jsonl":
+        records = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+        pairs = [(r["file"], r["features"]) for r in records if "features" in r]
+    elif file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8") as lines:
+            pairs = [(row[0], [float(x) for x in row[1:]]) for row in list(csv.reader(lines))[1:]]
+    else:
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_table(file).to_pydict()
+        first, *others = columns.values()
+        pairs = [(name, list(row)) for name, *row in zip(first, *others, strict=True)]
+    if not pairs:
+        raise UserError(f"{file} has no rows: no image could be read.")
+    names, rows = zip(*pairs, strict=True)
+    return Embeddings({"file": list(names)}, np.array(rows, np.float32))
 
 
 def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:

@@ -10,12 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.interop import to_torch_state_dict
 from fastvim_jax.models.pretrained import (
-    Preprocessing,
-    default_preprocessing,
     is_pretrained,
     load_pretrained,
     save_pretrained,
@@ -111,22 +109,6 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
         for name, array in arrays.items()
     }
     torch.save({"state_dict": tensors}, out)
-
-
-def preprocessing_of(run: Run) -> Preprocessing:
-    """Return how a run's images become the model's input in its evaluation."""
-    config: Any = run.config
-    data = config.data.resolved() if isinstance(config.data, CellsData) else config.data
-    names = data.names if isinstance(data, CellsData) else ()
-    crop = getattr(data, "eval_crop", None) or 1.0
-    size = config.model.image_size
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if not data.mean:
-        return default_preprocessing(config.model)
-    normalise_pixels = getattr(config, "normalise_pixels", True)
-    return Preprocessing(
-        pair, crop, tuple(data.mean), tuple(data.std), tuple(names), normalise_pixels
-    )
 
 
 def card_of(run: Run, folder: Path | str) -> dict[str, str]:

@@ -21,7 +21,11 @@ from fastvim_jax.training.classification.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.steps import require_normalised
 
-_PART = 8  # batches between two reports of progress
+COLUMNS = {
+    "file": "string", "rank": "int64", "class": "string", "label": "int64", "probability": "float64",
+    "error": "string",
+}  # fmt: skip
+"""Columns of a table of predictions: name and Arrow type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Prediction:
                 for name, label, probability in ranked
             ],
         }
+
+    def to_rows(self) -> list[tuple]:
+        """Return a row of `COLUMNS` for each class, best first; a single row for a file that could not be read."""
+        if self.error is not None:
+            return [(self.file, None, None, None, None, self.error)]
+        ranked = zip(self.class_names, self.labels, self.probabilities, strict=True)
+        return [
+            (self.file, rank, name, label, probability, None)
+            for rank, (name, label, probability) in enumerate(ranked, start=1)
+        ]
 
 
 def predict_files(
@@ -97,15 +111,11 @@ def iter_predictions(
     """
     if top_k < 1:
         raise UserError(f"top_k={top_k} must be at least 1.")
-    part = _PART * classifier.batch_size
-    for start in range(0, len(files), part):
-        chunk = [str(file) for file in files[start : start + part]]
-        result = classifier(chunk)
-        for i, file in enumerate(chunk):
-            if i in result.errors:
-                yield Prediction(file, error=result.errors[i])
-            else:
-                yield _ranked(file, result.probabilities[i], classifier.class_names, top_k)
+    for file, i, result in classifier.each_file(files):
+        if i in result.errors:
+            yield Prediction(file, error=result.errors[i])
+        else:
+            yield _ranked(file, result.probabilities[i], classifier.class_names, top_k)
 
 
 def predict_batches(

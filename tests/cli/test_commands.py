@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -208,6 +209,46 @@ def test_predict_reports_a_bad_file_and_classifies_the_others(
         assert any(str(file) in line and reason in line for line in err.splitlines())
     status, out, _ = fastvim("predict", run_dir, *files)
     assert status == 1 and str(digit_files[1]) in out and "Traceback" not in out
+
+
+def names_in(out: Path) -> list[str]:
+    if out.suffix == ".jsonl":
+        return [json.loads(line)["file"] for line in out.read_text().splitlines()]
+    with out.open(newline="") as file:
+        return [row[0] for row in list(csv.reader(file))[1:]]
+
+
+def test_predict_and_embed_go_on_where_they_stopped(
+    fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    for command, kind in (("predict", "csv"), ("embed", "csv"), ("embed", "jsonl")):
+        whole, out = tmp_path / f"{command} whole.{kind}", tmp_path / f"{command}.{kind}"
+        common = [command, run_dir, "--batch-size", "4"]
+        assert fastvim(*common, *digit_files, "--out", whole)[0] == 0
+        assert fastvim(*common, digit_files[0], "--out", out)[0] == 0
+        first = out.read_bytes()
+        out.write_bytes(first[:-3])  # A crash in the middle of the last line.
+        extra = ["--plot", tmp_path / "plot.png"] if command == "embed" else []
+        status, printed, error = fastvim(*common, *digit_files, bad, "--out", out, *extra)
+        assert status == 1 and str(bad) in error and "4 files" in printed
+        again = fastvim(*common, *digit_files, "--out", out)
+        assert again[0] == 0 and "3 files (3 were there)" in again[1]
+        assert names_in(out) == [
+            *names_in(whole),
+            *([str(bad)] if kind == "jsonl" or command == "predict" else []),
+        ]
+        assert not extra or (tmp_path / "plot.png").exists()
+    table = tmp_path / "features.parquet"
+    assert fastvim("embed", run_dir, *digit_files, "--out", table)[0] == 0
+    import pandas
+
+    parquet, text = pandas.read_parquet(table), pandas.read_csv(tmp_path / "embed whole.csv")
+    assert list(parquet) == ["Metadata_file", *(f"feature_{i:04}" for i in range(8))]
+    pandas.testing.assert_frame_equal(parquet, text, check_dtype=False, rtol=1e-4, atol=1e-5)
+    status, _, error = fastvim("embed", run_dir, *digit_files, "--out", table)
+    assert status != 0 and "cannot be continued" in error
 
 
 def test_predict_needs_only_the_run_folder(

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from fastvim_jax import UserError, load_pretrained
 from fastvim_jax.cli.main import main
-from fastvim_jax.inference.export_weights import export_weights, preprocessing_of
+from fastvim_jax.inference.export_weights import export_weights
+from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.inference.reconstruct import load_masked
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.pretrained import Preprocessing, save_pretrained

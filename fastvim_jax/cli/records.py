@@ -1,0 +1,52 @@
+"""Write what a command says about many image files, going on where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.cli.usage import counted
+
+
+def write_results(
+    files: Sequence[str],
+    make: Callable[[Sequence[str]], Iterable[Any]],
+    out: Path,
+    columns: Mapping[str, str],
+    verb: str,
+) -> int:
+    """Write a record for each file that `out` does not hold yet, while a bar shows how far they are.
+
+    Args:
+        files: image files.
+        make: records of the files that are left, in order, with `error` set where one could not be read.
+        out, columns: see `inference.row_files.write_records`.
+        verb: what the bar says.
+
+    Returns:
+        The exit status: 1 if a file could not be read.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from fastvim_jax.inference.row_files import already_written, write_records
+
+    done = already_written(out)
+    left = [file for file in files if file not in done]
+    console = Console(stderr=True)
+    records = write_records(make(left), out, columns)
+    failed = 0
+    for each in track(records, verb, len(left), console=console, disable=not console.is_terminal):
+        failed += complain(each)
+    before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
+    print(f"{out}: {counted(len(files), 'file')}{before}, {failed} of which could not be read.")
+    return int(failed > 0)
+
+
+def complain(record: Any) -> bool:
+    """Print why there is no result for a file, if there is none."""
+    if record.error is not None:
+        print(f"fastvim: {record.error}", file=sys.stderr)
+    return record.error is not None

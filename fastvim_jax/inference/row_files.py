@@ -1,0 +1,174 @@
+"""Write a record per image as it is made: JSON lines or CSV, which an interrupted command goes on with, or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from fastvim_jax.errors import UserError
+
+KINDS = (".jsonl", ".csv", ".parquet")
+_ROWS = 4096  # In memory before they are written to a Parquet file.
+
+
+@runtime_checkable
+class Record(Protocol):
+    """What a command says about one image file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values; `file` is the image's name."""
+        ...
+
+    def to_rows(self) -> Sequence[Sequence[Any]]:
+        """Return the rows of a table, each as long as its columns; the first value is the image's name."""
+        ...
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def already_written(out: Path) -> set[str]:
+    """Return the image files whose records `out` holds; the command that was interrupted leaves them out.
+
+    Raises:
+        UserError: a name of another kind, a Parquet file that exists, or a file of something else.
+    """
+    if out.suffix not in KINDS:
+        raise UserError(f"{out}: results are written to a file that ends in {', '.join(KINDS)}.")
+    if not out.exists():
+        return set()
+    if out.suffix == ".parquet":
+        raise UserError(
+            f"{out} exists, and Parquet files cannot be continued: name another, or use .jsonl or .csv."
+        )
+    try:
+        text = _without_torn_record(out)
+        if out.suffix == ".jsonl":
+            return {json.loads(line)["file"] for line in text.split("\n")[:-1]}
+        return {row[0] for row, _ in list(_rows_of(text))[1:]}
+    except (ValueError, LookupError, TypeError, csv.Error, OSError) as error:
+        raise UserError(f"{out} holds no results to go on with: {error}") from error
+
+
+def write_records(
+    records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
+) -> Iterator[AnyRecord]:
+    """Write each record to `out` and hand it on.
+
+    A JSON line or the rows of a CSV file are on disk before the next record is made. A Parquet file gets its name when
+    it is complete.
+
+    Args:
+        records: in the order to write.
+        out: the file; one that `already_written` takes.
+        columns: name and Arrow type of each column of a table; the first one is the image file's name.
+
+    Raises:
+        UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
+    return write(records, out, columns)
+
+
+def _write_lines(
+    records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
+) -> Iterator[AnyRecord]:
+    _cut_torn_record(out)
+    with out.open("a", encoding="utf-8") as file:
+        for each in records:
+            file.write(json.dumps(each.to_dict(), ensure_ascii=False) + "\n")
+            file.flush()
+            yield each
+
+
+def _write_csv(
+    records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
+) -> Iterator[AnyRecord]:
+    _cut_torn_record(out)
+    with out.open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        there = next(csv.reader(file), None)
+        if there is not None and there != list(columns):
+            raise UserError(
+                f"{out} has {len(there)} columns, {', '.join(there[:4])}, ..., but this command writes {len(columns)}: "
+                "it was made with another model or option. Name another file."
+            )
+        writer = csv.writer(file)
+        if there is None:
+            writer.writerow(columns)
+        for each in records:
+            writer.writerows(each.to_rows())
+            file.flush()
+            yield each
+
+
+def _write_parquet(
+    records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
+) -> Iterator[AnyRecord]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{out} needs pyarrow: pip install 'fastvim-jax[data]', or write .jsonl or .csv."
+        ) from None
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in columns.items()])
+
+    def table(rows: list[Sequence[Any]]) -> Any:
+        values = zip(*rows, strict=True) if rows else [()] * len(columns)
+        return pyarrow.table(dict(zip(columns, map(list, values), strict=True)), schema=schema)
+
+    partial = out.with_name(out.name + ".partial")
+    rows: list[Sequence[Any]] = []
+    with pyarrow.parquet.ParquetWriter(partial, schema) as file:
+        for each in records:
+            rows += each.to_rows()
+            if len(rows) >= _ROWS:
+                file.write_table(table(rows))
+                rows = []
+            yield each
+        file.write_table(table(rows))
+    os.replace(partial, out)
+
+
+def _without_torn_record(out: Path) -> str:
+    """Read the records; a last one that a crash cut off is left out, with all of its rows."""
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1].decode("utf-8")
+    if out.suffix == ".jsonl" or text.endswith(b"\n"):
+        return whole
+    end, last = 0, None  # Where the rows of the last image begin, and its name.
+    before = 0
+    for row, after in _rows_of(whole):
+        if row[0] != last:
+            end, last = before, row[0]
+        before = after
+    return whole[: end or before]
+
+
+def _rows_of(text: str) -> Iterator[tuple[list[str], int]]:
+    """Yield the rows of a CSV text, and where each one ends."""
+    end = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in io.StringIO(text, newline=""):
+            end += len(line)
+            yield line
+
+    for row in csv.reader(lines()):
+        yield row, end
+
+
+def _cut_torn_record(out: Path) -> None:
+    if out.exists() and out.read_bytes()[-1:] not in (b"", b"\n"):
+        out.write_bytes(_without_torn_record(out).encode("utf-8"))
