@@ -1,0 +1,458 @@
+"""Both scans of a mixer's pooled tokens with their projections to Δ, B and C, as one Mosaic GPU kernel for Hopper.
+
+    [p, B, C] = u W_x;   Δ = softplus(p W_Δ + bias);   y = scan(u, Δ, A, B, C)
+
+A thread block scans some channels of one direction of a few images. It
+
+1. multiplies W_x with the tokens, all channels of them, part by part. The tokens are the columns of this product: there
+   are fewer of them than the 64 rows that one instruction takes;
+2. for 128 channels at a time, multiplies W_Δ with p and writes the step sizes to shared memory;
+3. walks over the steps of these channels, image by image. A lane owns a channel with all its states.
+
+One warpgroup does 1; all share 2 and 3. Δ, B and C never exist in global memory. The products are in TF32 with rounded
+operands; step sizes and states are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.mlir.dialects import llvm
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import (
+    LANES,
+    SHARED_MEMORY,
+    WARPS,
+    compiler_params,
+    interpret_params,
+    reduced,
+    store,
+    tiled,
+)
+from pallas_kernels.selective_scan.mosaic_common import StateLayouts, softplus
+from pallas_kernels.selective_scan.mosaic_walk import Plan, StepReader, in_turns
+
+STATES = 16
+CHANNELS = 128  # that a warpgroup scans at a time, one a lane
+TALL = 64  # rows of a wgmma instruction
+MOST_TOKENS = 64  # of a thread block
+RANK_TILE = 16  # columns of p that a swizzled row of 64 bytes holds
+PADDING = 4  # channels; keeps neighbouring rows of step sizes in different banks
+OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the work is cut into thread blocks: static numbers that shape the kernel.
+
+    Attributes:
+        batch: Number of images.
+        lines: Steps of a scan.
+        width: Channels.
+        rank: Columns of p, a multiple of 16.
+        images: Images of a thread block.
+        splits: Thread blocks that share an image's channels. Each computes all of p, B and C.
+        sides: Warpgroups of a thread block that share its channels.
+        ends: Warpgroups of a thread block that share its images, for each of `sides`.
+        blocks: Blocks of 128 channels that a warpgroup scans together. They share the reads of B and C.
+        part: Channels of a part of W_x.
+        slots: Parts of W_x on their way.
+        unroll: Steps per iteration of the walk's loop.
+    """
+
+    batch: int
+    lines: int
+    width: int
+    rank: int
+    images: int
+    splits: int
+    sides: int
+    part: int
+    slots: int
+    ends: int = 1
+    blocks: int = 1
+    unroll: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Steps of an image as the products see them: whole eights."""
+        return pl.cdiv(self.lines, 8) * 8
+
+    @property
+    def tokens(self) -> int:
+        return self.images * self.rows
+
+    @property
+    def columns(self) -> int:
+        """Rows of W_x, transposed: p, B and C."""
+        return self.rank + 2 * STATES
+
+    @property
+    def tall(self) -> int:
+        return pl.cdiv(self.columns, TALL) * TALL
+
+    @property
+    def parts(self) -> int:
+        return self.width // self.part
+
+    @property
+    def warpgroups(self) -> int:
+        return self.sides * self.ends
+
+    @property
+    def units(self) -> int:
+        """Runs of `blocks` blocks of channels that a thread block scans."""
+        return self.width // CHANNELS // self.blocks // self.splits
+
+    @property
+    def own_images(self) -> int:
+        """Images that a warpgroup scans."""
+        return self.images // self.ends
+
+    @property
+    def own_tokens(self) -> int:
+        return self.own_images * self.rows
+
+    @property
+    def groups(self) -> int:
+        """Thread blocks along the batch."""
+        return pl.cdiv(self.batch, self.images)
+
+    @property
+    def plan(self) -> Plan:
+        """The walk over an image's steps."""
+        return Plan(
+            batch=self.batch,
+            length=self.lines,
+            width=self.width,
+            groups=1,
+            channels=CHANNELS,
+            chunk=self.rows,
+            splits=1,
+            warps=1,
+            rest=STATES,
+            unroll=self.unroll,
+            slots=1,
+            reverse=False,
+            softplus=True,
+        )
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a thread block's tiles."""
+        walk = self.warpgroups * self.blocks * self.own_tokens * (CHANNELS + PADDING)
+        product = self.part * (self.slots * self.tall + 2 * self.tokens)
+        small = self.tokens * (self.tall + self.rank) + self.warpgroups * CHANNELS * self.rank
+        return 4 * (self.width * self.tokens + max(walk, product) + small)
+
+    def unsupported(self) -> str | None:
+        """Why no thread block can do this work, or None."""
+        if self.width % (CHANNELS * self.blocks * self.splits):
+            return f"{self.width} channels are not made of whole blocks of {CHANNELS}"
+        if self.tokens > MOST_TOKENS:
+            return f"{self.images} images of {self.lines} lines are more than {MOST_TOKENS} tokens"
+        if self.shared_memory + OVERHEAD > SHARED_MEMORY:
+            return f"{self.lines} lines of {self.width} channels do not fit shared memory"
+        return None
+
+    def scratch(self) -> list[Any]:
+        """Return the shared memory and the barriers of a thread block."""
+        transforms: Any = plgpu  # mypy takes them for abstract classes
+        wide = (transforms.TilingTransform((8, 32)), transforms.SwizzleTransform(128))
+        narrow = (transforms.TilingTransform((8, RANK_TILE)), transforms.SwizzleTransform(64))
+        f32, pieces = jnp.float32, self.width // CHANNELS
+        return [
+            plgpu.SMEM((pieces, self.images, self.rows, CHANNELS), f32),
+            plgpu.SMEM((self.tokens, self.tall // STATES, STATES), f32),
+            plgpu.SMEM((self.tokens, self.rank), f32, transforms=narrow),
+            plgpu.SMEM((self.warpgroups, CHANNELS, self.rank), f32, transforms=narrow),
+            plgpu.RefUnion(
+                [
+                    plgpu.SMEM((self.slots, self.tall, self.part), f32, transforms=wide),
+                    plgpu.SMEM((2, self.tokens, self.part), f32, transforms=wide),
+                ],
+                [
+                    plgpu.SMEM(
+                        (self.warpgroups, self.blocks, self.own_tokens, CHANNELS + PADDING), f32
+                    )
+                ],
+            ),
+            plgpu.Barrier(num_arrivals=1, num_barriers=pieces),  # u
+            plgpu.Barrier(num_arrivals=1, num_barriers=self.slots),  # parts of W_x
+            plgpu.Barrier(num_arrivals=1, num_barriers=self.warpgroups),  # W_Δ
+            plgpu.Barrier(num_arrivals=1),  # p, B and C
+        ]
+
+
+class Layouts:
+    """Register layouts: products with their rows and columns exchanged, and tiles that become operands."""
+
+    def __init__(self, part: int):
+        # A product holds column 8 a + 2 (lane % 4) + i of row 16 warp + 8 r + lane / 4, in the order a, r, i.
+        tiles = ((8, TALL), (8, 16), (8, 8), (2, 1), (1, 1))
+        base, self.steps = tiled(tiles, (-9,), (-5, -6), -1)
+        self.bias = reduced(base, (0,))
+        tiles = ((8, 4, 16), (8, 1, 16), (8, 1, 8), (2, 1, 1), (1, 1, 1))
+        _, self.columns = tiled(tiles, (-14,), (-7, -9), -1)
+        _, self.rank = tiled(((8, 16), (2, 16), (1, 1)), (-6,), (-4, -3), -1)
+        lanes = part // 4  # of a row
+        rows = LANES // lanes
+        _, self.part = tiled(
+            ((WARPS * rows, part), (rows, part), (1, 4)), (-6,), (-4, -3) if rows > 1 else (-3,), -1
+        )
+
+
+def exchanged(product: jax.Array, shape: tuple[int, ...], layout: Any, interpret: bool):
+    """Return a product's transpose as `shape` (columns first, then its rows) without moving anything."""
+    if interpret:
+        return product.T.reshape(shape)
+    return plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(shape, product.dtype, layout=layout),
+    )(functools.partial(_exchanged, shape=shape, layout=layout.to_mgpu()))(product)
+
+
+def _exchanged(ctx: Any, product: mgpu.FragmentedArray, shape, layout) -> mgpu.FragmentedArray:
+    del ctx
+    rows, columns = product.shape
+    registers = product.to_layout(fragmented_array.WGMMA_LAYOUT_ACC_32BIT).registers
+    registers = registers.reshape(rows // TALL, columns // 8, 4).transpose(1, 0, 2)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=None,
+    )
+
+
+def tf32(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """Round to the 10 bits of mantissa that TF32 products read; they would cut off the rest."""
+    if interpret:
+        return lax.reduce_precision(x, 8, 10)
+    return plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+    )(_tf32)(x)
+
+
+def _tf32(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    del ctx
+
+    def one(value):
+        # The result is an integer register to the assembler, so it passes as a float through a move.
+        text = "{ .reg .b32 t; cvt.rna.tf32.f32 t, $1; mov.b32 $0, t; }"
+        return llvm.inline_asm(value.type, [value], text, "=f,f")
+
+    return x._pointwise(x._lift_fast_instr(one))
+
+
+@functools.partial(jax.jit, static_argnames=("cut", "interpret"))
+def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
+    """Project the pooled tokens and scan them in both directions.
+
+    Args:
+        u: pooled tokens, ``2 b lines e`` float32.
+        project: W_x transposed, ``2 (rank + 32) e`` float32, rounded to TF32.
+        step: W_Δ transposed, ``2 e rank`` float32, rounded to TF32.
+        bias: ``2 e`` float32.
+        A: ``2 e 16`` float32.
+        cut: how the work is cut.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        y of the first and of the second direction, ``b lines e`` float32 each.
+    """
+    layouts, states = Layouts(cut.part), StateLayouts(1, STATES)
+    images, rows, tokens, part = cut.images, cut.rows, cut.tokens, cut.part
+    reader = StepReader(cut.plan, states, interpret)
+    load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
+
+    def body(*refs):
+        u_ref, project_ref, step_ref, bias_ref, a_ref, *y_refs = refs[:7]
+        u_tile, columns_tile, p_tile, step_tile, union, *barriers = refs[7:]
+        (part_tile, tokens_tile), (sizes_tile,) = union
+        u_barrier, part_barrier, step_barrier, ready = barriers
+        group, direction = lax.axis_index("warpgroup"), lax.axis_index("direction")
+        first = lax.axis_index("images") * images
+        first_unit = lax.axis_index("split") * cut.units
+
+        def fetch_tokens(piece):
+            # A start that is no constant, because constant slices must end inside the array. The copy engine writes
+            # zeros for steps and images that do not exist.
+            steps = pl.ds(direction * 0, rows)
+            at = (direction, pl.ds(first, images), steps, pl.ds(piece * CHANNELS, CHANNELS))
+            plgpu.copy_gmem_to_smem(u_ref.at[at], u_tile.at[piece], u_barrier.at[piece])
+
+        def fetch_part(k):
+            slot = lax.rem(k, cut.slots)
+            plgpu.copy_gmem_to_smem(
+                project_ref.at[direction, :, pl.ds(k * part, part)],
+                part_tile.at[slot, pl.ds(0, cut.columns)],
+                part_barrier.at[slot],
+            )
+
+        side, end = lax.div(group, cut.ends), lax.rem(group, cut.ends)
+        first_image = end * cut.own_images  # of this warpgroup in the thread block
+        own = pl.ds(end * cut.own_tokens, cut.own_tokens)
+
+        def block_of(k, b):
+            """Return the number of a block of channels, of this warpgroup's unit k."""
+            return (first_unit + side + k * cut.sides) * cut.blocks + b
+
+        def fetch_step(k, b):
+            @pl.when(side + k * cut.sides < cut.units)
+            def _():
+                plgpu.copy_gmem_to_smem(
+                    step_ref.at[direction, pl.ds(block_of(k, b) * CHANNELS, CHANNELS)],
+                    step_tile.at[group],
+                    step_barrier.at[group],
+                )
+
+        def project_tokens(accumulator):
+            """Write p, B and C of all tokens to shared memory."""
+
+            def multiply(k, _):
+                slot, buffer = lax.rem(k, cut.slots), lax.rem(k, 2)
+                piece, start = lax.div(k * part, CHANNELS), lax.rem(k * part, CHANNELS)
+
+                @pl.when(start == 0)
+                def _():
+                    plgpu.barrier_wait(u_barrier.at[piece])
+
+                for i in range(images):
+                    x = load(u_tile.at[piece, i, :, pl.ds(start, part)], layouts.part)
+                    at = pl.ds(i * rows, rows)
+                    store(tokens_tile.at[buffer, at], tf32(x, layouts.part, interpret))
+                plgpu.barrier_wait(part_barrier.at[slot])
+                plgpu.commit_smem()
+                operand = tokens_tile.at[buffer].transpose((1, 0))
+                plgpu.wgmma(accumulator, part_tile.at[slot], operand)
+                plgpu.wgmma_wait(1)  # The product before this one is done.
+
+                @pl.when(jnp.logical_and(k > 0, k - 1 + cut.slots < cut.parts))
+                def _():
+                    fetch_part(k - 1 + cut.slots)
+
+            lax.fori_loop(0, cut.parts, multiply, None)
+            plgpu.wgmma_wait(0)
+            shape = (tokens, cut.tall // STATES, STATES)
+            store(columns_tile, exchanged(accumulator[...], shape, layouts.columns, interpret))
+            plgpu.commit_smem()
+            for j in range(cut.rank // STATES):
+                p = tf32(load(columns_tile.at[:, j], layouts.rank), layouts.rank, interpret)
+                store(p_tile.at[:, pl.ds(j * STATES, STATES)], p)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready)
+
+        @pl.when(group == 0)
+        def _():
+            for k in range(min(cut.slots, cut.parts)):
+                if k * part % CHANNELS == 0:
+                    fetch_tokens(k * part // CHANNELS)
+                fetch_part(k)
+            for piece in range(
+                pl.cdiv(min(cut.slots, cut.parts) * part, CHANNELS), cut.width // CHANNELS
+            ):
+                fetch_tokens(piece)
+
+        fetch_step(0, 0)
+
+        @pl.when(group == 0)
+        def _():
+            pl.run_scoped(project_tokens, plgpu.ACC((cut.tall, tokens), jnp.float32))
+
+        plgpu.barrier_wait(ready)
+
+        def walk(plan, index, blocks, decays):
+            """Scan the unit's channels of an image and write y."""
+            y_ref, image = y_refs[int(plan.reverse)], first_image + index
+            bc = cut.rank // STATES
+
+            def turn(steps, carry):
+                shares = []
+                for t in steps:
+                    row = image * rows + t
+                    b = reader.coefficients(columns_tile.at[row, pl.ds(bc, 1)])
+                    c = reader.coefficients(columns_tile.at[row, pl.ds(bc + 1, 1)])
+                    after = []
+                    for n, state in enumerate(carry):
+                        at = (group, n, index * rows + t, pl.ds(0, CHANNELS))
+                        size = reader.channel(sizes_tile.at[at])
+                        x = reader.channel(u_tile.at[blocks[n], image, t])
+                        factor = lax.exp2(reader.over_state(size) * decays[n])
+                        state = factor * state + reader.over_state(x * size) * b
+                        shares.append((t, n, jnp.sum(state * c, axis=2)))
+                        after.append(state)
+                    carry = tuple(after)
+                # Write all results after all reads, because the compiler does not move a read before a write.
+                for t, n, share in shares:
+                    here = pl.ds(blocks[n] * CHANNELS, CHANNELS)
+                    store(y_ref.at[first + image, pl.ds(t, 1), here], share)
+                return carry
+
+            in_turns(plan, turn, (reader.zeros(),) * cut.blocks)
+
+        def write_sizes(k, n, bias_vector):
+            """Write the step sizes of a block of channels to shared memory."""
+            plgpu.barrier_wait(step_barrier.at[group])
+
+            def multiply(accumulator):
+                plgpu.wgmma(accumulator, step_tile.at[group], p_tile.at[own].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                return accumulator[...]
+
+            raw = pl.run_scoped(multiply, plgpu.ACC((CHANNELS, cut.own_tokens), jnp.float32))
+            if n + 1 < cut.blocks:
+                fetch_step(k, n + 1)
+            else:
+                fetch_step(k + 1, 0)
+            shape = (cut.own_tokens, CHANNELS)
+            raw = exchanged(raw, shape, layouts.steps, interpret)
+            bias_tile = lax.broadcast_in_dim(bias_vector, shape, (1,))
+            raw = raw + plgpu.layout_cast(bias_tile, layouts.steps)
+            sizes = softplus(raw, layouts.steps, interpret)
+            store(sizes_tile.at[group, n, :, pl.ds(0, CHANNELS)], sizes)
+
+        def unit(k, _):
+            blocks = [block_of(k, n) for n in range(cut.blocks)]
+            here = [pl.ds(b * CHANNELS, CHANNELS) for b in blocks]
+            decays = [reader.decays(a_ref.at[direction, at]) for at in here]
+            biases = [load(bias_ref.at[direction, at], layouts.bias) for at in here]
+            for n, bias_vector in enumerate(biases):
+                write_sizes(k, n, bias_vector)
+            plgpu.commit_smem()
+            for backward in (False, True):
+                plan = dataclasses.replace(cut.plan, reverse=backward)
+
+                @pl.when(direction == int(backward))
+                def _(plan=plan):
+                    for index in range(cut.own_images):
+                        run = functools.partial(walk, plan, index, blocks, decays)
+                        pl.when(first + first_image + index < cut.batch)(run)
+
+            plgpu.commit_smem()  # All warps have read the step sizes.
+
+        mine = lax.div(cut.units - side + cut.sides - 1, cut.sides)
+        lax.fori_loop(0, mine, unit, None)
+
+    y = jax.ShapeDtypeStruct(u.shape[1:], jnp.float32)
+    return plgpu.kernel(
+        body,
+        out_type=[y, y],
+        scratch_types=cut.scratch(),
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="projected_scan",
+        grid=(cut.splits, cut.groups, 2),
+        grid_names=("split", "images", "direction"),
+        num_threads=cut.warpgroups,
+        thread_name="warpgroup",
+    )(u, project, step, bias, A.reshape(*A.shape[:2], 1, STATES))
