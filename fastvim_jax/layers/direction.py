@@ -24,6 +24,7 @@ from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled
 from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan import scan_weights
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class ScanDirection(nnx.Module):
             if config.attention_pooling
             else nnx.data(None)
         )
+        # The projections and A once more, for `projected_scan`: see `prepare_scan`.
+        self.scan_weights: Any = nnx.data(None)
 
     def __call__(self, x: Inner, pooling: Pooling) -> Inner:
         """Scan tokens x `b l e`, in scan order; y `b l e` is in the same order, float32 or wider."""
@@ -174,6 +177,24 @@ def stack_directions(
     graphdef, first = nnx.split(forward)  # nothing that is read there depends on the direction
     stack = lambda *sides: jnp.stack(sides, axis)  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(stack, first, nnx.state(backward)))
+
+
+def prepare_scan(both: ScanDirection) -> ScanDirection:
+    """Add `scan_weights`, which one kernel for projections and scans reads, if it is as exact as `select`.
+
+    It rounds the operands of products to TF32, as `select` does where the precision asks for it.
+    """
+    precision = both.config.precision
+    narrow = precision.compute.itemsize < 4
+    if precision.wide == jnp.float32 and (
+        precision.activations == "compute" if narrow else precision.matmul_precision == "tf32"
+    ):
+        A = -jnp.exp(both.A_log[...].astype(precision.wide))
+        weights = scan_weights(
+            both.x_proj.kernel[...], both.dt_proj.kernel[...], both.dt_proj.bias[...], A
+        )
+        both.scan_weights = nnx.data(tuple(map(nnx.Param, weights)))
+    return both
 
 
 def pad_rank(both: ScanDirection) -> ScanDirection:

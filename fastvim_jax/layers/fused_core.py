@@ -32,7 +32,7 @@ from pallas_kernels.mixer_core import (
     mixer_core,
     sequence_core,
 )
-from pallas_kernels.selective_scan import bidirectional_scan
+from pallas_kernels.selective_scan import ScanWeights, bidirectional_scan, projected_scan
 
 
 class Core(NamedTuple):
@@ -302,7 +302,12 @@ def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]
             implementation=config.scan_implementation,
         )
 
-    return params, scans
+    def projected(params, u):
+        weights = nnx.merge(graphdef, params).scan_weights
+        arrays = ScanWeights(*(w[...] for w in weights))
+        return projected_scan(u, arrays, params, step_by_step=scans)
+
+    return params, scans if skip or both.scan_weights is None else projected
 
 
 @jax.custom_vjp

@@ -25,7 +25,13 @@ from jax.nn.initializers import constant, zeros
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers import initializers as init
-from fastvim_jax.layers.direction import MixerConfig, ScanDirection, pad_rank, stack_directions
+from fastvim_jax.layers.direction import (
+    MixerConfig,
+    ScanDirection,
+    pad_rank,
+    prepare_scan,
+    stack_directions,
+)
 from fastvim_jax.layers.fused_core import fused_core, joined_block, runs_fused
 from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
@@ -162,6 +168,7 @@ def stack_mixer_directions(mixers: Mixer) -> Mixer:
     Otherwise every block launches one GPU kernel per parameter to stack its own.
     """
     stacked = nnx.clone(mixers)
-    stacked.both = pad_rank(stack_directions(stacked.forward, stacked.backward, axis=1))
+    both = stack_directions(stacked.forward, stacked.backward, axis=1)
+    stacked.both = pad_rank(prepare_scan(both))
     del stacked.forward, stacked.backward
     return stacked

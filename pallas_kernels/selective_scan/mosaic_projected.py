@@ -28,8 +28,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu
 from pallas_kernels.mosaic import (
     LANES,
+    PROCESSORS,
     SHARED_MEMORY,
     WARPS,
     compiler_params,
@@ -193,12 +195,72 @@ class Cut:
         ]
 
 
+def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
+    """Choose thread blocks that fill the device and fit shared memory; None if there are none.
+
+    Two images share W_x, unless a thread block of two would leave processors idle. The channels of few images are
+    scanned by more thread blocks.
+    """
+    blocks = width // CHANNELS
+    pairs = 2 * 2 * batch > PROCESSORS
+    most = 2 if pairs and 2 * pl.cdiv(lines, 8) * 8 <= MOST_TOKENS else 1
+    splits = max(
+        d
+        for d in range(1, blocks + 1)
+        if blocks % d == 0 and (d == 1 or 2 * batch * d <= PROCESSORS)
+    )
+    for images in range(most, 0, -1):
+        for sides in range(min(3, blocks // splits), 0, -1):
+            for part, slots in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 2)):
+                cut = Cut(
+                    batch=batch,
+                    lines=lines,
+                    width=width,
+                    rank=rank,
+                    images=images,
+                    splits=splits,
+                    sides=sides,
+                    part=part,
+                    slots=slots,
+                )
+                if cut.unsupported() is None:
+                    return cut
+    return None
+
+
+def unsupported(u: Any, rank: int, states: int) -> str | None:
+    """Return why the kernel cannot take this call, or None. Of u `2 b l e` only shape and dtype matter."""
+    if u.dtype != jnp.float32:
+        return f"u is {u.dtype}, not float32"
+    if not all(isinstance(size, int) for size in u.shape):
+        return f"u {u.shape} has a symbolic size"
+    if u.size == 0:
+        return f"u {u.shape} is empty"
+    if states != STATES:
+        return f"it has {states} states, not {STATES}"
+    _, batch, lines, width = u.shape
+    if width % CHANNELS:
+        return f"{width} channels are not made of whole blocks of {CHANNELS}"
+    if choose_cut(batch, lines, width, rank) is None:
+        return f"{lines} steps of {width} channels do not fit shared memory"
+    return None
+
+
+def forward(u: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+    """See `projected.projected_scan`."""
+    _, batch, lines, width = u.shape
+    cut = choose_cut(batch, lines, width, weights.step.shape[-1])
+    assert cut is not None, "unsupported"
+    first, second = gpu.run_once(projected_scan(u, *weights, cut, interpret=gpu.interpreted()))
+    return first, second
+
+
 class Layouts:
     """Register layouts: products with their rows and columns exchanged, and tiles that become operands."""
 
     def __init__(self, part: int):
         # A product holds column 8 a + 2 (lane % 4) + i of row 16 warp + 8 r + lane / 4, in the order a, r, i.
-        tiles = ((8, TALL), (8, 16), (8, 8), (2, 1), (1, 1))
+        tiles: Any = ((8, TALL), (8, 16), (8, 8), (2, 1), (1, 1))
         base, self.steps = tiled(tiles, (-9,), (-5, -6), -1)
         self.bias = reduced(base, (0,))
         tiles = ((8, 4, 16), (8, 1, 16), (8, 1, 8), (2, 1, 1), (1, 1, 1))

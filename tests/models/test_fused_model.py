@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.models import create_model
+from pallas_kernels.selective_scan import projected
 from tests.pallas_kernels.mosaic_support import (
     abstract_h100,
     launches,
@@ -37,12 +38,13 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     )  # Then out_proj, the residual sum and the next norm are in the same kernel.
     for kernel in (
         "mixer_front",
-        "selective_scan",
+        "projected_scan",
         "mixer_back_project" if joined else "mixer_back",
     ):
         assert launches(text, kernel) == depth
-    # Of each mixer in_proj, the two projections of both directions, and out_proj; patches; head.
-    assert text.count("stablehlo.dot_general") == (3 if joined else 4) * depth + 2
+    assert launches(text, "selective_scan") == 0
+    # Of each mixer in_proj and out_proj; patches; head.
+    assert text.count("stablehlo.dot_general") == (1 if joined else 2) * depth + 2
 
 
 @pytest.mark.parametrize(
@@ -50,8 +52,12 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     [({"dtype": "bfloat16", "activations": "compute"}, {16, 32}), ({}, {12, 16, 32})],
     ids=["bfloat16", "float32"],
 )
-def test_what_is_taken_out_of_x_projs_columns(options, taken):
-    """B and C, written as one array, and the steps' rank where dt_proj does not read all columns."""
+def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
+    """B and C, written as one array, and the steps' rank where dt_proj does not read all columns.
+
+    Where one kernel does not do all of it, as in training.
+    """
+    monkeypatch.setattr(projected, "projected_unsupported", lambda u, weights: "not this time")
     graphdef, params = split(depth=2, blocks="unroll", **options)
     images = jax.ShapeDtypeStruct((3, 224, 224, 3), jnp.float32)
     forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731

@@ -1,0 +1,188 @@
+"""Define `projected_scan`: the scans of both directions with their projections to Δ, B and C, as one operation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.checks import as_floats, expect_shape
+from pallas_kernels.derivatives import reverse_mode_only
+from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
+from pallas_kernels.sharding import mark_varying, per_shard
+
+NAME = "projected_scan"
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+RANK_MULTIPLE = 16  # the kernel's operands are tiles of 16 columns
+
+
+class ScanWeights(NamedTuple):
+    """Parameters of both directions' projections and scans in the layout that the kernel reads; see `scan_weights`.
+
+    The rank r is a multiple of 16, n is the number of states.
+    """
+
+    project: Float[Array, "... 2 c e"]  # rows of Δ's rank, then of B, then of C: c = r + 2n
+    step: Float[Array, "... 2 e r"]
+    bias: Float[Array, "... 2 e"]
+    A: Float[Array, "... 2 e n"]
+
+
+def scan_weights(
+    x_proj: Float[Array, "... 2 e c"],
+    dt_proj: Float[Array, "... 2 r e"],
+    bias: Float[Array, "... 2 e"],
+    A: Float[Array, "... 2 e n"],
+) -> ScanWeights:
+    """Transpose the projections' kernels, fill up the rank with zeros, and round the kernels to TF32.
+
+    Do it once for all blocks of a model: it is work of its own for the GPU. No gradient flows through the result.
+    """
+    rank, float32 = dt_proj.shape[-2], jnp.float32
+    missing = -rank % RANK_MULTIPLE
+    columns = jnp.swapaxes(x_proj, -1, -2)
+    zeros = jnp.zeros((*columns.shape[:-2], missing, columns.shape[-1]), columns.dtype)
+    project = jnp.concatenate([columns[..., :rank, :], zeros, columns[..., rank:, :]], axis=-2)
+    step = jnp.swapaxes(dt_proj, -1, -2)
+    step = jnp.pad(step, [(0, 0)] * (step.ndim - 1) + [(0, missing)])
+    weights = ScanWeights(
+        _tf32(project.astype(float32)),
+        _tf32(step.astype(float32)),
+        bias.astype(float32),
+        A.astype(float32),
+    )
+    return jax.tree.map(lax.stop_gradient, weights)
+
+
+def projected_scan(
+    u: Float[Array, "2 b l e"],
+    weights: ScanWeights,
+    params: Any,
+    *,
+    step_by_step: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    implementation: str = "auto",
+) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
+    """Project the tokens u to Δ, B and C, and scan them in both directions.
+
+        [p, B, C] = u · project^T;   Δ = softplus(p · step^T + bias);   y = scan(u, Δ, A, B, C)
+
+    On Hopper GPUs, and only there, one kernel computes this where `step_by_step` takes four or more. u, p and the
+    weights of the products are rounded to TF32, to nearest; sums, Δ, B, C and the states are float32. The kernel takes
+    float32 tokens of 16 states and at most 64 steps, whose channels are whole blocks of 128 and fit shared memory.
+
+    Nothing of the kernel is differentiated: in the forward pass of a gradient, and wherever the kernel does not run,
+    `step_by_step` takes its place.
+
+    Args:
+        u: inputs of both directions, in stored order; the second direction visits the steps from last to first.
+        weights: result of `scan_weights` for one block.
+        params: pytree passed to `step_by_step`; gradients flow to it, not to `weights`.
+        step_by_step: function (params, u) -> (y_f, y_b) that computes the same from the original parameters. It must
+            not close over tracers.
+        implementation: "pallas" (the kernel), "xla" (`step_by_step`), or "auto": the kernel where it can run.
+
+    Returns:
+        y of the first and of the second direction, in u's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or the implementation is unknown.
+        NotImplementedError: implementation is "pallas", but the kernel cannot run here.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{NAME}: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
+        )
+    u = as_floats(NAME, "u", u, "2 b l e")
+    _check(u, weights)
+    # Say nothing where "auto" finds a reason: `step_by_step` has kernels of its own.
+    covered = implementation == "pallas" or projected_unsupported(u, weights) is None
+    if not (covered and gpu.choose(implementation, NAME, lambda: _unsupported(u, weights))):
+        return step_by_step(params, u)
+    with reverse_mode_only(NAME, "FASTVIM_KERNELS=off and fastvim_jax.jvp"):
+        return _scan(step_by_step, implementation == "pallas", u, weights, params)
+
+
+def _check(u: jax.Array, weights: ScanWeights) -> None:
+    beside = f"u {u.shape} (2 b l e)"
+    width, states, rank = u.shape[-1], weights.A.shape[-1], weights.step.shape[-1]
+    for name, x, letters, shape in (
+        ("u", u, "2 b l e", (2, *u.shape[1:])),
+        ("weights.project", weights.project, "2 r+2n e", (2, rank + 2 * states, width)),
+        ("weights.step", weights.step, "2 e r", (2, width, rank)),
+        ("weights.bias", weights.bias, "2 e", (2, width)),
+        ("weights.A", weights.A, "2 e n", (2, width, states)),
+    ):
+        expect_shape(NAME, name, x, letters, shape, beside)
+
+
+def projected_unsupported(u: Any, weights: ScanWeights) -> str | None:
+    """Return why `projected_scan` of such arrays, or their shapes, does not run as one kernel here, or None."""
+    return gpu.kernels_missing() or _unsupported(u, weights)
+
+
+def _unsupported(u: Any, weights: ScanWeights) -> str | None:
+    missing = gpu.wgmma_missing()
+    if missing is not None:
+        return missing
+    from pallas_kernels.selective_scan import mosaic_projected
+
+    return mosaic_projected.unsupported(u, weights.step.shape[-1], weights.A.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(step_by_step, always: bool, u, weights: ScanWeights, params):
+    """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
+    from pallas_kernels.selective_scan import mosaic_projected
+
+    kernel: Callable = mosaic_projected.forward
+
+    def on_share(_, u, weights):
+        if always:
+            return kernel(u, weights)
+        return lax.platform_dependent(
+            u,
+            weights,
+            cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays),
+            default=lambda *arrays: xla(*arrays),
+        )
+
+    of_weights = ScanWeights("d c e", "d e r", "d e", "d e n")  # type: ignore[arg-type]
+    y = "b l e"
+    run = per_shard(on_share, ("d b l e", of_weights), (y, y), split="b", opaque=True)
+    return run(u, weights)
+
+
+def _forward(step_by_step, always, u, weights, params):
+    del always, weights
+    return jax.vjp(step_by_step, params, u)
+
+
+def _backward(step_by_step, always, pull, y_bar):
+    params_bar, u_bar = pull(y_bar)
+    return u_bar, None, params_bar
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def xla(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, jax.Array]:
+    """Define what the kernel computes, rounding included, on any platform and in the dtype of u."""
+    rank, states = weights.step.shape[-1], weights.A.shape[-1]
+    multiply = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    projected = multiply("dble,dce->dblc", _tf32(u), weights.project)
+    delta = multiply("dblr,der->dble", _tf32(projected[..., :rank]), weights.step)
+    B, C = jnp.split(projected[..., rank:], [states], axis=-1)
+    return bidirectional_scan(
+        u, delta, weights.A, B, C, delta_bias=weights.bias, implementation="xla"
+    )
+
+
+def _tf32(x: jax.Array) -> jax.Array:
+    """Round to the 10 bits of mantissa that TF32 products read."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)

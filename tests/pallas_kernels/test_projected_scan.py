@@ -1,0 +1,198 @@
+"""Projections and scans as one kernel: interpreted against float64, lowered for an H100, and its derivative rule."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels.selective_scan import bidirectional_scan, projected, projected_scan
+from pallas_kernels.selective_scan import scan_weights as weights_of
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    interpreted,
+    launches,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
+from tests.support import x64
+
+BOUND = 1e-3  # of TF32
+EXACT = 1e-4  # against the same roundings in float64, of which a few fall to the other side
+STATES = 16
+
+
+def draw(rng, b, l, e, rank=12):
+    """Tokens and the original parameters: kernels of x_proj and dt_proj, bias and A."""
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params = (
+        normal(2, e, rank + 2 * STATES) / e**0.5,
+        normal(2, rank, e) / rank**0.5,
+        normal(2, e) - 2,
+        -jnp.exp(normal(2, e, STATES)),
+    )
+    return normal(2, b, l, e), params
+
+
+def step_by_step(params, u):
+    x_proj, dt_proj, bias, A = params
+    rank = dt_proj.shape[1]
+    multiply = lambda x, w: jnp.einsum("dbli,dio->dblo", x, w, precision="highest")  # noqa: E731
+    x = multiply(u, x_proj)
+    B, C = jnp.split(x[..., rank:], 2, axis=-1)
+    delta = multiply(x[..., :rank], dt_proj)
+    return bidirectional_scan(u, delta, A, B, C, delta_bias=bias, implementation="xla")
+
+
+def run(args, implementation):
+    u, params = args
+    more = {"step_by_step": step_by_step, "implementation": implementation}
+    return projected_scan(u, weights_of(*params), params, **more)
+
+
+def wanted_of(args):
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)
+        return jax.device_get(step_by_step(wide[1], wide[0]))
+
+
+def shapes(b, l, e, rank=12):
+    args = jax.eval_shape(lambda: draw(np.random.default_rng(0), 1, l, e, rank))
+    return jax.ShapeDtypeStruct((2, b, l, e), jnp.float32), args[1]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"images": 2, "sides": 2, "part": 128, "slots": 2},
+        {"images": 2, "sides": 1, "ends": 2, "blocks": 2, "part": 64, "slots": 3},
+        {"images": 1, "sides": 1, "splits": 2, "part": 32, "slots": 2},
+    ],
+    ids=["two images", "an image a warpgroup", "split channels"],
+)
+def test_kernel(seed, monkeypatch, cut):
+    """Odd batches leave a thread block with one image; the rank is filled up."""
+    from pallas_kernels.selective_scan import mosaic_projected
+
+    rng = np.random.default_rng(seed)
+    b, l, rank = cut["images"] * 2 - 1, int(rng.choice([7, 14, 16, 32])), int(rng.choice([4, 24]))
+    print(b, l, rank)
+    args = draw(rng, b, l, 256, rank)
+    padded = -(-rank // 16) * 16
+    whole = {"batch": b, "lines": l, "width": 256, "rank": padded, "splits": 1} | cut
+    whole = mosaic_projected.Cut(**whole)
+    monkeypatch.setattr(mosaic_projected, "choose_cut", lambda *sizes: whole)
+    with abstract_h100(), interpreted():
+        program = jax.jit(lambda args: run(args, "pallas")).trace(args).lower().compile()
+        got = jax.device_get(program(args))
+    assert max(relative_errors(got, wanted_of(args))) < BOUND
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)
+        weights = jax.tree.map(lambda x: x.astype("float64"), weights_of(*args[1]))
+        defined = jax.device_get(projected.xla(wide[0], weights))
+    assert max(relative_errors(got, defined)) < EXACT
+
+
+def test_definition(seed):
+    """The equations that define the kernel are the step-by-step ones, but for the rounding."""
+    args = draw(np.random.default_rng(seed), 2, 5, 24, rank=3)
+    got = projected.xla(args[0], weights_of(*args[1]))
+    errors = relative_errors(jax.device_get(got), wanted_of(args))
+    assert 1e-5 < max(errors) < BOUND
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("batch", "lines", "width", "rank"),
+    [(128, 14, 384, 12), (128, 14, 768, 24), (128, 14, 1536, 48), (1, 14, 384, 12), (7, 7, 384, 12),
+     (32, 32, 384, 12), (8, 64, 384, 12)],
+)  # fmt: skip
+def test_every_size_has_a_cut(batch, lines, width, rank):
+    """The models' sizes; each thread block's channels and images are some of the whole, and none is left out."""
+    from pallas_kernels.selective_scan.mosaic_projected import choose_cut
+
+    padded = -(-rank // 16) * 16
+    cut = choose_cut(batch, lines, width, padded)
+    assert cut is not None and cut.unsupported() is None
+    assert cut.units * cut.splits * cut.blocks * 128 == width
+    assert cut.groups * cut.images >= batch > (cut.groups - 1) * cut.images
+    assert cut.own_images * cut.ends == cut.images
+
+
+@needs_mosaic
+def test_lowers_for_an_h100():
+    """Under vmap and inside a scan too; in the forward pass of a gradient the steps take its place."""
+    args = shapes(4, 14, 384)
+    assert launches(lower_for_h100(lambda a: run(a, "auto"), args), "projected_scan") == 1
+    u, params = args
+    several = jax.ShapeDtypeStruct((3, *u.shape), u.dtype)
+
+    def vmapped(u, params):
+        return jax.vmap(lambda u: run((u, params), "auto"))(u)
+
+    assert launches(lower_for_h100(vmapped, several, params), "projected_scan") == 1
+
+    def scanned(u, params):
+        return lax.scan(lambda u, _: (jnp.stack(run((u, params), "auto")), None), u, None, 3)[0]
+
+    assert launches(lower_for_h100(scanned, u, params), "projected_scan") == 1
+    loss = lambda a: sum(map(jnp.sum, run(a, "auto")))  # noqa: E731
+    assert launches(lower_for_h100(jax.grad(loss), args), "projected_scan") == 0
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [((1, 14, 192), "whole blocks"), ((1, 72, 384), "do not fit"), ((1, 64, 1536), "do not fit")],
+)
+def test_what_is_left_to_the_steps(sizes, reason, monkeypatch):
+    u, params = shapes(*sizes)
+    weights = jax.eval_shape(weights_of, *params)
+    with abstract_h100():
+        assert reason in projected.projected_unsupported(u, weights)
+        few = weights._replace(A=jax.ShapeDtypeStruct((2, sizes[2], 4), jnp.float32))
+        assert "4 states" in projected.projected_unsupported(u, few)
+        half = jax.ShapeDtypeStruct(u.shape, jnp.bfloat16)
+        assert "not float32" in projected.projected_unsupported(half, weights)
+        with pytest.raises(NotImplementedError, match=reason):
+            jax.eval_shape(lambda a: run(a, "pallas"), (u, params))
+        monkeypatch.setenv("FASTVIM_KERNELS", "off")
+        assert "off" in projected.projected_unsupported(u, weights)
+    text = lower_for_h100(lambda a: run(a, "auto"), (u, params))
+    assert launches(text, "projected_scan") == 0
+
+
+@needs_mosaic
+def test_derivative_rule(seed):
+    """Traced for an H100 and run on this CPU, where XLA takes the kernel's place."""
+    args = draw(np.random.default_rng(seed), 3, 6, 128)
+
+    def values_and_gradients(args, implementation):
+        out, pull = jax.vjp(lambda args: run(args, implementation), args)
+        return run(args, implementation), out, pull(tuple(map(jnp.cos, out)))
+
+    with abstract_h100():
+        traced = jax.jit(lambda a: values_and_gradients(a, "auto")).trace(args)
+    assert "custom_vjp_call" in str(traced.jaxpr)
+    got = traced.lower().compile()(args)
+    wanted = jax.jit(lambda a: values_and_gradients(a, "xla"))(args)
+    assert max(relative_errors(got[0], wanted[0])) < BOUND
+    assert max(relative_errors(got[1:], wanted[1:])) < 1e-5
+
+
+def test_bad_shapes_are_named(seed):
+    u, params = draw(np.random.default_rng(seed), 1, 3, 8)
+    weights = weights_of(*params)
+    call = lambda u, weights, name: projected_scan(  # noqa: E731
+        u, weights, params, step_by_step=step_by_step, implementation=name
+    )
+    with pytest.raises(ValueError, match=r"weights\.bias"):
+        call(u, weights._replace(bias=weights.bias[:, 1:]), "xla")
+    with pytest.raises(ValueError, match=r"weights\.project"):
+        call(u[..., 1:], weights, "xla")
+    with pytest.raises(ValueError, match="implementation"):
+        call(u, weights, "fast")
