@@ -49,6 +49,7 @@ TALL = 64  # rows of a wgmma instruction
 MOST_TOKENS = 64  # of a thread block
 RANK_TILE = 16  # columns of p that a swizzled row of 64 bytes holds
 PADDING = 4  # channels; keeps neighbouring rows of step sizes in different banks
+START = 1500  # clocks until a thread block's first bytes are there
 OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
 
@@ -156,6 +157,16 @@ class Cut:
         small = self.tokens * (self.tall + self.rank) + self.warpgroups * CHANNELS * self.rank
         return 4 * (self.width * self.tokens + max(walk, product) + small)
 
+    @property
+    def clocks(self) -> int:
+        """Estimate a processor's clocks: loads at 64 bytes a clock, then exponentials at 16 a clock."""
+        resident = SHARED_MEMORY // (self.shared_memory + OVERHEAD)
+        waves = pl.cdiv(self.splits * self.groups * 2, PROCESSORS * resident)
+        own = self.width // self.splits
+        values = self.width * (self.columns + self.tokens) + own * self.rank
+        walk = own * self.images * self.lines * STATES // 16
+        return waves * (START + values * 4 * resident // 64 + walk * resident)
+
     def unsupported(self) -> str | None:
         """Why no thread block can do this work, or None."""
         if self.width % (CHANNELS * self.blocks * self.splits):
@@ -196,23 +207,13 @@ class Cut:
 
 
 def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
-    """Choose thread blocks that fill the device and fit shared memory; None if there are none.
-
-    Two images share W_x, unless a thread block of two would leave processors idle. The channels of few images are
-    scanned by more thread blocks.
-    """
+    """Choose the thread blocks that take the fewest clocks by `Cut.clocks`; None if none fits shared memory."""
     blocks = width // CHANNELS
-    pairs = 2 * 2 * batch > PROCESSORS
-    most = 2 if pairs and 2 * pl.cdiv(lines, 8) * 8 <= MOST_TOKENS else 1
-    splits = max(
-        d
-        for d in range(1, blocks + 1)
-        if blocks % d == 0 and (d == 1 or 2 * batch * d <= PROCESSORS)
-    )
-    for images in range(most, 0, -1):
-        for sides in range(min(3, blocks // splits), 0, -1):
-            for part, slots in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 2)):
-                cut = Cut(
+    fitting = []
+    for images in (1, 2, 4):
+        for splits in (d for d in range(1, blocks + 1) if blocks % d == 0):
+            cuts = (
+                Cut(
                     batch=batch,
                     lines=lines,
                     width=width,
@@ -223,9 +224,11 @@ def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
                     part=part,
                     slots=slots,
                 )
-                if cut.unsupported() is None:
-                    return cut
-    return None
+                for sides in range(min(3, blocks // splits), 0, -1)
+                for part, slots in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 2))
+            )
+            fitting += [cut for cut in cuts if cut.unsupported() is None][:1]
+    return min(fitting, key=lambda cut: cut.clocks, default=None)
 
 
 def unsupported(u: Any, rank: int, states: int) -> str | None:

@@ -11,6 +11,7 @@ from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
+from tests.pallas_kernels import test_projected_scan as projected
 
 
 def cases(rng):
@@ -38,6 +39,9 @@ def cases(rng):
     yield "ragged core", run, *ragged.draw(rng, 2, 21, 12, 9, 256)
     run = lambda a, g: sequence.value_and_gradients(a, g, "pallas")  # noqa: E731
     yield "unpooled core", run, *sequence.draw(rng, 3, 37, 128)
+    for sizes in ((71, 13, 128), (2, 5, 256)):  # two images a thread block, and one
+        run = lambda a, _: projected.run(a, "pallas")  # noqa: E731
+        yield f"projected scan {sizes}", run, projected.draw(rng, *sizes), None
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
+from tests.pallas_kernels import test_projected_scan as projected
 from tests.pallas_kernels.mosaic_support import relative_errors
 from tests.support import x64
 
@@ -85,6 +86,42 @@ def test_scan(seed, case, reverse):
     assert max(relative_errors(first, wanted)) < (1e-2 if "dtype" in case else 1e-5)
     again = jax.device_get(compiled(args, cotangents))
     jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+PROJECTED = [
+    (128, 14, 384, 12),
+    (127, 14, 384, 12),
+    (3, 14, 768, 24),
+    (128, 14, 768, 24),
+    (5, 14, 1536, 48),
+    (5, 7, 384, 12),
+    (33, 32, 384, 12),
+    (2, 64, 128, 4),
+    (1, 1, 128, 4),
+]
+
+
+@pytest.mark.parametrize("case", PROJECTED)
+def test_projected_scan(seed, case):
+    args = projected.draw(np.random.default_rng(seed), *case)
+    compiled = jax.jit(lambda a: projected.run(a, "pallas")).lower(args).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    # Leave NaN where the results will be.
+    jax.block_until_ready([jnp.full(args[0].shape[1:], jnp.nan) for _ in range(8)])
+    first = jax.device_get(compiled(args))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = projected.wanted_of(jax.device_get(args))
+    assert max(relative_errors(first, wanted)) < projected.BOUND
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
+
+
+def test_projected_scan_under_vmap(seed):
+    u, params = projected.draw(np.random.default_rng(seed), 3, 14, 384)
+    run = lambda u: projected.run((u, params), "pallas")  # noqa: E731
+    both = jax.device_get(jax.jit(jax.vmap(run))(both_ways_round(u)))
+    for i, turn in enumerate((1, -1)):
+        wanted = jax.device_get(jax.jit(run)(u[::turn]))
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, wanted)
 
 
 CORES = [

@@ -23,6 +23,7 @@ from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_sequence as sequence
+from tests.pallas_kernels import test_projected_scan as projected
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
 from tests.pallas_kernels.sharded_support import (
     BATCH,
@@ -98,6 +99,23 @@ def test_mixer_block(seed, monkeypatch, mesh_is):
     program, gathers = compiled(run, args, bars)
     assert not gathers
     assert max(relative_errors(program(args, bars), wanted)) < 1e-2
+
+
+@needs_mosaic
+@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
+def test_projected_scan(seed, monkeypatch, mesh_is):
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    args = projected.draw(np.random.default_rng(seed), 8, 5, 128)
+    wanted = jax.jit(lambda a: projected.run(a, "xla"))(args)
+    mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
+    specs = (P(None, BATCH), jax.tree.map(lambda _: P(), args[1]))
+    run = lambda a: projected.run(a, "auto")  # noqa: E731
+    if mesh_is == "callers":
+        run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=(P(BATCH), P(BATCH)))
+    args = put(args, specs, mesh)
+    program, gathers = compiled(run, args)
+    assert not gathers
+    assert max(relative_errors(program(args), wanted)) < projected.BOUND
 
 
 @needs_mosaic
