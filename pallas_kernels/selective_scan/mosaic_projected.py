@@ -49,7 +49,10 @@ TALL = 64  # rows of a wgmma instruction
 MOST_TOKENS = 64  # of a thread block
 RANK_TILE = 16  # columns of p that a swizzled row of 64 bytes holds
 PADDING = 4  # channels; keeps neighbouring rows of step sizes in different banks
-START = 1500  # clocks until a thread block's first bytes are there
+MOST_CHANNELS = (
+    768  # of 1,536, the separate kernels are faster: a thread block loads half a megabyte of W_x
+)
+START = 6000  # clocks of a thread block beside loads and exponentials, as measured
 OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
 
@@ -164,8 +167,11 @@ class Cut:
         waves = pl.cdiv(self.splits * self.groups * 2, PROCESSORS * resident)
         own = self.width // self.splits
         values = self.width * (self.columns + self.tokens) + own * self.rank
-        walk = own * self.images * self.lines * STATES // 16
-        return waves * (START + values * 4 * resident // 64 + walk * resident)
+        walk = own * self.images * self.lines * STATES // 16 * resident
+        missing = max(
+            0, 3 - self.warpgroups * resident
+        )  # warpgroups that would hide each other's latencies
+        return waves * (START + values * 4 * resident // 64 + walk * (4 + missing) // 4)
 
     def unsupported(self) -> str | None:
         """Why no thread block can do this work, or None."""
@@ -244,6 +250,8 @@ def unsupported(u: Any, rank: int, states: int) -> str | None:
     _, batch, lines, width = u.shape
     if width % CHANNELS:
         return f"{width} channels are not made of whole blocks of {CHANNELS}"
+    if width > MOST_CHANNELS:
+        return f"{width} channels are more than {MOST_CHANNELS}"
     if choose_cut(batch, lines, width, rank) is None:
         return f"{lines} steps of {width} channels do not fit shared memory"
     return None
