@@ -16,26 +16,26 @@ from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to scan. The options are the fields of the same names in an experiment's `data`."""
+    """The data set to scan. The options have the names of the fields in an experiment's `data`."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder."""
     split: tuple[str, ...] = ()
-    """What {split} stands for in the patterns; by default every folder in its place."""
+    """Splits to scan: values of {split} in the patterns; by default every folder in its place."""
     image_pattern: str = IMAGE_PATTERN
-    """Where images lie below PATH; {name} may span folders."""
+    """Pattern of the images' paths, relative to FOLDER. {name} may contain folders."""
     mask_pattern: str = MASK_PATTERN
-    """Where the mask of an image lies, under the same {name}."""
+    """Pattern of the masks' paths. The mask of an image has the same {name}."""
     class_list: str = ""
-    """Class list (.txt, .tsv or ADE20K's .csv) where the folder's own is not the right one."""
+    """A class list (.txt, .tsv or ADE20K's .csv) to use instead of the folder's own."""
     classes: int = 0
-    """Number of classes where there is no class list."""
+    """Number of classes, if there is no class list."""
     zero_is_ignored: bool = False
-    """Label 0 means unlabelled and label k class k - 1, as in ADE20K."""
+    """Whether label 0 means unlabelled, and label k means class k - 1, as in ADE20K."""
     ignored_label: int = 255
     """Label of pixels that do not count."""
     workers: int = 0
-    """Worker processes."""
+    """Worker processes; 0: this process alone."""
     list: int = 20
     """Problems of each split to list; the others are counted."""
     json: bool = False
@@ -43,7 +43,7 @@ class Arguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """List what is wrong with images and label maps; the exit status is 1 if anything is."""
+    """List what is wrong with images and label maps. The exit status is 1 if there is a problem."""
     chosen = parse(Arguments, "data check-masks", arguments, f"{run.__doc__}")
     from fastvim_jax.cli.data import progress_bar
     from fastvim_jax.data.prepare.check_masks import check_masks, count_problems

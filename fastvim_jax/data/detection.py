@@ -1,11 +1,12 @@
-"""Batches of images with objects for training, and of whole images for evaluation.
+"""Make batches of images with objects for training, and of whole images for evaluation.
 
-Everything up to the batch is random access (`grain.MapDataset`): batch i of a seed is the same for any number of
-workers or processes and after any restart.
+Batches are random access (`grain.MapDataset`): batch i of a seed is the same for any number of workers or processes and
+after any restart.
 
-Training: flip; resize to fit the model's input times a factor r; crop at a random place; draw the masks inside the crop
-and compute the boxes from them; drop objects of which nothing is left; pad. Pixels stay uint8 and are padded before
-they are normalised. Objects are padded to `max_objects`, and their masks travel as bits.
+A training image passes through these steps: flip; resize to fit the model's input times a random factor; crop at a
+random place; draw the masks inside the crop and compute the boxes from them; drop objects that the crop cuts off
+completely; pad. Pixels stay uint8 and are padded before they are normalised. Objects are padded to `max_objects`, and
+their masks are packed into bits.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from fastvim_jax.data.sources.coco_file import Objects
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
-_REPLACEMENTS = 100
-_LEAST_SIDE = 0.01  # pixels of a box that is kept
+_REPLACEMENTS = 100  # unreadable records in a row before the data set is taken for damaged
+_LEAST_SIDE = 0.01  # pixels; smaller boxes are dropped
 
 
 def open_coco(
     config: DetectionData, split: str, *, training: bool = False, allow_missing: bool = False
 ) -> CocoSource:
-    """Open one split.
+    """Open one split of a data set in COCO's format.
 
     Raises:
         UserError: a missing folder, JSON file or image, or masks without pycocotools.
@@ -64,19 +65,24 @@ def make_train_iterator(
 ) -> BatchIterator:
     """Return an endless iterator over augmented batches, reshuffled each epoch.
 
-    A batch holds `image` uint8 `b h w 3`; `boxes` float32 `b m 4`, `label` int32 `b m`, `present` bool `b m` of up to
-    `max_objects` objects; `masks` uint8 `b m h w/8`, bits along the width (with config.masks); and `left_out` int32
-    `b`, objects for which there was no room. A training set smaller than a batch repeats within it.
+    A batch holds, for up to m = `max_objects` objects of each image:
+
+    - `image` uint8 `b h w 3`;
+    - `boxes` float32 `b m 4`, `label` int32 `b m`, and `present` bool `b m`, False for padding;
+    - `masks` uint8 `b m h w/8`, with config.masks: eight pixels of a row in each byte;
+    - `left_out` int32 `b`: number of objects for which there was no room.
+
+    If the training set is smaller than a batch, its images repeat within the batch.
 
     Raises:
-        UserError: when the data cannot be found.
+        UserError: the data set cannot be found.
     """
     source = open_coco(config, config.train_split, training=True)
     local = local_batch(config.batch_size, process_count, "batch_size")
     steps = max(len(source) // config.batch_size, 1)
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
     if len(source) < config.batch_size:
-        records = records.repeat(-(-config.batch_size // len(source)))
+        records = records.repeat(math.ceil(config.batch_size / len(source)))
     scenes = records.random_map(_LoadForTraining(source, config))
     batches = scenes[: steps * config.batch_size].batch(local, batch_fn=_stack).repeat(None)
     return BatchIterator(
@@ -103,19 +109,19 @@ def make_eval_iterator(
 ) -> BatchIterator:
     """Return an iterator over one pass in the source's order: images resized to fit, padded, not augmented.
 
-    A batch holds `image`, `scale` float32 `b 2` (factors of width and height), `index` int32 `b` (the record) and
-    `valid` bool `b`, false for padding and for records that cannot be read.
+    A batch holds `image`, `scale` float32 `b 2` (factors by which width and height were resized), `index` int32 `b`
+    (of the record) and `valid` bool `b`, False for padding and for records that cannot be read.
 
     Raises:
-        UserError: when the data cannot be found.
+        UserError: the data set cannot be found.
     """
     source = open_coco(config, split or config.eval_split)
     size = batch_size or config.eval_batch_size or config.batch_size
     local = local_batch(size, process_count, "eval_batch_size")
-    steps = -(-len(source) // size)
+    steps = math.ceil(len(source) / size)
     positions = grain.MapDataset.source(range(steps * size))
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
-    stream, stay = evaluation_stream(
+    stream, endless = evaluation_stream(
         batches[process_index::process_count],
         config.workers,
         batch_bytes=local * math.prod(config.height_width) * 3,
@@ -127,13 +133,13 @@ def make_eval_iterator(
         steps_per_epoch=steps,
         identity={"split": split or config.eval_split, "records": len(source), "batch_size": size},
         reread=lambda index: load(source, index),
-        ends=stay,
+        ends=endless,  # The iterator ends each pass itself.
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How an image is brought into the model's input: mirrored, resized to `size`, cropped at `top`, `left`."""
+    """How an image becomes the model's input: mirror, resize to `size`, crop at `top` and `left`, in this order."""
 
     size: tuple[int, int]
     top: int = 0
@@ -144,7 +150,7 @@ class Placement:
 def draw_placement(
     size: tuple[int, int], config: DetectionData, rng: np.random.Generator
 ) -> Placement:
-    """Draw the large-scale jitter of an image of `size` (height, width)."""
+    """Draw the placement of an image of `size` (height, width): large-scale jitter and a flip."""
     mirrored = bool(rng.random() < config.flip)
     factor = rng.uniform(*config.scale)
     resized = fit(size, config.height_width, factor)
@@ -175,7 +181,7 @@ def place(
 def place_objects(
     objects: Objects, placement: Placement, config: DetectionData, name: str
 ) -> dict[str, np.ndarray]:
-    """Move the objects of an image along with it, drop those that are gone, and pad to `max_objects`."""
+    """Move the objects of an image along with it, drop those outside the crop, and pad to `max_objects`."""
     height, width = config.height_width
     region = tuple(min(r, c) for r, c in zip(placement.size, config.height_width, strict=True))
     factor = placement.size[1] / objects.width, placement.size[0] / objects.height
@@ -215,7 +221,7 @@ def place_objects(
 
 
 def boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
-    """Return the tight box of each mask: from the first to behind the last pixel; zeros for an empty mask."""
+    """Return the tight box of each mask, around all its pixels; zeros for an empty mask."""
     boxes = np.zeros((len(masks), 4))
     for box, mask in zip(boxes, masks, strict=True):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -225,10 +231,10 @@ def boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
 
 
 def load(source: CocoSource, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], Objects]:
-    """Read an image and its objects, checked against each other.
+    """Read an image and its objects, and check that their sizes agree.
 
     Raises:
-        DecodeError: naming the file, the cause and the fix.
+        DecodeError: the image cannot be read, or the sizes differ. The message names the file, the cause and the fix.
     """
     record = read_record(source, index)
     image = np.asarray(decode_image(record.image, channels=3, name=record.name))
@@ -244,7 +250,7 @@ def load(source: CocoSource, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], Ob
 
 @dataclasses.dataclass
 class _LoadForTraining(grain.transforms.RandomMap):
-    """Load and transform a record; one that cannot be read is replaced by another, drawn at random."""
+    """Load and transform a record. Replace an unreadable one by another, drawn at random."""
 
     source: CocoSource
     config: DetectionData
@@ -268,7 +274,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
 
 @dataclasses.dataclass
 class _LoadForEvaluation(grain.transforms.Map):
-    """Load a record and resize its image; padding and what cannot be read is not valid."""
+    """Load a record and resize its image. Padding and unreadable records are marked as not valid."""
 
     source: CocoSource
     config: DetectionData

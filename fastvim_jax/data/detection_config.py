@@ -1,4 +1,4 @@
-"""Settings of detection's data: where annotations lie, large-scale jitter, room for objects."""
+"""Define the data settings of detection: where annotations lie, large-scale jitter, room for objects."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ class DetectionData(DataConfig):
     source: str = "coco"
     """coco: a JSON file in COCO's instances format beside image folders."""
     train_split: str = "train2017"
-    """What {split} stands for in training."""
+    """Split to train on: the value of {split} in `annotations` and `images`."""
     eval_split: str = "val2017"
-    """What {split} stands for in evaluation."""
+    """Split to evaluate on: the value of {split} in `annotations` and `images`."""
     image_size: int | tuple[int, int] = 1024
-    """Side, or height and width, to which images are padded, at the bottom and right."""
+    """Height and width in pixels to which images are padded, at the bottom and right (one number: square)."""
     batch_size: int = 64
     """Images per training step, over all processes."""
     annotations: str = ANNOTATIONS
-    """The JSON file below data.path."""
+    """The JSON file of annotations, relative to data.path."""
     images: str = IMAGES
-    """The folder of the images below data.path."""
+    """The folder of the images, relative to data.path."""
     masks: bool = True
-    """Load masks, from which boxes are computed anew after cropping; without them boxes are clipped."""
+    """Load masks. Boxes are then computed from the cropped masks; without masks they are clipped to the crop."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Training: images are resized, aspect kept, to fit image_size times a factor drawn uniformly from this range."""
+    """In training, images are resized, aspect ratio kept, to fit image_size times a factor drawn uniformly from this
+    range."""
     flip: float = 0.5
-    """Training: probability of a horizontal flip."""
+    """Probability of a horizontal flip in training."""
     pad_value: int = 114
-    """Level of the padding's pixels, before normalisation."""
+    """Grey level of padding, from 0 to 255, before normalisation."""
     max_objects: int = 100
-    """Training: room for objects of an image; of more, the largest are kept."""
+    """Largest number of objects of a training image. If there are more, the largest are kept."""
     least_side: int = 32
-    """Training: images with a shorter side are left out."""
+    """Training images with a side shorter than this many pixels are left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Work on each device's own images inside a step that is sharded over a mesh, a few images at a time."""
+"""Process each device's own images inside a step that is sharded over a mesh, a few images at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 CHUNK = 128
-"""Most images at a time. A whole batch's intermediate results would take about ten megabytes an image."""
+"""Largest number of images at a time, because intermediate results take about ten megabytes per image."""
 
 
 def on_each_device(work: Callable[..., Array], *arrays: Array) -> Array:
-    """Run `work` on each device's share of the batch, because the partitioner may gather what indices read.
+    """Run `work` on each device's share of the batch. Otherwise XLA's partitioner may gather arrays that are indexed.
 
     Args:
-        work: a function of arrays with the batch as their first axis, each image on its own.
+        work: a function of arrays whose first axis is the batch. It must treat each image independently.
         arrays: its arguments, for the whole batch.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""Settings of segmentation's data: where masks lie, what their labels mean, resizing, crops and distortion."""
+"""Define the data settings of segmentation: where masks lie, what labels mean, resizing, crops and distortion."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ class SegmentationData(DataConfig):
     source: str = "mask_folder"
     """mask_folder: image files and mask files, matched by patterns."""
     train_split: str = "training"
-    """What {split} stands for in training."""
+    """Split to train on: the value of {split} in the patterns."""
     eval_split: str = "validation"
-    """What {split} stands for in evaluation."""
+    """Split to evaluate on: the value of {split} in the patterns."""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 512
-    """Side, or height and width, of training crops and of evaluation's windows."""
+    """Height and width of training crops and of evaluation windows, in pixels (one number: square)."""
     batch_size: PositiveInt = 16
     """Images per training step, over all processes."""
     image_pattern: str = IMAGE_PATTERN
-    """Where images lie below data.path; {name} may span folders, the extension .* stands for any image."""
+    """Pattern of the images' paths, relative to data.path. {name} may contain folders; .* matches any image type."""
     mask_pattern: str = MASK_PATTERN
-    """Where the mask of an image lies, under the same {name}."""
+    """Pattern of the masks' paths. The mask of an image has the same {name}."""
     classes: NonNegativeInt = 0
-    """Number of classes where there is no class list."""
+    """Number of classes, if there is no class list."""
     zero_is_ignored: bool = False
-    """Label 0 means unlabelled and label k class k - 1, as in ADE20K."""
+    """Whether label 0 in the files means unlabelled, and label k means class k - 1, as in ADE20K."""
     ignored_label: NonNegativeInt = 255
-    """Label in the files of pixels that do not count."""
+    """Label in the files for pixels that do not count."""
     fit: tuple[PositiveInt, PositiveInt] = (2048, 512)
-    """Images are resized, aspect kept, to fit these bounds of the longer and the shorter side."""
+    """Largest longer and shorter side, in pixels. Images are resized to fit both, with their aspect ratio kept."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Training: both bounds are multiplied by a factor drawn uniformly from this range."""
+    """In training, both sides of `fit` are multiplied by a factor drawn uniformly from this range."""
     max_share: float = 0.75
-    """Training: a crop is drawn again, up to ten times, while one class has a larger share; 1: never."""
+    """In training, a crop is drawn again, up to ten times, while one class fills more than this share; 1: never."""
     flip: float = 0.5
-    """Training: probability of a horizontal flip."""
+    """Probability of a horizontal flip in training."""
     photometric: bool = True
-    """Training: distort brightness, contrast, saturation and hue."""
+    """Distort brightness, contrast, saturation and hue in training."""
     repeat: PositiveInt = 1
-    """Times the training images are gone through in one epoch, for sets of few images."""
+    """How often an epoch passes over the training images; more than once for small data sets."""
     eval_stride: PositiveInt | tuple[PositiveInt, PositiveInt] = 341
-    """Evaluation: rows and columns between windows."""
+    """Distance between evaluation windows: rows and columns, in pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Pictures of image files as a masked autoencoder reconstructs them."""
+"""Draw image files as a masked autoencoder reconstructs them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def load_masked(
     weights: Literal["raw", "ema"] | None = None,
     step: int | None = None,
 ) -> Run:
-    """Load a masked pre-training run, or make one of a saved masked autoencoder.
+    """Load a masked pre-training run, or wrap a saved masked autoencoder as one.
 
     Args:
         source: a run folder, or a folder of `save_pretrained`.
-        weights: of a run folder, see `load_run`.
-        step: of a run folder, see `load_run`.
+        weights: for a run folder, see `load_run`.
+        step: for a run folder, see `load_run`.
 
     Raises:
-        UserError: no such folder, or a saved model of another kind.
+        UserError: the folder does not exist, or holds a saved model of another kind.
     """
     if not is_pretrained(source):
         return load_run(source, weights=weights, step=step)
@@ -82,7 +82,7 @@ def reconstruct_files(
         files: image files of any size and kind.
         out: the PNG file.
         mask_ratio: share of patches to remove; None: that of the run.
-        seed: decides which patches.
+        seed: seed of the choice of patches.
 
     Returns:
         One message for each file that could not be read.
@@ -93,8 +93,8 @@ def reconstruct_files(
     config = run.config
     if not isinstance(config, PretrainConfig):
         raise UserError(
-            f"the run is a {type(config).__name__}'s and reconstructs nothing: name a masked pre-training run (a "
-            "PretrainConfig's)."
+            f"the run has a {type(config).__name__}, so its model reconstructs nothing: name a masked pre-training run "
+            "(with a PretrainConfig)."
         )
     graphdef, params = nnx.split(run.model)
     if mask_ratio is not None:

@@ -1,4 +1,4 @@
-"""Weights in and out, under the authors' PyTorch state-dict names."""
+"""Load and return weights under the names and in the layouts of the authors' PyTorch state dicts."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
     """
     table = _table(model)
     params = nnx.state(model)
-    # Expected shapes are told in the authors' layout, in which the reader has the arrays.
+    # Name expected shapes in the authors' layout, because the user's arrays have that layout.
     expected = {}
     for info in parameter_infos(params):
         for name in info.unstacked_names():
             torch_name, convert = _torch_entry(table, name)
             expected[torch_name] = convert(np.broadcast_to(0.0, info.shape)).shape
-    # PyTorch's batch norms also count the batches they saw, which nothing reads.
+    # PyTorch's batch norms also store the number of batches seen, which nothing reads.
     given = {k: v for k, v in mapping.items() if not k.endswith(".num_batches_tracked")}
     arrays = resolve_aliases({name: np.asarray(value) for name, value in given.items()})
     if isinstance(model, MaskedAutoencoder):
@@ -114,7 +114,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
 
 
 def _shortened(problems: list[str]) -> list[str]:
-    """Return all problems, or of very many the first and the last, as missing names come first and shapes last."""
+    """Return all problems, or only the first and last ones if there are many: missing names come first, shapes last."""
     if len(problems) <= 2 * _SHOWN:
         return problems
     return [

@@ -1,4 +1,4 @@
-"""Images to one token per patch and channel: a shared patch kernel plus an embedding of the channel.
+"""Embed images as one token per patch and channel: a shared patch kernel, plus an embedding of the channel.
 
 token[r, c, k] = kernel · patch[r, c] of channel k + bias + channel_embed[id of channel k]
 
@@ -23,7 +23,7 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Images
 
 ChannelIds = Int[Array, "#b k"] | Int[np.ndarray, "#b k"]
-"""Which channel of the model each channel of the input is, the same for all images (b = 1) or image by image."""
+"""Number of each of the input's k channels among the model's channels: for all images (b = 1), or for each image."""
 
 
 class ChannelPatchProjection(nnx.Module):
@@ -64,8 +64,8 @@ class ChannelPatchEmbed(nnx.Module):
 
         Args:
             images: any k up to the model's number of channels.
-            channel_ids: the model's channel for each of the k channels; None: the first k. An id outside the model's
-                channels gives NaN if it is traced.
+            channel_ids: the model's channel for each of the k channels; None: the first k. A traced id outside the
+                model's channels gives NaN, because traced values cannot be checked.
 
         Raises:
             UserError: more channels than the model has, ids that do not fit, or an image smaller than one patch.
@@ -73,7 +73,7 @@ class ChannelPatchEmbed(nnx.Module):
         images = check_image_array(images)
         ids = check_channel_ids(images.shape, channel_ids, self.channels)
         check_size(images.shape[1:3], self.patch)
-        if self.precision.activations == "compute":  # As in PatchEmbed: rounded once.
+        if self.precision.activations == "compute":  # Round the images once, as PatchEmbed does.
             images = images.astype(self.precision.compute)
         patches = cut_patches(images, self.patch, self.stride)
         kernel = rearrange(self.proj.kernel[...], "p q 1 d -> (p q) d")
@@ -86,7 +86,7 @@ class ChannelPatchEmbed(nnx.Module):
 def cut_patches(
     images: Images, patch: tuple[int, int], stride: tuple[int, int]
 ) -> Float[Array, "b rows columns k pixels"]:
-    """Cut images into patches that begin every `stride` pixels; they overlap where the stride is below the patch."""
+    """Cut images into patches that begin every `stride` pixels. They overlap if `stride` is smaller than `patch`."""
     rows, columns = strided_grid((images.shape[1], images.shape[2]), patch, stride)
     if patch == stride:
         whole = images[:, : rows * patch[0], : columns * patch[1]]

@@ -24,11 +24,11 @@ class Source:
     """Weights to start from.
 
     Attributes:
-        name: what they are, for people.
-        arrays: unstacked parameters, and running statistics, under this library's names.
+        name: description of the weights, for messages.
+        arrays: unstacked parameters and running statistics, under this library's names.
         config: the model's config, or None if it is not known.
-        class_names: names of its classes, if known.
-        data: what says how its images were normalised (`mean`, `std`), if known.
+        class_names: names of the model's classes, if known.
+        data: a config with `mean` and `std`, by which the model's images were normalised, if known.
     """
 
     name: str
@@ -46,11 +46,11 @@ def read_source(
     Args:
         source: a run folder; a folder of `save_pretrained`, or `hf://owner/name` on the Hugging Face hub; a
             `.safetensors` or PyTorch file under the authors', timm's or this library's names.
-        weights: of a run folder, `raw` or `ema`; None: the average if the run kept one.
-        step: of a run folder, which checkpoint; by default the latest.
+        weights: for a run folder, `raw` or `ema`; None: the average if the run kept one.
+        step: for a run folder, the checkpoint's step; by default the latest.
 
     Raises:
-        UserError: no such folder or file; a damaged one; weights of no model that is known here.
+        UserError: the folder or file does not exist or is damaged, or the weights belong to no known model.
     """
     path = Path(source).expanduser()
     if is_pretrained(source) or is_pretrained(path):
@@ -88,13 +88,15 @@ def read_source(
 
 def _refuse_choice(source: str, weights: str | None, step: int | None) -> None:
     if weights is not None or step is not None:
-        raise UserError(f"{source} holds one set of weights: weights and step are of a run folder.")
+        raise UserError(
+            f"{source} holds one set of weights: only run folders take weights and step."
+        )
 
 
 def source_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Return a model's unstacked parameters; a masked autoencoder's with its encoder's position table."""
+    """Return a model's unstacked parameters. For a masked autoencoder, add its encoder's fixed position table."""
     if isinstance(model, MaskedAutoencoder):
-        # The fixed position table becomes the classifier's; what is not the encoder's keeps its name.
+        # A classifier that starts from these weights learns position embeddings, beginning with the fixed table.
         whole = named_parameters(jax.tree.map(np.asarray, nnx.state(model)))
         table = backbone_parameters(model)["pos_embed"]
         return {"encoder.pos_embed": np.asarray(table), **whole}

@@ -221,7 +221,7 @@ def test_hand_written_code_loads_runs_and_files(source_run, tmp_path, rng):
         (
             "README.md",
             {"weights": "ema"},
-            "holds one set of weights: weights and step are of a run folder",
+            "holds one set of weights: only run folders take weights and step",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The configuration of a supervised run: what an experiment file builds and the command line overrides."""
+"""Define the configuration of a supervised run. An experiment file builds it, and the command line overrides fields."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastvim_jax.training.config import RunConfig
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Everything that decides a supervised run; two runs of one config on one machine end in the same weights.
+    """Everything that determines a supervised run. Two runs of one config on one machine end with the same weights.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
     model: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig
-    """The backbone and its head; model.num_classes must be the data's number of classes."""
+    """The backbone and its head. model.num_classes must equal the number of classes in the data."""
     data: ClassificationData | CellsData = field(default_factory=ClassificationData)
-    """Where the images come from, how they are batched and augmented."""
+    """Where the images come from, and how they are batched and augmented."""
     scale_from_init: bool = True
-    """Set model.pool_scale, if it is 1, to 1 - mask_ratio of the masked run that `init` names (0.25 for 0.75)."""
+    """If init names a masked run and model.pool_scale is 1, set it to 1 - mask_ratio (0.25 for a ratio of 0.75)."""
     label_smoothing: Rate = 0.1
     """Mass of each target spread evenly over all classes."""
 

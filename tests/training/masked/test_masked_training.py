@@ -176,7 +176,7 @@ def test_runs_of_another_task_are_refused_by_name(pretrained: Any, tmp_path: Any
         score_run(folder, DATA)
     run = load_run(folder)
     other = dataclasses.replace(run, config=tiny_config())
-    with pytest.raises(UserError, match="TrainConfig's and reconstructs nothing"):
+    with pytest.raises(UserError, match="TrainConfig, so its model reconstructs nothing"):
         reconstruct_files(other, [], tmp_path / "out.png")
 
 
