@@ -13,12 +13,12 @@ from jaxtyping import Float, Shaped, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """An image and what is marked in it; absent parts are None.
+    """An image with its mask and boxes; parts that it does not have are None.
 
     Attributes:
         image: uint8 pixels.
-        mask: labels of pixels `h w`, or masks of n objects `n h w`; any dtype.
-        boxes: corners of n objects.
+        mask: the pixels' labels `h w`, or masks of n objects `n h w`; any dtype.
+        boxes: (x1, y1, x2, y2) of n objects.
     """
 
     image: UInt8[np.ndarray, "h w c"]
@@ -56,7 +56,7 @@ def resize(scene: Scene, size: tuple[int, int]) -> Scene:
 
 
 def crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
-    """Cut out `size` (height, width), less where the image ends. Boxes are clipped, and may come out empty."""
+    """Cut out `size` (height, width), or less at the image's border. Boxes are clipped, and may become empty."""
     height, width = min(size[0], scene.size[0] - top), min(size[1], scene.size[1] - left)
     rows, columns = slice(top, top + height), slice(left, left + width)
     boxes = scene.boxes
@@ -101,8 +101,8 @@ def resize_image(
     Args:
         image: uint8 pixels.
         size: height and width of the resized image.
-        top, left: where the part to compute begins in the resized image.
-        region: height and width of that part; None: all of it. A crop costs no more than its own pixels.
+        top, left: upper left corner, in the resized image, of the region to compute.
+        region: height and width of this region; None: all of the image. Only the region's pixels are computed.
     """
     height, width = (size[0] - top, size[1] - left) if region is None else region
     if tuple(size) == image.shape[:2]:
@@ -111,7 +111,7 @@ def resize_image(
     column, next_column, across = _taps(image.shape[1], size[1], left, width)
     first, last = row.min(), next_row.max() + 1
     strip = image[first:last]
-    # Columns first, then rows: both in float32, which holds products of bytes and weights to 1e-5 levels.
+    # Interpolate columns first, then rows, in float32: its rounding is about 1e-5 grey levels.
     across = across.astype(np.float32)[:, None]
     narrow = strip[:, column].astype(np.float32)
     narrow += (strip[:, next_column] - narrow) * across
@@ -125,7 +125,7 @@ def resize_image(
 def resize_mask(
     mask: Shaped[np.ndarray, "*n h w"], size: tuple[int, int]
 ) -> Shaped[np.ndarray, "*n i j"]:
-    """Resize by the nearest pixel, floor(i n / m) of n for row or column i of m."""
+    """Resize to the nearest pixel: row or column i of m reads row or column floor(i n / m) of n."""
     rows, columns = (np.arange(m) * n // m for n, m in zip(mask.shape[-2:], size, strict=True))
     return mask[..., rows[:, None], columns]
 
@@ -133,7 +133,7 @@ def resize_mask(
 def _taps(
     source: int, target: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return lower and upper neighbour and the weight of the upper one, for `count` places from `start`."""
+    """Return, for `count` places from `start`, the lower and the upper neighbour, and the weight of the upper one."""
     place = (np.arange(start, start + count) + 0.5) * source / target - 0.5
     place = np.clip(place, 0, source - 1)
     low = np.floor(place).astype(np.int64)

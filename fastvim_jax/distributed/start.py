@@ -1,16 +1,17 @@
 """Join a group of processes: detect the group from flags, JAX_* variables, SLURM or Open MPI.
 
-JAX's own cluster detection is not used: it takes half-set variables for a process on its own, so that every process
-would train the whole run; it gives all steps of a SLURM job one port; and with Open MPI 5 it needs mpi4py.
+JAX's own cluster detection is not used, for three reasons. If only some variables are set, it starts a single process,
+so every process would train the whole run. It uses one port for all steps of a SLURM job. With Open MPI 5 it needs
+mpi4py.
 
-Three facts make a process part of a group: the coordinator's address (process 0 listens there), how many processes
-there are, and the number of this one. Each is taken from the first place that gives it:
+A process needs three values to join a group: the coordinator's address (where process 0 listens), the number of
+processes, and its own number. Each value is taken from the first of these places that gives it:
 
     the caller (flags of `fastvim train`)
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (an indexed Kubernetes job: JOB_COMPLETION_INDEX)
     SLURM, for a process that `srun` started; Open MPI's `mpirun`
 
-Where none of them is given, or the number is 1, the process is on its own.
+If no value is given, or the number of processes is 1, the process runs alone.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Launch:
 
     Attributes:
         coordinator: `host:port` at which process 0 listens.
-        processes: how many processes there are.
-        process: this one's number, from 0.
-        local_devices: numbers of this host's devices that are this process's own; None: all that it sees.
+        processes: number of processes.
+        process: number of this process, from 0.
+        local_devices: numbers of this host's devices that this process uses; None: all that it sees.
     """
 
     coordinator: str
@@ -49,15 +50,15 @@ class Launch:
 def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Launch | None:
-    """Join the group of processes that `detect` finds, or stay alone. To be called before the devices are first used.
+    """Join the group of processes that `detect` finds, if any. Call this before the devices are first used.
 
     Raises:
-        UserError: the environment is set by halves, or the coordinator cannot be reached.
+        UserError: some of the values are missing or impossible, or the coordinator cannot be reached.
     """
     launch = detect(os.environ, coordinator, processes, process)
     if launch is None or jax.distributed.is_initialized():
         return launch
-    # SIGTERM is the trainer's; JAX's service would swallow it before the trainer listens.
+    # The trainer handles SIGTERM. JAX's preemption service would catch the signal before the trainer listens for it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -82,14 +83,14 @@ def detect(
     processes: int | None = None,
     process: int | None = None,
 ) -> Launch | None:
-    """Detect this process's place in its group; None for a process on its own.
+    """Detect this process's place in its group. Return None if it runs alone.
 
     Args:
-        environment: the environment's variables.
-        coordinator, processes, process: what the caller knows; it comes before the environment.
+        environment: the environment variables.
+        coordinator, processes, process: values that the caller knows; they override the environment.
 
     Raises:
-        UserError: something is missing or impossible; the message says what and where it is looked for.
+        UserError: a value is missing or impossible. The message says which one, and where it can be set.
     """
     ours = bool(
         coordinator
@@ -123,7 +124,7 @@ def detect(
     if coordinator is None or processes is None or process is None:
         raise UserError(
             f"A start with several processes is missing {' and '.join(missing)}. {found.hint}"
-            "For a process on its own unset what is set, or say --processes 1."
+            "For a process on its own, unset the others or give --processes 1."
         )
     if processes < 1 or not 0 <= process < processes:
         raise UserError(
@@ -138,7 +139,7 @@ def detect(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a launcher's variables say; `local` is this process's number on its host if it shares the host."""
+    """Values from a launcher's variables. `local` is the process's number on its host, if others run there too."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -148,9 +149,9 @@ class _Found:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Found | None:
-    """Detect a task of a SLURM step.
+    """Detect a task of a SLURM step, that is, a process that `srun` started.
 
-    The batch script itself is none: there, SLURM_NTASKS is only what was asked for.
+    The batch script itself is not a task: there, SLURM_NTASKS is only the number that was requested.
     """
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
     if tasks is None:
@@ -170,7 +171,7 @@ def _slurm(environment: Mapping[str, str]) -> _Found | None:
             f"SLURM_STEP_NODELIST is {environment['SLURM_STEP_NODELIST']!r}: no list of nodes."
         )
     step = environment.get("SLURM_STEP_ID", "0")
-    # Below the ports that systems hand out by themselves, and another one for each step.
+    # Choose a port below those that the system assigns by itself, and another one for each step.
     port = 10000 + (int(job) + 101 * (int(step) if step.isdigit() else 0)) % 20000
     shared = (_number(environment, "SLURM_STEP_NUM_NODES") or 1) < tasks
     host = "".join(part or "" for part in first.groups())
@@ -178,7 +179,7 @@ def _slurm(environment: Mapping[str, str]) -> _Found | None:
 
 
 def _open_mpi(environment: Mapping[str, str]) -> _Found | None:
-    """Detect a rank of Open MPI, which does not tell ranks of other hosts where rank 0 is."""
+    """Detect a rank of Open MPI. Its variables do not tell ranks on other hosts where rank 0 is."""
     size = _number(environment, "OMPI_COMM_WORLD_SIZE")
     if size is None or size == 1:
         return None if size is None else _Found(processes=1)
@@ -195,7 +196,7 @@ def _open_mpi(environment: Mapping[str, str]) -> _Found | None:
 
 
 def _own_devices(environment: Mapping[str, str], found: _Found) -> tuple[int, ...] | None:
-    """Choose the device of one of several processes on a host, unless the launcher already shows it only one."""
+    """Choose this process's device among those of its host, unless the launcher shows it only one device."""
     listed = environment.get(_DEVICES)
     if listed:
         if not re.fullmatch(r"\d+(,\d+)*", listed):

@@ -15,16 +15,20 @@ SUFFIXES = (
 
 
 def find_images(names: Iterable[str | Path]) -> list[str]:
-    """List image files in the order given, each once.
+    """List image files in the given order, each one once.
 
     Args:
-        names: files; folders, whose image files are taken with those of their sub-folders in alphabetical order; tar
-            files, whose image files are named `shard.tar/member`; patterns of all these such as `photos/*.jpg`; and
-            `@list.txt`, a file that names one a line.
+        names: each is one of
+
+            - a file;
+            - a folder: its image files and those of its sub-folders, in alphabetical order;
+            - a tar file: its image files, named `shard.tar/member`;
+            - a pattern of these, such as `photos/*.jpg`;
+            - `@list.txt`: a file with one name per line.
 
     Raises:
-        UserError: a folder or a tar file without images, a tar file that cannot be read, a pattern that nothing
-            matches, or a list that cannot be read. A file that is missing is listed, and fails by itself later.
+        UserError: a folder or a tar file holds no images, a tar file or a list cannot be read, or nothing matches a
+            pattern. A missing file is listed: the caller reports it when it reads the file.
     """
     found: dict[str, None] = {}
     for name in map(str, names):
@@ -56,7 +60,7 @@ def _expand(name: str) -> list[str]:
 
 
 def _in_tar(name: str) -> list[str]:
-    """Return the image files of a tar file, or the name itself if it is of another file."""
+    """Return the image files of a tar file, or the name itself if the file is no tar file."""
     if not name.endswith(".tar") or not Path(name).is_file():
         return [name]
     images = [member for member in list_members(name) if member.lower().endswith(SUFFIXES)]

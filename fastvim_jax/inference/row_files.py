@@ -1,4 +1,4 @@
-"""Write a record per image as it is made: JSON lines or CSV, which an interrupted command goes on with, or Parquet."""
+"""Write one record per image as it is made: to JSON lines or CSV, which can be continued, or to Parquet."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def already_written(out: Path) -> set[str]:
-    """Return the image files whose records `out` holds; the command that was interrupted leaves them out.
+    """List the image files whose records `out` holds already. A command that is given again skips them.
 
     Raises:
-        UserError: a name of another kind, a Parquet file that exists, or a file of something else.
+        UserError: `out` has an unknown ending, is an existing Parquet file, or holds something else.
     """
     if out.suffix not in KINDS:
         raise UserError(f"{out}: results are written to a file that ends in {', '.join(KINDS)}.")
@@ -58,9 +58,9 @@ def already_written(out: Path) -> set[str]:
 def write_records(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:
-    """Write each record to `out` and hand it on.
+    """Write each record to `out` and yield it.
 
-    A JSON line or the rows of a CSV file are on disk before the next record is made. A Parquet file gets its name when
+    A JSON line or the rows of a CSV file are written before the next record is made. A Parquet file gets its name when
     it is complete.
 
     Args:

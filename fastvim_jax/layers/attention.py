@@ -39,7 +39,7 @@ def dense(
 
 
 class Attention(nnx.Module):
-    """Self-attention over the tokens that `pooling` leaves; its output is repeated for every token."""
+    """Self-attention over the pooled tokens. Its output is repeated for the tokens that were pooled."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones((features,), dtype))
 
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        """Normalise by the batch and update the running statistics (`train`), or by the running ones."""
+        """Normalise. With `train`, use and update by the batch's statistics; otherwise use the running ones."""
         x = x.astype(self.wide)
         if train:
             mean = jnp.mean(x, axis=(0, 1, 2))
@@ -90,7 +90,7 @@ class UpConv(nnx.Module):
         self.bias = nnx.Param(zeros(rngs.params(), (features_out,), precision.params))
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        """Return maps of twice the size in the compute dtype; strides do not overlap, so this is one product."""
+        """Return maps of twice the size in the compute dtype. One matrix product does it, as windows do not overlap."""
         p = self.precision
         kernel = self.kernel[...].astype(p.compute)
         y = jnp.einsum("bhwi,ipqo->bhpwqo", x.astype(p.compute), kernel, precision=p.lax)

@@ -1,4 +1,4 @@
-"""Write small files so that no crash can damage them, and say in words for the user why a file could not be written."""
+"""Write small files so that no crash can damage them, and explain to the user why a file could not be written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from fastvim_jax.errors import UserError
 
 GO_ON = (
-    "Mend that, then give the same command again: the run goes on from its last good checkpoint."
+    "Fix that, then give the same command again: the run continues from its last good checkpoint."
 )
-"""What to do about it."""
+"""What to do about a file that could not be written."""
 
-# TensorStore and Orbax wrap the system's error in others, so only its text is always there.
+# TensorStore and Orbax wrap the system's error in other exceptions, so recognise it by its text.
 _CAUSES = (
     (r"No space left on device|ENOSPC", "the disk is full"),
     (r"Disk quota exceeded|EDQUOT", "the disk quota is used up"),
@@ -27,7 +27,7 @@ _CAUSES = (
 
 
 def why_not_written(error: BaseException, path: Path) -> str:
-    """Say in one sentence why `path` could not be written: the cause and the room left, or the error's text."""
+    """Explain why `path` could not be written: the cause and the free space, or the error's text."""
     texts = []
     link: BaseException | None = error
     while link is not None:
@@ -41,10 +41,10 @@ def why_not_written(error: BaseException, path: Path) -> str:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn a file that cannot be written into an error for the user.
+    """Turn an `OSError` raised inside into a `UserError` about the file.
 
     Raises:
-        UserError: for an OSError inside, with the cause and what to do.
+        UserError: the file could not be written. The message says why, and what to do.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def keep_damaged(path: Path) -> Path:
-    """Rename a file that cannot be read to `<name>.damaged`, so that a new one can be written; return the new path."""
+    """Rename an unreadable file to `<name>.damaged`, so that a new one can be written. Return the new path."""
     kept = path.with_name(path.name + ".damaged")
     os.replace(path, kept)
     return kept

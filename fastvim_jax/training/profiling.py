@@ -15,10 +15,10 @@ from fastvim_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ProfileSteps:
-    """Which steps to trace, counted from 1 at this start of the run, both included.
+    """First and last step to trace, counted from 1 at this start of the run.
 
     Raises:
-        UserError: on construction, for an empty range.
+        UserError: on construction, if the range is empty.
     """
 
     first: int
@@ -35,7 +35,7 @@ class ProfileSteps:
         """Read `10:13` or `10`.
 
         Raises:
-            UserError: for anything else.
+            UserError: the text has another form.
         """
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
         if match is None:
@@ -46,12 +46,12 @@ class ProfileSteps:
 
 
 class Profiler:
-    """Traces the chosen steps into a folder; a context manager, so that a trace is also kept after an error.
+    """Context manager that traces the chosen steps into a folder. A trace is kept even after an error.
 
     Args:
-        steps: which; None: none.
-        folder: where the trace goes.
-        first_step: the number of this start's first step in the run.
+        steps: the steps to trace; None: none.
+        folder: the folder for the trace.
+        first_step: number in the run of the first step after this start.
     """
 
     def __init__(self, steps: ProfileSteps | None, folder: Path, first_step: int) -> None:
@@ -73,17 +73,19 @@ class Profiler:
         self._stop()
 
     def begin(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Wrap a step's work, from the wait for its data on; start the trace at the first step to be traced."""
+        """Wrap a step's work, including the wait for its data. Start the trace at the first step to trace."""
         if self._range and step == self._range[0]:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def end(self, step: int, metrics: Any) -> Path | None:
-        """End a step; return the folder of the trace if this was the last one traced."""
+        """End a step. Return the folder of the trace if this was the last step to trace."""
         if not self._tracing or step < self._range[-1]:
             return None
-        jax.block_until_ready(metrics)  # What was begun belongs to the trace.
+        jax.block_until_ready(
+            metrics
+        )  # The trace must contain the work that this step has started.
         self._stop()
         return self._folder
 

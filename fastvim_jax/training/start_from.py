@@ -1,8 +1,9 @@
 """Start from the weights of another run or of a file, and report what became of every parameter.
 
-Parameters of the same name and shape are taken. Position embeddings are resampled to the model's grid. A head for other
-classes is drawn anew. A backbone is found inside a larger model, and put into one. Every other misfit is an error,
-unless it is allowed by name, because a run that silently starts without some weights wastes days.
+Parameters of the same name and shape are loaded. Position embeddings are resampled to the model's grid. A head for
+other classes is drawn anew. The source or the model may be a backbone alone, or a larger model that contains it. Every
+other misfit is an error, unless it is allowed by name, because a run that silently starts without some weights wastes
+days.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Line:
         name: its name in the model; for "left", its name in the source.
         fate: "taken" from the source; "resized" from the source; "drawn" anew (`load_weights` keeps the model's values
             instead); or "left" in the source, unused.
-        reason: why, unless it was taken.
+        reason: the reason, unless it was taken.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Report:
     Attributes:
         source: description of the source, for messages.
         lines: one per parameter; a stacked parameter has one per block.
-        notes: differences between the models or their data under which fitting weights mean something else.
+        notes: differences between the models, or their data, that change the meaning of weights although they fit.
     """
 
     source: str
@@ -104,8 +105,8 @@ def load_weights(
 ) -> Report:
     """Load weights into a model in place, and report what became of every parameter.
 
-    The model keeps its own head if the source's has another number of classes, or other classes where both name theirs.
-    Position embeddings are resampled to the model's grid.
+    The model keeps its own head if the source's head has another number of classes, or if both name their classes and
+    the names differ. Position embeddings are resampled to the model's grid.
 
     Args:
         model: any model of this library.

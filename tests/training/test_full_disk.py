@@ -96,7 +96,7 @@ def test_a_log_that_does_not_fit_says_so_and_keeps_its_whole_lines(tmp_path):
             log.write("train", step, {"loss": 1 / step})
     path = tmp_path / "metrics.jsonl"
     assert f"{path} could not be written: a file would exceed the size" in str(caught.value)
-    assert "the run goes on from its last good checkpoint" in str(caught.value)
+    assert "the run continues from its last good checkpoint" in str(caught.value)
     records = read_metrics(tmp_path)
     assert len(records) > 2
     assert [r["loss"] for r in records] == [1 / r["step"] for r in records]

@@ -1,4 +1,4 @@
-"""The configurations of masked pre-training and of linear probing; their defaults are the recipes of the paper."""
+"""Define the configurations of masked pre-training and of linear probing. The defaults are the paper's recipes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROBING = OptimizerConfig(
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """Everything that decides a masked pre-training run. Labels are not read.
+    """Everything that determines a masked pre-training run. Labels are not read.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
@@ -42,7 +42,7 @@ class PretrainConfig(RunConfig):
     model: MaskedAutoencoderConfig
     """Encoder, decoder and mask."""
     data: ClassificationData = field(default_factory=ClassificationData)
-    """Where the images come from, how they are cropped, flipped and batched."""
+    """Where the images come from, and how they are cropped, flipped and batched."""
     optimizer: OptimizerConfig = field(default=PRETRAINING)
     """AdamW, its groups and its schedules."""
     epochs: int = 1600
@@ -50,9 +50,9 @@ class PretrainConfig(RunConfig):
     ema_decay: float | None = None
     """Decay of an average of the weights; None: no average."""
     normalise_pixels: bool = True
-    """Predict patches normalised one by one (norm-pixel loss), or the pixels of the normalised image."""
+    """Predict each patch normalised by its own mean and deviation (norm-pixel loss). Otherwise predict the pixels."""
     pictures: NonNegativeInt = 8
-    """Images of the evaluation split that every evaluation draws reconstructed; 0: no picture."""
+    """Number of evaluation images whose reconstructions are drawn after every evaluation; 0: no picture."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,11 +74,11 @@ class ProbeConfig(RunConfig):
     """
 
     model: VisionMambaConfig | ViTConfig
-    """The backbone as a classifier; model.num_classes must be the data's number of classes."""
+    """The backbone as a classifier. model.num_classes must equal the number of classes in the data."""
     data: ClassificationData = field(default_factory=ClassificationData)
-    """Labelled images; cached features are those of evaluation's crops, without augmentation."""
+    """Labelled images. Cached features are those of the evaluation crops, without augmentation."""
     scale_from_init: bool = True
-    """Set model.pool_scale, if it is 1, to 1 - mask_ratio of the masked run in `init`."""
+    """If init names a masked run and model.pool_scale is 1, set it to 1 - mask_ratio."""
     optimizer: OptimizerConfig = field(default=PROBING)
     """Learning rate and schedule; Adam's fields are not used."""
     algorithm: Literal["sgd", "lars"] = "sgd"
@@ -90,7 +90,7 @@ class ProbeConfig(RunConfig):
     ema_decay: float | None = None
     """Must be None: the head is not averaged."""
     cache_gigabytes: NonNegativeFloat = 8.0
-    """Most memory for cached features; where they need more, every epoch computes them anew from augmented images."""
+    """Largest memory for cached features. If they need more, every epoch computes them anew from augmented images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
