@@ -38,6 +38,7 @@ class Imported:
         folder: where it lies now.
         model: class, width and depth of the model, for people.
         report: what became of every weight.
+        notes: what was made of entries that the table does not name.
         ignored: entries of the file that are no weights.
         assumed: fields of the config that the file does not tell, with the values taken.
         preprocessing: how images become the model's input, which the file does not tell either.
@@ -47,6 +48,7 @@ class Imported:
     folder: Path
     model: str
     report: Report
+    notes: tuple[str, ...]
     ignored: tuple[str, ...]
     assumed: dict[str, Any]
     preprocessing: Preprocessing
@@ -55,6 +57,7 @@ class Imported:
     def in_words(self) -> str:
         """Write the model, the table of weights, the entries that were not read, and what was assumed."""
         lines = [self.model, self.report.in_words()]
+        lines += [f"  {note}" for note in self.notes]
         lines += [f"  not read: {entry}" for entry in self.ignored]
         values = ", ".join(f"{name}={value}" for name, value in self.assumed.items())
         if values:
@@ -150,7 +153,9 @@ def import_weights(
         uses = f"reconstruct {folder} PHOTO"
     elif isinstance(config, ChannelMambaConfig | ChannelViTConfig):
         uses = f"embed {folder} FIELD"
-    return Imported(Path(folder), words, report, found.ignored, assumed, preprocessing, uses)
+    return Imported(
+        Path(folder), words, report, found.notes, found.ignored, assumed, preprocessing, uses
+    )
 
 
 def _in_words(config: Any) -> str:

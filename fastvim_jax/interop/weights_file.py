@@ -23,6 +23,8 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 # Every backbone has one of these, so what stands before it is the wrapper's: Lightning modules hold metrics and losses
 # beside the model, and averages of it.
 _ANCHORS = ("patch_embed.proj.weight", "patch_embed.proj.kernel")
+PROBE_EPS = 1e-6
+"""What linear probes after masked pre-training add to the variance."""
 _OTHER_PARTS = ("neck", "decode_head", "auxiliary_head", "rpn_head", "roi_head", "stages")
 
 
@@ -34,11 +36,13 @@ class WeightsFile:
         arrays: names to arrays, as stored.
         place: the entry of the file that held them, for example `state_dict_ema`; empty if it was the file itself.
         ignored: descriptions of everything else in the file.
+        notes: what was made of arrays that are under other names here than in the file.
     """
 
     arrays: dict[str, np.ndarray]
     place: str
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsFile:
@@ -62,7 +66,36 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
     if not found.arrays:
         raise UserError(f"{path} holds no weights.")
     check_numbers(found.arrays, str(path))
-    return found
+    return _fold_probe_head(found)
+
+
+def _fold_probe_head(found: WeightsFile) -> WeightsFile:
+    """Turn the head of a linear probe, a batch norm without parameters and a linear layer, into one linear layer.
+
+    W (x - mean) / sqrt(variance + eps) + b is linear in x.
+
+    Raises:
+        UserError: the head's arrays do not fit together.
+    """
+    arrays = dict(found.arrays)
+    if not {"head.0.running_mean", "head.0.running_var", "head.1.weight"} <= arrays.keys():
+        return found
+    arrays.pop("head.0.num_batches_tracked", None)
+    mean, variance = (
+        arrays.pop(f"head.0.running_{name}").astype(np.float64) for name in ("mean", "var")
+    )
+    kernel = arrays.pop("head.1.weight")
+    bias = arrays.pop("head.1.bias", np.zeros(len(kernel), kernel.dtype))
+    if not mean.shape == variance.shape == kernel.shape[1:] or bias.shape != kernel.shape[:1]:
+        raise UserError(
+            f"the linear probe's head has running statistics {mean.shape}, {variance.shape}, weights {kernel.shape} "
+            f"and biases {bias.shape}, which do not fit together."
+        )
+    folded = kernel / np.sqrt(variance + PROBE_EPS)
+    arrays["head.weight"] = folded.astype(kernel.dtype)
+    arrays["head.bias"] = (bias - folded @ mean).astype(bias.dtype)
+    note = "head.0.*, head.1.*: a linear probe's batch norm and linear layer, joined into head.*"
+    return dataclasses.replace(found, arrays=arrays, notes=(*found.notes, note))
 
 
 def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:

@@ -82,8 +82,18 @@ def test_half_precision(run, tmp_path):
 
 
 def test_a_pth_file_is_written_where_torch_is(run, tmp_path, monkeypatch):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     export_weights(run, tmp_path / "a.pth", to="torch")
+    export_weights(run, tmp_path / "half.pth", to="torch", dtype="bfloat16")
+    export_weights(run, tmp_path / "a.safetensors", to="torch")
+    named = load_file(tmp_path / "a.safetensors")
+    saved = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
+    assert saved.keys() == named.keys() >= {"layers.0.mixer.A_b_log", "norm_f.weight"}
+    halves = torch.load(tmp_path / "half.pth", weights_only=True)["state_dict"]
+    for name, array in named.items():
+        assert saved[name].dtype == torch.float32 and saved[name].is_contiguous()
+        np.testing.assert_array_equal(saved[name].numpy(), array)
+        assert torch.equal(halves[name], torch.from_numpy(array).to(torch.bfloat16))
     assert main(["import-weights", str(tmp_path / "a.pth"), "--out", str(tmp_path / "back")]) == 0
     same(load_pretrained(tmp_path / "back").model, load_run(run).model)
 

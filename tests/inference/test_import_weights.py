@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fastvim_jax import UserError, load_pretrained, to_torch_state_dict
 from fastvim_jax.cli.main import main
@@ -65,6 +65,33 @@ def test_the_command_recognises_the_model_and_keeps_every_bit(checkpoint, tmp_pa
     found = load_pretrained(tmp_path / "out").model
     same(found, model)
     assert type(found) is type(model) and found.config.image_size == (16, 16)
+
+
+def test_a_linear_probe_s_batch_norm_and_layer_become_the_head(checkpoint, tmp_path, rng, capsys):
+    file, _ = checkpoint
+    arrays = load_file(file)
+    weight, bias = (arrays.pop(f"head.{kind}") for kind in ("weight", "bias"))
+    mean, variance = rng.normal(size=64), rng.uniform(1e-7, 2, size=64)
+    probe = {
+        "head.0.running_mean": mean.astype(np.float32),
+        "head.0.running_var": variance.astype(np.float32),
+        "head.0.num_batches_tracked": np.array(7),
+        "head.1.weight": weight,
+        "head.1.bias": bias,
+    }
+    save_file(arrays | probe, tmp_path / "probe.safetensors")
+    out = str(tmp_path / "out")
+    assert main(["import-weights", str(tmp_path / "probe.safetensors"), "--out", out]) == 0
+    assert "batch norm and linear layer, joined" in capsys.readouterr().out
+    head = load_pretrained(out).model.head
+    features = rng.normal(size=(6, 64))
+    wanted = (features - mean) / np.sqrt(variance + 1e-6) @ weight.T + bias
+    found = features @ np.float64(head.kernel[...]) + np.float64(head.bias[...])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    probe["head.1.bias"] = np.zeros(4, np.float32)
+    save_file(arrays | probe, tmp_path / "misfit.safetensors")
+    with pytest.raises(UserError, match="do not fit together"):
+        import_weights(tmp_path / "misfit.safetensors", tmp_path / "none")
 
 
 def test_another_size_and_other_classes(checkpoint, tmp_path):
