@@ -1,12 +1,12 @@
-"""Measuring compiled programs: time, memory, compile time, and the circumstances a record must name.
+"""Measure compiled programs: time, memory, compile time, and the circumstances that a record must name.
 
-On a GPU a call's time is the sum of its kernels' durations, from the profiler, over inputs that no cache
-holds: every call reads another set of inputs, the sets together larger than any cache. On other devices one
-compiled program repeats the call, each repetition waiting for the one before, and the clock runs around it.
+On a GPU, a call's time is the sum of its kernels' durations, from the profiler. No cache holds the inputs: every call
+reads another set of inputs, and all sets together are larger than any cache. On other devices, one compiled program
+repeats the call, each repetition waits for the one before, and the clock measures the whole program.
 
-A measurement is a generator that compiles, yields, times, and yields its row; `run` drives several. Programs
-that share a machine name one file in $FASTVIM_BENCH_LOCK: each first compiles all it has, side by side with
-the others, and is timed when nobody compiles, one program after the other.
+A measurement is a generator that compiles, yields, times, and yields its row; `run` drives several of them. Programs
+that share a machine name the same file in $FASTVIM_BENCH_LOCK. Each program first compiles everything, at the same time
+as the others. Then, when nobody compiles, the programs are timed one after the other.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-COLD_BYTES = 256e6  # what calls read before one reads the same again
-MOST_SETS = 64  # of inputs: what needs more, below 4 MB per call, finds some of them in the cache
+COLD_BYTES = 256e6  # bytes that calls read before the same inputs are read again
+MOST_SETS = 64  # sets of inputs; calls that read less than 4 MB would need more, and find some inputs in the cache
 LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
 PATIENCE = 180.0  # seconds after which a timing no longer waits for others to finish compiling
 _started = time.monotonic()
@@ -44,7 +44,7 @@ Case = Iterator[Row | None]
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most: bytes, float32 exponentials and float32 operations per second."""
+    """Peak rates of a device: bytes, float32 exponentials and float32 operations per second."""
 
     bandwidth: float
     exponentials: float
@@ -111,7 +111,7 @@ class Program:
         return self.compiled(*arguments)
 
     def costs(self) -> Row:
-        """Seconds of tracing and compiling; bytes of arguments, results and XLA's temporaries, and all of them."""
+        """Return the seconds of tracing and compiling, and the bytes of arguments, results, temporaries, and in all."""
         memory: Any = self.compiled.memory_analysis()
         sizes = {
             name: int(getattr(memory, f"{key}_size_in_bytes", 0) or 0)
@@ -215,7 +215,7 @@ def _loop_time(loop: Program, arguments: tuple, seconds: float, repeats: int) ->
 def clock(
     step: Callable[[int], Any], *, warm_up: int = 2, steps: int = 10, repeats: int = 5
 ) -> tuple[float, float, float]:
-    """Median, fastest and slowest milliseconds per step, of `repeats` runs of `steps` queued steps."""
+    """Return median, fastest and slowest milliseconds per step, of `repeats` runs of `steps` queued steps."""
     times = []
     for i in range(warm_up):
         jax.block_until_ready(step(i))
@@ -231,11 +231,10 @@ def clock(
 def steady_clock(
     step: Callable[[int], Any], *, seconds: float = 0.2, repeats: int = 5
 ) -> tuple[float, float, float, int]:
-    """Time runs of about so many seconds each; return the times and the steps of all.
+    """Time runs of about `seconds` each, after a long warm-up; return the times of `clock`, and the number of steps.
 
-    The program is warm before they begin.
-
-    XLA launches a GPU's kernels as a graph, at half the time or less for small ones, only after tens of calls.
+    The warm-up matters, because XLA launches a GPU's kernels as a graph only after tens of calls. For small kernels
+    this takes half the time or less.
     """
     estimate, _, _ = clock(step, warm_up=2, steps=2, repeats=1)
     steps = max(3, min(200, round(1e3 * seconds / estimate)))
@@ -247,16 +246,17 @@ Event = tuple[str, float, float]  # name, start and duration in nanoseconds
 
 
 def profile(step: Callable[[int], Any], calls: int = 10) -> Time:
-    """Device time of queued steps."""
+    """Measure the device time of queued steps."""
     return profiled_time(_profile(step, calls), calls)
 
 
 def _profile(step: Callable[[int], Any], calls: int) -> list[Event]:
-    """Everything on the GPU's streams while the steps run, in order of time."""
+    """List everything that runs on the GPU's streams during the steps, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for i in range(calls):
-                last = step(i)  # the one before is let go: not all results have to fit
+                # Drop the previous result, so that not all results have to fit into memory.
+                last = step(i)
             jax.block_until_ready(last)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
@@ -298,9 +298,9 @@ def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:
 
 
 def relative_error(actual: Any, expected: Any, *, together: bool = False) -> float:
-    """Largest over all arrays of ‖actual - expected‖ / ‖expected‖, or that of all arrays as one vector.
+    """Return the largest ‖actual - expected‖ / ‖expected‖ of all arrays, or with `together` that of one long vector.
 
-    NaN where an entry is not finite.
+    The result is NaN if an entry is not finite.
     """
 
     def squares(a, b):
@@ -327,7 +327,10 @@ def skipped(reason: str) -> Case:
 
 
 def run(cases: Sequence[tuple[Row, Case]]) -> Iterator[Row]:
-    """Rows of measurements, each given with what names it; one that fails or cannot run leaves a row that says why."""
+    """Yield one row per measurement. `cases` pairs what names a measurement with its generator.
+
+    A measurement that fails or cannot run here gives a row that says why.
+    """
     shared = "FASTVIM_BENCH_LOCK" in os.environ
     alive = [True] * len(cases)
     failures: dict[int, Row] = {}
@@ -367,7 +370,7 @@ def _compiling() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timing() -> Iterator[bool]:
-    """Our turn to be timed; whether nobody else compiles meanwhile."""
+    """Wait until it is this program's turn to be timed. Yield whether nobody else compiles at the same time."""
     name = os.environ["FASTVIM_BENCH_LOCK"]
     with open(f"{name}.timing", "w") as turn, open(f"{name}.compiling", "w") as others:
         fcntl.flock(turn, fcntl.LOCK_EX)

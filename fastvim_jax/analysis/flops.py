@@ -42,7 +42,7 @@ SCAN_MACS = 9
 
 @dataclasses.dataclass(frozen=True)
 class ModelCost:
-    """What one model costs.
+    """The costs of one model.
 
     Attributes:
         parameters: trained numbers.

@@ -148,7 +148,7 @@ def _stages(
 
 
 def _time(work: Callable[[], int], seconds: float) -> float:
-    """Milliseconds of processor time for one record, in the best of several windows."""
+    """Measure the milliseconds of processor time for one record, in the best of several windows."""
     work()
     best = float("inf")
     for _ in range(_WINDOWS):

@@ -60,7 +60,7 @@ def print_steps(specs: Sequence[ScanSpec]) -> None:
 
 
 def plot(rows: Sequence[Row], file: Path, *, title: str = "Selective scan, float32") -> None:
-    """Nanoseconds a step and sequence over the length, one line per implementation, logarithmic both ways."""
+    """Plot nanoseconds per step and sequence over the length, one line per implementation, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -17,7 +17,7 @@ def cubic_matrix(source: int, target: int, stretch: float = 0.0) -> np.ndarray:
     """Return the weights `target source` of bicubic resampling along one axis.
 
     Cubic convolution with a = -0.75, half-pixel centres, taps clamped at the borders, no antialiasing. The source is
-    laid over `target + stretch` positions, of which the last `stretch` are not read.
+    stretched over `target + stretch` positions, and only the first `target` positions are read.
     """
     position = (np.arange(target) + 0.5) * source / (target + stretch) - 0.5
     base = np.floor(position).astype(int)
@@ -41,9 +41,12 @@ def resize_pos_embed(
     *,
     stretch: float = 0.0,
 ) -> Float[Array, "1 m d"]:
-    """Resample a table over a `source` grid (axes in the order in which it is flattened) to a `target` grid.
+    """Resample a table over a `source` grid to a `target` grid.
 
-    `stretch`: see `cubic_matrix`; unless it is 0, equal grids are resampled too.
+    Args:
+        table: one row per cell of the source grid, flattened along the last axis first.
+        source, target: sizes of the grids along their two axes.
+        stretch: see `cubic_matrix`. If it is not 0, grids of equal size are resampled, too.
     """
     if source == target and not stretch:
         return table
@@ -63,7 +66,7 @@ def resize_with_class_row(
     source_index: int,
     target_index: int,
 ) -> Float[Array, "1 m d"]:
-    """Resize a table that also holds the class token's row, which is carried over; see `resize_pos_embed`."""
+    """Resize a table that also holds the class token's row, and keep this row unchanged; see `resize_pos_embed`."""
     if source == target:
         return table
     row = table[:, source_index : source_index + 1]
@@ -76,8 +79,8 @@ def resize_with_class_row(
 def add_table(tokens: Float[Array, "b l d"], table: Float[Array, "1 l d"]) -> Float[Array, "b l d"]:
     """Add a table to the tokens (of the same dtype). A matrix product sums the table's gradient over the batch.
 
-    As a reduction, that sum makes XLA keep every block's tokens with the batch innermost on a GPU, and transpose them
-    back for each kernel: 5 to 8 % of a training step.
+    If it were a reduction, XLA would lay out every block's tokens on a GPU with the batch innermost, and transpose them
+    back for each kernel: this takes 5 to 8 % of a training step.
     """
     return tokens + table
 
@@ -87,7 +90,7 @@ def _add_table_forward(tokens, table):
 
 
 def _add_table_backward(_, gradient):
-    # Eight equal rows: XLA turns a product with a single one back into a reduction.
+    # Multiply with eight equal rows, because XLA turns a product with a single row back into a reduction.
     ones = jnp.ones((8, gradient.shape[0]), gradient.dtype)
     sums = jax.lax.dot_general(ones, gradient, (((1,), (0,)), ((), ())), precision="highest")
     return gradient, sums[:1]

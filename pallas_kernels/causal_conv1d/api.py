@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, picks an implementation and runs it."""
+"""Define the public function `causal_conv1d`: check its arguments, choose an implementation, run it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def causal_conv1d(
     reverse: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
-    """Depthwise causal convolution along l, channels last, zeros before the first token.
+    """Compute a depthwise causal convolution along l, channels last, with zeros before the first token.
 
         y_t = act(bias + sum over j < k of kernel_j x_{t - (k-1) + j})
 
-    Differentiable with respect to every array. Sums are in float32, or in x's or kernel's dtype if wider.
+    It can be differentiated with respect to every array. Sums are float32, or the widest dtype of x and kernel.
 
     Args:
         x: tokens, float of any width.

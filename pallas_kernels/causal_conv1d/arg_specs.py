@@ -33,7 +33,7 @@ class ConvSpec:
     def arguments(
         self, seed: int, dtype: DTypeLike = jnp.float32
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Random arrays, and the static options, of `causal_conv1d(**arrays, **options)`.
+        """Draw arrays, and return them with the static options, for `causal_conv1d(**arrays, **options)`.
 
         x is of `dtype`, the weights of float32 or wider.
         """

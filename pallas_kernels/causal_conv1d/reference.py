@@ -19,7 +19,7 @@ def conv(
     activation: str | None,
     reverse: bool,
 ) -> Float[Array, "b l e"]:
-    """y_t = act(bias + sum over j of kernel_j x_{t - (k-1) + j}), with t + (k-1) - j when reversed."""
+    """Compute y_t = act(bias + sum over j of kernel_j x_{t - (k-1) + j}), with t + (k-1) - j when reversed."""
     wide = wide_dtype(x, kernel)
     width, length = kernel.shape[0], x.shape[1]
     if reverse:

@@ -1,8 +1,7 @@
-"""The mixer core's kernels behind the interface of `xla`, and how they are cut into blocks.
+"""Run the mixer core's kernels behind the interface of `xla`, and choose how they are cut into blocks.
 
-Kept for the gradient: xz and the small tensors (pooled tokens and what follows from
-them, with "max" also the places of the maxima).  Between the two halves of the way
-back, the gradient of s exists once.
+Saved for the gradient are xz and small arrays: the pooled tokens, what is computed from them, and with "max" the places
+of the maxima. The two kernels of the backward pass exchange the gradient of s, the LayerNorm's input.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_bloc
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
-# What starting a block costs, in segments, and how many of them a processor's registers hold.
+# Cost of starting a block, in segments, and number of blocks that a processor's registers hold.
 START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.5}
 RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
 
 
 def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
-    """Shared memory of a block."""
+    """Return the bytes of shared memory that a block needs."""
     halo = segment + 2 * (taps - 1)
     padded = math.ceil(segment / 4) * 4
     if kind == "front":
@@ -45,11 +44,11 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
 
 
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
-    """Segments and lines per block for one of the four kernels; None if none fits.
+    """Choose the segments and lines per block for one of the four kernels; None if none fits.
 
     Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
-    are read twice. If none of at least 4 tokens divides it, take the one that reads the fewest tokens. Then take the
-    lines per block with the fewest waves times segments, a block's start counted.
+    are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. Then
+    take the number of lines per block that costs least: waves of blocks, times segments per block and the start.
     """
     batch, _, width = xz.shape
     width //= 2
@@ -110,7 +109,7 @@ def _visited(xz: Any, taps: int, ids: RowIds, options: CoreOptions) -> CoreOptio
 
 
 def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str | None:
-    """Why the kernels cannot take this call, or None. Of arrays only shapes and dtypes matter."""
+    """Return why the kernels cannot take this call, or None. Only the arrays' shapes and dtypes matter."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
     if not all(isinstance(size, int) for size in xz.shape):
@@ -132,7 +131,7 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
 
 
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
-    """Why `back_project` does not take this call, which the other kernels can take, or None.
+    """Return why `back_project` does not take this call, although the other kernels do, or None.
 
     A batch that leaves processors idle is a reason, unless `fills` says that it is none.
     """

@@ -133,7 +133,7 @@ class Work:
         return lax.div(line, self.grid.lines), lax.rem(line, self.grid.lines), start
 
     def unsupported(self) -> str | None:
-        """Why no thread block can do this work, or None."""
+        """Return why no thread block can do this work, or None."""
         if self.channel_blocks > 3:
             return f"{self.grid.width} channels do not fit registers and shared memory; 384 do"
         if self.outputs % COLUMNS:

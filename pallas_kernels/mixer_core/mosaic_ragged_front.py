@@ -22,7 +22,7 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 @functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))
 def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, interpret: bool):
-    """Row sums of both directions.
+    """Compute the row sums of both directions.
 
     Args:
         x: ``b lines tokens ≥e``, the tokens on any grid that holds them; channels beyond e are not read.

@@ -1,4 +1,4 @@
-"""The kernels of mixers that pool nothing behind the interface of `sequence_xla`, and how they are cut into blocks."""
+"""Run the kernels of mixers that pool nothing behind the interface of `sequence_xla`, and cut them into blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TILE = 8 * 1024  # bytes of an array that a tile of the back holds
 
 
 def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
-    """Why the kernels cannot take this call, or None."""
+    """Return why the kernels cannot take this call, or None."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
     if not all(isinstance(size, int) for size in xz.shape):
@@ -40,9 +40,9 @@ def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
 
 
 def tiles_of_a_block(tiles: int, others: int, resident: int, *, start: float, fewest: int) -> int:
-    """Tiles for a block that take the fewest waves of blocks times tiles, where starting one costs ``start`` tiles.
+    """Choose the number of tiles per block that costs least: waves of blocks, times (tiles per block + ``start``).
 
-    Of those that leave at least ``fewest`` blocks, where any does.
+    If possible, leave at least ``fewest`` blocks.
     """
 
     def blocks(per_block):
@@ -57,7 +57,7 @@ def tiles_of_a_block(tiles: int, others: int, resident: int, *, start: float, fe
 
 
 def _resident(used: int, most: int) -> int:
-    """Blocks that a processor's shared memory holds, and its registers (``most``)."""
+    """Return how many blocks a processor's shared memory and its registers (``most``) hold."""
     return max(1, min(most, SHARED_MEMORY // (used + 1024)))
 
 
@@ -67,7 +67,7 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     halo = taps - 1
 
     def used(segment):
-        """Shared memory of a block."""
+        """Return the bytes of shared memory that a block needs."""
         rows = 7 * segment + 8 * halo if gradients else 4 * segment + 4 * halo
         return rows * CHANNELS * xz.dtype.itemsize
 
@@ -76,7 +76,7 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     segment = min(fitting or SEGMENTS[:1], key=lambda s: (math.ceil(length / s) * (s + reread), s))
     resident = _resident(used(segment), 4 if gradients else 8)
     columns = batch * (width // CHANNELS)
-    # Many, for what limits these kernels is not only memory: four warps wait for each other at every tile.
+    # Make many blocks, because memory is not these kernels' only limit: at every tile four warps wait for each other.
     per_block = tiles_of_a_block(
         math.ceil(length / segment), columns, resident, start=1.5, fewest=4 * PROCESSORS
     )
@@ -84,7 +84,7 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
 
 
 def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
-    """Tiles of a few KiB, whole groups of tokens."""
+    """Choose tiles of a few KiB that are whole groups of tokens."""
     tokens, width = xz.shape[0] * xz.shape[1], xz.shape[2] // 2
     of_token = width * xz.dtype.itemsize
     tile = max(2 ** int(math.log2(max(1, TILE // of_token))), TokenLayouts(width // BLOCK).at_once)
@@ -96,7 +96,7 @@ def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
 
 
 def _bytes_of_rows(cut: Rows, xz: jax.Array, *, gradients: bool) -> int:
-    """Shared memory of a block of the back."""
+    """Return the bytes of shared memory that a block of the back needs."""
     tiles = 2 * (4 if gradients else 3) * cut.tile * xz.dtype.itemsize
     sums = 4 * TokenLayouts(cut.blocks).at_once if gradients else 0
     return (tiles + sums) * cut.width

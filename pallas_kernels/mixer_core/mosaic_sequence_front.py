@@ -33,8 +33,13 @@ from pallas_kernels.mosaic import compiler_params, interpret_params, store
 class Sequences:
     """How sequences are cut.
 
-    width: channels; taps: of the convolutions; segment: tokens of a tile, no fewer than taps - 1;
-    per_block: tiles that a block visits one after another.
+    Attributes:
+        batch: sequences.
+        length: tokens of a sequence.
+        width: channels.
+        taps: width of the convolutions.
+        segment: tokens of a tile, at least taps - 1.
+        per_block: tiles that a block visits one after another.
     """
 
     batch: int
@@ -46,7 +51,7 @@ class Sequences:
 
     @property
     def halo(self) -> int:
-        """Tokens before and after a tile that the convolutions reach."""
+        """Number of tokens before and after a tile that the convolutions read."""
         return self.taps - 1
 
     @property
@@ -55,47 +60,51 @@ class Sequences:
 
     @property
     def groups(self) -> int:
-        """Blocks along a sequence."""
+        """Number of blocks along a sequence."""
         return pl.cdiv(self.tiles, self.per_block)
 
     @property
     def mesh(self) -> dict[str, Any]:
-        """The blocks."""
+        """Grid of blocks of the kernel."""
         return {
             "grid": (self.width // CHANNELS, self.groups, self.batch),
             "grid_names": ("block", "group", "batch"),
         }
 
     def items(self) -> Any:
-        """Tiles of this block: the last one of a sequence may have fewer."""
+        """Return the number of this block's tiles: the last block of a sequence may have fewer than others."""
         return jnp.minimum(self.per_block, self.tiles - lax.axis_index("group") * self.per_block)
 
     def start(self, item: Any) -> Any:
-        """First token of this block's tile number ``item``."""
+        """Return the first token of this block's tile number ``item``."""
         return (lax.axis_index("group") * self.per_block + item) * self.segment
 
     def part(self, ref: Any, start: Any, rows: int) -> Any:
-        """Neighbouring tokens of this block's sequence and channels in an array ``b l ≥e``."""
+        """Slice neighbouring tokens of this block's sequence and channels out of an array ``b l ≥e``."""
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
         return ref.at[lax.axis_index("batch"), pl.ds(start, rows), channels]
 
     def fetch(self, ref: Any, tile: Any, barrier: Any, start: Any, rows: int) -> None:
-        """Tokens from ``start`` on."""
+        """Start to copy the tokens from ``start`` on into a tile."""
         plgpu.copy_gmem_to_smem(
             self.part(ref, start, rows), tile, barrier, oob_mode=plgpu.OOBFillMode.ZEROS
         )
 
     def fetch_from_before(self, ref: Any, tile: Any, barrier: Any, start: Any, rows: int) -> None:
-        """Tokens from ``start`` - halo on, in two copies: before the first token there is none, and after the last."""
+        """Start to copy the tokens from ``start`` - halo on into a tile. Tokens outside the sequence are zeros.
+
+        There are two copies, because a copy cannot begin before the array. The halo of the first tile is copied from
+        after the end of the sequence instead, which also gives zeros.
+        """
         before = lax.select(start == 0, self.length, start - self.halo)
         self.fetch(ref, tile.at[pl.ds(0, self.halo)], barrier, before, self.halo)
         rest = rows - self.halo
         self.fetch(ref, tile.at[pl.ds(self.halo, rest)], barrier, start, rest)
 
     def walk(self, fetch: Any, visit: Any, carry: Any) -> Any:
-        """``visit(item, slot, refill, carry)`` for every tile, the next one always on its way.
+        """Call ``visit(item, slot, refill, carry)`` for every tile, while the next tile is being copied.
 
-        ``fetch(start, slot)`` sends for a tile; visit calls refill once it is done with the slot.
+        ``fetch(start, slot)`` starts to copy a tile. ``visit`` calls ``refill`` when it no longer reads the slot.
         """
         items = self.items()
         fetch(self.start(0), 0)
@@ -114,7 +123,9 @@ class Sequences:
 
 @functools.partial(jax.jit, static_argnames=("cut", "interpret"))
 def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
-    """Args:
+    """Apply both directions' convolutions and SiLU.
+
+    Args:
         xz: ``b l ≥e``; channels beyond e are not read.
         kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
 

@@ -33,7 +33,7 @@ def sequence_core(
     eps: float = 1e-5,
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
-    """Everything of a bidirectional Vim mixer between its two projections.
+    """Compute everything of a bidirectional Vim mixer between its two projections.
 
         x, z = halves of xz;   c_d = silu(conv_d(x))
         y = middle(middle_params, c)                    the projections of c, the scans and their skips

@@ -1,4 +1,4 @@
-"""The core of mixers that pool nothing without fusion by hand: the definition, and every other platform's path."""
+"""Define what the core of mixers that pool nothing computes, in plain JAX. Platforms without kernels run this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.mixer_core.types import Norm
 
 
 class Convolutions(NamedTuple):
-    """Of both directions, forward then backward; the last tap meets the current token."""
+    """Convolutions of both directions, forward then backward. The last tap multiplies the current token."""
 
     kernels: Float[Array, "2 k e"]
     biases: Float[Array, "2 e"]
@@ -24,7 +24,7 @@ Pair = tuple[Float[Array, "b l e"], Float[Array, "b l e"]]
 
 
 def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Float[Array, "2 b l e"]:
-    """Convolution and SiLU of both directions, in xz's dtype."""
+    """Apply convolution and SiLU in both directions, in xz's dtype."""
     x, _ = jnp.split(xz, 2, axis=-1)
     return jnp.stack(
         [
@@ -35,7 +35,7 @@ def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Float[Array
 
 
 def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Array, "b l e"]:
-    """LayerNorm of the directions' mean · silu(z), in z's dtype; computed in float32 or wider."""
+    """Compute LayerNorm(mean of both directions) · silu(z) in float32 or wider, and return it in z's dtype."""
     wide = wide_dtype(z.dtype)
     s = (y[0].astype(wide) + y[1].astype(wide)) / 2
     s = s - jnp.mean(s, axis=-1, keepdims=True)
@@ -45,7 +45,7 @@ def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Arr
 
 
 def back(xz: Float[Array, "b l e2"], y: Pair, norm: Norm, *, eps: float) -> Float[Array, "b l e"]:
-    """Everything after the scan: see `gate`."""
+    """Compute everything after the scan: see `gate`."""
     _, z = jnp.split(xz, 2, axis=-1)
     return gate(y, z, norm, eps)
 
@@ -53,9 +53,10 @@ def back(xz: Float[Array, "b l e2"], y: Pair, norm: Norm, *, eps: float) -> Floa
 def back_gradients(
     xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array, Norm]:
-    """Gradients of y (the same for both directions), of xz as far as z goes (the first half is left), and of norm.
+    """Compute the gradients of y (the same for both directions), of z and of norm.
 
-    Both arrays are of xz's dtype. Written side by side here, the halves of xz's gradient need no pass to join them.
+    The gradient of z is the second half of an array like xz, whose first half is zero: `front_gradients` writes the
+    gradient of x there, so no later pass has to join the two. Both arrays have xz's dtype.
     """
     _, z = jnp.split(xz, 2, axis=-1)
     _, pull = jax.vjp(lambda y, z, norm: gate(y, z, norm, eps), y, z, norm)
@@ -67,7 +68,7 @@ def back_gradients(
 def front_gradients(
     xz: jax.Array, c_bar: jax.Array, xz_bar: jax.Array, convolutions: Convolutions
 ) -> tuple[jax.Array, Convolutions]:
-    """Compute the gradient of xz, whose second half is there already, and those of the convolutions."""
+    """Write the gradient of x into the first half of `xz_bar`; return it and the gradients of the convolutions."""
     _, pull = jax.vjp(front, xz, convolutions)
     x_bar, convolutions_bar = pull(c_bar)
     width = xz.shape[-1] // 2

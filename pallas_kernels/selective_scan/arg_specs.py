@@ -43,7 +43,7 @@ class ScanSpec:
     def arguments(
         self, seed: int, dtype: DTypeLike = jnp.float32
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Random arrays, and the static options, of `selective_scan(**arrays, **options)`.
+        """Draw arrays, and return them with the static options, for `selective_scan(**arrays, **options)`.
 
         Sequences (u, delta, B, C, z) are of `dtype`, weights (A, D, delta_bias) of float32 or wider. Values
         are like a trained model's: steps between 0.001 and 0.5, A between -1 and -n and unequal.

@@ -87,7 +87,7 @@ def cases(
 
 
 def function(implementation: str, options: dict[str, Any], gradient: bool) -> Callable[..., Any]:
-    """Arrays and the gradient of y to y, and the gradients of all arrays if asked for."""
+    """Return a function of the arrays and the gradient of y: y, and on request the gradients of all arrays."""
 
     def forward(arrays):
         return selective_scan(**arrays, **options, implementation=implementation)
@@ -155,7 +155,7 @@ def _case(spec: ScanSpec, dtype: str, gradient: bool, implementation: str) -> ti
 
 
 def rates(spec: ScanSpec, dtype: str, gradient: bool, milliseconds: float) -> timing.Row:
-    """Work of one call, what was achieved of it a second, and the least times this device could need for it."""
+    """Return the work of one call, the rates achieved, and the least times that this device could need."""
     elements = spec.batch * spec.length * spec.channels
     moved = TENSORS[gradient] * elements * jnp.dtype(dtype).itemsize
     operations = OPERATIONS[gradient] * elements * spec.states

@@ -16,7 +16,7 @@ from pallas_kernels.timing import COLD_BYTES, Time
 
 
 def missing() -> str | None:
-    """Why the kernel cannot be called; None if it can."""
+    """Return why the kernel cannot be called, or None if it can."""
     for name in ("torch", "mamba_ssm"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -61,7 +61,7 @@ class Peer:
         return y, dict(zip(tensors, grads, strict=True))
 
     def result(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Values for seed 0, in the layout of `selective_scan`."""
+        """Return the values for seed 0, in the layout of `selective_scan`."""
 
         def back(x):
             x = jnp.asarray(x.detach().float().cpu().numpy())
@@ -71,7 +71,7 @@ class Peer:
         return back(y), {name: back(g) for name, g in grads.items()}
 
     def time(self, calls: int = 20) -> Time:
-        """Eager calls, device events around each."""
+        """Time eager calls, with device events around each."""
         cuda = self.torch.cuda
         for i in range(3):
             self.call(i)

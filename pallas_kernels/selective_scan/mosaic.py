@@ -35,7 +35,7 @@ START = 1.5  # what starting one costs, in tiles
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
-    """Why the kernels cannot take these inputs, or None."""
+    """Return why the kernels cannot take these inputs, or None."""
     for name, x in inputs._asdict().items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}, and the kernels compute in float32"
@@ -88,7 +88,7 @@ def forward_chunk(inputs: ScanInputs) -> int:
 
 
 def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
-    """Cuts a scan into blocks."""
+    """Cut a scan into blocks."""
     batch, length, width = inputs.u.shape
     groups, states = inputs.B.shape[2], inputs.A.shape[-1]
     # A device's share of a sharded scan may call for other blocks than the whole, which chose the chunk.
@@ -126,7 +126,7 @@ def plan(inputs: ScanInputs, options: ScanOptions, chunk: int) -> Plan:
 
 
 def _sequences(cut: Plan) -> int:
-    """Sequences that a block of the gradients' kernel visits: as many as take the fewest waves of blocks times tiles.
+    """Choose how many sequences a block of the gradients' kernel visits: for the fewest waves of blocks times tiles.
 
     The next tile is on its way meanwhile, and what belongs to the channels is read and added up once. The forward
     kernel gains nothing by it.
@@ -215,7 +215,7 @@ def _operands(inputs: ScanInputs, options: ScanOptions, chunk: int) -> _Operands
 
 
 def _state_in(x: jax.Array, cut: Plan) -> jax.Array:
-    """``... e n`` to ``... e w r``, padded, float32."""
+    """Reshape ``... e n`` to ``... e w r``, padded, float32."""
     x = _pad_to(x.astype(jnp.float32), x.ndim - 1, cut.warps * cut.rest)
     x = _pad_to(x, x.ndim - 2, cut.padded_width)
     return x.reshape(*x.shape[:-1], cut.warps, cut.rest)
@@ -305,7 +305,7 @@ def backward(
     bc = jnp.moveaxis(bc[:, :, :length], 0, 2)[..., :states]  # b l g 2 n
 
     def summed(name):
-        """Over sequences and splits, of each direction."""
+        """Sum over sequences and splits, for each direction."""
         x = shares[name]
         if cut.directions == 1:
             return x.sum((0, 1))
@@ -326,7 +326,7 @@ def backward(
 
 
 def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):
-    """Gradients of the ungated output, in float32, and of z; the output is computed again, ungated."""
+    """Return the gradients of the ungated output (float32) and of z. The ungated output is computed again."""
     options = dataclasses.replace(options, keep_boundaries=False, return_last_state=False)
     y, _, _ = _forward(inputs._replace(z=None), options, jnp.dtype(jnp.float32))
     gated = lambda y, z: y * jax.nn.silu(z.astype(jnp.float32))  # noqa: E731

@@ -70,7 +70,7 @@ class _BackwardStream(Stream):
 def scan_gradients(
     u, delta, B, C, A, D, bias, states, y_bar, leaving, last_state_bar, plan, *, interpret
 ):
-    """Gradients of `mosaic_forward.scan` without its gate, of one or both directions.
+    """Compute the gradients of `mosaic_forward.scan` without its gate, of one or both directions.
 
     Args:
         states: the state entering every chunk, ``b k e w r``; None if there is one chunk.

@@ -18,7 +18,7 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 
 
 def _folded(inputs: ScanInputs, reshape: Callable[..., Any] = jnp.reshape) -> ScanInputs:
-    """Sequences of the first direction, then those of the second: `d b ...` as `(d b) ...`; weights as they are."""
+    """Reshape `d b ...` to `(d b) ...`: first the sequences of one direction, then the other's. Keep weights."""
     fold = lambda x: reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))  # noqa: E731
     streamed = {name: fold(getattr(inputs, name)) for name in ("u", "delta", "B", "C")}
     return inputs._replace(**streamed)
@@ -33,7 +33,7 @@ def _unfolded(x: jax.Array) -> jax.Array:
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
-    """Why the kernels cannot take these inputs, or None."""
+    """Return why the kernels cannot take these inputs, or None."""
     return mosaic.unsupported(_folded_shapes(inputs))
 
 

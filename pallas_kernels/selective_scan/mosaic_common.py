@@ -51,7 +51,7 @@ class StateLayouts:
         self.warps, self.rest = warps, rest
 
     def sums(self, steps: int) -> Any:
-        """Layout of ``(steps, 2, warps, rest)``: one value per group of lanes, so at most 32 values a warp."""
+        """Return the layout of ``(steps, 2, warps, rest)``: one value per group of lanes, so at most 32 per warp."""
         copies, left = divmod(LANES, 2 * steps * self.rest)
         if left or self.warps != WARPS:
             raise ValueError(
@@ -63,7 +63,7 @@ class StateLayouts:
 
 @functools.cache
 def tile_layout(rows: int) -> Any:
-    """Layout of a ``(rows, channels)`` tile for the elementwise phases."""
+    """Return the layout of a ``(rows, channels)`` tile for the elementwise phases."""
     if rows % 16 == 0:  # a lane holds 4 neighbours: 8 lanes per row, 16 rows a register
         tiles = ((16, 32), (4, 32), (1, 4))
     elif rows % 8 == 0:
@@ -75,12 +75,12 @@ def tile_layout(rows: int) -> Any:
 
 @functools.cache
 def tile_channel_layout(rows: int) -> Any:
-    """Layout of a ``(channels,)`` vector that broadcasts along a tile's rows."""
+    """Return the layout of a ``(channels,)`` vector that broadcasts along a tile's rows."""
     return reduced(tile_layout(rows).to_mgpu(), (0,))
 
 
 def softplus(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """log(1 + exp(x)) to float32 rounding, also where it is tiny.
+    """Compute log(1 + exp(x)) to float32 rounding, also where it is tiny.
 
     With e = exp(-|x|) and s = e / (2 + e) in (0, 1/3], log1p(e) = 2 atanh(s).
     """
@@ -97,7 +97,7 @@ def softplus(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
 def relabel(
     x: jax.Array, axes: tuple[int, ...], source: Any, target: Any, interpret: bool
 ) -> jax.Array:
-    """Transposes without moving anything: ``target`` keeps every value where ``source`` has it."""
+    """Transpose without moving data: in the layout ``target`` every value lies where ``source`` has it."""
     if interpret:
         return jnp.transpose(x, axes)
     shape = tuple(x.shape[a] for a in axes)

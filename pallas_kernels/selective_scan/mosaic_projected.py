@@ -174,7 +174,7 @@ class Cut:
         return waves * (START + values * 4 * resident // 64 + walk * (4 + missing) // 4)
 
     def unsupported(self) -> str | None:
-        """Why no thread block can do this work, or None."""
+        """Return why no thread block can do this work, or None."""
         if self.width % (CHANNELS * self.blocks * self.splits):
             return f"{self.width} channels are not made of whole blocks of {CHANNELS}"
         if self.tokens > MOST_TOKENS:

@@ -77,7 +77,7 @@ class Sharded:
 
 
 def _dims(inputs: ScanInputs) -> tuple[Any, Any, str]:
-    """Letters of the inputs, of y and of the states kept, of one direction or of both (d)."""
+    """Return the letters of the inputs, of y and of the saved states, for one direction or for both (d)."""
     if inputs.u.ndim == 3:
         return _DIMS, "b l e", _STATES
     return _BIDIRECTIONAL, ("b l e", "b l e"), f"d {_STATES}"

@@ -33,7 +33,7 @@ SHORTEST_PART = 8  # chunks
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
-    """Why the kernels cannot take these inputs, or None."""
+    """Return why the kernels cannot take these inputs, or None."""
     if gpu.interpreted():
         return "JAX's interpreter of kernels does not run Triton"
     for name, x in inputs._asdict().items():

@@ -1,7 +1,8 @@
-"""Block sizes found by measuring, by device: `tuned/<device>.json`, made by `fastvim bench scan --tune`.
+"""Look up measured block sizes of a device in `tuned/<device>.json`, which `fastvim bench scan --tune` writes.
 
-A shape that was measured takes its blocks from there, any other from the rules in `mosaic`; scans of both directions
-in one launch, whose best blocks differ, always do. Only blocks that were clearly faster than the rules' are kept.
+A shape that was measured takes its blocks from this file. Any other shape follows the rules in `mosaic`, and so do
+scans of both directions in one launch, because their best blocks differ. The file keeps only blocks that were clearly
+faster than those of the rules.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FOLDER = Path(__file__).parent / "tuned"
 
 
 class Blocks(NamedTuple):
-    """Steps of a tile, channels of a block, and parts the time is cut into."""
+    """Steps of a tile, channels of a block, and number of parts that the time axis is cut into."""
 
     chunk: int
     channels: int
@@ -33,7 +34,7 @@ _forced: list[Blocks | None] = []
 
 @contextlib.contextmanager
 def forced(blocks: Blocks | None) -> Iterator[None]:
-    """Programs traced inside take these blocks, whatever their shape; those of the rules where None."""
+    """Make programs traced inside use these blocks for every shape, or the rules' blocks if None."""
     _forced.append(blocks)
     try:
         yield
@@ -52,12 +53,12 @@ def find(inputs: ScanInputs, gradient: bool) -> Blocks | None:
 
 
 def key(batch: int, length: int, channels: int, states: int, gradient: bool) -> str:
-    """Such as "b128_l14_e384_n16_gradient"; gradient: for scans whose gradient follows."""
+    """Return a shape's key in the file, such as "b128_l14_e384_n16_gradient" (for scans that a gradient follows)."""
     return f"b{batch}_l{length}_e{channels}_n{states}" + ("_gradient" if gradient else "")
 
 
 def file_of(device_kind: str) -> Path:
-    """Return where the blocks of a kind of device are kept."""
+    """Return the file with the blocks of a kind of device."""
     return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
 
 

@@ -17,8 +17,8 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 class Data:
     """Measure how fast images are read.
 
-    Stages and whole are measured in processor time: images per second of one core, whatever else runs. With worker
-    processes, which take a while to start, the clock counts.
+    Single stages and the whole pipeline are measured in processor time: images per second of one core, independent of
+    other programs. With worker processes, time is measured by the clock, after they have started.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
@@ -26,23 +26,23 @@ class Data:
     source: str = "auto"
     """Which kind of data set it is; auto looks at the folder."""
     split: str = "train"
-    """Which split."""
+    """Split to read."""
     class_list: str = ""
-    """Class list where the folder's own is not the right one."""
+    """A class list to use instead of the folder's own."""
     image_size: int = 224
-    """Side of the crops."""
+    """Side of the crops in pixels."""
     batch_size: int = 32
     """Images per batch."""
     augment_on: Literal["host", "device"] = "host"
-    """As data.augment_on; with device the host only crops."""
+    """As data.augment_on: with device, the host only crops."""
     rand_augment: float | None = None
-    """RandAugment's magnitude in the whole pipelines; None: only crop and flip."""
+    """RandAugment's magnitude in the whole pipeline; None: crop and flip only."""
     workers: tuple[int, ...] = ()
-    """Numbers of worker processes to measure, too."""
+    """Also measure with these numbers of worker processes."""
     seconds: float = 2.0
-    """About how long each measurement takes."""
+    """Approximate duration of each measurement."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
 
 def data(arguments: Sequence[str]) -> int:

@@ -13,14 +13,14 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Detect(Options):
-    """Which detectors to measure. All combinations of models, pixels, batches and parts are taken."""
+    """Measure detectors, for all combinations of models, pixels, batches, precisions and parts."""
 
     models: tuple[str, ...] = ()
     """Backbones, see `fastvim models`; by default FastVim-T."""
     pixels: tuple[int, ...] = ()
-    """Sides of the images, multiples of 32; by default 1024 on a GPU, 64 elsewhere."""
+    """Sides of the images in pixels, multiples of 32; by default 1024 on a GPU, 64 elsewhere."""
     batches: tuple[int, ...] = ()
-    """Images at a time; by default 1 and 8 on a GPU, 1 elsewhere."""
+    """Images per batch; by default 1 and 8 on a GPU, 1 elsewhere."""
     parts: tuple[
         Literal[
             "backbone", "neck", "rpn", "proposals", "boxes", "detections", "masks", "whole", "train"
@@ -29,9 +29,9 @@ class Detect(Options):
     ] = (
         "backbone", "neck", "rpn", "proposals", "boxes", "detections", "masks", "whole", "train",
     )  # fmt: skip
-    """What to time: parts of detection, all of it, training steps."""
+    """Parts to measure: parts of detection, whole (all of it), and train (training steps)."""
     precisions: tuple[Literal["bf16", "tf32", "f32"], ...] = ("bf16",)
-    """bf16, tf32 (float32, products in TF32), f32 (products in full float32)."""
+    """bf16; tf32: float32 with matrix products in TF32; f32: matrix products in full float32."""
     width: int = 256
     """Channels of pyramid and heads."""
     blocks: Literal["unroll", "scan"] | None = None
@@ -41,7 +41,7 @@ class Detect(Options):
     peer: bool = False
     """Also measure torchvision's Mask R-CNN (ResNet-50 FPN v2) at these pixels and batches, on a GPU."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
 
 def detect(arguments: Sequence[str]) -> int:

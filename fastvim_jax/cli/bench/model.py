@@ -21,24 +21,24 @@ Precision = Literal["bf16", "tf32", "f32"]
 
 @dataclasses.dataclass(frozen=True)
 class Model(Options):
-    """Measure models, forward. All combinations of models, pixels, batches and precisions are measured."""
+    """Measure forward passes of models, for all combinations of models, pixels, batches and precisions."""
 
     models: tuple[str, ...] = ()
-    """Names, see `fastvim models`; by default FastVim-T, Vim-T and ViT-T on a GPU, FastVim-T elsewhere."""
+    """Names of models, see `fastvim models`; by default FastVim-T, Vim-T and ViT-T on a GPU, FastVim-T elsewhere."""
     pixels: tuple[int, ...] = (224,)
-    """Sides of the images."""
+    """Sides of the images in pixels."""
     batches: tuple[int, ...] = ()
-    """Images at a time; by default on a GPU 128 at 224 pixels, fewer at larger sizes; 2 elsewhere."""
+    """Images per batch; by default 128 on a GPU at 224 pixels and fewer at larger sizes, 2 on other devices."""
     precisions: tuple[Precision, ...] = ("bf16",)
-    """bf16, tf32 (float32, products in TF32), f32 (products in full float32)."""
+    """bf16; tf32: float32 with matrix products in TF32; f32: matrix products in full float32."""
     activations: Literal["compute", "wide"] = "compute"
-    """What bf16 models keep between products; see the option of the models."""
+    """For bf16, the models' option of that name. compute: results between products are bfloat16; wide: float32."""
     blocks: Literal["unroll", "scan"] | None = None
-    """By default unroll on a GPU, scan elsewhere."""
+    """unroll: compile every block; scan: compile one period of blocks. By default unroll on a GPU, scan elsewhere."""
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Train(Model):
     """Measure the supervised recipe's step: uint8 images, flip, RandAugment, erasing and mixing on the device, drop
     path, and the average of the weights."""
     largest_batch: bool = False
-    """Instead find the first of the batches, as given, of which a step fits into the device's memory; of two in rising
-    order, the largest between them by bisection."""
+    """Instead find the largest batch whose step fits into the device's memory: the first of --batches that fits. With
+    two batches in rising order, search between them by bisection."""
     compile_only: bool = False
-    """Instead trace and compile only, and count the program's lines."""
+    """Instead only trace and compile, and count the program's lines."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class Train(Model):
 
 
 def model(arguments: Sequence[str]) -> int:
-    """Models, forward."""
+    """Measure forward passes of models."""
     chosen = parse(Model, "bench model", arguments, f"{Model.__doc__}")
     from fastvim_jax.bench import model as bench
 
@@ -71,7 +71,7 @@ def model(arguments: Sequence[str]) -> int:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Training steps."""
+    """Measure training steps."""
     chosen = parse(Train, "bench train", arguments, f"{Train.__doc__}")
     from fastvim_jax.bench import train as bench
 

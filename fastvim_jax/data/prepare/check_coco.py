@@ -19,16 +19,16 @@ _CHUNK = 32
 
 @dataclasses.dataclass(frozen=True)
 class CocoReport:
-    """What a scan of one split found.
+    """The findings of a scan of one split.
 
     Attributes:
-        records: images.
-        objects: objects of each category, by name, that can be trained on.
-        crowds: crowd regions, which training leaves out.
-        empty: images without objects, which training leaves out.
-        problems: what is wrong: kinds `missing`, `unreadable`, `unlisted image`, `unknown category`, and those of
+        records: number of images.
+        objects: for each category, by name, the number of objects that can be trained on.
+        crowds: number of crowd regions, which training leaves out.
+        empty: number of images without objects, which training leaves out.
+        problems: the problems, of the kinds `missing`, `unreadable`, `unlisted image`, `unknown category`, and those of
             `examine`.
-        notes: what is unusual, but understood.
+        notes: unusual properties that are no problem.
     """
 
     records: int
@@ -45,9 +45,9 @@ def check_coco(
     """Examine every annotation and read every image and RLE.
 
     Args:
-        source: opened with `allow_missing=True`, lest a missing image stops the scan.
-        workers: processes.
-        progress: called with the records done and their total.
+        source: a source opened with `allow_missing=True`, so that a missing image does not stop the scan.
+        workers: number of worker processes.
+        progress: function of the number of records done and their total.
     """
     names = source.class_names
     problems = [
