@@ -32,6 +32,7 @@ from fastvim_jax.models import (
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.vision_mamba import grid_poolings
 from pallas_kernels import gpu
+from pallas_kernels.mixer_core.narrow import missing_channels
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, RowIds
 
@@ -180,7 +181,8 @@ def _reason(config: MixerConfig, pooling: Pooling, tokens: int) -> str | None:
     reason = unsupported(config, pooling)
     if reason is not None:
         return reason
-    e, p = config.inner, config.precision
+    p = config.precision
+    e = config.inner + missing_channels(config.inner)
     dtype = p.compute if p.activations == "compute" else p.wide  # that of in_proj's output
     xz = jnp.zeros((1, tokens, 2 * e), dtype)
     kernels, of_channels = jnp.zeros((2, config.conv_width, e)), jnp.zeros((2, e))

@@ -26,6 +26,7 @@ from pallas_kernels.checks import expect_counts
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays
+from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.sharding import mark_varying, match_types, per_shard
 from pallas_kernels.trial import Trial
@@ -111,7 +112,9 @@ def mixer_core(
         raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
-    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
+    width = xz.shape[2] // 2
+    padding = missing_channels(width)
+    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method, padding)
     # Clip the ids to the grid, because the kernels use them as addresses.
     given = () if row_ids is None else row_ids
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
@@ -119,13 +122,18 @@ def mixer_core(
     def run(xz, directions, norm, ids):
         return _core(Stages(always=True), _unchanged, options, xz, directions, norm, (), ids)
 
-    trial = Trial(run, (xz, directions, norm, ids), options)
-    stages = _stages(implementation, xz, directions, ids, options, trial)
+    wide = functools.partial(widen_call, padding=padding)
+    like = jax.eval_shape(wide, xz, directions, norm)
+    trial = Trial(run, (*like, ids), options)
+    stages = _stages(implementation, like[0], like[1], ids, options, trial)
     if stages is None:
+        options = dataclasses.replace(options, padding=0)
         u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)
         y = middle(middle_params, u)
         return _of_share("back", xla.back, options)(xz, y, directions, norm, ids)
-    return _core(stages, middle, options, xz, directions, norm, middle_params, ids)
+    middle = Narrowed(middle, padding) if padding else middle
+    xz, directions, norm = wide(xz, directions, norm)
+    return _core(stages, middle, options, xz, directions, norm, middle_params, ids)[..., :width]
 
 
 def _unchanged(params: tuple[()], u: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,6 +29,7 @@ class Grid:
         taps: width of the causal convolution.
         segment: tokens of a segment, at most those of a line.
         per_block: lines that one GPU block visits; divides the number of lines.
+        padding: channels at the end that are zeros and count in no norm.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Grid:
     taps: int
     segment: int
     per_block: int
+    padding: int = 0
 
     @property
     def lines(self) -> int:

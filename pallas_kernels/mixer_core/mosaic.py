@@ -91,6 +91,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         taps=taps,
         segment=segment,
         per_block=min(divisors, key=lambda d: (cost(d), d)),
+        padding=options.padding,
     )
 
 

@@ -41,7 +41,7 @@ class Segments:
         self.blocks = grid.width // BLOCK
         self.owned = owned_blocks(self.blocks)
         self.row = row_layout(self.owned, BLOCK)
-        self.layouts = TokenLayouts(self.blocks)
+        self.layouts = TokenLayouts(self.blocks, grid.padding)
         at_once = self.layouts.at_once
         self.padded = pl.cdiv(grid.segment, at_once) * at_once
         self.whole = self.owned == self.blocks  # Then parameters are read only once.
@@ -141,7 +141,7 @@ class Segments:
     def normalise(self, s, eps):
         """Return, per token, s minus its mean over the channels, and 1 / the standard deviation of s."""
         layouts = self.layouts
-        s = s - layouts.over_channels(layouts.mean(s))
+        s = layouts.real_channels(s - layouts.over_channels(layouts.mean(s)))
         return s, lax.rsqrt(layouts.mean(s * s) + eps)
 
     def vector(self, ref):
@@ -320,7 +320,7 @@ def back_gradients(
                     counted = jnp.where(grid.counts(part, row), g, 0.0)
                 sums = (sums[0] + counted * s, sums[1] + counted)
                 g = g * gamma
-                g = g - layouts.over_channels(layouts.mean(g))
+                g = layouts.real_channels(g - layouts.over_channels(layouts.mean(g)))
                 g = g - s * layouts.over_channels(layouts.mean(g * s))
                 ds = g * deviation
                 store(s_tile.at[rows], ds)

@@ -74,8 +74,9 @@ class TokenLayouts:
         statistic: layout of one number per token, ``(at_once,)``.
     """
 
-    def __init__(self, blocks: int):
-        self.blocks = blocks
+    def __init__(self, blocks: int, padding: int = 0):
+        """Lay out tokens of `blocks` times 128 channels; the last `padding` of these are zeros and count in no mean."""
+        self.blocks, self.real = blocks, blocks * BLOCK - padding
         self.at_once = 4 if blocks <= 4 or blocks % 2 else 2 if blocks <= 8 or blocks % 4 else 1
         base, self.tokens = tiled(
             ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)),
@@ -102,7 +103,16 @@ class TokenLayouts:
             total = jnp.sum(jnp.sum(x, axis=1), axis=1)
         else:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
-        return total * (1.0 / (self.blocks * BLOCK))
+        return total * (1.0 / self.real)
+
+    def real_channels(self, x: jax.Array) -> jax.Array:
+        """Set the channels that count in no mean to zero."""
+        if self.real == self.blocks * BLOCK:
+            return x
+        index = lambda axis: plgpu.layout_cast(  # noqa: E731
+            lax.broadcasted_iota(jnp.int32, x.shape, axis), self.tokens
+        )
+        return jnp.where(index(1) * BLOCK + index(2) < self.real, x, 0.0)
 
 
 def owned_blocks(blocks: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ SEGMENTS = (8, 12, 16, 20, 24)  # tokens of a tile, written out in the kernels
 TILE = 8 * 1024  # bytes of an array that a tile of the back holds
 
 
-def unsupported(xz: jax.Array, convolutions: Convolutions) -> str | None:
-    """Return why the kernels cannot take this call, or None."""
+def unsupported(xz: Any, convolutions: Any) -> str | None:
+    """Return why the kernels cannot take this call, or None. Of arrays only shapes and dtypes matter."""
     if xz.dtype not in (jnp.float32, jnp.bfloat16):
         return f"xz is {xz.dtype}, and the kernels compute in float32"
     if not all(isinstance(size, int) for size in xz.shape):
@@ -83,19 +84,19 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     return Sequences(batch, length, width, taps, segment, per_block)
 
 
-def cut_rows(xz: jax.Array, *, gradients: bool) -> Rows:
+def cut_rows(xz: Any, *, gradients: bool, padding: int = 0) -> Rows:
     """Choose tiles of a few KiB that are whole groups of tokens."""
     tokens, width = xz.shape[0] * xz.shape[1], xz.shape[2] // 2
     of_token = width * xz.dtype.itemsize
     tile = max(2 ** int(math.log2(max(1, TILE // of_token))), TokenLayouts(width // BLOCK).at_once)
-    cut = Rows(tokens, width, tile, 1)
+    cut = Rows(tokens, width, tile, 1, padding)
     used = _bytes_of_rows(cut, xz, gradients=gradients)
     resident = _resident(used, 4 if gradients else 6)
     per_block = tiles_of_a_block(cut.tiles, 1, resident, start=0.5, fewest=1)
     return dataclasses.replace(cut, per_block=per_block)
 
 
-def _bytes_of_rows(cut: Rows, xz: jax.Array, *, gradients: bool) -> int:
+def _bytes_of_rows(cut: Rows, xz: Any, *, gradients: bool) -> int:
     """Return the bytes of shared memory that a block of the back needs."""
     tiles = 2 * (4 if gradients else 3) * cut.tile * xz.dtype.itemsize
     sums = 4 * TokenLayouts(cut.blocks).at_once if gradients else 0
@@ -114,17 +115,19 @@ def front(xz: jax.Array, convolutions: Convolutions) -> jax.Array:
     )
 
 
-def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float) -> jax.Array:
+def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float, padding: int = 0) -> jax.Array:
     """See `sequence_xla.back`."""
-    cut = cut_rows(xz, gradients=False)
+    cut = cut_rows(xz, gradients=False, padding=padding)
     return gpu.run_once(
         mosaic_sequence_back.back(xz, y, *_float32(norm), cut, eps=eps, interpret=gpu.interpreted())
     )
 
 
-def back_gradients(xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float):
+def back_gradients(
+    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float, padding: int = 0
+):
     """See `sequence_xla.back_gradients`."""
-    cut = cut_rows(xz, gradients=True)
+    cut = cut_rows(xz, gradients=True, padding=padding)
     y_bar, xz_bar, norm_bar = mosaic_sequence_back.back_gradients(
         xz, y, *_float32(norm), out_bar, cut, eps=eps, interpret=gpu.interpreted()
     )

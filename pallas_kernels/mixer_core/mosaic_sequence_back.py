@@ -40,6 +40,7 @@ class Rows:
     width: int
     tile: int
     per_block: int
+    padding: int = 0  # channels at the end that are zeros and count in no norm
 
     @property
     def blocks(self) -> int:
@@ -64,7 +65,7 @@ class Walk:
 
     def __init__(self, cut: Rows, eps: float):
         self.cut, self.eps = cut, eps
-        self.layouts = TokenLayouts(cut.blocks)
+        self.layouts = TokenLayouts(cut.blocks, cut.padding)
 
     def part(self, ref: Any, item: Any, half: int = 0, rows: int = 0) -> Any:
         cut = self.cut
@@ -147,7 +148,7 @@ class Walk:
         """Return the mean of both directions, normalised over the channels, and 1 / its standard deviation."""
         layouts = self.layouts
         s = (self.tokens(tiles[0].at[rows]) + self.tokens(tiles[1].at[rows])) * 0.5
-        s = s - layouts.over_channels(layouts.mean(s))
+        s = layouts.real_channels(s - layouts.over_channels(layouts.mean(s)))
         inverse = layouts.over_channels(lax.rsqrt(layouts.mean(s * s) + self.eps))
         return s * inverse, inverse
 
@@ -237,7 +238,7 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
             g = g * z * sigma
             sums = (sums[0] + g * s, sums[1] + g)
             g = g * gamma
-            g = g - layouts.over_channels(layouts.mean(g))
+            g = layouts.real_channels(g - layouts.over_channels(layouts.mean(g)))
             g = g - s * layouts.over_channels(layouts.mean(g * s))
             store(tiles[0].at[rows], (g * inverse * 0.5).astype(xz.dtype))
             return sums

@@ -15,6 +15,7 @@ from pallas_kernels import gpu
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import sequence_xla
 from pallas_kernels.mixer_core.checks import check_arrays
+from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.sharding import mark_varying, match_types, per_shard
@@ -70,21 +71,27 @@ def sequence_core(
     xz = check_arrays("sequence_core", xz, *convolutions, norm)
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
+    width = xz.shape[2] // 2
+    padding = missing_channels(width)
+    wide = functools.partial(widen_call, padding=padding)
     rounded = _Rounded(middle, xz.dtype)
 
     def run(xz, convolutions, norm):
-        always = _Stages("always", float(eps))
+        always = _Stages("always", float(eps), padding)
         return _core(
             always, _Rounded(lambda _, c: (c[0], c[1]), xz.dtype), xz, convolutions, norm, ()
         )
 
-    trial = Trial(run, (xz, convolutions, norm), float(eps))
-    stages = _stages(implementation, xz, convolutions, float(eps), trial)
+    like = jax.eval_shape(wide, xz, convolutions, norm)
+    trial = Trial(run, like, (float(eps), padding))
+    stages = _stages(implementation, like[0], like[1], float(eps), padding, trial)
     if stages is None:
-        stages = _Stages("never", float(eps))
+        stages = _Stages("never", float(eps), 0)
         y = rounded(middle_params, stages.front(xz, convolutions))
         return stages.back(xz, y, norm)
-    return _core(stages, rounded, xz, convolutions, norm, middle_params)
+    on_wide = Narrowed(rounded, padding) if padding else rounded
+    xz, convolutions, norm = wide(xz, convolutions, norm)
+    return _core(stages, on_wide, xz, convolutions, norm, middle_params)[..., :width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,22 +118,27 @@ class _Stages:
 
     kernels: str
     eps: float
+    padding: int
 
     def front(self, xz, convolutions):
         return self._run("front", (_XZ, _CONVOLUTIONS), _BOTH)(xz, convolutions)
 
     def back(self, xz, y, norm):
-        return self._run("back", (_XZ, _PAIR, _NORM), _TOKENS, eps=self.eps)(xz, y, norm)
+        return self._run("back", (_XZ, _PAIR, _NORM), _TOKENS, **self._of_norm)(xz, y, norm)
 
     def back_gradients(self, xz, y, norm, out_bar):
         dims = (_XZ, _PAIR, _NORM, _TOKENS), (_TOKENS, _XZ, _NORM)
-        return self._run("back_gradients", *dims, eps=self.eps)(xz, y, norm, out_bar)
+        return self._run("back_gradients", *dims, **self._of_norm)(xz, y, norm, out_bar)
 
     def front_gradients(self, xz, c_bar, xz_bar, convolutions):
         dims = (_XZ, _BOTH, _XZ, _CONVOLUTIONS), (_XZ, _CONVOLUTIONS)
         return self._run("front_gradients", *dims)(xz, c_bar, xz_bar, convolutions)
 
-    def _run(self, name: str, operands: Any, results: Any, **options: float) -> Callable:
+    @property
+    def _of_norm(self) -> dict[str, Any]:
+        return {"eps": self.eps, "padding": self.padding}
+
+    def _run(self, name: str, operands: Any, results: Any, **options: Any) -> Callable:
         plain = functools.partial(getattr(sequence_xla, name), **options)
         if self.kernels == "never":
             return per_shard(
@@ -146,7 +158,7 @@ class _Stages:
         return per_shard(either, operands, results, split="b", opaque=True)
 
 
-def _stages(name: str, xz, convolutions, eps: float, trial: Trial) -> _Stages | None:
+def _stages(name: str, xz, convolutions, eps: float, padding: int, trial: Trial) -> _Stages | None:
     """Return the stages that may run as kernels, or None for plain XLA."""
 
     def unsupported():
@@ -155,7 +167,7 @@ def _stages(name: str, xz, convolutions, eps: float, trial: Trial) -> _Stages | 
         return mosaic_sequence.unsupported(xz, convolutions)
 
     runs = gpu.choose(name, "sequence_core", unsupported, trial)
-    return _Stages("always" if name == "pallas" else "on CUDA", eps) if runs else None
+    return _Stages("always" if name == "pallas" else "on CUDA", eps, padding) if runs else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.mixer_core.narrow import on_channels
 from pallas_kernels.mixer_core.types import Norm
 
 
@@ -44,14 +46,22 @@ def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Arr
     return (s * jax.nn.silu(z.astype(wide))).astype(z.dtype)
 
 
-def back(xz: Float[Array, "b l e2"], y: Pair, norm: Norm, *, eps: float) -> Float[Array, "b l e"]:
+def _gate(padding: int, eps: float) -> Callable[..., jax.Array]:
+    """Return `gate` of (y, z, norm), whose last `padding` channels are zeros and count in no norm."""
+    run = lambda y, z, norm: gate(y, z, norm, eps)  # noqa: E731
+    return on_channels(run, padding) if padding else run
+
+
+def back(
+    xz: Float[Array, "b l e2"], y: Pair, norm: Norm, *, eps: float, padding: int = 0
+) -> Float[Array, "b l e"]:
     """Compute everything after the scan: see `gate`."""
     _, z = jnp.split(xz, 2, axis=-1)
-    return gate(y, z, norm, eps)
+    return _gate(padding, eps)(y, z, norm)
 
 
 def back_gradients(
-    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float
+    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float, padding: int = 0
 ) -> tuple[jax.Array, jax.Array, Norm]:
     """Compute the gradients of y (the same for both directions), of z and of norm.
 
@@ -59,7 +69,7 @@ def back_gradients(
     gradient of x there, so no later pass has to join the two. Both arrays have xz's dtype.
     """
     _, z = jnp.split(xz, 2, axis=-1)
-    _, pull = jax.vjp(lambda y, z, norm: gate(y, z, norm, eps), y, z, norm)
+    _, pull = jax.vjp(_gate(padding, eps), y, z, norm)
     y_bar, z_bar, norm_bar = pull(out_bar)
     half = ((0, 0), (0, 0), (z.shape[-1], 0))
     return y_bar[0].astype(xz.dtype), jnp.pad(z_bar, half), norm_bar

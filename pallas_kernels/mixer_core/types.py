@@ -37,6 +37,7 @@ class CoreOptions:
     scale: float
     eps: float
     method: str = "mean"
+    padding: int = 0  # channels at the end of x and of z that are zeros and count in no norm
 
     @property
     def lines(self) -> int:

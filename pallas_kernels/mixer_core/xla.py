@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.mixer_core.narrow import on_channels
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 
 Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
@@ -107,6 +110,10 @@ def gate(
     s: Float[Array, "b l e"], z: Float[Array, "b l e"], norm: Norm, options: CoreOptions
 ) -> Float[Array, "b l e"]:
     """Compute LayerNorm(s) · silu(z), in z's dtype."""
+    if options.padding:
+        narrow = dataclasses.replace(options, padding=0)
+        run = lambda s, z, norm: gate(s, z, norm, narrow)  # noqa: E731
+        return on_channels(run, options.padding)(s, z, norm)
     s = s - jnp.mean(s, axis=-1, keepdims=True)
     s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + options.eps)
     s = s * norm.scale.astype(s.dtype) + norm.shift.astype(s.dtype)

@@ -41,7 +41,7 @@ def test_the_page_lists_the_fallbacks_of_all_presets():
         ({"class_token": "middle"}, "a class token"),
         ({"pooling": "attention"}, "pooling by attention"),
         ({"conv_width": 0}, "conv_width=0"),
-        ({"embed_dim": 96}, "192 channels are not made of whole blocks of 128"),
+        ({"embed_dim": 24}, "48 channels are not made of whole blocks of 128"),
     ],
 )
 def test_options_that_fall_back(options, reason):

@@ -134,6 +134,8 @@ CORES = [
     {"b": 4, "rows": 37, "columns": 41, "e": 384, "dtype": "bfloat16"},  # segments overlap
     {"b": 2, "rows": 22, "columns": 37, "e": 768, "taps": 8},
     {"b": 2, "rows": 9, "columns": 22, "e": 2048},  # 4 tokens a tile
+    {"b": 5, "rows": 8, "columns": 8, "e": 192, "dtype": "bfloat16"},  # filled up with zeros
+    {"b": 2, "rows": 5, "columns": 9, "e": 72},
 ]
 
 
@@ -199,6 +201,8 @@ SEQUENCES = [
     {"b": 1, "l": 2500, "e": 768},
     {"b": 2, "l": 33, "e": 1536, "dtype": "bfloat16"},
     {"b": 2, "l": 1, "e": 128},
+    {"b": 3, "l": 65, "e": 192, "dtype": "bfloat16"},  # filled up with zeros
+    {"b": 2, "l": 33, "e": 72},
     None,
 ]
 

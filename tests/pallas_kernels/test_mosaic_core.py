@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mixer_core import Directions, Norm, mixer_core
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import Convolutions, Directions, Norm, mixer_core, sequence_core
 from tests.pallas_kernels.mosaic_support import (
     abstract_h100,
     interpreted,
@@ -104,6 +105,38 @@ def test_segments_that_overlap(seed):
 
 
 @needs_mosaic
+def test_channels_of_no_whole_block(seed):
+    """They are filled up with zeros, which count in no norm."""
+    rng = np.random.default_rng(seed)
+    case = {"b": 1, "rows": 2, "columns": 4, "e": int(rng.choice([64, 72, 192, 200]))}
+    compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
+
+
+@pytest.mark.parametrize("operation", ["core", "sequence"])
+def test_narrow_widths_without_kernels(rng, monkeypatch, operation):
+    """The stages of XLA that stand beside the kernels, on arrays that are filled up with zeros."""
+    (xz, directions, norm, params), out_bar = draw(rng, 2, 3, 4, 72)
+
+    def run(args):
+        xz, directions, norm, params = args
+        if operation == "core":
+            return mixer_core(xz, directions, norm, params, middle=middle, rows=3, columns=4)
+        convolutions = Convolutions(directions.kernels, directions.biases)
+        skip = lambda D, c: (c[0] * D[0], c[1] * D[1])  # noqa: E731
+        return sequence_core(xz, convolutions, norm, directions.D, middle=skip)
+
+    def with_gradients(args):
+        out, pull = jax.vjp(run, args)
+        return out, pull(out_bar)
+
+    args = (xz, directions, norm, params)
+    wanted = jax.jit(lambda args: with_gradients(args))(args)
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    got = jax.jit(lambda args: with_gradients(args))(args)
+    assert max(relative_errors(got, wanted)) < 1e-5
+
+
+@needs_mosaic
 def test_maxima(seed):
 
     with abstract_h100(), interpreted():
@@ -175,9 +208,10 @@ def test_lowers_for_an_h100(case, transposed, method):
     [
         ({"b": 2, "rows": 37, "columns": 37, "e": 384, "dtype": "bfloat16"}, True, "max"),
         ({"b": 2, "rows": 22, "columns": 22, "e": 2048}, False, "mean"),
+        ({"b": 2, "rows": 8, "columns": 8, "e": 192, "dtype": "bfloat16"}, False, "mean"),
     ],
 )
-def test_segments_that_overlap_lower_for_an_h100(case, transposed, method):
+def test_ragged_and_narrow_ones_lower_for_an_h100(case, transposed, method):
     check_lowering(case, transposed, method)
 
 
