@@ -140,12 +140,17 @@ def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
 
     A masked autoencoder's fixed position tables are among them, as in the authors' files.
     """
-    named = {k: np.asarray(v) for k, v in to_torch_names(model, nnx.state(model)).items()}
+    named = {
+        k: np.asarray(v) for k, v in to_torch_names(model, jax.device_get(nnx.state(model))).items()
+    }
     return named | fixed_tables(model) if isinstance(model, MaskedAutoencoder) else named
 
 
-def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, jax.Array]:
-    """Rename a pytree with the structure of the model's parameters, such as gradients; see `to_torch_state_dict`."""
+def to_torch_names(model: nnx.Module, tree: Any) -> dict[str, Any]:
+    """Rename a pytree with the structure of the model's parameters, such as gradients; see `to_torch_state_dict`.
+
+    JAX arrays stay JAX arrays, and NumPy arrays stay NumPy arrays, for whose shapes nothing is compiled.
+    """
     table = _table(model)
     named = {}
     for name, value in named_parameters(tree).items():

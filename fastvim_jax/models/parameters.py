@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import KeyPath
 
 from fastvim_jax.errors import UserError
@@ -117,7 +118,12 @@ def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
         raise UserError("parameters do not fit the model:\n  " + "\n  ".join(problems))
 
     def fill(info: ParameterInfo, leaf):
-        parts = [jnp.asarray(flat[name], leaf.dtype) for name in info.unstacked_names()]
+        parts = [flat[name] for name in info.unstacked_names()]
+        if all(isinstance(part, np.ndarray) for part in parts):
+            # In NumPy, because JAX would compile a program for every shape.
+            whole = np.stack(parts) if info.stacked else parts[0]
+            return jax.device_put(whole.astype(leaf.dtype))
+        parts = [jnp.asarray(part, leaf.dtype) for part in parts]
         return jnp.stack(parts) if info.stacked else parts[0]
 
     return map_parameters(fill, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from fastvim_jax.models.detection.nms import nms
 from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
 from fastvim_jax.models.detection.simple_fpn import SimpleFPN
 from fastvim_jax.precision import Precision
-from tests.dense.golden import Checker, Golden
+from tests.dense.golden import Checker, Golden, dtypes_of
 from tests.parity.compare import Comparison
 from tests.support import x64
 
@@ -31,29 +32,22 @@ WIDE = {"float64": jnp.float64, "float32": jnp.float32}
 
 
 def both(check: Callable[[Comparison, Golden, Any], None]) -> Checker:
-    """Check in float64 and in float32."""
-    return in_dtypes(check, "float64", "float32")
+    """Check in float64, and in float32 if the fixture is drawn for it."""
+    return lambda golden: [_checked(check, golden, dtype) for dtype in dtypes_of(golden)]
 
 
 def exact(check: Callable[[Comparison, Golden, Any], None]) -> Checker:
     """Check in float64 only, because a selection could flip in float32."""
-    return in_dtypes(check, "float64")
+    return lambda golden: [_checked(check, golden, "float64")]
 
 
-def in_dtypes(check: Callable[[Comparison, Golden, Any], None], *dtypes: str) -> Checker:
-    def run(golden: Golden) -> list[Comparison]:
-        results = []
-        for dtype in dtypes:
-            comparison = Comparison(golden.name, golden.kind, dtype)
-            if dtype == "float64":
-                with x64():
-                    check(comparison, golden, WIDE[dtype])
-            else:
-                check(comparison, golden, WIDE[dtype])
-            results.append(comparison)
-        return results
-
-    return run
+def _checked(
+    check: Callable[[Comparison, Golden, Any], None], golden: Golden, dtype: str
+) -> Comparison:
+    comparison = Comparison(golden.name, golden.kind, dtype)
+    with x64() if dtype == "float64" else contextlib.nullcontext():
+        check(comparison, golden, WIDE[dtype])
+    return comparison
 
 
 def precision(dtype: Any) -> Precision:
@@ -83,7 +77,7 @@ def gradients(
     comparison: Comparison, golden: Golden, model: nnx.Module, grads: Any, prefix: str = ""
 ) -> None:
     """Compare the gradients of every parameter."""
-    named = to_torch_names(model, grads)
+    named = to_torch_names(model, jax.device_get(grads))
     expected = golden.parameter_grads()
     for name in expected.keys() | set(golden.meta["grads_stored"]) - {
         f"input/{k}" for k in golden.input_grads()

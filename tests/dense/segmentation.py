@@ -26,11 +26,9 @@ from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.precision import Precision
 from fastvim_jax.training.segmentation.losses import pixel_accuracy, pixel_loss
 from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
-from tests.dense.golden import Checker, Golden
+from tests.dense.golden import Checker, Golden, dtypes_of
 from tests.parity.compare import Comparison
 from tests.support import x64
-
-DTYPES = ("float64", "float32")
 
 
 def last(x: np.ndarray) -> np.ndarray:
@@ -52,12 +50,12 @@ def check_module(
     build: Callable[[Precision], nnx.Module],
     call: Callable[..., Iterable[jax.Array]],
 ) -> list[Comparison]:
-    """Compare outputs, gradients and running statistics of a head or neck in both dtypes.
+    """Compare outputs, gradients and running statistics of a head or neck in the fixture's dtypes.
 
     `call(module, inputs, train, keep)` returns outputs in the order of the fixture's cotangents.
     """
     results = []
-    for dtype in DTYPES:
+    for dtype in dtypes_of(golden):
         with x64():
             comparison = Comparison(golden.name, golden.kind, dtype)
             module = build(precision(dtype))
@@ -96,7 +94,7 @@ def compare_state(
     comparison: Comparison, golden: Golden, module: nnx.Module, grads: Any, after: Any, prefix: str
 ) -> None:
     """Compare parameter gradients and the running statistics after the call."""
-    named = to_torch_names(module, grads)
+    named = to_torch_names(module, jax.device_get(grads))
     stored = golden.parameter_grads()
     largest = max((np.abs(grad).max() for grad in stored.values()), default=1.0)
     for name, expected in stored.items():
@@ -110,7 +108,7 @@ def compare_state(
     for name in missing:
         comparison.missing(f"gradient {name}")
     stored = {k.removeprefix(prefix): v for k, v in golden.outputs.items() if k.startswith(prefix)}
-    statistics = to_torch_names(module, after)
+    statistics = to_torch_names(module, jax.device_get(after))
     for name, expected in stored.items():
         comparison.output(prefix + name, statistics[name], expected)
 
@@ -168,7 +166,7 @@ def check_model(golden: Golden) -> list[Comparison]:
         golden.kwargs[h]["loss_decode"]["loss_weight"] for h in ("decode_head", "auxiliary_head")
     ]
     results = []
-    for dtype in DTYPES:
+    for dtype in dtypes_of(golden):
         with x64():
             comparison = Comparison(golden.name, golden.kind, dtype)
             model = build_segmentor(golden, dtype)
@@ -206,7 +204,7 @@ def check_slide(golden: Golden) -> list[Comparison]:
     crop, stride = tuple(settings["crop_size"]), tuple(settings["stride"])
     size, mirrored = tuple(golden.meta["ori_shape"]), golden.meta["flip"]
     results = []
-    for dtype in DTYPES:
+    for dtype in dtypes_of(golden):
         with x64():
             comparison = Comparison(golden.name, golden.kind, dtype)
             model = build_segmentor(golden, dtype)
@@ -241,7 +239,7 @@ def check_slide(golden: Golden) -> list[Comparison]:
 def check_loss(golden: Golden) -> list[Comparison]:
     results = []
     weight = golden.meta["loss_weight"]
-    for dtype in DTYPES:
+    for dtype in dtypes_of(golden):
         with x64():
             comparison = Comparison(golden.name, golden.kind, dtype)
             logits = jnp.asarray(last(golden.inputs["logits"]), dtype)

@@ -175,7 +175,7 @@ def compare(
         for i, (y, y_oracle) in enumerate(zip(outputs, expected, strict=True)):
             assert y.dtype == jnp.float64
             assert_close(y, y_oracle, OUTPUTS, f"output {i}")
-        grads = {k: np.asarray(v) for k, v in named_parameters(param_grads).items()}
+        grads = {k: np.asarray(v) for k, v in named_parameters(jax.device_get(param_grads)).items()}
         grads["images"] = np.asarray(image_grad)
 
     def objective(values: dict[str, np.ndarray]) -> float:

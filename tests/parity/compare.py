@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 
 from tests.support import relative_error
 
-# Every fixture is compared in float64. One fixture of each class, another one each run, is compared in float32 and
-# bfloat16 as well: each dtype is one more program to compile, and the programs differ by rounding alone.
-# FASTVIM_PARITY_DTYPES=all compares every fixture in every dtype; a list such as "float64", every fixture in those.
-DTYPES = ("float64", "float32", "bfloat16")
+# Every fixture is compared in float64. One fixture of each class, another one each run, is compared in one of `OTHERS`
+# as well; the classes take turns, so each run sees all of them. Each is one more program to compile.
+# FASTVIM_PARITY_DTYPES=all compares every fixture in all; a list such as "float64", every fixture in those dtypes.
+OTHERS = (("float32", "scan"), ("bfloat16", "scan"), ("float64", "unroll"))
 ASKED = os.environ.get("FASTVIM_PARITY_DTYPES", "")
 # (outputs, gradients), relative to the largest entry of each array.
 BOUNDS = {
@@ -105,11 +105,18 @@ class Comparison:
         return [f"{label}: {problem}" for problem in self.problems]
 
 
-def dtypes_of(representative: bool) -> tuple[str, ...]:
-    """Return the dtypes to compare a fixture in, by whether it was drawn to represent its class."""
+def modes_of(turn: int | None) -> list[tuple[str, str]]:
+    """Return what to compare a fixture in: dtypes, and ways to run the blocks.
+
+    Args:
+        turn: chooses one of `OTHERS` for the fixture that represents its class; None for all other fixtures.
+    """
     if ASKED and ASKED != "all":
-        return tuple(ASKED.split(","))
-    return DTYPES if representative or ASKED == "all" else ("float64",)
+        return [(dtype, "scan") for dtype in ASKED.split(",")]
+    if ASKED == "all":
+        return [("float64", "scan"), *OTHERS]
+    others = [] if turn is None else [OTHERS[turn % len(OTHERS)]]
+    return [("float64", "scan"), *others]
 
 
 def close(comparisons: list[Comparison], record_property: Any) -> None:

@@ -90,7 +90,9 @@ def evaluate_masked(comparison: Comparison, golden: Golden, dtype: str) -> None:
             comparison.output(name, outputs[name], expected, bound)
         else:
             comparison.missing(f"output {name}")
-    compare_parameter_grads(comparison, golden, to_torch_names(model, param_grads), FIXED)
+    compare_parameter_grads(
+        comparison, golden, to_torch_names(model, jax.device_get(param_grads)), FIXED
+    )
     for name, expected in golden.input_grads().items():
         if name == "x":
             comparison.grad("input/x", np.asarray(image_grad).transpose(0, 3, 1, 2), expected)

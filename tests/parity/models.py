@@ -113,7 +113,7 @@ def evaluate_model(
             comparison.missing(f"output {name}")
     if stray := set(golden.cotangents) - set(outputs):
         comparison.missing(f"the outputs of cotangents {sorted(stray)}")
-    compare_parameter_grads(comparison, golden, to_torch_names(model, param_grads))
+    compare_parameter_grads(comparison, golden, to_torch_names(model, jax.device_get(param_grads)))
     for name, expected in golden.input_grads().items():
         if name == "x":
             comparison.grad("input/x", np.asarray(image_grad).transpose(0, 3, 1, 2), expected)
@@ -206,7 +206,7 @@ def evaluate_mixer(comparison: Comparison, golden: Golden, dtype: str) -> None:
             comparison.output(name, outputs[name], expected)
         else:
             comparison.missing(f"output {name}")
-    compare_parameter_grads(comparison, golden, to_torch_names(mixer, param_grads))
+    compare_parameter_grads(comparison, golden, to_torch_names(mixer, jax.device_get(param_grads)))
     for name, expected in golden.input_grads().items():
         if name == "hidden":
             comparison.grad("input/hidden", hidden_grad, expected)

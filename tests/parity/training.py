@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -170,7 +171,9 @@ def run_train_steps(comparison: Comparison, golden: Golden, blocks: str) -> None
         norms.append(float(metrics["grad_norm"]))
     results = {"loss": np.array(losses), "grad_norm": np.array(norms)}
     for prefix, tree in (("final", state.params), ("ema", state.ema)):
-        results |= {f"{prefix}/{k}": v for k, v in to_torch_names(model, tree).items()}
+        results |= {
+            f"{prefix}/{k}": v for k, v in to_torch_names(model, jax.device_get(tree)).items()
+        }
     for name, expected in golden.outputs.items():
         if name in results:
             comparison.output(name, results[name], expected)
