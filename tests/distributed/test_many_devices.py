@@ -1,7 +1,8 @@
 """The same run on 1, 2, 4 and 8 simulated devices, in one and in two processes, gives the same numbers.
 
-Tolerances: 1e-10 of the loss in float64, 1e-5 in float32, both for the first ten steps; whole runs of the trainer in
-float64 1e-10 in every number of the log, and exactly the same counts.
+Tolerances: 1e-9 of the loss in float64, 1e-5 in float32, both for the first ten steps; whole runs of the trainer in
+float64 1e-10 in every number of the log, and exactly the same counts. The augmented images are float32, and without
+optimisation each program rounds them in its own way: up to 2e-10 of the loss, and 4e-16 with images exact in float64.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from tests.support import ROOT
 from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH
 
 HERE = Path(__file__).parent
+# Each compiles a training step: every option stands once, on a mesh of its own.
 MESHES = (
-    "float64-2x1", "float64-4x1", "float64-8x1", "float64-1x8", "float64-2x4",
-    "float64-1x1-accumulate2", "float64-2x4-accumulate4", "float64-1x8-remat", "float64-2x2-unroll",
+    "float64-2x1-accumulate2", "float64-2x2-unroll", "float64-8x1", "float64-1x8-remat",
+    "float64-2x4-accumulate4",
 )  # fmt: skip
-SINGLE = ("float32-8x1", "float32-2x4-accumulate4")
+SINGLE = ("float32-2x4-accumulate4",)
 QUICK = ("float32-2x4-accumulate2-vit", "float32-1x1-vit")
 
 
 def launch(program: str, *arguments: str, devices: int, **variables: str) -> subprocess.Popen:
-    # Programs that run for a second repay little optimisation.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+    # Level 1 of the optimiser compiles twice as long as level 0 (a tiny FastVim's gradient: 3.6 s against 1.8 s).
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [sys.executable, str(HERE / program), *arguments],
         env=os.environ
@@ -90,19 +92,19 @@ def float64(tmp_path_factory):
 @pytest.mark.parametrize("name", MESHES)
 def test_the_mesh_does_not_change_the_curve(float64, name):
     losses, *_ = float64["float64-1x1"]
-    np.testing.assert_allclose(float64[name][0], losses, rtol=1e-10)
+    np.testing.assert_allclose(float64[name][0], losses, rtol=1e-9)
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
 
 
 @pytest.mark.slow
 def test_fsdp_spreads_the_state(float64):
-    shares = {name: float64[name][1] for name in ("float64-8x1", "float64-2x4", "float64-1x8")}
+    shares = {name: float64[name][1] for name in MESHES}
     assert shares["float64-8x1"] == 1.0
-    assert shares["float64-2x4"] < 0.35 and shares["float64-1x8"] < 0.22
+    assert shares["float64-2x4-accumulate4"] < 0.35 and shares["float64-1x8-remat"] < 0.22
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float64-1x8", "float64-1x8-remat", "float64-2x2-unroll"])
+@pytest.mark.parametrize("name", ["float64-1x8-remat", "float64-2x2-unroll"])
 def test_nothing_but_single_parameters_is_gathered(float64, name):
     """The largest parameter has 16 × 64 entries; the activations of a batch have 32 × 16 × 16 and more."""
     assert 0 < float64[name][2] <= 16 * 64
