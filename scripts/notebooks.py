@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,25 @@ METADATA = {
 }
 
 
-def run_notebook(file: Path, *, seconds: int = 600) -> Any:
+def run_notebook(file: Path, *, seconds: int = 600, replace: Sequence[tuple[str, str]] = ()) -> Any:
     """Run a notebook in a fresh kernel and return it with its outputs.
 
     Args:
         file: the notebook; its folder becomes the working directory.
         seconds: limit of one cell.
+        replace: pairs of texts; each first one, which must stand in the code exactly once, becomes the second.
 
     Raises:
+        ValueError: a text to replace does not stand in the code once.
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
     notebook = nbformat.read(file, as_version=4)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for written, tested in replace:
+        if sum(cell["source"].count(written) for cell in code) != 1:
+            raise ValueError(f"{file.name} has not one {written!r}")
+        for cell in code:
+            cell["source"] = cell["source"].replace(written, tested)
     # A backend chosen outside would keep the kernel from showing figures.
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     paths = [str(FOLDER.parent), env.get("PYTHONPATH", "")]

@@ -16,9 +16,9 @@ from tests.support import ROOT
 from tests.training.compare_runs import assert_same_run, steps_of
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
-KILLS = 20
+KILLS = int(os.environ.get("FASTVIM_TEST_KILLS", "8"))  # a start costs 5 seconds of processor time
 CONFIG = tiny_config(
-    model=tiny_model(depth=1), epochs=30, evaluate_every_epochs=2, checkpoint_every_steps=3
+    model=tiny_model(depth=1), epochs=16, evaluate_every_epochs=2, checkpoint_every_steps=3
 )
 TOTAL = CONFIG.epochs * STEPS_PER_EPOCH
 TIMEOUT = 300
@@ -113,7 +113,7 @@ class Killer:
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_in_the_same_bits(tmp_path, rng, record_property):
+def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, rng, record_property):
     begin = time.monotonic()
     config = tmp_path / "config.json"
     config.write_text(CONFIG.to_json())
@@ -125,11 +125,9 @@ def test_a_run_killed_twenty_times_ends_in_the_same_bits(tmp_path, rng, record_p
     half_written = 0
     try:
         while done.total() < KILLS:
-            # Near the end only kills that cannot come too late.
-            ways = (
-                ("early", "saving", "any", "any") if killer.reached() < 0.8 * TOTAL else ("early",)
-            )
-            how = str(rng.choice(ways))
+            # Each way in turn; near the end only kills that cannot come too late.
+            ways = ("saving", "early", "any") if killer.reached() < TOTAL - 66 else ("early",)
+            how = ways[done.total() % len(ways)]
             killer.kill_once(how)
             done[how] += 1
             half_written += killer._is_saving() > 0
