@@ -34,9 +34,14 @@ def test_products_with_the_jacobian(name, rng, monkeypatch):
             return model(images, noise=noise).predicted.reshape(1, -1)[:, :3]
 
         images, direction = (jnp.asarray(rng.standard_normal((1, 8, 8, 3))) for _ in range(2))
-        value, along = jvp(run, (images,), (direction,))
-        jacobian = jax.jacrev(run)(images)
-        assert_close(value, run(images), 1e-12)
+
+        @jax.jit
+        def products(images, direction):
+            value, along = jvp(run, (images,), (direction,))
+            return value, along, jax.jacrev(run)(images), run(images)
+
+        value, along, jacobian, wanted = products(images, direction)
+        assert_close(value, wanted, 1e-12)
         assert_close(along, jnp.tensordot(jacobian, direction, axes=4), 1e-10)
         assert np.abs(along).max() > 1e-6
 

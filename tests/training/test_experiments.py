@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from dataclasses import replace
 
 import jax
@@ -176,12 +177,16 @@ def _losses(config, key):
     return losses
 
 
-def test_every_experiment_steps(key):
-    """In one test, so that experiments of one model share its compilation."""
-    for name in EXPERIMENTS:
-        losses = _losses(_reduced(load_experiment(name)), key)
-        # Near chance, for six classes; the head's initial values keep it from being exact.
-        assert all(abs(loss - math.log(6)) < 0.5 for loss in losses), (name, losses)
+def test_every_third_model_of_the_experiments_steps(key):
+    """Others each run, because each model is a program to compile; in one test, so that experiments share it."""
+    reduced = {name: _reduced(load_experiment(name)) for name in EXPERIMENTS}
+    models = list(dict.fromkeys(config.model for config in reduced.values()))
+    drawn = models[int(os.environ["FASTVIM_TEST_SEED"]) % 3 :: 3]
+    for name, config in reduced.items():
+        if config.model in drawn:
+            losses = _losses(config, key)
+            # Near chance, for six classes; the head's initial values keep it from being exact.
+            assert all(abs(loss - math.log(6)) < 0.5 for loss in losses), (name, losses)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
