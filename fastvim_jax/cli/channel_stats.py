@@ -13,20 +13,20 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to count."""
+    """The data to count."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder, or a naming pattern: fields/{split}/{class}/{well}_s{site}_{channel}.tif."""
     channels: tuple[str, ...]
     """Names of the channels in their order."""
     source: str = "auto"
-    """Which kind of data set it is, as in data.source; auto looks at the folder."""
+    """Kind of the data set, as in data.source; auto: found out from the folder."""
     split: str = "train"
     """Split to count."""
     class_list: str = ""
-    """Class list, or folder of plate maps, where the folder's own is not the right one."""
+    """A class list, or folder of plate maps, to use instead of the data set's own."""
     every: int = 1
-    """Read only one image in every N."""
+    """Read only every N-th image."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,14 +14,14 @@ from fastvim_jax.cli.usage import parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which run, and which channels."""
+    """The run, and the channels."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The folder of a run on images of many channels."""
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
-    """An image of all channels: show what each contributes to its class, instead of accuracies."""
+    """An image of all channels. Show what each channel contributes to its class, instead of accuracies."""
     subsets: tuple[str, ...] = ()
-    """Subsets to evaluate, each as DNA+ER; by default all channels, all but one for each, and each alone."""
+    """Subsets of channels to evaluate, written as DNA+ER; by default all, all but one, and single ones."""
     split: str | None = None
     """Split to evaluate on; by default the run's data.eval_split."""
     weights: Literal["raw", "ema"] | None = None

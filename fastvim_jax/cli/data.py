@@ -31,7 +31,7 @@ Usage: fastvim data check PATH [OPTIONS]
   check-coco   the same for images with objects in COCO's format: missing images, boxes without area or outside the
             image, polygons of two points, unknown categories, RLE that cannot be read
   prepare   write ArrayRecord shards with checksums, original bytes or resized, or shards of decoded pixels (--pixels);
-            started again, it goes on
+            if it is interrupted, the same command continues
   stats     count mean and deviation of every channel and store them with the data, where training takes them from
 
 PATH is a data set's folder: one folder per split with one folder per class (train/cat/1.jpg), tar shards, Parquet files
@@ -45,20 +45,20 @@ class _Where:
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder (or digits, or a TFDS set's name)."""
     source: str = "auto"
-    """Which kind of data set it is, as in data.source; auto looks at the folder."""
+    """Kind of the data set, as in data.source; auto: found out from the folder."""
     split: tuple[str, ...] = ()
-    """Splits; by default all that are there."""
+    """Splits to read; by default all."""
     class_list: str = ""
-    """Class list (.txt or .tsv) where the folder's own is not the right one."""
+    """A class list (.txt or .tsv) to use instead of the folder's own."""
     follow_links: bool = False
-    """Read what links in the folder point to outside it."""
+    """Read files outside the folder that links in it lead to."""
     workers: int = 0
-    """Worker processes."""
+    """Worker processes; 0: this process alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check(_Where):
-    """What to scan."""
+    """The data set to scan."""
 
     list: int = 20
     """Problems of each split to list; the others are counted."""
@@ -68,19 +68,20 @@ class Check(_Where):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare(_Where):
-    """What to write."""
+    """The shards to write."""
 
     out: Path
     """Folder of the shards."""
     max_size: int | None = None
-    """Reduce images whose shorter side is longer than this many pixels to it (bicubic, JPEG quality 95)."""
+    """Largest shorter side in pixels. Larger images are reduced to it (bicubic, JPEG quality 95)."""
     pixels: int | None = None
-    """Store decoded pixels, the shorter side at most this long, which readers crop without decoding (256 for 224-pixel
-    training: about 0.26 MB per photograph)."""
+    """Store decoded pixels, with the shorter side at most this long. Readers then need not decode. Use 256 to train at
+    224 pixels: about 0.26 MB per photograph."""
     shard_records: int = 4096
     """Records per shard."""
     max_corrupt: int = 0
-    """Undecodable records left out before it stops (only images that are resized are decoded)."""
+    """Largest number of undecodable records to leave out; one more stops the command. Only images that are resized are
+    decoded."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -17,18 +17,18 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to evaluate on what."""
+    """The run to evaluate, and the data."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder; named first, it lets every field of its data be overridden: --data.path, --data.source."""
+    """The run's folder. Name it first: the fields of its data can then be overridden, such as --data.path."""
     weights: Literal["all", "raw", "ema"] = "all"
     """The trained weights, their average, or all that the run kept."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
     split: str | None = None
-    """Which split of the data; by default the one the run was evaluated on."""
+    """Split of the data; by default the one that the run was evaluated on."""
     batch_size: int | None = None
-    """Images per batch; by default the run's. Every image is counted once, whatever the batch."""
+    """Images per batch; by default the run's. The scores do not depend on it."""
     per_class: bool = False
     """Also show the accuracy on each class."""
     confusion: Path | None = None

@@ -17,14 +17,14 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to evaluate on what."""
+    """The run to evaluate, and the data."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
     split: str | None = None
-    """Which split of the data; by default the one the run was evaluated on."""
+    """Split of the data; by default the one that the run was evaluated on."""
     path: str | None = None
     """The data set's folder; by default the run's."""
     per_class: bool = False

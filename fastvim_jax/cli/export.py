@@ -14,20 +14,20 @@ from fastvim_jax.cli.usage import parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to export, and where to."""
+    """The run to export, and the file to write."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     out: Path
     """File to write; its name ends in .npz."""
     fast: bool = False
-    """Hold the GPU kernels: for Hopper GPUs and one batch size. Otherwise the program runs on CPUs and CUDA devices."""
+    """Include the GPU kernels: the file then needs a Hopper GPU and one batch size. Otherwise CPU or CUDA."""
     batch: int | None = None
-    """Images of a call; without it a portable program takes any number."""
+    """Images per call; without --fast and --batch the program takes any number."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, or what scored better in the run's log."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from fastvim_jax.cli.usage import command, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to write, and where to."""
+    """The weights to write, and the file or folder."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
@@ -26,11 +26,11 @@ class Arguments:
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, or what scored better in the run's log."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: a step, best for the one with the best score, or None for the last."""
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 halves the file and rounds the weights."""
+    """Dtype of the weights: bfloat16 halves the file and rounds the weights."""
     licence: str = ""
-    """What the model card says of the licence."""
+    """Licence to name in the model card."""
 
 
 def run(arguments: Sequence[str]) -> int:

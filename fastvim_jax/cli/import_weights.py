@@ -19,7 +19,7 @@ _LICENCE = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to import, and where to."""
+    """The file to import, and the folder to write."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .pth, .pt, .ckpt, .bin or .safetensors file. Nothing in it is run, and PyTorch is not needed."""
@@ -34,15 +34,15 @@ class Arguments:
     num_classes: int | None = None
     """Classes of a new head, drawn at random; by default the file's head is kept."""
     classes: Path | None = None
-    """A text file of class names, one a line."""
+    """A text file of class names, one per line."""
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A field of the model's config, as NAME=VALUE, where names and shapes do not tell it. May be given again."""
+    """A field of the model's config, NAME=VALUE, that names and shapes do not determine. May be given several times."""
     mean: tuple[float, ...] = ()
-    """Mean of each channel, for pixels from 0 to 1; by default ImageNet's, or of cell images JUMP-CP's."""
+    """Mean of each channel, for pixels from 0 to 1; by default ImageNet's, or for cell images JUMP-CP's."""
     std: tuple[float, ...] = ()
-    """Standard deviation of each channel, likewise."""
+    """Standard deviation of each channel, for pixels from 0 to 1."""
     seed: int = 0
-    """Seed of what is drawn at random."""
+    """Seed of parameters that are drawn at random, such as a new head."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from fastvim_jax.errors import UserError, suggest
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to list."""
+    """The models to list."""
 
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*"
     """Names to list: a part of a name, or a pattern with * and ?."""

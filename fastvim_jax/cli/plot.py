@@ -17,7 +17,7 @@ RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h100
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which figure to draw, and from what."""
+    """The figure to draw, and its inputs."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
     """Name of the figure, or `all`. `--list` shows the names."""

@@ -15,12 +15,12 @@ from fastvim_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to report on."""
+    """The run to report on."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     picture: Path | None = None
-    """Where to write the picture; by default quickstart.png in the run's folder."""
+    """PNG file to write; by default quickstart.png in the run's folder."""
     at_least: float = 0.0
     """Exit with status 1 if the accuracy is lower."""
 

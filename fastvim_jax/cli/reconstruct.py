@@ -15,7 +15,7 @@ from fastvim_jax.cli.usage import UsageError, parse
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to reconstruct with what."""
+    """The images to reconstruct, and the model."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a masked pre-training run, or of a saved masked autoencoder."""
@@ -26,17 +26,17 @@ class Arguments:
     mask_ratio: float | None = None
     """Share of the patches to remove; by default that of the run."""
     seed: int = 0
-    """Decides which patches."""
+    """Seed of the choice of patches."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, if the run kept one."""
     step: int | None = None
-    """Which checkpoint; by default the last."""
+    """Step of the checkpoint; by default the last."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Draw image files as a masked autoencoder reconstructs them.
 
-    A file that is no image is reported and the others are drawn; the exit status is then 1.
+    Files that are not images are reported and left out; the exit status is then 1.
     """
     chosen = parse(Arguments, "reconstruct", arguments, f"{run.__doc__}")
     if not chosen.images:

@@ -1,4 +1,4 @@
-"""Write what a command says about many image files, going on where an interrupted one stopped."""
+"""Write the results of a command for many image files, and continue where an interrupted command stopped."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def write_results(
     columns: Mapping[str, str],
     verb: str,
 ) -> int:
-    """Write a record for each file that `out` does not hold yet, while a bar shows how far they are.
+    """Write a record for each file that `out` does not hold yet, and show a progress bar.
 
     Args:
         files: image files.
-        make: records of the files that are left, in order, with `error` set where one could not be read.
+        make: makes the records of the remaining files, in order; `error` is set if a file could not be read.
         out, columns: see `inference.row_files.write_records`.
-        verb: what the bar says.
+        verb: label of the progress bar.
 
     Returns:
         The exit status: 1 if a file could not be read.
@@ -46,7 +46,7 @@ def write_results(
 
 
 def complain(record: Any) -> bool:
-    """Print why there is no result for a file, if there is none."""
+    """If there is no result for a file, print why."""
     if record.error is not None:
         print(f"fastvim: {record.error}", file=sys.stderr)
     return record.error is not None

@@ -61,7 +61,7 @@ Experiments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train an experiment, or go on with an unfinished run of it."""
+    """Train an experiment, or continue an unfinished run of it."""
     from fastvim_jax.distributed import initialize_distributed, is_first_process
     from fastvim_jax.training import (
         STOPPED_STATUS,

@@ -21,7 +21,7 @@ _SHIFT = 12  # fixed-point bits of OpenCV's division tables
 
 @dataclasses.dataclass(frozen=True)
 class Distortion:
-    """What is done to one image; None where a step is left out."""
+    """The distortion of one image; None for steps that are left out."""
 
     brightness: float | None = None
     contrast: float | None = None

@@ -16,14 +16,14 @@ MAX_LEVEL = 10.0
 LAYERS = 2
 """Operations drawn for an image."""
 NOTHING = -1
-"""In place of an operation's number: the layer leaves the image as it is."""
+"""Stands for no operation: the layer leaves the image as it is."""
 FILL = (124, 116, 104)
 """Colour of what an operation moves into view: the mean of ImageNet."""
 FILL_GREY = 118
 _AFFINE, _BICUBIC = Image.Transform.AFFINE, Image.Resampling.BICUBIC
 
 JITTERED = ("brightness", "contrast", "colour")
-"""What colour jitter changes."""
+"""Properties that colour jitter changes."""
 _ENHANCEMENTS: dict[str, type] = {
     "brightness": ImageEnhance.Brightness,
     "contrast": ImageEnhance.Contrast,

@@ -12,17 +12,17 @@ from fastvim_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One image and what is known of it, as the source holds them."""
+    """One image with its target, as the source holds them."""
 
     image: bytes | np.ndarray
     """An encoded file's bytes (JPEG, PNG, ...), or uint8 pixels `h w` or `h w c`."""
     target: Any
-    """What a model is to predict. For classification an int, the index into the source's `class_names`; sources of
-    other tasks hold a mask or boxes here."""
+    """The value to predict: for classification an index into the source's `class_names`, for other tasks a mask or
+    boxes."""
     name: str
-    """Where the record comes from (a path, or `file[index]`): error messages name it."""
+    """Origin of the record (a path, or `file[index]`), for error messages."""
     note: str = ""
-    """What is worth knowing of a record that is used all the same (a saturated channel); "" if nothing is."""
+    """A warning about a record that is used nevertheless, such as a saturated channel; "" if there is none."""
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from fastvim_jax.training.run_folder import load_run
 
 @dataclasses.dataclass(frozen=True)
 class SubsetScore:
-    """How well a model does with some channels.
+    """Accuracy of a model with some of its channels.
 
     Attributes:
         channels: their names.

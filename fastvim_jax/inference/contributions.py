@@ -20,7 +20,7 @@ from fastvim_jax.models.channels import channel_inputs
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
-    """How the probability of one class depends on one channel.
+    """Dependence of one class's probability on one channel.
 
     Attributes:
         channel: its name.

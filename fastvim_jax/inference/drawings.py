@@ -22,7 +22,7 @@ DRAWERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What was drawn of one image file.
+    """The drawing of one image file.
 
     Attributes:
         file: the file as it was named.

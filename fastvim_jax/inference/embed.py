@@ -132,7 +132,7 @@ def embed_fields(
     depth: Depth = "full",
     batch_size: int = 32,
 ) -> Embeddings:
-    """Embed fields; one that cannot be read is told in `problems`, and the others are embedded.
+    """Embed fields. Report unreadable fields in `problems`, and embed the others.
 
     Args:
         model: a trained model.

@@ -32,7 +32,7 @@ _CHANGES = ("image_size", "num_classes")
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported.
+    """The result of an import.
 
     Attributes:
         folder: where it lies now.

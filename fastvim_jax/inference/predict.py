@@ -30,7 +30,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image file.
+    """The prediction for one image file.
 
     Attributes:
         file: the file as it was named.

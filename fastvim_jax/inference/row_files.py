@@ -18,7 +18,7 @@ _ROWS = 4096  # In memory before they are written to a Parquet file.
 
 @runtime_checkable
 class Record(Protocol):
-    """What a command says about one image file."""
+    """The result of a command for one image file."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values; `file` is the image's name."""
@@ -52,7 +52,7 @@ def already_written(out: Path) -> set[str]:
             return {json.loads(line)["file"] for line in text.split("\n")[:-1]}
         return {row[0] for row, _ in list(_rows_of(text))[1:]}
     except (ValueError, LookupError, TypeError, csv.Error, OSError) as error:
-        raise UserError(f"{out} holds no results to go on with: {error}") from error
+        raise UserError(f"{out} holds no results that could be continued: {error}") from error
 
 
 def write_records(

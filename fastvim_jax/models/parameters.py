@@ -36,7 +36,7 @@ def stacked_key(path: KeyPath) -> int | None:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What a rule may know of a stored leaf.
+    """Description of a stored leaf, for rules about parameters.
 
     Attributes:
         name: Dotted stored name, for example `blocks.mixer.in_proj.kernel`.

@@ -77,7 +77,7 @@ class UperNetConfig:
 
 
 class SegmentationLogits(NamedTuple):
-    """What a training call returns, float32 or wider."""
+    """The result of a training call, float32 or wider."""
 
     main: Float[Array, "b rows columns classes"]
     """Logits of UPerHead, at the size of its finest map."""
@@ -86,10 +86,10 @@ class SegmentationLogits(NamedTuple):
 
 
 class SegmentationDraws(NamedTuple):
-    """What is random in a training call; None where nothing is dropped."""
+    """The random draws of a training call; None where nothing is dropped."""
 
     drop_path: Float[Array, "depth ... b"] | None
-    """0/1: which images keep which block's output."""
+    """0/1 masks: which images keep which block's output."""
     main: Float[Array, "b channels"] | None
     """0/1: which channels UPerHead keeps."""
     auxiliary: Float[Array, "b channels2"] | None

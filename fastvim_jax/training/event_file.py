@@ -1,7 +1,7 @@
 """Write a TensorBoard event file through tensorboardX's synchronous writer.
 
-`SummaryWriter` is not used because it writes from a thread: a full disk ends the thread, and the run
-goes on without its numbers.
+`SummaryWriter` is not used, because it writes from a thread: a full disk would end the thread, and the run would
+continue without writing its numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class EventFile:
-    """Write scalars for TensorBoard; every record is on the disk when the call that wrote it returns.
+    """Event file with scalars for TensorBoard. A call returns when its record is written to the file.
 
     Args:
-        folder: where the file goes; made when it is missing.
-        purge_step: TensorBoard forgets what earlier files say of this step and later ones.
+        folder: folder of the file; it is created if it does not exist.
+        purge_step: TensorBoard ignores what earlier files hold for this step and later ones.
 
     Raises:
-        OSError: here and in the methods, when the file cannot be written.
+        OSError: the file cannot be written; the methods raise this, too.
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:

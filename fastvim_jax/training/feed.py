@@ -18,7 +18,7 @@ class FeedMeter:
 
     Args:
         batch_size: images per step, over all processes.
-        data: the data's config, of which the advice depends; None for tasks without one.
+        data: the data's config, on which the advice depends; None for tasks without one.
     """
 
     def __init__(self, batch_size: int, data: Any = None) -> None:

@@ -134,7 +134,7 @@ def _backbone_depths(params: Any) -> dict[str, int]:
 
 
 class ParameterGroup(NamedTuple):
-    """What a recipe does to one unstacked parameter."""
+    """How a recipe treats one unstacked parameter."""
 
     learning_rate_scale: float
     decayed: bool

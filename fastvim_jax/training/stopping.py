@@ -37,7 +37,7 @@ class Stopped(Exception):
     def __init__(self, reason: str, step: int, total_steps: int) -> None:
         super().__init__(
             f"{reason}: stopped after step {step} of {total_steps}, which is saved. "
-            "The same command goes on from there."
+            "The same command continues from there."
         )
         self.step = step
 

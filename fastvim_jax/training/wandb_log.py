@@ -14,9 +14,9 @@ _ID_FILE = "wandb_id"
 
 
 class WandbLog:
-    """Sends scalars to a W&B run that belongs to the run folder: a resumed run goes on in the same one.
+    """Log of scalars in a W&B run that belongs to the run folder. A resumed run continues the same W&B run.
 
-    Steps that an interrupted run had sent already are sent again, and W&B leaves them as they are.
+    Steps that an interrupted run has sent already are sent again, and W&B ignores them.
 
     Args:
         project: the W&B project.

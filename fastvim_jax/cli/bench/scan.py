@@ -31,7 +31,7 @@ class Scan(Options):
     lengths: tuple[int, ...] = ()
     """Scan lengths; by default 7 to 16384 and the shapes that kernels are tuned for on a GPU, 7 to 4096 elsewhere."""
     batches: tuple[int, ...] = ()
-    """Sequences at a time, one number for each length; by default so many that all lengths are about equal work."""
+    """Sequences per batch, one number for each length; by default chosen so that all lengths are about equal work."""
     channels: int | None = None
     """Channels; by default 384 on a GPU (the Tiny size), 64 elsewhere."""
     states: int = 16
@@ -39,7 +39,7 @@ class Scan(Options):
     implementations: tuple[
         Literal["pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm"], ...
     ] = ("pallas", "triton", "xla_associative", "xla_sequential", "mamba_ssm")
-    """Which to measure; those that cannot run here are skipped."""
+    """Implementations to measure; those that cannot run here are skipped."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Dtypes of the inputs. In bfloat16 only the Pallas kernels are measured."""
     directions: tuple[Direction, ...] = ("forward", "both")
@@ -49,11 +49,11 @@ class Scan(Options):
     tune: bool = False
     """Instead try block sizes for the Pallas kernels, and keep those that beat the built-in rules (Hopper GPUs)."""
     tuned_file: Path | None = None
-    """Where --tune keeps them; by default beside the kernels, which read them there."""
+    """File for the block sizes found by --tune; by default the one that the kernels read."""
     plot: Path | None = None
-    """Draw the times over the lengths into this file, a .png, .svg, .pdf or .jpg."""
+    """Draw the times over the lengths to this file: .png, .svg, .pdf or .jpg."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,22 +13,22 @@ from fastvim_jax.cli.usage import as_usage_error, parse
 
 @dataclasses.dataclass(frozen=True)
 class Segment(Options):
-    """Which segmentation models to measure. All combinations of models, pixels, batches and parts are taken."""
+    """Measure segmentation models, for all combinations of models, pixels, batches, precisions and parts."""
 
     models: tuple[str, ...] = ()
     """Backbones, see `fastvim models`; by default FastVim-T, Vim-T and ViT-T on a GPU, FastVim-T elsewhere."""
     pixels: tuple[int, ...] = ()
-    """Sides of the images; by default 512 on a GPU, 64 elsewhere."""
+    """Sides of the images in pixels; by default 512 on a GPU, 64 elsewhere."""
     batches: tuple[int, ...] = ()
-    """Images at a time; by default on a GPU 16 at 512 pixels and 4 at 1024; 2 elsewhere."""
+    """Images per batch; by default on a GPU 16 at 512 pixels and 4 at 1024; 2 elsewhere."""
     parts: tuple[Literal["backbone", "heads", "classes", "whole", "train"], ...] = (
         "backbone", "heads", "classes", "whole", "train",
     )  # fmt: skip
-    """What to time: parts of a forward pass, all of it, training steps."""
+    """Parts to measure: parts of a forward pass, whole (all of it), and train (training steps)."""
     precisions: tuple[Literal["bf16", "tf32", "f32"], ...] = ("bf16",)
-    """bf16, tf32 (float32, products in TF32), f32 (products in full float32)."""
+    """bf16; tf32: float32 with matrix products in TF32; f32: matrix products in full float32."""
     neck: Literal["none", "deconvolution", "multilevel"] = "none"
-    """What lies between backbone and heads."""
+    """Layers between the backbone and the heads."""
     channels: int = 512
     """Width of UPerHead."""
     blocks: Literal["unroll", "scan"] | None = None
@@ -36,7 +36,7 @@ class Segment(Options):
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
 
 def segment(arguments: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ HELD_OUT = ("val", "validation", "valid", "eval", "dev", "test", "testing")
 """Names of splits to evaluate on, the first that is there."""
 TRAINED = ("train", "training")
 BATCH_SIZE = 32
-"""Of the experiment that the options are for, `your_images/fastvim`."""
+"""Batch size of the experiment that the options are for, `your_images/fastvim`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Advice:
     """How to train on a data set.
 
     Attributes:
-        refused: what training would refuse, one line each; empty if it would start.
-        options: the experiment's options by name, without the path and kind of the data set.
-        notes: what was chosen and why.
+        refused: reasons why training would refuse the data, one line each; empty if training would start.
+        options: options for the experiment by name, without the path and the kind of the data set.
+        notes: explanations of the chosen options.
     """
 
     refused: tuple[str, ...]

@@ -40,7 +40,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a scan of one split found.
+    """The findings of a scan of one split.
 
     Attributes:
         records: records scanned.
@@ -67,7 +67,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
     """Read and decode every record of a source.
 
     Args:
-        source: opened with `any_label=True`, lest a label outside the classes stops it.
+        source: a source opened with `any_label=True`, so that a label outside the classes does not stop the scan.
         workers: processes.
         progress: called with the records done and their total.
     """

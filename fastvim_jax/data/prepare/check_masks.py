@@ -22,7 +22,7 @@ _CHUNK = 32
 
 @dataclasses.dataclass(frozen=True)
 class MaskReport:
-    """What a scan of one split found.
+    """The findings of a scan of one split.
 
     Attributes:
         records: images.
@@ -60,7 +60,7 @@ def check_masks(
     """Read every image and its mask.
 
     Args:
-        source: opened with `allow_missing=True`, lest a missing mask stops the scan.
+        source: a source opened with `allow_missing=True`, so that a missing mask does not stop the scan.
         config: what labels mean.
         workers: processes.
         progress: called with the records done and their total.

@@ -29,22 +29,22 @@ from fastvim_jax.errors import UserError
 SHARD_RECORDS = 4096
 
 Progress = Callable[[int, int], None]
-"""Called with the records done and their total."""
+"""Function of the number of records done and their total."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation left behind.
+    """The result of a preparation.
 
     Attributes:
         manifest: the split's manifest file.
-        records: records written.
+        records: number of records written.
         shards: number of shards.
-        kept: how many of them were there already.
-        changed: how many were there, but made of records that have changed since; these were written again.
-        bytes: of all shards together.
+        kept: number of shards that existed already.
+        changed: number of shards that existed, but were written again because their records have changed.
+        bytes: size of all shards together.
         left_out: names of undecodable records that were left out.
-        notes: what is worth knowing of records that were written all the same.
+        notes: warnings about records that were written nevertheless.
     """
 
     manifest: Path

@@ -21,11 +21,11 @@ class ClassList(NamedTuple):
     """Classes in label order."""
 
     names: tuple[str, ...]
-    """What to show to a reader."""
+    """Names of the classes, for people."""
     folders: tuple[str, ...]
-    """What the class's folder is called (the WordNet id in ImageNet's case); the name if nothing else is said."""
+    """Names of the classes' folders (in ImageNet the WordNet ids); by default the names of the classes."""
     file: str = ""
-    """Where the list was read."""
+    """File that the list was read from."""
 
 
 def read_class_list(file: Path) -> ClassList:

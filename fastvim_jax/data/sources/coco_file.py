@@ -1,4 +1,4 @@
-"""What a JSON file in COCO's format says of images and objects, checked and packed into arrays."""
+"""Read a JSON file in COCO's format: check its images and objects, and pack them into arrays."""
 
 from __future__ import annotations
 

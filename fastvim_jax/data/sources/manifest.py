@@ -12,7 +12,7 @@ from typing import Any
 from fastvim_jax.errors import UserError, suggest
 
 SOURCES_BY_FORMAT = {"fastvim-array-record-1": "array_record", "fastvim-pixels-1": "pixels"}
-"""Which source reads a format."""
+"""Name of the source that reads each format."""
 
 
 def read_manifest(root: Path, split: str, format: str) -> dict[str, Any]:

@@ -25,13 +25,14 @@ from fastvim_jax.training.run_folder import load_run, read_config
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """What `score_run` found.
+    """The result of `score_run`.
 
     Attributes:
-        step: the checkpoint's.
-        class_names: of the run.
-        scores: by weights, `raw` and `ema`; see `evaluate`.
-        other_names: the first class that the data name otherwise, as (number, the run's name, theirs); or None.
+        step: step of the checkpoint.
+        class_names: the run's class names.
+        scores: scores of the weights `raw` and `ema`; see `evaluate`.
+        other_names: the first class that has another name in the data, as (number, name in the run, name in the data);
+            None if the names agree.
     """
 
     step: int
@@ -40,7 +41,7 @@ class RunScores:
     other_names: tuple[int, str, str] | None = None
 
     def by_class(self, weights: str) -> list[dict[str, Any]]:
-        """Name, images and share of them that is right (None without images) of each class, in label order."""
+        """List each class, in label order: its name, images, and share of right answers (None without images)."""
         found = self.scores[weights]
         right = found["confusion"].diagonal()
         return [

@@ -22,22 +22,22 @@ COCO_OPTIMIZER = OptimizerConfig(
     layer_rule="blocks",
     clip_grad_norm=35.0,
 )
-"""What the recipe means: layer-wise rates of all blocks, and no decay of their norms. As the released detectors were
-trained: decay_groups and layer_rule "detection_released"."""
+"""The recipe as its authors meant it: layer-wise rates for all blocks, and no decay of their norms. The released
+detectors were trained differently: set decay_groups and layer_rule to "detection_released" for that."""
 
 
 @dataclass(frozen=True)
 class DetectionConfig(RunConfig):
-    """Everything that decides a detection run.
+    """Everything that determines a detection run.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
     model: DetectorConfig
-    """Backbone, pyramid and heads; model.num_classes must be the data's number of categories."""
+    """Backbone, pyramid and heads. model.num_classes must equal the number of categories in the data."""
     data: DetectionData
-    """Where images and objects come from, how they are jittered and batched."""
+    """Where images and objects come from, and how they are jittered and batched."""
     optimizer: OptimizerConfig = field(default=COCO_OPTIMIZER)
     """AdamW, its groups and its schedules."""
     epochs: int = 100

@@ -42,14 +42,14 @@ class Objects(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Random priorities, of which the lowest are taken, for positives and negatives apart."""
+    """Random priorities for sampling: boxes with the lowest are drawn. One number as a positive, one as a negative."""
 
     anchors: Float[Array, "b 2 n"]
     boxes: Sequence[Float[Array, "b 2 _k"]]
 
 
 class Sampled(NamedTuple):
-    """What one stage trains on: `k` boxes per image, positives first.
+    """The training sample of one stage: `k` boxes per image, positives first.
 
     Attributes:
         boxes: sampled boxes.

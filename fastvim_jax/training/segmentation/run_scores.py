@@ -22,7 +22,7 @@ from fastvim_jax.training.segmentation.metrics import Areas
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationScores:
-    """What `score_run` found.
+    """The result of `score_run`.
 
     Attributes:
         step: the checkpoint's.
