@@ -49,7 +49,7 @@ def reduced_bytes(name: str) -> float:
 def epoch_table(model: str, rate: float, sent: float) -> list[str]:
     """Return the table of an epoch's cost by GPUs."""
     lines = [
-        f"**{model}**, {rate:,.0f} images/s a GPU, {sent / 1e6:.1f} MB reduced a step:", "",
+        f"**{model}**, {rate:,.0f} images/s per GPU, {sent / 1e6:.1f} MB reduced per step:", "",
         "| GPUs | batch | step, ms | steps of an epoch, s | reduction, s | share if not overlapped | cores, pixels | "
         "cores, JPEG | reading, GB/s: pixels / JPEG | 300 epochs, h |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -34,7 +34,7 @@ def from_json(cls: type[Config], text: str) -> Config:
     """Read what `to_json` wrote.
 
     Raises:
-        UserError: for text that is no JSON, or does not describe `cls`; the field is named.
+        UserError: the text is not JSON, or does not describe `cls`; the message names the field.
     """
     try:
         values = json.loads(text)
@@ -44,10 +44,10 @@ def from_json(cls: type[Config], text: str) -> Config:
 
 
 def from_dict(cls: type[Config], values: Any, where: str = "") -> Config:
-    """Read what `to_dict` returned; `where` is the field the values were found in, for messages.
+    """Read what `to_dict` returned. `where` is the name of the field that held the values, for messages.
 
     Raises:
-        UserError: naming the unknown, missing or mistyped field.
+        UserError: a field is unknown, missing or of another type; the message names it.
     """
     label = where or cls.__name__
     if not isinstance(values, Mapping):
@@ -123,7 +123,7 @@ def _typed_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ..
 
 
 def _typed_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Choose the member that a dataclass names, or the one whose exact type fits, or the first that accepts."""
+    """Choose the union's member: the dataclass that `value` names, the exact type, or the first one that accepts it."""
     if isinstance(value, Mapping) and "class" in value:
         classes: list[Any] = [arg for arg in args if dataclasses.is_dataclass(arg)]
         by_name = {each.__name__: each for each in classes}

@@ -37,7 +37,7 @@ from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, RowIds
 
 SMALLEST, LARGEST = 32, 1088
-"""Square sizes that `coverage` asks about, in pixels."""
+"""Smallest and largest square size that `coverage` examines, in pixels."""
 PRECISIONS: dict[str, dict[str, Any]] = {
     "f32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16", "activations": "compute"},
@@ -47,11 +47,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Where the fused kernels run.
+    """The image sizes at which the fused kernels run.
 
     Attributes:
-        sizes: square image sizes asked about, in pixels.
-        fallbacks: for each reason the sizes at which at least one block falls back for it.
+        sizes: the square image sizes that were examined, in pixels.
+        fallbacks: for each reason, the sizes at which at least one block falls back for this reason.
     """
 
     sizes: tuple[int, ...]

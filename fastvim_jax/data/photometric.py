@@ -1,7 +1,8 @@
-"""Photometric distortion: brightness, contrast, saturation and hue, on 8-bit pixels (Liu et al. 2016, SSD).
+"""Distort brightness, contrast, saturation and hue of 8-bit pixels (Liu et al. 2016, SSD).
 
-Every step clips to 0..255 and cuts off the fraction. Saturation and hue act on 8-bit HSV as OpenCV has it: hue is
-halved to 0..179 and wraps, conversions round. Order: brightness, contrast (mode 1), saturation, hue, contrast (mode 0).
+Every step clips to 0..255 and cuts off the fraction. Saturation and hue act on 8-bit HSV as in OpenCV: hue is halved to
+0..179 and wraps, and conversions round. The order is brightness, contrast (if first), saturation, hue, contrast (if
+last).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from jaxtyping import UInt8
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
-BRIGHTNESS = 32
-CONTRAST = SATURATION = (0.5, 1.5)
-HUE = 18
+BRIGHTNESS = 32  # largest change, in levels
+CONTRAST = SATURATION = (0.5, 1.5)  # smallest and largest factor
+HUE = 18  # largest change, in units of 2 degrees
 _SHIFT = 12  # fixed-point bits of OpenCV's division tables
 
 

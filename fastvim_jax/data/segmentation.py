@@ -1,10 +1,10 @@
-"""Batches of images with label maps for training, and whole images one by one for slide inference.
+"""Make batches of images with label maps for training, and read whole images one by one for slide inference.
 
-Everything up to the batch is random access (`grain.MapDataset`), as in classification: batch i of a seed is the same
-for any number of workers or processes and after any restart.
+Batches are random access (`grain.MapDataset`), as in classification: batch i of a seed is the same for any number of
+workers or processes and after any restart.
 
-Training: resize so that the image fits (2048 r, 512 r), r uniform; crop, at most 75 % of one class; flip; photometric
-distortion; pad. Pixels stay uint8: `normalise` runs on the device, where padding becomes 0 after normalisation.
+A training image passes through these steps: resize to fit (2048 r, 512 r) with a random r; crop so that no class fills
+more than 75 %; flip; distort colours; pad. Pixels stay uint8: `normalise` runs on the device, and makes the padding 0.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
 IGNORED = 255
-"""Label of pixels that do not count, whatever it is in the files."""
-_REPLACEMENTS = 100
-_CROPS = 10
+"""Label of pixels that do not count, whatever label the files use."""
+_REPLACEMENTS = 100  # unreadable records in a row before the data set is taken for damaged
+_CROPS = 10  # crops tried for one image
 
 Draw = Callable[[int, int], tuple[int, int]]
-"""From the largest offsets (rows, columns) to the offsets of a crop."""
+"""Function from the largest possible offsets (rows, columns) to the drawn offsets of a crop."""
 
 
 def open_masks(
     config: SegmentationData, split: str, *, allow_missing: bool = False
 ) -> MaskFolderSource:
-    """Open one split.
+    """Open one split of a folder of images and masks.
 
     Raises:
-        UserError: a missing folder or class list, no image, images without masks, too many classes.
+        UserError: the folder or the class list is missing, there is no image, images have no masks, or there are more
+            than 255 classes.
     """
     root = expand_path(config.path)
     if not root.is_dir():
@@ -74,18 +75,19 @@ def make_train_iterator(
 ) -> BatchIterator:
     """Return an endless iterator over augmented batches, reshuffled each epoch.
 
-    A batch holds `image` uint8 `b h w 3`, `label` uint8 `b h w` (`IGNORED` where nothing counts) and `size` int32
-    `b 2`, the height and width inside the padding. A training set smaller than a batch repeats within it.
+    A batch holds `image` uint8 `b h w 3`, `label` uint8 `b h w` (`IGNORED` for pixels that do not count) and `size`
+    int32 `b 2`, height and width without the padding. If the training set is smaller than a batch, its images repeat.
 
     Raises:
-        UserError: when the data cannot be found.
+        UserError: the data set cannot be found.
     """
     source = open_masks(config, config.train_split)
     local = local_batch(config.batch_size, process_count, "batch_size")
     per_epoch = len(source) * config.repeat
     steps = max(per_epoch // config.batch_size, 1)
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-    if (passes := -(-max(per_epoch, config.batch_size) // len(source))) > 1:
+    passes = math.ceil(max(per_epoch, config.batch_size) / len(source))
+    if passes > 1:
         records = records.repeat(passes)
     scenes = records.random_map(_LoadForTraining(source, config))
     whole = steps * config.batch_size
@@ -109,10 +111,10 @@ class EvaluationImage:
     """One image of an evaluation split.
 
     Attributes:
-        name: the file.
+        name: the file's name.
         image: the image resized for the model.
-        label: label map at the original size; None where image or mask could not be read.
-        error: why it could not.
+        label: label map at the original size; None if the image or the mask could not be read.
+        error: the reason, if they could not be read.
     """
 
     name: str
@@ -122,19 +124,19 @@ class EvaluationImage:
 
 
 class EvaluationImages:
-    """Whole images of a split in the source's order, read ahead; every pass begins at the first.
+    """Iterable over the whole images of a split, in the source's order, read ahead. Every pass begins at the first.
 
-    Worker processes stay after a whole pass, for the next one.
+    After a complete pass the worker processes stay for the next one.
 
     Raises:
-        UserError: on construction, when the data cannot be found.
+        UserError: on construction, if the data set cannot be found.
     """
 
     def __init__(self, config: SegmentationData, split: str | None = None) -> None:
         self.source = open_masks(config, split or config.eval_split)
         images = grain.MapDataset.source(range(len(self.source)))
         load = _LoadForEvaluation(self.source, config)
-        self._stream, self._stay = evaluation_stream(images.map(load), config.workers)
+        self._stream, self._endless = evaluation_stream(images.map(load), config.workers)
         self._waiting: Generator[dict[str, Any], None, None] | None = None
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class EvaluationImages:
             for item in map(owned, itertools.islice(running, len(self))):
                 label = item["label"] if item["label"].size else None
                 yield EvaluationImage(str(item["name"]), item["image"], label, str(item["error"]))
-            if self._stay:
+            if self._endless:
                 unless_whole.pop_all()
                 self._waiting = running
 
@@ -159,10 +161,10 @@ class EvaluationImages:
 
 
 def load_scene(source: MaskFolderSource, index: int, config: SegmentationData) -> Scene:
-    """Read an image and its label map, checked against each other and against the classes.
+    """Read an image and its label map, and check that their sizes agree and that the labels are known classes.
 
     Raises:
-        DecodeError: naming the file, the cause and the fix.
+        DecodeError: a check failed, or a file cannot be read. The message names the file, the cause and the fix.
     """
     record = read_record(source, index)
     image = np.asarray(
@@ -191,13 +193,13 @@ def relabel(
     zero_is_ignored: bool = False,
     ignored_label: int = IGNORED,
 ) -> Int[np.ndarray, "*pixels"]:
-    """Return classes from 0 and `IGNORED`: with `zero_is_ignored` label 0 is ignored and label k class k - 1."""
+    """Turn a file's labels into classes from 0 and `IGNORED`. With `zero_is_ignored`, label k > 0 is class k - 1."""
     classes = labels.astype(np.int32)
     ignored = classes == ignored_label
     if zero_is_ignored:
         ignored = ignored | (classes == 0)
         classes = classes - 1
-    # A class called 255 would be taken for an ignored pixel: it stays out of range.
+    # Class 255 would be taken for ignored pixels, so make it an unknown class.
     classes = np.where(classes == IGNORED, IGNORED + 1, classes)
     return np.where(ignored, IGNORED, classes)
 
@@ -205,7 +207,7 @@ def relabel(
 def label_problem(
     mask: Int[np.ndarray, "h w"], classes: int, config: SegmentationData
 ) -> str | None:
-    """Say which labels are outside the classes and what may be the reason, or None."""
+    """Return which labels are no known class, and the probable reason; None if all labels are known."""
     outside = np.unique(mask[(mask >= classes) & (mask != IGNORED)])
     if not outside.size:
         return None
@@ -222,9 +224,9 @@ def label_problem(
 def choose_crop(
     mask: UInt8[np.ndarray, "h w"], size: tuple[int, int], max_share: float, draw: Draw
 ) -> tuple[int, int]:
-    """Return the offsets of a crop in which more than one class is present and none has `max_share` of the pixels.
+    """Draw the offsets of a crop that holds more than one class, none of which fills `max_share` of the pixels.
 
-    Ignored pixels do not count. After ten crops that fail, the next is taken as it is.
+    Ignored pixels do not count. After ten crops that do not meet this, the next one is used anyway.
     """
     room = max(mask.shape[0] - size[0], 0), max(mask.shape[1] - size[1], 0)
     top, left = draw(*room)
@@ -240,7 +242,7 @@ def choose_crop(
 
 
 def train_transform(scene: Scene, config: SegmentationData, rng: np.random.Generator) -> Scene:
-    """Resize, crop, flip and distort; smaller than the crop where the image is."""
+    """Resize, crop, flip and distort a scene. The result is smaller than the crop if the resized image is."""
     factor = rng.uniform(*config.scale)
     size = fitted_size(scene.size, config.fit[0] * factor, config.fit[1] * factor)
     assert scene.mask is not None
@@ -251,7 +253,7 @@ def train_transform(scene: Scene, config: SegmentationData, rng: np.random.Gener
 
     top, left = choose_crop(mask, config.height_width, config.max_share, draw)
     height, width = (min(side, full) for side, full in zip(config.height_width, size, strict=True))
-    # Only the crop's pixels are resized.
+    # Resize only the crop's pixels.
     image = resize_image(scene.image, size, top=top, left=left, region=(height, width))
     cut = Scene(image, mask[top : top + height, left : left + width])
     if rng.random() < config.flip:
@@ -267,7 +269,7 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Float[Array, "b h w c"]:
-    """Return (pixels / 255 - mean) / std, float32, and 0 outside `size` (height, width), that is in the padding."""
+    """Return (pixels / 255 - mean) / std, float32, and 0 in the padding outside `size` (height, width)."""
     scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
     shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
     rows = jnp.arange(images.shape[1])[None] < size[:, :1]
@@ -278,7 +280,7 @@ def normalise(
 
 @dataclasses.dataclass
 class _LoadForTraining(grain.transforms.RandomMap):
-    """Load and transform a record; one that cannot be read is replaced by another, drawn at random."""
+    """Load and transform a record. Replace an unreadable one by another, drawn at random."""
 
     source: MaskFolderSource
     config: SegmentationData
@@ -309,7 +311,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
 
 @dataclasses.dataclass
 class _LoadForEvaluation(grain.transforms.Map):
-    """Load a record and resize its image; one that cannot be read comes without labels."""
+    """Load a record and resize its image. An unreadable record has no labels."""
 
     source: MaskFolderSource
     config: SegmentationData

@@ -2,8 +2,8 @@
 
 Blocks are stored stacked: the leaf `blocks.mixer.D` of shape `depth e` stands for the parameters
 `blocks.0.mixer.D`, `blocks.1.mixer.D`, ... of shape `e`. So does every leaf below a key `blocks`, for example
-`decoder.blocks.mixer.D`: the name is kept for stacks, and a model may hold several. These functions work on the
-parameters and on every pytree of the same structure: gradients, Adam's moments, averages.
+`decoder.blocks.mixer.D`: the key `blocks` is reserved for stacks, and a model may hold several. These functions work on
+the parameters and on every pytree of the same structure: gradients, Adam's moments, averages.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ STACK = "blocks"
 
 
 def stacked_key(path: KeyPath) -> int | None:
-    """Find the key `blocks` in a leaf's path: the leaf then has a leading axis of blocks. Else return None.
+    """Return the place of the key `blocks` in a leaf's path, or None. With it, the leaf has a leading axis of blocks.
 
-    This is the one rule of what is stacked, for parameters and for every pytree that has them in it, such as the
-    optimizer's state.
+    This one rule decides what is stacked, in parameters and in every pytree that contains them, such as the optimizer's
+    state.
     """
     for index, key in enumerate(path):
         if getattr(key, "key", None) == STACK:
@@ -76,9 +76,10 @@ def map_parameters(fn: Callable[[ParameterInfo, Any], Any], params: Any) -> Any:
 def round_products(params: Any, dtype: jnp.dtype) -> Any:
     """Return `params` with the weights of matrix products in `dtype`, the model's compute dtype; keep all others.
 
-    For inference: the model rounds these weights at every call, a sixth of the time that one image takes.
-    Convolutions, A, D, biases, norms and the head are not rounded by the model and stay. With activations="compute" it
-    leaves the weights that pooled tokens meet as they are, too, and here they are rounded, as elsewhere.
+    This is for inference, because the model otherwise rounds these weights at every call, which takes a sixth of the
+    time of a single image. The model does not round convolutions, A, D, biases, norms and the head, and this function
+    keeps them, too. It rounds all other weights, also those that multiply pooled tokens, which the model with
+    activations="compute" would not round.
     """
 
     def rounded(info: ParameterInfo, leaf: Any) -> Any:
@@ -108,7 +109,7 @@ def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
     """Return `params` with every leaf taken from `flat`, in the leaf's own dtype. This inverts `named_parameters`.
 
     Raises:
-        UserError: listing every missing, unexpected and misshapen entry.
+        UserError: entries are missing, unexpected or of another shape; the message lists all of them.
     """
     problems = list_mismatches(
         {name: info.shape for info in parameter_infos(params) for name in info.unstacked_names()},

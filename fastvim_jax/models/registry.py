@@ -23,7 +23,7 @@ from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
 FAST = {"dtype": "bfloat16", "activations": "compute", "blocks": "unroll"}
-"""What `create_model(..., fast=True)` sets, as far as the model has the option."""
+"""Options that `create_model(..., fast=True)` sets, if the model has them."""
 MODEL_CLASSES: dict[type, type] = {
     VisionMambaConfig: VisionMamba,
     ViTConfig: VisionTransformer,
@@ -40,17 +40,17 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_config(name: str, *, fast: bool = False, **options: Any) -> Any:
-    """Configure the model called `name`, with `options` (fields of its config class) replaced.
+    """Return the config of the model called `name`, with `options` (fields of its config class) replaced.
 
-    timm's names `in_chans`, `img_size`, `drop_path_rate` and `global_pool` are understood, and dtypes may be objects.
+    timm's names `in_chans`, `img_size`, `drop_path_rate` and `global_pool` are understood. Dtypes are names or objects.
 
     Args:
         name: One of `list_models()`.
         fast: Start from `FAST` instead of the exact defaults; see `create_model`.
-        **options: Fields of the model's config to change; a masked autoencoder takes its encoder's as well.
+        **options: Fields of the model's config to change; a masked autoencoder also takes its encoder's fields.
 
     Raises:
-        UserError: unknown name or option (nearest names suggested), or an impossible value.
+        UserError: the name or an option is unknown (the message suggests the nearest), or a value is impossible.
     """
     if name not in PRESETS:
         raise UserError(
@@ -71,7 +71,7 @@ def config_class(name: str) -> type:
     """Return the class of model configs called `name`.
 
     Raises:
-        UserError: there is none (nearest names suggested).
+        UserError: there is no such class; the message suggests the nearest names.
     """
     known = {each.__name__: each for each in (*MODEL_CLASSES, UperNetConfig, DetectorConfig)}
     if name not in known:
@@ -89,7 +89,7 @@ def build_model(config: AnyModelConfig | UperNetConfig | DetectorConfig, *, rngs
         rngs: source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
 
     Raises:
-        UserError: float64 is asked for without JAX's 64-bit mode, which would make it float32.
+        UserError: the config asks for float64, but JAX's 64-bit mode is off: JAX would use float32.
     """
     rngs = as_rngs(rngs)
     if isinstance(config, UperNetConfig):
@@ -117,16 +117,16 @@ def create_model(
 
     Args:
         name: One of `list_models()`.
-        num_classes: Classes of a classifier's head (1000 unless given); 0 for none.
+        num_classes: Classes of a classifier's head, by default 1000; 0 for no head.
         rngs: Source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
-        fast: Compute in bfloat16, store the mixers' activations in it, and write every block out, as all recorded
-            benchmarks of this project do. Parameters, sums, states, norms and logits stay float32. `docs/models.md`
-            says how far outputs and gradients then lie from the exact default. `options` take precedence.
+        fast: Compute and store the mixers' activations in bfloat16, and compile every block, as in all recorded
+            benchmarks of this project. Parameters, sums, states, norms and logits stay float32. `docs/models.md` says
+            how much outputs and gradients then differ from the exact default. `options` take precedence.
         **options: Fields of the model's config to change; timm's `in_chans`, `img_size`, `drop_path_rate` and
-            `global_pool` are understood. A masked autoencoder (`mae_...`) takes its encoder's fields as well.
+            `global_pool` are understood. A masked autoencoder (`mae_...`) also takes its encoder's fields.
 
     Raises:
-        UserError: unknown name or option (nearest names suggested), or an impossible value.
+        UserError: the name or an option is unknown (the message suggests the nearest), or a value is impossible.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes

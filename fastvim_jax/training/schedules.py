@@ -54,7 +54,7 @@ def warmup_cosine(
     `final`, which is returned from `total_steps` on. `final` above `peak` rises (the cells' weight decay).
 
     Raises:
-        ValueError: when the warm-up leaves no step for the cosine.
+        ValueError: the warm-up leaves no step for the cosine.
     """
     _require(0 <= warmup_steps < total_steps, f"warm-up of {warmup_steps} in {total_steps} steps")
     cosine_steps = total_steps - warmup_steps
@@ -79,11 +79,11 @@ def epoch_cosine(
 ) -> Schedule:
     """Warm up linearly from zero; then follow half a cosine to `final`, over the fractional epoch of each batch.
 
-    `accumulation` > 1 holds the value over that many batches, counted anew in every epoch; the step is
-    then the number of the batch, not of the optimizer's update.
+    With `accumulation` > 1 the value stays the same for this number of batches, counted anew in every epoch. The step
+    is then the number of the batch, not of the optimizer's update.
 
     Raises:
-        ValueError: when the warm-up leaves nothing for the cosine.
+        ValueError: the warm-up leaves nothing for the cosine.
     """
     _require(0 <= warmup_epochs < epochs, f"warm-up of {warmup_epochs} in {epochs} epochs")
 
@@ -107,7 +107,7 @@ def warmup_linear(
     The warm-up's last step and the line's first both hold `peak` (segmentation: 1500 of 160,000 steps).
 
     Raises:
-        ValueError: when the warm-up leaves no step for the line.
+        ValueError: the warm-up leaves no step for the line.
     """
     _require(0 <= warmup_steps < total_steps, f"warm-up of {warmup_steps} in {total_steps} steps")
 
@@ -131,10 +131,10 @@ def warmup_step(
     """Warm up linearly from `start` to `peak`, both included; then hold `peak`, and divide by 10 at each milestone.
 
     Args:
-        peak: the rate after the warm-up.
-        total_steps: steps of the run.
-        warmup_steps: steps of the warm-up.
-        start: the rate of the first step.
+        peak: rate after the warm-up.
+        total_steps: number of steps of the run.
+        warmup_steps: number of steps of the warm-up.
+        start: rate of the first step.
         milestones: shares of the run (detection: 8/9 and 26/27 of 184,375 steps), rounded to steps.
     """
     places = [round(share * total_steps) for share in milestones]
