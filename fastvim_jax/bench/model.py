@@ -39,7 +39,7 @@ def policy(name: str, precision: str, *, activations: str, blocks: str) -> dict[
         "tf32": {"dtype": "float32", "matmul_precision": "tf32"},
         "f32": {"dtype": "float32", "matmul_precision": "highest"},
     }[precision]
-    if precision == "bf16" and not isinstance(model_config(name), ViTConfig):
+    if precision == "bf16" and not _is_vit(name):
         options = options | {"activations": activations}
     return options | {"blocks": blocks}
 
@@ -49,8 +49,15 @@ def reference_options(name: str) -> dict[str, Any]:
 
     A loop of steps compiles in seconds; an associative scan of thousands of steps takes minutes on a GPU.
     """
-    mamba = not isinstance(model_config(name), ViTConfig)
-    return {"blocks": "scan", **({"scan_implementation": "xla_sequential"} if mamba else {})}
+    return {
+        "blocks": "scan",
+        **({} if _is_vit(name) else {"scan_implementation": "xla_sequential"}),
+    }
+
+
+def _is_vit(name: str) -> bool:
+    config = model_config(name)
+    return isinstance(getattr(config, "encoder", config), ViTConfig)
 
 
 def cases(

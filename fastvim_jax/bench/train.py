@@ -17,11 +17,16 @@ from fastvim_jax.bench.record import Columns
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.data.device_draws import draw_augmentation
 from fastvim_jax.data.device_transforms import Augment, make_augment
-from fastvim_jax.models import ModelConfig, build_model, model_config
+from fastvim_jax.errors import UserError
+from fastvim_jax.models import MaskedAutoencoderConfig, ModelConfig, build_model, model_config
 from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.config import OptimizerConfig
+from fastvim_jax.training.masked import pretrain
+from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.optimizer import make_optimizer
 from fastvim_jax.training.steps import (
+    Draw,
+    LossOf,
     TrainState,
     augment_key,
     draw_key,
@@ -43,11 +48,15 @@ SMOOTHING = 0.1
 DROP_PATH = 0.1
 EMA_DECAY = 0.9999
 
+Config = ModelConfig | MaskedAutoencoderConfig
 Setting = tuple[str, int, int, str]  # model's name, pixels, batch, precision
 
 
 def step_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
-    """List the timed steps for `timing.run`: forward, backward and AdamW. See `_configs` for `how`."""
+    """List the timed steps for `timing.run`: forward, backward and AdamW. See `_configs` for `how`.
+
+    The steps of masked autoencoders are those of masked pre-training.
+    """
     return [(row, _step(row, config)) for row, config in _configs(settings, **how)]
 
 
@@ -83,7 +92,7 @@ def _configs(
     blocks: str = "unroll",
     recipe: bool = False,
     **options: Any,
-) -> list[tuple[timing.Row, ModelConfig]]:
+) -> list[tuple[timing.Row, Config]]:
     """List rows and configs.
 
     Args:
@@ -92,8 +101,14 @@ def _configs(
         blocks: "unroll" or "scan".
         recipe: take uint8 images, augment them, drop paths and average the weights, as the supervised recipe does.
         options: further options of models.
+
+    Raises:
+        UserError: the recipe of a masked autoencoder, whose pre-training has none of all that.
     """
     if recipe:
+        masked = [name for name, *_ in settings if name.startswith("mae_")]
+        if masked:
+            raise UserError(f"--recipe is classification's: measure {masked[0]} without it.")
         options = {"drop_path": DROP_PATH, **options}
     found = []
     for name, pixels, batch, precision in settings:
@@ -101,7 +116,8 @@ def _configs(
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
         row |= {"recipe": True} if recipe else {}
         config = model_config(name, image_size=pixels, **options, **chosen)
-        found.append((row | {"remat": config.remat}, config))
+        remat = getattr(config, "encoder", config).remat
+        found.append((row | {"remat": remat}, config))
     return found
 
 
@@ -111,23 +127,25 @@ def _optimizer(params: Any) -> optax.GradientTransformation:
     )
 
 
-def _state(config: ModelConfig, recipe: bool) -> TrainState:
+def _state(config: Config, recipe: bool) -> TrainState:
     params = nnx.state(build_model(config, rngs=nnx.Rngs(0)))
     return init_state(params, _optimizer(params), ema=recipe)
 
 
-def _size_of(config: ModelConfig) -> tuple[int, int]:
+def _size_of(config: Config) -> tuple[int, int]:
     return config.grid[0] * config.patch[0], config.grid[1] * config.patch[1]
 
 
-def _data(config: ModelConfig) -> ClassificationData:
+def _data(config: Config) -> ClassificationData:
     options: dict[str, Any] = {"channels": config.channels, **RECIPE}
     return ClassificationData(image_size=_size_of(config), **options)
 
 
-def _batch(config: ModelConfig, batch: int, seed: int, recipe: bool) -> dict[str, jax.Array]:
+def _batch(config: Config, batch: int, seed: int, recipe: bool) -> dict[str, jax.Array]:
     images, labels, draws, flips = jax.random.split(jax.random.key(seed), 4)
     shape = (batch, *_size_of(config), config.channels)
+    if isinstance(config, MaskedAutoencoderConfig):
+        return {"image": jax.random.normal(images, shape)}
     label = jax.random.randint(labels, (batch,), 0, config.num_classes, jnp.int32)
     if not recipe:
         return {"image": jax.random.normal(images, shape), "label": label}
@@ -139,35 +157,37 @@ def _batch(config: ModelConfig, batch: int, seed: int, recipe: bool) -> dict[str
     }
 
 
-def _graphdef(config: ModelConfig) -> nnx.GraphDef:
+def _graphdef(config: Config) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
 
 
-def _augment(config: ModelConfig) -> Augment:
+def _augment(config: Config) -> Augment:
     return make_augment(_data(config), config.num_classes, label_smoothing=SMOOTHING)
 
 
-def _train_step(config: ModelConfig, params: Any, recipe: bool) -> Callable[..., Any]:
+def _loss_and_draw(config: Config, recipe: bool) -> tuple[LossOf, Draw | None]:
     graphdef = _graphdef(config)
-    if not recipe:
-        return make_train_step(make_loss(graphdef), _optimizer(params))
-    return make_train_step(
-        make_loss(graphdef),
-        _optimizer(params),
-        draw=make_draw(graphdef),
-        augment=_augment(config),
-        ema_decay=EMA_DECAY,
-    )
+    if isinstance(config, MaskedAutoencoderConfig):
+        size: dict[str, Any] = {"image_size": _size_of(config), "channels": config.channels}
+        run = PretrainConfig(model=config, data=ClassificationData(**size))
+        return pretrain.make_loss(graphdef, run), pretrain.make_draw(graphdef)
+    return make_loss(graphdef), make_draw(graphdef) if recipe else None
 
 
-def _program(config: ModelConfig, batch: int, recipe: bool) -> timing.Program:
+def _train_step(config: Config, params: Any, recipe: bool) -> Callable[..., Any]:
+    loss_of, draw = _loss_and_draw(config, recipe)
+    more: dict[str, Any] = {"augment": _augment(config), "ema_decay": EMA_DECAY} if recipe else {}
+    return make_train_step(loss_of, _optimizer(params), draw=draw, **more)
+
+
+def _program(config: Config, batch: int, recipe: bool) -> timing.Program:
     state, inputs = jax.eval_shape(
         lambda: (_state(config, recipe), _batch(config, batch, 0, recipe))
     )
     return timing.Program(_train_step(config, state.params, recipe), state, inputs, donate=(0,))
 
 
-def _compile(row: timing.Row, config: ModelConfig) -> timing.Case:
+def _compile(row: timing.Row, config: Config) -> timing.Case:
     program = _program(config, row["batch"], "recipe" in row)
     costs = program.costs()
     lines = program.lowered.as_text().count("\n")
@@ -175,7 +195,7 @@ def _compile(row: timing.Row, config: ModelConfig) -> timing.Case:
     yield {**costs, "lines": lines}
 
 
-def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
+def _step(row: timing.Row, config: Config) -> timing.Case:
     batch = row["batch"]
     recipe = "recipe" in row
     program = _program(config, batch, recipe)
@@ -221,18 +241,16 @@ def _step(row: timing.Row, config: ModelConfig) -> timing.Case:
     }  # fmt: skip
 
 
-def _reference(config: ModelConfig, options: dict[str, Any], recipe: bool) -> Callable[..., Any]:
+def _reference(config: Config, options: dict[str, Any], recipe: bool) -> Callable[..., Any]:
     """Compute the mean loss of the first step and its gradient, some images at a time, in float32 by XLA."""
-    graphdef = _graphdef(_plain(config, options))
-    loss_of = make_loss(graphdef)
+    loss_of, draw = _loss_and_draw(_plain(config, options), recipe)
 
     def run(params, batch):
-        drawn = None
-        if recipe:  # with the draws of the first step
-            first = jnp.zeros((), jnp.int32)
+        first = jnp.zeros((), jnp.int32)  # with the draws of the first step
+        if recipe:
             batch = _augment(config)(augment_key(0, first), batch)
-            drawn = make_draw(graphdef)(params, draw_key(0, first), batch)
-        size = batch["label"].shape[0]
+        drawn = None if draw is None else draw(params, draw_key(0, first), batch)
+        size = batch["image"].shape[0]
         count = size // CHECKED if size % CHECKED == 0 else 1
         parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (batch, drawn))
 
@@ -246,7 +264,10 @@ def _reference(config: ModelConfig, options: dict[str, Any], recipe: bool) -> Ca
     return run
 
 
-def _plain(config: ModelConfig, options: dict[str, Any]) -> ModelConfig:
+def _plain(config: Config, options: dict[str, Any]) -> Config:
+    if isinstance(config, MaskedAutoencoderConfig):
+        encoder: Any = _plain(config.encoder, options)
+        return dataclasses.replace(config, encoder=encoder)
     wide: dict[str, Any] = {"dtype": "float32", "matmul_precision": "highest"}
     return dataclasses.replace(config, **wide, **options)
 
@@ -256,7 +277,7 @@ def _scaled(moment: Any) -> Any:
     return jax.tree.map(lambda m: m / (1 - BETA1), moment)
 
 
-def _largest_batch(config: ModelConfig, batches: Sequence[int], recipe: bool) -> timing.Case:
+def _largest_batch(config: Config, batches: Sequence[int], recipe: bool) -> timing.Case:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     tried: list[dict[str, Any]] = []
     fitting: dict[int, timing.Program] = {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fastvim_jax.bench import train as benchmark
+from fastvim_jax.errors import UserError
 from pallas_kernels import timing
 
 SMALL = {"patch_size": 4, "embed_dim": 8, "num_classes": 3, "blocks": "scan"}
@@ -48,6 +49,21 @@ def test_the_recipes_step_is_compared_with_the_same_draws():
     (row,) = rows(benchmark.step_cases([(*SETTING[:3], "f32")], recipe=True, **SMALL, depth=2))
     assert row["recipe"] and row["correct"], row
     assert row["gradient_error"] < 1e-4 and row["last_loss"] > 0
+
+
+@pytest.mark.slow
+def test_masked_pretraining_is_compared_with_the_same_masks():
+    setting = ("mae_fastvim_base_patch16_224", 8, 4, "f32")
+    small = {name: value for name, value in SMALL.items() if name != "num_classes"}
+    narrow = {"decoder_dim": 8, "decoder_depth": 1}
+    (row,) = rows(benchmark.step_cases([setting], **small, **narrow, depth=1))
+    assert row["correct"], row
+    assert row["gradient_error"] < 1e-4 and row["last_loss"] > 0
+
+
+def test_masked_pretraining_has_no_recipe():
+    with pytest.raises(UserError, match="--recipe is classification's"):
+        benchmark.step_cases([("mae_vit_base_patch16_224", 8, 4, "f32")], recipe=True)
 
 
 @pytest.mark.parametrize(("low", "high", "most"), [(16, 512, 300), (1, 8, 1), (2, 8, 1), (4, 8, 9)])

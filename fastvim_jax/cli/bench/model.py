@@ -43,7 +43,7 @@ class Model(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Train(Model):
-    """Measure training steps: forward, backward and AdamW."""
+    """Measure training steps: forward, backward and AdamW; of masked autoencoders those of pre-training."""
 
     recipe: bool = False
     """Measure the supervised recipe's step: uint8 images, flip, RandAugment, erasing and mixing on the device, drop
