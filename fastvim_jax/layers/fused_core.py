@@ -65,8 +65,6 @@ def unsupported(config: MixerConfig, pooling: Pooling) -> str | None:
 
     They may still refuse a size: see `unsupported` of the kernels' modules, which `analysis.coverage` asks as well.
     """
-    if config.post_norm != "layer":
-        return f"post_norm={config.post_norm!r}"
     if config.conv_width < 2:
         return f"conv_width={config.conv_width}"
     core = CORES.get(type(pooling))
@@ -82,7 +80,7 @@ def fused_core(xz: jax.Array, pooling: Pooling, both: ScanDirection, post_norm: 
         xz: x and z one after the other on the channel axis, in stored token order.
         pooling: an instance of a class that is a key of `CORES`.
         both: both directions' parameters with a leading axis of two (`stack_directions`).
-        post_norm: LayerNorm over the inner channels.
+        post_norm: norm over the inner channels: LayerNorm, RMSNorm or None, as `both.config.post_norm` says.
 
     Returns:
         Input of out_proj: in the compute dtype if the pooling is a mean, otherwise in xz's dtype.
@@ -97,13 +95,13 @@ def _grid_unsupported(config: MixerConfig, pooling: GridPooling) -> str | None:
 
 
 def _grid_core(
-    xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+    xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     params, scans, directions = _pooled(both)
     out = mixer_core(
         xz,
         directions,
-        Norm(post_norm.scale[...], post_norm.bias[...]),
+        _norm(post_norm, both),
         params,
         middle=scans,
         rows=pooling.rows,
@@ -112,12 +110,14 @@ def _grid_core(
         method=pooling.method,
         scale=pooling.scale,
         eps=both.config.norm_eps,
+        norm_kind=both.config.post_norm,
     )
     # Round the mean-pooled result to the compute dtype: this halves the bytes that out_proj reads. Otherwise `linear`
     # splits each token into two terms of that dtype, whose sum is more exact. Compared with the authors' numbers
     # (tests/parity), mean-pooled models with post norm stay accurate enough (errors of gradients are at most 5e-2 of
     # the largest entry); max-pooled and unpooled ones do not (up to 1.3e-1).
-    return out.astype(both.config.precision.compute) if pooling.method == "mean" else out
+    rounded = pooling.method == "mean" and both.config.post_norm != "none"
+    return out.astype(both.config.precision.compute) if rounded else out
 
 
 def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
@@ -128,6 +128,7 @@ def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> b
     wanted = (
         runs_fused(config, pooling)
         and precision.activations == "compute"
+        and config.post_norm == "layer"
         and not config.proj_bias
         and config.layer_scale is None
     )
@@ -164,7 +165,7 @@ def joined_block(
         xz,
         residual,
         directions,
-        Norm(post_norm.scale[...], post_norm.bias[...]),
+        _norm(post_norm, both),
         projection,
         params,
         middle=scans,
@@ -191,7 +192,7 @@ def _channel_unsupported(config: MixerConfig, pooling: ChannelPooling) -> str | 
 
 
 def _channel_core(
-    xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+    xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     # In scan order, tokens that are pooled together are neighbours, like the tokens of a row of a grid.
     lines, tokens_per_line, _ = pooling.view
@@ -201,17 +202,18 @@ def _channel_core(
 
 
 def _sequence_core(
-    xz: jax.Array, pooling: NoPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+    xz: jax.Array, pooling: NoPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     # Every token is a step of the scan, so the scan can add the skip D · u.
     params, scans = _scans(both, skip=True)
     return sequence_core(
         xz,
         Convolutions(both.conv.kernel[...], _conv_bias(both)),
-        Norm(post_norm.scale[...], post_norm.bias[...]),
+        _norm(post_norm, both),
         params,
         middle=scans,
         eps=both.config.norm_eps,
+        norm_kind=both.config.post_norm,
     )
 
 
@@ -222,13 +224,13 @@ def _ragged_unsupported(config: MixerConfig, pooling: RaggedPooling) -> str | No
 
 
 def _ragged_core(
-    xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: nnx.LayerNorm
+    xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     params, scans, directions = _pooled(both)
     out = mixer_core(
         pooling.to_scan_order(xz),
         directions,
-        Norm(post_norm.scale[...], post_norm.bias[...]),
+        _norm(post_norm, both),
         params,
         middle=scans,
         rows=pooling.rows,
@@ -236,9 +238,11 @@ def _ragged_core(
         row_ids=(pooling.row_ids, pooling.reverse_ids),
         scale=pooling.scale,
         eps=both.config.norm_eps,
+        norm_kind=both.config.post_norm,
     )
-    # Round for the reason given in `_grid_core`.
-    return pooling.from_scan_order(out.astype(both.config.precision.compute))
+    if both.config.post_norm != "none":  # Round for the reason given in `_grid_core`.
+        out = out.astype(both.config.precision.compute)
+    return pooling.from_scan_order(out)
 
 
 CORES: dict[type, Core] = {
@@ -248,6 +252,15 @@ CORES: dict[type, Core] = {
     NoPooling: Core(lambda config, pooling: None, _sequence_core),
 }
 """Fused kernels by the class of the pooling. A class without an entry never runs fused."""
+
+
+def _norm(post_norm: Any, both: ScanDirection) -> Norm:
+    """Return the norm's scale and shift; zeros for what it does not have."""
+    zeros = jnp.zeros_like(both.D[...][0])
+    if post_norm is None:
+        return Norm(zeros, zeros)
+    bias = getattr(post_norm, "bias", None)
+    return Norm(post_norm.scale[...], zeros if bias is None else bias[...])
 
 
 def _conv_bias(both: ScanDirection) -> jax.Array:

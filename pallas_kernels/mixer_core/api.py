@@ -25,7 +25,7 @@ from pallas_kernels import gpu
 from pallas_kernels.checks import expect_counts
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
-from pallas_kernels.mixer_core.checks import check_arrays
+from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.sharding import mark_varying, match_types, per_shard
@@ -49,6 +49,7 @@ def mixer_core(
     method: str = "mean",
     scale: float = 1.0,
     eps: float = 1e-5,
+    norm_kind: str = "layer",
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
     """Compute everything of a bidirectional FastVim mixer between its two projections.
@@ -87,7 +88,8 @@ def mixer_core(
         transposed: visit the tokens column by column, so that lines are columns.
         method: "mean" or "max", over a line.
         scale: factor on the pooled mean; a maximum has none.
-        eps: epsilon of the LayerNorm.
+        eps: epsilon of the norm.
+        norm_kind: "layer", "rms" (then the norm's shift is usually zero) or "none" (then `norm` is not read).
         implementation: "pallas" (kernels), "xla", or "auto": kernels if the program is lowered for a Hopper or newer
             GPU, otherwise XLA.
 
@@ -105,6 +107,7 @@ def mixer_core(
     if method not in METHODS:
         raise ValueError(f"mixer_core: method must be one of {METHODS}; got {method!r}")
     expect_counts("mixer_core", rows=rows, columns=columns)
+    expect_norm_kind("mixer_core", norm_kind)
     xz = check_arrays("mixer_core", xz, directions[0], directions[1], norm, directions[2])
     if row_ids is not None:
         _check_ragged(xz, row_ids, method, transposed)
@@ -114,7 +117,9 @@ def mixer_core(
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     width = xz.shape[2] // 2
     padding = missing_channels(width)
-    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method, padding)
+    options = CoreOptions(
+        rows, columns, transposed, float(scale), float(eps), method, padding, norm_kind
+    )
     # Clip the ids to the grid, because the kernels use them as addresses.
     given = () if row_ids is None else row_ids
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)

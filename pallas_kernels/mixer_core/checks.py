@@ -7,6 +7,13 @@ from typing import Any
 import jax
 
 from pallas_kernels.checks import as_floats, expect_shape
+from pallas_kernels.mixer_core.types import NORM_KINDS
+
+
+def expect_norm_kind(operation: str, kind: str) -> None:
+    """Raise ValueError if there is no such norm."""
+    if kind not in NORM_KINDS:
+        raise ValueError(f"{operation}: norm_kind must be one of {NORM_KINDS}; got {kind!r}")
 
 
 def check_arrays(

@@ -30,6 +30,7 @@ class Grid:
         segment: tokens of a segment, at most those of a line.
         per_block: lines that one GPU block visits; divides the number of lines.
         padding: channels at the end that are zeros and count in no norm.
+        norm_kind: norm behind the scans: "layer", "rms" or "none".
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Grid:
     segment: int
     per_block: int
     padding: int = 0
+    norm_kind: str = "layer"
 
     @property
     def lines(self) -> int:

@@ -92,6 +92,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         segment=segment,
         per_block=min(divisors, key=lambda d: (cost(d), d)),
         padding=options.padding,
+        norm_kind=options.norm_kind,
     )
 
 
@@ -239,7 +240,7 @@ def back_gradients(
         _on_grid(xz, visited), _float32(y), ids, *directions32, *norm32, _on_grid(out_bar, visited), grid,
         eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
-    norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
+    norm_bar = mosaic_back.summed(norm_bar, norm, options.norm_kind)
     s_bar = _flat(s_bar)
     y_bars = (y_bar, y_bar)
     if ids:

@@ -30,6 +30,7 @@ from pallas_kernels.mixer_core.mosaic_common import (
     row_layout,
     silu,
 )
+from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
@@ -41,7 +42,7 @@ class Segments:
         self.blocks = grid.width // BLOCK
         self.owned = owned_blocks(self.blocks)
         self.row = row_layout(self.owned, BLOCK)
-        self.layouts = TokenLayouts(self.blocks, grid.padding)
+        self.layouts = TokenLayouts(self.blocks, grid.padding, grid.norm_kind)
         at_once = self.layouts.at_once
         self.padded = pl.cdiv(grid.segment, at_once) * at_once
         self.whole = self.owned == self.blocks  # Then parameters are read only once.
@@ -138,12 +139,6 @@ class Segments:
 
         self.each_group(run)
 
-    def normalise(self, s, eps):
-        """Return, per token, s minus its mean over the channels, and 1 / the standard deviation of s."""
-        layouts = self.layouts
-        s = layouts.real_channels(s - layouts.over_channels(layouts.mean(s)))
-        return s, lax.rsqrt(layouts.mean(s * s) + eps)
-
     def vector(self, ref):
         return plgpu.load(ref, layout=self.layouts.channels, optimized=False)
 
@@ -154,6 +149,13 @@ class Segments:
         at_once = self.layouts.at_once
         step = lambda i, carry: run(pl.ds(i * at_once, at_once), carry)  # noqa: E731
         return lax.fori_loop(0, self.padded // at_once, step, carry)
+
+
+def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
+    """Add up the parts of the gradients of a norm's parameters, which are zero if there is no norm."""
+    if norm_kind == "none":
+        return jax.tree.map(jnp.zeros_like, norm)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*parts.sum(1)), norm)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
@@ -201,10 +203,8 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
             plgpu.barrier_wait(z_barrier)
 
             def finish(rows, _):
-                s, deviation = work.normalise(work.tokens(s_tile.at[rows]), eps)
-                gamma, beta = norm()
-                s = s * layouts.over_channels(deviation) * layouts.over_tokens(gamma)
-                s = s + layouts.over_tokens(beta)
+                s, _ = layouts.normalise(work.tokens(s_tile.at[rows]), eps)
+                s = layouts.scale_and_shift(s, *map(layouts.over_tokens, norm()))
                 # Write the output over z. This is safe, because the thread that reads a value of z overwrites it.
                 z = work.tokens(z_tile.at[rows])
                 store(
@@ -299,13 +299,15 @@ def back_gradients(
             plgpu.barrier_wait(z_barrier)
 
             def finish(rows, sums):
-                s, deviation = work.normalise(work.tokens(s_tile.at[rows]), eps)
-                deviation = layouts.over_channels(deviation)
-                s = s * deviation
+                s, inverse = layouts.normalise(work.tokens(s_tile.at[rows]), eps)
                 gamma, beta = (layouts.over_tokens(v) for v in norm())
                 z, g = work.tokens(z_tile.at[rows]), work.tokens(g_tile.at[rows])
                 sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
-                dz = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
+                dz = (
+                    g
+                    * layouts.scale_and_shift(s, gamma, beta)
+                    * (sigma + z * sigma * (1.0 - sigma))
+                )
                 g = g * z * sigma
                 if work.padded != grid.segment:  # Rows past the segment hold arbitrary values.
                     row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
@@ -319,10 +321,7 @@ def back_gradients(
                     row = plgpu.layout_cast(row, layouts.tokens) + rows.start
                     counted = jnp.where(grid.counts(part, row), g, 0.0)
                 sums = (sums[0] + counted * s, sums[1] + counted)
-                g = g * gamma
-                g = layouts.real_channels(g - layouts.over_channels(layouts.mean(g)))
-                g = g - s * layouts.over_channels(layouts.mean(g * s))
-                ds = g * deviation
+                ds = layouts.normalise_gradient(g, s, gamma, inverse)
                 store(s_tile.at[rows], ds)
                 store(g_tile.at[rows], ds.astype(xz.dtype))
                 store(z_tile.at[rows], dz.astype(xz.dtype))

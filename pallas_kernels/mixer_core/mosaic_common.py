@@ -74,9 +74,9 @@ class TokenLayouts:
         statistic: layout of one number per token, ``(at_once,)``.
     """
 
-    def __init__(self, blocks: int, padding: int = 0):
+    def __init__(self, blocks: int, padding: int = 0, norm_kind: str = "layer"):
         """Lay out tokens of `blocks` times 128 channels; the last `padding` of these are zeros and count in no mean."""
-        self.blocks, self.real = blocks, blocks * BLOCK - padding
+        self.blocks, self.real, self.norm_kind = blocks, blocks * BLOCK - padding, norm_kind
         self.at_once = 4 if blocks <= 4 or blocks % 2 else 2 if blocks <= 8 or blocks % 4 else 1
         base, self.tokens = tiled(
             ((self.at_once, 4 // self.at_once, BLOCK), (1, 1, BLOCK), (1, 1, 4)),
@@ -104,6 +104,36 @@ class TokenLayouts:
         else:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
         return total * (1.0 / self.real)
+
+    def normalise(self, s: jax.Array, eps: float) -> tuple[jax.Array, jax.Array | None]:
+        """Return the normalised tokens, and what they were multiplied by (None without a norm)."""
+        if self.norm_kind == "none":
+            return s, None
+        if self.norm_kind == "layer":
+            s = self.real_channels(s - self.over_channels(self.mean(s)))
+        inverse = self.over_channels(lax.rsqrt(self.mean(s * s) + eps))
+        return s * inverse, inverse
+
+    def scale_and_shift(self, s: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+        """Apply the norm's parameters, given for all tokens, to normalised tokens."""
+        return s if self.norm_kind == "none" else s * scale + shift
+
+    def normalise_gradient(
+        self, g: jax.Array, s: jax.Array, scale: jax.Array, inverse: jax.Array | None
+    ) -> jax.Array:
+        """Return the gradient of the tokens before the norm.
+
+        Args:
+            g: gradient behind scale and shift.
+            s, inverse: what `normalise` returned.
+            scale: of the norm, for all tokens.
+        """
+        if inverse is None:
+            return g
+        g = g * scale
+        if self.norm_kind == "layer":
+            g = self.real_channels(g - self.over_channels(self.mean(g)))
+        return (g - s * self.over_channels(self.mean(g * s))) * inverse
 
     def real_channels(self, x: jax.Array) -> jax.Array:
         """Set the channels that count in no mean to zero."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import mosaic_sequence_back, mosaic_sequence_front
+from pallas_kernels.mixer_core.mosaic_back import summed
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, CHANNELS, TokenLayouts
 from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
 from pallas_kernels.mixer_core.mosaic_sequence_front import Sequences
@@ -84,12 +85,12 @@ def cut_sequences(xz: jax.Array, taps: int, *, gradients: bool) -> Sequences:
     return Sequences(batch, length, width, taps, segment, per_block)
 
 
-def cut_rows(xz: Any, *, gradients: bool, padding: int = 0) -> Rows:
+def cut_rows(xz: Any, *, gradients: bool, padding: int = 0, norm_kind: str = "layer") -> Rows:
     """Choose tiles of a few KiB that are whole groups of tokens."""
     tokens, width = xz.shape[0] * xz.shape[1], xz.shape[2] // 2
     of_token = width * xz.dtype.itemsize
     tile = max(2 ** int(math.log2(max(1, TILE // of_token))), TokenLayouts(width // BLOCK).at_once)
-    cut = Rows(tokens, width, tile, 1, padding)
+    cut = Rows(tokens, width, tile, 1, padding, norm_kind)
     used = _bytes_of_rows(cut, xz, gradients=gradients)
     resident = _resident(used, 4 if gradients else 6)
     per_block = tiles_of_a_block(cut.tiles, 1, resident, start=0.5, fewest=1)
@@ -115,23 +116,23 @@ def front(xz: jax.Array, convolutions: Convolutions) -> jax.Array:
     )
 
 
-def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float, padding: int = 0) -> jax.Array:
+def back(xz: jax.Array, y: Pair, norm: Norm, *, eps: float, **cutting: Any) -> jax.Array:
     """See `sequence_xla.back`."""
-    cut = cut_rows(xz, gradients=False, padding=padding)
+    cut = cut_rows(xz, gradients=False, **cutting)
     return gpu.run_once(
         mosaic_sequence_back.back(xz, y, *_float32(norm), cut, eps=eps, interpret=gpu.interpreted())
     )
 
 
 def back_gradients(
-    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float, padding: int = 0
+    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float, **cutting: Any
 ):
     """See `sequence_xla.back_gradients`."""
-    cut = cut_rows(xz, gradients=True, padding=padding)
+    cut = cut_rows(xz, gradients=True, **cutting)
     y_bar, xz_bar, norm_bar = mosaic_sequence_back.back_gradients(
         xz, y, *_float32(norm), out_bar, cut, eps=eps, interpret=gpu.interpreted()
     )
-    norm_bar = jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*norm_bar.sum(1)), norm)
+    norm_bar = summed(norm_bar, norm, cut.norm_kind)
     return y_bar, xz_bar, norm_bar
 
 

@@ -41,6 +41,7 @@ class Rows:
     tile: int
     per_block: int
     padding: int = 0  # channels at the end that are zeros and count in no norm
+    norm_kind: str = "layer"
 
     @property
     def blocks(self) -> int:
@@ -65,7 +66,7 @@ class Walk:
 
     def __init__(self, cut: Rows, eps: float):
         self.cut, self.eps = cut, eps
-        self.layouts = TokenLayouts(cut.blocks, cut.padding)
+        self.layouts = TokenLayouts(cut.blocks, cut.padding, cut.norm_kind)
 
     def part(self, ref: Any, item: Any, half: int = 0, rows: int = 0) -> Any:
         cut = self.cut
@@ -144,13 +145,10 @@ class Walk:
             for ref in refs
         ]
 
-    def normalise(self, tiles: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    def normalise(self, tiles: Any, rows: Any) -> tuple[jax.Array, jax.Array | None]:
         """Return the mean of both directions, normalised over the channels, and 1 / its standard deviation."""
-        layouts = self.layouts
         s = (self.tokens(tiles[0].at[rows]) + self.tokens(tiles[1].at[rows])) * 0.5
-        s = layouts.real_channels(s - layouts.over_channels(layouts.mean(s)))
-        inverse = layouts.over_channels(lax.rsqrt(layouts.mean(s * s) + self.eps))
-        return s * inverse, inverse
+        return self.layouts.normalise(s, self.eps)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -183,7 +181,9 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
             gamma, beta = parameters
             s, _ = work.normalise(tiles, rows)
             z = work.tokens(tiles[2].at[rows])
-            out = (s * gamma + beta) * silu(z, work.layouts.tokens, interpret, xz.dtype)
+            out = work.layouts.scale_and_shift(s, gamma, beta) * silu(
+                z, work.layouts.tokens, interpret, xz.dtype
+            )
             store(tiles[2].at[rows], out.astype(xz.dtype))
             return carry
 
@@ -233,14 +233,14 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
             s, inverse = work.normalise(tiles, rows)
             z, g = work.tokens(tiles[2].at[rows]), work.tokens(tiles[3].at[rows])
             sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
-            z_bar = g * (s * gamma + beta) * (sigma + z * sigma * (1.0 - sigma))
+            z_bar = (
+                g * layouts.scale_and_shift(s, gamma, beta) * (sigma + z * sigma * (1.0 - sigma))
+            )
             store(tiles[2].at[rows], z_bar.astype(xz.dtype))
             g = g * z * sigma
             sums = (sums[0] + g * s, sums[1] + g)
-            g = g * gamma
-            g = layouts.real_channels(g - layouts.over_channels(layouts.mean(g)))
-            g = g - s * layouts.over_channels(layouts.mean(g * s))
-            store(tiles[0].at[rows], (g * inverse * 0.5).astype(xz.dtype))
+            y_bar = layouts.normalise_gradient(g, s, gamma, inverse) * 0.5
+            store(tiles[0].at[rows], y_bar.astype(xz.dtype))
             return sums
 
         parameters = work.norm(scale_ref, shift_ref)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import sequence_xla
-from pallas_kernels.mixer_core.checks import check_arrays
+from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
@@ -32,6 +32,7 @@ def sequence_core(
     *,
     middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
     eps: float = 1e-5,
+    norm_kind: str = "layer",
     implementation: str = "auto",
 ) -> Float[Array, "b l e"]:
     """Compute everything of a bidirectional Vim mixer between its two projections.
@@ -54,7 +55,8 @@ def sequence_core(
         middle_params: pytree handed to `middle`, differentiated.
         middle: maps (middle_params, c), c of both directions `2 b l e` in xz's dtype, to (y_f, y_b), each `b l e`,
             which are rounded to xz's dtype. Closes over no tracer.
-        eps: of the LayerNorm.
+        eps: epsilon of the norm.
+        norm_kind: "layer", "rms" or "none", see `mixer_core`.
         implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
 
     Returns:
@@ -68,6 +70,7 @@ def sequence_core(
         raise ValueError(
             f"sequence_core: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
+    expect_norm_kind("sequence_core", norm_kind)
     xz = check_arrays("sequence_core", xz, *convolutions, norm)
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
@@ -77,18 +80,19 @@ def sequence_core(
     rounded = _Rounded(middle, xz.dtype)
 
     def run(xz, convolutions, norm):
-        always = _Stages("always", float(eps), padding)
+        always = _Stages("always", float(eps), padding, norm_kind)
         return _core(
             always, _Rounded(lambda _, c: (c[0], c[1]), xz.dtype), xz, convolutions, norm, ()
         )
 
     like = jax.eval_shape(wide, xz, convolutions, norm)
-    trial = Trial(run, like, (float(eps), padding))
-    stages = _stages(implementation, like[0], like[1], float(eps), padding, trial)
-    if stages is None:
-        stages = _Stages("never", float(eps), 0)
+    trial = Trial(run, like, (float(eps), padding, norm_kind))
+    kernels = _kernels(implementation, like[0], like[1], trial)
+    if kernels == "never":
+        stages = _Stages(kernels, float(eps), 0, norm_kind)
         y = rounded(middle_params, stages.front(xz, convolutions))
         return stages.back(xz, y, norm)
+    stages = _Stages(kernels, float(eps), padding, norm_kind)
     on_wide = Narrowed(rounded, padding) if padding else rounded
     xz, convolutions, norm = wide(xz, convolutions, norm)
     return _core(stages, on_wide, xz, convolutions, norm, middle_params)[..., :width]
@@ -119,6 +123,7 @@ class _Stages:
     kernels: str
     eps: float
     padding: int
+    norm_kind: str
 
     def front(self, xz, convolutions):
         return self._run("front", (_XZ, _CONVOLUTIONS), _BOTH)(xz, convolutions)
@@ -136,7 +141,7 @@ class _Stages:
 
     @property
     def _of_norm(self) -> dict[str, Any]:
-        return {"eps": self.eps, "padding": self.padding}
+        return {"eps": self.eps, "padding": self.padding, "norm_kind": self.norm_kind}
 
     def _run(self, name: str, operands: Any, results: Any, **options: Any) -> Callable:
         plain = functools.partial(getattr(sequence_xla, name), **options)
@@ -158,8 +163,8 @@ class _Stages:
         return per_shard(either, operands, results, split="b", opaque=True)
 
 
-def _stages(name: str, xz, convolutions, eps: float, padding: int, trial: Trial) -> _Stages | None:
-    """Return the stages that may run as kernels, or None for plain XLA."""
+def _kernels(name: str, xz, convolutions, trial: Trial) -> str:
+    """Return where the stages run as kernels: "always", "on CUDA" or "never"."""
 
     def unsupported():
         from pallas_kernels.mixer_core import mosaic_sequence
@@ -167,7 +172,7 @@ def _stages(name: str, xz, convolutions, eps: float, padding: int, trial: Trial)
         return mosaic_sequence.unsupported(xz, convolutions)
 
     runs = gpu.choose(name, "sequence_core", unsupported, trial)
-    return _Stages("always" if name == "pallas" else "on CUDA", eps, padding) if runs else None
+    return "never" if not runs else "always" if name == "pallas" else "on CUDA"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

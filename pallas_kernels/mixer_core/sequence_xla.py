@@ -13,6 +13,7 @@ from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core.narrow import on_channels
 from pallas_kernels.mixer_core.types import Norm
+from pallas_kernels.mixer_core.xla import normalise
 
 
 class Convolutions(NamedTuple):
@@ -36,32 +37,45 @@ def front(xz: Float[Array, "b l e2"], convolutions: Convolutions) -> Float[Array
     )
 
 
-def gate(y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float) -> Float[Array, "b l e"]:
-    """Compute LayerNorm(mean of both directions) · silu(z) in float32 or wider, and return it in z's dtype."""
+def gate(
+    y: Pair, z: Float[Array, "b l e"], norm: Norm, eps: float, norm_kind: str = "layer"
+) -> Float[Array, "b l e"]:
+    """Compute norm(mean of both directions) · silu(z) in float32 or wider, and return it in z's dtype."""
     wide = wide_dtype(z.dtype)
     s = (y[0].astype(wide) + y[1].astype(wide)) / 2
-    s = s - jnp.mean(s, axis=-1, keepdims=True)
-    s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + eps)
-    s = s * norm.scale.astype(wide) + norm.shift.astype(wide)
+    s = normalise(s, norm, norm_kind, eps)
     return (s * jax.nn.silu(z.astype(wide))).astype(z.dtype)
 
 
-def _gate(padding: int, eps: float) -> Callable[..., jax.Array]:
+def _gate(eps: float, padding: int, norm_kind: str) -> Callable[..., jax.Array]:
     """Return `gate` of (y, z, norm), whose last `padding` channels are zeros and count in no norm."""
-    run = lambda y, z, norm: gate(y, z, norm, eps)  # noqa: E731
+    run = lambda y, z, norm: gate(y, z, norm, eps, norm_kind)  # noqa: E731
     return on_channels(run, padding) if padding else run
 
 
 def back(
-    xz: Float[Array, "b l e2"], y: Pair, norm: Norm, *, eps: float, padding: int = 0
+    xz: Float[Array, "b l e2"],
+    y: Pair,
+    norm: Norm,
+    *,
+    eps: float,
+    padding: int = 0,
+    norm_kind: str = "layer",
 ) -> Float[Array, "b l e"]:
     """Compute everything after the scan: see `gate`."""
     _, z = jnp.split(xz, 2, axis=-1)
-    return _gate(padding, eps)(y, z, norm)
+    return _gate(eps, padding, norm_kind)(y, z, norm)
 
 
 def back_gradients(
-    xz: jax.Array, y: Pair, norm: Norm, out_bar: jax.Array, *, eps: float, padding: int = 0
+    xz: jax.Array,
+    y: Pair,
+    norm: Norm,
+    out_bar: jax.Array,
+    *,
+    eps: float,
+    padding: int = 0,
+    norm_kind: str = "layer",
 ) -> tuple[jax.Array, jax.Array, Norm]:
     """Compute the gradients of y (the same for both directions), of z and of norm.
 
@@ -69,7 +83,7 @@ def back_gradients(
     gradient of x there, so no later pass has to join the two. Both arrays have xz's dtype.
     """
     _, z = jnp.split(xz, 2, axis=-1)
-    _, pull = jax.vjp(_gate(padding, eps), y, z, norm)
+    _, pull = jax.vjp(_gate(eps, padding, norm_kind), y, z, norm)
     y_bar, z_bar, norm_bar = pull(out_bar)
     half = ((0, 0), (0, 0), (z.shape[-1], 0))
     return y_bar[0].astype(xz.dtype), jnp.pad(z_bar, half), norm_bar

@@ -20,8 +20,11 @@ class Directions(NamedTuple):
     D: Float[Array, "2 e"]
 
 
+NORM_KINDS = ("layer", "rms", "none")
+
+
 class Norm(NamedTuple):
-    """Parameters of the LayerNorm."""
+    """Parameters of the norm. An RMSNorm adds the shift, too; without a norm neither is read."""
 
     scale: Float[Array, " e"]
     shift: Float[Array, " e"]
@@ -38,6 +41,7 @@ class CoreOptions:
     eps: float
     method: str = "mean"
     padding: int = 0  # channels at the end of x and of z that are zeros and count in no norm
+    norm_kind: str = "layer"
 
     @property
     def lines(self) -> int:

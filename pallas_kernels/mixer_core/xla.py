@@ -106,17 +106,25 @@ def mix(
     return _swap(total / 2, options.columns, options)
 
 
+def normalise(s: jax.Array, norm: Norm, kind: str, eps: float) -> jax.Array:
+    """Apply the norm called `kind`, one of `NORM_KINDS`, over the last axis."""
+    if kind == "none":
+        return s
+    if kind == "layer":
+        s = s - jnp.mean(s, axis=-1, keepdims=True)
+    s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + eps)
+    return s * norm.scale.astype(s.dtype) + norm.shift.astype(s.dtype)
+
+
 def gate(
     s: Float[Array, "b l e"], z: Float[Array, "b l e"], norm: Norm, options: CoreOptions
 ) -> Float[Array, "b l e"]:
-    """Compute LayerNorm(s) · silu(z), in z's dtype."""
+    """Compute norm(s) · silu(z), in z's dtype."""
     if options.padding:
         narrow = dataclasses.replace(options, padding=0)
         run = lambda s, z, norm: gate(s, z, norm, narrow)  # noqa: E731
         return on_channels(run, options.padding)(s, z, norm)
-    s = s - jnp.mean(s, axis=-1, keepdims=True)
-    s = s * jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + options.eps)
-    s = s * norm.scale.astype(s.dtype) + norm.shift.astype(s.dtype)
+    s = normalise(s, norm, options.norm_kind, options.eps)
     return s.astype(z.dtype) * jax.nn.silu(z)
 
 

@@ -37,7 +37,6 @@ def test_the_page_lists_the_fallbacks_of_all_presets():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"post_norm": "none"}, "post_norm='none'"),
         ({"class_token": "middle"}, "a class token"),
         ({"pooling": "attention"}, "pooling by attention"),
         ({"conv_width": 0}, "conv_width=0"),

@@ -136,6 +136,8 @@ CORES = [
     {"b": 2, "rows": 9, "columns": 22, "e": 2048},  # 4 tokens a tile
     {"b": 5, "rows": 8, "columns": 8, "e": 192, "dtype": "bfloat16"},  # filled up with zeros
     {"b": 2, "rows": 5, "columns": 9, "e": 72},
+    {"b": 2, "rows": 14, "columns": 14, "e": 384, "norm_kind": "rms"},
+    {"b": 2, "rows": 14, "columns": 14, "e": 192, "norm_kind": "none"},
 ]
 
 
@@ -146,6 +148,7 @@ def test_core(seed, case, transposed, method):
     options = {"transposed": transposed, "method": method}
     args, out_bar = core.draw_apart(np.random.default_rng(seed), **case, **options)
     options |= {"rows": case["rows"], "columns": case["columns"]}
+    options |= {"norm_kind": case.get("norm_kind", "layer")}
     run = jax.jit(lambda a, g: core.value_and_gradients(a, g, "auto", **options))
     compiled = run.lower(args, out_bar).compile()
     assert "mosaic_gpu" in compiled.as_text()
@@ -203,6 +206,8 @@ SEQUENCES = [
     {"b": 2, "l": 1, "e": 128},
     {"b": 3, "l": 65, "e": 192, "dtype": "bfloat16"},  # filled up with zeros
     {"b": 2, "l": 33, "e": 72},
+    {"b": 3, "l": 197, "e": 384, "dtype": "bfloat16", "norm_kind": "none"},  # the published Vim
+    {"b": 2, "l": 50, "e": 192, "norm_kind": "rms"},
     None,
 ]
 
@@ -214,12 +219,15 @@ def test_sequence(seed, case):
         case = {"b": int(rng.integers(1, 9)), "l": int(rng.integers(1, 300)), "e": 128}
         case["e"] *= int(rng.integers(1, 9))
     print(case)
-    args, out_bar = sequence.draw(rng, **case)
-    run = jax.jit(lambda a, g: sequence.value_and_gradients(a, g, "auto"))
+    norm_kind = case.get("norm_kind", "layer")
+    drawn = {name: value for name, value in case.items() if name != "norm_kind"}
+    args, out_bar = sequence.draw(rng, **drawn)
+    options = {"norm_kind": norm_kind}
+    run = jax.jit(lambda a, g: sequence.value_and_gradients(a, g, "auto", **options))
     compiled = run.lower(args, out_bar).compile()
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == len(sequence.KERNELS)
     wanted = on_cpu_in_float64(
-        lambda a, g: sequence.value_and_gradients(a, g, "xla"), args, out_bar
+        lambda a, g: sequence.value_and_gradients(a, g, "xla", **options), args, out_bar
     )
     first = jax.device_get(compiled(args, out_bar))
     assert max(relative_errors(first, wanted)) < (1e-2 if "dtype" in case else 1e-5)

@@ -37,7 +37,7 @@ def draw(rng, b, rows, columns, e, taps=4, dtype="float32"):
     return args, normal(b, rows * columns, e).astype(dtype)
 
 
-def draw_apart(rng, rows, columns, transposed=False, method="mean", **case):
+def draw_apart(rng, rows, columns, transposed=False, method="mean", norm_kind="layer", **case):
     """The same, and no line's largest two tokens so close that float32 may take the other one for the maximum."""
     from pallas_kernels.mixer_core import xla
     from pallas_kernels.mixer_core.types import CoreOptions
@@ -112,18 +112,28 @@ def test_channels_of_no_whole_block(seed):
     compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
 
 
+@needs_mosaic
+@pytest.mark.parametrize("norm_kind", ["rms", "none"])
+def test_other_norms(seed, norm_kind):
+    rng = np.random.default_rng(seed)
+    case = {"b": 1, "rows": 2, "columns": 4, "e": int(rng.choice([72, 128]))}
+    compare(rng, 3e-6, **case, norm_kind=norm_kind)
+
+
+@pytest.mark.parametrize("norm_kind", ["layer", "rms", "none"])
 @pytest.mark.parametrize("operation", ["core", "sequence"])
-def test_narrow_widths_without_kernels(rng, monkeypatch, operation):
+def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
     """The stages of XLA that stand beside the kernels, on arrays that are filled up with zeros."""
     (xz, directions, norm, params), out_bar = draw(rng, 2, 3, 4, 72)
 
     def run(args):
         xz, directions, norm, params = args
         if operation == "core":
-            return mixer_core(xz, directions, norm, params, middle=middle, rows=3, columns=4)
+            grid = {"rows": 3, "columns": 4, "norm_kind": norm_kind}
+            return mixer_core(xz, directions, norm, params, middle=middle, **grid)
         convolutions = Convolutions(directions.kernels, directions.biases)
         skip = lambda D, c: (c[0] * D[0], c[1] * D[1])  # noqa: E731
-        return sequence_core(xz, convolutions, norm, directions.D, middle=skip)
+        return sequence_core(xz, convolutions, norm, directions.D, middle=skip, norm_kind=norm_kind)
 
     def with_gradients(args):
         out, pull = jax.vjp(run, args)
@@ -281,6 +291,8 @@ def test_bad_calls():
         mixer_core(xz, *rest, middle=middle, rows=3, columns=4)
     with pytest.raises(ValueError, match="method must be one of"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=3, method="median")
+    with pytest.raises(ValueError, match="norm_kind must be one of"):
+        mixer_core(xz, *rest, middle=middle, rows=3, columns=3, norm_kind="batch")
     with pytest.raises(ValueError, match="implementation must be one of"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=3, implementation="cuda")
     with pytest.raises(NotImplementedError, match="cannot run here"):

@@ -37,14 +37,15 @@ def draw(rng, b, l, e, taps=4, dtype="float32"):
     return args, normal(b, l, e).astype(dtype)
 
 
-def value_and_gradients(args, out_bar, implementation):
-    out, pull = jax.vjp(
-        lambda args: sequence_core(*args, middle=middle, implementation=implementation), args
+def value_and_gradients(args, out_bar, implementation, **options):
+    run = lambda args: sequence_core(  # noqa: E731
+        *args, middle=middle, implementation=implementation, **options
     )
+    out, pull = jax.vjp(run, args)
     return out, pull(out_bar)[0]
 
 
-def compare(monkeypatch, rng, bound, **case):
+def compare(monkeypatch, rng, bound, norm_kind="layer", **case):
     """Blocks of up to three small tiles, which follow one another."""
     from pallas_kernels.mixer_core import mosaic_sequence
 
@@ -52,11 +53,11 @@ def compare(monkeypatch, rng, bound, **case):
     monkeypatch.setattr(mosaic_sequence, "SEGMENTS", (int(rng.choice([8, 11])),))
     args, out_bar = draw(rng, **case)
     with abstract_h100(), interpreted():
-        run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas"))
+        run = jax.jit(lambda a, g: value_and_gradients(a, g, "pallas", norm_kind=norm_kind))
         got = run.trace(args, out_bar).lower().compile()(args, out_bar)
     with x64():
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, out_bar))
-        wanted = value_and_gradients(*wide, "xla")
+        wanted = value_and_gradients(*wide, "xla", norm_kind=norm_kind)
     assert max(relative_errors(got, wanted)) < bound
 
 
@@ -75,6 +76,8 @@ def test_random_length(seed, monkeypatch):
         {"b": 2, "l": 1, "e": 128},  # shorter than the window
         {"b": 3, "l": 19, "e": 256, "taps": 3, "dtype": "bfloat16"},  # ragged in every respect
         {"b": 2, "l": 5, "e": 72},  # filled up with zeros
+        {"b": 1, "l": 6, "e": 128, "norm_kind": "none"},
+        pytest.param({"b": 1, "l": 6, "e": 200, "norm_kind": "rms"}, marks=pytest.mark.slow),
         pytest.param({"b": 1, "l": 34, "e": 768, "taps": 2}, marks=pytest.mark.slow),
         pytest.param({"b": 3, "l": 3, "e": 1536, "dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
