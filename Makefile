@@ -40,13 +40,14 @@ test-slow:
 
 # What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, kernels' XLA path, one golden model of each class,
 # one training of each task, checkpoints, several devices, export, a short quickstart. What depends on no version of JAX or Flax is not run twice.
-REDUCED := tests/test_package.py tests/pallas_kernels tests/parity/test_fixtures.py $(addprefix tests/training/, \
+REDUCED := tests/test_package.py tests/parity/test_fixtures.py $(addprefix tests/pallas_kernels/, test_selective_scan.py \
+	test_causal_conv1d.py test_bidirectional_scan.py test_compositions.py test_sharded.py) $(addprefix tests/training/, \
 	classification/test_train.py \
 	masked/test_masked_training.py::test_the_loss_falls_and_the_run_is_drawn \
 	masked/test_masked_training.py::test_fine_tuning_takes_backbone_positions_and_scale \
 	segmentation/test_train.py::test_a_run_ends_with_scores_a_picture_and_a_table \
 	detection/test_train.py::test_a_run_ends_with_scores_a_picture_and_a_table \
-	test_checkpoints.py test_optimizer.py test_steps.py test_start_from.py::test_a_run_starts_from_another) \
+	test_checkpoints.py test_steps.py test_start_from.py::test_a_run_starts_from_another) \
 	tests/distributed/test_many_devices.py tests/distributed/test_mesh.py tests/inference/test_export.py
 
 test-reduced:

@@ -20,7 +20,7 @@ from fastvim_jax.training import OptimizerConfig, TrainConfig, train
 
 
 class Noise:
-    """32 images of 3 channels, each class brighter than the one before."""
+    """32 images of 2 channels, each class brighter than the one before."""
 
     class_names = ("dark", "bright")
 
@@ -28,7 +28,7 @@ class Noise:
         return 32
 
     def __getitem__(self, index: int) -> Record:
-        pixels = np.random.default_rng(index).integers(0, 120 + 100 * (index % 2), (8, 8, 3))
+        pixels = np.random.default_rng(index).integers(0, 120 + 100 * (index % 2), (8, 8, 2))
         return Record(pixels.astype(np.uint8), index % 2, f"noise {index}")
 
 
@@ -36,11 +36,11 @@ def whole_runs(folder: Path) -> None:
     """Train the same run on a mesh of one device and on one of two."""
     prepare(Noise(), folder / "shards", "train")
     data = CellsData(
-        path=str(folder / "shards"), eval_split="train", channels=3, channel_names=("a", "b", "c"),
-        image_size=8, batch_size=8, channel_sampling="sorted", mean=(0.3,) * 3, std=(0.3,) * 3,
+        path=str(folder / "shards"), eval_split="train", channels=2, channel_names=("a", "b"),
+        image_size=8, batch_size=8, channel_sampling="sorted", mean=(0.3,) * 2, std=(0.3,) * 2,
     )  # fmt: skip
     model = ChannelMambaConfig(
-        image_size=8, patch_size=4, channels=3, num_classes=2, embed_dim=8, depth=2, state_size=2,
+        image_size=8, patch_size=4, channels=2, num_classes=2, embed_dim=8, depth=2, state_size=2,
         drop_path=0.1, dtype="float64", param_dtype="float64",
     )  # fmt: skip
     for devices in (1, 2):
