@@ -215,3 +215,41 @@ def test_every_bf16_row_names_its_mode():
         "| fastvim_tiny | 128 | bf16 | 41,276 |",
         "In bf16 it makes 41 images/s.",
     ]
+
+
+SPEED = re.compile(r"([\d,]*\d(?:\.\d+)?) images(?:/s| a second| per second)")
+
+
+def recorded_speeds():
+    """Collect every images a second of every record as pages print it, by the clock and of the device."""
+    found = {f"{300 * 1_281_167 / 86_400:,.0f}"}  # 300 epochs of ImageNet in a day
+
+    def collect(node):
+        for value in node.values() if isinstance(node, dict) else node:
+            if isinstance(value, dict | list):
+                collect(value)
+        if isinstance(node, dict):
+            found.update(f"{v:,.0f}" for k, v in node.items() if k.startswith("images_per_s"))
+            if "device_ms" in node and "batch" in node:
+                found.add(f"{1e3 * node['batch'] / node['device_ms']:,.0f}")
+
+    for file in (ROOT / "benchmarks" / "results").rglob("*.json"):
+        collect(json.loads(file.read_text()))
+    return found
+
+
+def test_speeds_in_prose_stand_in_a_record():
+    """Of pages, docstrings and comments; a number that was measured before the newest record is found, too."""
+    code = [
+        f
+        for folder in ("fastvim_jax", "pallas_kernels", "experiments")
+        for f in (ROOT / folder).rglob("*.py")
+    ]
+    recorded = recorded_speeds()
+    cited = {
+        f"{file.relative_to(ROOT)}: {speed[0]}": speed[1]
+        for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *code]
+        for speed in SPEED.finditer(file.read_text())
+    }
+    assert len(cited) >= 8 and "1" not in recorded
+    assert not [place for place, number in cited.items() if number not in recorded]
