@@ -35,8 +35,16 @@ def cases(rng):
         options |= grid
         run = lambda a, g, o=options: core.value_and_gradients(a, g, "pallas", **o)  # noqa: E731
         yield f"core {options}", run, *core.draw(rng, 2, 5, 7, 128)
+    for rows, columns, width in (
+        (2, 37, 128),
+        (5, 7, 72),
+    ):  # segments overlap; filled up with zeros
+        options = {"rows": rows, "columns": columns}
+        run = lambda a, g, o=options: core.value_and_gradients(a, g, "pallas", **o)  # noqa: E731
+        yield f"core {options}", run, *core.draw(rng, 2, rows, columns, width)
     run = lambda a, g: ragged.value_and_gradients(a, g, "pallas", rows=12, columns=9)  # noqa: E731
-    yield "ragged core", run, *ragged.draw(rng, 2, 21, 12, 9, 256)
+    for kept in (21, 37):
+        yield f"ragged core, {kept} tokens", run, *ragged.draw(rng, 2, kept, 12, 9, 256)
     run = lambda a, g: sequence.value_and_gradients(a, g, "pallas")  # noqa: E731
     yield "unpooled core", run, *sequence.draw(rng, 3, 37, 128)
     for sizes in ((71, 13, 128), (2, 5, 256)):  # two images a thread block, and one
