@@ -108,14 +108,14 @@ def test_counts_add_up_and_failures_or_missing_runs_fail(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_quickstart_learns_and_draws_its_picture(tmp_path: Path) -> None:
-    """A quarter of its epochs; `make quickstart` trains them all, and fails below 97 %."""
+    """A tenth of its epochs; `make quickstart` trains them all, and fails below 97 %."""
     folder = tmp_path / "a run"
     # As a user has it: not with the settings that make the tests compile fast.
     settings = {"RUN": str(folder), "VENV": str(Path(sys.executable).parents[1]), "XLA_FLAGS": ""}
-    result = run("quickstart.sh", **settings, EPOCHS="10", AT_LEAST="0.9")
+    result = run("quickstart.sh", **settings, EPOCHS="4", AT_LEAST="0.85")
     assert result.returncode == 0, result.stdout + result.stderr
     right = re.search(r"(\d+) of 360 held-out", result.stdout)
-    assert right and int(right.group(1)) >= 0.9 * 360
+    assert right and int(right.group(1)) >= 0.85 * 360
     assert str(folder) in result.stdout.splitlines()[-1]
     assert (folder / "quickstart.png").stat().st_size > 20_000
 
