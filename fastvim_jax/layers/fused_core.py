@@ -27,6 +27,7 @@ from pallas_kernels.mixer_core import (
     Directions,
     Norm,
     Projection,
+    Unprojected,
     block_unsupported,
     mixer_block,
     mixer_core,
@@ -140,7 +141,7 @@ def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> b
 
 
 def joined_block(
-    xz: jax.Array,
+    unprojected: Unprojected,
     residual: jax.Array,
     pooling: GridPooling,
     both: ScanDirection,
@@ -148,21 +149,21 @@ def joined_block(
     projection: Projection,
     norm_eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run everything between in_proj of one block and in_proj of the next. Call `runs_joined` first.
+    """Run everything from in_proj of one block to the input of in_proj of the next. Call `runs_joined` first.
 
     Args:
-        xz: in_proj's output `b l 2e`, in stored token order.
+        unprojected: normalised tokens `b l d`, in stored order, and in_proj's kernel, transposed.
         residual: residual stream `b l d`.
         pooling, both, post_norm: see `fused_core`.
         projection: out_proj's kernel, transposed, and the scale of the next block's RMSNorm.
         norm_eps: epsilon of the RMSNorm.
 
     Returns:
-        The new residual stream, and its normalised tokens in xz's dtype.
+        The new residual stream, and its normalised tokens in the dtype of the tokens given.
     """
     params, scans, directions = _pooled(both)
     return mixer_block(
-        xz,
+        unprojected,
         residual,
         directions,
         _norm(post_norm, both),

@@ -38,7 +38,7 @@ from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.pooling import GridPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Tokens
-from pallas_kernels.mixer_core import Projection
+from pallas_kernels.mixer_core import Projection, Unprojected
 
 
 class Mixer(nnx.Module):
@@ -107,23 +107,22 @@ class Mixer(nnx.Module):
 
     def join(
         self,
-        normed: Tokens,
+        unprojected: Unprojected,
         residual: Tokens,
         pooling: GridPooling,
         projection: Projection,
         norm_eps: float,
     ) -> tuple[Tokens, Tokens]:
-        """Mix tokens `normed`, add the result to the residual stream, and apply the next block's norm to the sum.
+        """Mix normalised tokens, add the result to the residual stream, and apply the next block's norm to the sum.
 
-        One kernel does this, see `joined_block`. `projection` takes the place of out_proj.
+        See `joined_block`. `unprojected` takes the place of in_proj and its input, `projection` that of out_proj.
 
         Returns:
             The new residual stream, and its normalised tokens: the input of the next block's in_proj. Both are `b l d`.
         """
-        xz = linear(self.in_proj, normed, self.config.precision)
         both = self.both or stack_directions(self.forward, self.backward, axis=0)
         norm: Any = self.post_norm  # a LayerNorm
-        return joined_block(xz, residual, pooling, both, norm, projection, norm_eps)
+        return joined_block(unprojected, residual, pooling, both, norm, projection, norm_eps)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
         """Run everything between the two projections: xz `b l 2e` → `b l e`.

@@ -31,7 +31,7 @@ from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
-from pallas_kernels.mixer_core import Projection
+from pallas_kernels.mixer_core import Projection, Unprojected
 
 
 class Block(nnx.Module):
@@ -58,7 +58,8 @@ class Block(nnx.Module):
 class JoinedBlock(nnx.Module):
     """A mixer joined to the norm of the *next* block, so that it maps normalised tokens to normalised tokens.
 
-    Its parameters are the mixer's, out_proj's kernel transposed, and the scale of the next block's norm.
+    Its parameters are the mixer's, the kernels of in_proj and out_proj transposed, and the scale of the next block's
+    norm.
 
     Args:
         blocks: stacked blocks from `stack_blocks`; they are copied.
@@ -67,12 +68,13 @@ class JoinedBlock(nnx.Module):
     def __init__(self, blocks: Any):
         copy = nnx.clone(blocks)
         self.mixer, self.norm_eps = copy.mixer, copy.norm.epsilon
-        precision = copy.mixer.config.precision
-        weight = copy.mixer.out_proj.kernel[...].astype(precision.compute)
-        self.weight = nnx.Param(jnp.swapaxes(weight, -1, -2))  # `depth d e`
+        compute = copy.mixer.config.precision.compute
+        transposed = lambda layer: jnp.swapaxes(layer.kernel[...].astype(compute), -1, -2)  # noqa: E731
+        self.in_weight = nnx.Param(transposed(copy.mixer.in_proj))  # `depth 2e d`
+        self.out_weight = nnx.Param(transposed(copy.mixer.out_proj))  # `depth d e`
         # Shift the norms' scales by one block. The last block gets that of the first: nothing reads what it normalises.
         self.gain = nnx.Param(jnp.roll(copy.norm.scale[...], -1, axis=0))
-        del self.mixer.out_proj
+        del self.mixer.in_proj, self.mixer.out_proj
 
     def __call__(
         self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: None
@@ -80,8 +82,9 @@ class JoinedBlock(nnx.Module):
         """Map (residual stream, its normalised tokens) before the block to the same pair after it, all `b l d`."""
         del keep
         residual, normed = stream
-        projection = Projection(self.weight[...], self.gain[...])
-        return self.mixer.join(normed, residual, pooling, projection, self.norm_eps), None
+        unprojected = Unprojected(normed, self.in_weight[...])
+        projection = Projection(self.out_weight[...], self.gain[...])
+        return self.mixer.join(unprojected, residual, pooling, projection, self.norm_eps), None
 
 
 class VisionMamba(Backbone):

@@ -1,4 +1,4 @@
-"""Define `mixer_block`: a FastVim mixer after its in_proj, the residual sum, and the RMSNorm of the next block."""
+"""Define `mixer_block`: a FastVim mixer with or without in_proj, the residual sum, and the next block's RMSNorm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.checks import expect_counts, expect_shape
+from pallas_kernels.checks import as_floats, expect_counts, expect_shape
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.api import (
     DIRECTIONS,
@@ -34,8 +34,19 @@ class Projection(NamedTuple):
     gain: Float[Array, " o"]
 
 
+class Unprojected(NamedTuple):
+    """What xz is the product of: the mixer's tokens and in_proj's kernel, transposed. in_proj has no bias."""
+
+    tokens: Float[Array, "b l i"]
+    weight: Float[Array, "e2 i"]
+
+    def projected(self) -> Float[Array, "b l e2"]:
+        """Compute xz in the tokens' dtype."""
+        return jnp.matmul(self.tokens, self.weight.astype(self.tokens.dtype).T)
+
+
 def mixer_block(
-    xz: Float[Array, "b l e2"],
+    xz: Float[Array, "b l e2"] | Unprojected,
     residual: Float[Array, "b l o"],
     directions: Directions,
     norm: Norm,
@@ -63,13 +74,17 @@ def mixer_block(
     else, and in the forward pass of a gradient, `mixer_core` and XLA compute the same step by step. They round the
     product to xz's dtype before they add it; the kernel does not.
 
+    Given what xz is the product of, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
+    `project_front_unsupported` returns None for a device's share of the batch.
+
     Args:
+        xz: see `mixer_core`, or `Unprojected`.
         residual: residual stream, float32 or wider.
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
         implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
             and the batch has work for all of its processors, otherwise `mixer_core` and XLA.
-        xz, directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
+        directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
 
     Returns:
         The new residual stream in the dtype of `residual`, and the normalised tokens in xz's dtype.
@@ -83,6 +98,10 @@ def mixer_block(
             f"mixer_block: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
     expect_counts("mixer_block", rows=rows, columns=columns)
+    given = xz
+    if isinstance(given, Unprojected):
+        _check_unprojected(given, 2 * directions.kernels.shape[-1])
+        xz = given.projected()  # Dead code where the kernel runs.
     xz = check_arrays("mixer_block", xz, directions[0], directions[1], norm, directions[2])
     outputs = residual.shape[-1]
     beside = f"xz {xz.shape} (b l 2e)"
@@ -94,14 +113,24 @@ def mixer_block(
         expect_shape("mixer_block", name, x, letters, shape, beside)
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     call = _Call(middle, options, float(norm_eps), implementation)
-    arrays = (xz, residual, directions, norm, projection, middle_params)
+    arrays = (residual, directions, norm, projection, middle_params)
     fills = implementation == "pallas"  # Asked for by name, the kernel runs on small batches too.
 
     def reason():
         return _unsupported(xz, residual, directions.kernels, options, fills=fills)
 
     runs = gpu.choose(implementation, "mixer_block", reason)
-    return _fused(call, *arrays) if runs else call.step_by_step(*arrays)
+    if not runs:
+        return call.step_by_step(xz, *arrays)
+    return _fused(call, given if isinstance(given, Unprojected) else xz, *arrays)
+
+
+def _check_unprojected(given: Unprojected, width: int) -> None:
+    tokens = as_floats("mixer_block", "tokens", given.tokens, "b l i")
+    weight = as_floats("mixer_block", "in_proj's weight", given.weight, "2e i")
+    beside = f"tokens {tokens.shape} (b l i) and convolutions of {width // 2} channels"
+    shape = (width, tokens.shape[2])
+    expect_shape("mixer_block", "in_proj's weight", weight, "2e i", shape, beside)
 
 
 def block_unsupported(
@@ -140,6 +169,8 @@ class _Call(NamedTuple):
     def step_by_step(self, xz, residual, directions, norm, projection, middle_params):
         """Compute the block with the kernels of `mixer_core`, where they run, and XLA."""
         options = self.options
+        if isinstance(xz, Unprojected):
+            xz = xz.projected()
         g = mixer_core(
             xz,
             directions,
@@ -159,7 +190,11 @@ class _Call(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(call: _Call, xz, residual, directions, norm, projection, middle_params):
-    u, _ = Stages(always=call.implementation == "pallas").front(xz, directions, (), call.options)
+    if isinstance(xz, Unprojected):
+        xz, u = _project_front(call, *xz, directions)
+    else:
+        stages = Stages(always=call.implementation == "pallas")
+        u, _ = stages.front(xz, directions, (), call.options)
     y = call.middle(middle_params, u)
     return _project(call, xz, y, residual, directions, norm, projection)
 
@@ -176,13 +211,38 @@ def _backward(call, pull, bars):
 _fused.defvjp(_forward, _backward)
 
 
+def _project_front(call: _Call, tokens, weight, directions):
+    """Return xz and the pooled tokens: by the kernel if the program is lowered for CUDA, otherwise by XLA."""
+    from pallas_kernels.mixer_core import mosaic
+
+    kernel: Callable = functools.partial(mosaic.project_front, options=call.options)
+    other: Callable = functools.partial(_xla_project_front, options=call.options)
+    operands = ("b l i", "w i", DIRECTIONS)
+    results = ("b l w", "d b s e")
+    return _on_shares(call, kernel, other, operands, results, (tokens, weight, directions))
+
+
+def _xla_project_front(tokens, weight, directions, options):
+    xz = Unprojected(tokens, weight).projected()
+    u, _ = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, (), options)
+    return xz, u
+
+
 def _project(call: _Call, xz, y, residual, directions, norm, projection):
-    """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
+    """Return the residual stream and its normalised tokens, by the kernel or by XLA."""
     from pallas_kernels.mixer_core import mosaic
 
     static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps}
     kernel: Callable = functools.partial(mosaic.back_project, **static)
     other: Callable = functools.partial(_xla_project, **static)
+    tokens = "b l o"
+    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
+    arrays = (xz, y, residual, directions, norm, projection)
+    return _on_shares(call, kernel, other, operands, (tokens, tokens), arrays)
+
+
+def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results, arrays):
+    """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise the other."""
 
     def on_share(_, *arrays):
         if call.implementation == "pallas":
@@ -193,10 +253,7 @@ def _project(call: _Call, xz, y, residual, directions, norm, projection):
             default=lambda *arrays: other(*arrays),
         )
 
-    tokens = "b l o"
-    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
-    run = per_shard(on_share, operands, (tokens, tokens), split="b", opaque=True)
-    return run(xz, y, residual, directions, norm, projection)
+    return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
 def _xla_project(xz, y, residual, directions, norm, projection, options, norm_eps):

@@ -19,6 +19,7 @@ from pallas_kernels.mixer_core import (
     mosaic_back_project,
     mosaic_front,
     mosaic_front_gradients,
+    mosaic_project_front,
     mosaic_ragged_front,
     xla,
 )
@@ -165,6 +166,28 @@ def _project_work(xz, taps: int, outputs: int, options: CoreOptions):
     return mosaic_back_project.Work(grid, outputs)
 
 
+def project_front_unsupported(tokens, kernels, options: CoreOptions) -> str | None:
+    """Return why `mosaic_project_front` cannot compute xz and the pooled tokens in one kernel, or None if it can.
+
+    Asked only where `block_unsupported` returned None.
+    """
+    if options.method != "mean":
+        return f"pooling by {options.method}"
+    return _project_front_work(tokens, kernels, options).unsupported()
+
+
+def _project_front_work(tokens, kernels, options: CoreOptions):
+    return mosaic_project_front.Work(
+        batch=tokens.shape[0],
+        rows=options.rows,
+        columns=options.columns,
+        transposed=options.transposed,
+        inputs=tokens.shape[2],
+        width=kernels.shape[2],
+        taps=kernels.shape[1],
+    )
+
+
 def _on_grid(x: jax.Array, options: CoreOptions) -> jax.Array:
     return x.reshape(x.shape[0], options.rows, options.columns, x.shape[-1])
 
@@ -210,6 +233,22 @@ def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOp
         eps=options.eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(_flat(out))
+
+
+def project_front(tokens, weight, directions: Directions, options: CoreOptions):
+    """Return xz and the pooled tokens; see `block.Unprojected`. Use a product and `front` where one kernel cannot."""
+    weight = weight.astype(tokens.dtype)
+    if project_front_unsupported(tokens, directions.kernels, options) is not None:
+        xz = jnp.matmul(tokens, weight.T)
+        u, _ = front(xz, directions, (), options)
+        return xz, u
+    directions32 = _float32(directions)
+    out = mosaic_project_front.project_front(
+        tokens, weight, directions32.kernels, directions32.biases,
+        _project_front_work(tokens, directions.kernels, options),
+        scale=options.scale, interpret=gpu.interpreted(),
+    )  # fmt: skip
+    return gpu.run_once(out)
 
 
 def back_project(

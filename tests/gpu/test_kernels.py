@@ -22,6 +22,7 @@ from fastvim_jax.models import create_model
 from pallas_kernels import gpu, selective_scan
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_project_front as project_front
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
@@ -184,6 +185,46 @@ def test_block(seed, case, transposed):
         wanted = block.wanted_of(jax.device_get(args), options)
     assert max(relative_errors(first, wanted)) < block.BOUND
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
+
+
+PROJECT_FRONTS = [
+    {"b": 128, "rows": 14, "columns": 14, "inputs": 192, "width": 384},
+    {"b": 6, "rows": 14, "columns": 14, "inputs": 256, "width": 512},
+    {"b": 201, "rows": 16, "columns": 16, "inputs": 192, "width": 384},  # an odd batch
+    {"b": 72, "rows": 13, "columns": 11, "inputs": 64, "width": 64, "taps": 3},
+    {"b": 16, "rows": 14, "columns": 21, "inputs": 192, "width": 128},
+]
+
+
+@pytest.mark.parametrize("case", PROJECT_FRONTS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_project_front(seed, case, transposed):
+    b, rows, columns, inputs, width, *taps = case.values()
+    args = project_front.draw(np.random.default_rng(seed), b, rows * columns, inputs, width, *taps)
+    work = project_front.work_of(b, rows, columns, transposed, inputs, width, *taps)
+    assert work.unsupported() is None
+    run = lambda args: project_front.run(args, work, 1.5, False)  # noqa: E731
+    compiled = jax.jit(run).lower(args).compile()
+    # Leave NaN where the results will be.
+    poison = (b, rows * columns, 2 * width)
+    jax.block_until_ready([jnp.full(poison, jnp.nan, "bfloat16") for _ in range(8)])
+    first = jax.device_get(compiled(args))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = project_front.wanted_of(jax.device_get(args), rows, columns, transposed, 1.5)
+    errors = relative_errors(first, wanted)
+    assert errors[0] < project_front.BOUND and errors[1] < 1e-3
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
+
+
+def test_project_front_under_vmap(seed):
+    b, rows, columns, inputs, width = 6, 14, 14, 192, 384
+    args = project_front.draw(np.random.default_rng(seed), b, rows * columns, inputs, width)
+    work = project_front.work_of(b, rows, columns, False, inputs, width)
+    run = lambda tokens: project_front.run((tokens, *args[1:]), work, 1.0, False)  # noqa: E731
+    both = jax.device_get(jax.jit(jax.vmap(run))(both_ways_round(args[0])))
+    for i, turn in enumerate((1, -1)):
+        wanted = jax.device_get(jax.jit(run)(args[0][::turn]))
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, wanted)
 
 
 def test_block_under_vmap(seed):

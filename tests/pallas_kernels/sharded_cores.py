@@ -18,9 +18,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gpu, sharding
-from pallas_kernels.mixer_core import mixer_core, sequence_core
+from pallas_kernels.mixer_core import Unprojected, mixer_core, sequence_core
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_project_front as project_front
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_sequence as sequence
 from tests.pallas_kernels import test_projected_scan as projected
@@ -74,15 +75,18 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
-def test_mixer_block(seed, monkeypatch, mesh_is):
-    """Callers: inside a shard_map of the caller's, with JAX's check of what varies over devices."""
+@pytest.mark.parametrize(
+    ("mesh_is", "projected"), [("auto", False), ("explicit", True), ("callers", True)]
+)
+def test_mixer_block(seed, monkeypatch, mesh_is, projected):
+    """With in_proj or behind it. Callers: inside a shard_map of the caller's, with JAX's check of what varies."""
     from pallas_kernels.mixer_core import mosaic
 
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, fills: None)
     case = {"b": 8, "rows": 3, "columns": 8, "e": 128}
-    args, bars = block.draw(np.random.default_rng(seed), **case)
+    draw = project_front.draw_block if projected else lambda rng, case: block.draw(rng, **case)
+    args, bars = draw(np.random.default_rng(seed), case)
 
     def run(args, bars, implementation="auto"):
         objective = lambda args: block.block(args, implementation, **case)  # noqa: E731
@@ -91,7 +95,8 @@ def test_mixer_block(seed, monkeypatch, mesh_is):
 
     wanted = jax.jit(lambda *a: run(*a, "xla"))(args, bars)
     mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
-    specs = (P(BATCH), P(BATCH), *jax.tree.map(lambda x: P(), args[2:]))
+    given = Unprojected(P(BATCH), P()) if projected else P(BATCH)  # type: ignore[arg-type]
+    specs = (given, P(BATCH), *jax.tree.map(lambda x: P(), args[2:]))
     both = (P(BATCH), P(BATCH))
     args, bars = put((args, bars), (specs, both), mesh)
     if mesh_is == "callers":

@@ -1,0 +1,418 @@
+"""Compute in_proj, both causal convolutions, SiLU and the pooling of a mixer as one Mosaic GPU kernel.
+
+    x, z = h W
+    u_d  = mean over each line of silu(conv_d(x)),   d = forward, backward
+
+The kernel writes x and z and the pooled tokens, and does not read x again. A thread block owns `COLUMNS` channels of x
+and as many of z for several images, one after another, so that its part of W stays in shared memory. Two kinds of
+warpgroups work at the same time. The first kind multiplies tiles of `TILE` tokens by W. It writes x and z to memory,
+and x also to shared memory, where an image lies in the order in which its tokens are stored. The second kind convolves
+and pools the image before. Lines may be rows or columns of the grid, since shared memory can be read in any order.
+
+Copies of swizzled tiles begin and end at multiples of eight rows of memory. So the tiles of an image cover the eights
+that hold it, and may have tokens of its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.mosaic_common import convolve
+from pallas_kernels.mosaic import (
+    PROCESSORS,
+    SHARED_MEMORY,
+    compiler_params,
+    interpret_params,
+    reduced,
+    store,
+    tiled,
+)
+
+TILE = 64  # tokens of a product, as many as one wgmma instruction takes
+COLUMNS = 64  # channels of x of a thread block, and of z: one swizzled row of 128 bytes each
+PART = 64  # inputs of in_proj that one copy brings: one swizzled row as well
+PADDING = 8  # channels; keeps the rows of x in different banks
+LINES = 4  # that a warpgroup pools at a time, one a warp
+LONGEST = 32  # tokens of a line, because its convolutions are written out
+IMAGES = 2  # in shared memory: one is written and one is pooled
+MULTIPLIERS = 2  # warpgroups that multiply
+CONVOLVERS = 1  # warpgroups that convolve
+OVERHEAD = 2 * 1024  # bytes of shared memory for barriers, alignment and the driver
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Describe one call: the grid of tokens, the widths, and how thread blocks share the work."""
+
+    batch: int
+    rows: int
+    columns: int
+    transposed: bool
+    inputs: int
+    width: int
+    taps: int
+    processors: int = PROCESSORS
+
+    @property
+    def lines(self) -> int:
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a line."""
+        return self.rows if self.transposed else self.columns
+
+    @property
+    def size(self) -> int:
+        """Tokens of an image."""
+        return self.rows * self.columns
+
+    @property
+    def halo(self) -> int:
+        return self.taps - 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels, each of other thread blocks."""
+        return self.width // COLUMNS
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks that share the images of one group of channels."""
+        return max(1, min(self.batch, self.processors // self.groups))
+
+    @property
+    def parts(self) -> int:
+        return self.inputs // PART
+
+    @property
+    def before(self) -> int:
+        """The most rows between an image's first one and the last multiple of eight before it."""
+        return 8 - math.gcd(self.size, 8)
+
+    @property
+    def tiles(self) -> int:
+        """Products of an image, whose tiles begin at multiples of eight rows."""
+        return pl.cdiv(self.before + self.size, TILE)
+
+    @property
+    def slots(self) -> int:
+        """Parts of tokens that shared memory holds for each of the warpgroups that multiply."""
+        weights = self.inputs * 2 * COLUMNS
+        results = MULTIPLIERS * TILE * 2 * COLUMNS
+        images = IMAGES * self.image_rows * (COLUMNS + PADDING)
+        room = (SHARED_MEMORY - OVERHEAD) // 2 - weights - results - images
+        return min(room // (MULTIPLIERS * TILE * PART), self.parts)
+
+    def tiles_of(self, multiplier: int) -> range:
+        """Return the tiles of a warpgroup: neighbours, because the last two of an image may have rows in common."""
+        half = self.tiles // MULTIPLIERS
+        return range(half, self.tiles) if multiplier else range(half)
+
+    def old_rows(self, tile: int) -> list[int]:
+        """List how many rows of a tile may belong to the image before or to the tile before."""
+        begins = range(0, self.before + 1, math.gcd(self.size, 8))
+        if tile < self.tiles - 1 or self.tiles == 1:
+            return [0, 8] if self.before and tile == 0 else [0]
+        ends = {pl.cdiv(begin + self.size, 8) * 8 for begin in begins}
+        return sorted({self.tiles * TILE - end for end in ends} - {TILE})
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of an image's x in shared memory, a halo before it and whole lines included."""
+        eights = pl.cdiv(self.before + self.size, 8) * 8
+        return max(self.halo + eights, self.before + (self.lines + 1) * self.tokens)
+
+    def unsupported(self) -> str | None:
+        """Return why no thread block can do this work, or None."""
+        if self.width % COLUMNS or self.inputs % PART:
+            return f"{self.inputs} inputs and {self.width} channels are no multiples of {PART}"
+        if self.batch * self.size % 8:
+            return f"{self.batch} x {self.size} tokens are no multiple of 8"
+        if self.tiles <= MULTIPLIERS:
+            return f"{self.size} tokens are too few to share"
+        if self.lines < LINES:
+            return f"{self.lines} lines are fewer than {LINES}"
+        if self.tokens < 2 * self.halo:
+            return f"lines of {self.tokens} tokens are shorter than the convolutions' reach"
+        if self.tokens > LONGEST:
+            return f"lines of {self.tokens} tokens are longer than {LONGEST}"
+        if self.slots < self.parts:
+            return (
+                f"{self.size} tokens of {self.inputs} inputs do not fit shared memory beside "
+                "in_proj's weight"
+            )
+        return None
+
+    def scratch(self, dtype):
+        """Return the shared memory and the barriers of a thread block."""
+        transforms: Any = plgpu  # mypy takes them for abstract classes
+        swizzled = (transforms.TilingTransform((8, PART)), transforms.SwizzleTransform(128))
+        several = MULTIPLIERS
+        return [
+            plgpu.SMEM((self.parts, 2 * COLUMNS, PART), dtype, transforms=swizzled),  # W
+            plgpu.SMEM((several, self.slots, TILE, PART), dtype, transforms=swizzled),  # tokens
+            plgpu.SMEM((several, 2, TILE, COLUMNS), dtype, transforms=swizzled),  # x and z
+            plgpu.SMEM((IMAGES, self.image_rows, COLUMNS + PADDING), dtype),  # x of images
+            plgpu.Barrier(num_arrivals=2 * self.parts),  # W is there
+            plgpu.Barrier(num_arrivals=1, num_barriers=several * self.slots),  # tokens are
+            plgpu.Barrier(num_arrivals=several, num_barriers=IMAGES),  # an image is
+            plgpu.Barrier(num_arrivals=CONVOLVERS, num_barriers=IMAGES),  # it is pooled
+        ]
+
+
+class Layouts:
+    """Register layout of a token of each of four lines: a line a warp, two neighbouring channels a lane."""
+
+    def __init__(self):
+        base, self.tokens = tiled(((LINES, COLUMNS), (1, COLUMNS), (1, 2)), (-6,), (-3,), -1)
+        self.channels = reduced(base, (0,))
+
+    def over_lines(self, vector: jax.Array) -> jax.Array:
+        """Repeat a vector of channels for all lines."""
+        spread = lax.broadcast_in_dim(vector, (LINES, COLUMNS), (1,))
+        return plgpu.layout_cast(spread, self.tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("work", "scale", "interpret"))
+def project_front(h, weight, kernels, biases, work: Work, *, scale: float, interpret: bool):
+    """Project tokens, convolve and pool.
+
+    Args:
+        h: ``b l d`` in half precision, in stored order.
+        weight: of in_proj, transposed, ``2e d`` in h's dtype.
+        kernels: ``2 k e`` float32: taps of the forward convolution, then of the backward one.
+        biases: ``2 e`` float32.
+        work: the sizes.
+        scale: factor of the mean.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        x and z in one array, ``b l 2e`` in h's dtype, and the pooled tokens of both directions, ``2 b lines e``
+        float32.
+    """
+    layouts = Layouts()
+    parts, slots, halo = work.parts, work.slots, work.halo
+    quads = pl.cdiv(work.lines, LINES)
+
+    def body(h_ref, weight_ref, kernels_ref, biases_ref, xz_ref, pooled_ref, *scratch):
+        w_tile, h_tile, out_tile, x_tile, w_barrier, h_barrier, full, free = scratch
+        group, block = lax.axis_index("group"), lax.axis_index("block")
+        warpgroup = lax.axis_index("warpgroup")
+        channels = pl.ds(group * COLUMNS, COLUMNS)
+        items = lax.div(work.batch - block + work.blocks - 1, work.blocks)
+
+        def place(item):
+            """Return an item's image, and the range of multiples of eight rows that holds it."""
+            image = block + item * work.blocks
+            end = lax.div(image * work.size + work.size + 7, 8) * 8
+            return image, lax.div(image * work.size, 8) * 8, end
+
+        def fetch_weight():
+            for part in range(parts):
+                for half in range(2):
+                    plgpu.copy_gmem_to_smem(
+                        weight_ref.at[
+                            pl.ds(half * work.width + group * COLUMNS, COLUMNS),
+                            pl.ds(part * PART, PART),
+                        ],
+                        w_tile.at[part, pl.ds(half * COLUMNS, COLUMNS)],
+                        w_barrier,
+                    )
+
+        def multiply(here):
+            """Fill one image after another in shared memory and in xz."""
+            tiles = work.tiles_of(here)
+
+            per_item = len(tiles) * parts
+
+            def slot_of(item, step):
+                """Return the slot of a part; `step` counts the parts of the item's tiles."""
+                if per_item % slots == 0:
+                    return step % slots
+                return lax.rem(item * per_item + step, slots)
+
+            def fetch(item, step):
+                """Fetch a part if there is one; steps behind the last of an item are those of the next item."""
+                if step >= per_item:
+                    pl.when(item + 1 < items)(lambda: fetch(item + 1, step - per_item))
+                    return
+                tile, part = tiles[step // parts], step % parts
+                _, begin, end = place(item)
+                start = lax.min(begin + tile * TILE, end - TILE)
+                slot = slot_of(item, step)
+                plgpu.copy_gmem_to_smem(
+                    h_ref.at[pl.ds(start, TILE), pl.ds(part * PART, PART)],
+                    h_tile.at[here, slot],
+                    h_barrier.at[here * slots + slot],
+                )
+
+            def product(item, tile, accumulator):
+                for part in range(parts):
+                    step = (tile - tiles[0]) * parts + part
+                    slot = slot_of(item, step)
+                    plgpu.barrier_wait(h_barrier.at[here * slots + slot])
+                    weights = w_tile.at[part].transpose((1, 0))
+                    plgpu.wgmma(accumulator, h_tile.at[here, slot], weights)
+                    if part:
+                        plgpu.wgmma_wait(1)
+                        fetch(item, step - 1 + slots)
+                plgpu.wgmma_wait(0)
+                fetch(item, step + slots)
+                return accumulator[...].astype(h.dtype)
+
+            def tile_of(item, buffer, tile):
+                image, begin, end = place(item)
+                start = lax.min(begin + tile * TILE, end - TILE)
+                xz = pl.run_scoped(
+                    functools.partial(product, item, tile),
+                    plgpu.ACC((TILE, 2 * COLUMNS), jnp.float32),
+                )
+                if tile == tiles[0]:
+                    pl.when(item >= IMAGES)(lambda: plgpu.barrier_wait(free.at[buffer]))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                x, z = xz[:, :COLUMNS], xz[:, COLUMNS:]
+                out_tile[here, 0] = x
+                out_tile[here, 1] = z
+                rows = pl.ds(halo + start - begin, TILE)
+                store(x_tile.at[buffer, rows, pl.ds(0, COLUMNS)], x)
+                plgpu.commit_smem()
+                if tile == tiles[-1]:
+                    plgpu.barrier_arrive(full.at[buffer])
+
+                def write(old):
+                    for half in range(2):
+                        plgpu.copy_smem_to_gmem(
+                            out_tile.at[here, half, pl.ds(old, TILE - old)],
+                            xz_ref.at[
+                                pl.ds(start + old, TILE - old),
+                                pl.ds(half * work.width + group * COLUMNS, COLUMNS),
+                            ],
+                        )
+
+                # Write every row once: eight rows that two images share with the first of them, rows that two tiles
+                # share with the first tile.
+                new = lax.max(begin + tile * TILE, lax.div(image * work.size + 7, 8) * 8)
+                for old in work.old_rows(tile):
+                    pl.when(new - start == old)(functools.partial(write, old))
+
+            def item_of(item, _):
+                for tile in tiles:
+                    tile_of(item, lax.rem(item, IMAGES), tile)
+                return ()
+
+            if here == 0:
+                fetch_weight()
+            for step in range(slots):
+                fetch(jnp.int32(0), step)
+            plgpu.barrier_wait(w_barrier)
+            lax.fori_loop(0, items, item_of, ())
+            plgpu.wait_smem_to_gmem(0)
+
+        def pool():
+            """Convolve and pool one image after another."""
+            here = warpgroup - MULTIPLIERS
+
+            def vector(ref):
+                halved = plgpu.load(ref, layout=layouts.channels, optimized=False) * 0.5
+                return layouts.over_lines(halved)
+
+            taps = [
+                [vector(kernels_ref.at[d, j, channels]) for j in range(work.taps)] for d in range(2)
+            ]
+            bias = [vector(biases_ref.at[d, channels]) for d in range(2)]
+            number = plgpu.broadcasted_iota(jnp.int32, (LINES, COLUMNS), 0, layout=layouts.tokens)
+            zero = plgpu.layout_cast(
+                jnp.broadcast_to(jnp.float32(0.0), (LINES, COLUMNS)), layouts.tokens
+            )
+
+            def strided(buffer, offset, first, at):
+                """Load row `at` behind the beginning of each of the lines from `first` on."""
+                if interpret:  # The interpreter does not know reshaped references.
+                    rows = [offset + (first + i) * work.tokens + at for i in range(LINES)]
+                    return jnp.stack([x_tile[buffer, row, pl.ds(0, COLUMNS)] for row in rows])
+                image = x_tile.at[buffer, pl.ds(offset, (work.lines + 1) * work.tokens)]
+                by_line = image.reshape(work.lines + 1, work.tokens, COLUMNS + PADDING)
+                line, at = divmod(at, work.tokens)
+                ref = by_line.at[pl.ds(first + line, LINES), at, pl.ds(0, COLUMNS)]
+                return plgpu.load(ref, layout=layouts.tokens, optimized=False)
+
+            def item_of(item, _):
+                buffer = lax.rem(item, IMAGES)
+                image, begin, _ = place(item)
+                offset = image * work.size - begin
+                plgpu.barrier_wait(full.at[buffer])
+
+                def quad_of(index, _):
+                    first = lax.min(index * LINES, work.lines - LINES)
+
+                    def token(t):
+                        """Load token t of each line; of the line before or after if there is none."""
+                        if work.transposed:
+                            lines_on, at = divmod(t, work.tokens)
+                            row = offset + halo + at * work.columns + first + lines_on
+                            ref = x_tile.at[buffer, pl.ds(row, LINES), pl.ds(0, COLUMNS)]
+                            value = plgpu.load(ref, layout=layouts.tokens, optimized=False)
+                        else:
+                            value = strided(buffer, offset, first, t + halo)
+                        return value.astype(jnp.float32)
+
+                    def before(t):
+                        return jnp.where(number + first == 0, zero, token(t))
+
+                    def after(t):
+                        return jnp.where(number + first == work.lines - 1, zero, token(t))
+
+                    window = [before(t) for t in range(-halo, 0)]
+                    window += [token(t) for t in range(halo)]
+                    sums = [zero, zero]
+                    for t in range(halo, work.tokens + halo):
+                        window.append(token(t) if t < work.tokens else after(t))
+                        for d in range(2):
+                            half = convolve(window, taps[d], bias[d], bool(d))
+                            sums[d] = sums[d] + (lax.tanh(half) * half + half)
+                        window.pop(0)
+                    for d in range(2):
+                        store(
+                            pooled_ref.at[d, image, pl.ds(first, LINES), channels],
+                            sums[d] * (scale / work.tokens),
+                        )
+                    return ()
+
+                # Neighbours, because the last two may have lines in common.
+                begin, end = (lax.div((here + i) * quads, CONVOLVERS) for i in range(2))
+                lax.fori_loop(begin, end, quad_of, ())
+                plgpu.barrier_arrive(free.at[buffer])
+                return ()
+
+            lax.fori_loop(0, items, item_of, ())
+
+        for here in range(MULTIPLIERS):
+            pl.when(warpgroup == here)(functools.partial(multiply, here))
+        pl.when(warpgroup >= MULTIPLIERS)(pool)
+
+    xz, pooled = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((work.batch * work.size, 2 * work.width), h.dtype),
+            jax.ShapeDtypeStruct((2, work.batch, work.lines, work.width), jnp.float32),
+        ],
+        scratch_types=work.scratch(h.dtype),
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_project_front",
+        grid=(work.groups, work.blocks),
+        grid_names=("group", "block"),
+        num_threads=MULTIPLIERS + CONVOLVERS,
+        thread_name="warpgroup",
+    )(h.reshape(-1, work.inputs), weight, kernels, biases)
+    return xz.reshape(work.batch, work.size, -1), pooled
