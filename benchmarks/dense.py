@@ -15,13 +15,15 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, circumstances, command_line, load, training
+from jobs import Job, cards, circumstances, command_line, load, load_unfinished, training
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE / "results" / "h100" / "dense"
+TOPIC = "dense"
 REQUIRED = {"ade20k": ("raw_aacc", 95.0), "coco": ("raw_bbox_ap", 90.0)}
 
 SAMPLES = (
@@ -78,7 +80,7 @@ def prepare(runs: Path) -> None:
 
 def report() -> None:
     """Write dense.md from the kept runs."""
-    (HERE / "dense.md").write_text(page(load(JOBS, RECORDS)))
+    (HERE / "dense.md").write_text(page(load(JOBS, TOPIC), load_unfinished(TOPIC)))
 
 
 HEAD = """# Segmentation and detection on real images, in minutes
@@ -99,8 +101,8 @@ of width 192 and patches of 4 px. "Started" backbones were trained on CIFAR-10's
 """
 
 
-def page(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the page's text."""
+def page(runs: dict[str, list[dict[str, Any]]], unfinished: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the page's text, given the finished runs and those that were stopped."""
     parts = [HEAD]
     heart = [
         line
@@ -113,24 +115,28 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> str:
     ]
     if heart:
         head = [
-            "| what | value, % | required | met | more | epochs | minutes |",
-            "|---|--:|--:|---|---|--:|--:|",
+            "| what | value, % | required | met | more | epochs | minutes | card |",
+            "|---|--:|--:|---|---|--:|--:|---|",
         ]
         parts += [BY_HEART, "\n".join(head + heart) + "\n"]
+    parts += [_not_finished(record) for record in unfinished if record["job"] not in _jobs(runs)]
     scenes = [line for name in BACKBONES for line in _scenes(name, runs)]
     if scenes:
         head = [
-            "| backbone | starts from | mIoU, % | pixels right, % | epochs | minutes |",
-            "|---|---|--:|--:|--:|--:|",
+            "| backbone | starts from | mIoU, % | pixels right, % | epochs | minutes | card |",
+            "|---|---|--:|--:|--:|--:|---|",
         ]
         count = next(
             r["evaluation"]["count"] for n, found in runs.items() if "scenes" in n for r in found
         )
         said = f"{count} validation scenes; one seed a row unless a deviation is given.\n"
         parts += [SCENES_HEAD, "\n".join(head + scenes) + "\n", said]
+    missing = [name for name in BACKBONES if f"scenes_{name}" not in runs]
+    if missing:
+        parts.append(f"Not run: scenes with {', '.join(missing)}.\n")
     records = [record for found in runs.values() for record in found]
     parts.append(
-        f"{circumstances(records)}. Every record has its command and curve: `results/h100/dense/`."
+        f"{circumstances(records)}. Every record has its command and curve: `results/*/dense/`."
     )
     return "\n".join(parts) + "\n"
 
@@ -148,9 +154,29 @@ def _by_heart(name: str, what: str, records: list[dict[str, Any]]) -> list[str]:
         met = "yes" if scores[key] >= required else "no"
         lines.append(
             f"| {what} | **{scores[key]:.1f}** | {required:.0f} | {met} | {others} | {record['epochs']} | "
-            f"{record['seconds'] / 60:.1f} |"
+            f"{record['seconds'] / 60:.1f} | {cards([record])} |"
         )
     return lines
+
+
+def _jobs(runs: dict[str, list[dict[str, Any]]]) -> set[str]:
+    return {record["job"] for found in runs.values() for record in found}
+
+
+def _not_finished(record: dict[str, Any]) -> str:
+    """Say how far a stopped run came and what its last evaluation gave."""
+    key, required = REQUIRED[record["job"].partition("_")[0]]
+    first, last, score = record["log"][0], record["log"][-1], 100 * record["evaluation"][key]
+    name = {"raw_bbox_ap": "box AP", "raw_aacc": "pixels right"}[key]
+    masks = record["evaluation"].get("raw_segm_ap")
+    more = f", a mask AP of {100 * masks:.1f}" if masks is not None else ""
+    said = (
+        f"**Not finished**: `{record['experiment']}` on an {cards([record])}, for {record['epochs']} epochs, was "
+        f"stopped at epoch {last['epoch']:.0f} (loss {first['loss']:.2f} at first, then {last['loss']:.2f}). Its "
+        f"last evaluation, at epoch {record['evaluated_at_epoch']:.0f}, gave a {name} of {score:.1f} %{more}; required "
+        f"are {required:.0f} % at the end, so this is open."
+    )
+    return textwrap.fill(said, 116) + "\n"
 
 
 def _scenes(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -164,7 +190,7 @@ def _scenes(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[str]:
             minutes = statistics.fmean(record["seconds"] for record in records) / 60
             lines.append(
                 f"| {name} | {start} | {_mean(records, 'raw_miou')} | {_mean(records, 'raw_aacc')} | "
-                f"{records[0]['epochs']} | {minutes:.1f} |"
+                f"{records[0]['epochs']} | {minutes:.1f} | {cards(records)} |"
             )
     return lines
 
@@ -182,7 +208,7 @@ def _mean(records: list[dict[str, Any]], key: str) -> str:
 
 def main() -> int:
     """Run, collect or report."""
-    return command_line(__doc__, JOBS, RECORDS, report, prepare)
+    return command_line(__doc__, JOBS, TOPIC, report, prepare)
 
 
 if __name__ == "__main__":

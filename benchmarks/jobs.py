@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results"
+"""Folder of the kept records: a folder for each card, and in it one for each page."""
 GRACE = 30.0
 """Seconds that runs have to save when the time is over."""
 KEPT = ("epoch", "loss", "learning_rate", "images_per_second", "seconds")
@@ -149,7 +152,7 @@ def _finished(name: str, process: subprocess.Popen[bytes], runs: Path) -> None:
 
 
 def record_of(folder: Path, commit: str) -> dict[str, Any]:
-    """Return what a finished run's folder says: circumstances, curve, last evaluation.
+    """Return what a run's folder says: circumstances, curve, last evaluation.
 
     Args:
         folder: the run folder.
@@ -159,7 +162,7 @@ def record_of(folder: Path, commit: str) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
-    evaluation = [line for line in lines if line["kind"] == "eval"][-1]
+    evaluation = _evaluations(folder)[-1]
     experiment, arguments, source = _command(starts[0]["command"])
     return {
         "job": folder.name,
@@ -175,6 +178,7 @@ def record_of(folder: Path, commit: str) -> dict[str, Any]:
         "starts": len(starts),
         "seconds": _duration(trained),
         "pool_scale": config["model"].get("pool_scale"),
+        "evaluated_at_epoch": evaluation["epoch"],
         "evaluation": {
             k: v for k, v in evaluation.items() if k.startswith(("raw", "ema", "count"))
         },
@@ -189,27 +193,65 @@ def keep(record: dict[str, Any], folder: Path) -> None:
     (folder / f"{record['job']}.json").write_text(text + "\n")
 
 
-def load(jobs: Sequence[Job], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the kept records by name without seed (`_s0`), in the order of the jobs."""
+def card(device: str) -> str:
+    """Return the short name of a device: `h200` for "NVIDIA H200", `h100` for "NVIDIA H100 80GB HBM3"."""
+    named = re.search(r"\b[A-Z]+\d+\w*", device)
+    return (named[0] if named else re.sub(r"\W+", "_", device)).lower()
+
+
+def cards(records: Sequence[dict[str, Any]]) -> str:
+    """Name the cards of some records, as a table says them: `H100`, or `H100, H200`."""
+    return ", ".join(sorted({card(record["device"]).upper() for record in records}))
+
+
+def load(
+    jobs: Sequence[Job], topic: str, results: Path = RESULTS
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the kept records of every card by name without seed (`_s0`), in the order of the jobs.
+
+    Raises:
+        ValueError: two cards have a record of one job, so that its seed would count twice.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
-        path = folder / f"{job.name}.json"
-        if path.is_file():
+        paths = sorted(results.glob(f"*/{topic}/{job.name}.json"))
+        if len(paths) > 1:
+            raise ValueError(f"two records of one job, keep one: {', '.join(map(str, paths))}")
+        for path in paths:
             found.setdefault(job.name.rpartition("_s")[0], []).append(json.loads(path.read_text()))
     return found
 
 
-def collect(jobs: Sequence[Job], runs: Path, records: Path, commit: str) -> None:
-    """Keep the records of all finished runs."""
+def collect(
+    jobs: Sequence[Job], runs: Path, topic: str, commit: str, results: Path = RESULTS
+) -> None:
+    """Keep the records of finished runs in `results/CARD/topic`, of others that were evaluated in its `unfinished`."""
     for job in jobs:
-        if done(runs / job.name):
-            keep(record_of(runs / job.name, commit), records)
+        folder = runs / job.name
+        if done(folder) or _evaluations(folder):
+            record = record_of(folder, commit)
+            kept = results / card(record["device"]) / topic
+            keep(record, kept if done(folder) else kept / "unfinished")
+
+
+def load_unfinished(topic: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the kept records of runs that were stopped, by name."""
+    return [
+        json.loads(path.read_text())
+        for path in sorted(results.glob(f"*/{topic}/unfinished/*.json"))
+    ]
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    log = folder / "metrics.jsonl"
+    lines = map(json.loads, log.read_text().splitlines() if log.is_file() else ())
+    return [line for line in lines if line["kind"] == "eval"]
 
 
 def command_line(
     doc: str,
     jobs: Sequence[Job],
-    records: Path,
+    topic: str,
     report: Callable[[], None],
     prepare: Callable[[Path], None] | None = None,
 ) -> int:
@@ -218,7 +260,7 @@ def command_line(
     Args:
         doc: the program's description.
         jobs: its jobs.
-        records: folder of the kept records.
+        topic: folder of its records in the folder of each card.
         report: writes its page.
         prepare: makes what the jobs read, given the folder of the runs.
     """
@@ -241,7 +283,7 @@ def command_line(
     if chosen.command == "report":
         report()
     elif chosen.command == "collect":
-        collect(jobs, chosen.runs, records, chosen.commit)
+        collect(jobs, chosen.runs, topic, chosen.commit)
     else:
         if prepare is not None:
             prepare(chosen.runs)

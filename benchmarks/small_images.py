@@ -14,21 +14,25 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from jobs import RESULTS, card, cards
+
 HERE = Path(__file__).parent
-RECORDS = HERE / "results" / "h100" / "small_images"
+TOPIC = "small_images"
 KEPT = ("epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
 
 # What the paper reports for the same change at the size of ImageNet, top-1 %, model Small.
-PAPER = {
-    "cifar10/fastvim": 81.1,
-    "cifar10/vim": 80.5,
-    "cifar10/only_columns": 80.0,
-    "cifar10/only_rows": 79.6,
-    "cifar10/no_conv": 78.4,
-    "cifar10/vit": 80.1,
-    "cifar10/vit_pooled": 73.9,
-    "cifar10/vit_pooled_conv": 74.0,
+CHANGES = {
+    "fastvim": 81.1,
+    "vim": 80.5,
+    "only_columns": 80.0,
+    "only_rows": 79.6,
+    "no_conv": 78.4,
+    "vit": 80.1,
+    "vit_pooled": 73.9,
+    "vit_pooled_conv": 74.0,
 }
+DATA = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet"}
+PAPER = {f"{data}/{name}": value for data in DATA for name, value in CHANGES.items()}
 
 
 def collect(folder: Path, commit: str) -> None:
@@ -59,10 +63,11 @@ def collect(folder: Path, commit: str) -> None:
             if line["kind"] == "train"
         ],
     }
-    RECORDS.mkdir(parents=True, exist_ok=True)
+    records = RESULTS / card(record["device"]) / TOPIC
+    records.mkdir(parents=True, exist_ok=True)
     name = f"{record['experiment'].replace('/', '_')}_s{record['seed']}.json"
     text = json.dumps(record, indent=1)
-    (RECORDS / name).write_text(text.replace("\n   ", " ").replace("\n  }", " }") + "\n")
+    (records / name).write_text(text.replace("\n   ", " ").replace("\n  }", " }") + "\n")
 
 
 def _duration(lines: list[dict[str, Any]]) -> float:
@@ -72,9 +77,17 @@ def _duration(lines: list[dict[str, Any]]) -> float:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """Load the kept runs by experiment, in the order of PAPER."""
+    """Load the kept runs of every card by experiment, in the order of PAPER.
+
+    Raises:
+        ValueError: two cards have a record of one run, so that its seed would count twice.
+    """
     runs = defaultdict(list)
-    for path in sorted(RECORDS.glob("*.json")):
+    paths = sorted(RESULTS.glob(f"*/{TOPIC}/*.json"), key=lambda path: path.name)
+    for path, after in itertools.pairwise(paths):
+        if path.name == after.name:
+            raise ValueError(f"two records of one run, keep one: {path}, {after}")
+    for path in paths:
         record = json.loads(path.read_text())
         runs[record["experiment"]].append(record)
     order = [*PAPER, *sorted(set(runs) - set(PAPER))]
@@ -89,8 +102,8 @@ def scores(runs: list[dict[str, Any]]) -> list[float]:
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Write one row for each experiment."""
     lines = [
-        "| experiment | top-1 % | seeds | epochs | final loss | minutes a run | paper, ImageNet |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| experiment | top-1 % | seeds | epochs | final loss | minutes a run | card | paper, ImageNet |",
+        "|---|--:|--:|--:|--:|--:|---|--:|",
     ]
     for name, found in runs.items():
         values = scores(found)
@@ -101,7 +114,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         paper = f"{PAPER[name]}" if name in PAPER else ""
         lines.append(
             f"| `{name}` | **{statistics.fmean(values):.2f}**{spread} | {each} | {found[0]['log'][-1]['epoch']:.0f} "
-            f"| {loss:.3f} | {minutes:.1f} | {paper} |"
+            f"| {loss:.3f} | {minutes:.1f} | {cards(found)} | {paper} |"
         )
     return "\n".join(lines)
 
@@ -110,22 +123,22 @@ def comparisons(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Compare the paper's claims with the numbers of this size."""
     mean = {name: statistics.fmean(scores(found)) for name, found in runs.items()}
     pairs = (
-        ("alternating pooling ahead of only columns", "cifar10/fastvim", "cifar10/only_columns"),
-        ("alternating pooling ahead of only rows", "cifar10/fastvim", "cifar10/only_rows"),
-        ("pooling costs Vim", "cifar10/vim", "cifar10/fastvim"),
-        ("pooling costs ViT", "cifar10/vit", "cifar10/vit_pooled"),
-        (
-            "the same, with a convolution before the pooling",
-            "cifar10/vit",
-            "cifar10/vit_pooled_conv",
-        ),
-        ("the convolution brings FastVim", "cifar10/fastvim", "cifar10/no_conv"),
+        ("alternating pooling ahead of only columns", "fastvim", "only_columns"),
+        ("alternating pooling ahead of only rows", "fastvim", "only_rows"),
+        ("pooling costs Vim", "vim", "fastvim"),
+        ("pooling costs ViT", "vit", "vit_pooled"),
+        ("the same, with a convolution before the pooling", "vit", "vit_pooled_conv"),
+        ("the convolution brings FastVim", "fastvim", "no_conv"),
     )
-    lines = ["| claim | points here | points in the paper |", "|---|--:|--:|"]
+    lines = [
+        f"| claim | {' | '.join(DATA.values())} | points in the paper |",
+        "|---|" + "--:|" * (len(DATA) + 1),
+    ]
     for what, first, second in pairs:
-        if first in mean and second in mean:
-            paper = PAPER[first] - PAPER[second]
-            lines.append(f"| {what} | {mean[first] - mean[second]:+.2f} | {paper:+.1f} |")
+        named = [(f"{data}/{first}", f"{data}/{second}") for data in DATA]
+        points = [f"{mean[a] - mean[b]:+.2f}" if {a, b} <= mean.keys() else "–" for a, b in named]
+        paper = CHANGES[first] - CHANGES[second]
+        lines.append(f"| {what} | {' | '.join(points)} | {paper:+.1f} |")
     return "\n".join(lines)
 
 
@@ -133,27 +146,29 @@ def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Training loss by epoch, and every run's accuracy."""
     import matplotlib.pyplot as plt
 
-    runs = {name: found for name, found in runs.items() if name.startswith("cifar10/")}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for place, (name, found) in enumerate(runs.items()):
-        colour = f"C{place}"
-        for run in found:
-            log = run["log"]
-            label = name.removeprefix("cifar10/") if run is found[0] else None
-            left.plot(
-                [x["epoch"] for x in log], [x["loss"] for x in log], colour, lw=1, label=label
-            )
-        values = scores(found)
-        right.plot(values, [place] * len(values), "o", color=colour, alpha=0.7)
-    left.set(xlabel="epoch", ylabel="training loss (cutmix, smoothed labels)")
-    left.legend(fontsize=8)
-    left.grid(alpha=0.3)
-    right.set_yticks(range(len(runs)), [name.removeprefix("cifar10/") for name in runs])
-    right.invert_yaxis()
-    right.set(xlabel="test top-1 %, averaged weights, one point a seed")
-    right.grid(alpha=0.3)
-    figure.suptitle("CIFAR-10 (JPEG copy), one H100")
-    figure.tight_layout()
+    figure, axes = plt.subplots(len(DATA), 2, figsize=(11, 4.2 * len(DATA)), layout="constrained")
+    colours = {name: f"C{place}" for place, name in enumerate(CHANGES)}
+    for (left, right), (data, title) in zip(axes, DATA.items(), strict=True):
+        here = {
+            name.partition("/")[2]: found for name, found in runs.items() if name.startswith(data)
+        }
+        for place, (name, found) in enumerate(here.items()):
+            for run in found:
+                log = run["log"]
+                label = name if run is found[0] else None
+                epochs, losses = [x["epoch"] for x in log], [x["loss"] for x in log]
+                left.plot(epochs, losses, colours[name], lw=1, label=label)
+            values = scores(found)
+            right.plot(values, [place] * len(values), "o", color=colours[name], alpha=0.7)
+        left.set(xlabel="epoch", ylabel="training loss (mixed images, smoothed labels)")
+        left.legend(fontsize=8)
+        left.grid(alpha=0.3)
+        right.set_yticks(range(len(here)), list(here))
+        right.invert_yaxis()
+        right.set(xlabel="test top-1 %, averaged weights, one point a seed")
+        right.grid(alpha=0.3)
+        used = cards([run for found in here.values() for run in found])
+        left.set_title(f"{title}, {used}", loc="left")
     figure.savefig(HERE / "small_images.png", dpi=120)
 
 
@@ -161,25 +176,31 @@ def report() -> None:
     """Write small_images.md and its plot."""
     runs = load()
     plot(runs)
+    (HERE / "small_images.md").write_text(page(runs))
+
+
+def page(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the page's text."""
     records = [run for found in runs.values() for run in found]
     devices = sorted({f"{run['device']}, JAX {run['versions']['jax']}" for run in records})
     commits = sorted({f"{run['started'][0][:10]}, commit {run['commit'][:7]}" for run in records})
     parts = [
-        "# CIFAR-10 and Tiny-ImageNet on one H100\n",
+        "# CIFAR-10 and Tiny-ImageNet\n",
         "Generated by `benchmarks/small_images.py report` from recorded runs; do not edit. Fixed epochs, final\n"
         "averaged weights, the test images read once a run. The images are a JPEG copy of CIFAR-10 (quality 75), so a\n"
         "little below published figures; Tiny-ImageNet is a tenth of its training images (50 a class).\n",
         table(runs),
-        "\nUp to seven runs shared the GPU, so the minutes are those of a seventh of it, about; alone, see below.\n",
+        "\nSeveral runs shared a GPU (up to seven the H100), so minutes are not those of a run alone, which are\n"
+        "below, and not comparable between cards.\n",
         "![Training loss by epoch; test accuracy of every run](small_images.png)\n",
         "## The paper's claims at this size\n",
         comparisons(runs),
-        "\nPositive: the first is ahead, or the second one's loss, in points of top-1 %.\n",
+        "\nPoints of top-1 %. Positive: the first is ahead, or the second one's loss.\n",
         (HERE / "small_images_notes.md").read_text(),
         f"{'; '.join(devices)}; {'; '.join(commits)}. Every record has\n"
-        "its command, versions and log: `results/h100/small_images/`.\n",
+        "its command, versions and log: `results/*/small_images/`.\n",
     ]
-    (HERE / "small_images.md").write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def main() -> None:

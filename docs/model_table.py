@@ -19,6 +19,8 @@ from fastvim_jax.training import load_experiment
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
+TRAINED = ("small_images", "masked")
+"""Folders of records whose accuracies the table shows."""
 
 # ImageNet-1k at 224 pixels, from the paper.
 PAPER = {
@@ -87,20 +89,40 @@ def row(name: str, gpu: dict[str, str], cpu: dict[str, str]) -> list[str]:
 
 
 def trained() -> list[list[str]]:
-    """Return a row for each experiment whose runs were recorded: mean top-1 over the seeds."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for file in sorted((RESULTS / "h100").glob("*/*.json")):
+    """Return a row for each recorded setting: mean top-1 over the seeds, data set by data set."""
+    scores: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for file in sorted(f for topic in TRAINED for f in RESULTS.glob(f"*/{topic}/*.json")):
         record: Any = json.loads(file.read_text())
-        found = record.get("evaluation", {}) if isinstance(record, dict) else {}
+        found = record["evaluation"]
         tops = [found[key] for key in ("ema_top1", "raw_top1") if key in found]
         if tops:
-            scores[record["experiment"]].append(100 * tops[0])
+            changes = " ".join(_changes(record.get("arguments", [])))
+            start = record.get("from", "").rpartition("_s")[0]
+            epochs = f"{record['log'][-1]['epoch']:.0f}"
+            card = file.parts[-3].upper()
+            scores[record["experiment"], changes, start, epochs, card].append(100 * tops[0])
     rows = []
-    for experiment, tops in sorted(scores.items(), key=lambda item: -statistics.mean(item[1])):
-        config = load_experiment(experiment)
-        parameters = f"{count_parameters(config.model):,}"
-        rows.append([f"`{experiment}`", parameters, str(len(tops)), f"{statistics.mean(tops):.2f}"])
+    for (experiment, changes, start, epochs, card), tops in sorted(
+        scores.items(), key=lambda item: ("tiny" in item[0][0], -statistics.mean(item[1]))
+    ):
+        parameters = f"{count_parameters(load_experiment(experiment).model):,}"
+        name = f"`{experiment}`" + f" `{changes}`" * bool(changes)
+        begin = f"`{start}`" if start else "–"
+        mean = f"{statistics.mean(tops):.2f}"
+        rows.append([name, begin, card, parameters, epochs, str(len(tops)), mean])
     return rows
+
+
+def _changes(arguments: list[str]) -> list[str]:
+    """Leave out of a run's arguments what its columns say (seed, epochs) and what changes no result (blocks)."""
+    kept, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--seed", "--epochs", "--model.blocks"):
+            rest.pop(0)
+        else:
+            kept.append(argument)
+    return kept
 
 
 def table(header: list[str], rows: list[list[str]], left: int) -> str:
@@ -134,11 +156,12 @@ def page() -> str:
         parts.append(table([header[i] for i in keep], [[c[i] for i in keep] for c in cells], 1))
     parts.append("## Trained here\n")
     parts.append(
-        "Top-1 on the 10,000 test images of CIFAR-10, mean over the seeds, by the averaged weights if the run kept "
-        "them. [Small images](../benchmarks/small_images.md) and [masked pre-training](../benchmarks/masked.md) "
-        "have the curves and the commands.\n"
+        "Top-1 on the 10,000 test images of CIFAR-10 and on 2,000 of Tiny-ImageNet, mean over the seeds, by the "
+        "averaged weights if the run kept them. [Small images](../benchmarks/small_images.md) and "
+        "[masked pre-training](../benchmarks/masked.md) have the curves and the commands.\n"
     )
-    parts.append(table(["experiment", "parameters", "seeds", "top-1 %"], trained(), 1))
+    header = ["experiment", "starts from", "card", "parameters", "epochs", "seeds", "top-1 %"]
+    parts.append(table(header, trained(), 3))
     return "\n".join(parts)
 
 

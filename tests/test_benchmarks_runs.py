@@ -131,8 +131,8 @@ def test_a_run_folder_becomes_a_record(programs, tmp_path):
     assert jobs.done(run) is False
     (run / "done").touch()
     listed = [jobs.Job("tenth_s1", ()), jobs.Job("tenth_s2", ())]
-    jobs.collect(listed, tmp_path / "runs", tmp_path / "kept", "abc")
-    (found,) = jobs.load(listed, tmp_path / "kept")["tenth"]
+    jobs.collect(listed, tmp_path / "runs", "topic", "abc", tmp_path / "kept")
+    (found,) = jobs.load(listed, "topic", tmp_path / "kept")["tenth"]
     assert (found["experiment"], found["arguments"], found["from"]) == (
         "a/b",
         ["--seed", "1"],
@@ -140,6 +140,43 @@ def test_a_run_folder_becomes_a_record(programs, tmp_path):
     )
     assert (found["seconds"], found["starts"]) == (40.0, 2)
     assert found["evaluation"] == {"count": 10, "raw_top1": 0.5}
+    assert jobs.load_unfinished("topic", tmp_path / "kept") == []
+    (run / "done").unlink()
+    jobs.collect(listed, tmp_path / "runs", "other", "abc", tmp_path / "kept")
+    assert jobs.load(listed, "other", tmp_path / "kept") == {}
+    (stopped,) = jobs.load_unfinished("other", tmp_path / "kept")
+    assert stopped["evaluated_at_epoch"] == 2.0
+    (run / "metrics.jsonl").write_text(json.dumps(lines[0]))  # It was never evaluated.
+    jobs.collect(listed, tmp_path / "runs", "third", "abc", tmp_path / "kept")
+    assert jobs.load_unfinished("third", tmp_path / "kept") == []
+
+
+def test_records_lie_by_card_and_no_seed_counts_twice(programs, tmp_path):
+    jobs = programs("jobs")
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-40GB", "cpu")
+    assert [jobs.card(name) for name in names] == ["h100", "h200", "a100", "cpu"]
+    assert jobs.cards([{"device": name} for name in names[:2]]) == "H100, H200"
+    listed = [jobs.Job("x_s0", ()), jobs.Job("x_s1", ())]
+    jobs.keep(record("x_s0"), tmp_path / "h100" / "topic")
+    jobs.keep(record("x_s1"), tmp_path / "h200" / "topic")
+    assert len(jobs.load(listed, "topic", tmp_path)["x"]) == 2
+    jobs.keep(record("x_s1"), tmp_path / "h100" / "topic")
+    with pytest.raises(ValueError, match="two records of one job"):
+        jobs.load(listed, "topic", tmp_path)
+
+
+def test_pages_of_runs_are_those_made_from_the_records(programs):
+    masked, dense, small = programs("masked"), programs("dense"), programs("small_images")
+    made = {
+        "masked": masked.page(masked.load(masked.JOBS, masked.TOPIC)),
+        "dense": dense.page(
+            dense.load(dense.JOBS, dense.TOPIC), dense.load_unfinished(dense.TOPIC)
+        ),
+        "small_images": small.page(small.load()),
+    }
+    for name, text in made.items():
+        kept = (ROOT / "benchmarks" / f"{name}.md").read_text()
+        assert text == kept, f"run `python benchmarks/{name}.py report`"
 
 
 def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(programs):
@@ -155,8 +192,14 @@ def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(program
     page = masked.page(runs)
     assert "it is +4.50 points ahead (2 and 2 seeds; the seeds overlap)" in page
     assert "| pre-trained for 40 epochs | 55.50 ± 6.36 | 60.00, 51.00 |" in page
-    assert "| no scaling factor | 10.00 | 10.00 | 1.0 | 0.02 (L) |" in page
+    assert "| no scaling factor | 10.00 | 10.00 | 1.0 | H100 | 0.02 (L) |" in page
     assert "Tiny-ImageNet, 100" not in page  # Nothing of that group has run.
+    assert "does not collapse" not in page  # The scaled probe has not run.
+    runs["probe40"] = [record("probe40_s0", raw_top1=0.2)]
+    assert "it has 10.00 % instead of 20.00 (one seed each)" in masked.page(runs)
+    runs["probe40_unscaled"] = [record("probe40_unscaled_s0", raw_top1=0.1001)]
+    runs["tenth40"][0]["device"] = "NVIDIA H200"
+    assert "different cards and dates (H100, H200)" in masked.page(runs)
     runs["tenth40"] = [record(f"tenth40_s{i}", ema_top1=0.6) for i in range(2)]
     assert "every seed of the one above every seed of the other" in masked.page(runs)
 
@@ -175,6 +218,11 @@ def test_the_page_of_dense_runs_says_what_is_met(programs):
     assert "pixels right | **96.0** | 95 | yes | mIoU 70.0 |" in page
     assert "| vit | nothing | 20.0 | 80.0 | 60 | 1.0 |" in page
     assert "| vit | CIFAR-10 (71.0 %) | 40.0 | 90.0 |" in page
+    assert "Not run: scenes with fastvim, vim." in page
+    stopped = record("coco_s0", raw_bbox_ap=0.873, raw_segm_ap=0.8) | {"evaluated_at_epoch": 30.0}
+    assert "Not finished" not in dense.page(runs, [stopped])  # It has finished since.
+    del runs["coco"]
+    assert "at epoch 30, gave a box AP of 87.3 %" in dense.page(runs, [stopped])
 
 
 def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ patches of 4 pixels, of whose 64 a random quarter is seen.
 
     FASTVIM_DATA_DIR=... fastvim train mae_cifar10/pretrain
 
-About 3.5 minutes on an H100; then `mae_cifar10/finetune`, or `probe`. Results: benchmarks/masked.md.
+About 2 minutes on an H100; then `mae_cifar10/finetune`, or `probe`. Results: benchmarks/masked.md.
 """
 
 from dataclasses import replace
