@@ -130,9 +130,10 @@ def _check(arguments: Sequence[str]) -> int:
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             reports[split] = report = check(source, workers=chosen.workers, progress=progress)
         if not chosen.json:
-            used = sum(count > 0 for count in report.counts.values())
+            classes = range(len(source.class_names))
+            used = sum(report.counts.get(label, 0) > 0 for label in classes)
             print(
-                f"{kind} {split}: {counted(report.records, 'record')}, {used} of {len(source.class_names)} classes, "
+                f"{kind} {split}: {counted(report.records, 'record')}, {used} of {len(classes)} classes, "
                 f"{counted(report.duplicates, 'repeated image')}, {counted(len(report.problems), 'problem')}"
             )
             if report.unread:

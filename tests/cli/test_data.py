@@ -139,6 +139,8 @@ def test_prepare_refuses_labels_outside_the_classes(
     text = " ".join(err.split())
     assert status == 1 and "train.npz[2]: the label 2 is outside the 2 classes" in text, err
     assert "fastvim data check" in text and not (tmp_path / "out").exists()
+    _, found, _ = fastvim("data", "check", tmp_path)
+    assert "3 records, 2 of 2 classes" in found
     (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
     assert fastvim(*arguments)[0] == 0
 
