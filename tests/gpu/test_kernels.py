@@ -132,9 +132,9 @@ CORES = [
     {"b": 2, "rows": 5, "columns": 7, "e": 128, "taps": 3},
     {"b": 2, "rows": 9, "columns": 68, "e": 128, "taps": 8},
     {"b": 1, "rows": 33, "columns": 64, "e": 256},
-    {"b": 4, "rows": 37, "columns": 41, "e": 384, "dtype": "bfloat16"},  # segments overlap
-    {"b": 2, "rows": 22, "columns": 37, "e": 768, "taps": 8},
-    {"b": 2, "rows": 9, "columns": 22, "e": 2048},  # 4 tokens a tile
+    {"b": 1, "rows": 37, "columns": 41, "e": 384, "dtype": "bfloat16"},  # segments overlap
+    {"b": 1, "rows": 22, "columns": 37, "e": 768, "taps": 8},
+    {"b": 1, "rows": 9, "columns": 22, "e": 2048},  # 4 tokens a tile
     {"b": 5, "rows": 8, "columns": 8, "e": 192, "dtype": "bfloat16"},  # filled up with zeros
     {"b": 2, "rows": 5, "columns": 9, "e": 72},
     {"b": 2, "rows": 14, "columns": 14, "e": 384, "norm_kind": "rms"},
