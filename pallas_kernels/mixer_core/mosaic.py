@@ -27,7 +27,7 @@ from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_bloc
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
-# Cost of starting a block, in segments, and number of blocks that a processor's registers hold.
+# Cost of starting a block, in segments, and number of warpgroups that a processor's registers hold.
 START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.5}
 RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
 
@@ -73,7 +73,12 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     if not segment:
         return None
     held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024)
-    resident = min(RESIDENT[kind], held)
+    threads = (
+        mosaic_back.warpgroups(width, options.padding, options.norm_kind)
+        if kind.startswith("back")
+        else 1
+    )
+    resident = min(RESIDENT[kind] // threads, held)
     slots = PROCESSORS * resident
     others = batch * (width // 128 if kind.startswith("front") else 1)
     segments = math.ceil(options.tokens / segment)

@@ -6,11 +6,16 @@
 A *line* is what the mixer pools: a row or a column of the grid. A line is cut into *segments* of tokens (`Grid`). The
 kernel works on each segment in two phases. First each thread owns some channels and walks the tokens: it computes the
 convolutions and s, and keeps s in shared memory. Then each warp owns a token: it applies LayerNorm and gate.
+
+A warpgroup owns some channels, whose parameters its registers hold. Up to four of them work side by side on tokens of
+more than 384 channels. All that they exchange are sums over their channels (`Sums`), in shared memory.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import (
     BLOCK,
+    Sums,
     TokenLayouts,
     blocked,
+    combined,
     convolve,
     logistic,
     owned_blocks,
@@ -34,12 +41,34 @@ from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.mosaic import compiler_params, interpret_params, store
 
 
+def warpgroups(width: int, padding: int = 0, norm_kind: str = "layer") -> int:
+    """Return how many warpgroups share the channels of a token.
+
+    One up to 384 channels. One, too, if some channels count in no norm or the norm is no LayerNorm: nobody trains wide
+    models of these kinds.
+    """
+    blocks = width // BLOCK
+    if blocks <= 3 or padding or norm_kind != "layer":
+        return 1
+    return max(n for n in (1, 2, 3, 4) if blocks % n == 0 and blocks // n >= 2)
+
+
 class Segments:
-    """The work on a segment that both kernels share: copy it in, compute s, copy results out."""
+    """The work on a segment that both kernels share: copy it in, compute s, copy results out.
+
+    All tiles have one part for each warpgroup. The body of a kernel works on its own parts: `mine`.
+    """
 
     def __init__(self, grid: Grid, interpret: bool):
         self.grid, self.interpret = grid, interpret
-        self.blocks = grid.width // BLOCK
+        self.groups = warpgroups(grid.width, grid.padding, grid.norm_kind)
+        if interpret and self.groups > (os.cpu_count() or 1):
+            raise NotImplementedError(
+                f"The interpreter would wait forever: it runs {self.groups} warpgroups as threads, and this machine "
+                f"has {os.cpu_count()} cores."
+            )
+        self.all_blocks = grid.width // BLOCK
+        self.blocks = self.all_blocks // self.groups  # of a warpgroup
         self.owned = owned_blocks(self.blocks)
         self.row = row_layout(self.owned, BLOCK)
         self.layouts = TokenLayouts(self.blocks, grid.padding, grid.norm_kind)
@@ -51,8 +80,82 @@ class Segments:
     def items(self) -> int:
         return self.grid.per_block * self.grid.segments
 
+    @property
+    def threads(self) -> dict[str, Any]:
+        """Arguments of `plgpu.kernel` that ask for the warpgroups."""
+        return {"num_threads": self.groups, "thread_name": "warpgroup"} if self.groups > 1 else {}
+
+    @property
+    def group(self):
+        """Number of the warpgroup at work."""
+        return lax.axis_index("warpgroup") if self.groups > 1 else jnp.int32(0)
+
+    def mine(self, *refs):
+        """Return the warpgroup's own parts of tiles and barriers."""
+        return [ref.at[self.group] for ref in refs]
+
+    def channels(self, half: int = 0):
+        """Return the warpgroup's own channel blocks in an array of all channels, or in its second half."""
+        return pl.ds(half * self.all_blocks + self.group * self.blocks, self.blocks)
+
+    def some(self, channels):
+        """Return where some of the warpgroup's own channel blocks are in an array of all channels."""
+        return pl.ds(self.group * self.blocks + channels.start, channels.size)
+
     def tile(self, dtype, rows: int | None = None):
-        return plgpu.SMEM((rows or self.padded, self.blocks, BLOCK), dtype)
+        return plgpu.SMEM((self.groups, rows or self.padded, self.blocks, BLOCK), dtype)
+
+    def barrier(self, num_arrivals: int):
+        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=self.groups)
+
+    def exchange(self, sums: int):
+        """Return shared memory for `sums` numbers a token of two segments, and the barrier where warpgroups meet."""
+        if self.groups == 1:
+            return []
+        shape = (2, sums, self.groups, self.padded)
+        return [plgpu.SMEM(shape, jnp.float32), plgpu.Barrier(num_arrivals=self.groups)]
+
+    def share(self, exchanged, item, of_rows):
+        """Publish the `Sums` of a segment's tokens, and return a function of rows: the sums over all channels.
+
+        One meeting a segment is enough: who overwrites the sums of a segment has met the others at the next one, and
+        they were done with it by then.
+
+        Args:
+            exchanged: what `exchange` asked for.
+            item: number of the segment.
+            of_rows: function of rows that returns the sums over the warpgroup's own channels.
+
+        Returns:
+            A function of rows. It returns None if there is one warpgroup: then all channels are its own.
+        """
+        if self.groups == 1:
+            return lambda rows: None
+        tile, barrier = exchanged
+        tile = tile.at[lax.rem(item, 2)]
+
+        def publish(rows, _):
+            for i, value in enumerate(of_rows(rows)):
+                if value is not None:
+                    store(tile.at[i, self.group, rows], value)
+            return ()
+
+        self.each_token(publish)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+        read = lambda ref: plgpu.load(ref, layout=self.layouts.statistic, optimized=False)  # noqa: E731
+
+        def of_all(rows):
+            count = tile.shape[0]
+            return combined(
+                [
+                    Sums(*(read(tile.at[i, group, rows]) for i in range(count)))
+                    for group in range(self.groups)
+                ]
+            )
+
+        return of_all
 
     def halo_tile(self, dtype):
         return self.tile(dtype, self.grid.segment + 2 * self.grid.halo)
@@ -65,26 +168,23 @@ class Segments:
 
     def fetch(self, ref, tile, barrier, item, half: int = 0):
         line, start = self.place(item)
-        channels = pl.ds(half * self.blocks, self.blocks)
         size = self.grid.segment
-        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, channels)
+        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, self.channels(half))
         plgpu.copy_gmem_to_smem(part, tile.at[pl.ds(0, size)], barrier)
 
     def fetch_with_halo(self, ref, tile, barrier, item):
         line, start = self.place(item)
-        channels = pl.ds(0, self.blocks)
         batch = lax.axis_index("batch")
-        self.grid.fetch_with_halo(ref, tile, barrier, batch, line, start, channels)
+        self.grid.fetch_with_halo(ref, tile, barrier, batch, line, start, self.channels())
 
     def send(self, tile, ref, item, half: int = 0):
         line, start = self.place(item)
-        channels = pl.ds(half * self.blocks, self.blocks)
         size = self.grid.segment
-        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, channels)
+        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, self.channels(half))
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
 
     def each_group(self, run):
-        """Call ``run(slice of channel blocks)`` for all channel blocks, `owned` of them at a time."""
+        """Call ``run(slice of channel blocks)`` for the warpgroup's own channel blocks, `owned` of them at a time."""
 
         def step(index, _):
             run(pl.ds(index * self.owned, self.owned))
@@ -96,6 +196,7 @@ class Segments:
             lax.fori_loop(0, self.blocks // self.owned, step, ())
 
     def parameters(self, kernels, biases, D, channels):
+        channels = self.some(channels)
         row = lambda ref: read_row(ref, self.row)  # noqa: E731
         kernel = [[row(kernels.at[d, j, channels]) for j in range(self.grid.taps)] for d in (0, 1)]
         return (
@@ -106,7 +207,7 @@ class Segments:
 
     def repeated(self, y, ids, item, channels):
         """Return a function of t: the mean of both scans' outputs, for the segment's token number t."""
-        batch = lax.axis_index("batch")
+        batch, channels = lax.axis_index("batch"), self.some(channels)
         line, start = self.place(item)
 
         def at(rows):
@@ -140,7 +241,7 @@ class Segments:
         self.each_group(run)
 
     def vector(self, ref):
-        return plgpu.load(ref, layout=self.layouts.channels, optimized=False)
+        return plgpu.load(ref.at[self.channels()], layout=self.layouts.channels, optimized=False)
 
     def tokens(self, ref):
         return plgpu.load(ref, layout=self.layouts.tokens, optimized=False).astype(jnp.float32)
@@ -179,10 +280,13 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
+    exchange = work.exchange(2)
+    scratch = 5 + len(exchange)
 
     def body(*refs):
-        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs[:-5]
-        x_tile, z_tile, s_tile, x_barrier, z_barrier = refs[-5:]
+        refs, tiles = refs[:-scratch], refs[-scratch:]
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs
+        x_tile, z_tile, s_tile, x_barrier, z_barrier = work.mine(*tiles[:5])
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
         work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
         parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
@@ -200,10 +304,13 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
             def _():
                 work.fetch_with_halo(xz_ref, x_tile, x_barrier, item + 1)
 
+            sums = work.share(
+                tiles[5:], item, lambda rows: layouts.sums(work.tokens(s_tile.at[rows]))
+            )
             plgpu.barrier_wait(z_barrier)
 
             def finish(rows, _):
-                s, _ = layouts.normalise(work.tokens(s_tile.at[rows]), eps)
+                s, _ = layouts.normalise(work.tokens(s_tile.at[rows]), eps, sums(rows))
                 s = layouts.scale_and_shift(s, *map(layouts.over_tokens, norm()))
                 # Write the output over z. This is safe, because the thread that reads a value of z overwrites it.
                 z = work.tokens(z_tile.at[rows])
@@ -229,19 +336,21 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
 
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((*xz.shape[:3], work.blocks, BLOCK), xz.dtype),
+        out_type=jax.ShapeDtypeStruct((*xz.shape[:3], work.all_blocks, BLOCK), xz.dtype),
         scratch_types=[
             work.halo_tile(xz.dtype),
             work.tile(xz.dtype),
             work.tile(jnp.float32),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=1),
+            work.barrier(3),
+            work.barrier(1),
+            *exchange,
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_back",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
+        **work.threads,
     )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift)))
     return out.reshape(*out.shape[:3], grid.width)
 
@@ -266,11 +375,14 @@ def back_gradients(
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
+    exchange = work.exchange(4)
+    scratch = 6 + len(exchange)
 
     def body(*refs):
-        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:-10]
-        ds_ref, dxz_ref, dy_ref, norm_ref = refs[-10:-6]
-        x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = refs[-6:]
+        refs, tiles = refs[:-scratch], refs[-scratch:]
+        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, g_ref = refs[:-4]
+        ds_ref, dxz_ref, dy_ref, norm_ref = refs[-4:]
+        x_tile, z_tile, g_tile, s_tile, x_barrier, z_barrier = work.mine(*tiles[:6])
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
 
@@ -298,17 +410,28 @@ def back_gradients(
 
             plgpu.barrier_wait(z_barrier)
 
-            def finish(rows, sums):
-                s, inverse = layouts.normalise(work.tokens(s_tile.at[rows]), eps)
-                gamma, beta = (layouts.over_tokens(v) for v in norm())
+            def gated(rows):
                 z, g = work.tokens(z_tile.at[rows]), work.tokens(g_tile.at[rows])
                 sigma = logistic(z, layouts.tokens, interpret, xz.dtype)
+                return z, g, sigma, g * z * sigma
+
+            def sums_of(rows):
+                slope = gated(rows)[-1] * layouts.over_tokens(norm()[0])
+                return layouts.sums(work.tokens(s_tile.at[rows]), slope)
+
+            of_segment = work.share(tiles[6:], item, sums_of)
+
+            def finish(rows, sums):
+                of_rows = of_segment(rows)
+                s, inverse = layouts.normalise(work.tokens(s_tile.at[rows]), eps, of_rows)
+                gamma, beta = (layouts.over_tokens(v) for v in norm())
+                z, g, sigma, slope = gated(rows)
                 dz = (
                     g
                     * layouts.scale_and_shift(s, gamma, beta)
                     * (sigma + z * sigma * (1.0 - sigma))
                 )
-                g = g * z * sigma
+                g = slope
                 if work.padded != grid.segment:  # Rows past the segment hold arbitrary values.
                     row = lax.broadcasted_iota(jnp.int32, g.shape, 0)
                     row = plgpu.layout_cast(row, layouts.tokens) + rows.start
@@ -321,7 +444,7 @@ def back_gradients(
                     row = plgpu.layout_cast(row, layouts.tokens) + rows.start
                     counted = jnp.where(grid.counts(part, row), g, 0.0)
                 sums = (sums[0] + counted * s, sums[1] + counted)
-                ds = layouts.normalise_gradient(g, s, gamma, inverse)
+                ds = layouts.normalise_gradient(g, s, gamma, inverse, of_rows)
                 store(s_tile.at[rows], ds)
                 store(g_tile.at[rows], ds.astype(xz.dtype))
                 store(z_tile.at[rows], dz.astype(xz.dtype))
@@ -333,13 +456,13 @@ def back_gradients(
             work.send(z_tile, dxz_ref, item, 1)
 
             def add_up(channels):
-                total = None
+                at, total = work.some(channels), None
                 for t in range(grid.segment):
                     of_token = read_row(s_tile.at[t, channels], work.row)
                     if grid.overlaps:
                         of_token = jnp.where(grid.counts(part, t), of_token, 0.0)
                     total = of_token if total is None else total + of_token
-                store(dy_ref.at[batch, line, part, channels], total * 0.5)
+                store(dy_ref.at[batch, line, part, at], total * 0.5)
 
             work.each_group(add_up)
             plgpu.wait_smem_to_gmem(0, wait_read_only=not grid.overlaps)
@@ -355,16 +478,16 @@ def back_gradients(
         zeros = plgpu.layout_cast(zeros, layouts.tokens)
         sums = lax.fori_loop(0, work.items, item_of, (zeros, zeros))
         for i in (0, 1):
-            store(norm_ref.at[i, batch, group], sums[i])
+            store(norm_ref.at[i, batch, group, :, work.channels()], sums[i])
         plgpu.wait_smem_to_gmem(0)
 
     streamed = lambda blocks: jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)  # noqa: E731
-    float32 = lambda *shape: jax.ShapeDtypeStruct((*shape, work.blocks, BLOCK), jnp.float32)  # noqa: E731
+    float32 = lambda *shape: jax.ShapeDtypeStruct((*shape, work.all_blocks, BLOCK), jnp.float32)  # noqa: E731
     ds, dxz, dy, norm = plgpu.kernel(
         body,
         out_type=[
-            streamed(work.blocks),
-            streamed(2 * work.blocks),
+            streamed(work.all_blocks),
+            streamed(2 * work.all_blocks),
             float32(grid.batch, grid.lines, grid.segments),
             float32(2, grid.batch, grid.groups, layouts.at_once),
         ],
@@ -373,14 +496,16 @@ def back_gradients(
             work.tile(xz.dtype),
             work.tile(xz.dtype),
             work.tile(jnp.float32),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=2),
+            work.barrier(3),
+            work.barrier(2),
+            *exchange,
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_back_gradients",
         grid=(grid.groups, grid.batch),
         grid_names=("group", "batch"),
+        **work.threads,
     )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift, out_bar)))
     dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
     ds = ds.reshape(*ds.shape[:3], grid.width)

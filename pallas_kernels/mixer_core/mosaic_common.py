@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -62,6 +65,41 @@ def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, 
     return total
 
 
+class Sums(NamedTuple):
+    """What the LayerNorm of a token, and its gradient, need of the channels: of some of them, or of all.
+
+    Deviations are from the mean of the same channels.
+
+    Attributes:
+        mean: of s.
+        square: mean of the squared deviations of s.
+        slope: mean of the gradient of the normalised s.
+        product: mean of that gradient times the deviations of s.
+    """
+
+    mean: jax.Array
+    square: jax.Array
+    slope: jax.Array | None = None
+    product: jax.Array | None = None
+
+
+def combined(parts: list[Sums]) -> Sums:
+    """Combine the sums of parts of equally many channels."""
+    share = 1.0 / len(parts)
+
+    def average(values):
+        return functools.reduce(jnp.add, values) * share
+
+    mean = average([part.mean for part in parts])
+    offsets = [part.mean - mean for part in parts]
+    square = average([p.square + o * o for p, o in zip(parts, offsets, strict=True)])
+    if parts[0].slope is None:
+        return Sums(mean, square)
+    slope = average([part.slope for part in parts])
+    product = average([p.product + p.slope * o for p, o in zip(parts, offsets, strict=True)])
+    return Sums(mean, square, slope, product)
+
+
 class TokenLayouts:
     """Define how the registers of a warpgroup hold whole tokens, so that a norm over channels stays in few warps.
 
@@ -105,10 +143,30 @@ class TokenLayouts:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
         return total * (1.0 / self.real)
 
-    def normalise(self, s: jax.Array, eps: float) -> tuple[jax.Array, jax.Array | None]:
-        """Return the normalised tokens, and what they were multiplied by (None without a norm)."""
+    def sums(self, s: jax.Array, slope: jax.Array | None = None) -> Sums:
+        """Return what a LayerNorm needs of these channels; with `slope`, also what its gradient needs."""
+        mean = self.mean(s)
+        s = s - self.over_channels(mean)
+        square = self.mean(s * s)
+        if slope is None:
+            return Sums(mean, square)
+        return Sums(mean, square, self.mean(slope), self.mean(slope * s))
+
+    def normalise(
+        self, s: jax.Array, eps: float, sums: Sums | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return the normalised tokens, and what they were multiplied by (None without a norm).
+
+        Args:
+            s: tokens.
+            eps: epsilon of the norm.
+            sums: over all channels, for a LayerNorm of tokens of which `s` holds some channels.
+        """
         if self.norm_kind == "none":
             return s, None
+        if sums is not None:
+            inverse = self.over_channels(lax.rsqrt(sums.square + eps))
+            return (s - self.over_channels(sums.mean)) * inverse, inverse
         if self.norm_kind == "layer":
             s = self.real_channels(s - self.over_channels(self.mean(s)))
         inverse = self.over_channels(lax.rsqrt(self.mean(s * s) + eps))
@@ -119,7 +177,12 @@ class TokenLayouts:
         return s if self.norm_kind == "none" else s * scale + shift
 
     def normalise_gradient(
-        self, g: jax.Array, s: jax.Array, scale: jax.Array, inverse: jax.Array | None
+        self,
+        g: jax.Array,
+        s: jax.Array,
+        scale: jax.Array,
+        inverse: jax.Array | None,
+        sums: Sums | None = None,
     ) -> jax.Array:
         """Return the gradient of the tokens before the norm.
 
@@ -127,10 +190,14 @@ class TokenLayouts:
             g: gradient behind scale and shift.
             s, inverse: what `normalise` returned.
             scale: of the norm, for all tokens.
+            sums: as for `normalise`.
         """
         if inverse is None:
             return g
         g = g * scale
+        if sums is not None:
+            g = g - self.over_channels(sums.slope)
+            return (g - s * inverse * self.over_channels(sums.product)) * inverse
         if self.norm_kind == "layer":
             g = self.real_channels(g - self.over_channels(self.mean(g)))
         return (g - s * self.over_channels(self.mean(g * s))) * inverse

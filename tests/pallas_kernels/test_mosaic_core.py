@@ -87,6 +87,14 @@ def test_random_grid(seed):
 
 
 @needs_mosaic
+def test_two_warpgroups_share_a_token(seed):
+    """Each has half of the channels; the mean and deviation are of all. Three segments: memory for sums is reused."""
+    rng = np.random.default_rng(seed)
+    case = {"b": 1, "rows": 3, "columns": 4, "e": 512, "transposed": bool(rng.integers(2))}
+    compare(rng, 3e-6, **case)
+
+
+@needs_mosaic
 def test_segments_that_overlap(seed):
     """Lines that cut into no equal segments: what is computed twice is added once, and written twice in order."""
     from pallas_kernels.mixer_core import mosaic
@@ -185,13 +193,19 @@ def check_maxima(seed):
     [
         {"b": 2, "rows": 4, "columns": 6, "e": 128, "transposed": True, "taps": 3},
         {"b": 1, "rows": 2, "columns": 68, "e": 128, "taps": 8},  # a halo is longer than 4
-        {"b": 1, "rows": 3, "columns": 5, "e": 768},
+        {"b": 1, "rows": 3, "columns": 5, "e": 512},
         {"b": 1, "rows": 3, "columns": 34, "e": 128, "transposed": False},  # lines in segments
         {"b": 1, "rows": 5, "columns": 4, "e": 256, "dtype": "bfloat16"},
         {"b": 2, "rows": 34, "columns": 3, "e": 128, "transposed": True, "method": "max"},
         {"b": 1, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16", "method": "max"},
         {"b": 1, "rows": 2, "columns": 37, "e": 384, "dtype": "bfloat16", "taps": 8},
-        {"b": 1, "rows": 7, "columns": 2, "e": 1536, "transposed": True},  # wide: 4 tokens a tile
+        {
+            "b": 1,
+            "rows": 4,
+            "columns": 3,
+            "e": 640,
+            "transposed": True,
+        },  # one block of channels at a time
     ],
 )
 def test_cases(seed, case):
