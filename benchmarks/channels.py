@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import Job, circumstances, run
+from jobs import RESULTS, Job, card, cards, circumstances, one_of_each, run
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE / "results" / "h100" / "channels"
+TOPIC = "channels"
 NAMES = tuple(f"{signal}{row}{column}" for signal in "YC" for row in "01" for column in "01")
 BLOCK = 4
 SUBSETS = 6
@@ -196,34 +196,36 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 def collect(runs: Path, commit: str) -> None:
     """Keep the scores of finished runs, with the machine they ran on."""
-    RECORDS.mkdir(parents=True, exist_ok=True)
     for file in sorted(runs.glob("*/channels.json")):
         record = json.loads(file.read_text())
         start = json.loads((file.parent / "environment.json").read_text())["starts"][0]
         record |= {"device": start["device"]["kind"], "versions": start["versions"]}
         record |= {"started": start["started"], "commit": commit}
         text = json.dumps(record, indent=1).replace("\n    ", " ").replace("\n   ", " ")
-        (RECORDS / f"{record['row']}_s{record['seed']}.json").write_text(text + "\n")
+        records = RESULTS / card(record["device"]) / TOPIC
+        records.mkdir(parents=True, exist_ok=True)
+        (records / f"{record['row']}_s{record['seed']}.json").write_text(text + "\n")
 
 
 def report() -> None:
     """Write channels.md and its plot from the kept records."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(RECORDS.glob("*.json")):
+    for file in one_of_each(RESULTS.glob(f"*/{TOPIC}/*.json")):
         record = json.loads(file.read_text())
         found.setdefault(record["row"], []).append(record)
     rows = {name: found[name] for name in ROWS if name in found}
     sizes = (8, 6, 4, 2, 1)
     lines = [
-        "| model | channels in training | all 8 | 6 | 4 | 2 | 1 | seconds | paper, JUMP-CP |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | channels in training | all 8 | 6 | 4 | 2 | 1 | seconds | card | paper, JUMP-CP |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
     for name, records in rows.items():
         cells = [_by_size(records, size) for size in sizes]
         sampling = {"none": "all", "sorted": "sampled, sorted", "unsorted": "sampled, unsorted"}
         seconds = np.mean([r["train_seconds"] for r in records])
         lines.append(
-            f"| {name} | {sampling[ROWS[name][2]]} | {' | '.join(cells)} | {seconds:.0f} | {PAPER.get(name, '')} |"
+            f"| {name} | {sampling[ROWS[name][2]]} | {' | '.join(cells)} | {seconds:.0f} | {cards(records)} | "
+            f"{PAPER.get(name, '')} |"
         )
     single = ["| model | " + " | ".join(NAMES) + " |", "|---|" + "--:|" * len(NAMES)]
     for name, records in rows.items():

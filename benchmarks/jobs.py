@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,21 +204,29 @@ def cards(records: Sequence[dict[str, Any]]) -> str:
     return ", ".join(sorted({card(record["device"]).upper() for record in records}))
 
 
+def one_of_each(paths: Iterable[Path]) -> list[Path]:
+    """Sort the records of all cards by file name.
+
+    Raises:
+        ValueError: two cards have a record of one run, so that its seed would count twice.
+    """
+    found = sorted(paths, key=lambda path: path.name)
+    for path, after in itertools.pairwise(found):
+        if path.name == after.name:
+            raise ValueError(f"two records of one run, keep one: {path}, {after}")
+    return found
+
+
 def load(
     jobs: Sequence[Job], topic: str, results: Path = RESULTS
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the kept records of every card by name without seed (`_s0`), in the order of the jobs.
-
-    Raises:
-        ValueError: two cards have a record of one job, so that its seed would count twice.
-    """
+    """Return the kept records of every card by name without seed (`_s0`), in the order of the jobs."""
+    kept = {path.stem: path for path in one_of_each(results.glob(f"*/{topic}/*.json"))}
     found: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
-        paths = sorted(results.glob(f"*/{topic}/{job.name}.json"))
-        if len(paths) > 1:
-            raise ValueError(f"two records of one job, keep one: {', '.join(map(str, paths))}")
-        for path in paths:
-            found.setdefault(job.name.rpartition("_s")[0], []).append(json.loads(path.read_text()))
+        if job.name in kept:
+            record = json.loads(kept[job.name].read_text())
+            found.setdefault(job.name.rpartition("_s")[0], []).append(record)
     return found
 
 

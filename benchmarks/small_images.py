@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from jobs import RESULTS, card, cards
+from jobs import RESULTS, card, cards, one_of_each
 
 HERE = Path(__file__).parent
 TOPIC = "small_images"
@@ -77,17 +77,9 @@ def _duration(lines: list[dict[str, Any]]) -> float:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """Load the kept runs of every card by experiment, in the order of PAPER.
-
-    Raises:
-        ValueError: two cards have a record of one run, so that its seed would count twice.
-    """
+    """Load the kept runs of every card by experiment, in the order of PAPER."""
     runs = defaultdict(list)
-    paths = sorted(RESULTS.glob(f"*/{TOPIC}/*.json"), key=lambda path: path.name)
-    for path, after in itertools.pairwise(paths):
-        if path.name == after.name:
-            raise ValueError(f"two records of one run, keep one: {path}, {after}")
-    for path in paths:
+    for path in one_of_each(RESULTS.glob(f"*/{TOPIC}/*.json")):
         record = json.loads(path.read_text())
         runs[record["experiment"]].append(record)
     order = [*PAPER, *sorted(set(runs) - set(PAPER))]

@@ -1,4 +1,4 @@
-"""List the speeds required of the kernels and models on one H100, beside what others measured there.
+"""List the speeds required of the kernels and models on one H100, beside what others measured on H100s.
 
 Our results are not here: `Target.row` looks them up in the recorded rows.
 """
@@ -75,16 +75,25 @@ class Target:
     more_is_better: bool = False
     clock: Callable[[Row], float | None] | None = None
 
+    def best(self, rows: list[Row]) -> tuple[float, Row] | None:
+        """Return the best value and its row; None if no right row has it."""
+        found = [
+            (v, r)
+            for r in find(rows, **self.match)
+            if right(r) and (v := self.value(r)) is not None
+        ]
+        choose = max if self.more_is_better else min
+        return choose(found, key=lambda pair: pair[0]) if found else None
+
     def row(self, rows: list[Row]) -> list[str]:
         """Return the cells of this requirement's line on the page."""
-        matching = find(rows, **self.match)
-        found = [(v, r) for r in matching if right(r) and (v := self.value(r)) is not None]
+        best = self.best(rows)
         required = "–" if self.required is None else _number(self.required)
         line = [self.what, self.unit, self.others, required, _number(self.aim)]
-        if not found:
-            wrong = any(not right(r) for r in matching)
+        if best is None:
+            wrong = any(not right(r) for r in find(rows, **self.match))
             return [*line, "wrong result" if wrong else "not measured", "", "", ""]
-        seen, row = (max if self.more_is_better else min)(found, key=lambda pair: pair[0])
+        seen, row = best
 
         def reaches(bound: float | None) -> bool:
             return bound is not None and (seen >= bound if self.more_is_better else seen <= bound)

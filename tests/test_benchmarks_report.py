@@ -80,28 +80,85 @@ def test_more_images_a_second_are_better(report, tmp_path):
 
 
 def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
-    assert report.peer_section(tmp_path, []) == ""
+    assert report.peer_section([], []) == ""
     row = {
         "model": "fastvim_tiny_patch16_224", "pixels": 224, "batch": 128, "dtype": "bfloat16",
         "precision": "bf16", "activations": "compute", "ms": 2.0, "blocks": "unroll",
     }  # fmt: skip
-    write(tmp_path, "model_a", "1", row | {"images_per_s": 60000}, bench="model")
-    write(tmp_path, "train_a", "1", row | {"images_per_s": 14000}, bench="train")
+    date = "2026-01-02 10:00 UTC"
+    write(tmp_path, "model_a", date, row | {"images_per_s": 60000}, bench="model")
+    write(tmp_path, "train_a", date, row | {"images_per_s": 14000}, bench="train")
     peer = {"pixels": 224, "batch": 128, "precision": "bf16", "model": "deit_tiny_patch16_224"}
     rows = [
         peer | {"row": "forward", "images_per_s": 40000},
         peer | {"row": "step", "images_per_s": 20000},
     ]
-    how = {"command": "c", "device": "d", "torch": "2", "timm": "1", "date": "1"}
-    (tmp_path / "peer_deit.json").write_text(json.dumps({"circumstances": how, "rows": rows}))
-    ours = [r for r in report.load(tmp_path) if r["bench"] != "peer"]
-    text = report.peer_section(tmp_path, ours)
+
+    def section(**changes):
+        how = {"command": "c", "device": "NVIDIA H100", "torch": "2", "timm": "1"} | changes
+        (tmp_path / "peer_deit.json").write_text(json.dumps({"circumstances": how, "rows": rows}))
+        return report.peer_section(report.read_peers(tmp_path), report.load(tmp_path))
+
+    text = section(date="2026-01-02 10:29 UTC")
     assert "| 60,000 | 40,000 | **1.50** |" in text and "| 14,000 | 20,000 | **0.70** |" in text
+    assert section(date="2026-01-02 10:31 UTC") == ""  # another run
+    assert section(date="2026-01-02 10:00 UTC", device="NVIDIA H200") == ""  # another card
+
+
+def test_each_table_is_of_one_card(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    shutil.copytree(ROOT / "benchmarks" / "results" / "h100", tmp_path / "results" / "h100")
+    ours, other = tmp_path / "results" / "h100", tmp_path / "results" / "h200"
+    other.mkdir()
+    date = "2026-11-28 06:00 UTC"
+    for name in ("scan_lengths", "mixer_core_f32", "model_tiny_224", "train_tiny"):
+        record = json.loads((ours / f"{name}.json").read_text())
+        record["circumstances"] |= {"device": "NVIDIA H200", "date": date}
+        for row in record["rows"]:  # No ceilings are known for it.
+            for key in [key for key in row if key.startswith("floor")]:
+                del row[key]
+            if "images_per_s" in row:
+                row["images_per_s"] = 77_777.0
+        (other / f"{name}.json").write_text(json.dumps(record))
+    peer = {"pixels": 224, "batch": 128, "precision": "bf16", "model": "deit_tiny_patch16_224",
+            "row": "forward", "images_per_s": 77_777.0 / 1.25}  # fmt: skip
+    how = {"command": "c", "device": "NVIDIA H200", "torch": "2", "timm": "1", "date": date}
+    (other / "peer_deit.json").write_text(json.dumps({"circumstances": how, "rows": [peer]}))
+    report.main()
+    page = (tmp_path / "README.md").read_text()
+    targets = page.split("## Selective scan")[0]
+    first, second = targets.split("One H100:")[1].split("One H200:")
+    assert "mamba 0.201" in first and "over DeiT" not in first and "77,777" not in first
+    assert "mamba" not in second.split("What others ran")[0]
+    (line,) = [
+        x for x in second.splitlines() if "FastVim-T forward bf16 (compute) 224 px, batch 128" in x
+    ]
+    assert line.split(" | ")[-4:-1] == ["77,777", "yes", "1.25"]
+    scans = page.split("## Selective scan")[1].split("## Both directions")[0]
+    of_first, of_second = scans.split("One H100:")[1].split("One H200:")
+    assert "results/h200" not in of_first and "results/h100" not in of_second.replace(
+        "--json benchmarks/results/h100", ""
+    )
+    assert "NVIDIA H200" in of_second and "scan_h200.png" in of_second
+    assert (tmp_path / "scan_h200.png").stat().st_size > 10_000
+    peers = page.split("## Against DeiT")[1]
+    assert "One H200:" in peers and "One H100:" not in peers
+    shutil.copy(ours / "train_small.json", other)
+    with pytest.raises(
+        ValueError, match="train_small.json is of NVIDIA H100 80GB HBM3: move it to"
+    ):
+        report.main()
 
 
 def test_wrong_results_are_named_and_in_no_table(report, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    write(tmp_path, "a", "2026-01-04", SCAN | {"median": 0.0012345, "correct": False})
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results" / "h100").mkdir(parents=True)
+    write(
+        tmp_path / "results" / "h100",
+        "a",
+        "2026-01-04",
+        SCAN | {"median": 0.0012345, "correct": False},
+    )
     report.main()
     page = (tmp_path / "README.md").read_text()
     assert "Wrong results, in no other table:\n\n- `fastvim bench scan`" in page

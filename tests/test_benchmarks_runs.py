@@ -161,7 +161,7 @@ def test_records_lie_by_card_and_no_seed_counts_twice(programs, tmp_path):
     jobs.keep(record("x_s1"), tmp_path / "h200" / "topic")
     assert len(jobs.load(listed, "topic", tmp_path)["x"]) == 2
     jobs.keep(record("x_s1"), tmp_path / "h100" / "topic")
-    with pytest.raises(ValueError, match="two records of one job"):
+    with pytest.raises(ValueError, match="two records of one run"):
         jobs.load(listed, "topic", tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_the_page_of_dense_runs_says_what_is_met(programs):
 def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, monkeypatch):
     channels = programs("channels")
     monkeypatch.setattr(channels, "HERE", tmp_path)
-    monkeypatch.setattr(channels, "RECORDS", tmp_path / "kept")
+    monkeypatch.setattr(channels, "RESULTS", tmp_path / "kept")
     for row, seed in (("vit", 0), ("vit", 1), ("fastchannelvim", 0)):
         folder = tmp_path / "runs" / f"{row}_s{seed}"
         folder.mkdir(parents=True)
@@ -314,6 +314,17 @@ def test_the_page_of_speeds_says_what_is_met(programs):
     assert "It is 0.80 times as fast as the fastest of these; met: no." in page
     assert "At batch 8 in bfloat16 it is 1.50 times as fast; met: yes." in page
     assert f"| {fast} | 8 | 30 | 60 |" in page
+    faster = [
+        row | {"about": row["about"] | {"device": "NVIDIA H200"}}
+        for row in rows
+        if "peer" not in row["bench"]
+    ]
+    both = family.page(rows + [row | {"images_per_s": 9e6} for row in faster])
+    first, second = both.split("# One H100\n")[1].split("# One H200\n")
+    assert first.strip() == page.split("# One H100\n")[1].strip()
+    assert (
+        "9,000,000" in second and "the fastest of these" not in second
+    )  # It has no peer on that card.
     assert "At 1024 px and batch 4 it is 2.00 times as fast; met: yes." in page
     assert "33% of the sum of all parts" in page and "met: yes." in page
     assert "| torchvision | 1024 | 1 | whole |" in page

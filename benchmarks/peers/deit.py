@@ -1,6 +1,6 @@
 """The peer of FastVim on one GPU: DeiT from timm, compiled by PyTorch and captured as one CUDA graph, in bfloat16.
 
-    python benchmarks/peers/deit.py --models tiny small base --json FILE
+    python benchmarks/peers/deit.py --models tiny small base --json benchmarks/results/CARD/peer_deit.json
 
 Needs torch with CUDA and timm. Times the forward pass (weights stored in bfloat16, no autocast), and with --train the
 whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py` divides
