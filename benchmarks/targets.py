@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
+REQUIRED_ON = "h100"
+"""The card that required values are for, and that others' typed numbers are of."""
 # Milliseconds of the mamba CUDA kernel called eagerly on the same kind of GPU (PyTorch 2.11), float32.
 PEER = {
     (128, 14, 384): (0.201, 0.653),

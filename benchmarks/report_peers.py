@@ -1,0 +1,68 @@
+"""Compare FastVim with the DeiT that `peers/deit.py` recorded on the same card in the same run."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from jobs import card
+from report_tables import table
+from targets import Row, find
+
+SAME_RUN = timedelta(minutes=30)
+"""FastVim and its peer are compared if they were measured on the same kind of card within this time."""
+
+
+def read_peers(folder: Path) -> list[Row]:
+    """Read the rows that `peers/deit.py` recorded, each with its circumstances as `how`."""
+    rows = []
+    for file in sorted(folder.glob("peer_*.json")):
+        record = json.loads(file.read_text())
+        rows += [row | {"how": record["circumstances"]} for row in record["rows"]]
+    return rows
+
+
+def _same_run(ours: Row, how: Row) -> bool:
+    dates = [datetime.strptime(x["date"], "%Y-%m-%d %H:%M UTC") for x in (ours, how)]
+    return ours["card"] == card(how["device"]) and abs(dates[0] - dates[1]) <= SAME_RUN
+
+
+def peer_of(ours: Row, peers: list[Row]) -> Row | None:
+    """Return the latest row of the DeiT of a FastVim's size and setting, of the same card and run."""
+    name = ours.get("model", "").replace("fastvim_", "deit_").replace("_patch16_224", "")
+    what = {"model": "forward", "train": "step"}.get(ours["bench"])
+    if not name.startswith("deit_") or what is None or ours.get("kind", "time") != "time":
+        return None
+    match = {key: ours.get(key) for key in ("pixels", "batch", "precision")}
+    found = [
+        peer
+        for peer in find(peers, row=what, **match)
+        if peer["model"].split("_patch")[0] == name and _same_run(ours, peer["how"])
+    ]
+    return max(found, key=lambda peer: peer["how"]["date"], default=None)
+
+
+def peer_section(peers: list[Row], rows: list[Row]) -> str:
+    """Divide our images a second by those of DeiT on the same card in the same run; empty without such rows."""
+    lines, said = [], {}
+    for ours in find(rows, bench="model") + find(rows, bench="train", kind="time"):
+        peer = peer_of(ours, peers)
+        if peer is None:
+            continue
+        how, fast, slow = peer["how"], ours["images_per_s"], peer["images_per_s"]
+        said[how["command"]] = (
+            f"- DeiT, `{how['command']}`: {how['device']}, torch {how['torch']}, timm {how['timm']}, {how['date']}\n"
+        )
+        size = ours["model"].split("_")[1]
+        lines.append(
+            [f"FastVim-{size[0].upper()}", f"{peer['row']}, {ours['activations']}", str(peer["pixels"]),
+             str(peer["batch"]), ours["blocks"],
+             f"{fast:,.0f}", f"{slow:,.0f}", f"**{fast / slow:.2f}**", ours["date"], how["date"]]
+        )  # fmt: skip
+    if not lines:
+        return ""
+    header = [
+        "model", "what", "pixels", "batch", "blocks", "images/s", "DeiT's", "ratio", "date", "DeiT's date",
+    ]  # fmt: skip
+    return "\n".join([table(header, lines), *said.values()])
