@@ -1,7 +1,7 @@
 """Time training steps of the channel models with and without channel sampling, and a compiled PyTorch ChannelViT.
 
-    python benchmarks/channel_speed.py train --json benchmarks/results/h100/family/channel_train.json
-    python benchmarks/channel_speed.py peer --json benchmarks/results/h100/family/channel_peer.json
+    python benchmarks/channel_speed.py train --json benchmarks/results/CARD/family/channel_train.json
+    python benchmarks/channel_speed.py peer --json benchmarks/results/CARD/family/channel_peer.json
 
 Forward passes have the general command:
 

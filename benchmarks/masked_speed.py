@@ -1,6 +1,6 @@
 """Measures masked pre-training: steps of FastMaskVim, Vim and ViT, and what the masked encoder costs.
 
-    python benchmarks/masked_speed.py --json benchmarks/results/h100/family/masked_speed.json
+    python benchmarks/masked_speed.py --json benchmarks/results/CARD/family/masked_speed.json
     python benchmarks/peers/mae_vit.py --json ...    the same step in PyTorch, in the same session on the same GPU
 
 Rows: `step`, forward, backward and AdamW of a batch on the device; `encoder`, the forward pass of the encoder under a

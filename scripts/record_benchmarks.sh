@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Records what benchmarks/README.md shows, on the GPU at hand, a JSON file a program:
-#     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100
+#     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100   (h200 on an H200: a folder for each card)
 # About 16 minutes on an H100 with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
 # compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out. Ends with
 # status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone.
