@@ -32,8 +32,8 @@ START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.
 RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
 
 
-def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
-    """Return the bytes of shared memory that a block needs."""
+def _bytes(kind: str, segment: int, taps: int, width: int, size: int, warpgroups: int = 1) -> int:
+    """Return the bytes of shared memory that a block needs; of several warpgroups, also for sums and barriers."""
     halo = segment + 2 * (taps - 1)
     padded = math.ceil(segment / 4) * 4
     if kind == "front":
@@ -41,7 +41,8 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int) -> int:
     if kind == "front_gradients":
         return (4 * halo + segment) * 128 * size
     tiles = 1 if kind == "back" else 2
-    return width * (size * (halo + tiles * padded) + 4 * padded)
+    exchanged = 32 * warpgroups * padded + 3 * 1024 if warpgroups > 1 else 0
+    return width * (size * (halo + tiles * padded) + 4 * padded) + exchanged
 
 
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
@@ -53,12 +54,15 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """
     batch, _, width = xz.shape
     width //= 2
-    size = xz.dtype.itemsize
+    size, warpgroups = xz.dtype.itemsize, 1
+    if kind.startswith("back"):
+        warpgroups = mosaic_back.warpgroups(width, options.padding, options.norm_kind)
     fitting = [
         s
         for s in range(1, min(options.tokens, 32) + 1)
         if s >= taps - 1  # a halo reaches no further than the next segment
-        and _bytes(kind, s, taps, width, size) <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
+        and _bytes(kind, s, taps, width, size, warpgroups)
+        <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
     ]
     # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
     limits = (8, 16, 32) if kind == "front_gradients" else (16, 32)
@@ -72,13 +76,8 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         segment = min(fitting, key=lambda s: (reads(s), -s), default=0)
     if not segment:
         return None
-    held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size) + 1024)
-    threads = (
-        mosaic_back.warpgroups(width, options.padding, options.norm_kind)
-        if kind.startswith("back")
-        else 1
-    )
-    resident = min(RESIDENT[kind] // threads, held)
+    held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size, warpgroups) + 1024)
+    resident = min(RESIDENT[kind] // warpgroups, held)
     slots = PROCESSORS * resident
     others = batch * (width // 128 if kind.startswith("front") else 1)
     segments = math.ceil(options.tokens / segment)

@@ -111,8 +111,12 @@ def test_projected_scan(seed, case):
     jax.block_until_ready([jnp.full(args[0].shape[1:], jnp.nan) for _ in range(8)])
     first = jax.device_get(compiled(args))
     with jax.default_device(jax.devices("cpu")[0]):
-        wanted = projected.wanted_of(jax.device_get(args))
-    assert max(relative_errors(first, wanted)) < projected.BOUND
+        drawn = jax.device_get(args)
+        defined, wanted = projected.defined_of(drawn), projected.wanted_of(drawn)
+    assert max(relative_errors(first, defined)) < projected.EXACT
+    # Rounded operands change a single token by more where its B and C are nearly orthogonal.
+    several = case[0] * case[1] > 1
+    assert not several or max(relative_errors(first, wanted)) < projected.BOUND
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
 
 
