@@ -314,6 +314,7 @@ def back_project(
                 plgpu.wgmma(accumulator, g_tile.at[:, pl.ds(part * PART, PART)], weights)
                 plgpu.wgmma_wait(0)
                 if part + STAGES < parts:
+                    plgpu.commit_smem()  # No warp reads this part any more.
                     fetch_weight(part + STAGES)
             product = accumulator[...]
             meet()  # Nobody reads W any more.

@@ -265,8 +265,10 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                     plgpu.wgmma(accumulator, h_tile.at[here, slot], weights)
                     if part:
                         plgpu.wgmma_wait(1)
+                        plgpu.commit_smem()  # No warp reads the part before this one any more.
                         fetch(item, step - 1 + slots)
                 plgpu.wgmma_wait(0)
+                plgpu.commit_smem()
                 fetch(item, step + slots)
                 return accumulator[...].astype(h.dtype)
 

@@ -408,7 +408,8 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
                 plgpu.commit_smem()
                 operand = tokens_tile.at[buffer].transpose((1, 0))
                 plgpu.wgmma(accumulator, part_tile.at[slot], operand)
-                plgpu.wgmma_wait(1)  # The product before this one is done.
+                plgpu.wgmma_wait(1)
+                plgpu.commit_smem()  # No warp reads the operands of the product before this one any more.
 
                 @pl.when(jnp.logical_and(k > 0, k - 1 + cut.slots < cut.parts))
                 def _():
@@ -483,6 +484,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
                 return accumulator[...]
 
             raw = pl.run_scoped(multiply, plgpu.ACC((CHANNELS, cut.own_tokens), jnp.float32))
+            plgpu.commit_smem()  # No warp reads this part of W any more.
             if n + 1 < cut.blocks:
                 fetch_step(k, n + 1)
             else:
