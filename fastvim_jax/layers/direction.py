@@ -23,7 +23,8 @@ from fastvim_jax.layers.linear import linear, product
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled
-from pallas_kernels.selective_scan import bidirectional_scan, scan_weights, selective_scan
+from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan import scan_weights
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,25 @@ class ScanDirection(nnx.Module):
         # The projections and A once more, for `projected_scan`: see `prepare_scan`.
         self.scan_weights: Any = nnx.data(None)
 
+    def __call__(self, x: Inner, pooling: Pooling) -> Inner:
+        """Scan tokens x `b l e`, in scan order; y `b l e` is in the same order, float32 or wider."""
+        precision = self.config.precision
+        wide = precision.wide
+        # 1) Convolution and SiLU.
+        c = self.convolve(x)
+        if pooling.every_token:  # Nothing is pooled: the scan itself adds the skip.
+            return self.scan(c, D=self.D[...].astype(wide)).astype(wide)
+        # 2) Pool the tokens to the scan's steps.
+        scores = None if self.score is None else linear(self.score, c, precision)
+        u = pooling.pool(c, scores, reverse=self.reverse)
+        # 3) Project to Δ, B and C, and scan.
+        y = self.scan(u).astype(wide)
+        # 4) Repeat each step's result for its tokens, and add the skip.
+        D = self.D[...].astype(wide)
+        if self.config.unpool == "after_skip":
+            return pooling.unpool(y + D * u.astype(wide), reverse=self.reverse)
+        return pooling.unpool(y, reverse=self.reverse) + D * c.astype(wide)
+
     def convolve(self, x: Inner) -> Inner:
         """Apply the convolution and SiLU to the tokens."""
         return jax.nn.silu(x) if self.conv is None else self.conv(x, reverse=self.reverse)
@@ -129,67 +149,22 @@ class ScanDirection(nnx.Module):
         B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
         return delta, B, C
 
-    def pool(self, c: Inner, pooling: Pooling) -> Pooled:
-        """Pool convolved tokens c to the scan's steps."""
-        scores = None if self.score is None else linear(self.score, c, self.config.precision)
-        return pooling.pool(c, scores, reverse=self.reverse)
-
-    def scan_inputs(self, u: Pooled) -> dict[str, Any]:
-        """Return what `selective_scan` reads beside u: Δ, A, B, C, and the bias of Δ."""
+    def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
+        """Scan u `b s e` and add the skip D · u if D `e` is given."""
         wide = self.config.precision.wide
         delta, B, C = self.select(u)
-        bias = self.dt_proj.bias[...].astype(wide)
-        A = -jnp.exp(self.A_log[...].astype(wide))
-        return {"delta": delta, "A": A, "B": B, "C": C, "delta_bias": bias}
-
-    def unpool(self, y: Pooled, u: Pooled, c: Inner, pooling: Pooling) -> Inner:
-        """Give each token its step's result, and add the skip."""
-        wide = self.config.precision.wide
-        D = self.D[...].astype(wide)
-        if self.config.unpool == "after_skip":
-            return pooling.unpool(y + D * u.astype(wide), reverse=self.reverse)
-        return pooling.unpool(y, reverse=self.reverse) + D * c.astype(wide)
-
-
-def scan_directions(
-    forward: ScanDirection, backward: ScanDirection, x: Inner, pooling: Pooling
-) -> tuple[Inner, Inner]:
-    """Scan tokens x `b l e`, in scan order, in both directions.
-
-    Returns:
-        y of each direction, `b l e` in the same order, float32 or wider.
-    """
-    config = forward.config
-    wide, name = config.precision.wide, config.scan_implementation
-    sides = (forward, backward)
-    # 1) Convolution and SiLU.
-    convolved = [side.convolve(x) for side in sides]
-    if pooling.every_token:
-        # Nothing is pooled: the scan itself adds the skip. One direction at a time, so that no long array is reversed.
-        first, second = (
-            selective_scan(
-                c,
-                **side.scan_inputs(c),
-                D=side.D[...].astype(wide),
-                reverse=side.reverse,
-                delta_softplus=True,
-                implementation=name,
-            ).astype(wide)
-            for side, c in zip(sides, convolved, strict=True)
+        return selective_scan(
+            u,
+            delta,
+            -jnp.exp(self.A_log[...].astype(wide)),
+            B,
+            C,
+            D=D,
+            delta_bias=self.dt_proj.bias[...].astype(wide),
+            delta_softplus=True,
+            reverse=self.reverse,
+            implementation=self.config.scan_implementation,
         )
-        return first, second
-    # 2) Pool the tokens to the scan's steps.
-    pooled = [side.pool(c, pooling) for side, c in zip(sides, convolved, strict=True)]
-    # 3) Project to Δ, B and C, and scan.
-    inputs = [side.scan_inputs(u) for side, u in zip(sides, pooled, strict=True)]
-    both: dict[str, Any] = {key: jnp.stack([each[key] for each in inputs]) for key in inputs[0]}
-    scanned = bidirectional_scan(jnp.stack(pooled), **both, implementation=name)
-    # 4) Repeat each step's result for its tokens, and add the skip.
-    first, second = (
-        side.unpool(y.astype(wide), u, c, pooling)
-        for side, y, u, c in zip(sides, scanned, pooled, convolved, strict=True)
-    )
-    return first, second
 
 
 def stack_directions(

@@ -30,7 +30,6 @@ from fastvim_jax.layers.direction import (
     ScanDirection,
     pad_rank,
     prepare_scan,
-    scan_directions,
     stack_directions,
 )
 from fastvim_jax.layers.fused_core import fused_core, joined_block, runs_fused
@@ -93,8 +92,10 @@ class Mixer(nnx.Module):
         The result is float32 or wider, and so is everything between the matrix products. With activations="compute" the
         projections return the compute dtype instead.
         """
-        if (reordered := self._reordered(pooling)) is not None:
-            return pooling.from_scan_order(self(pooling.to_scan_order(h), reordered))
+        if isinstance(pooling, RaggedPooling) and pooling.order is not None:
+            # Reorder the tokens before in_proj, where they are d wide. After in_proj they are 2e wide, and an order
+            # given as an array moves them in memory.
+            return pooling.from_scan_order(self(pooling.to_scan_order(h), pooling.as_stored()))
         precision = self.config.precision
         # 1) Input projection: x is scanned, z gates.
         xz = linear(self.in_proj, h, precision)
@@ -103,18 +104,6 @@ class Mixer(nnx.Module):
         # 6) Output projection.
         out = linear(self.out_proj, gated, precision)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
-
-    def _reordered(self, pooling: Pooling) -> Pooling | None:
-        """Return the pooling of tokens in scan order, if they are brought there before in_proj; otherwise None.
-
-        There the tokens are d wide, behind in_proj 2e. The fused kernels read a grid in either order; an order given as
-        an array moves tokens in memory for them too.
-        """
-        if not isinstance(pooling, GridPooling | RaggedPooling) or not pooling.moves_tokens:
-            return None
-        if isinstance(pooling, GridPooling) and runs_fused(self.config, pooling):
-            return None
-        return pooling.as_stored()
 
     def join(
         self,
@@ -146,9 +135,8 @@ class Mixer(nnx.Module):
         # 2) Bring the tokens into the order of the scan.
         x, z = jnp.split(xz, 2, axis=-1)
         x = pooling.to_scan_order(x)
-        # 3) Scan in both directions (`scan_directions`) and average.
-        forward, backward = scan_directions(self.forward, self.backward, x, pooling)
-        y = (forward + backward) / 2
+        # 3) Scan in both directions (`ScanDirection`) and average.
+        y = (self.forward(x, pooling) + self.backward(x, pooling)) / 2
         y = pooling.from_scan_order(y)
         # 4) Norm.
         if self.post_norm is not None:

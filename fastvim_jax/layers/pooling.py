@@ -7,7 +7,6 @@ the mixer visits them (*scan order*).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -146,17 +145,6 @@ class GridPooling:
 
     def from_scan_order(self, y: Inner) -> Inner:
         return self._transpose(y, self.columns, self.rows)
-
-    @property
-    def moves_tokens(self) -> bool:
-        """Whether scan order differs from stored order."""
-        return self.transposed
-
-    def as_stored(self) -> GridPooling:
-        """Return the pooling of tokens that are in scan order already."""
-        return dataclasses.replace(
-            self, rows=self.scan_rows, columns=self.scan_columns, transposed=False
-        )
 
     def pool(self, x: Inner, scores: Scores | None = None, *, reverse: bool = False) -> Pooled:
         if self.method == "none":

@@ -65,11 +65,6 @@ class RaggedPooling:
             return y
         return move_tokens(y, self.inverse, self.order)
 
-    @property
-    def moves_tokens(self) -> bool:
-        """Whether scan order differs from stored order."""
-        return self.order is not None
-
     def as_stored(self) -> RaggedPooling:
         """Return the pooling of tokens that are in scan order already."""
         return dataclasses.replace(self, order=None, inverse=None)

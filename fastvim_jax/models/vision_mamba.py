@@ -20,7 +20,6 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.layers.cache_parts import in_parts
 from fastvim_jax.layers.fused_core import runs_joined
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
@@ -49,19 +48,7 @@ class Block(nnx.Module):
         self, residual: Tokens, pooling: Pooling, keep: Keep | None
     ) -> tuple[Tokens, Tokens]:
         """Return the new residual stream and the mixer's own output, both `b l d`."""
-
-        graphdef, params = nnx.split((self.norm, self.mixer))
-
-        def mix(params: Any, residual: Tokens) -> Tokens:
-            norm, mixer = nnx.merge(graphdef, params)
-            return mixer(checkpointed_norm(norm, residual), pooling)
-
-        if isinstance(
-            pooling, GridPooling | NoPooling
-        ):  # Others may hold arrays with a batch axis.
-            hidden = in_parts(mix, params, residual, self.mixer.config.inner)
-        else:
-            hidden = mix(params, residual)
+        hidden = self.mixer(checkpointed_norm(self.norm, residual), pooling)
         update = hidden.astype(residual.dtype)
         if keep is not None:
             update = update * broadcast_keep(keep, update)

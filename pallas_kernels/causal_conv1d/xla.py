@@ -30,11 +30,11 @@ def conv(
     # (AVX-512 Xeon, float32, JAX 0.12.0, `benchmarks/peers/deit_cpu.py`).
     kernel, bias = lax.optimization_barrier((kernel, bias))
     width, length = kernel.shape[0], x.shape[1]
-    # Zeros at both ends, of which one is used: the two directions of a mixer then share one padded copy.
-    padded = jnp.pad(x, ((0, 0), (width - 1, width - 1), (0, 0)))
+    padding = (0, width - 1) if reverse else (width - 1, 0)
+    padded = jnp.pad(x, ((0, 0), padding, (0, 0)))
     y = None
     for j in range(width):
-        start = 2 * (width - 1) - j if reverse else j
+        start = width - 1 - j if reverse else j
         tap = lax.slice_in_dim(padded, start, start + length, axis=1).astype(wide)
         term = tap * kernel[j].astype(wide)
         y = term if y is None else y + term

@@ -1,9 +1,4 @@
-"""Run both directions of a mixer by a backend that knows one direction: `AtOnce`, or `InTurn`.
-
-At once, the second direction's inputs are reversed and the backend is mapped over the two: a loop of steps runs once
-instead of twice, and pooled scans of 14 steps spend much of their time on the loop itself. Calls of Triton kernels
-cannot be mapped and run in turn.
-"""
+"""Run both directions of a mixer by a backend that knows one direction: one after the other."""
 
 from __future__ import annotations
 
@@ -26,31 +21,8 @@ def of_direction(
 
 
 @dataclasses.dataclass(frozen=True)
-class AtOnce:
-    """A backend of both directions in one loop: `types.Backend` describes its methods."""
-
-    backend: Backend
-
-    def forward(self, inputs: ScanInputs, options: ScanOptions) -> ScanForward:
-        """See `types.Backend`."""
-        run = jax.vmap(lambda inputs: self.backend.forward(inputs, options))
-        y, _, boundaries = run(_as_visited(inputs))
-        return (y[0], jnp.flip(y[1], 1)), None, boundaries
-
-    def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
-        """See `types.Backend`."""
-
-        def run(inputs, boundaries, y_bar):
-            return self.backend.backward(inputs, options, boundaries, y_bar, last_state_bar)
-
-        forward, backward = y_bar
-        bars = jnp.stack([forward, jnp.flip(backward, 1)])
-        return _as_visited(jax.vmap(run)(_as_visited(inputs), boundaries, bars))
-
-
-@dataclasses.dataclass(frozen=True)
-class InTurn:
-    """A backend of both directions that runs one after the other: `types.Backend` describes its methods."""
+class Bidirectional:
+    """A backend of both directions, as `types.Backend` describes it."""
 
     backend: Backend
 
@@ -72,10 +44,3 @@ class InTurn:
             for d in DIRECTIONS
         ]
         return jax.tree.map(lambda *bars: jnp.stack(bars), *bars)
-
-
-def _as_visited(inputs: ScanInputs) -> ScanInputs:
-    """Reverse the steps of the second direction."""
-    turn = lambda x: x if x is None else jnp.stack([x[0], jnp.flip(x[1], 1)])  # noqa: E731
-    steps = {name: turn(getattr(inputs, name)) for name in ("u", "delta", "B", "C", "z")}
-    return inputs._replace(**steps)

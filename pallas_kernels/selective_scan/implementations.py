@@ -11,7 +11,7 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
-from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, AtOnce, InTurn, of_direction
+from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, Bidirectional, of_direction
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import (
     Backend,
@@ -125,12 +125,11 @@ def get(name: str, inputs: ScanInputs) -> Callable[[ScanInputs, ScanOptions], tu
     both = inputs.u.ndim == 4
     if name == "reference":
         return _reference(both)
-    one_or_both = lambda backend: AtOnce(backend) if both else backend  # noqa: E731
+    one_or_both = lambda backend: Bidirectional(backend) if both else backend  # noqa: E731
     xla = one_or_both(xla_backend(inputs.u.shape[-2]))
     if gpu.choose_triton(name, "selective_scan", lambda: _module("triton").unsupported(inputs)):
         kernel = _module("triton")
-        one = KernelOnCuda(kernel, xla_backend(inputs.u.shape[-2]))
-        backend: Backend = InTurn(one) if both else one
+        backend = one_or_both(KernelOnCuda(kernel, xla_backend(inputs.u.shape[-2])))
         chunk = kernel.chunk_length(inputs)
         return lambda inputs, options: vjp.scan(
             Sharded(backend, opaque=True), dataclasses.replace(options, chunk=chunk), inputs
