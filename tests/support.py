@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from numpy.typing import ArrayLike
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,3 +101,15 @@ def assert_says_same(script: str, *arguments: Any, devices: int) -> None:
         check=False,
     )
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def read_table(file: Path) -> Any:
+    """Read a Parquet or CSV file as a table of pyarrow. Empty cells of text are None."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import csv, parquet
+
+    if file.suffix == ".parquet":
+        return parquet.read_table(file)
+    return csv.read_csv(
+        file, convert_options=csv.ConvertOptions(strings_can_be_null=True, null_values=[""])
+    )

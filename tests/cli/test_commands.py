@@ -18,6 +18,7 @@ from fastvim_jax.inference.predict import predict_batches
 from fastvim_jax.models import list_models, model_config
 from fastvim_jax.training import evaluate, load_run, read_metrics
 from tests.cli.conftest import Cli
+from tests.support import read_table
 
 
 def test_models_lists_what_they_cost(fastvim: Cli) -> None:
@@ -242,11 +243,12 @@ def test_predict_and_embed_go_on_where_they_stopped(
         assert not extra or (tmp_path / "plot.png").exists()
     table = tmp_path / "features.parquet"
     assert fastvim("embed", run_dir, *digit_files, "--out", table)[0] == 0
-    import pandas
-
-    parquet, text = pandas.read_parquet(table), pandas.read_csv(tmp_path / "embed whole.csv")
-    assert list(parquet) == ["Metadata_file", *(f"feature_{i:04}" for i in range(8))]
-    pandas.testing.assert_frame_equal(parquet, text, check_dtype=False, rtol=1e-4, atol=1e-5)
+    parquet, text = read_table(table), read_table(tmp_path / "embed whole.csv")
+    assert parquet.column_names == ["Metadata_file", *(f"feature_{i:04}" for i in range(8))]
+    assert text.column_names == parquet.column_names and text.num_rows == parquet.num_rows > 0
+    assert text["Metadata_file"].to_pylist() == parquet["Metadata_file"].to_pylist()
+    for name in parquet.column_names[1:]:
+        np.testing.assert_allclose(text[name], parquet[name], rtol=1e-4, atol=1e-5)
     status, _, error = fastvim("embed", run_dir, *digit_files, "--out", table)
     assert status != 0 and "cannot be continued" in error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -17,7 +16,6 @@ from fastvim_jax.data import (
     DecodeError,
     make_eval_iterator,
     make_train_iterator,
-    stream,
 )
 from fastvim_jax.data.prefetch import DevicePrefetch, place_ahead
 from fastvim_jax.errors import UserError
@@ -136,17 +134,6 @@ def test_workers_memory_is_lent_until_it_is_placed(seed):
     iterator.lend = False
     assert type(next(iterator)["image"]) is np.ndarray
     iterator.close()
-
-
-def test_room_in_shared_memory_bounds_what_workers_hold(monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage(100 * 2**20))
-    monkeypatch.setattr(stream.Path, "is_dir", lambda _: True)
-    assert stream.batches_ahead(4, 7 * 2**20) == 2  # 14 batches
-    assert stream.batches_ahead(4, 10 * 2**20) == 1  # 10
-    assert stream.batches_ahead(0, 2**40) == stream.batches_ahead(4, 0) == 2
-    with pytest.raises(UserError, match=r"need 110 MiB .* 100 MiB free"):
-        stream.batches_ahead(4, 11 * 2**20)
 
 
 def test_a_pass_is_placed_ahead_and_ends():

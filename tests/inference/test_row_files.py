@@ -12,6 +12,7 @@ import pytest
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.row_files import KINDS, already_written, write_records
+from tests.support import read_table
 
 COLUMNS = {"file": "string", "value": "float32", "error": "string"}
 
@@ -41,11 +42,8 @@ def read(out: Path) -> list[tuple[Any, ...]]:
     if out.suffix == ".jsonl":
         lines = out.read_text("utf-8").split("\n")[:-1]
         return [tuple(json.loads(line).values()) for line in lines]
-    import pandas
-
-    table = pandas.read_parquet(out) if out.suffix == ".parquet" else pandas.read_csv(out)
-    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
-    return [tuple(row) for row in rows]
+    table = read_table(out)
+    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
