@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import jax
@@ -36,23 +37,33 @@ def _public(layout: Any) -> Any:
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """Compute 1 / x to about one rounding, in one instruction."""
-    if interpret:
-        return 1.0 / x
+def _apply(instruction: str, x: jax.Array, layout: Any) -> jax.Array:
+    """Apply PTX from float32 register $1 to float32 register $0 to each value."""
+
+    def one(value):
+        return llvm.inline_asm(value.type, [value], instruction, "=f,f")
+
+    def each(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        del ctx
+        return x._pointwise(x._lift_fast_instr(one))
+
     return plgpu.inline_mgpu(
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )(_reciprocal)(x)
+    )(each)(x)
 
 
-def _reciprocal(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    del ctx
+def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """Compute 1 / x to about one rounding, in one instruction."""
+    return 1.0 / x if interpret else _apply("rcp.approx.ftz.f32 $0, $1;", x, layout)
 
-    def one(value):
-        return llvm.inline_asm(value.type, [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
 
-    return x._pointwise(x._lift_fast_instr(one))
+def tf32(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """Round to the 10 bits of mantissa that TF32 products read; they would cut off the rest."""
+    if interpret:
+        return lax.reduce_precision(x, 8, 10)
+    # The result is an integer register to the assembler, so it passes as a float through a move.
+    return _apply("{ .reg .b32 t; cvt.rna.tf32.f32 t, $1; mov.b32 $0, t; }", x, layout)
 
 
 def sigmoid(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
@@ -79,6 +90,19 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def interpret_params(interpret: bool) -> Any:
-    """Return the CPU interpreter's parameters (it looks for races in shared memory), or None on a device."""
-    return plgpu.InterpretGPUParams(detect_races=True) if interpret else None
+def interpret_params(interpret: bool, warpgroups: int = 1) -> Any:
+    """Return the CPU interpreter's parameters (it looks for races in shared memory), or None on a device.
+
+    Raises:
+        NotImplementedError: XLA has too few threads to interpret `warpgroups` warpgroups that wait for each other.
+    """
+    if not interpret:
+        return None
+    # Each warpgroup blocks a thread while it waits, and the call that started them blocks one more.
+    threads = int(os.environ.get("PJRT_NPROC", os.cpu_count() or 1))
+    if 1 < warpgroups >= threads:
+        raise NotImplementedError(
+            f"The interpreter could wait forever: {warpgroups} warpgroups need {warpgroups + 1} threads of XLA, which "
+            f"has {threads}. Set the environment variable PJRT_NPROC before JAX starts."
+        )
+    return plgpu.InterpretGPUParams(detect_races=True)

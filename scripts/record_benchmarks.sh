@@ -105,11 +105,17 @@ fi
 
 # The peer, alone on the GPU, where its libraries are: about two minutes of compiling.
 if wanted peer_deit && "$python" -c 'import timm, torch; assert torch.cuda.is_available()' 2>/dev/null; then
-  "$python" benchmarks/peers/deit.py --train --json "$out/peer_deit.json" >"$logs/peer_deit.txt" 2>&1 &
-  running[$!]=peer_deit
-  begun=$((begun + 1))
-  printf '%4d s  started peer_deit\n' "$SECONDS"
-  ended $!
+  peer() { # NAME OPTIONS...
+    "$python" benchmarks/peers/deit.py "${@:2}" --json "$out/$1.json" >"$logs/$1.txt" 2>&1 &
+    running[$!]=$1
+    begun=$((begun + 1))
+    printf '%4d s  started %s\n' "$SECONDS" "$1"
+    ended $!
+  }
+  peer peer_deit --train
+  peer peer_deit_512 --models tiny --pixels 512 --batch 32
+  peer peer_deit_1024 --models tiny --pixels 1024 --batch 8
+  peer peer_deit_2048 --models tiny --pixels 2048 --batch 2
 fi
 
 lot third

@@ -18,6 +18,10 @@ for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_l
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+# The interpreter of GPU kernels blocks an XLA thread for each warpgroup and one more. XLA has one per core. On
+# two cores, kernels of two warpgroups waited for ever now and then, those of more always.
+os.environ.setdefault("PJRT_NPROC", "8")
+
 # Drawn once by the first process; the parallel workers inherit it.
 RUN_SEED = int(os.environ.setdefault("FASTVIM_TEST_SEED", str(secrets.randbelow(2**31))))
 

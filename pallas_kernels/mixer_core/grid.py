@@ -11,9 +11,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mixer_core.types import Lines
+
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(Lines):
     """A grid of tokens, stored row by row, and its division among blocks and tiles.
 
     A *line* is what is pooled to one token: a row, or a column if ``transposed``. The kernels visit one line after
@@ -43,16 +45,6 @@ class Grid:
     per_block: int
     padding: int = 0
     norm_kind: str = "layer"
-
-    @property
-    def lines(self) -> int:
-        """Lines of the grid."""
-        return self.columns if self.transposed else self.rows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a line."""
-        return self.rows if self.transposed else self.columns
 
     @property
     def halo(self) -> int:

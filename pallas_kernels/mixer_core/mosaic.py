@@ -21,6 +21,7 @@ from pallas_kernels.mixer_core import (
     mosaic_front_gradients,
     mosaic_project_front,
     mosaic_ragged_front,
+    mosaic_segments,
     xla,
 )
 from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
@@ -56,7 +57,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     width //= 2
     size, warpgroups = xz.dtype.itemsize, 1
     if kind.startswith("back"):
-        warpgroups = mosaic_back.warpgroups(width, options.padding, options.norm_kind)
+        warpgroups = mosaic_segments.warpgroups(width, options.padding, options.norm_kind)
     fitting = [
         s
         for s in range(1, min(options.tokens, 32) + 1)

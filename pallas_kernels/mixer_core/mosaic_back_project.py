@@ -378,7 +378,7 @@ def back_project(
         ],
         scratch_types=work.scratch(xz.dtype),
         compiler_params=compiler_params(),
-        interpret=interpret_params(interpret),
+        interpret=interpret_params(interpret, WARPGROUPS),
         kernel_name="mixer_back_project",
         grid=(work.thread_blocks,),
         grid_names=("thread_block",),

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.mosaic_common import convolve
+from pallas_kernels.mixer_core.types import Lines
 from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
@@ -50,7 +51,7 @@ OVERHEAD = 2 * 1024  # bytes of shared memory for barriers, alignment and the dr
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Work(Lines):
     """Describe one call: the grid of tokens, the widths, and how thread blocks share the work."""
 
     batch: int
@@ -61,15 +62,6 @@ class Work:
     width: int
     taps: int
     processors: int = PROCESSORS
-
-    @property
-    def lines(self) -> int:
-        return self.columns if self.transposed else self.rows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a line."""
-        return self.rows if self.transposed else self.columns
 
     @property
     def size(self) -> int:
@@ -410,7 +402,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
         ],
         scratch_types=work.scratch(h.dtype),
         compiler_params=compiler_params(),
-        interpret=interpret_params(interpret),
+        interpret=interpret_params(interpret, MULTIPLIERS + CONVOLVERS),
         kernel_name="mixer_project_front",
         grid=(work.groups, work.blocks),
         grid_names=("group", "block"),

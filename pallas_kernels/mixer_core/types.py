@@ -30,8 +30,26 @@ class Norm(NamedTuple):
     shift: Float[Array, " e"]
 
 
+class Lines:
+    """Describe the lines of a grid of tokens: what is pooled to one token, a row or, if transposed, a column."""
+
+    rows: int
+    columns: int
+    transposed: bool
+
+    @property
+    def lines(self) -> int:
+        """Number of lines. Each is pooled to one scan step."""
+        return self.columns if self.transposed else self.rows
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a line."""
+        return self.rows if self.transposed else self.columns
+
+
 @dataclasses.dataclass(frozen=True)
-class CoreOptions:
+class CoreOptions(Lines):
     """The arguments of `api.mixer_core` that are not arrays. For a ragged grid, rows and columns of the whole one."""
 
     rows: int
@@ -42,13 +60,3 @@ class CoreOptions:
     method: str = "mean"
     padding: int = 0  # channels at the end of x and of z that are zeros and count in no norm
     norm_kind: str = "layer"
-
-    @property
-    def lines(self) -> int:
-        """Number of lines (rows, or columns if `transposed`). Each is pooled to one scan step."""
-        return self.columns if self.transposed else self.rows
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of a line."""
-        return self.rows if self.transposed else self.columns

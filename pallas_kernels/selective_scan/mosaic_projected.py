@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir.dialects import llvm
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
@@ -38,6 +37,7 @@ from pallas_kernels.mosaic import (
     interpret_params,
     reduced,
     store,
+    tf32,
     tiled,
 )
 from pallas_kernels.selective_scan.mosaic_common import StateLayouts, softplus
@@ -52,6 +52,7 @@ PADDING = 4  # channels; keeps neighbouring rows of step sizes in different bank
 MOST_CHANNELS = (
     768  # of 1,536, the separate kernels are faster: a thread block loads half a megabyte of W_x
 )
+UNROLL = 2  # steps per iteration of the walk's loop
 START = 6000  # clocks of a thread block beside loads and exponentials, as measured
 OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
@@ -67,12 +68,9 @@ class Cut:
         rank: Columns of p, a multiple of 16.
         images: Images of a thread block.
         splits: Thread blocks that share an image's channels. Each computes all of p, B and C.
-        sides: Warpgroups of a thread block that share its channels.
-        ends: Warpgroups of a thread block that share its images, for each of `sides`.
-        blocks: Blocks of 128 channels that a warpgroup scans together. They share the reads of B and C.
+        warpgroups: Warpgroups of a thread block that share its channels.
         part: Channels of a part of W_x.
         slots: Parts of W_x on their way.
-        unroll: Steps per iteration of the walk's loop.
     """
 
     batch: int
@@ -81,12 +79,9 @@ class Cut:
     rank: int
     images: int
     splits: int
-    sides: int
+    warpgroups: int
     part: int
     slots: int
-    ends: int = 1
-    blocks: int = 1
-    unroll: int = 2
 
     @property
     def rows(self) -> int:
@@ -111,22 +106,9 @@ class Cut:
         return self.width // self.part
 
     @property
-    def warpgroups(self) -> int:
-        return self.sides * self.ends
-
-    @property
-    def units(self) -> int:
-        """Runs of `blocks` blocks of channels that a thread block scans."""
-        return self.width // CHANNELS // self.blocks // self.splits
-
-    @property
-    def own_images(self) -> int:
-        """Images that a warpgroup scans."""
-        return self.images // self.ends
-
-    @property
-    def own_tokens(self) -> int:
-        return self.own_images * self.rows
+    def blocks(self) -> int:
+        """Blocks of 128 channels that a thread block scans."""
+        return self.width // CHANNELS // self.splits
 
     @property
     def groups(self) -> int:
@@ -146,7 +128,7 @@ class Cut:
             splits=1,
             warps=1,
             rest=STATES,
-            unroll=self.unroll,
+            unroll=UNROLL,
             slots=1,
             reverse=False,
             softplus=True,
@@ -155,7 +137,7 @@ class Cut:
     @property
     def shared_memory(self) -> int:
         """Bytes of a thread block's tiles."""
-        walk = self.warpgroups * self.blocks * self.own_tokens * (CHANNELS + PADDING)
+        walk = self.warpgroups * self.tokens * (CHANNELS + PADDING)
         product = self.part * (self.slots * self.tall + 2 * self.tokens)
         small = self.tokens * (self.tall + self.rank) + self.warpgroups * CHANNELS * self.rank
         return 4 * (self.width * self.tokens + max(walk, product) + small)
@@ -175,7 +157,7 @@ class Cut:
 
     def unsupported(self) -> str | None:
         """Return why no thread block can do this work, or None."""
-        if self.width % (CHANNELS * self.blocks * self.splits):
+        if self.width % (CHANNELS * self.splits):
             return f"{self.width} channels are not made of whole blocks of {CHANNELS}"
         if self.tokens > MOST_TOKENS:
             return f"{self.images} images of {self.lines} lines are more than {MOST_TOKENS} tokens"
@@ -199,11 +181,7 @@ class Cut:
                     plgpu.SMEM((self.slots, self.tall, self.part), f32, transforms=wide),
                     plgpu.SMEM((2, self.tokens, self.part), f32, transforms=wide),
                 ],
-                [
-                    plgpu.SMEM(
-                        (self.warpgroups, self.blocks, self.own_tokens, CHANNELS + PADDING), f32
-                    )
-                ],
+                [plgpu.SMEM((self.warpgroups, self.tokens, CHANNELS + PADDING), f32)],
             ),
             plgpu.Barrier(num_arrivals=1, num_barriers=pieces),  # u
             plgpu.Barrier(num_arrivals=1, num_barriers=self.slots),  # parts of W_x
@@ -226,11 +204,11 @@ def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
                     rank=rank,
                     images=images,
                     splits=splits,
-                    sides=sides,
+                    warpgroups=warpgroups,
                     part=part,
                     slots=slots,
                 )
-                for sides in range(min(3, blocks // splits), 0, -1)
+                for warpgroups in range(min(3, blocks // splits), 0, -1)
                 for part, slots in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 2))
             )
             fitting += [cut for cut in cuts if cut.unsupported() is None][:1]
@@ -306,27 +284,6 @@ def _exchanged(ctx: Any, product: mgpu.FragmentedArray, shape, layout) -> mgpu.F
     )
 
 
-def tf32(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """Round to the 10 bits of mantissa that TF32 products read; they would cut off the rest."""
-    if interpret:
-        return lax.reduce_precision(x, 8, 10)
-    return plgpu.inline_mgpu(
-        arg_types=(layout,),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
-    )(_tf32)(x)
-
-
-def _tf32(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    del ctx
-
-    def one(value):
-        # The result is an integer register to the assembler, so it passes as a float through a move.
-        text = "{ .reg .b32 t; cvt.rna.tf32.f32 t, $1; mov.b32 $0, t; }"
-        return llvm.inline_asm(value.type, [value], text, "=f,f")
-
-    return x._pointwise(x._lift_fast_instr(one))
-
-
 @functools.partial(jax.jit, static_argnames=("cut", "interpret"))
 def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
     """Project the pooled tokens and scan them in both directions.
@@ -355,7 +312,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         u_barrier, part_barrier, step_barrier, ready = barriers
         group, direction = lax.axis_index("warpgroup"), lax.axis_index("direction")
         first = lax.axis_index("images") * images
-        first_unit = lax.axis_index("split") * cut.units
+        first_block = lax.axis_index("split") * cut.blocks
 
         def fetch_tokens(piece):
             # A start that is no constant, because constant slices must end inside the array. The copy engine writes
@@ -372,19 +329,16 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
                 part_barrier.at[slot],
             )
 
-        side, end = lax.div(group, cut.ends), lax.rem(group, cut.ends)
-        first_image = end * cut.own_images  # of this warpgroup in the thread block
-        own = pl.ds(end * cut.own_tokens, cut.own_tokens)
+        def channels_of(k):
+            """Return the channels of this warpgroup's block number k, and the number of that block."""
+            block = first_block + group + k * cut.warpgroups
+            return pl.ds(block * CHANNELS, CHANNELS), block
 
-        def block_of(k, b):
-            """Return the number of a block of channels, of this warpgroup's unit k."""
-            return (first_unit + side + k * cut.sides) * cut.blocks + b
-
-        def fetch_step(k, b):
-            @pl.when(side + k * cut.sides < cut.units)
+        def fetch_step(k):
+            @pl.when(group + k * cut.warpgroups < cut.blocks)
             def _():
                 plgpu.copy_gmem_to_smem(
-                    step_ref.at[direction, pl.ds(block_of(k, b) * CHANNELS, CHANNELS)],
+                    step_ref.at[direction, channels_of(k)[0]],
                     step_tile.at[group],
                     step_barrier.at[group],
                 )
@@ -437,7 +391,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
             ):
                 fetch_tokens(piece)
 
-        fetch_step(0, 0)
+        fetch_step(0)
 
         @pl.when(group == 0)
         def _():
@@ -445,78 +399,66 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
 
         plgpu.barrier_wait(ready)
 
-        def walk(plan, index, blocks, decays):
-            """Scan the unit's channels of an image and write y."""
-            y_ref, image = y_refs[int(plan.reverse)], first_image + index
+        def walk(plan, image, here, block, decays):
+            """Scan a block of channels of an image and write y."""
+            y_ref = y_refs[int(plan.reverse)]
             bc = cut.rank // STATES
 
             def turn(steps, carry):
+                (state,) = carry
                 shares = []
                 for t in steps:
                     row = image * rows + t
                     b = reader.coefficients(columns_tile.at[row, pl.ds(bc, 1)])
                     c = reader.coefficients(columns_tile.at[row, pl.ds(bc + 1, 1)])
-                    after = []
-                    for n, state in enumerate(carry):
-                        at = (group, n, index * rows + t, pl.ds(0, CHANNELS))
-                        size = reader.channel(sizes_tile.at[at])
-                        x = reader.channel(u_tile.at[blocks[n], image, t])
-                        factor = lax.exp2(reader.over_state(size) * decays[n])
-                        state = factor * state + reader.over_state(x * size) * b
-                        shares.append((t, n, jnp.sum(state * c, axis=2)))
-                        after.append(state)
-                    carry = tuple(after)
+                    size = reader.channel(sizes_tile.at[group, row, pl.ds(0, CHANNELS)])
+                    x = reader.channel(u_tile.at[block, image, t])
+                    factor = lax.exp2(reader.over_state(size) * decays)
+                    state = factor * state + reader.over_state(x * size) * b
+                    shares.append((t, jnp.sum(state * c, axis=2)))
                 # Write all results after all reads, because the compiler does not move a read before a write.
-                for t, n, share in shares:
-                    here = pl.ds(blocks[n] * CHANNELS, CHANNELS)
+                for t, share in shares:
                     store(y_ref.at[first + image, pl.ds(t, 1), here], share)
-                return carry
+                return (state,)
 
-            in_turns(plan, turn, (reader.zeros(),) * cut.blocks)
+            in_turns(plan, turn, (reader.zeros(),))
 
-        def write_sizes(k, n, bias_vector):
-            """Write the step sizes of a block of channels to shared memory."""
+        def write_sizes(k, bias_vector):
+            """Write the step sizes of block number k to shared memory."""
             plgpu.barrier_wait(step_barrier.at[group])
 
             def multiply(accumulator):
-                plgpu.wgmma(accumulator, step_tile.at[group], p_tile.at[own].transpose((1, 0)))
+                plgpu.wgmma(accumulator, step_tile.at[group], p_tile.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 return accumulator[...]
 
-            raw = pl.run_scoped(multiply, plgpu.ACC((CHANNELS, cut.own_tokens), jnp.float32))
+            raw = pl.run_scoped(multiply, plgpu.ACC((CHANNELS, tokens), jnp.float32))
             plgpu.commit_smem()  # No warp reads this part of W any more.
-            if n + 1 < cut.blocks:
-                fetch_step(k, n + 1)
-            else:
-                fetch_step(k + 1, 0)
-            shape = (cut.own_tokens, CHANNELS)
-            raw = exchanged(raw, shape, layouts.steps, interpret)
-            bias_tile = lax.broadcast_in_dim(bias_vector, shape, (1,))
+            fetch_step(k + 1)
+            raw = exchanged(raw, (tokens, CHANNELS), layouts.steps, interpret)
+            bias_tile = lax.broadcast_in_dim(bias_vector, (tokens, CHANNELS), (1,))
             raw = raw + plgpu.layout_cast(bias_tile, layouts.steps)
             sizes = softplus(raw, layouts.steps, interpret)
-            store(sizes_tile.at[group, n, :, pl.ds(0, CHANNELS)], sizes)
+            store(sizes_tile.at[group, :, pl.ds(0, CHANNELS)], sizes)
 
-        def unit(k, _):
-            blocks = [block_of(k, n) for n in range(cut.blocks)]
-            here = [pl.ds(b * CHANNELS, CHANNELS) for b in blocks]
-            decays = [reader.decays(a_ref.at[direction, at]) for at in here]
-            biases = [load(bias_ref.at[direction, at], layouts.bias) for at in here]
-            for n, bias_vector in enumerate(biases):
-                write_sizes(k, n, bias_vector)
+        def scan_block(k, _):
+            here, block = channels_of(k)
+            decays = reader.decays(a_ref.at[direction, here])
+            write_sizes(k, load(bias_ref.at[direction, here], layouts.bias))
             plgpu.commit_smem()
             for backward in (False, True):
                 plan = dataclasses.replace(cut.plan, reverse=backward)
 
                 @pl.when(direction == int(backward))
                 def _(plan=plan):
-                    for index in range(cut.own_images):
-                        run = functools.partial(walk, plan, index, blocks, decays)
-                        pl.when(first + first_image + index < cut.batch)(run)
+                    for image in range(images):
+                        run = functools.partial(walk, plan, image, here, block, decays)
+                        pl.when(first + image < cut.batch)(run)
 
             plgpu.commit_smem()  # All warps have read the step sizes.
 
-        mine = lax.div(cut.units - side + cut.sides - 1, cut.sides)
-        lax.fori_loop(0, mine, unit, None)
+        mine = lax.div(cut.blocks - group + cut.warpgroups - 1, cut.warpgroups)
+        lax.fori_loop(0, mine, scan_block, None)
 
     y = jax.ShapeDtypeStruct(u.shape[1:], jnp.float32)
     return plgpu.kernel(
@@ -524,7 +466,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         out_type=[y, y],
         scratch_types=cut.scratch(),
         compiler_params=compiler_params(),
-        interpret=interpret_params(interpret),
+        interpret=interpret_params(interpret, cut.warpgroups),
         kernel_name="projected_scan",
         grid=(cut.splits, cut.groups, 2),
         grid_names=("split", "images", "direction"),

@@ -92,3 +92,15 @@ def test_a_jax_triton_of_another_series_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace())
     monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "0.4.1")
     assert "jax-triton 0.4.1 is not of the series 0.3" in gpu._jax_triton_missing.__wrapped__()
+
+
+@needs_mosaic
+def test_the_interpreter_refuses_to_wait_for_ever(monkeypatch):
+    from pallas_kernels.mosaic import interpret_params
+
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    assert interpret_params(True, 2) is not None and interpret_params(False, 9) is None
+    with pytest.raises(NotImplementedError, match="3 warpgroups need 4 threads of XLA, which has 3"):
+        interpret_params(True, 3)
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    assert interpret_params(True) is not None

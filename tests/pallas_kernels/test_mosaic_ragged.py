@@ -83,7 +83,7 @@ def test_random_rows(seed, monkeypatch):
     "case",
     [
         {"b": 2, "kept": 24, "rows": 6, "columns": 7, "e": 128, "taps": 3},
-        {"b": 1, "kept": 7, "rows": 9, "columns": 3, "e": 384},
+        {"b": 1, "kept": 7, "rows": 9, "columns": 3, "e": 768},
         {"b": 1, "kept": 12, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16"},
         {"b": 2, "kept": 37, "rows": 7, "columns": 9, "e": 128, "taps": 2},  # segments overlap
     ],
