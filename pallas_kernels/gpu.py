@@ -131,7 +131,7 @@ def wgmma_missing() -> str | None:
     if device is not None:
         hopper = device.device_kind.removeprefix("NVIDIA ").startswith(("H", "GH"))
     else:
-        hopper = all(9.0 <= version < 10.0 for version in _capabilities())
+        hopper = _all_hopper()
     return None if hopper else f"{device_kind()} does not have Hopper's matrix instructions"
 
 
@@ -139,6 +139,10 @@ def _tried() -> bool:
     """Return whether programs are traced for Hopper GPUs, an abstract device or the interpreter."""
     if interpreted() or _abstract_gpu() is not None:
         return True
+    return _all_hopper()
+
+
+def _all_hopper() -> bool:
     return all(9.0 <= version < 10.0 for version in _capabilities())
 
 

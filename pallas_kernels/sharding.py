@@ -334,6 +334,15 @@ def mark_varying(results: Any, arrays: Any) -> Any:
     return jax.tree.map(cast, results) if axes else results
 
 
+def on_cuda(kernel: Callable, other: Callable, *arrays: Any) -> Any:
+    """Apply `kernel` to arrays if the program is lowered for CUDA, otherwise `other`, which computes the same."""
+    return lax.platform_dependent(
+        *arrays,
+        cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays),
+        default=lambda *arrays: other(*arrays),
+    )
+
+
 def _varies(x: jax.Array) -> frozenset[str]:
     """Return the Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
     return frozenset(jax.typeof(x).mat.varying)

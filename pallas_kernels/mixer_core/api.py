@@ -28,7 +28,7 @@ from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
-from pallas_kernels.sharding import mark_varying, match_types, per_shard
+from pallas_kernels.sharding import match_types, on_cuda, per_shard
 from pallas_kernels.trial import Trial
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -229,10 +229,10 @@ class Stages:
             *arrays, options = args
             if self.always:
                 return kernel(*arrays, options)
-            return jax.lax.platform_dependent(
+            return on_cuda(
+                lambda *arrays: kernel(*arrays, options),
+                lambda *arrays: other(*arrays, options),
                 *arrays,
-                cuda=lambda *arrays: mark_varying(kernel(*arrays, options), arrays),
-                default=lambda *arrays: other(*arrays, options),
             )
 
         def run(*args):

@@ -24,7 +24,7 @@ from pallas_kernels.mixer_core.api import (
 )
 from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
-from pallas_kernels.sharding import mark_varying, per_shard
+from pallas_kernels.sharding import on_cuda, per_shard
 
 
 class Projection(NamedTuple):
@@ -245,13 +245,8 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise the other."""
 
     def on_share(_, *arrays):
-        if call.implementation == "pallas":
-            return kernel(*arrays)
-        return lax.platform_dependent(
-            *arrays,
-            cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays),
-            default=lambda *arrays: other(*arrays),
-        )
+        always = call.implementation == "pallas"
+        return kernel(*arrays) if always else on_cuda(kernel, other, *arrays)
 
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 

@@ -18,7 +18,7 @@ from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.sharding import mark_varying, match_types, per_shard
+from pallas_kernels.sharding import match_types, on_cuda, per_shard
 from pallas_kernels.trial import Trial
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -156,9 +156,7 @@ class _Stages:
         def either(_, *arrays):
             if self.kernels == "always":
                 return kernel(*arrays)
-            return jax.lax.platform_dependent(
-                *arrays, cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays), default=plain
-            )
+            return on_cuda(kernel, plain, *arrays)
 
         return per_shard(either, operands, results, split="b", opaque=True)
 

@@ -20,7 +20,7 @@ from pallas_kernels.selective_scan.types import (
     ScanOptions,
     ScanOutput,
 )
-from pallas_kernels.sharding import mark_varying
+from pallas_kernels.sharding import on_cuda
 from pallas_kernels.trial import Trial
 
 _MODULES = {
@@ -75,9 +75,7 @@ class KernelOnCuda:
             self.kernel.unsupported(inputs) is not None
         ):  # a device's share may be, of a whole that is not
             return other(inputs)
-        return jax.lax.platform_dependent(
-            inputs, cuda=lambda x: mark_varying(self.kernel.forward(x, options), x), default=other
-        )
+        return on_cuda(lambda x: self.kernel.forward(x, options), other, inputs)
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
         """See `types.Backend`."""
@@ -85,11 +83,7 @@ class KernelOnCuda:
         arrays = (inputs, boundaries, y_bar, last_state_bar)
         if self.kernel.unsupported(inputs) is not None:
             return other(arrays)
-        return jax.lax.platform_dependent(
-            arrays,
-            cuda=lambda x: mark_varying(self.kernel.backward(x[0], options, *x[1:]), x),
-            default=other,
-        )
+        return on_cuda(lambda x: self.kernel.backward(x[0], options, *x[1:]), other, arrays)
 
 
 # Of the two XLA backends: on a CPU the loop of steps wins at every size, since it works on what the cache holds

@@ -15,7 +15,7 @@ from pallas_kernels import gpu
 from pallas_kernels.checks import as_floats, expect_shape
 from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
-from pallas_kernels.sharding import mark_varying, per_shard
+from pallas_kernels.sharding import on_cuda, per_shard
 
 NAME = "projected_scan"
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -143,14 +143,7 @@ def _scan(step_by_step, always: bool, u, weights: ScanWeights, params):
     kernel: Callable = mosaic_projected.forward
 
     def on_share(_, u, weights):
-        if always:
-            return kernel(u, weights)
-        return lax.platform_dependent(
-            u,
-            weights,
-            cuda=lambda *arrays: mark_varying(kernel(*arrays), arrays),
-            default=lambda *arrays: xla(*arrays),
-        )
+        return kernel(u, weights) if always else on_cuda(kernel, xla, u, weights)
 
     of_weights = ScanWeights("d c e", "d e r", "d e", "d e n")  # type: ignore[arg-type]
     y = "b l e"

@@ -100,7 +100,9 @@ def test_the_interpreter_refuses_to_wait_for_ever(monkeypatch):
 
     monkeypatch.setenv("PJRT_NPROC", "3")
     assert interpret_params(True, 2) is not None and interpret_params(False, 9) is None
-    with pytest.raises(NotImplementedError, match="3 warpgroups need 4 threads of XLA, which has 3"):
+    with pytest.raises(
+        NotImplementedError, match="3 warpgroups need 4 threads of XLA, which has 3"
+    ):
         interpret_params(True, 3)
     monkeypatch.setenv("PJRT_NPROC", "1")
     assert interpret_params(True) is not None
