@@ -104,8 +104,9 @@ if wanted train_base_compile; then # alone, as nothing else compiles
 fi
 
 # The peer, alone on the GPU, where its libraries are: about two minutes of compiling.
-if wanted peer_deit && "$python" -c 'import timm, torch; assert torch.cuda.is_available()' 2>/dev/null; then
+if "$python" -c 'import timm, torch; assert torch.cuda.is_available()' 2>/dev/null; then
   peer() { # NAME OPTIONS...
+    wanted "$1" || return
     "$python" benchmarks/peers/deit.py "${@:2}" --json "$out/$1.json" >"$logs/$1.txt" 2>&1 &
     running[$!]=$1
     begun=$((begun + 1))
