@@ -97,13 +97,13 @@ class Work(Lines):
         return pl.cdiv(self.before + self.size, TILE)
 
     @property
-    def slots(self) -> int:
-        """Parts of tokens that shared memory holds for each of the warpgroups that multiply."""
+    def shared_memory(self) -> int:
+        """Bytes of a thread block's tiles."""
         weights = self.inputs * 2 * COLUMNS
+        tokens = MULTIPLIERS * TILE * self.inputs
         results = MULTIPLIERS * TILE * 2 * COLUMNS
         images = IMAGES * self.image_rows * (COLUMNS + PADDING)
-        room = (SHARED_MEMORY - OVERHEAD) // 2 - weights - results - images
-        return min(room // (MULTIPLIERS * TILE * PART), self.parts)
+        return 2 * (weights + tokens + results + images)
 
     def tiles_of(self, multiplier: int) -> range:
         """Return the tiles of a warpgroup: neighbours, because the last two of an image may have rows in common."""
@@ -138,7 +138,7 @@ class Work(Lines):
             return f"lines of {self.tokens} tokens are shorter than the convolutions' reach"
         if self.tokens > LONGEST:
             return f"lines of {self.tokens} tokens are longer than {LONGEST}"
-        if self.slots < self.parts:
+        if self.shared_memory + OVERHEAD > SHARED_MEMORY:
             return (
                 f"{self.size} tokens of {self.inputs} inputs do not fit shared memory beside "
                 "in_proj's weight"
@@ -152,11 +152,11 @@ class Work(Lines):
         several = MULTIPLIERS
         return [
             plgpu.SMEM((self.parts, 2 * COLUMNS, PART), dtype, transforms=swizzled),  # W
-            plgpu.SMEM((several, self.slots, TILE, PART), dtype, transforms=swizzled),  # tokens
+            plgpu.SMEM((several, self.parts, TILE, PART), dtype, transforms=swizzled),  # tokens
             plgpu.SMEM((several, 2, TILE, COLUMNS), dtype, transforms=swizzled),  # x and z
             plgpu.SMEM((IMAGES, self.image_rows, COLUMNS + PADDING), dtype),  # x of images
             plgpu.Barrier(num_arrivals=2 * self.parts),  # W is there
-            plgpu.Barrier(num_arrivals=1, num_barriers=several * self.slots),  # tokens are
+            plgpu.Barrier(num_arrivals=1, num_barriers=several * self.parts),  # tokens are
             plgpu.Barrier(num_arrivals=several, num_barriers=IMAGES),  # an image is
             plgpu.Barrier(num_arrivals=CONVOLVERS, num_barriers=IMAGES),  # it is pooled
         ]
@@ -193,7 +193,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
         float32.
     """
     layouts = Layouts()
-    parts, slots, halo = work.parts, work.slots, work.halo
+    parts, halo = work.parts, work.halo
     quads = pl.cdiv(work.lines, LINES)
 
     def body(h_ref, weight_ref, kernels_ref, biases_ref, xz_ref, pooled_ref, *scratch):
@@ -227,12 +227,6 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
 
             per_item = len(tiles) * parts
 
-            def slot_of(item, step):
-                """Return the slot of a part; `step` counts the parts of the item's tiles."""
-                if per_item % slots == 0:
-                    return step % slots
-                return lax.rem(item * per_item + step, slots)
-
             def fetch(item, step):
                 """Fetch a part if there is one; steps behind the last of an item are those of the next item."""
                 if step >= per_item:
@@ -241,27 +235,25 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                 tile, part = tiles[step // parts], step % parts
                 _, begin, end = place(item)
                 start = lax.min(begin + tile * TILE, end - TILE)
-                slot = slot_of(item, step)
                 plgpu.copy_gmem_to_smem(
                     h_ref.at[pl.ds(start, TILE), pl.ds(part * PART, PART)],
-                    h_tile.at[here, slot],
-                    h_barrier.at[here * slots + slot],
+                    h_tile.at[here, part],
+                    h_barrier.at[here * parts + part],
                 )
 
             def product(item, tile, accumulator):
                 for part in range(parts):
                     step = (tile - tiles[0]) * parts + part
-                    slot = slot_of(item, step)
-                    plgpu.barrier_wait(h_barrier.at[here * slots + slot])
+                    plgpu.barrier_wait(h_barrier.at[here * parts + part])
                     weights = w_tile.at[part].transpose((1, 0))
-                    plgpu.wgmma(accumulator, h_tile.at[here, slot], weights)
+                    plgpu.wgmma(accumulator, h_tile.at[here, part], weights)
                     if part:
                         plgpu.wgmma_wait(1)
                         plgpu.commit_smem()  # No warp reads the part before this one any more.
-                        fetch(item, step - 1 + slots)
+                        fetch(item, step - 1 + parts)
                 plgpu.wgmma_wait(0)
                 plgpu.commit_smem()
-                fetch(item, step + slots)
+                fetch(item, step + parts)
                 return accumulator[...].astype(h.dtype)
 
             def tile_of(item, buffer, tile):
@@ -306,7 +298,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
 
             if here == 0:
                 fetch_weight()
-            for step in range(slots):
+            for step in range(parts):
                 fetch(jnp.int32(0), step)
             plgpu.barrier_wait(w_barrier)
             lax.fori_loop(0, items, item_of, ())
