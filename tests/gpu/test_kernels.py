@@ -111,7 +111,7 @@ def test_projected_scan(seed, case):
     jax.block_until_ready([jnp.full(args[0].shape[1:], jnp.nan) for _ in range(8)])
     first = jax.device_get(compiled(args))
     with jax.default_device(jax.devices("cpu")[0]):
-        drawn = jax.device_get(args)
+        drawn = jax.device_put(args, jax.devices("cpu")[0])
         defined, wanted = projected.defined_of(drawn), projected.wanted_of(drawn)
     assert max(relative_errors(first, defined)) < projected.EXACT
     # Rounded operands change a single token by more where its B and C are nearly orthogonal.
