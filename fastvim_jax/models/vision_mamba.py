@@ -4,8 +4,8 @@ residual = patches + position embedding                 float32, also after ever
 residual = residual + drop_path(mixer(norm(residual)))  for every block
 logits   = head(pool(norm(residual)))
 
-`VisionMamba` fills in the steps that `Backbone` calls, and `backbone` says what each step takes and returns. At
-inference one GPU kernel may compute the end of a block together with the norm of the next block (`JoinedBlock`).
+`VisionMamba` fills in the steps that `Backbone` calls, and `backbone` says what each step takes and returns. One GPU
+kernel may compute the end of a block together with the norm of the next block (`JoinedBlock`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Block(nnx.Module):
 class JoinedBlock(nnx.Module):
     """A mixer joined to the norm of the *next* block, so that it maps normalised tokens to normalised tokens.
 
-    Its parameters are the mixer's, the kernels of in_proj and out_proj transposed, and the scale of the next block's
-    norm.
+    Its parameters are the mixer's and the kernels of in_proj and out_proj transposed. The rows of in_proj's kernel are
+    multiplied by the scale of the block's norm, so that the norm has none. Otherwise the scale's gradient would be one
+    more sum over all tokens for every block.
 
     Args:
         blocks: stacked blocks from `stack_blocks`; they are copied.
@@ -69,11 +70,10 @@ class JoinedBlock(nnx.Module):
         copy = nnx.clone(blocks)
         self.mixer, self.norm_eps = copy.mixer, copy.norm.epsilon
         compute = copy.mixer.config.precision.compute
-        transposed = lambda layer: jnp.swapaxes(layer.kernel[...].astype(compute), -1, -2)  # noqa: E731
-        self.in_weight = nnx.Param(transposed(copy.mixer.in_proj))  # `depth 2e d`
-        self.out_weight = nnx.Param(transposed(copy.mixer.out_proj))  # `depth d e`
-        # Shift the norms' scales by one block. The last block gets that of the first: nothing reads what it normalises.
-        self.gain = nnx.Param(jnp.roll(copy.norm.scale[...], -1, axis=0))
+        transposed = lambda kernel: jnp.swapaxes(kernel.astype(compute), -1, -2)  # noqa: E731
+        scaled = copy.mixer.in_proj.kernel[...] * copy.norm.scale[...][..., None]
+        self.in_weight = nnx.Param(transposed(scaled))  # `depth 2e d`
+        self.out_weight = nnx.Param(transposed(copy.mixer.out_proj.kernel[...]))  # `depth d e`
         del self.mixer.in_proj, self.mixer.out_proj
 
     def __call__(
@@ -83,7 +83,7 @@ class JoinedBlock(nnx.Module):
         del keep
         residual, normed = stream
         unprojected = Unprojected(normed, self.in_weight[...])
-        projection = Projection(self.out_weight[...], self.gain[...])
+        projection = Projection(self.out_weight[...], jnp.ones(residual.shape[-1], residual.dtype))
         return self.mixer.join(unprojected, residual, pooling, projection, self.norm_eps), None
 
 
@@ -166,7 +166,7 @@ class VisionMamba(Backbone):
             return super()._run_blocks(tokens, poolings, output_blocks, keep)
         blocks = self._prepared(poolings)
         graphdef, params = nnx.split(blocks.norm)
-        first = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], params))
+        first = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), params))
         normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
         (residual, _), outputs = run_blocks(
             JoinedBlock(blocks),

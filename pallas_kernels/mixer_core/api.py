@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -265,11 +265,43 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
     u, places = stages.front(xz, directions, ids, options)
     y, pull = jax.vjp(middle, middle_params, u)
     out = stages.back(xz, y, directions, norm, ids, options)
-    return out, (xz, y, places, ids, pull, directions, norm)
+    return out, (xz, y, places, pull, ids, directions, norm)
 
 
 def _backward(stages, middle, options, residuals, out_bar):
-    xz, y, places, ids, pull, *weights = residuals
+    *saved, ids, directions, norm = residuals
+    gradients = core_gradients(stages, options, Saved(*saved), directions, norm, ids, out_bar)
+    return *gradients, jax.tree.map(lambda _: None, ids)
+
+
+class Saved(NamedTuple):
+    """What the forward pass of a core keeps for the gradient.
+
+    Attributes:
+        xz: input of the core.
+        y: what `middle` returned.
+        places: see `xla.front`.
+        pull: transpose of `middle`, from `jax.vjp`.
+    """
+
+    xz: jax.Array
+    y: tuple[jax.Array, jax.Array]
+    places: Any
+    pull: Any
+
+
+def core_gradients(
+    stages: Stages,
+    options: CoreOptions,
+    saved: Saved,
+    directions: Directions,
+    norm: Norm,
+    ids: tuple[jax.Array, ...],
+    out_bar: jax.Array,
+) -> tuple[jax.Array, Directions, Norm, Any]:
+    """Return the gradients of xz, directions, norm and `middle`'s parameters, given the output's."""
+    xz, y, places, pull = saved
+    weights = [directions, norm]
     # s, whose gradient is s_bar, is what the LayerNorm reads.
     # Cast the parameters, so that their gradients are summed over devices in float32 or wider.
     directions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
@@ -281,12 +313,8 @@ def _backward(stages, middle, options, residuals, out_bar):
     xz_bar, directions_bar = stages.front_gradients(
         xz, s_bar, xz_bar, u_bar, places, directions, ids, options
     )
-    gradients = (
-        match_types(xz_bar, xz),
-        *match_types([directions_bar, norm_bar], weights),
-        middle_bar,
-    )
-    return *gradients, jax.tree.map(lambda _: None, ids)
+    directions_bar, norm_bar = match_types([directions_bar, norm_bar], weights)
+    return match_types(xz_bar, xz), directions_bar, norm_bar, middle_bar
 
 
 _core.defvjp(_forward, _backward)

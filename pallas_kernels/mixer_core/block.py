@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
@@ -19,7 +18,9 @@ from pallas_kernels.mixer_core.api import (
     IMPLEMENTATIONS,
     NORM,
     POOLED,
+    Saved,
     Stages,
+    core_gradients,
     mixer_core,
 )
 from pallas_kernels.mixer_core.checks import check_arrays
@@ -70,9 +71,9 @@ def mixer_block(
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
     On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
-    exist in memory. The kernel runs where `block_unsupported` returns None and nothing is differentiated. Everywhere
-    else, and in the forward pass of a gradient, `mixer_core` and XLA compute the same step by step. They round the
-    product to xz's dtype before they add it; the kernel does not.
+    exist in memory, except that the forward pass of a gradient keeps g. The kernel runs where `block_unsupported`
+    returns None. Everywhere else `mixer_core` and XLA compute the same step by step. They round the product to xz's
+    dtype before they add it; the kernel does not. One more kernel computes the gradient of residual sum and norm.
 
     Given what xz is the product of, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
     `project_front_unsupported` returns None for a device's share of the batch.
@@ -166,6 +167,11 @@ class _Call(NamedTuple):
     norm_eps: float
     implementation: str
 
+    @property
+    def stages(self) -> Stages:
+        """The kernels of `mixer_core`."""
+        return Stages(always=self.implementation == "pallas")
+
     def step_by_step(self, xz, residual, directions, norm, projection, middle_params):
         """Compute the block with the kernels of `mixer_core`, where they run, and XLA."""
         options = self.options
@@ -190,25 +196,52 @@ class _Call(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(call: _Call, xz, residual, directions, norm, projection, middle_params):
-    if isinstance(xz, Unprojected):
-        xz, u = _project_front(call, *xz, directions)
-    else:
-        stages = Stages(always=call.implementation == "pallas")
-        u, _ = stages.front(xz, directions, (), call.options)
+    xz, u, _ = _front(call, xz, directions)
     y = call.middle(middle_params, u)
     return _project(call, xz, y, residual, directions, norm, projection)
 
 
-def _forward(call, *arrays):
-    return jax.vjp(call.step_by_step, *arrays)
+def _forward(call, given, residual, directions, norm, projection, middle_params):
+    xz, u, places = _front(call, given, directions)
+    y, pull = jax.vjp(call.middle, middle_params, u)
+    weights = (directions, norm, projection)
+    total, normed, g = _project(call, xz, y, residual, *weights, keep=True)
+    unprojected = given if isinstance(given, Unprojected) else None
+    return (total, normed), (unprojected, Saved(xz, y, places, pull), total, g, *weights)
 
 
-def _backward(call, pull, bars):
-    del call
-    return pull(bars)
+def _backward(call, saved, bars):
+    unprojected, core, total, g, directions, norm, projection = saved
+    total_bar, normed_bar = bars
+    gain = projection.gain
+    # 1) The residual sum and the RMSNorm. `residual_bar` is the gradient of both terms of the sum.
+    residual_bar, update_bar = _norm_gradient(call, total_bar, normed_bar, total, gain)
+    normalise = lambda gain: _normalise(total, gain, call.norm_eps, g.dtype)  # noqa: E731
+    (gain_bar,) = jax.vjp(normalise, gain)[1](normed_bar)  # Dead code where the gain is constant.
+    # 2) The output projection.
+    _, pull_update = jax.vjp(_update, g, projection.weight)
+    g_bar, weight_bar = pull_update(update_bar)
+    # 3) The core.
+    core_bars = core_gradients(call.stages, call.options, core, directions, norm, (), g_bar)
+    xz_bar, directions_bar, norm_bar, middle_bar = core_bars
+    # 4) The input projection.
+    if unprojected is not None:
+        _, pull_xz = jax.vjp(Unprojected.projected, unprojected)
+        (xz_bar,) = pull_xz(xz_bar)
+    projection_bar = Projection(weight_bar, gain_bar)
+    return xz_bar, residual_bar, directions_bar, norm_bar, projection_bar, middle_bar
 
 
 _fused.defvjp(_forward, _backward)
+
+
+def _front(call: _Call, xz, directions):
+    """Return xz, the pooled tokens and, with "max", the places of the maxima."""
+    if isinstance(xz, Unprojected):
+        if call.options.method == "mean":
+            return *_project_front(call, *xz, directions), ()
+        xz = xz.projected()
+    return xz, *call.stages.front(xz, directions, (), call.options)
 
 
 def _project_front(call: _Call, tokens, weight, directions):
@@ -228,17 +261,29 @@ def _xla_project_front(tokens, weight, directions, options):
     return xz, u
 
 
-def _project(call: _Call, xz, y, residual, directions, norm, projection):
-    """Return the residual stream and its normalised tokens, by the kernel or by XLA."""
+def _project(call: _Call, xz, y, residual, directions, norm, projection, *, keep: bool = False):
+    """Return the residual stream and its normalised tokens, by the kernel or by XLA; with `keep`, also g."""
     from pallas_kernels.mixer_core import mosaic
 
-    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps}
+    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps, "keep": keep}
     kernel: Callable = functools.partial(mosaic.back_project, **static)
     other: Callable = functools.partial(_xla_project, **static)
     tokens = "b l o"
     operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
+    results = (tokens, tokens, "b l e") if keep else (tokens, tokens)
     arrays = (xz, y, residual, directions, norm, projection)
-    return _on_shares(call, kernel, other, operands, (tokens, tokens), arrays)
+    return _on_shares(call, kernel, other, operands, results, arrays)
+
+
+def _norm_gradient(call: _Call, total_bar, normed_bar, total, gain):
+    """Return the gradient of the residual sum, as it is and rounded: by the kernel or by XLA."""
+    from pallas_kernels.mixer_core import mosaic
+
+    kernel: Callable = functools.partial(mosaic.norm_gradient, norm_eps=call.norm_eps)
+    other: Callable = functools.partial(xla.norm_gradient, eps=call.norm_eps)
+    tokens = "b l o"
+    arrays = (total_bar, normed_bar, total, gain)
+    return _on_shares(call, kernel, other, (*[tokens] * 3, "o"), (tokens, tokens), arrays)
 
 
 def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results, arrays):
@@ -251,21 +296,24 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
-def _xla_project(xz, y, residual, directions, norm, projection, options, norm_eps):
+def _xla_project(xz, y, residual, directions, norm, projection, options, norm_eps, keep):
     g = xla.back(xz, y, directions, norm, (), options)
-    return add_and_normalise(g, residual, projection, norm_eps)
+    kept = (g,) if keep else ()
+    return *add_and_normalise(g, residual, projection, norm_eps), *kept
 
 
 def add_and_normalise(
     g: jax.Array, residual: jax.Array, projection: Projection, norm_eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Project g, add it to the residual stream, and normalise the sum. The kernel computes the same."""
-    update = jnp.matmul(g, projection.weight.astype(g.dtype).T)
-    total = residual + update.astype(residual.dtype)
+    total = residual + _update(g, projection.weight).astype(residual.dtype)
+    return total, _normalise(total, projection.gain, norm_eps, g.dtype)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # Save the sum alone for the gradient.
-    def normalise(total, gain):
-        factor = lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + norm_eps)
-        return (total * (factor * gain.astype(total.dtype))).astype(g.dtype)
 
-    return total, normalise(total, projection.gain)
+def _update(g: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.matmul(g, weight.astype(g.dtype).T)
+
+
+def _normalise(total: jax.Array, gain: jax.Array, norm_eps: float, dtype: Any) -> jax.Array:
+    run = lambda total, gain: xla.rms_norm(total, gain, norm_eps).astype(dtype)  # noqa: E731
+    return jax.checkpoint(run, prevent_cse=False)(total, gain)  # Save the sum alone.

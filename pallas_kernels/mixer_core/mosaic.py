@@ -19,6 +19,7 @@ from pallas_kernels.mixer_core import (
     mosaic_back_project,
     mosaic_front,
     mosaic_front_gradients,
+    mosaic_norm_gradient,
     mosaic_project_front,
     mosaic_ragged_front,
     mosaic_segments,
@@ -257,19 +258,38 @@ def project_front(tokens, weight, directions: Directions, options: CoreOptions):
 
 
 def back_project(
-    xz, y, residual, directions: Directions, norm: Norm, projection, options: CoreOptions, norm_eps
-) -> tuple[jax.Array, jax.Array]:
-    """See `block.mixer_block`: everything behind the scans."""
+    xz,
+    y,
+    residual,
+    directions: Directions,
+    norm: Norm,
+    projection,
+    options: CoreOptions,
+    norm_eps,
+    keep,
+) -> tuple[jax.Array, ...]:
+    """See `block.mixer_block`: everything behind the scans. With `keep`, also return out_proj's input."""
     taps = directions.kernels.shape[1]
     grid = _project_work(xz, taps, residual.shape[-1], options).grid
     directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(
         _on_grid(xz, options), _float32(y), _on_grid(residual, options), *directions32, *norm32,
         projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32), grid,
-        eps=options.eps, norm_eps=norm_eps, interpret=gpu.interpreted(),
+        eps=options.eps, norm_eps=norm_eps, keep=keep, interpret=gpu.interpreted(),
     )  # fmt: skip
-    total, normed = gpu.run_once(out)
-    return _flat(total), _flat(normed)
+    return tuple(map(_flat, gpu.run_once(out)))
+
+
+def norm_gradient(total_bar, normed_bar, total, gain, norm_eps):
+    """See `xla.norm_gradient`, which takes what the kernel does not."""
+    tokens, width = total.size // total.shape[-1], total.shape[-1]
+    if mosaic_norm_gradient.unsupported(tokens, width) is not None:
+        return xla.norm_gradient(total_bar, normed_bar, total, gain, norm_eps)
+    out = mosaic_norm_gradient.norm_gradient(
+        total_bar, normed_bar, total, gain.astype(jnp.float32),
+        eps=norm_eps, interpret=gpu.interpreted(),
+    )  # fmt: skip
+    return gpu.run_once(out)
 
 
 def back_gradients(

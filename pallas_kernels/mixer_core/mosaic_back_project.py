@@ -4,10 +4,11 @@
     r = residual + g W
     h = r / sqrt(mean(r²) + eps) · gain
 
-`mosaic_back` defines the first line. Neither g nor g W exists in global memory. A thread block computes 64 rows of the
-product: `PER_TILE` segments of lines of 16 rows each. A segment shorter than 16 tokens has its middle tokens twice. The
-two warpgroups of a block share the tokens of a segment, then the columns of the product, then the segments of the tile.
-One part of shared memory holds g. The tiles of x, z and s, parts of W, and the product use the other part in turn.
+`mosaic_back` defines the first line. g W never exists in global memory, and g only where it is kept for the gradient of
+W. A thread block computes 64 rows of the product: `PER_TILE` segments of lines of 16 rows each. A segment shorter than
+16 tokens has its middle tokens twice. The two warpgroups of a block share the tokens of a segment, then the columns of
+the product, then the segments of the tile. One part of shared memory holds g. The tiles of x, z and s, parts of W, and
+the product use the other part in turn.
 """
 
 from __future__ import annotations
@@ -174,10 +175,10 @@ class Work:
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "eps", "norm_eps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("grid", "eps", "norm_eps", "keep", "interpret"))
 def back_project(
     xz, y, residual, kernels, biases, D, scale, shift, weight, gain, grid: Grid,
-    *, eps: float, norm_eps: float, interpret: bool,
+    *, eps: float, norm_eps: float, keep: bool = False, interpret: bool,
 ):  # fmt: skip
     """Apply the back of the mixer, project, add to the residual stream, and normalise the sum.
 
@@ -192,10 +193,12 @@ def back_project(
         gain: of the RMSNorm, ``d`` float32.
         grid: how the tokens are cut: segments of 8 to 16 tokens; `per_block` is not used.
         eps, norm_eps: epsilons of LayerNorm and RMSNorm.
+        keep: return g as well.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The new residual stream, as `residual`, and the normalised tokens, ``b rows columns d`` in xz's dtype.
+        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in xz's dtype; and with
+        `keep` g, ``b rows columns e``.
     """
     work, layouts = Work(grid, weight.shape[0]), Layouts()
     blocks, half, halo, segment = work.channel_blocks, work.half, grid.halo, grid.segment
@@ -203,9 +206,9 @@ def back_project(
     parts, columns = grid.width // PART, work.outputs // COLUMNS
 
     def body(*refs):
-        xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref, shift_ref = refs[:-10]
-        weight_ref, gain_ref, sum_ref, normed_ref, g_tile = refs[-10:-5]
-        union, x_barrier, z_barrier, w_barrier, both = refs[-5:]
+        (xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref), refs = refs[:8], refs[8:]
+        shift_ref, weight_ref, gain_ref, sum_ref, normed_ref, *kept_refs = refs[:-6]
+        g_tile, union, x_barrier, z_barrier, w_barrier, both = refs[-6:]
         (x_tile, z_tile, s_tile), (w_tile,), (product_tile,) = union
         group = lax.axis_index("warpgroup")
         first, stop = work.share(lax.axis_index("thread_block"))
@@ -323,9 +326,9 @@ def back_project(
         # Tokens of a segment and rows of the tile, four at a time.
         fours = ((0, 0), (4, 4), (segment - 8, 8), (segment - 4, 12))
 
-        def tokens(ref, index, start, c):
+        def tokens(ref, index, start, c, size=4):
             image, line, begin = work.place(index)
-            return grid.part(ref, image, line, begin + start, 4, c)
+            return grid.part(ref, image, line, begin + start, size, c)
 
         load = lambda ref: plgpu.load(ref, layout=layouts.outputs, optimized=False)  # noqa: E731
 
@@ -357,6 +360,12 @@ def back_project(
                         tokens(normed_ref, index, start, c),
                         (part * scaling * gains[c]).astype(xz.dtype),
                     )
+            for ref in kept_refs:  # Swizzled tiles are read by eights.
+                for start, row in fours[::2]:
+                    for b in range(blocks):
+                        g = g_tile.at[pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)]
+                        g = plgpu.load(g, layout=layouts.tokens, optimized=False)
+                        store(tokens(ref, index, start, b, 8), g)
 
         for part in range(min(STAGES, parts)):
             fetch_weight(part)
@@ -370,11 +379,13 @@ def back_project(
 
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
-    new, normed = plgpu.kernel(
+    kept = [jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)] if keep else []
+    new, normed, *kept = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct(old.shape, jnp.float32),
             jax.ShapeDtypeStruct(old.shape, xz.dtype),
+            *kept,
         ],
         scratch_types=work.scratch(xz.dtype),
         compiler_params=compiler_params(),
@@ -388,4 +399,5 @@ def back_project(
         *map(blocked, (xz, *y)), old, *map(blocked, (kernels, biases, D, scale, shift)),
         weight, by_columns(gain),
     )  # fmt: skip
-    return new.reshape(residual.shape), normed.reshape(residual.shape)
+    kept = [g.reshape(*xz.shape[:3], grid.width) for g in kept]
+    return new.reshape(residual.shape), normed.reshape(residual.shape), *kept

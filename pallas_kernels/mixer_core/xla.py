@@ -193,3 +193,23 @@ def front_gradients(
     (_, s), pull = jax.vjp(run, x, directions)
     x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))
     return xz_bar.at[..., : x.shape[-1]].set(x_bar), directions_bar
+
+
+def rms_norm(total: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """Apply an RMSNorm over the last axis, in the dtype of `total`."""
+    factor = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
+    return total * (factor * gain.astype(total.dtype))
+
+
+def norm_gradient(
+    total_bar: jax.Array, normed_bar: jax.Array, total: jax.Array, gain: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """Add the gradient of `total` through its RMSNorm to `total_bar`.
+
+    Returns:
+        The sum in the dtype of `total`, and rounded to the dtype of `normed_bar`.
+    """
+    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps), total)
+    (bar,) = pull(normed_bar.astype(total.dtype))
+    bar = total_bar + bar
+    return bar, bar.astype(normed_bar.dtype)

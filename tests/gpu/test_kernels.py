@@ -191,6 +191,24 @@ def test_block(seed, case, transposed):
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
 
 
+@pytest.mark.parametrize("case", [case for case in BLOCKS if "method" not in case])
+def test_block_gradients(seed, case):
+    rng = np.random.default_rng(seed)
+    case = case | {"transposed": bool(rng.integers(2))}
+    args, bars = block.draw(rng, **case)
+    args = block.rounded(args)
+    options = {name: value for name, value in case.items() if name != "taps"}
+    run = jax.jit(lambda *a: block.value_and_gradients(*a, "pallas", options))
+    compiled = run.lower(args, bars).compile()
+    assert "mixer_norm_gradient" in compiled.as_text()
+    first = jax.device_get(compiled(args, bars))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = block.wanted_gradients(*jax.device_get((args, bars)), options)
+    print(relative_errors(first, wanted))
+    assert max(relative_errors(first, wanted)) < 2 * block.BOUND
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args, bars)))
+
+
 PROJECT_FRONTS = [
     {"b": 128, "rows": 14, "columns": 14, "inputs": 192, "width": 384},
     {"b": 6, "rows": 14, "columns": 14, "inputs": 256, "width": 512},

@@ -113,10 +113,14 @@ COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
 
 
 def test_joined_blocks_equal_plain_ones(seed):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernel's place."""
+    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place, derivative rules included."""
     graphdef, params = split(seed, **SMALL, **COMPUTE, blocks="unroll")
     images = jax.random.normal(jax.random.key(seed), (88, 48, 48, 3))
-    run = lambda p, x: nnx.merge(graphdef, p)(x)  # noqa: E731
+
+    def run(params, images):
+        out, pull = jax.vjp(lambda p: nnx.merge(graphdef, p)(images), params)
+        return out, pull(jnp.cos(out))[0]
+
     with abstract_h100():
         traced = jax.jit(run).trace(params, images)
     got = traced.lower().compile()(params, images)

@@ -103,13 +103,70 @@ def test_lowers_for_an_h100():
     assert launches(text, "mixer_back") == 0
 
 
+def value_and_gradients(args, bars, implementation, case):
+    out, pull = jax.vjp(lambda args: block(args, implementation, **case), args)
+    return out, pull(bars)[0]
+
+
+def rounded(args):
+    """The arguments with the projection's weight as the kernel reads it."""
+    *rest, projection, params = args
+    weight = projection.weight.astype("bfloat16").astype("float32")
+    return (*rest, projection._replace(weight=weight), params)
+
+
+def wanted_gradients(args, bars, case):
+    with x64():
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, bars))
+        return jax.device_get(value_and_gradients(*wide, "xla", case))
+
+
 @needs_mosaic
-def test_gradients_run_step_by_step():
+def test_gradients(seed):
+    """All kernels of a training step's block, against float64."""
+    rng = np.random.default_rng(seed)
+    lines, tokens, transposed = 3, int(rng.integers(8, 15)), bool(rng.integers(2))
+    rows, columns = (tokens, lines) if transposed else (lines, tokens)
+    case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "transposed": transposed}
+    print(case)
+    args, bars = draw(rng, **case)
+    args = rounded(args)
+    with abstract_h100(), interpreted():
+        run = jax.jit(lambda *a: value_and_gradients(*a, "pallas", case))
+        got = jax.device_get(run.trace(args, bars).lower().compile()(args, bars))
+    assert max(relative_errors(got, wanted_gradients(args, bars, case))) < 2 * BOUND
+
+
+@needs_mosaic
+def test_norm_gradient(seed):
+    """Tokens that fill no thread block: the last two have some in common."""
+    from pallas_kernels.mixer_core import xla
+    from pallas_kernels.mixer_core.mosaic_norm_gradient import norm_gradient
+
+    rng = np.random.default_rng(seed)
+    width = int(rng.choice([64, 192, 384]))
+    tokens = (1, int(rng.integers(9, 30)), width)
+    print(tokens)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    args = (normal(*tokens), normal(*tokens).astype("bfloat16"), normal(*tokens), normal(width))
+    with abstract_h100(), interpreted():
+        run = jax.jit(lambda *a: norm_gradient(*a, eps=1e-6, interpret=True))
+        total, half = jax.device_get(run.trace(*args).lower().compile()(*args))
+    with x64():
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
+        wanted, _ = jax.device_get(xla.norm_gradient(*wide, 1e-6))
+    assert max(relative_errors([total], [wanted])) < 1e-6
+    np.testing.assert_array_equal(half, total.astype(half.dtype))
+
+
+@needs_mosaic
+def test_gradients_lower_for_an_h100():
     case = {**FULL, "e": 128}
     objective = lambda args: jnp.sum(block(args, "auto", **case)[0])  # noqa: E731
     text = lower_for_h100(jax.grad(objective), abstract(case))
-    assert launches(text, "mixer_back_project") == 0
-    assert launches(text, "mixer_back_gradients") == 1
+    for name in ("back_project", "norm_gradient", "back_gradients", "front_gradients"):
+        assert launches(text, f"mixer_{name}") == 1
+    assert launches(text, "mixer_back") == 0
 
 
 @needs_mosaic

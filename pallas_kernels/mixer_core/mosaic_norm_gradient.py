@@ -1,0 +1,93 @@
+"""Compute the gradient of a residual sum and the RMSNorm behind it as one Mosaic GPU kernel.
+
+    r = the residual stream,   n = r / sqrt(mean(r²) + eps) · gain
+    r_bar += (g - r̂ mean(g r̂)) / sqrt(mean(r²) + eps),   g = n_bar · gain,   r̂ = n / gain
+
+The kernel reads r_bar, n_bar and r once, and writes the sum twice: as it is, for the residual stream, and rounded, for
+the products of out_proj's gradients. A warp owns a token. It has all loads of its tokens on their way at the same time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixer_core.mosaic_back_project import COLUMNS, Layouts, mean, spread
+from pallas_kernels.mosaic import WARPS, compiler_params, interpret_params, store
+
+WIDEST = 768  # channels of a token; more do not fit registers
+TOGETHER = 384  # channels of the tokens of a warp, unless one token has more
+
+
+def unsupported(tokens: int, width: int) -> str | None:
+    """Return why the kernel does not take `tokens` tokens of `width` channels, or None."""
+    if width % COLUMNS or width > WIDEST:
+        return f"{width} channels are no multiple of {COLUMNS} up to {WIDEST}"
+    return f"{tokens} tokens are fewer than {WARPS}" if tokens < WARPS else None
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def norm_gradient(residual_bar, normed_bar, residual, gain, *, eps: float, interpret: bool):
+    """Add the gradient of a residual stream through its RMSNorm to the gradient that it has otherwise.
+
+    Args:
+        residual_bar: gradient of the residual stream from elsewhere, ``b l d`` float32.
+        normed_bar: gradient of the normalised tokens, ``b l d``.
+        residual: ``b l d`` float32.
+        gain: of the norm, ``d`` float32.
+        eps: epsilon of the norm.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        The sum in float32, and rounded to the dtype of `normed_bar`.
+    """
+    shape, width = residual.shape, residual.shape[-1]
+    count, columns = residual.size // width, width // COLUMNS
+    steps = min(max(1, TOGETHER // width), count // WARPS)  # tokens of a warp
+    layouts = Layouts()
+
+    def body(bar_ref, normed_ref, residual_ref, gain_ref, sum_ref, rounded_ref):
+        # The last blocks may have tokens in common, of which both write the same.
+        first = lax.min(lax.axis_index("block") * (steps * WARPS), count - steps * WARPS)
+        load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
+        over = lambda x, axis: spread(x, (WARPS, COLUMNS), axis, layouts.outputs)  # noqa: E731
+
+        def tokens(ref, step):
+            at = pl.ds(first + step * WARPS, WARPS)
+            return [load(ref.at[at, c], layouts.outputs) for c in range(columns)]
+
+        loaded = [
+            [tokens(ref, step) for ref in (residual_ref, normed_ref, bar_ref)]
+            for step in range(steps)
+        ]
+        gains = [over(load(gain_ref.at[c], layouts.of_columns), 1) for c in range(columns)]
+        for step, (r, bars, sums) in enumerate(loaded):
+            inverse = over(lax.rsqrt(mean([part * part for part in r]) + eps), 0)
+            r = [part * inverse for part in r]
+            g = [bar.astype(jnp.float32) * gain for bar, gain in zip(bars, gains, strict=True)]
+            share = over(mean([a * b for a, b in zip(g, r, strict=True)]), 0)
+            at = pl.ds(first + step * WARPS, WARPS)
+            for c in range(columns):
+                total = sums[c] + (g[c] - r[c] * share) * inverse
+                store(sum_ref.at[at, c], total)
+                store(rounded_ref.at[at, c], total.astype(normed_bar.dtype))
+
+    by_columns = lambda x: x.reshape(-1, columns, COLUMNS)  # noqa: E731
+    total, rounded = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((count, columns, COLUMNS), jnp.float32),
+            jax.ShapeDtypeStruct((count, columns, COLUMNS), normed_bar.dtype),
+        ],
+        compiler_params=compiler_params(),
+        interpret=interpret_params(interpret),
+        kernel_name="mixer_norm_gradient",
+        grid=(pl.cdiv(count, steps * WARPS),),
+        grid_names=("block",),
+    )(*map(by_columns, (residual_bar, normed_bar, residual)), gain.reshape(columns, COLUMNS))
+    return total.reshape(shape), rounded.reshape(shape)
