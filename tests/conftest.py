@@ -35,6 +35,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.support import DRAWS  # noqa: E402
+
 hypothesis.settings.register_profile(
     "fastvim",
     deadline=None,  # the first example compiles
@@ -54,9 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     """Say what a failure needs to be seen again."""
     return [
-        f"seed: FASTVIM_TEST_SEED={RUN_SEED}",
+        f"seed: FASTVIM_TEST_SEED={RUN_SEED}, FASTVIM_TEST_DRAWS={DRAWS}",
         f"jax {jax.__version__}, numpy {np.__version__}",
     ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeat a test that draws from `seed`, `rng` or `key` FASTVIM_TEST_DRAWS times, each time with another seed."""
+    if DRAWS > 1 and "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(DRAWS), indirect=True, ids=lambda n: f"draw{n}")
 
 
 @pytest.fixture

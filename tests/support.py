@@ -16,6 +16,8 @@ import pytest
 from numpy.typing import ArrayLike
 
 ROOT = Path(__file__).resolve().parent.parent
+# How many times as much to draw as usual: random tests run so often, and hypothesis draws so many times its examples.
+DRAWS = int(os.environ.get("FASTVIM_TEST_DRAWS", "1"))
 
 
 def x64() -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d.arg_specs import SMALL, ConvSpec
 from tests.pallas_kernels import oracle
-from tests.support import assert_close, relative_error, x64
+from tests.support import DRAWS, assert_close, relative_error, x64
 
 IMPLEMENTATIONS = ("reference", "xla", "auto")
 TOLERANCE = {"float64": (1e-12, 1e-12), "float32": (5e-6, 5e-5)}
@@ -60,7 +60,7 @@ def test_specs(spec: ConvSpec, implementation: str, dtype: str, seed: int):
     check(spec, implementation, dtype, seed)
 
 
-@settings(max_examples=8, derandomize=False)
+@settings(max_examples=8 * DRAWS, derandomize=False)
 @given(
     spec=st.builds(
         ConvSpec,

@@ -17,7 +17,7 @@ from pallas_kernels.selective_scan import xla_associative
 from pallas_kernels.selective_scan.arg_specs import SMALL, ScanSpec
 from pallas_kernels.selective_scan.chunks import chunk_length
 from tests.pallas_kernels import oracle
-from tests.support import assert_close, relative_error, x64
+from tests.support import DRAWS, assert_close, relative_error, x64
 
 XLA = ("xla_associative", "xla_sequential")
 IMPLEMENTATIONS = ("reference", *XLA, "auto")
@@ -108,7 +108,7 @@ def specs(draw) -> ScanSpec:
 
 
 @pytest.mark.parametrize("implementation", XLA)
-@settings(max_examples=5, derandomize=False)
+@settings(max_examples=5 * DRAWS, derandomize=False)
 @given(spec=specs(), seed=st.integers(0, 2**31 - 1))
 def test_random_shapes_and_options(implementation: str, spec: ScanSpec, seed: int):
     arrays, options = spec.arguments(seed)
