@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.json_text import parse_json
 
 Config = TypeVar("Config")
 
@@ -37,8 +38,8 @@ def from_json(cls: type[Config], text: str) -> Config:
         UserError: the text is not JSON, or does not describe `cls`; the message names the field.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise UserError(f"the config is not valid JSON: {error}") from error
     return from_dict(cls, values)
 

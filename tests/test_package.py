@@ -30,14 +30,15 @@ from fastvim_jax.precision import Precision
 from tests.support import ROOT
 
 # Which rooms a room may import from, besides itself. Arrows point down only.
-BASE = {"errors", "typing", "precision", "serialise", "config_checks"}
+BASE = {"errors", "typing", "precision", "serialise", "config_checks", "json_text"}
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "errors": set(),
     "typing": set(),
+    "json_text": set(),
     "precision": {"pallas_kernels", *BASE},
     "config_checks": {"errors"},
-    "serialise": {"errors"},
+    "serialise": {"errors", "json_text"},
     "forward_mode": set(),
     "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},

@@ -22,18 +22,26 @@ def read_file(file: Path | str) -> bytes:
     """
     name = printable(str(file))
     try:
-        # Opening a FIFO would otherwise wait for a writer.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-            status = os.fstat(opened.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DecodeError(f"{name}: not a regular file.")
-            if status.st_size > MAX_BYTES:
-                raise DecodeError(f"{name}: {status.st_size:,} bytes are too many for an image.")
-            return opened.read()
+        opened = open(file, "rb", opener=_open_without_waiting)
     except OSError as error:
         raise DecodeError(f"{name}: {error.strerror or error}.") from None
     except ValueError as error:  # A null character in the name.
         raise DecodeError(f"{name}: {error}.") from None
+    with opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DecodeError(f"{name}: not a regular file.")
+        if status.st_size > MAX_BYTES:
+            raise DecodeError(f"{name}: {status.st_size:,} bytes are too many for an image.")
+        try:
+            return opened.read()
+        except OSError as error:
+            raise DecodeError(f"{name}: {error.strerror or error}.") from None
+
+
+def _open_without_waiting(file: str, flags: int) -> int:
+    """Open a file. Opening a FIFO would otherwise wait for a writer."""
+    return os.open(file, flags | os.O_NONBLOCK)
 
 
 def read_inside(root: Path, path: str, *, follow_links: bool) -> bytes:

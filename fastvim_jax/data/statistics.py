@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 FILE = "statistics.json"
 
@@ -93,7 +94,7 @@ def read_statistics(
     if not file.is_file():
         raise UserError(f"{str(file)!r} does not exist: {command}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         mean = dict(zip(content["names"], content["mean"], strict=True))
         std = dict(zip(content["names"], content["std"], strict=True))
         found = [float(mean[name]) for name in names], [float(std[name]) for name in names]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from fastvim_jax.data.multichannel import (
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.inference.classifier import Classifier
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
 
 Level = Literal["tile", "site", "well"]
@@ -230,7 +230,7 @@ def read_photographs(file: Path) -> Embeddings:
         UserError: it has no rows.
     """
     if file.suffix == ".jsonl":
-        records = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+        records = [parse_json(line) for line in file.read_text("utf-8").split("\n")[:-1]]
         pairs = [(r["file"], r["features"]) for r in records if "features" in r]
     elif file.suffix == ".csv":
         with file.open(newline="", encoding="utf-8") as lines:

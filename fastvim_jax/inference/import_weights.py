@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastvim_jax.data.cells_config import JUMP_CP_MEAN, JUMP_CP_STD
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
 from fastvim_jax.interop.recognise import assumptions, table_side
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model, model_config
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -196,7 +196,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--option {text}: write NAME=VALUE, for example pooling=max.")
         try:
-            read = json.loads(value)
+            read = parse_json(value)
             options[name.replace("-", "_")] = tuple(read) if isinstance(read, list) else read
         except ValueError:
             options[name.replace("-", "_")] = value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 KINDS = (".jsonl", ".csv", ".parquet")
 _ROWS = 4096  # In memory before they are written to a Parquet file.
@@ -49,7 +50,7 @@ def already_written(out: Path) -> set[str]:
     try:
         text = _without_torn_record(out)
         if out.suffix == ".jsonl":
-            return {json.loads(line)["file"] for line in text.split("\n")[:-1]}
+            return {parse_json(line)["file"] for line in text.split("\n")[:-1]}
         return {row[0] for row, _ in list(_rows_of(text))[1:]}
     except (ValueError, LookupError, TypeError, csv.Error, OSError) as error:
         raise UserError(f"{out} holds no results that could be continued: {error}") from error

@@ -19,6 +19,7 @@ from flax import nnx
 
 from fastvim_jax import __version__
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.parameters import count_parameters, named_parameters, replace_parameters
 from fastvim_jax.models.registry import build_model, config_class
 from fastvim_jax.models.safetensors_file import read_safetensors
@@ -195,7 +196,7 @@ def _is_float(value: Any) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_bytes())
+        about = parse_json(path.read_bytes())
         found = about["format"]
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no model: it has no {CONFIG_FILE}.") from None

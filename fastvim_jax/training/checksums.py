@@ -7,6 +7,7 @@ import json
 from collections.abc import Container
 from pathlib import Path
 
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.training.disk import replace_file
 
 
@@ -43,9 +44,9 @@ def find_damage(folder: Path, record: Path, items: Container[str] | None = None)
         FileNotFoundError: there is no record.
     """
     try:
-        listing = json.loads(record.read_bytes())
+        listing = parse_json(record.read_bytes())
         expected = {name: (int(size), str(digest)) for name, (size, digest) in listing.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         return f"its record of checksums {record} cannot be read"
     if not expected:
         return f"its record of checksums {record} is empty"

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 LOCK_FILE = "lock"
 
@@ -67,7 +68,7 @@ def _sign(descriptor: int) -> None:
 
 def _holder(descriptor: int) -> str:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = parse_json(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.disk import explain_write_errors, replace_file
 from fastvim_jax.training.event_file import EventFile
@@ -242,7 +243,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors.
         return None
     whole = (

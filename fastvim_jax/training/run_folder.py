@@ -32,6 +32,7 @@ from flax import nnx
 from fastvim_jax.data.labelled import load_image, make_preprocess
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -243,7 +244,7 @@ def _earlier_starts(path: Path) -> list[Any]:
     if not path.is_file():
         return []
     try:
-        return list(json.loads(path.read_bytes())["starts"])
+        return list(parse_json(path.read_bytes())["starts"])
     except (ValueError, KeyError, TypeError):
         kept = keep_damaged(path)
         _log.warning("%s cannot be read: it is now %s, and a new one is begun.", path, kept)
@@ -286,7 +287,7 @@ def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
     """
     path = Path(run_dir) / CLASSES_FILE
     try:
-        names = json.loads(path.read_text())
+        names = parse_json(path.read_text())
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it is no list of names")
         return tuple(names)

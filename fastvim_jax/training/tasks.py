@@ -7,11 +7,11 @@ holds `train(config, call) -> RunResult`, which ends in `loop.run_loop`. A new t
 from __future__ import annotations
 
 import importlib
-import json
 from types import ModuleType
 
 from fastvim_jax import serialise
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.json_text import parse_json
 from fastvim_jax.training.config import RunConfig
 
 TASKS = {
@@ -45,7 +45,7 @@ def config_from_json(text: str) -> RunConfig:
         UserError: the text is no JSON, names no task's config, or a field is unknown, missing or mistyped.
     """
     try:
-        name = str(json.loads(text)["class"])
+        name = str(parse_json(text)["class"])
     except (ValueError, TypeError, KeyError):
         name = "TrainConfig"  # Reading the text as one says what is wrong.
     module = importlib.import_module(f"{_folder(name)}.config")

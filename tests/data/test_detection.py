@@ -111,6 +111,10 @@ def test_bad_annotations_are_counted(tmp_path: Path) -> None:
         (lambda root: (root / "train/1.png").unlink(), "1 of 2 images"),
         (lambda root: (root / "annotations/instances_train.json").write_text("{"), "is no JSON"),
         (
+            lambda root: (root / "annotations/instances_train.json").write_text("[" * 100_000),
+            "is no JSON: it is nested too deeply",
+        ),
+        (
             lambda root: (root / "annotations/instances_train.json").write_text("{}"),
             "no list 'images'",
         ),

@@ -13,7 +13,16 @@ from tests.training.tiny import tiny_config
 
 CONFIG = tiny_config()
 NAMES = ("cat", "dog")
-DAMAGES = [b"", b"[]", b"{}", b"null", b'{"starts": 3}', b"\xff\xfe", b'{"starts": [']
+DAMAGES = [
+    b"",
+    b"[]",
+    b"{}",
+    b"null",
+    b'{"starts": 3}',
+    b"\xff\xfe",
+    b'{"starts": [',
+    b"[" * 100_000,
+]
 
 
 @pytest.fixture
@@ -82,7 +91,9 @@ def test_the_decoder_found_is_stored_and_kept(tmp_path, monkeypatch):
     assert decoder(dataclasses.replace(CONFIG, data=pillow)).data.decoder == "pillow"
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b"{", b"\xff\xfe", b'{"class": "TrainConfig"}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b"{", b"\xff\xfe", b'{"class": "TrainConfig"}', b"[" * 100_000]
+)
 def test_a_damaged_config_is_named(folder, damage):
     (folder / "config.json").write_bytes(damage)
     with pytest.raises(UserError, match=r"config\.json cannot be used: "):

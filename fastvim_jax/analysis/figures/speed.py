@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fastvim_jax.analysis.figures.style import (
     title_of,
 )
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 Row = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def read_rows(folder: Path | None, bench: str) -> list[Row]:
     found = []
     for file in sorted(folder.glob("*.json")) if folder else []:
         try:
-            record = json.loads(file.read_text())
+            record = parse_json(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} is no record of a benchmark: {error}.") from error
         if isinstance(record, dict) and record.get("bench") == bench:

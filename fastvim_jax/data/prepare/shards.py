@@ -25,6 +25,7 @@ from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
 from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT
 from fastvim_jax.data.sources.pixels import FORMAT as PIXELS_FORMAT
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 SHARD_RECORDS = 4096
 
@@ -250,7 +251,7 @@ def _write_shard(source: Source, task: _Task) -> tuple[dict[str, Any], list[str]
 def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """Read the manifest of an earlier start, if it is of the same preparation."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") not in SOURCES_BY_FORMAT:

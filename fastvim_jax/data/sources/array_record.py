@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.prepared import PreparedSplit
+from fastvim_jax.json_text import parse_json
 
 FORMAT = "fastvim-array-record-1"
 # Random access: no thread reads ahead.
@@ -79,7 +80,7 @@ def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
     """
     header, _, image = record.partition(b"\n")
     try:
-        fields = json.loads(header)
+        fields = parse_json(header)
         return {"label": int(fields["label"]), "name": str(fields["name"])}, image
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise DecodeError(f"{name}: not a record that `fastvim data prepare` wrote.") from None

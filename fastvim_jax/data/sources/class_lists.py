@@ -117,7 +117,9 @@ def _read_table(file: Path, lines: list[str]) -> ClassList:
         # int() would take "1_0" and refuses, by an error of its own, more than 4,300 digits.
         label = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
         if label < 0:
-            raise UserError(f"{where}: the label {text[:20]!r} of {name!r} is no whole number.")
+            raise UserError(
+                f"{where}: the label {text[:20]!r} of {name!r} is no whole number from 0 to 999999999."
+            )
         if label in found:
             raise UserError(
                 f"{where} gives the label {label} twice, to {found[label][0]!r} and {name!r}."

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from fastvim_jax.data.listing import packed_texts
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 _FEWEST_NUMBERS = 6  # of a polygon: three points
 FATAL = ("box without area", "box outside the image", "box that is no [x, y, width, height]")
@@ -159,7 +160,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: no such file, no JSON, or a part is missing.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{str(file)!r}: {error.strerror or error} (data.path, data.annotations and the split's name make it)."

@@ -7,7 +7,6 @@ Without Parquet files: `<root>/<split>/<class>/image.jpg`, as in `image_folder`.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from fastvim_jax.data.records import DecodeError, Record, Source, printable
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.labels import list_for, names_of_labels, whole_labels
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.json_text import parse_json
 
 CACHE_BYTES = 256 * 2**20
 """Encoded images that each process keeps of the row groups read last; at least one group is kept."""
@@ -268,8 +268,8 @@ def _names(feature: Any) -> tuple[str, ...] | None:
 
 def _features(schema: Any) -> dict[str, Any]:
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError, RecursionError):
+        found = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -5,11 +5,11 @@ A manifest holds the format, class names, settings, and each shard's file, numbe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.json_text import parse_json
 
 SOURCES_BY_FORMAT = {"fastvim-array-record-1": "array_record", "fastvim-pixels-1": "pixels"}
 """Name of the source that reads each format."""
@@ -80,7 +80,7 @@ def _source_of(file: Path) -> str | None:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -18,6 +18,7 @@ from fastvim_jax.data.listing import Texts
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.prepared import PreparedSplit
 from fastvim_jax.errors import UserError
+from fastvim_jax.json_text import parse_json
 
 FORMAT = "fastvim-pixels-1"
 _MAGIC = b"FVPIXEL1"
@@ -130,7 +131,7 @@ def _read_names(mapped: np.ndarray, name: str) -> list[str]:
     """Return the names of a shard's records; none if they are damaged, because only messages hold them."""
     _, at_names = _read_trailer(mapped, name)
     try:
-        names = json.loads(mapped[at_names:-_TRAILER].tobytes())
-    except (ValueError, RecursionError):
+        names = parse_json(mapped[at_names:-_TRAILER].tobytes())
+    except ValueError:
         return []
     return [str(each) for each in names] if isinstance(names, list) else []

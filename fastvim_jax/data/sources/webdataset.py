@@ -12,7 +12,6 @@ shards may differ in length.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 import tarfile
@@ -27,6 +26,7 @@ from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.json_text import parse_json
 
 _MOST_LABEL_BYTES = 2**24
 # `-0001`, `_1-2`, `-00000-of-00010`, at the end of a name.
@@ -187,9 +187,8 @@ def _key(stem: str) -> str:
 def _label(content: bytes, extension: str) -> int | None:
     """Return the label as a whole number, or None where a JSON holds other things."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
-    # Nested deeply, JSON exhausts the stack.
-    except (ValueError, RecursionError):
+        value = parse_json(content.decode("utf-8-sig"))
+    except ValueError:
         return None
     if extension == ".json":
         value = value.get("label") if isinstance(value, dict) else None
