@@ -3,7 +3,8 @@
     python benchmarks/feed.py run --data shared/data --work /tmp/feed --json benchmarks/results/h100/feed.json
     python benchmarks/feed.py report benchmarks/results/h100/feed.json > benchmarks/feed.md
 
-About 4 minutes on 16 cores and one H100, 16 GB of disk. On a CPU, to see it work: add `--tiny --records 300`.
+About 4 minutes on 16 cores and one H100, 16 GB of disk; less if `--work` holds the shards already (`prepare` writes
+them and measures nothing). On a CPU, to see it work: add `--tiny --records 300`.
 
 1. The 41 ImageNet photographs of `--data` are repeated to `--records` and written as `fastvim data prepare` does:
    as pixels (`pixels=256`) and as JPEG files of 256 pixels (`max_size=256`). All copies are read from the page cache.
@@ -13,19 +14,22 @@ About 4 minutes on 16 cores and one H100, 16 GB of disk. On a CPU, to see it wor
    The augmentation is also timed alone.
 3. A PyTorch DataLoader with Pillow and torchvision's transforms reads the same JPEG files, without training.
 
-Rows are the means of the last laps of the trainer's own log (`metrics.jsonl`).
+Rows are the means of the last laps of the trainer's own log (`metrics.jsonl`). `host_us` is the processor time that the
+training process spends on an image, all its threads together and without its workers. `--profile` prints where these
+threads are, sampled 200 times a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
-import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,36 +84,78 @@ class Repeated:
         return f"{index} of {len(self.source)}"
 
 
+class Feeds:
+    """The feeds' iterators, open for all models, because starting workers takes long. Entering starts the workers."""
+
+    def __init__(self, configs: dict[str, ClassificationData]) -> None:
+        self._opened = {
+            name: make_train_iterator(config, seed=0) for name, config in configs.items()
+        }
+        self._starts = [
+            threading.Thread(target=next, args=(batches,)) for batches in self._opened.values()
+        ]
+
+    def __enter__(self) -> Feeds:
+        for start in self._starts:
+            start.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, batches in self._opened.items():
+            self[name]
+            batches.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened)
+
+    def __getitem__(self, name: str) -> BatchIterator:
+        for start in self._starts:
+            start.join()
+        return self._opened[name]
+
+
 class Relay:
     """Training batches of several feeds one after the other, each for its number of steps; then `Done`.
 
     Takes the place of the trainer's `BatchIterator`.
     """
 
-    def __init__(self, feeds: dict[str, ClassificationData], steps: dict[str, int], **options: Any):
-        self._feeds, self._steps, self._options = feeds, steps, options
-        self._first = self._open(next(iter(feeds)))
-        self.source, self.config = self._first.source, self._first.config
+    def __init__(self, feeds: Feeds, steps: dict[str, int], profile: Profile | None):
+        self._feeds, self._steps, self._profile = feeds, steps, profile
+        first = feeds[next(iter(feeds))]
+        self.source, self.config = first.source, first.config
+        self.host_seconds: dict[str, float] = {}
         self.steps_per_epoch = 10**6  # ended by `Done`
         self.corrupt: set[int] = set()
         self.lend = False
         self._batches = self._all()
 
-    def _open(self, name: str) -> BatchIterator:
-        return make_train_iterator(self._feeds[name], **self._options)
-
     def _all(self) -> Iterator[Any]:
         batch: Any = None
-        for number, name in enumerate(self._feeds):
-            running = self._first if number == 0 else self._open(name)
+        for name in self._feeds:
+            running = self._feeds[name]
             running.lend = self.lend
-            for _ in range(self._steps[name]):
+            for _ in self._timed(name):
                 batch = next(running)
                 yield batch
             batch = owned(batch)
-            running.close()
         placed = jax.device_put(batch)
-        yield from itertools.repeat(placed, self._steps["step"])
+        for _ in self._timed("step"):
+            yield placed
+
+    def _timed(self, name: str) -> Iterator[int]:
+        """Count a phase's steps, and note the processor time of a step in its second half."""
+        steps, half = self._steps[name], self._steps[name] // 2
+        begin = 0.0
+        for number in range(steps):
+            if number == half:
+                begin = time.process_time()
+                if self._profile:
+                    self._profile.phase = name
+            yield number
+        if self._profile:
+            self._profile.phase = ""
+        self.host_seconds[name] = (time.process_time() - begin) / (steps - half)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -130,6 +176,47 @@ class Relay:
         self._batches.close()
 
 
+class Profile:
+    """Sample where the threads of this process are.
+
+    Attributes:
+        phase: name under which samples count; "" for none.
+    """
+
+    def __init__(self) -> None:
+        self.phase = ""
+        self._found: dict[str, collections.Counter[str]] = {}
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while True:
+            time.sleep(0.005)
+            if not (phase := self.phase):
+                continue
+            counts = self._found.setdefault(phase, collections.Counter())
+            counts["samples"] += 1
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for ident, frame in sys._current_frames().items():
+                name = names.get(ident, "?").rstrip("0123456789_-")
+                if ident == threading.get_ident():
+                    continue
+                places = []
+                while frame is not None and len(places) < 4:
+                    code = frame.f_code
+                    places.append(f"{Path(code.co_filename).stem}.{code.co_name}:{frame.f_lineno}")
+                    frame = frame.f_back
+                counts[f"{name}: {' < '.join(places)}"] += 1
+
+    def print(self) -> None:
+        """Print the places of each phase, in threads: 0.5 is one thread for half of the time."""
+        for phase, counts in self._found.items():
+            total = counts.pop("samples")
+            print(f"-- {phase}: {total} samples")
+            for place, count in counts.most_common(25):
+                print(f"{count / total:6.2f}  {place}", flush=True)
+        self._found = {}
+
+
 class Done(Exception):
     """All phases are measured."""
 
@@ -141,6 +228,8 @@ def write_shards(data: Path, work: Path, options: argparse.Namespace) -> None:
         "image_folder", "val", path=str(folder), class_list=str(folder / "imagenet1k_classes.tsv")
     )
     for name, how in (("pixels", {"pixels": 256}), ("jpeg", {"max_size": 256})):
+        if _is_written(work / name / "train.json", options.records):
+            continue
         begin = time.perf_counter()
         prepare(photographs, work / f"{name}_once", "train", **how)
         once = open_source(FEEDS[name], "train", path=str(work / f"{name}_once"))
@@ -154,6 +243,14 @@ def write_shards(data: Path, work: Path, options: argparse.Namespace) -> None:
             f"{name}: {done.records} records, {done.bytes / 1e9:.2f} GB, {seconds:.0f} s",
             flush=True,
         )
+
+
+def _is_written(manifest: Path, records: int) -> bool:
+    """Return whether a manifest says that all records are written. Their checksums are not read again."""
+    if not manifest.is_file():
+        return False
+    found = json.loads(manifest.read_text())
+    return bool(found["complete"]) and found["source_records"] == records
 
 
 def config_of(model: str, options: argparse.Namespace) -> Any:
@@ -180,22 +277,31 @@ def config_of(model: str, options: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def measure_model(model: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run the trainer through all phases, and yield a row for each."""
-    config = config_of(model, options)
-    feeds = {
-        name: dataclasses.replace(config.data, source=source, path=str(options.work / name))
+def feeds_of(options: argparse.Namespace) -> dict[str, ClassificationData]:
+    """Return what each feed reads. It is the same for all models."""
+    data = config_of(options.models[0], options).data
+    return {
+        name: dataclasses.replace(data, source=source, path=str(options.work / name))
         for name, source in FEEDS.items()
         if source
     }
-    steps = {name: laps * options.lap for name, laps in LAPS.items()}
 
-    def relay(data: Any, *, seed: int, mesh: Any, **share: Any) -> Relay:
-        return Relay(feeds, steps, seed=seed)
+
+def measure_model(
+    model: str, feeds: Feeds, options: argparse.Namespace, profile: Profile | None
+) -> Iterator[dict[str, Any]]:
+    """Run the trainer through all phases, and yield a row for each."""
+    config = config_of(model, options)
+    steps = {name: laps * options.lap for name, laps in LAPS.items()}
+    relays: list[Relay] = []
+
+    def relay(data: Any, **_: Any) -> Relay:
+        relays.append(Relay(feeds, steps, profile))
+        return relays[-1]
 
     original = trainer.make_train_iterator
     trainer.make_train_iterator = relay  # type: ignore[attr-defined, assignment]
-    config = dataclasses.replace(config, data=feeds["pixels"])
+    config = dataclasses.replace(config, data=feeds_of(options)["pixels"])
     folder = Path(tempfile.mkdtemp(prefix="feed-run-"))
     try:
         train(config, folder / "run", progress=True)
@@ -217,8 +323,11 @@ def measure_model(model: str, options: argparse.Namespace) -> Iterator[dict[str,
             "model": model, "feed": name, "batch": options.batch, "workers": options.workers,
             "images_per_s": rates[name], "data_wait": _mean(late, "data_wait"),
             "data_images_per_s": _mean(late, "data_images_per_second"),
+            "host_us": 1e6 * relays[-1].host_seconds[name] / options.batch,
             "laps": [line["images_per_second"] for line in phase],
         }  # fmt: skip
+    if profile:
+        profile.print()
 
 
 def measure_torch(options: argparse.Namespace) -> dict[str, Any]:
@@ -278,8 +387,10 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield every row of the benchmark."""
-    for model in options.models:
-        yield from measure_model(model, options)
+    profile = Profile() if options.profile else None
+    with Feeds(feeds_of(options)) as feeds:
+        for model in options.models:
+            yield from measure_model(model, feeds, options, profile)
     yield measure_augmentation(options)
     if not options.no_torch:
         yield measure_torch(options)
@@ -339,6 +450,7 @@ COLUMNS = (
     ("model", 10, lambda r: r["model"]),
     ("feed", 10, lambda r: r["feed"]),
     ("images/s", 9, lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else r["skipped"]),
+    ("host µs", 8, lambda r: f"{r['host_us']:.1f}" if "host_us" in r else "-"),
     ("data wait", 9, lambda r: f"{r['data_wait']:.1%}" if "data_wait" in r else "-"),
 )
 
@@ -349,19 +461,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     tasks = parser.add_subparsers(dest="task", required=True)
-    run = tasks.add_parser("run")
-    run.add_argument("--data", type=Path, required=True, help="folder that holds imagenet_samples")
-    run.add_argument(
-        "--work", type=Path, required=True, help="folder of the shards; kept for the next run"
-    )
+    run, write = tasks.add_parser("run"), tasks.add_parser("prepare")
+    for task in (run, write):
+        task.add_argument(
+            "--data", type=Path, required=True, help="folder that holds imagenet_samples"
+        )
+        task.add_argument(
+            "--work", type=Path, required=True, help="folder of the shards; kept for the next run"
+        )
+        task.add_argument("--records", type=int, default=50_000)
+        task.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     run.add_argument("--json", type=Path)
-    run.add_argument("--records", type=int, default=50_000)
     run.add_argument("--batch", type=int, default=256)
-    run.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     run.add_argument("--lap", type=int, default=50, help="steps between lines of the log")
     run.add_argument("--seconds", type=float, default=15.0, help="of the DataLoader")
     run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     run.add_argument("--no-torch", action="store_true")
+    run.add_argument("--profile", action="store_true", help="print where the threads are")
     run.add_argument("--tiny", action="store_true", help="a tiny model at 32 px, for a CPU")
     shown = tasks.add_parser("report")
     shown.add_argument("file", type=Path)
@@ -371,6 +487,8 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     write_shards(options.data, options.work, options)
+    if options.task == "prepare":
+        return
     show("feed", rows(options), COLUMNS, command=" ".join(sys.argv), file=options.json)
 
 

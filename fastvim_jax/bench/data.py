@@ -22,6 +22,7 @@ from fastvim_jax.data.batches import open_split
 from fastvim_jax.data.classification import make_train_iterator, train_batches
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.device_crops import crops_on_device, packed_batches
 from fastvim_jax.data.randaugment import rand_augment
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.turbo import LAZY, Picture, chosen_decoder, open_image
@@ -65,12 +66,16 @@ def _whole(
     """
     behind = f", {_processes(config.workers)}" if config.workers else ""
     torch = "PyTorch DataLoader" + behind
-    running: dict[tuple[str, str], Iterator[Any]] = {
-        ("whole" + behind, decoder): _our_batches(
-            source, dataclasses.replace(config, decoder=decoder)
-        )
-        for decoder in decoders
-    }
+    running: dict[tuple[str, str], Iterator[Any]]
+    if crops_on_device(source, config):  # The host decodes nothing.
+        running = {("whole" + behind, "device"): _our_batches(source, config)}
+    else:
+        running = {
+            ("whole" + behind, decoder): _our_batches(
+                source, dataclasses.replace(config, decoder=decoder)
+            )
+            for decoder in decoders
+        }
     ours = next(iter(running))
     missing = [m for m in ("torch", "torchvision") if importlib.util.find_spec(m) is None]
     if not missing:
@@ -164,7 +169,10 @@ def _our_batches(source: Source, config: ClassificationData) -> Iterator[Any]:
         return make_train_iterator(config, seed=0)
     # In one thread: two on a core's two hardware threads would each look slower.
     numbered = train_batches(source, config, seed=0, batch_size=config.batch_size)
-    return map(numbered.__getitem__, itertools.count())
+    batches = map(numbered.__getitem__, itertools.count())
+    if crops_on_device(source, config):
+        return packed_batches(batches, source, [slice(0, config.batch_size)])
+    return batches
 
 
 def _time_batches(

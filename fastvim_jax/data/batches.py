@@ -155,14 +155,14 @@ def plain(batch: Mapping[str, Any]) -> Any:
     }
 
 
+def is_lent(value: Any) -> bool:
+    """Return whether an array lies in memory shared with workers, which is freed under whoever still looks at it."""
+    return isinstance(value, np.ndarray) and type(value) is not np.ndarray
+
+
 def owned(batch: Mapping[str, Any]) -> Any:
-    """Copy the arrays that lie in memory shared with workers, which is freed under whoever still looks at it."""
-    return {
-        key: np.array(value)
-        if isinstance(value, np.ndarray) and type(value) is not np.ndarray
-        else value
-        for key, value in batch.items()
-    }
+    """Copy the arrays that lie in memory shared with workers."""
+    return {key: np.array(value) if is_lent(value) else value for key, value in batch.items()}
 
 
 def decode_record(

@@ -8,8 +8,9 @@ taken.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from jaxtyping import UInt8
 from fastvim_jax.data.augment import DRAWN, eval_transform, train_example
 from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, open_split
 from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.data.device_crops import (
+    CROP,
+    PLANNERS,
+    crops_on_device,
+    device_crop_stream,
+    planned_example,
+)
 from fastvim_jax.data.records import DecodeError, Source, printable
 from fastvim_jax.data.resident import resident_evaluation, resident_training
 from fastvim_jax.data.resident_shares import in_shares, sharded_training
@@ -30,6 +38,7 @@ from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
 from fastvim_jax.errors import UserError
 
+_Example = Callable[[Source, int, ClassificationData, np.random.Generator], dict[str, Any]]
 _REPLACEMENTS = 100
 """Undecodable records drawn in a row before the path is taken for a wrong one."""
 
@@ -52,7 +61,8 @@ def make_train_iterator(
         seed: seed of the order and of the augmentation, from 0 to 2**32 - 1.
         process_index: this process's number.
         process_count: number of processes that share a global batch.
-        mesh: the devices that hold the parts of a data set kept in device memory; by default all devices.
+        mesh: the devices that share a batch. It matters where images are kept or cropped on the device. By default a
+            resident set is kept on all devices, and images are cropped on this process's first device.
 
     Raises:
         UserError: the data set cannot be found, or it holds fewer records than one batch.
@@ -74,13 +84,18 @@ def make_train_iterator(
         return resident_training(
             source, config, seed=seed, process_index=process_index, process_count=process_count
         )
-    batches = train_batches(source, config, seed=seed, batch_size=local)
+    share = train_batches(source, config, seed=seed, batch_size=local)[process_index::process_count]
+    decoder: str = chosen_decoder(config)
+    if crops_on_device(source, config):
+        decoder = "device"
+        stream = device_crop_stream(
+            grain_stream(share, min(config.workers, PLANNERS)), source, config,
+            batch_size=local, mesh=mesh, first=process_index * local,
+        )  # fmt: skip
+    else:
+        stream = grain_stream(share, config.workers, batch_bytes=local * _image_bytes(config))
     return BatchIterator(
-        grain_stream(
-            batches[process_index::process_count],
-            config.workers,
-            batch_bytes=local * _image_bytes(config),
-        ),
+        stream,
         source,
         config,
         steps_per_epoch=steps,
@@ -88,7 +103,7 @@ def make_train_iterator(
             "seed": seed,
             "records": len(source),
             "batch_size": config.batch_size,
-            "decoder": chosen_decoder(config),
+            "decoder": decoder,
         },
     )
 
@@ -98,6 +113,8 @@ def train_batches(
 ) -> grain.MapDataset:
     """Build the endless sequence of training batches. Indexing it reads, decodes and augments one batch.
 
+    Where images are cropped on the device, it only draws (`device_crops.planned_example`).
+
     Args:
         source: the records.
         config: how to decode and augment them. Each epoch drops the last records that do not fill a batch of
@@ -106,7 +123,10 @@ def train_batches(
         batch_size: images per batch of this sequence, a divisor of `config.batch_size`.
     """
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
-    images = records.random_map(_LoadForTraining(source, config, chosen_decoder(config)))
+    example: _Example = planned_example
+    if not crops_on_device(source, config):
+        example = functools.partial(_decoded_example, decoder=chosen_decoder(config))
+    images = records.random_map(_LoadForTraining(source, config, example))
     whole = len(source) // config.batch_size * config.batch_size
     return images[:whole].batch(batch_size, batch_fn=_stack).repeat(None)
 
@@ -183,27 +203,39 @@ def _image_bytes(config: ClassificationData) -> int:
 
 @dataclasses.dataclass
 class _LoadForTraining(grain.transforms.RandomMap):
-    """Decode and augment a record. Replace an undecodable one by another, drawn at random."""
+    """Make a record's example. Replace an undecodable record by another, drawn at random."""
 
     source: Source
     config: ClassificationData
-    decoder: str
+    example: _Example
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         corrupt: list[int] = []
         while len(corrupt) < _REPLACEMENTS:
             try:
-                record, image = decode_record(self.source, index, self.config, self.decoder)
-                example = train_example(image, self.config, rng)
+                example = self.example(self.source, index, self.config, rng)
             except DecodeError:
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
-            return {**example, "label": record.target, "corrupt": corrupt}
+            return {**example, "corrupt": corrupt}
         raise UserError(
             f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
             f"among them {self.source[corrupt[0]].name}: is data.path the right folder?"
         )
+
+
+def _decoded_example(
+    source: Source,
+    index: int,
+    config: ClassificationData,
+    rng: np.random.Generator,
+    *,
+    decoder: str,
+) -> dict[str, Any]:
+    """Decode a record, and crop and augment it as far as the host does that."""
+    record, image = decode_record(source, index, config, decoder)
+    return {**train_example(image, config, rng), "label": record.target}
 
 
 @dataclasses.dataclass
@@ -230,11 +262,11 @@ class _LoadForEvaluation(grain.transforms.Map):
 def _stack(elements: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Stack the examples of a batch, and list the indices of its undecodable records, however many there are."""
     batch = {
-        "image": np.stack([e["image"] for e in elements]),
         "label": np.asarray([e["label"] for e in elements], np.int32),
         "corrupt": np.asarray([index for e in elements for index in e["corrupt"]], np.int64),
     }
-    batch |= {key: np.stack([e[key] for e in elements]) for key in DRAWN if key in elements[0]}
+    stacked = ("image", CROP, *DRAWN)
+    batch |= {key: np.stack([e[key] for e in elements]) for key in stacked if key in elements[0]}
     if "valid" in elements[0]:
         batch["valid"] = np.asarray([e["valid"] for e in elements], np.bool_)
     return batch

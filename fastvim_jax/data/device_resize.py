@@ -12,13 +12,15 @@ boxes.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 _ATTEMPTS = 10
 _SUPPORT = 2.0  # of the cubic kernel, in pixels
+_TOGETHER = 2**29  # bytes of intermediate results of the images that are cropped at once
 
 
 def crop_resize(
@@ -33,6 +35,48 @@ def crop_resize(
     down = jax.vmap(lambda box: weights(box[1], box[3], images.shape[1], height))(boxes)
     narrow = _rounded(_product("boi,bhic->bhoc", across, images))
     return _rounded(_product("boi,biwc->bowc", down, narrow)).astype(jnp.uint8)
+
+
+@partial(jax.jit, static_argnames=("size", "most"))
+def crop_packed(
+    pixels: UInt8[Array, " bytes"],
+    table: Int32[Array, "b 6"],
+    *,
+    size: tuple[int, int],
+    most: tuple[int, int],
+) -> tuple[UInt8[Array, "b height width 3"], Array]:
+    """Crop images that lie in one buffer, each with its own height and width, and resize them to `size`.
+
+    The pixels are those of `crop_resize`. Grey images become three equal channels.
+
+    Args:
+        pixels: rows of the images, one image behind the other.
+        table: start of each image in `pixels`, rows, width of a row, channels (1 or 3), left side and width of the
+            box. A box is as high as its image.
+        size: height and width of the result.
+        most: largest height and width of a box.
+
+    Returns:
+        The images, and a value that is ready when `pixels` is needed no more.
+    """
+    height, width = size
+    y, c, x = jnp.ogrid[: most[0], :3, : most[1]]
+
+    def one(row: Int32[Array, " 6"]) -> UInt8[Array, "height width 3"]:
+        start, rows, stride, channels, left, columns = row
+        place = start + (y * stride + left + x) * channels + jnp.where(channels == 3, c, 0)
+        # Outside the box this is another pixel, whose weight is zero.
+        image = pixels.at[place].get(mode="clip")
+        across = weights(jnp.zeros(()), columns * 1.0, most[1], width)
+        down = weights(jnp.zeros(()), rows * 1.0, most[0], height)
+        # In this order no product needs a transposed copy of an image.
+        narrow = _rounded(_product("oi,hci->hco", across, image))
+        small = _rounded(_product("oh,hcw->ocw", down, narrow))
+        return small.astype(jnp.uint8).transpose(0, 2, 1)
+
+    bytes_each = 3 * most[0] * (2 * most[1] + 8 * width)
+    images = jax.lax.map(one, table, batch_size=max(1, _TOGETHER // bytes_each))
+    return images, table[0, 0]
 
 
 def weights(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fastvim_jax.data.batches import Batch, BatchIterator, plain
+from fastvim_jax.data.batches import Batch, BatchIterator, is_lent, plain
 
 Placed = Mapping[str, Any]
 
@@ -62,8 +62,8 @@ class DevicePrefetch(Iterator[Placed]):
         begin = time.perf_counter()
         lent = next(self._batches)
         batch = self._place(plain(lent))
-        if self._batches.lend:
-            jax.block_until_ready(batch)
+        # Only lent memory must be waited for: all else may be computed while the step before runs.
+        jax.block_until_ready([batch[name] for name, value in lent.items() if is_lent(value)])
         self._pace.add(time.perf_counter() - begin)
         return batch, self._batches.get_state()
 

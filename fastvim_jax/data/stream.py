@@ -24,6 +24,9 @@ from fastvim_jax.data.workers import guard_worker, signals_blocked
 from fastvim_jax.errors import UserError
 
 _AHEAD = 2  # finished batches that wait in each worker
+_SMALL = (
+    2**16
+)  # bytes; a smaller array is sent through a pipe, which takes less time than mapping memory
 _log = logging.getLogger(__name__)
 
 
@@ -159,6 +162,9 @@ def _read_ahead(
         flags.FLAGS.mark_as_parsed()
     filed = grain.MapDataset.source(FiledSequence(batches))
     dataset = filed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    dataset = grain.experimental.WithOptionsIterDataset(
+        dataset, grain.experimental.DatasetOptions(min_shm_size=_SMALL)
+    )
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
     guard = functools.partial(guard_worker, os.getpid())
     with signals_blocked():

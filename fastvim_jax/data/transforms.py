@@ -45,7 +45,18 @@ def random_box(
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """Draw the box that `random_resized_crop` crops: left, top, right and bottom."""
-    left, top, width, height = _random_box(image.width, image.height, rng, scale, aspect)
+    return draw_box(image.width, image.height, rng, scale, aspect)
+
+
+def draw_box(
+    full_width: int,
+    full_height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Draw the box of `random_box` for an image of which only the size is known."""
+    left, top, width, height = _random_box(full_width, full_height, rng, scale, aspect)
     return left, top, left + width, top + height
 
 

@@ -16,6 +16,7 @@ from fastvim_jax.data import (
     DecodeError,
     make_eval_iterator,
     make_train_iterator,
+    stream,
 )
 from fastvim_jax.data.prefetch import DevicePrefetch, place_ahead
 from fastvim_jax.errors import UserError
@@ -118,8 +119,9 @@ def test_an_error_comes_with_the_batch_it_belongs_to(image_tree: Path, seed: int
         next(prefetch)
 
 
-def test_workers_memory_is_lent_until_it_is_placed(seed):
+def test_workers_memory_is_lent_until_it_is_placed(seed, monkeypatch):
     """On a GPU the shared memory itself goes to the device; here `place` copies as the device would."""
+    monkeypatch.setattr(stream, "_SMALL", 0)  # these batches are small
     config = dataclasses.replace(DIGITS, workers=1)
     expected = _take(make_train_iterator(DIGITS, seed=seed), 4)
     iterator = make_train_iterator(config, seed=seed)

@@ -1,10 +1,11 @@
-"""Run as a program: a batch of a resident set in shares, in one process or as one of several.
+"""Run as a program: a batch of a resident set in shares, or of pixel shards, in one process or as one of several.
 
-python tests/distributed/shares.py OUT.npz SEED
+python tests/distributed/shares.py OUT.npz SEED [FOLDER OF PIXEL SHARDS]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import jax
@@ -22,14 +23,22 @@ CONFIG = ClassificationData(
 )  # fmt: skip
 
 
-def main(out: str, seed: int) -> None:
+def main(out: str, seed: int, pixels: str = "") -> None:
     initialize_distributed()
     mesh = make_mesh()
-    iterator = make_train_iterator(CONFIG, seed=seed, mesh=mesh)
+    config = CONFIG
+    if pixels:
+        config = dataclasses.replace(
+            CONFIG, source="pixels", path=pixels, resident=False, batch_size=8
+        )
+    iterator = make_train_iterator(
+        config, seed=seed, mesh=mesh,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
     batches = DevicePrefetch(iterator, lambda batch: place_batch(mesh, batch))
     placed = [next(batches) for _ in range(3)][-1]
     batches.close()
-    step = on_mesh(mesh, jax.jit(make_augment(CONFIG, 10)))
+    step = on_mesh(mesh, jax.jit(make_augment(config, 10)))
     done = step(jax.random.key(seed), placed)
     found = {"kept": placed["image"], **done}
     whole = {
@@ -43,4 +52,4 @@ def main(out: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

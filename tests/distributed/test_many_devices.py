@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastvim_jax.data import open_source
+from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.training import read_metrics
 from fastvim_jax.training.clock import TIMING
 from tests.support import ROOT
@@ -186,7 +188,22 @@ def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
     """Each process keeps and gathers its own devices' shares; no image passes between them."""
     finish(launch("shares.py", str(tmp_path / "one.npz"), str(seed), devices=4))
     together("shares.py", str(tmp_path / "two.npz"), str(seed))
-    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+    _assert_close(tmp_path)
+
+
+@pytest.mark.slow
+def test_pixel_shards_are_cropped_alike_in_two_processes(tmp_path, seed):
+    """Each process reads its own devices' rows; no image passes between them."""
+    digits = open_source("digits", "train[:40]")
+    prepare(digits, tmp_path / "pixels", "train", pixels=8)
+    more = (str(seed), str(tmp_path / "pixels"))
+    finish(launch("shares.py", str(tmp_path / "one.npz"), *more, devices=4))
+    together("shares.py", str(tmp_path / "two.npz"), *more)
+    _assert_close(tmp_path)
+
+
+def _assert_close(folder: Path) -> None:
+    with np.load(folder / "one.npz") as one, np.load(folder / "two.npz") as two:
         assert set(one) == {"kept", "image", "label"}
         for name in one:
             np.testing.assert_allclose(two[name], one[name], atol=1e-6)

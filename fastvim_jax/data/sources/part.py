@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,10 +85,21 @@ class SourcePart:
     def __getitem__(self, index: int) -> Record:
         return self._source[self._numbers[index]]
 
+    def origin(self, index: int) -> tuple[Source, int]:
+        """Return the whole source, and a record's number there."""
+        return self._source, self._numbers[index]
+
     def stamp(self, index: int) -> str:
         """Return what changes with a record (`fingerprint.Stamped`), whether the whole knows it or must be read."""
         number = self._numbers[index]
         return fingerprint(self._source, number, number + 1)
+
+
+def unwrapped(source: Source, index: int) -> tuple[Any, int]:
+    """Return the source that a record of a part of it, or of a part of a part, comes from, and its number there."""
+    while isinstance(source, SourcePart):
+        source, index = source.origin(index)
+    return source, index
 
 
 def _stratified(source: Source, number: int, count: int) -> list[int]:

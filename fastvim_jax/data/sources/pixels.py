@@ -64,11 +64,26 @@ class PixelsSource(PreparedSplit):
         """Every record's label, known without reading an image."""
         return self._index[:, 4]
 
-    def __getitem__(self, index: int) -> Record:
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths of all images."""
+        return self._index[:, 1], self._index[:, 2]
+
+    def place(self, index: int) -> tuple[int, int, int, int, int, int]:
+        """Return where a record's pixels are: number of the file, offset, height, width, channels; and its label.
+
+        Raises:
+            DecodeError: the label is none of the classes.
+        """
         shard, place = self._find(index)
-        offset, height, width, channels, label = map(int, self._index[index])
-        name = self._name(shard, place)
-        self._check_label(label, name)
+        offset, height, width, channels, label = self._index[index].tolist()
+        if not (self._any_label or 0 <= label < len(self.class_names)):
+            self._check_label(label, self._name(shard, place))
+        return shard, offset, height, width, channels, label
+
+    def __getitem__(self, index: int) -> Record:
+        shard, offset, height, width, channels, label = self.place(index)
+        name = self._name(shard, index - int(self._starts[shard]))
         pixels = self._mapped[shard][offset : offset + height * width * channels]
         shape = (height, width) if channels == 1 else (height, width, channels)
         return Record(pixels.reshape(shape), label, name)
