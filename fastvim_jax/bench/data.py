@@ -67,7 +67,7 @@ def _whole(
     behind = f", {_processes(config.workers)}" if config.workers else ""
     torch = "PyTorch DataLoader" + behind
     running: dict[tuple[str, str], Iterator[Any]]
-    if crops_on_device(source, config):  # The host decodes nothing.
+    if crops_on_device(config):  # The host decodes nothing.
         running = {("whole" + behind, "device"): _our_batches(source, config)}
     else:
         running = {
@@ -170,7 +170,7 @@ def _our_batches(source: Source, config: ClassificationData) -> Iterator[Any]:
     # In one thread: two on a core's two hardware threads would each look slower.
     numbered = train_batches(source, config, seed=0, batch_size=config.batch_size)
     batches = map(numbered.__getitem__, itertools.count())
-    if crops_on_device(source, config):
+    if crops_on_device(config):
         return packed_batches(batches, source, [slice(0, config.batch_size)])
     return batches
 

@@ -25,9 +25,9 @@ from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, 
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_crops import (
     CROP,
-    PLANNERS,
     crops_on_device,
     device_crop_stream,
+    most_planners,
     planned_example,
 )
 from fastvim_jax.data.records import DecodeError, Source, printable
@@ -86,10 +86,10 @@ def make_train_iterator(
         )
     share = train_batches(source, config, seed=seed, batch_size=local)[process_index::process_count]
     decoder: str = chosen_decoder(config)
-    if crops_on_device(source, config):
+    if crops_on_device(config):
         decoder = "device"
         stream = device_crop_stream(
-            grain_stream(share, min(config.workers, PLANNERS)), source, config,
+            grain_stream(share, min(config.workers, most_planners(mesh))), source, config,
             batch_size=local, mesh=mesh, first=process_index * local,
         )  # fmt: skip
     else:
@@ -124,7 +124,7 @@ def train_batches(
     """
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
     example: _Example = planned_example
-    if not crops_on_device(source, config):
+    if not crops_on_device(config):
         example = functools.partial(_decoded_example, decoder=chosen_decoder(config))
     images = records.random_map(_LoadForTraining(source, config, example))
     whole = len(source) // config.batch_size * config.batch_size

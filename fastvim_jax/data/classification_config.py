@@ -60,9 +60,9 @@ class ClassificationData(DataConfig):
     eval_crop: Share = 0.875
     """For evaluation: share of the resized image's side that the centre crop keeps; 1: nothing is cut off."""
     augment_on: Literal["host", "device"] = "host"
-    """Where training images are flipped, RandAugmented and colour-jittered. With device, the host only crops. Both use
-    the random numbers that the host draws, so their images differ by rounding only. Erasing, mixup and cutmix always
-    run on the device."""
+    """Where training images are flipped, RandAugmented and colour-jittered. With device, the host only crops, and
+    random resized crops of the source pixels are made on the device, too. Both use the random numbers that the host
+    draws, so their images differ by rounding only. Erasing, mixup and cutmix always run on the device."""
     resident: bool = False
     """Decode all training images once and keep them on the device, where they are cropped and augmented."""
     resident_shares: PositiveInt = 1

@@ -1,8 +1,8 @@
-"""Random resized crops of pixel shards on the device: the host draws boxes and copies rows, and computes no pixel.
+"""Random resized crops of pixel shards on the device: the host draws and copies boxes, and computes no pixel.
 
-Workers draw each record's box and augmentation, as they do for crops on the host. Threads of this process read the rows
-of the boxes from the shards, one image behind the other, into a buffer (`pixel_rows`). The buffer goes to the device,
-where a small program of its own crops and resizes it before the step (`device_resize.crop_packed`).
+Workers draw each record's box and augmentation, as they do for crops on the host. Threads of this process copy the
+boxes from the shards, one behind the other, into a buffer (`pixel_boxes`). The buffer goes to the device, where a small
+program of its own resizes them before the step (`device_resize.resize_packed`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from jaxtyping import Int64, Integer
 from fastvim_jax.data.augment import draw_augmentation
 from fastvim_jax.data.batches import Stream, owned
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.data.device_resize import crop_packed
-from fastvim_jax.data.pixel_rows import RowReader
+from fastvim_jax.data.device_resize import resize_packed
+from fastvim_jax.data.pixel_boxes import BoxReader
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.part import unwrapped
-from fastvim_jax.data.sources.pixels import PixelsSource
 from fastvim_jax.data.transforms import draw_box
 from fastvim_jax.errors import UserError
 
 PLANNERS = 4
-"""Largest number of workers that draw boxes. One draws for about 10,000 images per second."""
+"""Largest number of workers per device, because they only draw: one for about 10,000 images per second."""
 CROP = "crop"
-"""Key of the batches' drawn crops, int64 `b 7`: file, offset of the first row, rows, width of a row, channels, left
-side and width of the box."""
+"""Key of the batches' drawn boxes, int64 `b 6`; see `pixel_boxes.BoxReader.read`."""
 
+_THREADS = 8  # that read, per device
+_MOST_THREADS = 32
 _AHEAD = 2  # batches that are being read
 _BUFFERS = 4  # those, and as many that the device may still be copying
 _STEPS = 8  # sizes of buffers, so that few programs are compiled
@@ -45,16 +45,20 @@ _MOST = 2**31 - 1  # bytes that a device can address in a buffer
 _TILE = 16  # sides are rounded up to it, as the GPU's matrix units want
 
 
-def crops_on_device(source: Source, config: ClassificationData) -> bool:
+def crops_on_device(config: ClassificationData) -> bool:
     """Return whether training batches are cropped on the device: colour crops of pixel shards, augmented there."""
-    whole, _ = unwrapped(source, 0)
     return (
-        isinstance(whole, PixelsSource)
+        config.source == "pixels"
         and config.augment_on == "device"
         and config.crop == "random_resized"
         and config.channels == 3
         and not config.resident
     )
+
+
+def most_planners(mesh: Mesh | None) -> int:
+    """Return the largest number of workers of use to this process's devices of a mesh."""
+    return PLANNERS * (1 if mesh is None else len(mesh.local_devices))
 
 
 def planned_example(
@@ -73,20 +77,14 @@ def planned_example(
     whole, number = unwrapped(source, index)
     file, offset, height, width, channels, label = whole.place(number)
     left, top, right, bottom = draw_box(width, height, rng, config.crop_scale, config.crop_aspect)
-    first = offset + top * width * channels
-    crop = np.array([file, first, bottom - top, width, channels, left, right - left], np.int64)
+    first = offset + (top * width + left) * channels
+    crop = np.array([file, first, width, bottom - top, right - left, channels], np.int64)
     return {CROP: crop, "label": label, **draw_augmentation(config, rng)}
 
 
 @dataclasses.dataclass
 class PackedBatch:
-    """One device's rows of a batch on the host.
-
-    Attributes:
-        pixels: uint8 bytes of the rows, one image behind the other.
-        table: int32 `b 6`: start of each image in `pixels`, rows, width of a row, channels, left side and width of the
-            box.
-    """
+    """One device's boxes of a batch on the host: the first arguments of `device_resize.resize_packed`."""
 
     pixels: np.ndarray
     table: np.ndarray
@@ -111,7 +109,7 @@ class _Buffer:
 def packed_batches(
     plans: Iterator[dict[str, Any]], source: Source, parts: list[slice]
 ) -> Generator[tuple[dict[str, Any], list[PackedBatch], _Buffer], None, None]:
-    """Read the rows of planned batches, `_AHEAD` batches ahead.
+    """Read the boxes of planned batches, `_AHEAD` batches ahead.
 
     A batch's memory is used again once `_BUFFERS - 1` more have been taken and the arrays in `in_use` are ready.
 
@@ -124,7 +122,8 @@ def packed_batches(
         UserError: a shard cannot be read, or a device's part is larger than it can address.
     """
     whole, _ = unwrapped(source, 0)
-    with contextlib.closing(RowReader(whole.files)) as reader:
+    threads = min(_MOST_THREADS, _THREADS * len(parts))
+    with contextlib.closing(BoxReader(whole.files, threads)) as reader:
         waiting: collections.deque[Any] = collections.deque()
         buffers = itertools.cycle([_Buffer() for _ in range(_BUFFERS)])
         capacity = 0
@@ -143,9 +142,9 @@ def packed_batches(
             yield plan, packed, buffer
 
 
-def _capacity(crop: Int64[np.ndarray, "b 7"], parts: list[slice]) -> int:
+def _capacity(crop: Int64[np.ndarray, "b 6"], parts: list[slice]) -> int:
     """Return how many bytes each device's part gets, rounded up so that most batches get the same."""
-    sizes = crop[:, 2] * crop[:, 3] * crop[:, 4]
+    sizes = crop[:, 3:].prod(1)
     most = max(int(sizes[part].sum()) for part in parts)
     step = max(1, 2 ** (most.bit_length() - 1) // _STEPS)
     capacity = -(-most // step) * step
@@ -158,25 +157,22 @@ def _capacity(crop: Int64[np.ndarray, "b 7"], parts: list[slice]) -> int:
 
 
 def _begin(
-    reader: RowReader,
+    reader: BoxReader,
     buffer: _Buffer,
-    crop: Int64[np.ndarray, "b 7"],
+    crop: Int64[np.ndarray, "b 6"],
     parts: list[slice],
     capacity: int,
 ) -> tuple[list[PackedBatch], _Buffer, list[Any]]:
     """Begin to read a batch. Return each device's part, the memory, and the reads to wait for."""
-    file, offset, rows, width, channels, left, box_width = crop.T
-    sizes = rows * width * channels
+    sizes = crop[:, 3:].prod(1)
     memory = buffer.take(len(parts) * capacity)
     packed, starts = [], np.zeros(len(crop), np.int64)
     for number, part in enumerate(parts):
         begin = np.cumsum(sizes[part]) - sizes[part]
         starts[part] = number * capacity + begin
-        columns = (begin, rows[part], width[part], channels[part], left[part], box_width[part])
-        table = np.stack(columns, axis=1).astype(np.int32)
+        table = np.concatenate([begin[:, None], crop[part, 3:]], axis=1).astype(np.int32)
         packed.append(PackedBatch(memory[number * capacity : (number + 1) * capacity], table))
-    reads = reader.read(file, offset, starts, starts + sizes, memory)
-    return packed, buffer, reads
+    return packed, buffer, reader.read(crop, starts, memory)
 
 
 def device_crop_stream(
@@ -221,7 +217,7 @@ def device_crop_stream(
                     pieces = []
                     for device, part in zip(parts, packed, strict=True):
                         placed = jax.device_put((part.pixels, part.table), device)
-                        image, done = crop_packed(*placed, size=config.height_width, most=most)
+                        image, done = resize_packed(*placed, size=config.height_width, most=most)
                         pieces.append(image)
                         buffer.in_use.append(done)
                     image = (

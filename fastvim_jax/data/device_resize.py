@@ -38,23 +38,22 @@ def crop_resize(
 
 
 @partial(jax.jit, static_argnames=("size", "most"))
-def crop_packed(
+def resize_packed(
     pixels: UInt8[Array, " bytes"],
-    table: Int32[Array, "b 6"],
+    table: Int32[Array, "b 4"],
     *,
     size: tuple[int, int],
     most: tuple[int, int],
 ) -> tuple[UInt8[Array, "b height width 3"], Array]:
-    """Crop images that lie in one buffer, each with its own height and width, and resize them to `size`.
+    """Resize images that lie in one buffer, each with its own height and width, to `size`.
 
     The pixels are those of `crop_resize`. Grey images become three equal channels.
 
     Args:
-        pixels: rows of the images, one image behind the other.
-        table: start of each image in `pixels`, rows, width of a row, channels (1 or 3), left side and width of the
-            box. A box is as high as its image.
+        pixels: the images `h w c`, one behind the other.
+        table: start of each image in `pixels`, height, width, and channels (1 or 3).
         size: height and width of the result.
-        most: largest height and width of a box.
+        most: largest height and width of an image.
 
     Returns:
         The images, and a value that is ready when `pixels` is needed no more.
@@ -62,10 +61,10 @@ def crop_packed(
     height, width = size
     y, c, x = jnp.ogrid[: most[0], :3, : most[1]]
 
-    def one(row: Int32[Array, " 6"]) -> UInt8[Array, "height width 3"]:
-        start, rows, stride, channels, left, columns = row
-        place = start + (y * stride + left + x) * channels + jnp.where(channels == 3, c, 0)
-        # Outside the box this is another pixel, whose weight is zero.
+    def one(row: Int32[Array, " 4"]) -> UInt8[Array, "height width 3"]:
+        start, rows, columns, channels = row
+        place = start + (y * columns + x) * channels + jnp.where(channels == 3, c, 0)
+        # Outside the image this is another pixel, whose weight is zero.
         image = pixels.at[place].get(mode="clip")
         across = weights(jnp.zeros(()), columns * 1.0, most[1], width)
         down = weights(jnp.zeros(()), rows * 1.0, most[0], height)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import jax
+
 from fastvim_jax.data.classification_config import ClassificationData
+from fastvim_jax.data.device_crops import PLANNERS, crops_on_device
 
 PROBED = range(3, 8)
 """Steps since the start whose time is taken alone, without reading ahead; the first two compile and warm up."""
@@ -62,9 +65,12 @@ def advice(data: Any) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options = []
     workers = getattr(data, "workers", None)
-    if workers is not None and workers < (cores or 1):
-        options.append(f"data.workers={cores}, one a core")
     photographs = isinstance(data, ClassificationData) and not data.resident
+    useful, why = cores or 1, "one a core"
+    if photographs and crops_on_device(data):
+        useful, why = min(useful, PLANNERS * jax.local_device_count()), "four a GPU at most"
+    if workers is not None and workers < useful:
+        options.append(f"data.workers={useful}, {why}")
     if photographs:
         if (data.rand_augment or data.colour_jitter) and data.augment_on == "host":
             options.append("data.augment_on=device")

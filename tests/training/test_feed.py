@@ -38,6 +38,8 @@ def test_it_says_once_whether_the_data_keep_up(monkeypatch: pytest.MonkeyPatch) 
     assert said is not None and said.endswith(
         "More cores, or a resident set (data.resident), would help."
     )
+    said = _second_lap(FeedMeter(100, dataclasses.replace(best, workers=0)), 0.6, 0.5)
+    assert said is not None and said.endswith("What helps: data.workers=4, four a GPU at most.")
     for other in (None, CellsData(path="x", workers=16), SegmentationData(path="x", workers=16)):
         said = _second_lap(
             FeedMeter(100, other), 0.6, 0.5

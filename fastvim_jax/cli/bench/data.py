@@ -34,7 +34,7 @@ class Data:
     batch_size: int = 32
     """Images per batch."""
     augment_on: Literal["host", "device"] = "host"
-    """As data.augment_on: with device, the host only crops."""
+    """As data.augment_on: with device, the host only crops, and shards of pixels are cropped on the device, too."""
     rand_augment: float | None = None
     """RandAugment's magnitude in the whole pipeline; None: crop and flip only."""
     workers: tuple[int, ...] = ()
