@@ -39,6 +39,7 @@ from fastvim_jax.layers.pooling import GridPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Tokens
 from pallas_kernels.mixer_core import Projection, Unprojected
+from pallas_kernels.silu import silu
 
 
 class Mixer(nnx.Module):
@@ -140,9 +141,11 @@ class Mixer(nnx.Module):
         y = pooling.from_scan_order(y)
         # 4) Norm.
         if self.post_norm is not None:
-            y = checkpointed_norm(self.post_norm, y)
+            # The barrier makes XLA write y once. Otherwise its CPU backend computes y, from both directions' tokens,
+            # again for each of the norm's three readers. The backward pass saves y in any case.
+            y = checkpointed_norm(self.post_norm, jax.lax.optimization_barrier(y))
         # 5) Gate.
-        return y * jax.nn.silu(z.astype(y.dtype))
+        return y * silu(z.astype(y.dtype))
 
 
 def prepare_blocks(blocks: Any, poolings: Sequence[Pooling]) -> Any:

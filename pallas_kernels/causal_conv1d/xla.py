@@ -7,12 +7,12 @@ shifts 0.55 and 3.2. A hand-written derivative that keeps only the inputs was no
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.silu import silu
 
 
 def conv(
@@ -30,16 +30,16 @@ def conv(
     # (AVX-512 Xeon, float32, JAX 0.12.0, `benchmarks/peers/deit_cpu.py`).
     kernel, bias = lax.optimization_barrier((kernel, bias))
     width, length = kernel.shape[0], x.shape[1]
-    padding = (0, width - 1) if reverse else (width - 1, 0)
-    padded = jnp.pad(x, ((0, 0), padding, (0, 0)))
+    # Zeros at both ends, of which one is used: the two directions of a mixer then share one padded copy.
+    padded = jnp.pad(x, ((0, 0), (width - 1, width - 1), (0, 0)))
     y = None
     for j in range(width):
-        start = width - 1 - j if reverse else j
+        start = 2 * (width - 1) - j if reverse else j
         tap = lax.slice_in_dim(padded, start, start + length, axis=1).astype(wide)
         term = tap * kernel[j].astype(wide)
         y = term if y is None else y + term
     if bias is not None:
         y = y + bias.astype(wide)
     if activation == "silu":
-        y = jax.nn.silu(y)
+        y = silu(y)
     return y.astype(x.dtype)
