@@ -193,15 +193,18 @@ def _reason(config: MixerConfig, pooling: Pooling, tokens: int) -> str | None:
         ids: RowIds = ()
         if isinstance(pooling, RaggedPooling):
             ids = (pooling.row_ids, pooling.reverse_ids)
-        reason = mosaic.unsupported(xz, directions.kernels, ids, _options(pooling, config.norm_eps))
+        reason = mosaic.unsupported(xz, directions.kernels, ids, _options(pooling, config))
     # One reason for all sizes that share it.
     return reason and re.sub(r" of \d+ tokens( of \d+ channels)?", "", reason)
 
 
-def _options(pooling: Any, eps: float) -> CoreOptions:
+def _options(pooling: Any, config: MixerConfig) -> CoreOptions:
+    eps = config.norm_eps
     if isinstance(pooling, ChannelPooling):
-        before, members, _ = pooling.view
-        return CoreOptions(before, members, False, pooling.scale, eps, pooling.method)
+        lines = pooling.lines(config.conv_width)
+        return CoreOptions(
+            *lines[:3], pooling.scale, eps, pooling.method, per_position=lines.per_position
+        )
     transposed = isinstance(pooling, GridPooling) and pooling.transposed
     return CoreOptions(
         pooling.rows, pooling.columns, transposed, pooling.scale, eps, pooling.method

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,32 @@ from pallas_kernels.dtypes import wide_dtype
 
 ScanOrder = Literal["channel", "spatial"]
 ChannelPoolAxes = Literal["alternate", "columns", "rows", "two_axes"]
+
+
+class ChannelLines(NamedTuple):
+    """Describe a channel grid as the fused kernels see it: lines of positions that hold several tokens each.
+
+    The kernels pool the tokens number k of all positions of a line to one token. See `mixer_core`.
+
+    Attributes:
+        rows, columns: the grid of positions.
+        transposed: whether a line is a column.
+        per_position: tokens of a position.
+        reorder: whether the tokens must be brought into scan order first.
+        rest: what is left to pool to one step: the pooled tokens of a line ("line"), those of the same number in all
+            lines ("number"), or None.
+    """
+
+    rows: int
+    columns: int
+    transposed: bool
+    per_position: int
+    reorder: bool
+    rest: Literal["line", "number"] | None = None
+
+    @property
+    def lines(self) -> int:
+        return self.columns if self.transposed else self.rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,23 @@ class ChannelPooling:
     def contiguous(self) -> bool:
         """Whether pooled tokens follow each other in scan order, as the rows of a grid do."""
         return self.view[2] == 1
+
+    def lines(self, conv_width: int) -> ChannelLines:
+        """Return the grid of lines that the kernels of a mixer with this convolution pool."""
+        before, members, after = self.view
+        rows, columns, channels = self.shape
+        if self.first == 0 and self.count == 2:
+            before, members = (self.shape[axis] for axis in self.order[:2])
+            return ChannelLines(
+                before, members, False, after, reorder=self.order != (0, 1, 2), rest="number"
+            )
+        # The kernels read columns in place where a position holds all that the convolution reads beside a segment.
+        in_place = self.order == (1, 0, 2) and (channels == 1 or channels >= conv_width - 1)
+        if in_place and self.count == 1:
+            return ChannelLines(rows, columns, True, channels, reorder=False)
+        if in_place and self.method == "mean":
+            return ChannelLines(rows, columns, True, channels, reorder=False, rest="line")
+        return ChannelLines(before, members, False, after, reorder=self.order != (0, 1, 2))
 
     @property
     def scan_length(self) -> int:

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastvim_jax.layers.channel_pooling import ChannelPooling
+from fastvim_jax.layers.channel_pooling import ChannelLines, ChannelPooling
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection
-from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import (
@@ -98,16 +98,28 @@ def _grid_unsupported(config: MixerConfig, pooling: GridPooling) -> str | None:
 def _grid_core(
     xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
+    lines = ChannelLines(pooling.rows, pooling.columns, pooling.transposed, 1, reorder=False)
+    return _lines_core(xz, lines, pooling, both, post_norm)
+
+
+def _lines_core(
+    xz: jax.Array,
+    lines: ChannelLines,
+    pooling: GridPooling | ChannelPooling,
+    both: ScanDirection,
+    post_norm: Any,
+) -> jax.Array:
     params, scans, directions = _pooled(both)
     out = mixer_core(
         xz,
         directions,
         _norm(post_norm, both),
         params,
-        middle=scans,
-        rows=pooling.rows,
-        columns=pooling.columns,
-        transposed=pooling.transposed,
+        middle=scans if lines.rest is None else _pooled_again(scans, lines, pooling.method),
+        rows=lines.rows,
+        columns=lines.columns,
+        transposed=lines.transposed,
+        per_position=lines.per_position,
         method=pooling.method,
         scale=pooling.scale,
         eps=both.config.norm_eps,
@@ -187,19 +199,36 @@ def _grid_options(pooling: GridPooling) -> dict[str, Any]:
 
 
 def _channel_unsupported(config: MixerConfig, pooling: ChannelPooling) -> str | None:
-    if pooling.method not in ("mean", "max"):
-        return f"pooling by {pooling.method}"
-    return None if pooling.contiguous else "pooled tokens are not neighbours in scan order"
+    return None if pooling.method in ("mean", "max") else f"pooling by {pooling.method}"
 
 
 def _channel_core(
     xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
-    # In scan order, tokens that are pooled together are neighbours, like the tokens of a row of a grid.
-    lines, tokens_per_line, _ = pooling.view
-    as_grid = GridPooling(lines, tokens_per_line, method=pooling.method, scale=pooling.scale)
+    lines = pooling.lines(both.config.conv_width)
+    if not lines.reorder:
+        return _lines_core(xz, lines, pooling, both, post_norm)
     visited = pooling.to_scan_order(xz)
-    return pooling.from_scan_order(_grid_core(visited, as_grid, both, post_norm))
+    return pooling.from_scan_order(_lines_core(visited, lines, pooling, both, post_norm))
+
+
+def _pooled_again(
+    scans: Callable[..., Any], lines: ChannelLines, method: str
+) -> Callable[..., Any]:
+    """Return `scans` of the pooled tokens of lines, pooled once more over what `lines.rest` names."""
+    axis = {"number": 2, "line": 3}[lines.rest or "line"]
+
+    def run(params, u):
+        grid = u.reshape(*u.shape[:2], lines.lines, lines.per_position, u.shape[-1])
+        pooled = jnp.mean(grid, axis) if method == "mean" else max_by_argmax(grid, axis)
+
+        def spread(y):
+            shape = grid.shape[1:]
+            return jnp.broadcast_to(jnp.expand_dims(y, axis - 1), shape).reshape(u.shape[1:])
+
+        return tuple(spread(y) for y in scans(params, pooled))
+
+    return run
 
 
 def _sequence_core(

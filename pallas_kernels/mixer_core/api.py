@@ -46,6 +46,7 @@ def mixer_core(
     columns: int,
     row_ids: tuple[Int[Array, "b _"], Int[Array, "b _"]] | None = None,
     transposed: bool = False,
+    per_position: int = 1,
     method: str = "mean",
     scale: float = 1.0,
     eps: float = 1e-5,
@@ -59,8 +60,11 @@ def mixer_core(
         out = LayerNorm(sum over d of (y_d of the token's line + D_d c_d) / 2) · silu(z)
 
     Here d is one of the two directions. The convolution of the second direction looks ahead. A line is a row of the
-    grid, or a column if `transposed`. The GPU kernels (Hopper and newer) read xz twice and write out once; c and the
-    repeated y never exist in memory.
+    grid, or a column if `transposed`. A position of the grid may hold several tokens (`per_position`, for instance one
+    for each channel of a patch), visited one after the other. A line is then pooled to as many tokens: number k is
+    pooled from the tokens number k of all its positions.
+
+    The GPU kernels (Hopper and newer) read xz twice and write out once; c and the repeated y never exist in memory.
 
     Reverse-mode differentiation works; where kernels run, only once. Saved for the gradient are xz and arrays of the
     size of u. With "max", one of these (int32) holds the place of the first maximum in each line, because only this
@@ -81,11 +85,13 @@ def mixer_core(
         norm: LayerNorm over the channels.
         middle_params: pytree passed to `middle`; gradients flow to it.
         middle: function (middle_params, u) -> (y_f, y_b). u `2 b s e`, in float32 or wider, holds both directions'
-            pooled tokens; y_f and y_b are `b s e`. The function must not close over tracers.
-        rows, columns: size of the whole grid of tokens.
+            pooled tokens, s = lines · per_position; y_f and y_b are `b s e`. The function must not close over tracers.
+        rows, columns: size of the whole grid, in positions.
         row_ids: for a ragged grid, the row ids of the forward and the backward direction: from 0 to rows - 1, and never
-            decreasing within a sample. A ragged grid must be pooled by "mean" and must not be transposed.
-        transposed: visit the tokens column by column, so that lines are columns.
+            decreasing within a sample. A ragged grid must be pooled by "mean", must not be transposed, and has one
+            token at a position.
+        transposed: visit the positions column by column, so that lines are columns.
+        per_position: tokens of a position, next to each other in xz.
         method: "mean" or "max", over a line.
         scale: factor on the pooled mean; a maximum has none.
         eps: epsilon of the norm.
@@ -106,19 +112,30 @@ def mixer_core(
         )
     if method not in METHODS:
         raise ValueError(f"mixer_core: method must be one of {METHODS}; got {method!r}")
-    expect_counts("mixer_core", rows=rows, columns=columns)
+    expect_counts("mixer_core", rows=rows, columns=columns, per_position=per_position)
     expect_norm_kind("mixer_core", norm_kind)
     xz = check_arrays("mixer_core", xz, directions[0], directions[1], norm, directions[2])
     if row_ids is not None:
-        _check_ragged(xz, row_ids, method, transposed)
-    elif xz.shape[1] != rows * columns:
-        raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
+        _check_ragged(xz, row_ids, method, transposed or per_position > 1)
+    elif xz.shape[1] != rows * columns * per_position:
+        size = " x ".join(
+            map(str, (rows, columns, per_position) if per_position > 1 else (rows, columns))
+        )
+        raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {size} tokens")
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
     width = xz.shape[2] // 2
     padding = missing_channels(width)
     options = CoreOptions(
-        rows, columns, transposed, float(scale), float(eps), method, padding, norm_kind
+        rows,
+        columns,
+        transposed,
+        float(scale),
+        float(eps),
+        method,
+        padding,
+        norm_kind,
+        per_position,
     )
     # Clip the ids to the grid, because the kernels use them as addresses.
     given = () if row_ids is None else row_ids
@@ -147,9 +164,12 @@ def _unchanged(params: tuple[()], u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[0], u[1]
 
 
-def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
-    if method != "mean" or transposed:
-        raise ValueError("mixer_core: a ragged grid is pooled by 'mean' and not transposed")
+def _check_ragged(xz, row_ids, method: str, regular: bool) -> None:
+    """Check the row ids. `regular` says whether the call asks for what only whole grids have."""
+    if method != "mean" or regular:
+        raise ValueError(
+            "mixer_core: a ragged grid is pooled by 'mean' and not transposed, and has per_position=1"
+        )
     if not all(jnp.issubdtype(ids.dtype, jnp.integer) for ids in row_ids):
         raise ValueError(
             f"mixer_core: row_ids must be integers, got {[str(ids.dtype) for ids in row_ids]}"
@@ -160,7 +180,7 @@ def _check_ragged(xz, row_ids, method: str, transposed: bool) -> None:
 
 
 # Dimensions of the operands and results of every stage. Devices split b and nothing else. Here w is the width 2e of xz,
-# d the two directions, k the taps of a convolution, and s the lines, one scan step each.
+# d the two directions, k the taps of a convolution, and s the steps of the scan.
 _XZ, _TOKENS, POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
 # `_of_share` replaces these: places of the maxima in their lines, and row ids; both are empty where a call has none.

@@ -52,7 +52,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
 
     Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
     are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. Then
-    take the number of lines per block that costs least: waves of blocks, times segments per block and the start.
+    take the number of segments per block that costs least: waves of blocks, times segments per block and the start.
     """
     batch, _, width = xz.shape
     width //= 2
@@ -61,10 +61,10 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         warpgroups = mosaic_segments.warpgroups(width, options.padding, options.norm_kind)
     fitting = [
         s
-        for s in range(1, min(options.tokens, 32) + 1)
+        for s in range(options.per_position, min(options.tokens, 32) + 1, options.per_position)
         if s >= taps - 1  # a halo reaches no further than the next segment
         and _bytes(kind, s, taps, width, size, warpgroups)
-        <= (SHARED_MEMORY if s <= 8 else 110 * 1024)
+        <= (SHARED_MEMORY if s <= max(8, options.per_position) else 110 * 1024)
     ]
     # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
     limits = (8, 16, 32) if kind == "front_gradients" else (16, 32)
@@ -72,8 +72,8 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     limit = next((n for n in limits if any(4 <= s <= n for s in dividing)), 32)
     segment = max((s for s in dividing if s <= limit), default=0)
     if not segment:
-        most = 8 if kind == "front_gradients" else 16
-        fitting = [s for s in fitting if min(4, options.tokens) <= s <= max(most, taps - 1)]
+        most = max(8 if kind == "front_gradients" else 16, taps - 1, options.per_position)
+        fitting = [s for s in fitting if min(4, options.tokens) <= s <= most]
         reads = lambda s: math.ceil(options.tokens / s) * (s + 2 * (taps - 1))  # noqa: E731
         segment = min(fitting, key=lambda s: (reads(s), -s), default=0)
     if not segment:
@@ -85,10 +85,13 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     segments = math.ceil(options.tokens / segment)
 
     def cost(per_block):
-        waves = math.ceil(others * options.lines / per_block / slots)
-        return waves * (per_block * segments + START[kind])
+        waves = math.ceil(others * math.ceil(options.lines * segments / per_block) / slots)
+        return waves * (per_block + START[kind])
 
-    divisors = [d for d in range(1, options.lines + 1) if options.lines % d == 0]
+    choices = [d * segments for d in range(1, options.lines + 1) if options.lines % d == 0]
+    # The back adds up nothing over a line. But segments that overlap are one block's, or two would write the same.
+    if kind == "back" and segments > 1 and options.tokens % segment == 0:
+        choices = list(range(1, options.lines * segments + 1))
     return Grid(
         batch=batch,
         rows=options.rows,
@@ -97,9 +100,10 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         transposed=options.transposed,
         taps=taps,
         segment=segment,
-        per_block=min(divisors, key=lambda d: (cost(d), d)),
+        per_block=min(choices, key=lambda n: (cost(n), n)),
         padding=options.padding,
         norm_kind=options.norm_kind,
+        per_position=options.per_position,
     )
 
 
@@ -133,6 +137,8 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
     options = _visited(xz, taps, ids, options)
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
+    if options.scattered and options.per_position < taps - 1:
+        return f"{options.per_position} tokens of a position are fewer than the convolution's reach"
     for kind in ("front", "back", "front_gradients", "back_gradients"):
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
@@ -195,7 +201,7 @@ def _project_front_work(tokens, kernels, options: CoreOptions):
 
 
 def _on_grid(x: jax.Array, options: CoreOptions) -> jax.Array:
-    return x.reshape(x.shape[0], options.rows, options.columns, x.shape[-1])
+    return x.reshape(x.shape[0], options.rows, options.columns * options.per_position, x.shape[-1])
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -216,7 +222,7 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
         per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
         u = mosaic_ragged_front.front(
             _on_grid(xz, visited), ids, directions32.kernels, directions32.biases,
-            dataclasses.replace(grid, per_block=per_block),
+            dataclasses.replace(grid, per_block=per_block * grid.segments),
             rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip
         return gpu.run_once(u), ()
@@ -322,7 +328,7 @@ def front_gradients(
     grid = cut("front_gradients", xz, taps, visited)
     directions32 = _float32(directions)
     tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))
-    share = 1.0 if places else options.scale / options.tokens
+    share = 1.0 if places else options.scale / options.positions
     xz_bar, shares = mosaic_front_gradients.front_gradients(
         *tokens,
         _float32(pooled_bar),

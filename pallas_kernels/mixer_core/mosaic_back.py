@@ -39,8 +39,8 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
     """Repeat the scans' outputs over their lines, add the skip, apply LayerNorm, and gate with silu(z).
 
     Args:
-        xz: ``b rows columns 2e``, x then z.
-        y: scan outputs, forward and backward, ``b lines e`` float32 each.
+        xz: ``b rows (columns per_position) 2e``, x then z.
+        y: scan outputs, forward and backward, ``b steps e`` float32 each.
         ids: for a ragged grid, the index of each token's line in y: ``b tokens`` int32 for each direction. ``grid`` is
             then any grid that holds the tokens. For a whole grid, ().
         kernels: of the convolutions, ``2 k e`` float32.
@@ -51,7 +51,7 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
         interpret: run in Pallas' interpreter.
 
     Returns:
-        ``b rows columns e`` in xz's dtype.
+        ``b rows (columns per_position) e`` in xz's dtype.
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
@@ -116,8 +116,8 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
             work.halo_tile(xz.dtype),
             work.tile(xz.dtype),
             work.tile(jnp.float32),
-            work.barrier(3),
-            work.barrier(1),
+            work.barrier(grid.copies),
+            work.barrier(len(grid.pieces)),
             *exchange,
         ],
         compiler_params=compiler_params(),
@@ -142,10 +142,10 @@ def back_gradients(
         out_bar: gradient of `back`'s output. All other arguments are those of `back`.
 
     Returns:
-        ds: gradient of s, ``b rows columns e`` in xz's dtype.
-        dxz: gradient of xz, ``b rows columns 2e``. Only its second half, the gradient of z, is written.
-        dy: half the sum of ds over each line of ``grid``, ``b lines e`` float32. For a whole grid this is the gradient
-            of y; for a ragged grid it is not used.
+        ds: gradient of s, ``b rows (columns per_position) e`` in xz's dtype.
+        dxz: gradient of xz, ``b rows (columns per_position) 2e``. Only its second half, the gradient of z, is written.
+        dy: half the sum of ds over the tokens of each step of ``grid``, ``b steps e`` float32. For a whole grid this is
+            the gradient of y; for a ragged grid it is not used.
         norm: gradients of scale and shift, summed per warp or thread block only, ``2 parts e`` float32.
     """
     work = Segments(grid, interpret)
@@ -173,8 +173,7 @@ def back_gradients(
             parameters, norm = (lambda channels: held), (lambda: held_norm)
 
         def item_of(item, sums):
-            line, _ = work.place(item)
-            part = lax.rem(item, grid.segments)
+            line, part, _ = grid.place(group, item)
             plgpu.barrier_wait(x_barrier)
             work.mix(x_tile, sides[:2], sides[2:], item, s_tile, parameters)
             plgpu.commit_smem()
@@ -231,13 +230,19 @@ def back_gradients(
             work.send(z_tile, dxz_ref, item, 1)
 
             def add_up(channels):
-                at, total = work.some(channels), None
-                for t in range(grid.segment):
-                    of_token = read_row(s_tile.at[t, channels], work.row)
-                    if grid.overlaps:
-                        of_token = jnp.where(grid.counts(part, t), of_token, 0.0)
-                    total = of_token if total is None else total + of_token
-                store(dy_ref.at[batch, line, part, at], total * 0.5)
+                at = work.some(channels)
+                for k in range(grid.per_position):
+                    total = None
+                    for t in range(k, grid.segment, grid.per_position):
+                        of_token = read_row(s_tile.at[t, channels], work.row)
+                        if grid.overlaps:
+                            of_token = jnp.where(grid.counts(part, t), of_token, 0.0)
+                        total = of_token if total is None else total + of_token
+                    total = total * 0.5
+                    ref = dy_ref.at[batch, line, k, at]
+                    if grid.segments > 1:  # The same thread wrote what it reads.
+                        total = total + jnp.where(part == 0, 0.0, read_row(ref, work.row))
+                    store(ref, total)
 
             work.each_group(add_up)
             plgpu.wait_smem_to_gmem(0, wait_read_only=not grid.overlaps)
@@ -263,7 +268,7 @@ def back_gradients(
         out_type=[
             streamed(work.all_blocks),
             streamed(2 * work.all_blocks),
-            float32(grid.batch, grid.lines, grid.segments),
+            float32(grid.batch, grid.lines, grid.per_position),
             float32(2, grid.batch, grid.groups, layouts.at_once),
         ],
         scratch_types=[
@@ -271,8 +276,8 @@ def back_gradients(
             work.tile(xz.dtype),
             work.tile(xz.dtype),
             work.tile(jnp.float32),
-            work.barrier(3),
-            work.barrier(2),
+            work.barrier(grid.copies),
+            work.barrier(2 * len(grid.pieces)),
             *exchange,
         ],
         compiler_params=compiler_params(),
@@ -282,6 +287,6 @@ def back_gradients(
         grid_names=("group", "batch"),
         **work.threads,
     )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift, out_bar)))
-    dy = dy.sum(2).reshape(grid.batch, grid.lines, grid.width)
+    dy = dy.reshape(grid.batch, grid.steps, grid.width)
     ds = ds.reshape(*ds.shape[:3], grid.width)
     return ds, dxz.reshape(xz.shape), dy, norm.reshape(2, -1, grid.width)

@@ -24,7 +24,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
     """Compute the pooled tokens of both directions.
 
     Args:
-        x: ``b rows columns ≥e``; channels beyond e are not read.
+        x: ``b rows (columns per_position) ≥e``; channels beyond e are not read.
         kernels: ``2 k e`` float32: taps of the forward convolution, then of the backward one.
         biases: ``2 e`` float32.
         grid: how the grid of tokens is divided.
@@ -33,10 +33,11 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         interpret: run on the CPU, by Pallas' interpreter.
 
     Returns:
-        A list. First the pooled tokens, ``2 b lines e`` float32: forward and backward in one array, because the
-        projections of both directions read one. With "max", two arrays ``b lines e`` int32 follow: for each direction,
-        the position in its line of the first token that attains the maximum (any position if the line has a NaN).
+        A list. First the pooled tokens, ``2 b steps e`` float32: forward and backward in one array, because the
+        projections of both directions read one. With "max", two arrays ``b steps e`` int32 follow: for each direction,
+        the index in its line of the first token that attains the maximum (any token pooled with it if one is a NaN).
     """
+    per_position = grid.per_position
     largest = method == "max"
     layout = row_layout(CHANNELS)
     rows = grid.segment + 2 * grid.halo
@@ -45,12 +46,11 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         pooled_ref, *place_refs, tiles, barrier = refs
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         columns = pl.ds(block * CHANNELS, CHANNELS)
-        first = group * grid.per_block
-        items = grid.per_block * grid.segments
+        items, lines = grid.per_block, grid.per_block // grid.segments
+        first = group * lines
 
         def fetch(item, slot):
-            line = first + lax.div(item, grid.segments)
-            start = grid.start(lax.rem(item, grid.segments))
+            line, _, start = grid.place(group, item)
             grid.fetch_with_halo(
                 x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, columns
             )
@@ -69,21 +69,22 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                 slot = lax.rem(item, 2)
                 plgpu.barrier_wait(barrier.at[slot])
                 window = [read_row(tiles.at[slot, j], layout) for j in range(2 * grid.halo)]
-                pooled, places = map(list, carry)
+                pooled, places = ([list(side) for side in sides] for sides in carry)
                 for t in range(grid.segment):
                     window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
+                    k = t % per_position
                     for d in range(2):
                         c = convolve(window, kernel[d], bias[d], bool(d))
                         c = silu(c, layout, interpret, x.dtype)
                         if grid.overlaps:
                             c = jnp.where(grid.counts(part, t), c, -jnp.inf if largest else 0.0)
                         if not largest:
-                            pooled[d] = pooled[d] + c
+                            pooled[d][k] = pooled[d][k] + c
                             continue
-                        best = lax.max(pooled[d], c)  # NaN if either operand is NaN.
+                        best = lax.max(pooled[d][k], c)  # NaN if either operand is NaN.
                         place = (grid.start(part) + t).astype(jnp.uint32)
-                        places[d] = jnp.where(best != pooled[d], place, places[d])
-                        pooled[d] = best
+                        places[d][k] = jnp.where(best != pooled[d][k], place, places[d][k])
+                        pooled[d][k] = best
                     window.pop(0)
                 plgpu.commit_smem()
 
@@ -91,28 +92,31 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                 def _():
                     fetch(item + 2, slot)
 
-                return tuple(pooled), tuple(places)
+                return tuple(map(tuple, pooled)), tuple(map(tuple, places))
 
             def full(value):
                 return plgpu.layout_cast(jnp.broadcast_to(value, (CHANNELS,)), layout)
 
             start = full(jnp.float32(-jnp.inf if largest else 0.0))
-            # Unsigned, because Mosaic's select returns unsigned integers.
-            place = full(jnp.uint32(0))
-            start = (start, start), (place, place) if largest else ()
-            pooled, places = lax.fori_loop(0, grid.segments, segment, start)
-            if not largest:
-                pooled = [side * (scale / grid.tokens) for side in pooled]
-            places = [side.astype(jnp.int32) for side in places]
-            for d in range(2):
-                store(pooled_ref.at[d, batch, first + index, columns], pooled[d])
-            for value, ref in zip(places, place_refs, strict=True):
-                store(ref.at[batch, first + index, columns], value)
+            starts = ((start,) * per_position,) * 2
+            # Unsigned, because Mosaic's select returns unsigned integers. Any token of its own for each step.
+            places = (
+                (tuple(full(jnp.uint32(k)) for k in range(per_position)),) * 2 if largest else ()
+            )
+            pooled, places = lax.fori_loop(0, grid.segments, segment, (starts, places))
+            factor = 1.0 if largest else scale / grid.positions
+            for k in range(per_position):
+                step = (first + index) * per_position + k
+                for d in range(2):
+                    value = pooled[d][k] if largest else pooled[d][k] * factor
+                    store(pooled_ref.at[d, batch, step, columns], value)
+                for side, ref in zip(places, place_refs, strict=True):
+                    store(ref.at[batch, step, columns], side[k].astype(jnp.int32))
             return ()
 
-        lax.fori_loop(0, grid.per_block, line_of, ())
+        lax.fori_loop(0, lines, line_of, ())
 
-    shape = (grid.batch, grid.lines, grid.width)
+    shape = (grid.batch, grid.steps, grid.width)
     return plgpu.kernel(
         body,
         out_type=[
@@ -121,7 +125,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         ],
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            plgpu.Barrier(num_arrivals=grid.copies, num_barriers=2),
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),

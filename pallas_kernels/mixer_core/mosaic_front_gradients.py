@@ -33,18 +33,18 @@ def front_gradients(
     """Write the gradient of x into `dxz`, and compute the gradients of the convolutions and of D.
 
     Args:
-        x: ``b rows columns ≥e``; channels beyond e are not read.
-        ds: gradient of s, ``b rows columns e``.
-        dxz: ``b rows columns 2e``; its first half is overwritten.
-        pooled_bar: gradient of the pooled tokens, ``2 b lines e`` float32.
-        places: with "max", each direction's positions of the maxima in their lines, ``b lines e`` int32; else ().
+        x: ``b rows (columns per_position) ≥e``; channels beyond e are not read.
+        ds: gradient of s, ``b rows (columns per_position) e``.
+        dxz: ``b rows (columns per_position) 2e``; its first half is overwritten.
+        pooled_bar: gradient of the pooled tokens, ``2 b steps e`` float32.
+        places: with "max", each direction's tokens of the maxima in their lines, ``b steps e`` int32; else ().
         ids: for a ragged grid, each direction's line of ``pooled_bar`` for every token, ``b tokens`` int32; ``grid`` is
             then any grid that holds the tokens. Else ().
         kernels: ``2 k e`` float32.
         biases: ``2 e`` float32.
         D: ``2 e`` float32.
         grid: how the grid of tokens is divided.
-        share: factor of a token in the sum over its line; 1 with "max".
+        share: factor of a token in the sum of its step; 1 with "max".
         interpret: run on the CPU, by Pallas' interpreter.
 
     Returns:
@@ -52,23 +52,18 @@ def front_gradients(
         ``parts 2 (k + 2) e`` float32, to be summed over the parts.
     """
     layout = row_layout(CHANNELS)
-    halo, segment, taps = grid.halo, grid.segment, grid.taps
+    halo, segment, taps, per_position = grid.halo, grid.segment, grid.taps, grid.per_position
     rows = segment + 2 * halo
-    items = grid.per_block * grid.segments
+    items = grid.per_block
 
     def body(*refs):
         dxz_ref, x_ref, ds_ref, pooled_ref, *index_refs = refs[:-8]
         k_ref, b_ref, D_ref, sums_ref, x_tiles, ds_tiles, dx_tile, barrier = refs[-8:]
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         channels = pl.ds(block * CHANNELS, CHANNELS)
-        first = group * grid.per_block
-
-        def place(item):
-            line = first + lax.div(item, grid.segments)
-            return line, grid.start(lax.rem(item, grid.segments))
 
         def fetch(item, slot):
-            line, start = place(item)
+            line, _, start = grid.place(group, item)
             for ref, tiles in ((x_ref, x_tiles), (ds_ref, ds_tiles)):
                 grid.fetch_with_halo(
                     ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
@@ -88,14 +83,23 @@ def front_gradients(
             """
             inside = jnp.logical_and(line >= 0, line < grid.lines)
             factor = lax.select(inside, jnp.float32(share), jnp.float32(0.0))
-            line = jnp.clip(line, 0, grid.lines - 1)
-            at_line = (batch, line, channels)
+            step = jnp.clip(line, 0, grid.lines - 1) * per_position
             load = lambda ref: plgpu.load(ref, layout=layout)  # noqa: E731
-            bars = [load(pooled_ref.at[d, *at_line]) * factor for d in (0, 1)]
-            chosen = [load(ref.at[*at_line]) - first_token for ref in index_refs]
+
+            at_step = lambda k: (batch, step + k, channels)  # noqa: E731
+            bars = [
+                [load(pooled_ref.at[d, *at_step(k)]) * factor for k in range(per_position)]
+                for d in (0, 1)
+            ]
             if not places:
-                return lambda d, at: bars[d]
-            return lambda d, at: jnp.where(chosen[d] == at, bars[d], 0.0)
+                return lambda d, at: bars[d][at % per_position]
+            chosen = [
+                [load(ref.at[*at_step(k)]) - first_token for k in range(per_position)]
+                for ref in index_refs
+            ]
+            return lambda d, at: jnp.where(
+                chosen[d][at % per_position] == at, bars[d][at % per_position], 0.0
+            )
 
         def of_token(line, start):
             """Return the same function for a ragged grid: ``at`` counts from the start of a segment."""
@@ -123,7 +127,7 @@ def front_gradients(
             return before, pooled_of(line, start), after
 
         def item_of(item, sums):
-            line, start = place(item)
+            line, part, start = grid.place(group, item)
             slot = lax.rem(item, 2)
             before, here, after = pooled_around(line, start)
             plgpu.barrier_wait(barrier.at[slot])
@@ -150,7 +154,7 @@ def front_gradients(
                     if 0 <= at < segment:
                         added = p_bar
                         if grid.overlaps:
-                            counts = grid.counts(lax.rem(item, grid.segments), at)
+                            counts = grid.counts(part, at)
                             added = jnp.where(counts, p_bar, 0.0)
                             g = jnp.where(counts, g, 0.0)
                         for j in range(taps):
@@ -170,8 +174,9 @@ def front_gradients(
                     back[0].pop(0)
                     back[1].pop(0)
             plgpu.commit_smem()
-            part = grid.part(dxz_ref, batch, line, start, segment, channels)
-            plgpu.copy_smem_to_gmem(dx_tile, part)
+            for at, size in grid.pieces:
+                piece = grid.part(dxz_ref, batch, line, start + at, size, channels)
+                plgpu.copy_smem_to_gmem(dx_tile.at[pl.ds(at, size)], piece)
 
             @pl.when(item + 2 < items)
             def _():
@@ -195,7 +200,7 @@ def front_gradients(
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.SMEM((2, rows, CHANNELS), ds.dtype),
             plgpu.SMEM((segment, CHANNELS), x.dtype),
-            plgpu.Barrier(num_arrivals=6, num_barriers=2),
+            plgpu.Barrier(num_arrivals=2 * grid.copies, num_barriers=2),
         ],
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),

@@ -34,7 +34,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
         ``2 b rows e`` float32, zeros for rows without tokens.
     """
     layout = row_layout(CHANNELS)
-    items, length = grid.per_block * grid.segments, grid.lines * grid.tokens
+    items, length = grid.per_block, grid.lines * grid.tokens
 
     def body(x_ref, *refs):
         *ids_refs, kernels_ref, biases_ref, u_ref, tiles, barrier = refs
@@ -42,8 +42,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
 
         def fetch(item, slot):
-            line = group * grid.per_block + lax.div(item, grid.segments)
-            start = grid.start(lax.rem(item, grid.segments))
+            line, _, start = grid.place(group, item)
             grid.fetch_with_halo(
                 x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
             )
@@ -64,9 +63,8 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         def item_of(item, sums):
             slot = lax.rem(item, 2)
-            line = group * grid.per_block + lax.div(item, grid.segments)
-            part = lax.rem(item, grid.segments)
-            first = line * grid.tokens + grid.start(part)
+            line, part, start = grid.place(group, item)
+            first = line * grid.tokens + start
             at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
             rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
             plgpu.barrier_wait(barrier.at[slot])

@@ -59,8 +59,9 @@ class Segments:
         self.whole = self.owned == self.blocks  # Then parameters are read only once.
 
     @property
-    def items(self) -> int:
-        return self.grid.per_block * self.grid.segments
+    def items(self):
+        """Number of segments of the thread block at work."""
+        return self.grid.visits(lax.axis_index("group"))
 
     @property
     def threads(self) -> dict[str, Any]:
@@ -144,15 +145,21 @@ class Segments:
 
     def place(self, item):
         """Return the line and the first token of this thread block's segment number ``item``."""
-        grid = self.grid
-        line = lax.axis_index("group") * grid.per_block + lax.div(item, grid.segments)
-        return line, grid.start(lax.rem(item, grid.segments))
+        line, _, start = self.grid.place(lax.axis_index("group"), item)
+        return line, start
+
+    def pieces(self, ref, item, half: int):
+        """List the pieces of the segment number ``item`` in global memory, and their rows in a tile."""
+        line, start = self.place(item)
+        batch, channels = lax.axis_index("batch"), self.channels(half)
+        return [
+            (self.grid.part(ref, batch, line, start + at, size, channels), pl.ds(at, size))
+            for at, size in self.grid.pieces
+        ]
 
     def fetch(self, ref, tile, barrier, item, half: int = 0):
-        line, start = self.place(item)
-        size = self.grid.segment
-        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, self.channels(half))
-        plgpu.copy_gmem_to_smem(part, tile.at[pl.ds(0, size)], barrier)
+        for part, rows in self.pieces(ref, item, half):
+            plgpu.copy_gmem_to_smem(part, tile.at[rows], barrier)
 
     def fetch_with_halo(self, ref, tile, barrier, item):
         line, start = self.place(item)
@@ -160,10 +167,8 @@ class Segments:
         self.grid.fetch_with_halo(ref, tile, barrier, batch, line, start, self.channels())
 
     def send(self, tile, ref, item, half: int = 0):
-        line, start = self.place(item)
-        size = self.grid.segment
-        part = self.grid.part(ref, lax.axis_index("batch"), line, start, size, self.channels(half))
-        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, size)], part)
+        for part, rows in self.pieces(ref, item, half):
+            plgpu.copy_smem_to_gmem(tile.at[rows], part)
 
     def each_group(self, run):
         """Call ``run(slice of channel blocks)`` for the warpgroup's own channel blocks, `owned` of them at a time."""
@@ -191,6 +196,7 @@ class Segments:
         """Return a function of t: the mean of both scans' outputs, for the segment's token number t."""
         batch, channels = lax.axis_index("batch"), self.some(channels)
         line, start = self.place(item)
+        per_position = self.grid.per_position
 
         def at(rows):
             sides = zip(y, rows, strict=True)
@@ -198,8 +204,8 @@ class Segments:
             return (first + second) * 0.5
 
         if not ids:
-            of_line = at((line, line))
-            return lambda t: of_line
+            of_line = [at((line * per_position + k,) * 2) for k in range(per_position)]
+            return lambda t: of_line[t % per_position]
         token = line * self.grid.tokens + start
         return lambda t: at([ref[batch, token + t] for ref in ids])
 

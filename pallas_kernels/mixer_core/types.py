@@ -31,21 +31,41 @@ class Norm(NamedTuple):
 
 
 class Lines:
-    """Describe the lines of a grid of tokens: what is pooled to one token, a row or, if transposed, a column."""
+    """Describe the lines of a grid of tokens: a line is a row or, if transposed, a column.
+
+    Each position of the grid holds `per_position` tokens next to each other, for instance one for each channel of a
+    patch. A line is pooled to as many tokens: number k is pooled from the tokens number k of all its positions.
+    """
 
     rows: int
     columns: int
     transposed: bool
+    per_position: int
 
     @property
     def lines(self) -> int:
-        """Number of lines. Each is pooled to one scan step."""
+        """Number of lines."""
         return self.columns if self.transposed else self.rows
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of a line."""
+        return self.rows if self.transposed else self.columns
 
     @property
     def tokens(self) -> int:
         """Number of tokens of a line."""
-        return self.rows if self.transposed else self.columns
+        return self.positions * self.per_position
+
+    @property
+    def steps(self) -> int:
+        """Number of pooled tokens, one scan step each."""
+        return self.lines * self.per_position
+
+    @property
+    def scattered(self) -> bool:
+        """Whether a line's positions lie apart in memory, and each holds several tokens."""
+        return self.transposed and self.per_position > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +80,4 @@ class CoreOptions(Lines):
     method: str = "mean"
     padding: int = 0  # channels at the end of x and of z that are zeros and count in no norm
     norm_kind: str = "layer"
+    per_position: int = 1

@@ -20,8 +20,26 @@ def _swap(x: jax.Array, first: int, options: CoreOptions) -> jax.Array:
     """Transpose tokens from stored order to scan order, or back; ``first`` is the number of rows before that."""
     if not options.transposed:
         return x
-    grid = x.reshape(x.shape[0], first, x.shape[1] // first, x.shape[-1]).swapaxes(1, 2)
-    return grid.reshape(x.shape)
+    shape = (
+        x.shape[0],
+        first,
+        x.shape[1] // (first * options.per_position),
+        options.per_position,
+        x.shape[-1],
+    )
+    return x.reshape(shape).swapaxes(1, 2).reshape(x.shape)
+
+
+def _on_lines(x: jax.Array, options: CoreOptions) -> jax.Array:
+    """Reshape tokens in scan order to ``b lines positions per_position e``."""
+    return x.reshape(
+        x.shape[0], options.lines, options.positions, options.per_position, x.shape[-1]
+    )
+
+
+def _steps(x: jax.Array) -> jax.Array:
+    """Reshape pooled tokens ``b lines per_position e`` to ``b s e``."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
@@ -40,15 +58,18 @@ def front(
     if options.method == "mean":
         return _mean(x, directions, ids, options), ()
     lines = tokens_of_lines(x, directions, options)
-    forward, backward = (jnp.argmax(c, axis=2).astype(jnp.int32) for c in lines)
+    first = jnp.arange(options.per_position, dtype=jnp.int32)[:, None]
+    forward, backward = (
+        _steps(jnp.argmax(c, axis=2).astype(jnp.int32) * options.per_position + first)
+        for c in lines
+    )
     return _at(lines, (forward, backward)), (forward, backward)
 
 
 def tokens_of_lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
-    """Return the tokens after convolution and SiLU, of each direction ``b lines tokens e``."""
+    """Return the tokens after convolution and SiLU, of each direction ``b lines positions per_position e``."""
     x = _swap(x, options.rows, options)
-    shape = (x.shape[0], options.lines, options.tokens, x.shape[-1])
-    return [c.reshape(shape) for c in _convolved(x, directions)]
+    return [_on_lines(c, options) for c in _convolved(x, directions)]
 
 
 def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions) -> jax.Array:
@@ -58,7 +79,7 @@ def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOption
         return sums * (options.scale / options.columns)
     wide = wide_dtype(x.dtype)
     lines = tokens_of_lines(x, directions, options)
-    return jnp.stack([jnp.mean(c, axis=2, dtype=wide) * options.scale for c in lines])
+    return jnp.stack([_steps(jnp.mean(c, axis=2, dtype=wide)) * options.scale for c in lines])
 
 
 def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Float[Array, "b s e"]:
@@ -74,12 +95,14 @@ def row_sums(x: Float[Array, "b l e"], ids: Int[Array, "b l"], rows: int) -> Flo
 
 
 def _at(lines: list[jax.Array], places: Places) -> jax.Array:
-    """Return the token at each line's place. That token alone gets the gradient."""
+    """Return for each step the token at its place in its line. That token alone gets the gradient."""
     wide = wide_dtype(lines[0].dtype)
 
     def one(c, place):
-        here = jax.lax.broadcasted_iota(jnp.int32, c.shape, 2) == place[:, :, None]
-        return jnp.sum(jnp.where(here, c, 0), axis=2, dtype=wide)
+        batch, count, _, per_position, width = c.shape
+        position = place.reshape(batch, count, 1, per_position, width) // per_position
+        here = jax.lax.broadcasted_iota(jnp.int32, c.shape, 2) == position
+        return _steps(jnp.sum(jnp.where(here, c, 0), axis=2, dtype=wide))
 
     return jnp.stack(list(map(one, lines, places)))
 
@@ -100,7 +123,10 @@ def mix(
         )
         total = forward + backward
     else:
-        total = jnp.repeat(y[0] + y[1], options.tokens, axis=1)
+        steps = y[0] + y[1]
+        steps = steps.reshape(x.shape[0], options.lines, 1, options.per_position, x.shape[-1])
+        shape = (*steps.shape[:2], options.positions, *steps.shape[3:])
+        total = jnp.broadcast_to(steps, shape).reshape(x.shape)
     for D, c in zip(directions.D, _convolved(x, directions), strict=True):
         total = total + D.astype(total.dtype) * c.astype(total.dtype)
     return _swap(total / 2, options.columns, options)
@@ -162,9 +188,8 @@ def back_gradients(
     if ids:
         forward, backward = (row_sums(s_bar, of_row, options.rows) / 2 for of_row in ids)
     else:
-        visited = _swap(s_bar, options.rows, options)
-        visited = visited.reshape(s.shape[0], options.lines, options.tokens, s.shape[-1])
-        forward = backward = visited.sum(2) / 2
+        visited = _on_lines(_swap(s_bar, options.rows, options), options)
+        forward = backward = _steps(visited.sum(2)) / 2
     xz_bar = jnp.pad(z_bar, ((0, 0), (0, 0), (z.shape[-1], 0)))
     return s_bar.astype(xz.dtype), xz_bar, (forward, backward), norm_bar
 

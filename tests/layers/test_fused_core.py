@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from fastvim_jax.layers.channel_pooling import channel_poolings
 from fastvim_jax.layers.direction import MixerConfig
 from fastvim_jax.layers.fused_core import runs_fused, unsupported
 from fastvim_jax.layers.mixer import Mixer, stack_mixer_directions
@@ -57,6 +58,28 @@ def test_same_function(key, rng, monkeypatch, poolings, precision):
     assert runs_fused(mixer.config, pooling)
     got = value_and_gradients(graphdef, pooling)(params, h)
     assert max(relative_errors(got, wanted)) < (1e-5 if precision is EXACT else 2e-2)
+
+
+@pytest.mark.parametrize("pool_axes", ["alternate", "two_axes"])
+def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
+    """All of a cycle's poolings: of tokens in stored order, of columns in place, and of tokens brought into order."""
+    channels, method = int(rng.integers(2, 4)), str(rng.choice(["mean", "max"]))
+    poolings = channel_poolings(
+        (3, 2), channels, scan_order="channel", pool_axes=pool_axes, method=method, scale=0.5
+    )
+    mixer = Mixer(MixerConfig(16, state_size=2), rngs=nnx.Rngs(key))
+    graphdef, params = nnx.split(mixer)
+    h = jax.random.normal(key, (2, 6 * channels, 16))
+
+    def run(params, h):
+        mixer = nnx.merge(graphdef, params)
+        return sum(jnp.sum(jnp.cos(mixer(h, p)) * (i + 1)) for i, p in enumerate(poolings))
+
+    wanted = jax.jit(jax.value_and_grad(lambda *args: run(*args), (0, 1)))(params, h)
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    assert all(runs_fused(mixer.config, pooling) for pooling in poolings)
+    got = jax.jit(jax.value_and_grad(lambda *args: run(*args), (0, 1)))(params, h)
+    assert max(relative_errors(got, wanted)) < 1e-5
 
 
 @pytest.mark.slow

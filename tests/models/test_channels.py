@@ -194,7 +194,12 @@ def test_every_size_and_patch_is_registered() -> None:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    "options", [{"scan_order": "spatial"}, {"pool_axes": "two_axes", "pooling": "max", "depth": 3}]
+    "options",
+    [
+        {"scan_order": "spatial"},
+        {"pool_axes": "two_axes", "pooling": "max", "depth": 3},
+    ],
+    ids=["spatial-first", "two axes"],
 )
 def test_lines_of_a_channel_grid_run_in_the_fused_core(
     options: dict[str, Any], rng: np.random.Generator
@@ -204,7 +209,8 @@ def test_lines_of_a_channel_grid_run_in_the_fused_core(
         "fastchannelvim_tiny_patch16_224", num_classes=3, rngs=nnx.Rngs(1), **{**sizes, **options}
     )
     graphdef, params = nnx.split(model)
-    images = jnp.asarray(rng.standard_normal((1, 24, 24, 2)), jnp.float32)
+    channels = options.get("channels", 2)
+    images = jnp.asarray(rng.standard_normal((1, 24, 16, channels)), jnp.float32)
 
     def objective(params: Any, images: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(images)))

@@ -25,33 +25,35 @@ def middle(params, u):
     return tuple(jnp.tanh(side * p) for side, p in zip(u, params, strict=True))
 
 
-def draw(rng, b, rows, columns, e, taps=4, dtype="float32"):
+def draw(rng, b, rows, columns, e, taps=4, dtype="float32", per_position=1):
     """Arguments, and the gradient of the output."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     args = (
-        normal(b, rows * columns, 2 * e).astype(dtype),
+        normal(b, rows * columns * per_position, 2 * e).astype(dtype),
         Directions(normal(2, taps, e), normal(2, e), normal(2, e)),
         Norm(normal(e), normal(e)),
         normal(2, e),
     )
-    return args, normal(b, rows * columns, e).astype(dtype)
+    return args, normal(b, rows * columns * per_position, e).astype(dtype)
 
 
-def draw_apart(rng, rows, columns, transposed=False, method="mean", norm_kind="layer", **case):
+def draw_apart(
+    rng, rows, columns, transposed=False, method="mean", norm_kind="layer", per_position=1, **case
+):
     """The same, and no line's largest two tokens so close that float32 may take the other one for the maximum."""
     from pallas_kernels.mixer_core import xla
     from pallas_kernels.mixer_core.types import CoreOptions
 
-    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method, per_position=per_position)
     while True:
-        args, out_bar = draw(rng, rows=rows, columns=columns, **case)
+        args, out_bar = draw(rng, rows=rows, columns=columns, per_position=per_position, **case)
         if method == "mean":
             return args, out_bar
         x, directions = np.split(np.asarray(args[0], np.float32), 2, axis=-1)[0], args[1]
         with x64():
             x, directions = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (x, directions))
             lines = np.asarray(xla.tokens_of_lines(x, directions, options))
-        second, first = np.moveaxis(np.partition(lines, (-2, -1), axis=3)[..., -2:, :], 3, 0)
+        second, first = np.moveaxis(np.partition(lines, (-2, -1), axis=3)[:, :, :, -2:], 3, 0)
         if np.min(first - second) > 5e-6:
             return args, out_bar
 
@@ -117,6 +119,28 @@ def test_segments_that_overlap(seed):
         assert mosaic.cut(kind, xz, taps, options).overlaps
     case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "scale": 0.25, "taps": taps}
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
+
+
+@needs_mosaic
+def test_several_tokens_at_a_position(seed):
+    """Several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
+    from pallas_kernels.mixer_core import mosaic
+    from pallas_kernels.mixer_core.types import CoreOptions
+
+    rng = np.random.default_rng(seed)
+    transposed, method = bool(rng.integers(2)), str(rng.choice(["mean", "max"]))
+    rows, columns = (int(x) for x in rng.integers(2, 4, 2))
+    taps, per_position = int(rng.integers(2, 6)), int(rng.integers(5, 9))
+    if rng.integers(2):  # two segments of a line overlap
+        taps = min(taps, 4)
+        rows, columns, per_position = (13, 2, 3) if transposed else (2, 13, 3)
+        options = CoreOptions(
+            rows, columns, transposed, 1.0, 1e-5, method, per_position=per_position
+        )
+        xz = jax.ShapeDtypeStruct((1, 78, 256), jnp.float32)
+        assert mosaic.cut("back_gradients", xz, taps, options).overlaps
+    case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "scale": 0.25, "taps": taps}
+    compare(rng, 3e-6, **case, transposed=transposed, method=method, per_position=per_position)
 
 
 @needs_mosaic
