@@ -74,7 +74,8 @@ def resize_packed(
         return small.astype(jnp.uint8).transpose(0, 2, 1)
 
     bytes_each = 3 * most[0] * (2 * most[1] + 8 * width)
-    images = jax.lax.map(one, table, batch_size=max(1, _TOGETHER // bytes_each))
+    chunks = -(-len(table) // max(1, _TOGETHER // bytes_each))
+    images = jax.lax.map(one, table, batch_size=-(-len(table) // chunks))
     return images, table[0, 0]
 
 
