@@ -53,6 +53,7 @@ from pallas_kernels import timing
 MODELS = {"FastVim-T": "imagenet/fastvim_tiny", "FastVim-S": "imagenet/fastvim_small"}
 FEEDS = {"pixels": "pixels", "jpeg": "array_record", "step": ""}
 """What feeds the step in each phase, and the source that reads it; the last repeats one batch."""
+BEGIN = time.perf_counter()
 LAPS = {"pixels": 6, "jpeg": 6, "step": 3}
 """Lines of the log in each phase. The first half of them counts starting workers and batches read before."""
 PROMISED = {
@@ -91,26 +92,29 @@ class Feeds:
         self._opened = {
             name: make_train_iterator(config, seed=0) for name, config in configs.items()
         }
-        self._starts = [
-            threading.Thread(target=next, args=(batches,)) for batches in self._opened.values()
-        ]
+        self._starts = {
+            name: threading.Thread(target=self._start, args=(name,)) for name in configs
+        }
+
+    def _start(self, name: str) -> None:
+        begin = time.perf_counter()
+        next(self._opened[name])
+        print(f"{name}: first batch after {time.perf_counter() - begin:.1f} s", flush=True)
 
     def __enter__(self) -> Feeds:
-        for start in self._starts:
+        for start in self._starts.values():
             start.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, batches in self._opened.items():
-            self[name]
-            batches.close()
+        for name in self:
+            self[name].close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._opened)
 
     def __getitem__(self, name: str) -> BatchIterator:
-        for start in self._starts:
-            start.join()
+        self._starts[name].join()
         return self._opened[name]
 
 
@@ -134,6 +138,7 @@ class Relay:
         batch: Any = None
         for name in self._feeds:
             running = self._feeds[name]
+            print(f"{time.perf_counter() - BEGIN:.1f} s: {name}", flush=True)
             running.lend = self.lend
             for _ in self._timed(name):
                 batch = next(running)
