@@ -100,14 +100,19 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
     }
 
 
-def peer_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield images a second of a compiled PyTorch ChannelViT-S, forward."""
-    from benchmarks.peers.channel_vit import measure
+def peer_cases(options: argparse.Namespace) -> list[Any]:
+    """List for `timing.run` the forward passes of a compiled PyTorch ChannelViT-S."""
+    from benchmarks.peers.channel_vit import case
 
-    for patch in options.patches:
-        for batch in options.batches:
-            for dtype in options.dtypes:
-                yield measure(patch=patch, batch=batch, dtype=dtype, mode=options.mode)
+    return [
+        (
+            {"model": f"ChannelViT-S/{patch} (timm)", "batch": batch, "dtype": dtype},
+            case(patch=patch, batch=batch, dtype=dtype, mode=options.mode),
+        )
+        for patch in options.patches
+        for batch in options.batches
+        for dtype in options.dtypes
+    ]
 
 
 def main() -> int:
@@ -128,10 +133,9 @@ def main() -> int:
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from fastvim_jax.bench.record import show
+    from pallas_kernels import timing
 
     if options.what == "train":
-        from pallas_kernels import timing
-
         rows: Any = timing.run(training_cases(options.models, options.batch))
         columns: Any = (
             ("model", 34, lambda r: r["model"]),
@@ -145,13 +149,14 @@ def main() -> int:
             ("", 0, lambda r: r.get("failed", "")),
         )
     else:
-        rows = peer_rows(options)
+        rows = timing.run(peer_cases(options))
         columns = (
             ("model", 24, lambda r: r["model"]),
             ("batch", 5, lambda r: str(r["batch"])),
             ("dtype", 9, lambda r: r["dtype"]),
-            ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}"),
-            ("ms", 9, lambda r: f"{r['ms']:.3f}"),
+            ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}" if "ms" in r else ""),
+            ("ms", 9, lambda r: f"{r['ms']:.3f}" if "ms" in r else ""),
+            ("", 0, lambda r: r.get("failed", "")),
         )
     show(f"channel_{options.what}", rows, columns, command=" ".join(sys.argv), file=options.json)
     return 0

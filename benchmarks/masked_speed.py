@@ -131,6 +131,9 @@ def encoder_case(name: str, batch: int, **options: Any) -> timing.Case:
     }  # fmt: skip
 
 
+CASES = {"step": step_case, "encoder": encoder_case}
+
+
 def main() -> None:
     """Measure all rows, print them and keep them."""
     parser = argparse.ArgumentParser(
@@ -138,14 +141,18 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--rows", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--depth", type=int, help="fewer blocks, for a trial")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     options = {} if chosen.depth is None else {"depth": chosen.depth}
     cases = [
-        ({"row": row, "model": name, "batch": chosen.batch}, case(name, chosen.batch, **options))
+        (
+            {"row": row, "model": name, "batch": chosen.batch},
+            CASES[row](name, chosen.batch, **options),
+        )
         for name in chosen.models
-        for row, case in (("step", step_case), ("encoder", encoder_case))
+        for row in chosen.rows
     ]
     number = lambda key, digits: lambda row: f"{row[key]:.{digits}f}" if key in row else ""  # noqa: E731
     columns: Any = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 WIDTH, DEPTH, HEADS, CLASSES = 384, 12, 6, 161
@@ -42,10 +43,10 @@ def build(patch: int, channels: int = 8, size: int = 224) -> Any:
     return ChannelViT()
 
 
-def measure(
+def case(
     *, patch: int, batch: int, dtype: str, mode: str = "", seconds: float = 0.5
-) -> dict[str, Any]:
-    """Time the compiled forward pass in bfloat16 (parameters too) or in float32 without TF32.
+) -> Iterator[dict[str, Any] | None]:
+    """Compile the forward pass in bfloat16 (parameters too) or in float32 without TF32, yield, then time it.
 
     `mode` is one of `torch.compile`; by default the one that searches most.
     """
@@ -63,6 +64,8 @@ def measure(
         for _ in range(5):
             compiled(images)
         torch.cuda.synchronize()
+    yield None
+    with torch.inference_mode():
         start = time.perf_counter()
         for _ in range(3):
             compiled(images)
@@ -77,7 +80,4 @@ def measure(
             times.append(1e3 * (time.perf_counter() - start) / steps)
     milliseconds = statistics.median(times)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "timm")}
-    return {
-        "model": f"ChannelViT-S/{patch} (timm)", "batch": batch, "dtype": dtype, "mode": mode,
-        "ms": milliseconds, "images_per_s": 1e3 * batch / milliseconds, **versions,
-    }  # fmt: skip
+    yield {"mode": mode, "ms": milliseconds, "images_per_s": 1e3 * batch / milliseconds, **versions}

@@ -78,8 +78,8 @@ def build() -> Any:
     return MaskedAutoencoder()
 
 
-def measure(*, batch: int, mode: str | None, seconds: float = 1.0) -> dict[str, Any]:
-    """Time the whole training step, compiled in a mode of `torch.compile`, or eager if it is None."""
+def case(*, batch: int, mode: str | None, seconds: float = 0.7) -> Iterator[dict[str, Any] | None]:
+    """Compile the whole training step in a mode of `torch.compile` (None: eager), yield, then time it."""
     import torch
 
     model = build().to("cuda").train()
@@ -96,9 +96,12 @@ def measure(*, batch: int, mode: str | None, seconds: float = 1.0) -> dict[str, 
         optimizer.zero_grad(set_to_none=True)
         return loss
 
+    start = time.perf_counter()
     for _ in range(5):
         step()
     torch.cuda.synchronize()
+    print(f"{mode or 'eager'}: first steps {time.perf_counter() - start:.0f} s", flush=True)
+    yield None
     start = time.perf_counter()
     for _ in range(3):
         step()
@@ -112,16 +115,21 @@ def measure(*, batch: int, mode: str | None, seconds: float = 1.0) -> dict[str, 
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start) / count)
     ms = statistics.median(times)
-    return {
-        "row": "step", "model": f"pytorch mae vit-b, {mode or 'eager'}", "batch": batch, "ms": ms,
-        "images_per_s": 1e3 * batch / ms, "last_loss": float(loss), "torch": torch.__version__,
+    yield {
+        "ms": ms, "images_per_s": 1e3 * batch / ms, "last_loss": loss.item(),
+        "torch": torch.__version__,
     }  # fmt: skip
 
 
-def rows(batch: int, modes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the eager row, then one for each mode."""
-    for mode in (None, *modes):
-        yield measure(batch=batch, mode=mode)
+def cases(batch: int, modes: list[str]) -> list[Any]:
+    """List for `timing.run` the eager step, then one for each mode."""
+    return [
+        (
+            {"row": "step", "model": f"pytorch mae vit-b, {mode or 'eager'}", "batch": batch},
+            case(batch=batch, mode=mode),
+        )
+        for mode in (None, *modes)
+    ]
 
 
 def main() -> None:
@@ -130,10 +138,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs"])
+    parser.add_argument("--modes", nargs="+", default=["default"], help="of torch.compile")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     from fastvim_jax.bench.record import show
+    from pallas_kernels import timing
 
     columns: Any = (
         ("model", 46, lambda r: r["model"]),
@@ -141,10 +150,8 @@ def main() -> None:
         ("images/s", 9, lambda r: f"{r['images_per_s']:.0f}"),
         ("ms", 9, lambda r: f"{r['ms']:.2f}"),
     )
-    command = " ".join(sys.argv)
-    show(
-        "masked_peer", rows(chosen.batch, chosen.modes), columns, command=command, file=chosen.json
-    )
+    rows = timing.run(cases(chosen.batch, chosen.modes))
+    show("masked_peer", rows, columns, command=" ".join(sys.argv), file=chosen.json)
 
 
 if __name__ == "__main__":
