@@ -108,9 +108,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The program that read our output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        cause = None if show_traceback else _cause_outside(error)
+        if cause is None:
+            traceback.print_exc()
+        else:
+            _complain(cause)
         return _failed(1)
+
+
+def _cause_outside(error: Exception) -> str | None:
+    """Describe an error of the operating system, or want of memory. None for any other: a fault of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return f"{shown[:200]}{': ' if name else ''}{error.strerror}. --traceback shows where."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = (str(error) or "not enough memory").splitlines()[0]
+        return (
+            f"{first[:300]}\nThe memory does not suffice: take fewer images at once (--data.batch-size, --batch-size), "
+            "smaller images or a smaller model. --traceback shows where."
+        )
+    return None
 
 
 class _StoppedEarly(BaseException):

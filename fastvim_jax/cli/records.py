@@ -31,10 +31,11 @@ def write_results(
     from rich.console import Console
     from rich.progress import track
 
+    from fastvim_jax.data.records import printable
     from fastvim_jax.inference.row_files import already_written, write_records
 
     done = already_written(out)
-    left = [file for file in files if file not in done]
+    left = [file for file in files if printable(file) not in done]
     console = Console(stderr=True)
     records = write_records(make(left), out, columns)
     failed = 0

@@ -33,7 +33,12 @@ from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.models import build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.pretrained import Preprocessing, is_pretrained, load_pretrained
+from fastvim_jax.models.pretrained import (
+    Preprocessing,
+    check_class_names,
+    is_pretrained,
+    load_pretrained,
+)
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run
 
@@ -106,6 +111,7 @@ class Classifier:
             )
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
+        check_class_names(class_names, config)
         devices = jax.local_devices()
         if dtype is None and platform_of(devices[0]) in ("gpu", "cuda"):
             dtype = "bfloat16"

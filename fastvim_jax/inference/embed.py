@@ -28,7 +28,7 @@ from fastvim_jax.data.multichannel import (
     read_channels,
     to_uint8,
 )
-from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.json_text import parse_json
@@ -195,12 +195,12 @@ class PhotographFeatures:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values: `file`, and either `features` or `error`."""
         if self.error is not None:
-            return {"file": self.file, "error": self.error}
-        return {"file": self.file, "features": self.features.tolist()}
+            return {"file": printable(self.file), "error": self.error}
+        return {"file": printable(self.file), "features": self.features.tolist()}
 
     def to_rows(self) -> list[list[Any]]:
         """Return a row of `photograph_columns`; none for a file that could not be read."""
-        return [] if self.error is not None else [[self.file, *self.features.tolist()]]
+        return [] if self.error is not None else [[printable(self.file), *self.features.tolist()]]
 
 
 def photograph_columns(classifier: Classifier) -> dict[str, str]:

@@ -58,8 +58,8 @@ def export_classifier(
     file = Path(file)
     if file.suffix != ".npz":
         raise UserError(f"{file}: name a file that ends in .npz.")
-    if batch is not None and batch < 1:
-        raise UserError(f"batch={batch} must be at least 1.")
+    if batch is not None and not 1 <= batch < 2**31:
+        raise UserError(f"batch={batch} must be at least 1 and less than {2**31}.")
     if fast and batch is None:
         raise UserError("a fast program takes one batch size: give it, for example batch=64.")
     weights, structure = jax.tree.flatten(nnx.state(run.model))

@@ -27,8 +27,8 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
             - `@list.txt`: a file with one name per line.
 
     Raises:
-        UserError: a folder or a tar file holds no images, a tar file or a list cannot be read, or nothing matches a
-            pattern. A missing file is listed: the caller reports it when it reads the file.
+        UserError: a folder or a tar file holds no images, a tar file or a list cannot be read, a name is empty, or
+            nothing matches a pattern. A missing file is listed: the caller reports it when it reads the file.
     """
     found: dict[str, None] = {}
     for name in map(str, names):
@@ -37,6 +37,10 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
+    if (
+        not name
+    ):  # Path("") is the current folder, which an unset variable of a shell does not mean.
+        raise UserError("the name of an image file is empty.")
     path = Path(name)
     if name.startswith("@") and not path.exists():
         return _listed(name[1:])

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from fastvim_jax.data import Batch
 from fastvim_jax.data.device_transforms import Preprocess
+from fastvim_jax.data.records import printable
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.training.classification.evaluation import preprocess_of
@@ -49,10 +50,10 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values: `file`, and either `predictions`, best first, or `error`."""
         if self.error is not None:
-            return {"file": self.file, "error": self.error}
+            return {"file": printable(self.file), "error": self.error}
         ranked = zip(self.class_names, self.labels, self.probabilities, strict=True)
         return {
-            "file": self.file,
+            "file": printable(self.file),
             "predictions": [
                 {"class": name, "label": label, "probability": probability}
                 for name, label, probability in ranked
@@ -62,10 +63,10 @@ class Prediction:
     def to_rows(self) -> list[tuple]:
         """Return a row of `COLUMNS` for each class, best first; a single row for a file that could not be read."""
         if self.error is not None:
-            return [(self.file, None, None, None, None, self.error)]
+            return [(printable(self.file), None, None, None, None, self.error)]
         ranked = zip(self.class_names, self.labels, self.probabilities, strict=True)
         return [
-            (self.file, rank, name, label, probability, None)
+            (printable(self.file), rank, name, label, probability, None)
             for rank, (name, label, probability) in enumerate(ranked, start=1)
         ]
 

@@ -22,11 +22,11 @@ class Record(Protocol):
     """The result of a command for one image file."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able values; `file` is the image's name."""
+        """Return JSON-able values; `file` is the image's name, made printable (`data.records.printable`)."""
         ...
 
     def to_rows(self) -> Sequence[Sequence[Any]]:
-        """Return the rows of a table, each as long as its columns; the first value is the image's name."""
+        """Return the rows of a table, each as long as its columns; the first value is the name that `to_dict` gives."""
         ...
 
 

@@ -104,9 +104,7 @@ def save_pretrained(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
     config: Any = model.config  # type: ignore[attr-defined]
-    classes = getattr(config, "num_classes", len(class_names))
-    if class_names and len(class_names) != classes:
-        raise UserError(f"{len(class_names)} class names are given for {classes} classes.")
+    check_class_names(class_names, config)
     preprocessing = preprocessing or default_preprocessing(config)
     from safetensors.numpy import save_file
 
@@ -157,6 +155,7 @@ def load_pretrained(
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     params = replace_parameters(nnx.state(model), read_safetensors(weights))
     names = tuple(map(str, about["class_names"]))
+    check_class_names(names, config, f" by {folder / CONFIG_FILE}")
     return Pretrained(nnx.merge(nnx.graphdef(model), params), preprocessing, names)
 
 
@@ -188,6 +187,22 @@ def _folder_of(source: Path | str, revision: str | None = None, offline: bool = 
     if not name.startswith(HUB) and folder.is_dir():
         return folder
     return _from_hub(name.removeprefix(HUB), revision, offline)
+
+
+def check_class_names(names: Sequence[str], config: Any, where: str = "") -> None:
+    """Check that there are as many names as a model has classes, or none.
+
+    Args:
+        names: by number.
+        config: the model's.
+        where: text for the message that says who gives them.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    classes = getattr(config, "num_classes", len(names))
+    if names and len(names) != classes:
+        raise UserError(f"{len(names)} class names are given{where} for {classes} classes.")
 
 
 def _is_float(value: Any) -> bool:

@@ -34,6 +34,7 @@ from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model
+from fastvim_jax.models.pretrained import check_class_names
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.choice import best_step, better_weights
@@ -151,6 +152,7 @@ def load_run(
     """
     config = read_config(run_dir)
     class_names = read_class_names(run_dir)
+    check_class_names(class_names, config.model, f" by {Path(run_dir) / CLASSES_FILE}")
     if weights not in ("raw", "ema", None):
         raise UserError(f"weights={weights!r}: use 'raw' or 'ema'.")
     checkpoints = Checkpoints(Path(run_dir) / CHECKPOINTS, read_only=True)

@@ -303,6 +303,11 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
             plgpu.barrier_wait(w_barrier)
             lax.fori_loop(0, items, item_of, ())
             plgpu.wait_smem_to_gmem(0)
+            if (
+                interpret
+            ):  # JAX 0.11's interpreter refuses an end at which nobody has seen the last arrivals.
+                for buffer in range(IMAGES):
+                    pl.when(buffer < items)(functools.partial(plgpu.barrier_wait, free.at[buffer]))
 
         def pool():
             """Convolve and pool one image after another."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -224,6 +225,10 @@ def test_predict_and_embed_go_on_where_they_stopped(
 ) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
+    # This name is not UTF-8.
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    shutil.copy(digit_files[0], odd)
+    digit_files = [odd, *digit_files[1:]]
     for command, kind in (("predict", "csv"), ("embed", "csv"), ("embed", "jsonl")):
         whole, out = tmp_path / f"{command} whole.{kind}", tmp_path / f"{command}.{kind}"
         common = [command, run_dir, "--batch-size", "4"]
@@ -241,6 +246,7 @@ def test_predict_and_embed_go_on_where_they_stopped(
             *([str(bad)] if kind == "jsonl" or command == "predict" else []),
         ]
         assert not extra or (tmp_path / "plot.png").exists()
+    assert names_in(whole)[0] == f"{tmp_path}/\\xff.png"
     table = tmp_path / "features.parquet"
     assert fastvim("embed", run_dir, *digit_files, "--out", table)[0] == 0
     parquet, text = read_table(table), read_table(tmp_path / "embed whole.csv")

@@ -103,6 +103,8 @@ def test_failures_exit_with_1(
     config = json.loads((other / "config.json").read_text())
     config["model"]["embed_dim"] = 12
     (other / "config.json").write_text(json.dumps(config))
+    named = shutil.copytree(run_dir, tmp_path / "named")
+    (named / "classes.json").write_text('["zero", "one"]')
     for arguments, expected in [
         (("eval", tmp_path), "is no run folder"),
         (("predict", tmp_path / "nowhere", digit), "is no run folder"),
@@ -111,11 +113,51 @@ def test_failures_exit_with_1(
         (("eval", other), "is of another model"),
         (("train", experiment, "--run-dir", run_dir, "--epochs", "3"), "another config"),
         (("quickstart-report", tmp_path), "is no run folder"),
+        *(
+            ((command, named, digit, "--out", tmp_path / "x.csv"), "2 class names are given by")
+            for command in ("predict", "embed")
+        ),
+        (("export", named, "--out", tmp_path / "x.npz"), "2 class names are given by"),
+        (
+            ("export", run_dir, "--out", tmp_path / "x.npz", "--batch", 2**40),
+            "less than 2147483648",
+        ),
+        (("eval", "a" * 5000), "File name too long. --traceback shows where."),
+        (("predict", run_dir, digit, "--out", "/dev/null/x.csv"), "cannot be written"),
+        (("export-weights", run_dir, "--out", "/dev/null/x"), "Not a directory"),
     ]:
         status, out, err = fastvim(*arguments)
         assert status == 1, (arguments, out, err)
         assert err.startswith("fastvim: ") and expected in err, err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "not enough memory\nThe memory does not suffice"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n more"),
+            "9 bytes.\nThe memory",
+        ),
+        (OSError(28, "No space left on device"), "No space left on device. --traceback"),
+        (OSError(13, "Permission denied", b"a\xff"), "a\\xff: Permission denied."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_machines_limits_are_said_without_a_traceback(
+    fastvim: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("fastvim_jax.cli.models.run", run)
+    status, _, err = fastvim("models")
+    assert status == 1 and expected in err and "Traceback" not in err
+    monkeypatch.undo()
+    monkeypatch.setattr("fastvim_jax.cli.models.run", lambda arguments: [][0])
+    status, _, err = fastvim("models")
+    assert status == 1 and "Traceback" in err
 
 
 def test_a_damaged_checkpoint_offers_the_one_before(

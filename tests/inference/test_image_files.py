@@ -78,6 +78,8 @@ def test_what_cannot_be_read_of_a_tar_file_is_said(shards, tmp_path):
     with pytest.raises(UserError, match="cannot be read as a tar file"):
         find_images([tmp_path / "none.tar"])
     pack(tmp_path / "empty.tar", {"readme.txt": b"nothing"})
+    with pytest.raises(UserError, match="empty"):
+        find_images([""])
     with pytest.raises(UserError, match="holds no image file"):
         find_images([tmp_path / "empty.tar"])
     with pytest.raises(DecodeError, match="No such file"):
