@@ -56,20 +56,35 @@ def test_kernels_in_the_interpreter(seed, name, composition):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("transposed", [False, True])
-def test_halo_asks_for_no_line_that_does_not_exist(seed, monkeypatch, transposed):
-    """Under vmap Mosaic joins axes that are indexed, so that a line past the last one is another image's."""
+@pytest.mark.parametrize(
+    ("transposed", "per_position"), [(False, 1), (False, 3), (True, 1), (True, 4)]
+)
+def test_halo_asks_for_no_index_that_does_not_exist(seed, monkeypatch, transposed, per_position):
+    """Under vmap Mosaic joins axes that are indexed, so that a line past the last one is another image's.
+
+    In a scattered grid the line is sliced and the position indexed.
+    """
     from pallas_kernels.mixer_core import grid as module
 
     rng = np.random.default_rng(seed)
-    segment, segments, lines = (int(rng.integers(low, low + 4)) for low in (3, 1, 1))
-    tokens = segment * segments
-    shape = {"rows": tokens, "columns": lines} if transposed else {"rows": lines, "columns": tokens}
+    positions, segments, lines = (int(rng.integers(low, low + 4)) for low in (3, 1, 1))
+    segment = positions * per_position
+    tokens, positions = segment * segments, positions * segments
+    shape = (positions, lines) if transposed else (lines, positions)
     grid = Grid(
-        batch=1, width=128, transposed=transposed, taps=4, segment=segment, per_block=1, **shape
+        batch=1,
+        rows=shape[0],
+        columns=shape[1],
+        width=128,
+        transposed=transposed,
+        taps=4,
+        segment=segment,
+        per_block=1,
+        per_position=per_position,
     )
-    image = rng.standard_normal((shape["rows"], shape["columns"]))
-    in_order = np.pad((image.T if transposed else image).reshape(-1), grid.halo)
+    image = rng.standard_normal((*shape, per_position))
+    by_line = (image.swapaxes(0, 1) if transposed else image).reshape(lines, tokens)
+    in_order = np.pad(by_line.reshape(-1), grid.halo)
     asked: list = []
     part = lambda ref, batch, line, start, size, channels: (int(line), int(start), size)  # noqa: E731
     monkeypatch.setattr(Grid, "part", staticmethod(part))
@@ -85,9 +100,13 @@ def test_halo_asks_for_no_line_that_does_not_exist(seed, monkeypatch, transposed
             )
             got = []
             for at_line, at, size in asked:
-                assert 0 <= at_line < lines
-                assert 0 <= at <= tokens - size or at == tokens  # the whole of it past the end
-                row = np.pad(image.T[at_line] if transposed else image[at_line], (0, size))
+                if grid.scattered:  # of one position, and past the end of the lines' axis or not
+                    assert 0 <= at_line <= lines and 0 <= at <= tokens - size
+                    assert at // per_position == (at + size - 1) // per_position
+                else:
+                    assert 0 <= at_line < lines
+                    assert 0 <= at <= tokens - size or at == tokens  # the whole of it past the end
+                row = np.pad(by_line, ((0, 1), (0, size)))[at_line]
                 got.append(row[at : at + size])
             first = line * tokens + start
             np.testing.assert_array_equal(
