@@ -66,6 +66,7 @@ ROOMS: dict[str, set[str]] = {
         *BASE,
     },
     "bench": {
+        "inference",
         "training",
         "data",
         "distributed",

@@ -7,10 +7,13 @@ result.probabilities                                 # images x classes
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +33,10 @@ from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.preprocessing import preprocessing_of
-from fastvim_jax.models import build_model
+from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
+from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.pretrained import (
     Preprocessing,
     check_class_names,
@@ -45,7 +49,6 @@ from fastvim_jax.training.run_folder import Run, load_run
 Images = Any
 """A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
 _AHEAD = 2  # Batches to decode while the devices compute.
-_PART = 8  # Batches of files whose outputs are in memory at a time.
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,16 @@ class Result:
 class Classifier:
     """Classify images with a trained model: decode, preprocess, run the model.
 
-    The model is compiled once, at the first call or by `compile`, because the last batch is padded. A thread decodes
-    images while the devices compute the previous batch. Each batch is split over all local devices.
+    The model is compiled once, at the first call or by `compile`, because the last batch is padded. Threads, one a
+    core, decode images while the devices compute the previous batches. Each batch is split over all local devices.
 
     Args:
         model: a classifier with its weights.
         preprocessing: size, crop and normalisation of the model's input.
         class_names: in the order of the logits; may be empty.
         batch_size: images per batch, rounded up to a multiple of the number of local devices.
-        dtype: compute dtype, "float32" or "bfloat16". By default bfloat16 on a GPU, and the model's own elsewhere.
+        dtype: compute dtype, "float32" or "bfloat16". By default the model's own; on a GPU bfloat16, and for a
+            Mamba model activations="compute".
         maps: return features and class logits of every patch as well.
 
     Raises:
@@ -115,6 +119,8 @@ class Classifier:
         devices = jax.local_devices()
         if dtype is None and platform_of(devices[0]) in ("gpu", "cuda"):
             dtype = "bfloat16"
+            if isinstance(config, VisionMambaConfig):
+                config = dataclasses.replace(config, activations="compute")
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         self.class_names = tuple(class_names)
@@ -129,7 +135,10 @@ class Classifier:
         mesh = Mesh(np.array(devices), ("data",))
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         self._batch = -(-batch_size // len(devices)) * len(devices)
-        self._params = jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec()))
+        params = nnx.state(model)
+        if dtype == "bfloat16":  # Otherwise the model rounds its weights at every call.
+            params = round_products(params, config.precision.compute)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
         preprocess = make_preprocess(self.data)
 
@@ -219,39 +228,57 @@ class Classifier:
         Raises:
             UserError: an array of another rank, dtype or number of channels.
         """
-        given = _listed(images)
         parts: list[tuple[np.ndarray, ...]] = []
         errors: dict[int, str] = {}
-        waiting: list[tuple[int, Any]] = []
-        for start, batch, problems in self._batches(given):
+        for start, outputs, problems in self._outputs(_listed(images)):
+            parts.append(outputs)
             errors |= {start + i: problem for i, problem in problems.items()}
-            count = min(self._batch, len(given) - start)
-            waiting.append((count, self._run(self._params, jax.device_put(batch, self._split))))
-            if len(waiting) > _AHEAD:  # The devices work on the later batches meanwhile.
-                parts.append(_fetch(*waiting.pop(0)))
-        parts += [_fetch(*each) for each in waiting]
         parts = parts or [tuple(np.zeros((0, *shape), np.float32) for shape in self._shapes)]
-        outputs = list(map(np.concatenate, zip(*parts, strict=True)))
-        for array in outputs:
-            array[list(errors)] = np.nan
-        logits, probabilities, embeddings, *maps = outputs
-        return Result(logits, probabilities, embeddings, errors, *maps)
+        return _result(tuple(map(np.concatenate, zip(*parts, strict=True))), errors)
 
     def each_file(self, files: Sequence[str | Path]) -> Iterator[tuple[str, int, Result]]:
-        """Classify any number of image files, a part of them at a time.
+        """Classify any number of image files, in batches of which a few are in memory at a time.
 
         Yields:
-            For each file, in order: its name, its row in the result of its part, and that result.
+            For each file, in order: its name, its row in the result of its batch, and that result.
         """
-        part = _PART * self._batch
-        for start in range(0, len(files), part):
-            names = [str(file) for file in files[start : start + part]]
-            result = self(names)
-            for i, name in enumerate(names):
-                yield name, i, result
+        for start, outputs, errors in self._outputs([str(file) for file in files]):
+            result = _result(outputs, errors)
+            for i in range(len(result.logits)):
+                yield str(files[start + i]), i, result
 
-    def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
-        """Yield (index of the first image, padded batch, errors), decoded by a thread up to `_AHEAD` batches early."""
+    def decoded(self, images: Sequence[Any]) -> Iterator[tuple[int, Array, dict[int, str]]]:
+        """Decode images by all cores, up to `_AHEAD` batches before they are asked for.
+
+        Yields:
+            The index of a batch's first image, the padded batch on the devices, and by the place in the batch why an
+            image could not be read.
+        """
+        return self._batches(images)
+
+    def forward(self, batch: Array) -> tuple[Array, ...]:
+        """Start the model on a batch of `decoded`; the outputs, on the devices, are those of `Result`."""
+        return self._run(self._params, batch)
+
+    def _outputs(
+        self, images: Sequence[Any]
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
+        """Yield (index of the first image, outputs, errors) of each batch; the devices work on later ones meanwhile."""
+        waiting: collections.deque[tuple[int, Any, dict[int, str]]] = collections.deque()
+
+        def fetch() -> tuple[int, tuple[np.ndarray, ...], dict[int, str]]:
+            start, outputs, problems = waiting.popleft()
+            count = min(self._batch, len(images) - start)
+            return start, tuple(np.array(each[:count]) for each in outputs), problems
+
+        for start, batch, problems in self.decoded(images):
+            waiting.append((start, self.forward(batch), problems))
+            if len(waiting) > _AHEAD:
+                yield fetch()
+        while waiting:
+            yield fetch()
+
+    def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, Array, dict[int, str]]]:
         ready: queue.Queue[Any] = queue.Queue(_AHEAD)
         stopped = threading.Event()
 
@@ -264,10 +291,12 @@ class Classifier:
 
         def feed() -> None:
             try:
-                for start in range(0, len(images), self._batch):
-                    if stopped.is_set():
-                        return
-                    put((start, *self._decode(images[start : start + self._batch])))
+                with ThreadPoolExecutor(cores()) as decoders:
+                    for start in range(0, len(images), self._batch):
+                        if stopped.is_set():
+                            return
+                        pixels, errors = self._decode(images[start : start + self._batch], decoders)
+                        put((start, jax.device_put(pixels, self._split), errors))
                 put(None)
             except BaseException as error:
                 put(error)
@@ -283,14 +312,21 @@ class Classifier:
             stopped.set()
             thread.join()
 
-    def _decode(self, images: Sequence[Any]) -> tuple[np.ndarray, dict[int, str]]:
+    def _decode(
+        self, images: Sequence[Any], decoders: ThreadPoolExecutor
+    ) -> tuple[np.ndarray, dict[int, str]]:
         batch = np.zeros((self._batch, *self.data.height_width, self.data.channels), np.uint8)
         errors: dict[int, str] = {}
-        for i, image in enumerate(images):
-            try:
-                batch[i] = self._pixels(image)
-            except DecodeError as error:
-                errors[i] = str(error)
+
+        def fill(places: range) -> None:
+            for i in places:
+                try:
+                    batch[i] = self._pixels(images[i])
+                except DecodeError as error:
+                    errors[i] = str(error)
+
+        step = cores()
+        list(decoders.map(fill, (range(first, len(images), step) for first in range(step))))
         return batch, errors
 
     def _pixels(self, image: Any) -> np.ndarray:
@@ -303,6 +339,9 @@ class Classifier:
             )
         else:
             array = np.asarray(image)
+            whole = self.data.eval_crop == 1 and array.dtype == np.uint8
+            if whole and array.shape == (*self.data.height_width, self.data.channels):
+                return array  # Nothing is left to resize or cut.
             if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (1, 3):
                 raise UserError(
                     f"an image array has shape {array.shape} and dtype {array.dtype}: give `height width channels` of "
@@ -334,5 +373,16 @@ def _listed(images: Images) -> Sequence[Any]:
     )
 
 
-def _fetch(count: int, outputs: Any) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(each)[:count] for each in outputs)
+def _result(outputs: tuple[np.ndarray, ...], errors: dict[int, str]) -> Result:
+    """Name the outputs, with NaN for images that could not be read."""
+    for array in outputs:
+        array[list(errors)] = np.nan
+    logits, probabilities, embeddings, *maps = outputs
+    return Result(logits, probabilities, embeddings, errors, *maps)
+
+
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

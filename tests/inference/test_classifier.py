@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from PIL import Image
 
 from fastvim_jax import Classifier, UserError, save_pretrained
 from fastvim_jax.data import load_image
+from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
@@ -135,14 +138,25 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(model, monkeypatch):
     built = []
     monkeypatch.setattr(
         "fastvim_jax.inference.classifier.build_model",
-        lambda config, rngs: built.append(config.dtype) or build_model(config, rngs=rngs),
+        lambda config, rngs: built.append(config) or build_model(config, rngs=rngs),
     )
     for platform, dtype, expected in (
         ("gpu", None, "bfloat16"), ("gpu", "float32", "float32"), ("cpu", None, "float32"),
     ):  # fmt: skip
         monkeypatch.setattr("fastvim_jax.inference.classifier.platform_of", lambda _, p=platform: p)
         Classifier(model, PREPROCESSING, dtype=dtype)
-        assert built[-1] == expected
+        assert built[-1].dtype == expected
+        assert built[-1].activations == ("compute" if expected == "bfloat16" else "wide")
+
+
+def test_pixels_of_the_model_s_size_are_taken_as_they_are(classifier, rng):
+    size = (*classifier.data.height_width, classifier.data.channels)
+    image = rng.integers(0, 256, size, dtype=np.uint8)
+    uncut = copy.copy(classifier)
+    uncut.data = dataclasses.replace(classifier.data, eval_crop=1.0)
+    resized = eval_transform(Image.fromarray(image), uncut.data)
+    np.testing.assert_array_equal(uncut._pixels(image), resized)
+    assert uncut._pixels(image) is image  # not resized, not copied
 
 
 def test_models_of_cell_images_are_refused():

@@ -1,4 +1,4 @@
-"""`fastvim bench scan|mixer|model|train|segment|detect|data`: measurements, printed as tables and kept as JSON."""
+"""`fastvim bench BENCH`: measurements, printed as tables and kept as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastvim_jax.cli.bench.data import data
 from fastvim_jax.cli.bench.detect import detect
 from fastvim_jax.cli.bench.mixer import mixer
 from fastvim_jax.cli.bench.model import model, train
+from fastvim_jax.cli.bench.predict import predict
 from fastvim_jax.cli.bench.scan import scan
 from fastvim_jax.cli.bench.segment import segment
 from fastvim_jax.cli.usage import UsageError
@@ -27,6 +28,7 @@ Benches:
   train    images per second of training steps; largest batch; trace and compile time
   segment  segmentation models by parts: backbone, heads, classes, whole; training steps
   detect   detectors by parts: backbone, neck, heads, post-processing, whole; training steps
+  predict  predictions of image files: decoding alone, the model alone, the whole, and which of the two limits
   data     reading images: each stage, the whole pipeline, a PyTorch DataLoader on the same files (on the host)
 """
 
@@ -38,6 +40,7 @@ BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "data": data,
     "segment": segment,
     "detect": detect,
+    "predict": predict,
 }
 
 
