@@ -6,7 +6,7 @@ k patches kept (of an image with fewer, the last of its k places are padding).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,14 @@ class Masking:
         ids_restore: For every position of the grid, its place in the list "kept patches, then removed ones".
         removed: 1 where a patch is removed, 0 where it is kept, `b l`.
         counts: Kept patches of every image, or None where all have k.
+        grid: Rows and columns of the grid that the mask was given for, or None if it was drawn from noise.
     """
 
     ids_keep: Int[Array, "b k"]
     ids_restore: Int[Array, "b l"]
     removed: Float[Array, "b l"]
     counts: Int[Array, " b"] | None = None
+    grid: tuple[int, int] | None = field(default=None, metadata={"static": True})
 
     @property
     def valid(self) -> Bool[Array, "b k"] | None:
@@ -87,7 +89,7 @@ def masking_of(removed: Bool[Array, "b rows columns"], *, places: int | None = N
         UserError: an image keeps no patch or more than `places`; unequal counts without `places`; a traced mask
             without `places`. Values of a traced mask cannot be checked: it then keeps the first `places` patches.
     """
-    grid = removed.shape[1:]
+    grid = removed.shape[1], removed.shape[2]
     flat = removed.reshape(removed.shape[0], -1)
     known = not isinstance(removed, jax.core.Tracer)
     equal = False
@@ -121,6 +123,7 @@ def masking_of(removed: Bool[Array, "b rows columns"], *, places: int | None = N
         jnp.argsort(order, axis=1),
         flat.astype(jnp.float32),
         None if full else kept,
+        grid,
     )
 
 

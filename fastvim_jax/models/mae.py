@@ -119,7 +119,7 @@ class MaskedAutoencoder(nnx.Module):
             _check_mask(noise.shape, len(images), grid)
             kept = kept_count(grid[0] * grid[1], self.config.mask_ratio)
             masking = random_masking(noise, kept, by_position=not self._is_vit)
-        _check_mask(masking.removed.shape, len(images), grid)
+        _check_mask(masking.removed.shape, len(images), grid, masking.grid)
         latent = self._encode(images, masking, grid)
         return Reconstruction(self._decode(latent, masking, grid), latent, masking)
 
@@ -131,7 +131,7 @@ class MaskedAutoencoder(nnx.Module):
             UserError: see `__call__`.
         """
         grid = self._grid(images)
-        _check_mask(masking.removed.shape, len(images), grid)
+        _check_mask(masking.removed.shape, len(images), grid, masking.grid)
         return self._encode(images, masking, grid)
 
     def draw_noise(self, key: jax.Array, batch: int) -> Float[Array, "b l"]:
@@ -291,7 +291,16 @@ def backbone_parameters(model: MaskedAutoencoder) -> dict[str, Array]:
     return named | {"pos_embed": jnp.asarray(table[None], config.precision.params)}
 
 
-def _check_mask(shape: tuple[int, ...], batch: int, grid: tuple[int, int]) -> None:
+def _check_mask(
+    shape: tuple[int, ...],
+    batch: int,
+    grid: tuple[int, int],
+    given: tuple[int, int] | None = None,
+) -> None:
+    if given is not None and given != grid:
+        raise UserError(
+            f"the mask is for {given[0]} x {given[1]} patches, but the images have {grid[0]} x {grid[1]} patches."
+        )
     if tuple(shape) != (batch, grid[0] * grid[1]):
         raise UserError(
             f"the mask is for {shape[0]} images of {shape[1]} patches, but there are {batch} images of "

@@ -186,6 +186,9 @@ def test_bad_masks_are_refused(key):
         masking_of(jnp.asarray(np.stack([removed[0], np.ones(GRID, bool)])))
     with pytest.raises(UserError, match="a ViT attends to padding"):
         tiny("vit")(images, masking=masking_of(jnp.asarray(removed), places=12))
+    turned = masking_of(jnp.asarray(removed.swapaxes(1, 2)), places=12)  # as many patches
+    with pytest.raises(UserError, match="for 5 x 3 patches, but the images have 3 x 5"):
+        model(images, masking=turned)
     with pytest.raises(UserError, match="noise= or masking="):
         model(images)
     with pytest.raises(UserError, match=r"7x15 pixels are not a whole number of 2x3 patches"):
