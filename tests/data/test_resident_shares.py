@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,7 +77,9 @@ def test_a_restart_continues(seed: int) -> None:
         make_train_iterator(other, seed=seed).set_state(state)
 
 
-def test_crops_and_operations_of_resident_squares(image_tree: Path, seed: int) -> None:
+def test_crops_and_operations_of_resident_squares(
+    image_tree: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images of any proportions are kept as squares; the whole of an image comes back in its own."""
     config = ClassificationData(
         source="image_folder", path=str(image_tree), image_size=(12, 16), batch_size=10,
@@ -89,11 +92,15 @@ def test_crops_and_operations_of_resident_squares(image_tree: Path, seed: int) -
     assert iterator.corrupt == {3}
     assert batches[0]["image"].shape == (10, 24, 24, 3)
     plain = dataclasses.replace(
-        config, rand_augment=None, crop_scale=(1.0, 1.0), flip=0.0, mean=(0.0,) * 3, std=(1.0,) * 3,
-        crop_aspect=(1e-3, 1e3),
-    )  # fmt: skip
-    key = jax.random.key(seed)
-    out = make_augment(plain, 3)(key, batches[0])
+        config, rand_augment=None, flip=0.0, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+
+    def whole_images(key: jax.Array, sizes: jax.Array, **law: object) -> jax.Array:
+        return jnp.concatenate([jnp.zeros_like(sizes), sizes[:, ::-1]], axis=1) * 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastvim_jax.data.device_transforms.draw_boxes", whole_images)
+        out = make_augment(plain, 3)(jax.random.key(seed), batches[0])
     assert set(out) == {"image", "label"} and out["image"].shape == (10, 12, 16, 3)
     whole = np.asarray(out["image"]) * 255
     squares = np.asarray(batches[0]["image"])
