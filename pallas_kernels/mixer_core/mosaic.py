@@ -22,6 +22,7 @@ from pallas_kernels.mixer_core import (
     mosaic_norm_gradient,
     mosaic_project_front,
     mosaic_ragged_front,
+    mosaic_rolling_gradients,
     mosaic_segments,
     xla,
 )
@@ -329,16 +330,14 @@ def front_gradients(
     directions32 = _float32(directions)
     tokens = (_on_grid(x, visited) for x in (xz, s_bar, xz_bar))
     share = 1.0 if places else options.scale / options.positions
-    xz_bar, shares = mosaic_front_gradients.front_gradients(
-        *tokens,
-        _float32(pooled_bar),
-        places,
-        ids,
-        *directions32,
-        grid,
-        share=share,
-        interpret=gpu.interpreted(),
-    )
+    arrays = (*tokens, _float32(pooled_bar), places)
+    static: dict[str, Any] = {"share": share, "interpret": gpu.interpreted()}
+    if ids or grid.overlaps or grid.per_position > 1:
+        run = mosaic_front_gradients.front_gradients
+        xz_bar, shares = run(*arrays, ids, *directions32, grid, **static)
+    else:
+        run = mosaic_rolling_gradients.front_gradients
+        xz_bar, shares = run(*arrays, *directions32, grid, **static)
     sums = shares.sum(0)
     directions_bar = Directions(sums[:, :taps], sums[:, taps], sums[:, taps + 1])
     return _flat(xz_bar), jax.tree.map(lambda g, p: g.astype(p.dtype), directions_bar, directions)

@@ -144,6 +144,25 @@ def test_several_tokens_at_a_position(seed):
 
 
 @needs_mosaic
+def test_lines_of_several_segments(seed, monkeypatch):
+    """The gradients go on from segment to segment and from line to line, here through all of a batch's image."""
+    from pallas_kernels.mixer_core import mosaic
+    from pallas_kernels.mixer_core.types import CoreOptions
+
+    monkeypatch.setattr(mosaic, "PROCESSORS", 1)
+    rng = np.random.default_rng(seed)
+    transposed, method = bool(rng.integers(2)), str(rng.choice(["mean", "max"]))
+    rows, columns = (12, 2) if transposed else (2, 12)
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
+    grid = mosaic.cut(
+        "front_gradients", jax.ShapeDtypeStruct((4, 24, 256), jnp.float32), 4, options
+    )
+    assert (grid.segment, grid.per_block) == (6, 4)
+    case = {"b": 4, "rows": rows, "columns": columns, "e": 128, "scale": 0.25}
+    compare(rng, 3e-6, **case, transposed=transposed, method=method)
+
+
+@needs_mosaic
 def test_channels_of_no_whole_block(seed):
     """They are filled up with zeros, which count in no norm."""
     rng = np.random.default_rng(seed)
