@@ -160,6 +160,7 @@ def joined_block(
     post_norm: nnx.LayerNorm,
     projection: Projection,
     norm_eps: float,
+    keep: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run everything from in_proj of one block to the input of in_proj of the next. Call `runs_joined` first.
 
@@ -169,6 +170,7 @@ def joined_block(
         pooling, both, post_norm: see `fused_core`.
         projection: out_proj's kernel, transposed, and the scale of the next block's RMSNorm.
         norm_eps: epsilon of the RMSNorm.
+        keep: drop-path factors `b` on the block's output, or None.
 
     Returns:
         The new residual stream, and its normalised tokens in the dtype of the tokens given.
@@ -185,6 +187,7 @@ def joined_block(
         scale=pooling.scale,
         eps=both.config.norm_eps,
         norm_eps=norm_eps,
+        keep=keep,
         **_grid_options(pooling),
     )
 

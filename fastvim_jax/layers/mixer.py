@@ -37,7 +37,7 @@ from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.pooling import GridPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
-from fastvim_jax.typing import Inner, Tokens
+from fastvim_jax.typing import Inner, Keep, Tokens
 from pallas_kernels.mixer_core import Projection, Unprojected
 from pallas_kernels.silu import silu
 
@@ -113,6 +113,7 @@ class Mixer(nnx.Module):
         pooling: GridPooling,
         projection: Projection,
         norm_eps: float,
+        keep: Keep | None,
     ) -> tuple[Tokens, Tokens]:
         """Mix normalised tokens, add the result to the residual stream, and apply the next block's norm to the sum.
 
@@ -123,7 +124,7 @@ class Mixer(nnx.Module):
         """
         both = self.both or stack_directions(self.forward, self.backward, axis=0)
         norm: Any = self.post_norm  # a LayerNorm
-        return joined_block(unprojected, residual, pooling, both, norm, projection, norm_eps)
+        return joined_block(unprojected, residual, pooling, both, norm, projection, norm_eps, keep)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
         """Run everything between the two projections: xz `b l 2e` → `b l e`.

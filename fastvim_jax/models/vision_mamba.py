@@ -77,14 +77,14 @@ class JoinedBlock(nnx.Module):
         del self.mixer.in_proj, self.mixer.out_proj
 
     def __call__(
-        self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: None
+        self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: Keep | None
     ) -> tuple[tuple[Tokens, Tokens], None]:
         """Map (residual stream, its normalised tokens) before the block to the same pair after it, all `b l d`."""
-        del keep
         residual, normed = stream
         unprojected = Unprojected(normed, self.in_weight[...])
         projection = Projection(self.out_weight[...], jnp.ones(residual.shape[-1], residual.dtype))
-        return self.mixer.join(unprojected, residual, pooling, projection, self.norm_eps), None
+        eps = self.norm_eps
+        return self.mixer.join(unprojected, residual, pooling, projection, eps, keep), None
 
 
 class VisionMamba(Backbone):
@@ -154,10 +154,9 @@ class VisionMamba(Backbone):
         keep: jax.Array | None,
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
-        # The kernel of a joined block neither drops paths nor returns a block's output, and it computes an RMSNorm.
+        # The kernel of a joined block does not return the block's output, and it computes an RMSNorm.
         joined = (
-            keep is None
-            and not output_blocks
+            not output_blocks
             and config.remat == "none"
             and config.norm == "rms"
             and all(runs_joined(config.mixer, pooling, tokens) for pooling in poolings)
@@ -173,7 +172,7 @@ class VisionMamba(Backbone):
             (tokens, normed),
             poolings,
             depth=config.depth,
-            keep=None,
+            keep=keep,
             mode=config.blocks,
             remat="none",
         )

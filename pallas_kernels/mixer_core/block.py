@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
@@ -62,18 +63,20 @@ def mixer_block(
     scale: float = 1.0,
     eps: float = 1e-5,
     norm_eps: float = 1e-6,
+    keep: Float[Array, " b"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
     """Compute everything between in_proj of one block and in_proj of the next.
 
         g        = mixer_core(xz)
-        residual = residual + g · weight^T
+        residual = residual + keep · g · weight^T
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
     On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
-    exist in memory, except that the forward pass of a gradient keeps g. The kernel runs where `block_unsupported`
-    returns None. Everywhere else `mixer_core` and XLA compute the same step by step. They round the product to xz's
-    dtype before they add it; the kernel does not. One more kernel computes the gradient of residual sum and norm.
+    exist in memory, except that the forward pass of a gradient keeps g. One more kernel computes the gradient of
+    residual sum and norm. The kernels run where `block_unsupported` returns None. Everywhere else `mixer_core` and XLA
+    compute the same step by step, as they do for what the first kernel does not cover, such as more than 384 channels.
+    They round the product to xz's dtype before they add it; the kernel does not.
 
     Given what xz is the product of, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
     `project_front_unsupported` returns None for a device's share of the batch.
@@ -83,6 +86,7 @@ def mixer_block(
         residual: residual stream, float32 or wider.
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
+        keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
         implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
             and the batch has work for all of its processors, otherwise `mixer_core` and XLA.
         directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
@@ -114,11 +118,14 @@ def mixer_block(
         expect_shape("mixer_block", name, x, letters, shape, beside)
     options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
     call = _Call(middle, options, float(norm_eps), implementation)
-    arrays = (residual, directions, norm, projection, middle_params)
-    fills = implementation == "pallas"  # Asked for by name, the kernel runs on small batches too.
+    if keep is not None:
+        expect_shape("mixer_block", "keep", keep, "b", xz.shape[:1], beside)
+        keep = lax.stop_gradient(keep.astype(residual.dtype))
+    arrays = (residual, directions, norm, projection, keep, middle_params)
+    by_name = implementation == "pallas"
 
     def reason():
-        return _unsupported(xz, residual, directions.kernels, options, fills=fills)
+        return _unsupported(xz, residual, directions.kernels, options, by_name=by_name)
 
     runs = gpu.choose(implementation, "mixer_block", reason)
     if not runs:
@@ -137,7 +144,7 @@ def _check_unprojected(given: Unprojected, width: int) -> None:
 def block_unsupported(
     xz: Any, residual: Any, kernels: Any, *, rows: int, columns: int, transposed: bool, method: str
 ) -> str | None:
-    """Return why `mixer_block` of such arrays does not run as one kernel here, or None.
+    """Return why `mixer_block` of such arrays runs step by step here, or None.
 
     Args:
         xz, residual, kernels: as for `mixer_block` (`directions.kernels`), or their `jax.ShapeDtypeStruct`.
@@ -145,17 +152,17 @@ def block_unsupported(
     """
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
     missing = gpu.kernels_missing()
-    return missing or _unsupported(xz, residual, kernels, options, fills=False)
+    return missing or _unsupported(xz, residual, kernels, options, by_name=False)
 
 
-def _unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
-    """Return why the kernel cannot run, or None. With `fills`, do not ask whether the batch fills the device."""
+def _unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
+    """Return why the block does not run joined to the next norm, or None; `by_name` if "pallas" was asked for."""
     from pallas_kernels.mixer_core import mosaic
 
     return (
         gpu.wgmma_missing()
         or mosaic.unsupported(xz, kernels, (), options)
-        or mosaic.block_unsupported(xz, residual, kernels, options, fills=fills)
+        or mosaic.block_unsupported(xz, residual, kernels, options, by_name=by_name)
     )
 
 
@@ -172,7 +179,7 @@ class _Call(NamedTuple):
         """The kernels of `mixer_core`."""
         return Stages(always=self.implementation == "pallas")
 
-    def step_by_step(self, xz, residual, directions, norm, projection, middle_params):
+    def step_by_step(self, xz, residual, directions, norm, projection, keep, middle_params):
         """Compute the block with the kernels of `mixer_core`, where they run, and XLA."""
         options = self.options
         if isinstance(xz, Unprojected):
@@ -191,35 +198,35 @@ class _Call(NamedTuple):
             eps=options.eps,
             implementation=self.implementation,
         )
-        return add_and_normalise(g, residual, projection, self.norm_eps)
+        return xla.add_and_normalise(g, residual, *projection, keep, self.norm_eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(call: _Call, xz, residual, directions, norm, projection, middle_params):
+def _fused(call: _Call, xz, residual, directions, norm, projection, keep, middle_params):
     xz, u, _ = _front(call, xz, directions)
     y = call.middle(middle_params, u)
-    return _project(call, xz, y, residual, directions, norm, projection)
+    return _project(call, xz, y, residual, directions, norm, projection, keep)
 
 
-def _forward(call, given, residual, directions, norm, projection, middle_params):
+def _forward(call, given, residual, directions, norm, projection, keep, middle_params):
     xz, u, places = _front(call, given, directions)
     y, pull = jax.vjp(call.middle, middle_params, u)
-    weights = (directions, norm, projection)
-    total, normed, g = _project(call, xz, y, residual, *weights, keep=True)
+    weights = (directions, norm, projection, keep)
+    total, normed, g = _project(call, xz, y, residual, *weights, with_g=True)
     unprojected = given if isinstance(given, Unprojected) else None
     return (total, normed), (unprojected, Saved(xz, y, places, pull), total, g, *weights)
 
 
 def _backward(call, saved, bars):
-    unprojected, core, total, g, directions, norm, projection = saved
+    unprojected, core, total, g, directions, norm, projection, keep = saved
     total_bar, normed_bar = bars
     gain = projection.gain
     # 1) The residual sum and the RMSNorm. `residual_bar` is the gradient of both terms of the sum.
-    residual_bar, update_bar = _norm_gradient(call, total_bar, normed_bar, total, gain)
-    normalise = lambda gain: _normalise(total, gain, call.norm_eps, g.dtype)  # noqa: E731
+    residual_bar, update_bar = _norm_gradient(call, total_bar, normed_bar, total, gain, keep)
+    normalise = lambda gain: xla.rms_norm(total, gain, call.norm_eps, g.dtype)  # noqa: E731
     (gain_bar,) = jax.vjp(normalise, gain)[1](normed_bar)  # Dead code where the gain is constant.
     # 2) The output projection.
-    _, pull_update = jax.vjp(_update, g, projection.weight)
+    _, pull_update = jax.vjp(xla.project, g, projection.weight)
     g_bar, weight_bar = pull_update(update_bar)
     # 3) The core.
     core_bars = core_gradients(call.stages, call.options, core, directions, norm, (), g_bar)
@@ -229,7 +236,8 @@ def _backward(call, saved, bars):
         _, pull_xz = jax.vjp(Unprojected.projected, unprojected)
         (xz_bar,) = pull_xz(xz_bar)
     projection_bar = Projection(weight_bar, gain_bar)
-    return xz_bar, residual_bar, directions_bar, norm_bar, projection_bar, middle_bar
+    keep_bar = None if keep is None else jnp.zeros_like(keep)
+    return xz_bar, residual_bar, directions_bar, norm_bar, projection_bar, keep_bar, middle_bar
 
 
 _fused.defvjp(_forward, _backward)
@@ -261,29 +269,33 @@ def _xla_project_front(tokens, weight, directions, options):
     return xz, u
 
 
-def _project(call: _Call, xz, y, residual, directions, norm, projection, *, keep: bool = False):
-    """Return the residual stream and its normalised tokens, by the kernel or by XLA; with `keep`, also g."""
+def _project(
+    call: _Call, xz, y, residual, directions, norm, projection, keep, *, with_g: bool = False
+):
+    """Return the residual stream and its normalised tokens, by the kernel or by XLA; if asked for, also g."""
     from pallas_kernels.mixer_core import mosaic
 
-    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps, "keep": keep}
+    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps, "with_g": with_g}
     kernel: Callable = functools.partial(mosaic.back_project, **static)
     other: Callable = functools.partial(_xla_project, **static)
     tokens = "b l o"
     operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
-    results = (tokens, tokens, "b l e") if keep else (tokens, tokens)
-    arrays = (xz, y, residual, directions, norm, projection)
+    results = (tokens, tokens, "b l e") if with_g else (tokens, tokens)
+    operands += (None if keep is None else "b",)
+    arrays = (xz, y, residual, directions, norm, projection, keep)
     return _on_shares(call, kernel, other, operands, results, arrays)
 
 
-def _norm_gradient(call: _Call, total_bar, normed_bar, total, gain):
+def _norm_gradient(call: _Call, total_bar, normed_bar, total, gain, keep):
     """Return the gradient of the residual sum, as it is and rounded: by the kernel or by XLA."""
     from pallas_kernels.mixer_core import mosaic
 
     kernel: Callable = functools.partial(mosaic.norm_gradient, norm_eps=call.norm_eps)
     other: Callable = functools.partial(xla.norm_gradient, eps=call.norm_eps)
     tokens = "b l o"
-    arrays = (total_bar, normed_bar, total, gain)
-    return _on_shares(call, kernel, other, (*[tokens] * 3, "o"), (tokens, tokens), arrays)
+    arrays = (total_bar, normed_bar, total, gain, keep)
+    operands = (*[tokens] * 3, "o", None if keep is None else "b")
+    return _on_shares(call, kernel, other, operands, (tokens, tokens), arrays)
 
 
 def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results, arrays):
@@ -296,24 +308,7 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
-def _xla_project(xz, y, residual, directions, norm, projection, options, norm_eps, keep):
+def _xla_project(xz, y, residual, directions, norm, projection, keep, options, norm_eps, with_g):
     g = xla.back(xz, y, directions, norm, (), options)
-    kept = (g,) if keep else ()
-    return *add_and_normalise(g, residual, projection, norm_eps), *kept
-
-
-def add_and_normalise(
-    g: jax.Array, residual: jax.Array, projection: Projection, norm_eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """Project g, add it to the residual stream, and normalise the sum. The kernel computes the same."""
-    total = residual + _update(g, projection.weight).astype(residual.dtype)
-    return total, _normalise(total, projection.gain, norm_eps, g.dtype)
-
-
-def _update(g: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.matmul(g, weight.astype(g.dtype).T)
-
-
-def _normalise(total: jax.Array, gain: jax.Array, norm_eps: float, dtype: Any) -> jax.Array:
-    run = lambda total, gain: xla.rms_norm(total, gain, norm_eps).astype(dtype)  # noqa: E731
-    return jax.checkpoint(run, prevent_cse=False)(total, gain)  # Save the sum alone.
+    more = (g,) if with_g else ()
+    return *xla.add_and_normalise(g, residual, *projection, keep, norm_eps), *more

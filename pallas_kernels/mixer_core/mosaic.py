@@ -146,19 +146,26 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
     return None
 
 
-def block_unsupported(xz, residual, kernels, options: CoreOptions, *, fills: bool) -> str | None:
-    """Return why `back_project` does not take this call, although the other kernels do, or None.
+def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
+    """Return why a block does not run joined to the next block's norm, although the other kernels do, or None.
 
-    A batch that leaves processors idle is a reason, unless `fills` says that it is none.
+    A batch that leaves processors idle is a reason, except if "pallas" was asked for by name. Then one kernel must do
+    all behind the scans.
     """
     if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
         return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
-    work = _project_work(xz, kernels.shape[1], residual.shape[-1], options)
+    if by_name:
+        return back_project_unsupported(xz, kernels.shape[1], residual.shape[-1], options)
+    segments = xz.shape[0] * options.lines * math.ceil(options.tokens / mosaic_back_project.ROWS)
+    full = PROCESSORS * mosaic_back_project.RESIDENT * mosaic_back_project.PER_TILE
+    return f"{segments} segments of lines do not fill the device" if segments < full else None
+
+
+def back_project_unsupported(xz, taps: int, outputs: int, options: CoreOptions) -> str | None:
+    """Return why one kernel cannot compute everything behind the scans, or None if it can."""
+    work = _project_work(xz, taps, outputs, options)
     if work is None:
         return f"lines of {options.tokens} tokens do not cut into equal segments of 8 to 16"
-    full = PROCESSORS * mosaic_back_project.RESIDENT * mosaic_back_project.PER_TILE
-    if not fills and work.segments < full:
-        return f"{work.segments} segments of lines do not fill the device"
     return work.unsupported()
 
 
@@ -271,29 +278,37 @@ def back_project(
     directions: Directions,
     norm: Norm,
     projection,
+    keep,
     options: CoreOptions,
     norm_eps,
-    keep,
+    with_g,
 ) -> tuple[jax.Array, ...]:
-    """See `block.mixer_block`: everything behind the scans. With `keep`, also return out_proj's input."""
+    """Compute everything behind the scans: see `block.mixer_block`. If asked for, also return out_proj's input g.
+
+    Use `back`, a product and XLA where one kernel cannot.
+    """
     taps = directions.kernels.shape[1]
+    if back_project_unsupported(xz, taps, residual.shape[-1], options) is not None:
+        g = back(xz, y, directions, norm, (), options)
+        more = (g,) if with_g else ()
+        return *xla.add_and_normalise(g, residual, *projection, keep, norm_eps), *more
     grid = _project_work(xz, taps, residual.shape[-1], options).grid
     directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(
         _on_grid(xz, options), _float32(y), _on_grid(residual, options), *directions32, *norm32,
-        projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32), grid,
-        eps=options.eps, norm_eps=norm_eps, keep=keep, interpret=gpu.interpreted(),
+        projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32),
+        keep, grid, eps=options.eps, norm_eps=norm_eps, with_g=with_g, interpret=gpu.interpreted(),
     )  # fmt: skip
     return tuple(map(_flat, gpu.run_once(out)))
 
 
-def norm_gradient(total_bar, normed_bar, total, gain, norm_eps):
+def norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps):
     """See `xla.norm_gradient`, which takes what the kernel does not."""
     tokens, width = total.size // total.shape[-1], total.shape[-1]
     if mosaic_norm_gradient.unsupported(tokens, width) is not None:
-        return xla.norm_gradient(total_bar, normed_bar, total, gain, norm_eps)
+        return xla.norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps)
     out = mosaic_norm_gradient.norm_gradient(
-        total_bar, normed_bar, total, gain.astype(jnp.float32),
+        total_bar, normed_bar, total, gain.astype(jnp.float32), keep,
         eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)

@@ -175,10 +175,10 @@ class Work:
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "eps", "norm_eps", "keep", "interpret"))
+@functools.partial(jax.jit, static_argnames=("grid", "eps", "norm_eps", "with_g", "interpret"))
 def back_project(
-    xz, y, residual, kernels, biases, D, scale, shift, weight, gain, grid: Grid,
-    *, eps: float, norm_eps: float, keep: bool = False, interpret: bool,
+    xz, y, residual, kernels, biases, D, scale, shift, weight, gain, keep, grid: Grid,
+    *, eps: float, norm_eps: float, with_g: bool = False, interpret: bool,
 ):  # fmt: skip
     """Apply the back of the mixer, project, add to the residual stream, and normalise the sum.
 
@@ -191,14 +191,15 @@ def back_project(
         scale, shift: parameters of the LayerNorm, ``e`` float32.
         weight: transpose of the projection, ``d e`` in xz's dtype.
         gain: of the RMSNorm, ``d`` float32.
+        keep: factors of each image's product, ``b`` float32; or None.
         grid: how the tokens are cut: segments of 8 to 16 tokens; `per_block` is not used.
         eps, norm_eps: epsilons of LayerNorm and RMSNorm.
-        keep: return g as well.
+        with_g: return g as well.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in xz's dtype; and with
-        `keep` g, ``b rows columns e``.
+        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in xz's dtype; and if
+        asked for g, ``b rows columns e``.
     """
     work, layouts = Work(grid, weight.shape[0]), Layouts()
     blocks, half, halo, segment = work.channel_blocks, work.half, grid.halo, grid.segment
@@ -207,7 +208,9 @@ def back_project(
 
     def body(*refs):
         (xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref), refs = refs[:8], refs[8:]
-        shift_ref, weight_ref, gain_ref, sum_ref, normed_ref, *kept_refs = refs[:-6]
+        shift_ref, weight_ref, gain_ref, *refs = refs
+        keep_ref = refs.pop(0) if keep is not None else None
+        sum_ref, normed_ref, *g_refs = refs[:-6]
         g_tile, union, x_barrier, z_barrier, w_barrier, both = refs[-6:]
         (x_tile, z_tile, s_tile), (w_tile,), (product_tile,) = union
         group = lax.axis_index("warpgroup")
@@ -348,10 +351,13 @@ def back_project(
             ]
             for (start, row), values in zip(fours, residual, strict=True):
                 at = pl.ds(item * ROWS + row, 4)
-                new = [
-                    value + load(product_tile.at[at, pl.ds(c * COLUMNS, COLUMNS)])
-                    for c, value in enumerate(values)
+                update = [
+                    load(product_tile.at[at, pl.ds(c * COLUMNS, COLUMNS)]) for c in range(columns)
                 ]
+                if keep_ref is not None:
+                    factor = keep_ref[work.place(index)[0]]
+                    update = [part * factor for part in update]
+                new = [old + part for old, part in zip(values, update, strict=True)]
                 scaling = lax.rsqrt(mean([part * part for part in new]) + norm_eps)
                 scaling = spread(scaling, (4, COLUMNS), 0, layouts.outputs)
                 for c, part in enumerate(new):
@@ -360,7 +366,7 @@ def back_project(
                         tokens(normed_ref, index, start, c),
                         (part * scaling * gains[c]).astype(xz.dtype),
                     )
-            for ref in kept_refs:  # Swizzled tiles are read by eights.
+            for ref in g_refs:  # Swizzled tiles are read by eights.
                 for start, row in fours[::2]:
                     for b in range(blocks):
                         g = g_tile.at[pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)]
@@ -379,13 +385,13 @@ def back_project(
 
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
-    kept = [jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)] if keep else []
-    new, normed, *kept = plgpu.kernel(
+    g_type = jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)
+    new, normed, *g = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct(old.shape, jnp.float32),
             jax.ShapeDtypeStruct(old.shape, xz.dtype),
-            *kept,
+            *[g_type] * with_g,
         ],
         scratch_types=work.scratch(xz.dtype),
         compiler_params=compiler_params(),
@@ -397,7 +403,7 @@ def back_project(
         thread_name="warpgroup",
     )(
         *map(blocked, (xz, *y)), old, *map(blocked, (kernels, biases, D, scale, shift)),
-        weight, by_columns(gain),
+        weight, by_columns(gain), *(() if keep is None else (keep,)),
     )  # fmt: skip
-    kept = [g.reshape(*xz.shape[:3], grid.width) for g in kept]
-    return new.reshape(residual.shape), normed.reshape(residual.shape), *kept
+    g = [x.reshape(*xz.shape[:3], grid.width) for x in g]
+    return new.reshape(residual.shape), normed.reshape(residual.shape), *g

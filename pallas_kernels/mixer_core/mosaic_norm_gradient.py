@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mixer_core.grid import largest_divisor
 from pallas_kernels.mixer_core.mosaic_back_project import COLUMNS, Layouts, mean, spread
 from pallas_kernels.mosaic import WARPS, compiler_params, interpret_params, store
 
@@ -28,11 +29,11 @@ def unsupported(tokens: int, width: int) -> str | None:
     """Return why the kernel does not take `tokens` tokens of `width` channels, or None."""
     if width % COLUMNS or width > WIDEST:
         return f"{width} channels are no multiple of {COLUMNS} up to {WIDEST}"
-    return f"{tokens} tokens are fewer than {WARPS}" if tokens < WARPS else None
+    return f"{tokens} tokens are no multiple of {WARPS}" if tokens % WARPS else None
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def norm_gradient(residual_bar, normed_bar, residual, gain, *, eps: float, interpret: bool):
+def norm_gradient(residual_bar, normed_bar, residual, gain, keep, *, eps: float, interpret: bool):
     """Add the gradient of a residual stream through its RMSNorm to the gradient that it has otherwise.
 
     Args:
@@ -40,20 +41,21 @@ def norm_gradient(residual_bar, normed_bar, residual, gain, *, eps: float, inter
         normed_bar: gradient of the normalised tokens, ``b l d``.
         residual: ``b l d`` float32.
         gain: of the norm, ``d`` float32.
+        keep: factors of each image in the rounded sum, ``b`` float32; or None.
         eps: epsilon of the norm.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The sum in float32, and rounded to the dtype of `normed_bar`.
+        The sum in float32; and times `keep`, rounded to the dtype of `normed_bar`.
     """
     shape, width = residual.shape, residual.shape[-1]
     count, columns = residual.size // width, width // COLUMNS
-    steps = min(max(1, TOGETHER // width), count // WARPS)  # tokens of a warp
+    steps = largest_divisor(count // WARPS, max(1, TOGETHER // width))  # tokens of a warp
     layouts = Layouts()
 
-    def body(bar_ref, normed_ref, residual_ref, gain_ref, sum_ref, rounded_ref):
-        # The last blocks may have tokens in common, of which both write the same.
-        first = lax.min(lax.axis_index("block") * (steps * WARPS), count - steps * WARPS)
+    def body(bar_ref, normed_ref, residual_ref, gain_ref, *refs):
+        *keep_refs, sum_ref, rounded_ref = refs
+        first = lax.axis_index("block") * (steps * WARPS)
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
         over = lambda x, axis: spread(x, (WARPS, COLUMNS), axis, layouts.outputs)  # noqa: E731
 
@@ -75,6 +77,8 @@ def norm_gradient(residual_bar, normed_bar, residual, gain, *, eps: float, inter
             for c in range(columns):
                 total = sums[c] + (g[c] - r[c] * share) * inverse
                 store(sum_ref.at[at, c], total)
+                for ref in keep_refs:
+                    total = total * over(load(ref.at[at], layouts.of_outputs), 0)
                 store(rounded_ref.at[at, c], total.astype(normed_bar.dtype))
 
     by_columns = lambda x: x.reshape(-1, columns, COLUMNS)  # noqa: E731
@@ -87,7 +91,11 @@ def norm_gradient(residual_bar, normed_bar, residual, gain, *, eps: float, inter
         compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_norm_gradient",
-        grid=(pl.cdiv(count, steps * WARPS),),
+        grid=(count // (steps * WARPS),),
         grid_names=("block",),
-    )(*map(by_columns, (residual_bar, normed_bar, residual)), gain.reshape(columns, COLUMNS))
+    )(
+        *map(by_columns, (residual_bar, normed_bar, residual)),
+        gain.reshape(columns, COLUMNS),
+        *(() if keep is None else (jnp.repeat(keep, count // keep.size),)),
+    )
     return total.reshape(shape), rounded.reshape(shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,21 +222,51 @@ def front_gradients(
     return xz_bar.at[..., : x.shape[-1]].set(x_bar), directions_bar
 
 
-def rms_norm(total: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """Apply an RMSNorm over the last axis, in the dtype of `total`."""
-    factor = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
-    return total * (factor * gain.astype(total.dtype))
+def add_and_normalise(
+    g: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    gain: jax.Array,
+    keep: jax.Array | None,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Project g, add it to the residual stream, and normalise the sum; see `block.mixer_block`."""
+    update = project(g, weight).astype(residual.dtype)
+    total = residual + (update if keep is None else update * keep[:, None, None])
+    return total, rms_norm(total, gain, eps, g.dtype)
+
+
+def project(g: jax.Array, weight: Float[Array, "o e"]) -> jax.Array:
+    """Multiply with a weight that is stored transposed, in the dtype of g."""
+    return jnp.matmul(g, weight.astype(g.dtype).T)
+
+
+def rms_norm(total: jax.Array, gain: jax.Array, eps: float, dtype: Any) -> jax.Array:
+    """Apply an RMSNorm over the last axis in the dtype of `total`, and round to `dtype`; save `total` alone."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(total, gain):
+        factor = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
+        return (total * (factor * gain.astype(total.dtype))).astype(dtype)
+
+    return run(total, gain)
 
 
 def norm_gradient(
-    total_bar: jax.Array, normed_bar: jax.Array, total: jax.Array, gain: jax.Array, eps: float
+    total_bar: jax.Array,
+    normed_bar: jax.Array,
+    total: jax.Array,
+    gain: jax.Array,
+    keep: jax.Array | None,
+    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Add the gradient of `total` through its RMSNorm to `total_bar`.
 
     Returns:
-        The sum in the dtype of `total`, and rounded to the dtype of `normed_bar`.
+        The sum in the dtype of `total`; and times each image's factor, rounded to the dtype of `normed_bar`.
     """
-    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps), total)
-    (bar,) = pull(normed_bar.astype(total.dtype))
+    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps, normed_bar.dtype), total)
+    (bar,) = pull(normed_bar)
     bar = total_bar + bar
-    return bar, bar.astype(normed_bar.dtype)
+    scaled = bar if keep is None else bar * keep[:, None, None]
+    return bar, scaled.astype(normed_bar.dtype)

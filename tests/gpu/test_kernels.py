@@ -197,6 +197,8 @@ def test_block_gradients(seed, case):
     case = case | {"transposed": bool(rng.integers(2))}
     args, bars = block.draw(rng, **case)
     args = block.rounded(args)
+    if rng.integers(2):
+        case["keep"] = jnp.asarray(1.25 * rng.integers(0, 2, case["b"]), jnp.float32)
     options = {name: value for name, value in case.items() if name != "taps"}
     run = jax.jit(lambda *a: block.value_and_gradients(*a, "pallas", options))
     compiled = run.lower(args, bars).compile()

@@ -83,7 +83,7 @@ def test_mixer_block(seed, monkeypatch, mesh_is, projected):
     from pallas_kernels.mixer_core import mosaic
 
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
-    monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, fills: None)
+    monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
     case = {"b": 8, "rows": 3, "columns": 8, "e": 128}
     draw = project_front.draw_block if projected else lambda rng, case: block.draw(rng, **case)
     args, bars = draw(np.random.default_rng(seed), case)

@@ -123,11 +123,13 @@ def wanted_gradients(args, bars, case):
 
 @needs_mosaic
 def test_gradients(seed):
-    """All kernels of a training step's block, against float64."""
+    """All kernels of a training step's block, with drop path, against float64."""
     rng = np.random.default_rng(seed)
-    lines, tokens, transposed = 3, int(rng.integers(8, 15)), bool(rng.integers(2))
+    lines, tokens, transposed = 2, int(rng.integers(8, 15)), bool(rng.integers(2))
     rows, columns = (tokens, lines) if transposed else (lines, tokens)
-    case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "transposed": transposed}
+    keep = jnp.asarray(rng.permutation([0.0, 1.25]), jnp.float32)
+    case = {"b": 2, "rows": rows, "columns": columns, "e": 128, "transposed": transposed}
+    case["keep"] = keep
     print(case)
     args, bars = draw(rng, **case)
     args = rounded(args)
@@ -139,22 +141,23 @@ def test_gradients(seed):
 
 @needs_mosaic
 def test_norm_gradient(seed):
-    """Tokens that fill no thread block: the last two have some in common."""
+    """One token a warp, or two."""
     from pallas_kernels.mixer_core import xla
-    from pallas_kernels.mixer_core.mosaic_norm_gradient import norm_gradient
+    from pallas_kernels.mixer_core.mosaic_norm_gradient import norm_gradient, unsupported
 
     rng = np.random.default_rng(seed)
     width = int(rng.choice([64, 192, 384]))
-    tokens = (1, int(rng.integers(9, 30)), width)
+    tokens = (1, 4 * int(rng.integers(2, 6)), width)
     print(tokens)
+    assert unsupported(tokens[1], width) is None and "multiple" in unsupported(9, width)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     args = (normal(*tokens), normal(*tokens).astype("bfloat16"), normal(*tokens), normal(width))
     with abstract_h100(), interpreted():
-        run = jax.jit(lambda *a: norm_gradient(*a, eps=1e-6, interpret=True))
+        run = jax.jit(lambda *a: norm_gradient(*a, None, eps=1e-6, interpret=True))
         total, half = jax.device_get(run.trace(*args).lower().compile()(*args))
     with x64():
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
-        wanted, _ = jax.device_get(xla.norm_gradient(*wide, 1e-6))
+        wanted, _ = jax.device_get(xla.norm_gradient(*wide, None, 1e-6))
     assert max(relative_errors([total], [wanted])) < 1e-6
     np.testing.assert_array_equal(half, total.astype(half.dtype))
 
@@ -174,8 +177,7 @@ def test_gradients_lower_for_an_h100():
     ("case", "reason"),
     [
         ({"b": 2, "rows": 14, "columns": 14, "e": 384}, "do not fill"),
-        ({"b": 128, "rows": 14, "columns": 14, "e": 768}, "do not fit"),
-        ({"b": 1024, "rows": 7, "columns": 7, "e": 384}, "do not cut"),
+        ({"b": 128, "rows": 14, "columns": 14, "e": 200}, "whole blocks"),
     ],
 )
 def test_what_is_left_to_xla(case, reason, monkeypatch):
@@ -187,6 +189,22 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
         assert reason in block_unsupported(xz, residual, directions.kernels, **grid)
         monkeypatch.setenv("FASTVIM_KERNELS", "off")
         assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", [{"e": 768}, {"b": 1024, "rows": 7, "columns": 7}])
+def test_what_one_kernel_does_not_cover_runs_joined_by_several(case):
+    case = {"b": 128, "rows": 14, "columns": 14, "e": 384, **case}
+
+    def value_and_gradient(args):
+        return jax.value_and_grad(lambda args: jnp.sum(block(args, "auto", **case)[1] * 1.0))(args)
+
+    text = lower_for_h100(value_and_gradient, abstract(case))
+    for name in ("front", "back", "norm_gradient", "back_gradients", "front_gradients"):
+        assert launches(text, f"mixer_{name}") == 1
+    assert launches(text, "mixer_back_project") == 0
+    with abstract_h100(), pytest.raises(NotImplementedError, match="do not"):
+        jax.eval_shape(lambda args: block(args, "pallas", **case), abstract(case))
 
 
 @needs_mosaic
