@@ -198,7 +198,8 @@ class _Call(NamedTuple):
             eps=options.eps,
             implementation=self.implementation,
         )
-        return xla.add_and_normalise(g, residual, *projection, keep, self.norm_eps)
+        weight, gain = projection
+        return xla.add_and_normalise(g, residual, weight, gain, keep, self.norm_eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -279,9 +280,10 @@ def _project(
     kernel: Callable = functools.partial(mosaic.back_project, **static)
     other: Callable = functools.partial(_xla_project, **static)
     tokens = "b l o"
-    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, Projection("o e", "o"))  # type: ignore[arg-type]
+    projected = Projection("o e", "o")  # type: ignore[arg-type]
+    kept = None if keep is None else "b"
+    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, projected, kept)
     results = (tokens, tokens, "b l e") if with_g else (tokens, tokens)
-    operands += (None if keep is None else "b",)
     arrays = (xz, y, residual, directions, norm, projection, keep)
     return _on_shares(call, kernel, other, operands, results, arrays)
 
@@ -311,4 +313,5 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
 def _xla_project(xz, y, residual, directions, norm, projection, keep, options, norm_eps, with_g):
     g = xla.back(xz, y, directions, norm, (), options)
     more = (g,) if with_g else ()
-    return *xla.add_and_normalise(g, residual, *projection, keep, norm_eps), *more
+    weight, gain = projection
+    return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more

@@ -291,7 +291,8 @@ def back_project(
     if back_project_unsupported(xz, taps, residual.shape[-1], options) is not None:
         g = back(xz, y, directions, norm, (), options)
         more = (g,) if with_g else ()
-        return *xla.add_and_normalise(g, residual, *projection, keep, norm_eps), *more
+        weight, gain = projection
+        return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more
     grid = _project_work(xz, taps, residual.shape[-1], options).grid
     directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(

@@ -207,10 +207,10 @@ def back_project(
     parts, columns = grid.width // PART, work.outputs // COLUMNS
 
     def body(*refs):
-        (xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref), refs = refs[:8], refs[8:]
-        shift_ref, weight_ref, gain_ref, *refs = refs
-        keep_ref = refs.pop(0) if keep is not None else None
-        sum_ref, normed_ref, *g_refs = refs[:-6]
+        xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref = refs[:8]
+        shift_ref, weight_ref, gain_ref, *others = refs[8:-6]
+        keep_ref = others.pop(0) if keep is not None else None
+        sum_ref, normed_ref, *g_refs = others
         g_tile, union, x_barrier, z_barrier, w_barrier, both = refs[-6:]
         (x_tile, z_tile, s_tile), (w_tile,), (product_tile,) = union
         group = lax.axis_index("warpgroup")

@@ -202,7 +202,8 @@ def test_block_gradients(seed, case):
     options = {name: value for name, value in case.items() if name != "taps"}
     run = jax.jit(lambda *a: block.value_and_gradients(*a, "pallas", options))
     compiled = run.lower(args, bars).compile()
-    assert "mixer_norm_gradient" in compiled.as_text()
+    fours = case["b"] * case["rows"] * case["columns"] % 4 == 0
+    assert ("mixer_norm_gradient" in compiled.as_text()) == fours
     first = jax.device_get(compiled(args, bars))
     with jax.default_device(jax.devices("cpu")[0]):
         wanted = block.wanted_gradients(*jax.device_get((args, bars)), options)
