@@ -16,8 +16,8 @@ from fastvim_jax.cli.usage import parse
 class Arguments:
     """The run to export, and the file to write."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     out: Path
     """File to write; its name ends in .npz."""
     fast: bool = False
@@ -34,9 +34,14 @@ def run(arguments: Sequence[str]) -> int:
     """Export a trained classifier to one file that runs with JAX and NumPy alone."""
     chosen = parse(Arguments, "export", arguments, f"{run.__doc__}")
     from fastvim_jax.inference.export import export_classifier
+    from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
     from fastvim_jax.training import load_run
 
-    loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    loaded = (
+        load_pretrained(chosen.run)
+        if is_pretrained(chosen.run)
+        else load_run(chosen.run, weights=chosen.weights, step=chosen.step)
+    )
     about = export_classifier(loaded, chosen.out, fast=chosen.fast, batch=chosen.batch)
     size = "any number of" if about["batch"] is None else about["batch"]
     print(

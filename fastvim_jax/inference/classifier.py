@@ -32,7 +32,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.preprocessing import preprocessing_of
+from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -124,14 +124,7 @@ class Classifier:
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
         self.class_names = tuple(class_names)
-        self.data = ClassificationData(
-            source="digits",
-            image_size=preprocessing.image_size,
-            channels=config.channels,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            eval_crop=preprocessing.crop,
-        )
+        self.data = photographs_data(preprocessing, config.channels)
         mesh = Mesh(np.array(devices), ("data",))
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         self._batch = -(-batch_size // len(devices)) * len(devices)

@@ -27,7 +27,9 @@ from jaxtyping import Array
 from fastvim_jax import __version__
 from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.preprocessing import photographs_data
 from fastvim_jax.models import build_model
+from fastvim_jax.models.pretrained import Pretrained
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run
 from pallas_kernels import gpu
@@ -37,12 +39,12 @@ PLATFORMS = ("cpu", "cuda")
 
 
 def export_classifier(
-    run: Run, file: Path | str, *, fast: bool = False, batch: int | None = None
+    source: Run | Pretrained, file: Path | str, *, fast: bool = False, batch: int | None = None
 ) -> dict[str, Any]:
     """Write the program of a trained classifier, its weights and what a user of them needs to know.
 
     Args:
-        run: a trained classifier, from `load_run`.
+        source: a trained classifier, from `load_run` or `load_pretrained`.
         file: the `.npz` file to write.
         fast: hold the GPU kernels; otherwise the program is portable.
         batch: images of a call; None, for portable programs alone, leaves it open.
@@ -51,10 +53,10 @@ def export_classifier(
         What the file says of itself (its entry `about`).
 
     Raises:
-        UserError: the run is of another task; a fast program without `batch`, or whose model no kernel runs.
+        UserError: the model is of another task; a fast program without `batch`, or whose model no kernel runs.
     """
-    if not isinstance(run.config, TrainConfig):
-        raise UserError(f"export takes classifiers, not runs of a {type(run.config).__name__}.")
+    data = _data_of(source)
+    model: Any = source.model
     file = Path(file)
     if file.suffix != ".npz":
         raise UserError(f"{file}: name a file that ends in .npz.")
@@ -62,11 +64,10 @@ def export_classifier(
         raise UserError(f"batch={batch} must be at least 1 and less than {2**31}.")
     if fast and batch is None:
         raise UserError("a fast program takes one batch size: give it, for example batch=64.")
-    weights, structure = jax.tree.flatten(nnx.state(run.model))
+    weights, structure = jax.tree.flatten(nnx.state(model))
     graphdef = nnx.graphdef(
-        nnx.eval_shape(lambda: build_model(_config(run, fast), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: build_model(_config(model.config, fast), rngs=nnx.Rngs(0)))
     )
-    data = run.config.data
     preprocess = make_preprocess(data)
 
     def classify(weights: list[Array], images: Array) -> Array:
@@ -102,9 +103,9 @@ def export_classifier(
             "std": data.std,
             "note": "The program takes uint8 pixels, resized and cropped, and normalises them itself.",
         },
-        "classes": run.class_names,
-        "step": run.step,
-        "averaged": run.weights == "ema",
+        "classes": source.class_names or [str(i) for i in range(model.config.num_classes)],
+        "step": source.step if isinstance(source, Run) else None,
+        "averaged": source.weights == "ema" if isinstance(source, Run) else None,
         "versions": {"fastvim-jax": __version__, "jax": jax.__version__},
         "calling_convention": program.calling_convention_version,
     }
@@ -119,9 +120,25 @@ def export_classifier(
     return about
 
 
-def _config(run: Run, fast: bool) -> Any:
+def _data_of(source: Run | Pretrained) -> Any:
+    """Return the data config that says how images become the input of a classifier."""
+    if isinstance(source, Run):
+        if not isinstance(source.config, TrainConfig):
+            raise UserError(
+                f"export takes classifiers, not runs of a {type(source.config).__name__}."
+            )
+        return source.config.data
+    config: Any = source.model.config  # type: ignore[attr-defined]
+    if not getattr(config, "num_classes", 0) or config.channels not in (1, 3):
+        raise UserError(
+            f"export takes classifiers of photographs, not a {type(source.model).__name__} with "
+            f"{getattr(config, 'num_classes', 0)} classes and {config.channels} channels."
+        )
+    return photographs_data(source.preprocessing, config.channels)
+
+
+def _config(model: Any, fast: bool) -> Any:
     """Choose the implementation: kernels where they run, or XLA, which every platform has."""
-    model = run.config.model
     if not hasattr(model, "scan_implementation"):
         return model
     return dataclasses.replace(model, scan_implementation="auto" if fast else "xla")

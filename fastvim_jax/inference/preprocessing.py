@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastvim_jax.data.cells_config import CellsData
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.models.pretrained import Preprocessing, default_preprocessing
 from fastvim_jax.training.run_folder import Run
 
@@ -22,4 +23,16 @@ def preprocessing_of(run: Run) -> Preprocessing:
     normalise_pixels = getattr(config, "normalise_pixels", True)
     return Preprocessing(
         pair, crop, tuple(data.mean), tuple(data.std), tuple(names), normalise_pixels
+    )
+
+
+def photographs_data(preprocessing: Preprocessing, channels: Literal[1, 3]) -> ClassificationData:
+    """Return the data config of a saved model of photographs; its source is never read."""
+    return ClassificationData(
+        source="digits",
+        image_size=preprocessing.image_size,
+        channels=channels,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        eval_crop=preprocessing.crop,
     )

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fastvim_jax import UserError
+from fastvim_jax import UserError, save_pretrained
+from fastvim_jax.cli.main import main
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.inference.export import export_classifier
+from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.models import build_model
+from fastvim_jax.models.pretrained import Pretrained
 from fastvim_jax.training import Run
 from tests.pallas_kernels.mosaic_support import abstract_h100
 from tests.support import ROOT
@@ -34,6 +37,35 @@ def make_run(key, **changes):
 def the_documented_script():
     text = (ROOT / "docs" / "inference.md").read_text()
     return text.split("```python\n# load an exported program\n")[1].split("```")[0]
+
+
+def called(file):
+    with np.load(file) as arrays:
+        about = json.loads(str(arrays["about"]))
+        program = jax.export.deserialize(bytearray(arrays["program"].tobytes()))
+        weights = [arrays[f"weight_{i}"] for i in range(about["weights"])]
+    return np.asarray(program.call(weights, np.full((1, *about["image"]), 200, np.uint8)))
+
+
+def test_a_saved_model_gives_the_program_of_its_run(tmp_path, key):
+    run = make_run(key)
+    preprocessing = preprocessing_of(run)
+    save_pretrained(run.model, tmp_path / "saved", preprocessing=preprocessing, class_names=NAMES)
+    of_run = export_classifier(run, tmp_path / "run.npz", batch=1)
+    command = ["export", str(tmp_path / "saved"), "--out", str(tmp_path / "saved.npz")]
+    assert main([*command, "--batch", "1"]) == 0
+    with np.load(tmp_path / "saved.npz") as saved, np.load(tmp_path / "run.npz") as file:
+        about = json.loads(str(saved["about"]))
+        for i in range(about["weights"]):
+            np.testing.assert_array_equal(saved[f"weight_{i}"], file[f"weight_{i}"])
+    for name in ("weights", "image", "preprocess", "classes"):
+        assert about[name] == json.loads(json.dumps(of_run[name])), name
+    # The same program, but for the lines of source it names.
+    logits = [called(tmp_path / name) for name in ("run.npz", "saved.npz")]
+    np.testing.assert_array_equal(*logits)
+    no_classes = Pretrained(build_model(tiny_model(num_classes=0), rngs=0), preprocessing, ())
+    with pytest.raises(UserError, match="0 classes"):
+        export_classifier(no_classes, tmp_path / "model.npz")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
