@@ -79,10 +79,10 @@ def _load(path: Path) -> object:
     except UserError:
         raise  # Its own message names the field and the fix.
     except SyntaxError as error:
-        place = f"{error.filename}, line {error.lineno}"
-        raise UserError(
-            f"{path} is not valid Python: {error.msg}\n  {place}\n  {(error.text or '').strip()}"
-        ) from error
+        # A file with null bytes has no such line.
+        place = f"\n  {error.filename}, line {error.lineno}" if error.lineno else ""
+        line = f"\n  {error.text.strip()}" if error.text else ""
+        raise UserError(f"{path} is not valid Python: {error.msg}{place}{line}") from error
     except Exception as error:
         # The last line of the file itself, not of what it called.
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
