@@ -62,6 +62,7 @@ class Work(Lines):
     width: int
     taps: int
     processors: int = PROCESSORS
+    per_position: int = 1
 
     @property
     def size(self) -> int:
