@@ -74,6 +74,13 @@ def test_a_bad_value_is_named_with_what_it_must_be(changes, message):
     )
 
 
+def test_a_model_too_large_to_be_meant_is_refused():
+    with pytest.raises(UserError, match=r"depth=100000 must be at most 1024"):
+        VisionMambaConfig(depth=100_000)
+    with pytest.raises(UserError, match=r"embed_dim=10000000 must be at most 65536"):
+        ViTConfig(embed_dim=10_000_000)
+
+
 def test_every_bad_field_is_named_at_once():
     with pytest.raises(UserError, match=r"part.count=-1 .*\npart.flag='no'"):
         checked(Config(), count=-1, flag="no")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from fastvim_jax.config_checks import (
     NonNegativeFloat,
@@ -25,6 +27,9 @@ from fastvim_jax.precision import (
     Precision,
 )
 
+# Larger ones, a typing error, would take all memory or compile for hours.
+Depth = Annotated[int, Interval(ge=1, le=1024)]
+Width = Annotated[int, Interval(ge=1, le=65536)]
 Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]
 PoolingMethod = Literal["mean", "max", "attention", "none"]
 PoolAxes = Literal["alternate", "columns", "rows"]
@@ -52,9 +57,9 @@ class BackboneConfig:
     """Image channels."""
     num_classes: NonNegativeInt = 1000
     """Classes of the head; 0 for none (the model then returns its pooled features)."""
-    embed_dim: PositiveInt = 192
+    embed_dim: Width = 192
     """Model width d."""
-    depth: PositiveInt = 12
+    depth: Depth = 12
     """Number of blocks."""
     head_std: PositiveFloat = 0.02
     """Standard deviation of the head's initial weights (2e-5 in the recipe that continues fine-tuning at 448 px)."""
@@ -111,7 +116,7 @@ class VisionMambaConfig(BackboneConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    depth: PositiveInt = 24
+    depth: Depth = 24
     """Number of blocks."""
     pooling: PoolingMethod = "mean"
     """What the scan reads of each row of tokens: mean, max or attention (FastVim); none: every token (Vim)."""
