@@ -24,6 +24,7 @@ from pallas_kernels.mixer_core import (
     mosaic_ragged_front,
     mosaic_rolling_gradients,
     mosaic_segments,
+    mosaic_sum_norm,
     xla,
 )
 from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
@@ -285,14 +286,13 @@ def back_project(
 ) -> tuple[jax.Array, ...]:
     """Compute everything behind the scans: see `block.mixer_block`. If asked for, also return out_proj's input g.
 
-    Use `back`, a product and XLA where one kernel cannot.
+    Use `back`, a product, and a kernel for residual sum and norm where one kernel cannot.
     """
     taps = directions.kernels.shape[1]
     if back_project_unsupported(xz, taps, residual.shape[-1], options) is not None:
         g = back(xz, y, directions, norm, (), options)
         more = (g,) if with_g else ()
-        weight, gain = projection
-        return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more
+        return *_add_and_normalise(g, residual, projection, keep, norm_eps), *more
     grid = _project_work(xz, taps, residual.shape[-1], options).grid
     directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(
@@ -301,6 +301,19 @@ def back_project(
         keep, grid, eps=options.eps, norm_eps=norm_eps, with_g=with_g, interpret=gpu.interpreted(),
     )  # fmt: skip
     return tuple(map(_flat, gpu.run_once(out)))
+
+
+def _add_and_normalise(g, residual, projection, keep, norm_eps):
+    """See `xla.add_and_normalise`, which takes what the kernel does not."""
+    weight, gain = projection
+    tokens, width = residual.size // residual.shape[-1], residual.shape[-1]
+    if mosaic_sum_norm.unsupported(tokens, width) is not None:
+        return xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps)
+    out = mosaic_sum_norm.sum_norm(
+        xla.project(g, weight), residual, gain.astype(jnp.float32), keep,
+        eps=norm_eps, interpret=gpu.interpreted(),
+    )  # fmt: skip
+    return gpu.run_once(out)
 
 
 def norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps):
