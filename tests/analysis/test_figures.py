@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -189,6 +190,23 @@ def test_selection_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
     text.write_text("no image")
     with pytest.raises(UserError, match=r"text\.jpg cannot be read as an image"):
         draw_figure("selection", tmp_path / "x.png", Inputs(image=text))
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(UserError, match=r"there is no such file"):
+        draw_figure("selection", tmp_path / "x.png", Inputs(image=tmp_path / "fifo.png"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bench": "model"}',
+        '{"bench": "model", "circumstances": {"date": 3, "device": ""}, "rows": [1]}',
+        "[",
+    ],
+)
+def test_a_record_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json is no record of a benchmark"):
+        read_rows(tmp_path, "model")
 
 
 def test_the_command(tmp_path: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,8 +98,13 @@ def open_photograph(file: Path | None, side: int = _SIDE) -> np.ndarray:
 
         picture = Image.fromarray(load_sample_image("flower.jpg"))
     else:
+        if not file.is_file():  # Opening a FIFO would wait for a writer.
+            raise UserError(f"{file} cannot be read as an image: there is no such file.")
         try:
-            picture = Image.open(file).convert("RGB")
+            # Named formats only: Pillow would start Ghostscript on a file that holds PostScript.
+            picture = Image.open(file, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")).convert(
+                "RGB"
+            )
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} cannot be read as an image: {error}") from error
     short = min(picture.size)

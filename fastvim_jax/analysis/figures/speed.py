@@ -46,26 +46,27 @@ def read_rows(folder: Path | None, bench: str) -> list[Row]:
     Raises:
         UserError: the folder has no such record.
     """
-    found = []
+    found: list[tuple[str, list[Row]]] = []
     for file in sorted(folder.glob("*.json")) if folder else []:
         try:
             record = parse_json(file.read_text())
-        except ValueError as error:
+            if isinstance(record, dict) and record.get("bench") == bench:
+                about = record["circumstances"]
+                rows: list[Row] = [
+                    {**row, "device": about["device"]}
+                    for row in record["rows"]
+                    if "failed" not in row and "skipped" not in row and row.get("correct", True)
+                ]
+                found.append((str(about["date"]), rows))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no record of a benchmark: {error}.") from error
-        if isinstance(record, dict) and record.get("bench") == bench:
-            found.append((record["circumstances"]["date"], record))
-    rows: list[Row] = [
-        {**row, "device": record["circumstances"]["device"]}
-        for _, record in sorted(found, key=lambda pair: pair[0])
-        for row in record["rows"]
-        if "failed" not in row and "skipped" not in row and row.get("correct", True)
-    ]
-    if not rows:
+    in_order = [row for _, each in sorted(found, key=lambda pair: pair[0]) for row in each]
+    if not in_order:
         raise UserError(
             f"{folder or 'This installation'} holds no record of `fastvim bench {bench}`. Measure with "
             f"`fastvim bench {bench} --json FOLDER/{bench}.json`, and give --records FOLDER."
         )
-    return rows
+    return in_order
 
 
 def images_per_second(row: Row) -> float:
