@@ -83,7 +83,10 @@ def case(*, batch: int, mode: str | None, seconds: float = 0.7) -> Iterator[dict
     import torch
 
     model = build().to("cuda").train()
-    loss_of = model if mode is None else torch.compile(model, mode=mode)
+    loss_of = model if mode in (None, "blocks") else torch.compile(model, mode=mode)
+    if mode == "blocks":
+        for block in (*model.blocks, *model.decoder):
+            block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     images = torch.randn(batch, 3, 224, 224, device="cuda")
 
@@ -138,7 +141,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--modes", nargs="+", default=["default"], help="of torch.compile")
+    parser.add_argument(
+        "--modes", nargs="+", default=["default"], help="of torch.compile, or blocks"
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     from fastvim_jax.bench.record import show
