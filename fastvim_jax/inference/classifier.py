@@ -262,7 +262,7 @@ class Classifier:
         def fetch() -> tuple[int, tuple[np.ndarray, ...], dict[int, str]]:
             start, outputs, problems = waiting.popleft()
             count = min(self._batch, len(images) - start)
-            return start, tuple(np.array(each[:count]) for each in outputs), problems
+            return start, tuple(np.array(each)[:count] for each in outputs), problems
 
         for start, batch, problems in self.decoded(images):
             waiting.append((start, self.forward(batch), problems))
