@@ -113,7 +113,7 @@ def test_parameter_counts(name):
     "name", [name for name in list_models("*_tiny_*") if not name.startswith("mae_")]
 )
 def test_every_parameter_of_each_family_gets_a_gradient(name, key):
-    config = small(model_config(name), depth=2)
+    config = small(model_config(name))
     params = nnx.state(build_model(config, rngs=nnx.Rngs(key)))
     images = jax.random.normal(key, (2, 22, 15, 3))
     value, gradient = loss_and_gradient(config, params, images)
