@@ -74,9 +74,10 @@ def mixer_block(
 
     On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
     exist in memory, except that the forward pass of a gradient keeps g. One more kernel computes the gradient of
-    residual sum and norm. The kernels run where `block_unsupported` returns None. Everywhere else `mixer_core` and XLA
-    compute the same step by step, as they do for what the first kernel does not cover, such as more than 384 channels.
-    They round the product to xz's dtype before they add it; the kernel does not.
+    residual sum and norm. The kernels run where `block_unsupported` returns None. What the first kernel does not cover,
+    such as more than 384 channels, is computed by `mixer_core`, a product, and a kernel for residual sum and norm (by
+    XLA if the residual's channels are no multiple of 128). Everywhere else `mixer_core` and XLA compute the same step
+    by step. A product by XLA is rounded to xz's dtype before it is added; the first kernel does not round it.
 
     Given what xz is the product of, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
     `project_front_unsupported` returns None for a device's share of the batch.

@@ -170,6 +170,7 @@ BLOCKS = [
     {"b": 2, "rows": 13, "columns": 9, "e": 256},  # tokens twice in a tile
     {"b": 1, "rows": 32, "columns": 48, "e": 384},  # lines in segments
     {"b": 5, "rows": 8, "columns": 10, "e": 128, "taps": 3},
+    {"b": 152, "rows": 7, "columns": 7, "e": 256, "by": "auto"},  # several kernels, not one
 ]
 
 
@@ -178,8 +179,9 @@ BLOCKS = [
 def test_block(seed, case, transposed):
     case = case | {"transposed": transposed}
     args, _ = block.draw(np.random.default_rng(seed), **case)
-    options = {name: value for name, value in case.items() if name != "taps"}
-    compiled = jax.jit(lambda a: block.block(a, "pallas", **options)).lower(args).compile()
+    options = {name: value for name, value in case.items() if name not in ("taps", "by")}
+    by = case.get("by", "pallas")
+    compiled = jax.jit(lambda a: block.block(a, by, **options)).lower(args).compile()
     assert "mosaic_gpu" in compiled.as_text()
     tokens = args[1]
     # Leave NaN where the results will be.
@@ -199,8 +201,9 @@ def test_block_gradients(seed, case):
     args = block.rounded(args)
     if rng.integers(2):
         case["keep"] = jnp.asarray(1.25 * rng.integers(0, 2, case["b"]), jnp.float32)
-    options = {name: value for name, value in case.items() if name != "taps"}
-    run = jax.jit(lambda *a: block.value_and_gradients(*a, "pallas", options))
+    options = {name: value for name, value in case.items() if name not in ("taps", "by")}
+    by = case.get("by", "pallas")
+    run = jax.jit(lambda *a: block.value_and_gradients(*a, by, options))
     compiled = run.lower(args, bars).compile()
     fours = case["b"] * case["rows"] * case["columns"] % 4 == 0
     assert ("mixer_norm_gradient" in compiled.as_text()) == fours
