@@ -45,6 +45,7 @@ from fastvim_jax.models.detection.rpn import RPNHead
 from fastvim_jax.models.detection.simple_fpn import SimpleFPN
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.parameters import (
+    check_numbers,
     list_mismatches,
     named_parameters,
     parameter_infos,
@@ -84,7 +85,8 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
             a `.pth` file with `torch.load(..., weights_only=True)` and convert its tensors, or use safetensors.
 
     Raises:
-        UserError: one error that lists the missing, unexpected and misshapen entries by their own names.
+        UserError: one error that lists the missing, unexpected and misshapen entries by their own names; or
+            numbers that are complex or not finite.
     """
     table = _table(model)
     params = nnx.state(model)
@@ -106,6 +108,7 @@ def from_torch_state_dict(model: nnx.Module, mapping: Mapping[str, Any]) -> None
             + "\n  ".join(_shortened(problems))
             + _advice(expected, arrays)
         )
+    check_numbers(arrays, "the weights")
     flat = {}
     for torch_name, array in arrays.items():
         name, convert = table.to_ours(torch_name)  # type: ignore[misc]  # unknown names are listed above

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.interop.torch_file import read_torch_file
+from fastvim_jax.models.parameters import check_numbers
 from fastvim_jax.models.safetensors_file import read_safetensors
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin")
@@ -96,25 +97,6 @@ def _fold_probe_head(found: WeightsFile) -> WeightsFile:
     arrays["head.bias"] = (bias - folded @ mean).astype(bias.dtype)
     note = "head.0.*, head.1.*: a linear probe's batch norm and linear layer, joined into head.*"
     return dataclasses.replace(found, arrays=arrays, notes=(*found.notes, note))
-
-
-def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuse weights that no training gives: complex, NaN or infinite numbers, or anything but numbers.
-
-    Raises:
-        UserError: naming the first entries at fault.
-    """
-    bad = []
-    for name, array in arrays.items():
-        if array.dtype.kind == "c":
-            bad.append(f"{name} is complex")
-        elif array.dtype.kind in "OSUM":
-            bad.append(f"{name} holds no numbers ({array.dtype})")
-        elif not np.isfinite(np.asarray(array, np.float64)).all():
-            bad.append(f"{name} holds NaN or infinite numbers")
-    if bad:
-        more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(f"{where}: {'; '.join(bad[:5])}{more}.")
 
 
 def _choose(path: Path, saved: Mapping[Any, Any], place: str | None) -> WeightsFile:

@@ -105,6 +105,25 @@ def named_parameters(params: Any) -> dict[str, Any]:
     return flat
 
 
+def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuse weights that no training gives: complex numbers, NaN, what is infinite in float32, and what is no number.
+
+    Raises:
+        UserError: naming the first entries at fault.
+    """
+    bad = []
+    for name, array in arrays.items():
+        if array.dtype.kind == "c":
+            bad.append(f"{name} is complex")
+        elif array.dtype.kind in "OSUM":
+            bad.append(f"{name} holds no numbers ({array.dtype})")
+        elif not (np.abs(np.asarray(array, np.float64)) <= np.finfo(np.float32).max).all():
+            bad.append(f"{name} holds NaN or infinite numbers")
+    if bad:
+        more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(f"{where}: {'; '.join(bad[:5])}{more}.")
+
+
 def replace_parameters(params: Any, flat: Mapping[str, Any]) -> Any:
     """Return `params` with every leaf taken from `flat`, in the leaf's own dtype. This inverts `named_parameters`.
 

@@ -20,7 +20,12 @@ from flax import nnx
 from fastvim_jax import __version__
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
-from fastvim_jax.models.parameters import count_parameters, named_parameters, replace_parameters
+from fastvim_jax.models.parameters import (
+    check_numbers,
+    count_parameters,
+    named_parameters,
+    replace_parameters,
+)
 from fastvim_jax.models.registry import build_model, config_class
 from fastvim_jax.models.safetensors_file import read_safetensors
 from fastvim_jax.serialise import from_dict, to_dict
@@ -153,7 +158,9 @@ def load_pretrained(
     if not weights.exists():
         raise UserError(f"{folder} holds no model: it has no {WEIGHTS_FILE}.")
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    params = replace_parameters(nnx.state(model), read_safetensors(weights))
+    arrays = read_safetensors(weights)
+    check_numbers(arrays, str(weights))
+    params = replace_parameters(nnx.state(model), arrays)
     names = tuple(map(str, about["class_names"]))
     check_class_names(names, config, f" by {folder / CONFIG_FILE}")
     return Pretrained(nnx.merge(nnx.graphdef(model), params), preprocessing, names)

@@ -21,10 +21,14 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.interop.weights_file import check_numbers
 from fastvim_jax.layers.pos_embed import resize_pos_embed
 from fastvim_jax.models.config import BackboneConfig
-from fastvim_jax.models.parameters import ParameterInfo, map_parameters, parameter_infos
+from fastvim_jax.models.parameters import (
+    ParameterInfo,
+    check_numbers,
+    map_parameters,
+    parameter_infos,
+)
 from fastvim_jax.training.steps import TrainState
 from fastvim_jax.training.weights_source import Source, read_source
 

@@ -65,6 +65,26 @@ def test_misfits_are_listed_together_and_nothing_is_loaded(key):
         np.testing.assert_array_equal(w, before[name])
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.full(16, 1j), "is complex"),
+        (np.full(16, None), "holds no numbers"),
+        (np.full(16, "1"), "holds no numbers"),
+        (np.full(16, np.nan), "holds NaN or infinite numbers"),
+        (np.full(16, 1e300), "holds NaN or infinite numbers"),
+    ],
+    ids=("complex", "None", "text", "NaN", "beyond float32"),
+)
+def test_numbers_that_no_training_gives_are_refused(key, value, said):
+    model = build_model(CONFIGS[0], rngs=nnx.Rngs(key))
+    before = to_torch_state_dict(model)
+    name = next(name for name, w in before.items() if w.shape == value.shape)
+    with pytest.raises(UserError, match=f"{name} {said}"):
+        from_torch_state_dict(model, before | {name: value})
+    np.testing.assert_array_equal(to_torch_state_dict(model)[name], before[name])
+
+
 def test_other_modules_are_refused():
     with pytest.raises(UserError, match="no name table for Linear"):
         from_torch_state_dict(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {"weight": jnp.zeros((2, 2))})

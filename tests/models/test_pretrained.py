@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from fastvim_jax import UserError, from_pretrained, load_pretrained, save_pretrained
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
@@ -77,11 +78,19 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
         change(other)
         return other
 
+    def with_nan(other):
+        arrays = load_file(other / "model.safetensors")
+        first = min(arrays)
+        save_file(
+            arrays | {first: np.full_like(arrays[first], np.nan)}, other / "model.safetensors"
+        )
+
     def other_model(**changes):
         return json.dumps(about | {"model": about["model"] | changes})
 
     cases = [
         (broken("a", lambda f: (f / "config.json").unlink()), "it has no config.json"),
+        (broken("nan", with_nan), "holds NaN or infinite numbers"),
         (broken("b", lambda f: (f / "model.safetensors").unlink()), "it has no model.safetensors"),
         (broken("c", lambda f: (f / "config.json").write_text("{")), "describes no model"),
         (broken("d", lambda f: (f / "config.json").write_text(json.dumps(about | {"format": 2}))), "has format 2"),
