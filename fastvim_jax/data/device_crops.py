@@ -32,7 +32,7 @@ from fastvim_jax.data.transforms import draw_box
 from fastvim_jax.errors import UserError
 
 PLANNERS = 4
-"""Largest number of workers per device, because they only draw: one for about 10,000 images per second."""
+"""Largest number of workers per device: they only draw boxes, which takes little beside reading."""
 CROP = "crop"
 """Key of the batches' drawn boxes, int64 `b 6`; see `pixel_boxes.BoxReader.read`."""
 
