@@ -43,16 +43,7 @@ SCENES = (
     "--model.backbone.blocks",
     "scan",
 )
-START = (
-    "--data.train-split",
-    "train[:30000]",
-    "--epochs",
-    "15",
-    "--optimizer.warmup-epochs",
-    "2",
-    "--model.blocks",
-    "scan",
-)
+START = ("--epochs", "15", "--optimizer.warmup-epochs", "2", "--model.blocks", "scan")
 TRAINING_SCENES, VALIDATION_SCENES = 4000, 400
 BACKBONES = ("fastvim", "vim", "vit")
 

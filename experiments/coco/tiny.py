@@ -5,8 +5,9 @@ and nothing about generalisation: it is evaluated on its training images, withou
 
 The anchors are smaller than the recipe's and every object claims its best ones, down to an IoU of 0.1: a tenth of these
 objects is so small that no anchor of the recipe reaches the 0.3 which it asks for. Three batches an epoch, 720 steps.
-The aim is a box AP of 0.9 on these images. It is not reached yet: a run of 299 epochs, stopped at epoch 187, had 0.873
-at epoch 150 (benchmarks/dense.md).
+The aim is a box AP of 0.9 on these images. It is not reached yet: a run of 299 epochs with 24 of warm-up, stopped at
+epoch 187 before its rate fell, had 0.873 at epoch 150 (benchmarks/dense.md). This file has the rate fall earlier, at
+epochs 168 and 216 of 240; it has not run yet. Compiled for an H100, a step takes 34 GB.
 
 Set FASTVIM_DATA_DIR to the folder that holds `coco_tiny` with `annotations`, `train2017` and `val2017`.
 
