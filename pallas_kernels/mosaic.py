@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,6 +89,24 @@ def compiler_params() -> plgpu.CompilerParams:
         unsafe_no_auto_barriers=True,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
+
+
+def gpu_kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """Build a Mosaic GPU kernel whose body is traced in 32-bit mode.
+
+    With `jax_enable_x64`, loops would count in int64 and Mosaic's indices of thread blocks in int32.
+
+    Args:
+        body: as `plgpu.kernel` takes it.
+        options: of `plgpu.kernel`; `compiler_params` are those above unless given.
+    """
+    run = plgpu.kernel(body, **{"compiler_params": compiler_params(), **options})
+
+    def call(*arrays: Any) -> Any:
+        with jax.enable_x64(False):
+            return run(*arrays)
+
+    return call
 
 
 def interpret_params(interpret: bool, warpgroups: int = 1) -> Any:

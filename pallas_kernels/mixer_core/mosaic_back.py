@@ -24,7 +24,11 @@ from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, logistic, read_row, silu
 from pallas_kernels.mixer_core.mosaic_segments import Segments
 from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
@@ -109,7 +113,7 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
         lax.fori_loop(0, work.items, item_of, ())
         plgpu.wait_smem_to_gmem(0)
 
-    out = plgpu.kernel(
+    out = gpu_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((*xz.shape[:3], work.all_blocks, BLOCK), xz.dtype),
         scratch_types=[
@@ -120,7 +124,6 @@ def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float
             work.barrier(len(grid.pieces)),
             *exchange,
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret, work.groups),
         kernel_name="mixer_back",
         grid=(grid.groups, grid.batch),
@@ -263,7 +266,7 @@ def back_gradients(
 
     streamed = lambda blocks: jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)  # noqa: E731
     float32 = lambda *shape: jax.ShapeDtypeStruct((*shape, work.all_blocks, BLOCK), jnp.float32)  # noqa: E731
-    ds, dxz, dy, norm = plgpu.kernel(
+    ds, dxz, dy, norm = gpu_kernel(
         body,
         out_type=[
             streamed(work.all_blocks),
@@ -280,7 +283,6 @@ def back_gradients(
             work.barrier(2 * len(grid.pieces)),
             *exchange,
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret, work.groups),
         kernel_name="mixer_back_gradients",
         grid=(grid.groups, grid.batch),

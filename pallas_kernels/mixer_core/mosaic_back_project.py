@@ -35,7 +35,7 @@ from pallas_kernels.mixer_core.mosaic_common import (
 from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
-    compiler_params,
+    gpu_kernel,
     interpret_params,
     reduced,
     store,
@@ -386,7 +386,7 @@ def back_project(
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
     g_type = jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)
-    new, normed, *g = plgpu.kernel(
+    new, normed, *g = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct(old.shape, jnp.float32),
@@ -394,7 +394,6 @@ def back_project(
             *[g_type] * with_g,
         ],
         scratch_types=work.scratch(xz.dtype),
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret, WARPGROUPS),
         kernel_name="mixer_back_project",
         grid=(work.thread_blocks,),

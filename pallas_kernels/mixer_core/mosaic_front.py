@@ -16,7 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))
@@ -117,7 +121,7 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
         lax.fori_loop(0, lines, line_of, ())
 
     shape = (grid.batch, grid.steps, grid.width)
-    return plgpu.kernel(
+    return gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((2, *shape), jnp.float32),
@@ -127,7 +131,6 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=grid.copies, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_front",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),

@@ -23,7 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.in_place import in_place
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, logistic, read_row, row_layout
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "share", "interpret"))
@@ -193,7 +197,7 @@ def front_gradients(
         plgpu.wait_smem_to_gmem(0)
 
     shares = jax.ShapeDtypeStruct((grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32)
-    run = plgpu.kernel(
+    run = gpu_kernel(
         body,
         out_type=shares,
         scratch_types=[
@@ -202,7 +206,6 @@ def front_gradients(
             plgpu.SMEM((segment, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=2 * grid.copies, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),

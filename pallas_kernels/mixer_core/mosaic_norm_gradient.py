@@ -19,7 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import largest_divisor
 from pallas_kernels.mixer_core.mosaic_back_project import COLUMNS, Layouts, mean, spread
-from pallas_kernels.mosaic import WARPS, compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    WARPS,
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 WIDEST = 768  # channels of a token; more do not fit registers
 TOGETHER = 384  # channels of the tokens of a warp, unless one token has more
@@ -82,13 +87,12 @@ def norm_gradient(residual_bar, normed_bar, residual, gain, keep, *, eps: float,
                 store(rounded_ref.at[at, c], total.astype(normed_bar.dtype))
 
     by_columns = lambda x: x.reshape(-1, columns, COLUMNS)  # noqa: E731
-    total, rounded = plgpu.kernel(
+    total, rounded = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((count, columns, COLUMNS), jnp.float32),
             jax.ShapeDtypeStruct((count, columns, COLUMNS), normed_bar.dtype),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_norm_gradient",
         grid=(count // (steps * WARPS),),

@@ -31,7 +31,7 @@ from pallas_kernels.mixer_core.types import Lines
 from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
-    compiler_params,
+    gpu_kernel,
     interpret_params,
     reduced,
     store,
@@ -392,14 +392,13 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
             pl.when(warpgroup == here)(functools.partial(multiply, here))
         pl.when(warpgroup >= MULTIPLIERS)(pool)
 
-    xz, pooled = plgpu.kernel(
+    xz, pooled = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((work.batch * work.size, 2 * work.width), h.dtype),
             jax.ShapeDtypeStruct((2, work.batch, work.lines, work.width), jnp.float32),
         ],
         scratch_types=work.scratch(h.dtype),
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret, MULTIPLIERS + CONVOLVERS),
         kernel_name="mixer_project_front",
         grid=(work.groups, work.blocks),

@@ -17,7 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))
@@ -101,14 +105,13 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
 
         lax.fori_loop(0, items, item_of, (zero, zero))
 
-    u = plgpu.kernel(
+    u = gpu_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((2, grid.batch, grid.groups, rows, grid.width), jnp.float32),
         scratch_types=[
             plgpu.SMEM((2, grid.segment + 2 * grid.halo, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_ragged_front",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),

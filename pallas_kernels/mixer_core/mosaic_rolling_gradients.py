@@ -24,7 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.in_place import in_place
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, logistic, read_row, row_layout
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 SLOTS = 3  # segments in shared memory: two that are read and one on its way
 
@@ -205,7 +209,7 @@ def front_gradients(
         plgpu.wait_smem_to_gmem(0)
 
     shares = jax.ShapeDtypeStruct((grid.batch, grid.groups, 2, taps + 2, grid.width), jnp.float32)
-    run = plgpu.kernel(
+    run = gpu_kernel(
         body,
         out_type=shares,
         scratch_types=[
@@ -214,7 +218,6 @@ def front_gradients(
             plgpu.SMEM((2, segment, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_front_gradients",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),

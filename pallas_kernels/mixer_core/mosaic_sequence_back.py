@@ -29,7 +29,11 @@ from pallas_kernels.mixer_core.mosaic_common import (
     row_layout,
     silu,
 )
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +195,13 @@ def back(xz, y, scale, shift, cut: Rows, *, eps: float, interpret: bool):
         sources = ((first_ref, 0), (second_ref, 0), (z_ref, 1))
         work.run(sources, tiles, barrier, {2: (out_ref, 0)}, visit, ())
 
-    out = plgpu.kernel(
+    out = gpu_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((cut.tokens, cut.blocks, BLOCK), xz.dtype),
         scratch_types=[
             *[cut.smem(xz.dtype)] * 3,
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_sequence_back",
         grid=(cut.groups,),
@@ -260,7 +263,7 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
                 store(norm_ref.at[i, lax.axis_index("group"), channels], total)
             plgpu.commit_smem()
 
-    y_bar, xz_bar, norm = plgpu.kernel(
+    y_bar, xz_bar, norm = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((cut.tokens, cut.blocks, BLOCK), xz.dtype),
@@ -272,7 +275,6 @@ def back_gradients(xz, y, scale, shift, out_bar, cut: Rows, *, eps: float, inter
             plgpu.SMEM((layouts.at_once, cut.blocks, BLOCK), jnp.float32),
             plgpu.Barrier(num_arrivals=4, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_sequence_back_gradients",
         grid=(cut.groups,),

@@ -26,7 +26,11 @@ from pallas_kernels.mixer_core.mosaic_common import (
     row_layout,
     silu,
 )
-from pallas_kernels.mosaic import compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,7 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
 
     # A tile as wide as the array is copied in one piece, past the end of its sequence: make room for it.
     length = cut.tiles * segment if cut.width == CHANNELS else cut.length
-    c = plgpu.kernel(
+    c = gpu_kernel(
         body,
         out_type=jax.ShapeDtypeStruct((2, cut.batch, length, cut.width), xz.dtype),
         scratch_types=[
@@ -175,7 +179,6 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
             plgpu.SMEM((2, segment, CHANNELS), xz.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_sequence_front",
         **cut.mesh,
@@ -264,7 +267,7 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
 
     tile = lambda rows: plgpu.SMEM((2, rows, CHANNELS), xz.dtype)  # noqa: E731
     shares = jax.ShapeDtypeStruct((cut.batch, cut.groups, 2, taps + 1, cut.width), jnp.float32)
-    run = plgpu.kernel(
+    run = gpu_kernel(
         body,
         out_type=shares,
         scratch_types=[
@@ -274,7 +277,6 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
             plgpu.SMEM((segment, CHANNELS), xz.dtype),
             plgpu.Barrier(num_arrivals=5, num_barriers=2),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_sequence_front_gradients",
         **cut.mesh,

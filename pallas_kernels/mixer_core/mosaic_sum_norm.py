@@ -19,7 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixer_core.grid import largest_divisor
 from pallas_kernels.mixer_core.mosaic_back_project import Layouts, mean, spread
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked
-from pallas_kernels.mosaic import WARPS, compiler_params, interpret_params, store
+from pallas_kernels.mosaic import (
+    WARPS,
+    gpu_kernel,
+    interpret_params,
+    store,
+)
 
 WIDEST = 1280  # channels of a token; more do not fit registers
 TOGETHER = 768  # channels of the tokens of a warp, unless one token has more
@@ -79,13 +84,12 @@ def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
                 store(normed_ref.at[at, c], (part * scaling * gains[c]).astype(update.dtype))
 
     flat = lambda x: blocked(x.reshape(-1, width))  # noqa: E731
-    total, normed = plgpu.kernel(
+    total, normed = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((count, blocks, BLOCK), jnp.float32),
             jax.ShapeDtypeStruct((count, blocks, BLOCK), update.dtype),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="mixer_sum_norm",
         grid=(count // (steps * WARPS),),

@@ -27,7 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import compiler_params, interpret_params, sigmoid, store
+from pallas_kernels.mosaic import (
+    compiler_params,
+    gpu_kernel,
+    interpret_params,
+    sigmoid,
+    store,
+)
 from pallas_kernels.selective_scan.mosaic_common import StateLayouts, lane_sums, tile_layout
 from pallas_kernels.selective_scan.mosaic_walk import (
     Plan,
@@ -256,7 +262,7 @@ def scan_gradients(
     if states is not None:
         stored = (plan.channels, plan.warps, plan.rest)
         tiles["h"] = plgpu.SMEM((plan.slots, *stored), jnp.float32)
-    outputs = plgpu.kernel(
+    outputs = gpu_kernel(
         by_direction(plan, body),
         out_type=[
             jax.ShapeDtypeStruct(u.shape, u.dtype),

@@ -30,7 +30,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import compiler_params, interpret_params, sigmoid, store
+from pallas_kernels.mosaic import (
+    gpu_kernel,
+    interpret_params,
+    sigmoid,
+    store,
+)
 from pallas_kernels.selective_scan.mosaic_common import StateLayouts, tile_layout
 from pallas_kernels.selective_scan.mosaic_walk import (
     StepReader,
@@ -125,7 +130,7 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
     shape = (plan.batch, plan.splits - 1)
     tile = (plan.chunk, plan.channels)
     operands = [*sources.values(), A] + ([bias] if has_bias else []) + x[1:]
-    return plgpu.kernel(
+    return gpu_kernel(
         by_direction(plan, body),
         out_type=[
             jax.ShapeDtypeStruct((*shape, *plan.stored_shape), jnp.float32),
@@ -137,7 +142,6 @@ def split_ends(x, delta, coefficients, A, bias, plan, *, scaled, post_decay, int
             plgpu.SMEM(tile, jnp.float32),
             plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan_split_ends",
         **plan.mesh(plan.splits - 1),
@@ -285,7 +289,7 @@ def scan(
         out.append(jax.ShapeDtypeStruct((plan.batch, plan.chunks, *states), jnp.float32))
     if last_state:
         out.append(jax.ShapeDtypeStruct((plan.batch, *states), jnp.float32))
-    return plgpu.kernel(
+    return gpu_kernel(
         by_direction(plan, body),
         out_type=out,
         scratch_types=[
@@ -296,7 +300,6 @@ def scan(
             plgpu.SMEM(tile, dtype),
             plgpu.Barrier(num_arrivals=len(sources), num_barriers=plan.slots),
         ],
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret),
         kernel_name="selective_scan",
         **plan.mesh(plan.splits),

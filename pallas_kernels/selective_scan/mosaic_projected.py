@@ -33,7 +33,7 @@ from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
     WARPS,
-    compiler_params,
+    gpu_kernel,
     interpret_params,
     reduced,
     store,
@@ -461,11 +461,10 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         lax.fori_loop(0, mine, scan_block, None)
 
     y = jax.ShapeDtypeStruct(u.shape[1:], jnp.float32)
-    return plgpu.kernel(
+    return gpu_kernel(
         body,
         out_type=[y, y],
         scratch_types=cut.scratch(),
-        compiler_params=compiler_params(),
         interpret=interpret_params(interpret, cut.warpgroups),
         kernel_name="projected_scan",
         grid=(cut.splits, cut.groups, 2),
