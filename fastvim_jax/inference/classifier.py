@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 import queue
 import threading
@@ -84,8 +85,9 @@ class Classifier:
         preprocessing: size, crop and normalisation of the model's input.
         class_names: in the order of the logits; may be empty.
         batch_size: images per batch, rounded up to a multiple of the number of local devices.
-        dtype: compute dtype, "float32" or "bfloat16". By default the model's own; on a GPU bfloat16, and for a
-            Mamba model activations="compute".
+        dtype: compute dtype, "float32" or "bfloat16", with the model's own activations. By default the model's own
+            dtype; on a GPU bfloat16, and for a Mamba model activations="compute". docs/models.md says how exact this
+            is; any `dtype` given switches it off.
         maps: return features and class logits of every patch as well.
 
     Raises:
@@ -311,16 +313,21 @@ class Classifier:
         batch = np.zeros((self._batch, *self.data.height_width, self.data.channels), np.uint8)
         errors: dict[int, str] = {}
 
-        def fill(places: range) -> None:
-            for i in places:
+        def fill(places: list[list[int]]) -> None:
+            for i in itertools.chain.from_iterable(places):
                 try:
                     batch[i] = self._pixels(images[i])
                 except DecodeError as error:
                     errors[i] = str(error)
 
-        step = cores()
-        list(decoders.map(fill, (range(first, len(images), step) for first in range(step))))
-        return batch, errors
+        # One thread takes all places of one Pillow image, because two must not load it at the same time.
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for i, image in enumerate(images):
+            pillow = isinstance(image, PIL.Image.Image)
+            groups.setdefault((pillow, id(image) if pillow else i), []).append(i)
+        places, step = list(groups.values()), cores()
+        list(decoders.map(fill, (places[first::step] for first in range(step))))
+        return batch, dict(sorted(errors.items()))
 
     def _pixels(self, image: Any) -> np.ndarray:
         if isinstance(image, str | Path):

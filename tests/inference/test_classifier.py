@@ -72,6 +72,17 @@ def test_paths_images_and_arrays_give_the_same(model, classifier, files):
     assert classifier.class_names == ("a", "b", "c")
 
 
+def test_one_pillow_image_may_stand_at_several_places(classifier, tmp_path, rng):
+    """Two threads that loaded it at the same time would read each other's parts of the file."""
+    file = tmp_path / "large.png"
+    Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(file)
+    expected = load_image(file, classifier.data)
+    for _ in range(4):
+        ((_, batch, errors),) = classifier.decoded([Image.open(file)] * 4)
+        assert errors == {}
+        np.testing.assert_array_equal(batch, np.stack([expected] * 4))
+
+
 def test_one_image_and_none(model, classifier, files):
     logits, _ = expected(model, classifier, files[:1])
     for image in (files[0], Image.open(files[0]), np.asarray(Image.open(files[0]))):
