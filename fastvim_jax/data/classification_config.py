@@ -61,7 +61,7 @@ class ClassificationData(DataConfig):
     """For evaluation: share of the resized image's side that the centre crop keeps; 1: nothing is cut off."""
     augment_on: Literal["host", "device"] = "host"
     """Where training images are flipped, RandAugmented and colour-jittered. With device, the host only crops, and
-    random resized crops of the source pixels are made on the device, too. Both use the random numbers that the host
+    random resized crops of `source="pixels"` are made on the device, too. Both use the random numbers that the host
     draws, so their images differ by rounding only. Erasing, mixup and cutmix always run on the device."""
     resident: bool = False
     """Decode all training images once and keep them on the device, where they are cropped and augmented."""
