@@ -100,7 +100,12 @@ def gpu_kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
         body: as `plgpu.kernel` takes it.
         options: of `plgpu.kernel`; `compiler_params` are those above unless given.
     """
-    run = plgpu.kernel(body, **{"compiler_params": compiler_params(), **options})
+
+    def narrow(*refs: Any) -> None:
+        with jax.enable_x64(False):  # `jax.vmap` traces the body again, after `call` has returned.
+            body(*refs)
+
+    run = plgpu.kernel(narrow, **{"compiler_params": compiler_params(), **options})
 
     def call(*arrays: Any) -> Any:
         with jax.enable_x64(False):

@@ -17,6 +17,7 @@ from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.api import (
     DIRECTIONS,
     IMPLEMENTATIONS,
+    METHODS,
     NORM,
     POOLED,
     Saved,
@@ -103,12 +104,16 @@ def mixer_block(
         raise ValueError(
             f"mixer_block: implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}"
         )
+    if method not in METHODS:
+        raise ValueError(f"mixer_block: method must be one of {METHODS}; got {method!r}")
     expect_counts("mixer_block", rows=rows, columns=columns)
     given = xz
     if isinstance(given, Unprojected):
         _check_unprojected(given, 2 * directions.kernels.shape[-1])
         xz = given.projected()  # Dead code where the kernel runs.
     xz = check_arrays("mixer_block", xz, directions[0], directions[1], norm, directions[2])
+    if xz.shape[1] != rows * columns:
+        raise ValueError(f"mixer_block: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
     outputs = residual.shape[-1]
     beside = f"xz {xz.shape} (b l 2e)"
     for name, x, letters, shape in (

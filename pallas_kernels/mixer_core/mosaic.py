@@ -139,6 +139,8 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
     options = _visited(xz, taps, ids, options)
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
+    if options.per_position > 32:
+        return f"{options.per_position} tokens of a position are more than the 32 of a segment"
     if options.scattered and options.per_position < taps - 1:
         return f"{options.per_position} tokens of a position are fewer than the convolution's reach"
     for kind in ("front", "back", "front_gradients", "back_gradients"):

@@ -24,11 +24,7 @@ from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, logistic, read_row, silu
 from pallas_kernels.mixer_core.mosaic_segments import Segments
 from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.mosaic import (
-    gpu_kernel,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
 def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:

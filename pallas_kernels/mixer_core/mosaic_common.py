@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import LOG2E, reciprocal, reduced, tiled
+from pallas_kernels.mosaic import LOG2E, WARPS, reciprocal, reduced, tiled
 
 CHANNELS = 128  # Channels of a block of 128 threads that own one channel each.
 BLOCK = 128  # Channels of one bulk copy: the copy engine moves at most 256 along an axis.
@@ -220,3 +220,10 @@ def owned_blocks(blocks: int) -> int:
 def blocked(x: jax.Array) -> jax.Array:
     """Reshape ``... channels`` to ``... blocks 128``."""
     return x.reshape(*x.shape[:-1], -1, BLOCK)
+
+
+def whole_tokens_unsupported(tokens: int, width: int, unit: int, widest: int) -> str | None:
+    """Return why warps that own whole tokens, in parts of `unit` channels, cannot take these tokens, or None."""
+    if width % unit or width > widest:
+        return f"{width} channels are no multiple of {unit} up to {widest}"
+    return f"{tokens} tokens are no multiple of {WARPS}" if tokens % WARPS else None

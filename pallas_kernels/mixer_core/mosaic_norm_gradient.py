@@ -19,12 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import largest_divisor
 from pallas_kernels.mixer_core.mosaic_back_project import COLUMNS, Layouts, mean, spread
-from pallas_kernels.mosaic import (
-    WARPS,
-    gpu_kernel,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mixer_core.mosaic_common import whole_tokens_unsupported
+from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store
 
 WIDEST = 768  # channels of a token; more do not fit registers
 TOGETHER = 384  # channels of the tokens of a warp, unless one token has more
@@ -32,9 +28,7 @@ TOGETHER = 384  # channels of the tokens of a warp, unless one token has more
 
 def unsupported(tokens: int, width: int) -> str | None:
     """Return why the kernel does not take `tokens` tokens of `width` channels, or None."""
-    if width % COLUMNS or width > WIDEST:
-        return f"{width} channels are no multiple of {COLUMNS} up to {WIDEST}"
-    return f"{tokens} tokens are no multiple of {WARPS}" if tokens % WARPS else None
+    return whole_tokens_unsupported(tokens, width, COLUMNS, WIDEST)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))

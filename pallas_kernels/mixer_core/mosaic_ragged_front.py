@@ -17,11 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
-from pallas_kernels.mosaic import (
-    gpu_kernel,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))

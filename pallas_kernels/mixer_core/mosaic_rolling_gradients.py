@@ -24,11 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.in_place import in_place
 from pallas_kernels.mixer_core.mosaic_common import CHANNELS, logistic, read_row, row_layout
-from pallas_kernels.mosaic import (
-    gpu_kernel,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 SLOTS = 3  # segments in shared memory: two that are read and one on its way
 

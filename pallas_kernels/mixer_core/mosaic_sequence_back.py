@@ -29,11 +29,7 @@ from pallas_kernels.mixer_core.mosaic_common import (
     row_layout,
     silu,
 )
-from pallas_kernels.mosaic import (
-    gpu_kernel,
-    interpret_params,
-    store,
-)
+from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
 @dataclasses.dataclass(frozen=True)

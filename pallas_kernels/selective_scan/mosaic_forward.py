@@ -30,12 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import (
-    gpu_kernel,
-    interpret_params,
-    sigmoid,
-    store,
-)
+from pallas_kernels.mosaic import gpu_kernel, interpret_params, sigmoid, store
 from pallas_kernels.selective_scan.mosaic_common import StateLayouts, tile_layout
 from pallas_kernels.selective_scan.mosaic_walk import (
     StepReader,

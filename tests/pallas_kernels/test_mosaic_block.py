@@ -311,3 +311,7 @@ def test_bad_shapes_are_named(seed):
         block((*rest, projection._replace(weight=projection.gain), params), "xla", 3, 4, b=1, e=6)
     with pytest.raises(ValueError, match="implementation"):
         block(args, "fast", 3, 4, b=1, e=6)
+    with pytest.raises(ValueError, match="mixer_block: method"):
+        block(args, "xla", 3, 4, b=1, e=6, method="median")
+    with pytest.raises(ValueError, match="mixer_block: xz .* 3 x 5"):
+        block(args, "xla", 3, 5, b=1, e=6)

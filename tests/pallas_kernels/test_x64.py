@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax import create_model
+from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels.mosaic_support import launches, lower_for_h100, needs_mosaic
 from tests.support import x64
 
@@ -30,3 +31,18 @@ def test_gradients_of_models_lower(name, kernels):
         text = lower_for_h100(gradient, params, images)
     for kernel in kernels:
         assert launches(text, kernel)
+
+
+def test_gradients_lower_under_vmap():
+    """Mosaic's rule traces the bodies of kernels again."""
+    case = {**block.FULL, "e": 128}
+
+    def gradient(args):
+        return jax.grad(lambda args: jnp.sum(block.block(args, "auto", **case)[0]))(args)
+
+    with x64():
+        args = block.abstract(case)
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), args)
+        text = lower_for_h100(jax.vmap(gradient), args)
+    for kernel in ("front", "back_project", "norm_gradient", "back_gradients", "front_gradients"):
+        assert launches(text, f"mixer_{kernel}") == 1
