@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 _ATTEMPTS = 10
 _SUPPORT = 2.0  # of the cubic kernel, in pixels
 _TOGETHER = 2**29  # bytes of intermediate results of the images that are cropped at once
+_CHUNK = 64  # images at once, at most; a power of two
 
 
 def crop_resize(
@@ -73,9 +74,12 @@ def resize_packed(
         small = _rounded(_product("oh,hcw->ocw", down, narrow))
         return small.astype(jnp.uint8).transpose(0, 2, 1)
 
+    # Chunks hold equally many images whatever the batch, so that an image's pixels do not depend on how many processes
+    # share a batch: XLA rounds in another order for another shape.
     bytes_each = 3 * most[0] * (2 * most[1] + 8 * width)
-    chunks = -(-len(table) // max(1, _TOGETHER // bytes_each))
-    images = jax.lax.map(one, table, batch_size=-(-len(table) // chunks))
+    chunk = min(_CHUNK, 2 ** (max(1, _TOGETHER // bytes_each).bit_length() - 1))
+    filled = jnp.pad(table, ((0, -len(table) % chunk), (0, 0)), mode="edge")
+    images = jax.lax.map(one, filled, batch_size=chunk)[: len(table)]
     return images, table[0, 0]
 
 

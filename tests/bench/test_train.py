@@ -85,6 +85,8 @@ def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
     settings = [(*SETTING[:2], batch, "f32") for batch in (64, 2)]
 
     class Device:
+        platform = jax.default_backend()
+
         def memory_stats(self):
             return {"bytes_limit": 10**6}
 
