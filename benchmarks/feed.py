@@ -15,14 +15,13 @@ them and measures nothing). On a CPU, to see it work: add `--tiny --records 300`
 3. A PyTorch DataLoader with Pillow and torchvision's transforms reads the same JPEG files, without training.
 
 Rows are the means of the last laps of the trainer's own log (`metrics.jsonl`). `host_us` is the processor time that the
-training process spends on an image, all its threads together and without its workers. `--profile` prints where these
-threads are, sampled 200 times a second.
+training process spends on an image, all its threads together and without its workers. A sampling profiler such as
+py-spy shows where these threads are.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
 import os
@@ -124,8 +123,8 @@ class Relay:
     Takes the place of the trainer's `BatchIterator`.
     """
 
-    def __init__(self, feeds: Feeds, steps: dict[str, int], profile: Profile | None):
-        self._feeds, self._steps, self._profile = feeds, steps, profile
+    def __init__(self, feeds: Feeds, steps: dict[str, int]):
+        self._feeds, self._steps = feeds, steps
         first = feeds[next(iter(feeds))]
         self.source, self.config = first.source, first.config
         self.host_seconds: dict[str, float] = {}
@@ -155,11 +154,7 @@ class Relay:
         for number in range(steps):
             if number == half:
                 begin = time.process_time()
-                if self._profile:
-                    self._profile.phase = name
             yield number
-        if self._profile:
-            self._profile.phase = ""
         self.host_seconds[name] = (time.process_time() - begin) / (steps - half)
 
     def __iter__(self) -> Iterator[Any]:
@@ -179,47 +174,6 @@ class Relay:
 
     def close(self) -> None:
         self._batches.close()
-
-
-class Profile:
-    """Sample where the threads of this process are.
-
-    Attributes:
-        phase: name under which samples count; "" for none.
-    """
-
-    def __init__(self) -> None:
-        self.phase = ""
-        self._found: dict[str, collections.Counter[str]] = {}
-        threading.Thread(target=self._sample, daemon=True).start()
-
-    def _sample(self) -> None:
-        while True:
-            time.sleep(0.005)
-            if not (phase := self.phase):
-                continue
-            counts = self._found.setdefault(phase, collections.Counter())
-            counts["samples"] += 1
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
-            for ident, frame in sys._current_frames().items():
-                name = names.get(ident, "?").rstrip("0123456789_-")
-                if ident == threading.get_ident():
-                    continue
-                places = []
-                while frame is not None and len(places) < 4:
-                    code = frame.f_code
-                    places.append(f"{Path(code.co_filename).stem}.{code.co_name}:{frame.f_lineno}")
-                    frame = frame.f_back
-                counts[f"{name}: {' < '.join(places)}"] += 1
-
-    def print(self) -> None:
-        """Print the places of each phase, in threads: 0.5 is one thread for half of the time."""
-        for phase, counts in self._found.items():
-            total = counts.pop("samples")
-            print(f"-- {phase}: {total} samples")
-            for place, count in counts.most_common(25):
-                print(f"{count / total:6.2f}  {place}", flush=True)
-        self._found = {}
 
 
 class Done(Exception):
@@ -293,7 +247,7 @@ def feeds_of(options: argparse.Namespace) -> dict[str, ClassificationData]:
 
 
 def measure_model(
-    model: str, feeds: Feeds, options: argparse.Namespace, profile: Profile | None
+    model: str, feeds: Feeds, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Run the trainer through all phases, and yield a row for each."""
     config = config_of(model, options)
@@ -301,7 +255,7 @@ def measure_model(
     relays: list[Relay] = []
 
     def relay(data: Any, **_: Any) -> Relay:
-        relays.append(Relay(feeds, steps, profile))
+        relays.append(Relay(feeds, steps))
         return relays[-1]
 
     original = trainer.make_train_iterator
@@ -331,8 +285,6 @@ def measure_model(
             "host_us": 1e6 * relays[-1].host_seconds[name] / options.batch,
             "laps": [line["images_per_second"] for line in phase],
         }  # fmt: skip
-    if profile:
-        profile.print()
 
 
 def measure_torch(options: argparse.Namespace) -> dict[str, Any]:
@@ -392,10 +344,9 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield every row of the benchmark."""
-    profile = Profile() if options.profile else None
     with Feeds(feeds_of(options)) as feeds:
         for model in options.models:
-            yield from measure_model(model, feeds, options, profile)
+            yield from measure_model(model, feeds, options)
     yield measure_augmentation(options)
     if not options.no_torch:
         yield measure_torch(options)
@@ -488,7 +439,6 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=15.0, help="of the DataLoader")
     run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     run.add_argument("--no-torch", action="store_true")
-    run.add_argument("--profile", action="store_true", help="print where the threads are")
     run.add_argument("--tiny", action="store_true", help="a tiny model at 32 px, for a CPU")
     shown = tasks.add_parser("report")
     shown.add_argument("files", type=Path, nargs="+")

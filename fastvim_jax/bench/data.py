@@ -114,7 +114,9 @@ def _stages(
 
     def crop(picture: Picture) -> Any:
         if isinstance(picture, LAZY):
-            box = transforms.random_box(picture, rng, config.crop_scale, config.crop_aspect)
+            box = transforms.random_box(
+                picture.width, picture.height, rng, config.crop_scale, config.crop_aspect
+            )
             return picture.crop_pixels(box, size)
         return transforms.random_resized_crop(
             picture, size, rng, scale=config.crop_scale, aspect=config.crop_aspect

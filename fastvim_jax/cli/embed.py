@@ -51,6 +51,9 @@ class Arguments:
     """The trained weights or their average; by default the average, if the run kept one."""
     batch_size: int = 32
     """Images, or tiles of microscope images, per batch."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype for photographs, with the model's own activations. By default the model's own dtype; on a GPU
+    bfloat16, and for Mamba models activations="compute"."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -70,6 +73,8 @@ def run(arguments: Sequence[str]) -> int:
 
     if not has_channels(chosen.run):
         return _photographs(chosen)
+    if chosen.dtype:
+        raise UsageError(f"--dtype is of photographs; {chosen.run} reads microscope images.")
     from fastvim_jax.inference.embed import (
         embed_fields,
         find_fields,
@@ -109,7 +114,9 @@ def _photographs(chosen: Arguments) -> int:
     with as_usage_error():
         files = find_images(chosen.paths)
     size = min(chosen.batch_size, len(files))
-    classifier = Classifier.load(chosen.run, weights=chosen.weights, batch_size=size)
+    classifier = Classifier.load(
+        chosen.run, weights=chosen.weights, batch_size=size, dtype=chosen.dtype
+    )
     make = functools.partial(iter_features, classifier)
     status = write_results(files, make, chosen.out, photograph_columns(classifier), "embedding")
     if chosen.plot:

@@ -33,6 +33,9 @@ class Arguments:
     """Which checkpoint: its step, or best for the one with the best score; by default the last."""
     batch_size: int = 32
     """Images per batch."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of classifiers, with the model's own activations. By default the model's own dtype; on a GPU
+    bfloat16, and for Mamba models activations="compute"."""
     json: bool = False
     """Print JSON: one object per file."""
     out: Path | None = None
@@ -61,9 +64,12 @@ def run(arguments: Sequence[str]) -> int:
             raise UsageError(
                 f"--top-k {chosen.top_k} and --batch-size {chosen.batch_size} must be at least 1"
             )
-    size = min(chosen.batch_size, len(files))
+    options: dict[str, Any] = {
+        "batch_size": min(chosen.batch_size, len(files)),
+        "dtype": chosen.dtype,
+    }
     if is_pretrained(chosen.run):
-        return _classify(Classifier.load(chosen.run, batch_size=size), files, chosen)
+        return _classify(Classifier.load(chosen.run, **options), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     if chosen.weights is None and loaded.weights == "raw" and loaded.config.ema_decay is not None:
         print(
@@ -72,8 +78,10 @@ def run(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
     if draws(loaded):
+        if chosen.dtype:
+            raise UsageError(f"--dtype is of classifiers; {chosen.run} draws pictures.")
         return _draw(loaded, files, chosen)
-    return _classify(Classifier.of_run(loaded, batch_size=size), files, chosen)
+    return _classify(Classifier.of_run(loaded, **options), files, chosen)
 
 
 def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:

@@ -106,7 +106,7 @@ def _cropped(
 ) -> UInt8[np.ndarray, "h w c"]:
     """Crop to an array, without a Pillow image in between where there need be none."""
     if config.crop == "random_resized" and isinstance(picture, LAZY):
-        box = random_box(picture, rng, config.crop_scale, config.crop_aspect)
+        box = random_box(picture.width, picture.height, rng, config.crop_scale, config.crop_aspect)
         return picture.crop_pixels(box, config.height_width)
     return to_array(_crop(picture, config, rng))
 

@@ -28,7 +28,7 @@ from fastvim_jax.data.device_resize import resize_packed
 from fastvim_jax.data.pixel_boxes import BoxReader
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.part import unwrapped
-from fastvim_jax.data.transforms import draw_box
+from fastvim_jax.data.transforms import random_box
 from fastvim_jax.errors import UserError
 
 PLANNERS = 4
@@ -76,7 +76,7 @@ def planned_example(
     """
     whole, number = unwrapped(source, index)
     file, offset, height, width, channels, label = whole.place(number)
-    left, top, right, bottom = draw_box(width, height, rng, config.crop_scale, config.crop_aspect)
+    left, top, right, bottom = random_box(width, height, rng, config.crop_scale, config.crop_aspect)
     first = offset + (top * width + left) * channels
     crop = np.array([file, first, width, bottom - top, right - left, channels], np.int64)
     return {CROP: crop, "label": label, **draw_augmentation(config, rng)}
@@ -233,7 +233,7 @@ def device_crop_stream(
 def largest_box(
     height: Integer[np.ndarray, " n"], width: Integer[np.ndarray, " n"], aspect: tuple[float, float]
 ) -> tuple[int, int]:
-    """Return a bound, in whole tiles, on height and width of any box that `draw_box` draws in images of these sizes."""
+    """Return a bound on height and width, in whole tiles, of any box that `random_box` draws in such images."""
     # Sides are rounded to whole pixels after the aspect has been drawn.
     rows = np.minimum(height, np.floor((width + 0.5) / aspect[0] + 0.5))
     columns = np.minimum(width, np.floor((height + 0.5) * aspect[1] + 0.5))

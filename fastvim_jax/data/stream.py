@@ -24,9 +24,8 @@ from fastvim_jax.data.workers import guard_worker, signals_blocked
 from fastvim_jax.errors import UserError
 
 _AHEAD = 2  # finished batches that wait in each worker
-_SMALL = (
-    2**16
-)  # bytes; a smaller array is sent through a pipe, which takes less time than mapping memory
+_SMALL = 2**16
+"""Bytes of an array from which on it is handed over in shared memory. A pipe takes less time for a smaller one."""
 _log = logging.getLogger(__name__)
 
 

@@ -32,30 +32,20 @@ def random_resized_crop(
     (Szegedy et al., Going deeper with convolutions, section 6). After ten boxes that do not fit: the
     largest centred box whose aspect lies within the bounds.
     """
-    box = random_box(image, rng, scale, aspect)
+    box = random_box(image.width, image.height, rng, scale, aspect)
     if isinstance(image, LAZY):
         return image.crop_resized(box, size)
     return resized(image.crop(box), size)
 
 
 def random_box(
-    image: Picture,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    aspect: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    """Draw the box that `random_resized_crop` crops: left, top, right and bottom."""
-    return draw_box(image.width, image.height, rng, scale, aspect)
-
-
-def draw_box(
     full_width: int,
     full_height: int,
     rng: np.random.Generator,
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Draw the box of `random_box` for an image of which only the size is known."""
+    """Draw the box that `random_resized_crop` crops of an image of this size: left, top, right and bottom."""
     left, top, width, height = _random_box(full_width, full_height, rng, scale, aspect)
     return left, top, left + width, top + height
 

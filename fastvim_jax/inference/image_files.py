@@ -37,9 +37,7 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
-    if (
-        not name
-    ):  # Path("") is the current folder, which an unset variable of a shell does not mean.
+    if not name:  # From an unset variable of a shell; Path("") would be the current folder.
         raise UserError("the name of an image file is empty.")
     path = Path(name)
     if name.startswith("@") and not path.exists():

@@ -70,7 +70,7 @@ class PatchEmbed(nnx.Module):
         if self.precision.activations == "compute":  # rounded once, as tokens are then
             images = images.astype(self.precision.compute)
         padding = ((0, 0), (0, -height % p), (0, -width % q), (0, 0))
-        # One transposition of rows of q * c numbers: XLA's CPU backend is 60 % slower with q and c apart.
+        # One transposition of rows of q * c numbers: XLA's CPU backend copies more slowly with q and c apart.
         rows = rearrange(jnp.pad(images, padding), "b (h p) (w q) c -> b h p w (q c)", p=p, q=q)
         return rearrange(rows, "b h p w v -> b h w (p v)")
 

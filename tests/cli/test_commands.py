@@ -161,6 +161,21 @@ def test_eval_help_lists_the_data_of_the_run(fastvim: Cli, run_dir: Path) -> Non
     assert status == 0 and "--per-class" in out and "--data.path STR" not in out
 
 
+def test_predict_computes_in_the_dtype_that_is_asked_for(run_dir, digit_files, fastvim):
+    def probabilities(*options):
+        call = ("predict", run_dir, *digit_files, "--json", "--top-k", "10")
+        status, out, _ = fastvim(*call, *options)
+        assert status == 0
+        ranked = [sorted(e["predictions"], key=lambda p: p["label"]) for e in json.loads(out)]
+        return np.array([[p["probability"] for p in each] for each in ranked])
+
+    plain, wide, narrow = (
+        probabilities(*options) for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16"))
+    )
+    np.testing.assert_array_equal(plain, wide)
+    assert 0 < np.abs(narrow - wide).max() < 0.05
+
+
 def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: list[Path]) -> None:
     run = load_run(run_dir)
     probabilities, _ = predict_batches(run.model, make_eval_iterator(run.config.data))

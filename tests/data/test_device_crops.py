@@ -133,7 +133,7 @@ def test_no_box_is_larger_than_the_bound(rng: np.random.Generator) -> None:
         assert tall % 16 == wide % 16 == 0 and tall <= 400 and wide <= 400
         for height, width in zip(heights.tolist(), widths.tolist(), strict=True):
             for _ in range(20):
-                left, top, right, bottom = transforms.draw_box(
+                left, top, right, bottom = transforms.random_box(
                     width, height, rng, (0.5, 1.0), aspect
                 )
                 assert bottom - top <= tall and right - left <= wide
