@@ -42,10 +42,10 @@ ABOUT = {
     "targets": """\
 - **seen**: measured here. Speeds are of device time, the sum of kernel durations; inputs of scan and core not in cache.
 - **clock**: of models the same row by the clock, over queued calls, gaps between kernels included.
-- **met**: of **seen**. *aim* = aim reached; *yes* = required value reached; *no* = neither; *short of the aim* = none
-  was required.
+- **met**: of **seen**, or of the ratio where **required** is one. *aim* = aim reached; *yes* = required value reached;
+  *no* = neither; *short of the aim* = none was required; *DeiT not measured* = no DeiT in the same run.
 - **others**: measured on another machine with an H100, as listed below the table.
-- **required**, **aim**: values set for this project, on one H100. "–": no value.
+- **required**, **aim**: values set for this project, on one H100. "–": no value. "× DeiT": of **over DeiT, same run**.
 - **over DeiT, same run**: images/s of device time over DeiT's, a replayed CUDA graph, recorded on one card in one run.
 """,
     "others": """\
@@ -168,12 +168,13 @@ def target_table(name: str, recorded: list[Row], peers: list[Row]) -> str:
     """
     body, ratios, others = [], [], name == REQUIRED_ON
     for target in targets():
-        cells = target.row(recorded)
         best = target.best(recorded)
         if best is None and not others:
             continue
         peer = peer_of(best[1], peers) if best and target.unit == "images/s" else None
-        ratios.append(f"{device_images_per_s(best[1]) / peer['images_per_s']:.2f}" if peer else "–")
+        ratio = device_images_per_s(best[1]) / peer["images_per_s"] if best and peer else None
+        cells = target.row(recorded, ratio)
+        ratios.append("–" if ratio is None else f"{ratio:.2f}")
         body.append(cells if others else cells[:2] + cells[3:])
     header = ["what", "unit", "others", "required", "aim", "seen", "clock", "met", "record"]
     if not others:

@@ -40,9 +40,9 @@ def write(folder, name, date, *rows, bench="scan"):
     (folder / f"{name}.json").write_text(json.dumps(record))
 
 
-def line_of(report, rows, what):
+def line_of(report, rows, what, ratio=None):
     (target,) = [t for t in report.targets() if t.what == what]
-    return target.row(rows)
+    return target.row(rows, ratio)
 
 
 def test_the_latest_right_row_counts(report, tmp_path):
@@ -72,7 +72,11 @@ def test_more_images_a_second_are_better(report, tmp_path):
         tmp_path, "model_b", "2", row | {"blocks": "unroll", "images_per_s": 33000}, bench="model"
     )
     line = line_of(report, report.load(tmp_path), what)
-    assert line[5:8] == ["**33,000**", "33,000", "yes"]
+    assert line[3:8] == [
+        "1.15 × DeiT", "1.6 × DeiT", "**33,000**", "33,000", "DeiT not measured"
+    ]  # fmt: skip
+    for ratio, met in ((1.14, "no"), (1.15, "yes"), (1.6, "aim")):
+        assert line_of(report, report.load(tmp_path), what, ratio)[7] == met
     device = row | {"blocks": "unroll", "images_per_s": 40000, "device_ms": 2.0}
     write(tmp_path, "model_c", "3", device, bench="model")
     line = line_of(report, report.load(tmp_path), what)
@@ -135,7 +139,7 @@ def test_each_table_is_of_one_card(report, tmp_path, monkeypatch):
     (line,) = [
         x for x in second.splitlines() if "FastVim-T forward bf16 (compute) 224 px, batch 128" in x
     ]
-    assert line.split(" | ")[-5:-1] == ["**77,777**", "66,666", "aim", "1.25"]
+    assert line.split(" | ")[-5:-1] == ["**77,777**", "66,666", "yes", "1.25"]
     scans = page.split("## Selective scan")[1].split("## Both directions")[0]
     of_first, of_second = scans.split("One H100:")[1].split("One H200:")
     assert "results/h200" not in of_first and "results/h100" not in of_second.replace(
