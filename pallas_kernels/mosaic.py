@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir.dialects import llvm
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -72,6 +73,26 @@ def sigmoid(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
     e = lax.exp2(lax.abs(x) * -LOG2E)
     r = reciprocal(e + 1.0, layout, interpret)
     return jnp.where(x >= 0.0, r, e * r)
+
+
+def warp_index() -> jax.Array:
+    """Return the number of the warp in its warpgroup: a scalar that differs between the warps of one array.
+
+    A vector that is loaded from a place that depends on it, and then repeated along the axis that a layout spreads over
+    the warps, holds another row in each warp. The interpreter knows no warps.
+    """
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.dtype("int32"), layout=plgpu.Layout.WG_SPLAT())
+    )
+    def number(ctx: Any) -> mgpu.FragmentedArray:
+        del ctx
+        count = mgpu.c(WARPS, ir.IntegerType.get_signless(32))
+        return mgpu.FragmentedArray.splat(
+            arith.remui(mgpu.warp_idx(sync=True), count), (), is_signed=True
+        )
+
+    return number()
 
 
 def store(ref: Any, value: jax.Array) -> None:

@@ -2,7 +2,7 @@
 
 Kernels and XLA compute the same four stages, two for the forward and two for the backward pass:
 
-    front            convolution, SiLU and pooling of both directions
+    front            convolution, SiLU and pooling of both directions, and their skips
     back             repeat the scans' outputs, add the skips, LayerNorm, gate
     back_gradients   gradients of `back`, except through its skips
     front_gradients  gradients of `front` and of the skips
@@ -64,7 +64,8 @@ def mixer_core(
     for each channel of a patch), visited one after the other. A line is then pooled to as many tokens: number k is
     pooled from the tokens number k of all its positions.
 
-    The GPU kernels (Hopper and newer) read xz twice and write out once; c and the repeated y never exist in memory.
+    The GPU kernels (Hopper and newer) read x and z once. The kernel before `middle` writes the mean of both D_d c_d, in
+    xz's dtype, for the kernel behind it; c and the repeated y never exist in memory.
 
     Reverse-mode differentiation works; where kernels run, only once. Saved for the gradient are xz and arrays of the
     size of u. With "max", one of these (int32) holds the place of the first maximum in each line, because only this
@@ -150,9 +151,9 @@ def mixer_core(
     stages = _stages(implementation, like[0], like[1], ids, options, trial)
     if stages is None:
         options = dataclasses.replace(options, padding=0)
-        u, _ = _of_share("front", _xla_front, options)(xz, directions, ids)
+        u, skip, _ = _of_share("front", _xla_front, options)(xz, directions, ids)
         y = middle(middle_params, u)
-        return _of_share("back", xla.back, options)(xz, y, directions, norm, ids)
+        return _of_share("back", xla.back, options)(xz, skip, y, norm, ids)
     middle = Narrowed(middle, padding) if padding else middle
     xz, directions, norm = wide(xz, directions, norm)
     return _core(stages, middle, options, xz, directions, norm, middle_params, ids)[..., :width]
@@ -188,8 +189,8 @@ _PLACES, _IDS = "places", "ids"
 DIRECTIONS = Directions("d k e", "d e", "d e")  # type: ignore[arg-type]
 NORM = Norm("e", "e")  # type: ignore[arg-type]
 _DIMS: dict[str, tuple[Any, Any]] = {
-    "front": ((_XZ, DIRECTIONS, _IDS), (_BOTH, _PLACES)),
-    "back": ((_XZ, POOLED, DIRECTIONS, NORM, _IDS), _TOKENS),
+    "front": ((_XZ, DIRECTIONS, _IDS), (_BOTH, _TOKENS, _PLACES)),
+    "back": ((_XZ, _TOKENS, POOLED, NORM, _IDS), _TOKENS),
     "back_gradients": (
         (_XZ, POOLED, DIRECTIONS, NORM, _TOKENS, _IDS),
         (_TOKENS, _XZ, POOLED, NORM),
@@ -276,15 +277,15 @@ def _stages(name: str, xz, directions, ids, options, trial: Trial) -> Stages | N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _core(stages, middle, options, xz, directions, norm, middle_params, ids):
-    u, _ = stages.front(xz, directions, ids, options)
+    u, skip, _ = stages.front(xz, directions, ids, options)
     y = middle(middle_params, u)
-    return stages.back(xz, y, directions, norm, ids, options)
+    return stages.back(xz, skip, y, norm, ids, options)
 
 
 def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
-    u, places = stages.front(xz, directions, ids, options)
+    u, skip, places = stages.front(xz, directions, ids, options)
     y, pull = jax.vjp(middle, middle_params, u)
-    out = stages.back(xz, y, directions, norm, ids, options)
+    out = stages.back(xz, skip, y, norm, ids, options)
     return out, (xz, y, places, pull, ids, directions, norm)
 
 

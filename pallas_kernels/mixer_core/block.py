@@ -210,16 +210,16 @@ class _Call(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(call: _Call, xz, residual, directions, norm, projection, keep, middle_params):
-    xz, u, _ = _front(call, xz, directions)
+    xz, skip, u, _ = _front(call, xz, directions)
     y = call.middle(middle_params, u)
-    return _project(call, xz, y, residual, directions, norm, projection, keep)
+    return _project(call, xz, skip, y, residual, directions, norm, projection, keep)
 
 
 def _forward(call, given, residual, directions, norm, projection, keep, middle_params):
-    xz, u, places = _front(call, given, directions)
+    xz, skip, u, places = _front(call, given, directions)
     y, pull = jax.vjp(call.middle, middle_params, u)
     weights = (directions, norm, projection, keep)
-    total, normed, g = _project(call, xz, y, residual, *weights, with_g=True)
+    total, normed, g = _project(call, xz, skip, y, residual, *weights, with_g=True)
     unprojected = given if isinstance(given, Unprojected) else None
     return (total, normed), (unprojected, Saved(xz, y, places, pull), total, g, *weights)
 
@@ -251,33 +251,34 @@ _fused.defvjp(_forward, _backward)
 
 
 def _front(call: _Call, xz, directions):
-    """Return xz, the pooled tokens and, with "max", the places of the maxima."""
+    """Return xz, the skips, the pooled tokens and, with "max", the places of the maxima."""
     if isinstance(xz, Unprojected):
         if call.options.method == "mean":
             return *_project_front(call, *xz, directions), ()
         xz = xz.projected()
-    return xz, *call.stages.front(xz, directions, (), call.options)
+    u, skip, places = call.stages.front(xz, directions, (), call.options)
+    return xz, skip, u, places
 
 
 def _project_front(call: _Call, tokens, weight, directions):
-    """Return xz and the pooled tokens: by the kernel if the program is lowered for CUDA, otherwise by XLA."""
+    """Return xz, the skips and the pooled tokens: by kernels if the program is lowered for CUDA, else by XLA."""
     from pallas_kernels.mixer_core import mosaic
 
     kernel: Callable = functools.partial(mosaic.project_front, options=call.options)
     other: Callable = functools.partial(_xla_project_front, options=call.options)
     operands = ("b l i", "w i", DIRECTIONS)
-    results = ("b l w", "d b s e")
+    results = ("b l w", "b l e", "d b s e")
     return _on_shares(call, kernel, other, operands, results, (tokens, weight, directions))
 
 
 def _xla_project_front(tokens, weight, directions, options):
     xz = Unprojected(tokens, weight).projected()
-    u, _ = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, (), options)
-    return xz, u
+    u, skip, _ = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, (), options)
+    return xz, skip, u
 
 
 def _project(
-    call: _Call, xz, y, residual, directions, norm, projection, keep, *, with_g: bool = False
+    call: _Call, xz, skip, y, residual, directions, norm, projection, keep, *, with_g: bool = False
 ):
     """Return the residual stream and its normalised tokens, by the kernel or by XLA; if asked for, also g."""
     from pallas_kernels.mixer_core import mosaic
@@ -288,9 +289,9 @@ def _project(
     tokens = "b l o"
     projected = Projection("o e", "o")  # type: ignore[arg-type]
     kept = None if keep is None else "b"
-    operands = ("b l w", POOLED, tokens, DIRECTIONS, NORM, projected, kept)
+    operands = ("b l w", "b l e", POOLED, tokens, DIRECTIONS, NORM, projected, kept)
     results = (tokens, tokens, "b l e") if with_g else (tokens, tokens)
-    arrays = (xz, y, residual, directions, norm, projection, keep)
+    arrays = (xz, skip, y, residual, directions, norm, projection, keep)
     return _on_shares(call, kernel, other, operands, results, arrays)
 
 
@@ -316,8 +317,10 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
-def _xla_project(xz, y, residual, directions, norm, projection, keep, options, norm_eps, with_g):
-    g = xla.back(xz, y, directions, norm, (), options)
+def _xla_project(
+    xz, skip, y, residual, directions, norm, projection, keep, options, norm_eps, with_g
+):
+    g = xla.back(xz, skip, y, norm, (), options)
     more = (g,) if with_g else ()
     weight, gain = projection
     return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more

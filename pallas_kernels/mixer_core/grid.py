@@ -153,6 +153,20 @@ class Grid(Lines):
                 oob_mode=plgpu.OOBFillMode.ZEROS,
             )
 
+    def send(self, tile, ref, batch, line, start, channels) -> None:
+        """Copy a segment from shared memory to its place."""
+        for at, size in self.pieces:
+            plgpu.copy_smem_to_gmem(
+                tile.at[pl.ds(at, size)], self.part(ref, batch, line, start + at, size, channels)
+            )
+
+    def wait_for_tile(self) -> None:
+        """Wait until one of two tiles that segments are sent from in turn can be filled again."""
+        if self.overlaps:  # Tokens of an overlap have to be written in order.
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            plgpu.wait_smem_to_gmem(len(self.pieces), wait_read_only=True)
+
 
 def largest_divisor(n: int, limit: int) -> int:
     """Return the largest divisor of ``n`` that is at most ``limit``."""

@@ -32,8 +32,8 @@ from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowId
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
 # Cost of starting a block, in segments, and number of warpgroups that a processor's registers hold.
-START = {"front": 0.5, "back": 1.5, "front_gradients": 1.5, "back_gradients": 1.5}
-RESIDENT = {"front": 8, "back": 8, "front_gradients": 4, "back_gradients": 8}
+START = {"front": 0.5, "front_gradients": 1.5, "back_gradients": 1.5}
+RESIDENT = {"front": 8, "front_gradients": 4, "back_gradients": 8}
 
 
 def _bytes(kind: str, segment: int, taps: int, width: int, size: int, warpgroups: int = 1) -> int:
@@ -41,16 +41,15 @@ def _bytes(kind: str, segment: int, taps: int, width: int, size: int, warpgroups
     halo = segment + 2 * (taps - 1)
     padded = math.ceil(segment / 4) * 4
     if kind == "front":
-        return 2 * halo * 128 * size
+        return 2 * (halo + segment) * 128 * size
     if kind == "front_gradients":
         return (4 * halo + segment) * 128 * size
-    tiles = 1 if kind == "back" else 2
     exchanged = 32 * warpgroups * padded + 3 * 1024 if warpgroups > 1 else 0
-    return width * (size * (halo + tiles * padded) + 4 * padded) + exchanged
+    return width * (size * (halo + 2 * padded) + 4 * padded) + exchanged
 
 
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
-    """Choose the segments and lines per block for one of the four kernels; None if none fits.
+    """Choose the segments and lines per block for one of the three kernels that visit lines; None if none fits.
 
     Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
     are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. Then
@@ -59,7 +58,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     batch, _, width = xz.shape
     width //= 2
     size, warpgroups = xz.dtype.itemsize, 1
-    if kind.startswith("back"):
+    if kind == "back_gradients":
         warpgroups = mosaic_segments.warpgroups(width, options.padding, options.norm_kind)
     fitting = [
         s
@@ -91,9 +90,6 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         return waves * (per_block + START[kind])
 
     choices = [d * segments for d in range(1, options.lines + 1) if options.lines % d == 0]
-    # The back adds up nothing over a line. But segments that overlap are one block's, or two would write the same.
-    if kind == "back" and segments > 1 and options.tokens % segment == 0:
-        choices = list(range(1, options.lines * segments + 1))
     return Grid(
         batch=batch,
         rows=options.rows,
@@ -143,10 +139,10 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
         return f"{options.per_position} tokens of a position are more than the 32 of a segment"
     if options.scattered and options.per_position < taps - 1:
         return f"{options.per_position} tokens of a position are fewer than the convolution's reach"
-    for kind in ("front", "back", "front_gradients", "back_gradients"):
+    for kind in START:
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
-    return None
+    return mosaic_back.unsupported(xz.shape[0] * xz.shape[1])
 
 
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
@@ -231,51 +227,53 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
     directions32 = _float32(directions)
     if ids:
         per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
-        u = mosaic_ragged_front.front(
-            _on_grid(xz, visited), ids, directions32.kernels, directions32.biases,
+        u, skip = mosaic_ragged_front.front(
+            _on_grid(xz, visited), ids, *directions32,
             dataclasses.replace(grid, per_block=per_block * grid.segments),
             rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip
-        return gpu.run_once(u), ()
+        u, skip = gpu.run_once((u, skip))
+        return u, _flat(skip), ()
     out = mosaic_front.front(
-        _on_grid(xz, options), directions32.kernels, directions32.biases, grid,
+        _on_grid(xz, options), *directions32, grid,
         method=options.method, scale=options.scale, interpret=gpu.interpreted(),
     )  # fmt: skip
-    u, *places = gpu.run_once(out)
-    return u, tuple(places)
+    u, skip, *places = gpu.run_once(out)
+    return u, _flat(skip), tuple(places)
 
 
-def back(xz, y, directions: Directions, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
+def back(xz, skip, y, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
     """See `xla.back`."""
-    taps = directions.kernels.shape[1]
-    options = _visited(xz, taps, ids, options)
-    grid = cut("back", xz, taps, options)
-    directions32, norm32 = _float32((directions, norm))
     out = mosaic_back.back(
-        _on_grid(xz, options), _float32(y), ids, *directions32, *norm32, grid,
-        eps=options.eps, interpret=gpu.interpreted(),
-    )  # fmt: skip
-    return gpu.run_once(_flat(out))
+        xz, skip, _float32(y), ids, *_float32(norm), options, interpret=gpu.interpreted()
+    )
+    return gpu.run_once(out)
 
 
 def project_front(tokens, weight, directions: Directions, options: CoreOptions):
-    """Return xz and the pooled tokens; see `block.Unprojected`. Use a product and `front` where one kernel cannot."""
+    """Return xz, the skips and the pooled tokens; see `block.Unprojected`.
+
+    Use a product and `front` where one kernel cannot.
+    """
     weight = weight.astype(tokens.dtype)
     if project_front_unsupported(tokens, directions.kernels, options) is not None:
         xz = jnp.matmul(tokens, weight.T)
-        u, _ = front(xz, directions, (), options)
-        return xz, u
+        u, skip, _ = front(xz, directions, (), options)
+        return xz, skip, u
     directions32 = _float32(directions)
     out = mosaic_project_front.project_front(
         tokens, weight, directions32.kernels, directions32.biases,
         _project_front_work(tokens, directions.kernels, options),
         scale=options.scale, interpret=gpu.interpreted(),
     )  # fmt: skip
-    return gpu.run_once(out)
+    xz, u = gpu.run_once(out)
+    x = jnp.split(xz, 2, axis=-1)[0]
+    return xz, xla.front(x, directions, (), options)[1], u  # Dead code where `back_project` runs.
 
 
 def back_project(
     xz,
+    skip,
     y,
     residual,
     directions: Directions,
@@ -292,7 +290,7 @@ def back_project(
     """
     taps = directions.kernels.shape[1]
     if back_project_unsupported(xz, taps, residual.shape[-1], options) is not None:
-        g = back(xz, y, directions, norm, (), options)
+        g = back(xz, skip, y, norm, (), options)
         more = (g,) if with_g else ()
         return *_add_and_normalise(g, residual, projection, keep, norm_eps), *more
     grid = _project_work(xz, taps, residual.shape[-1], options).grid

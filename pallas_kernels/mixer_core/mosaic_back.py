@@ -1,13 +1,14 @@
-"""Compute the back of the mixer (repeat, skip, average, LayerNorm, gate) as one Mosaic GPU kernel.
+"""Compute the back of the mixer (repeat, add the skips, LayerNorm, gate), and its gradients, as Mosaic GPU kernels.
 
-    s   = (y_f + y_b of the token's line)/2 + (D_f c_f + D_b c_b)/2,   c = silu(conv(x)), recomputed
+    s   = (y_f + y_b of the token's line)/2 + skip,   skip = (D_f c_f + D_b c_b)/2,   c = silu(conv(x))
     out = LayerNorm(s) · silu(z)
 
-A *line* is what the mixer pools: a row or a column of the grid. A line is cut into *segments* of tokens (`Grid`). The
-kernel works on each segment in two phases. First each thread owns some channels and walks the tokens: it computes the
-convolutions and s, and keeps s in shared memory. Then each warp owns a token: it applies LayerNorm and gate.
+A *line* is what the mixer pools: a row or a column of the grid. The front has computed the skips. In `back` a warp owns
+a token, and a lane owns four neighbouring channels of each 128. It reads skip and z straight into registers.
 
-`mosaic_segments` has what both kernels here share, and how several warpgroups work on one segment.
+`back_gradients` computes the skips again. It cuts lines into *segments* of tokens (`Grid`), and works on each in two
+phases. First each thread owns some channels and walks the tokens: it computes the convolutions and s, and keeps s in
+shared memory. Then each warp owns a token. `mosaic_segments` says how several warpgroups work on one segment.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.grid import Grid
+from pallas_kernels.mixer_core.grid import Grid, largest_divisor
+from pallas_kernels.mixer_core.mosaic_back_project import Layouts, spread
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, logistic, read_row, silu
 from pallas_kernels.mixer_core.mosaic_segments import Segments
-from pallas_kernels.mixer_core.types import Norm
-from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
+from pallas_kernels.mixer_core.types import CoreOptions, Norm
+from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store, warp_index
+
+TOGETHER = 768  # channels of the tokens of a warp, unless one token has more
 
 
 def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
@@ -34,99 +38,125 @@ def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
     return jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*parts.sum(1)), norm)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
-def back(xz, y, ids, kernels, biases, D, scale, shift, grid: Grid, *, eps: float, interpret: bool):
-    """Repeat the scans' outputs over their lines, add the skip, apply LayerNorm, and gate with silu(z).
+def unsupported(tokens: int) -> str | None:
+    """Return why `back` does not take so many tokens of a whole batch, or None."""
+    return f"{tokens} tokens are fewer than {WARPS}" if tokens < WARPS else None
+
+
+@functools.partial(jax.jit, static_argnames=("options", "interpret"))
+def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool):
+    """Repeat the scans' outputs over their lines, add the skips, apply the norm, and gate with silu(z).
 
     Args:
-        xz: ``b rows (columns per_position) 2e``, x then z.
+        z: ``b tokens e``, or ``b tokens 2e`` with z in the second half.
+        skip: mean of both directions' skips, ``b tokens e`` in z's dtype.
         y: scan outputs, forward and backward, ``b steps e`` float32 each.
-        ids: for a ragged grid, the index of each token's line in y: ``b tokens`` int32 for each direction. ``grid`` is
-            then any grid that holds the tokens. For a whole grid, ().
-        kernels: of the convolutions, ``2 k e`` float32.
-        biases, D: ``2 e`` float32.
-        scale, shift: parameters of the LayerNorm, ``e`` float32.
-        grid: how the tokens are cut.
-        eps: epsilon of the LayerNorm.
+        ids: for a ragged grid, the index of each token's line in y: ``b tokens`` int32 for each direction. Else ().
+        scale, shift: parameters of the norm, ``e`` float32.
+        options: grid and norm.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        ``b rows (columns per_position) e`` in xz's dtype.
+        ``b tokens e`` in z's dtype.
     """
-    work = Segments(grid, interpret)
-    layouts = work.layouts
-    exchange = work.exchange(2)
-    scratch = 5 + len(exchange)
+    (batch, length, width), dtype = skip.shape, skip.dtype
+    count, blocks, real = batch * length, width // BLOCK, width - options.padding
+    fours = count // WARPS
+    steps = largest_divisor(fours, max(1, TOGETHER // width))
+    z_block = (z.shape[2] - width) // BLOCK
+    layouts = Layouts()
 
-    def body(*refs):
-        refs, tiles = refs[:-scratch], refs[-scratch:]
-        xz_ref, *sides, k_ref, b_ref, D_ref, scale_ref, shift_ref, out_ref = refs
-        x_tile, z_tile, s_tile, x_barrier, z_barrier = work.mine(*tiles[:5])
-        work.fetch_with_halo(xz_ref, x_tile, x_barrier, jnp.int32(0))
-        work.fetch(xz_ref, z_tile, z_barrier, jnp.int32(0), 1)
-        parameters = lambda channels: work.parameters(k_ref, b_ref, D_ref, channels)  # noqa: E731
-        norm = lambda: (work.vector(scale_ref), work.vector(shift_ref))  # noqa: E731
-        if work.whole:
-            held, held_norm = parameters(pl.ds(0, work.owned)), norm()
-            parameters, norm = (lambda channels: held), (lambda: held_norm)
+    def steps_of(ids_refs, token):
+        """Return a token's image and the scans' steps that it takes its outputs from."""
+        image, at = lax.div(token, length), lax.rem(token, length)
+        if ids_refs:
+            return image, [ref[image, at] for ref in ids_refs]
+        per_row = options.columns * options.per_position
+        row, at = lax.div(at, per_row), lax.rem(at, per_row)
+        column, k = lax.div(at, options.per_position), lax.rem(at, options.per_position)
+        line = column if options.transposed else row
+        return image, [line * options.per_position + k] * 2
 
-        def item_of(item, _):
-            plgpu.barrier_wait(x_barrier)
-            work.mix(x_tile, sides[:2], sides[2:], item, s_tile, parameters)
-            plgpu.commit_smem()
+    def body(z_ref, skip_ref, *refs):
+        *sides, scale_ref, shift_ref, out_ref = refs
+        load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
+        over = lambda x, axis: spread(x, (WARPS, BLOCK), axis, layouts.tokens)  # noqa: E731
+        vector = lambda ref, c: over(load(ref.at[c], layouts.of_channels), 1)  # noqa: E731
 
-            @pl.when(item + 1 < work.items)
-            def _():
-                work.fetch_with_halo(xz_ref, x_tile, x_barrier, item + 1)
+        def of_tokens(first):
+            """Load the mean of both scans' outputs for four tokens, of which each warp has one."""
 
-            sums = work.share(
-                tiles[5:], item, lambda rows: layouts.sums(work.tokens(s_tile.at[rows]))
-            )
-            plgpu.barrier_wait(z_barrier)
-
-            def finish(rows, _):
-                s, _ = layouts.normalise(work.tokens(s_tile.at[rows]), eps, sums(rows))
-                s = layouts.scale_and_shift(s, *map(layouts.over_tokens, norm()))
-                # Write the output over z. This is safe, because the thread that reads a value of z overwrites it.
-                z = work.tokens(z_tile.at[rows])
-                store(
-                    z_tile.at[rows],
-                    (s * silu(z, layouts.tokens, interpret, xz.dtype)).astype(xz.dtype),
+            def row(token, c):
+                image, steps = steps_of(sides[2:], token)
+                forward, backward = (
+                    load(ref.at[image, step, c], layouts.of_channels)
+                    for ref, step in zip(sides[:2], steps, strict=True)
                 )
-                return ()
+                return (forward + backward) * 0.5
 
-            work.each_token(finish)
-            plgpu.commit_smem()
-            work.send(z_tile, out_ref, item)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=not grid.overlaps)
+            if interpret:  # It runs all warps as one.
+                tokens = [first + warp for warp in range(WARPS)]
+                return [jnp.stack([row(token, c) for token in tokens]) for c in range(blocks)]
+            token = first + warp_index()
+            return [over(row(token, c), 1) for c in range(blocks)]
 
-            @pl.when(item + 1 < work.items)
-            def _():
-                work.fetch(xz_ref, z_tile, z_barrier, item + 1, 1)
+        def average(parts):
+            return over(jnp.sum(functools.reduce(jnp.add, parts), axis=1) * (1.0 / real), 0)
 
-            return ()
+        def deviations(s):
+            mean = average(s)
+            *s, last = [part - mean for part in s]
+            if options.padding:
+                channel = plgpu.broadcasted_iota(jnp.int32, last.shape, 1, layout=layouts.tokens)
+                last = jnp.where(channel < BLOCK - options.padding, last, 0.0)
+            return [*s, last]
 
-        lax.fori_loop(0, work.items, item_of, ())
-        plgpu.wait_smem_to_gmem(0)
+        def normalised(s):
+            if options.norm_kind == "none":
+                return s
+            if options.norm_kind == "layer":
+                s = deviations(s)
+            inverse = lax.rsqrt(average([part * part for part in s]) + options.eps)
+            return [
+                part * inverse * vector(scale_ref, c) + vector(shift_ref, c)
+                for c, part in enumerate(s)
+            ]
 
+        def tokens(ref, at, offset=0):
+            return [load(ref.at[at, offset + c], layouts.tokens) for c in range(blocks)]
+
+        def visit(starts):
+            """Compute four tokens from each of some starts on, whose loads are on their way at the same time."""
+            loaded = [
+                (tokens(skip_ref, pl.ds(start, WARPS)), tokens(z_ref, pl.ds(start, WARPS), z_block))
+                for start in starts
+            ]
+            for start, (skips, gates) in zip(starts, loaded, strict=True):
+                s = [
+                    part + more.astype(jnp.float32)
+                    for part, more in zip(of_tokens(start), skips, strict=True)
+                ]
+                for c, (part, gate) in enumerate(zip(normalised(s), gates, strict=True)):
+                    gate = silu(gate.astype(jnp.float32), layouts.tokens, interpret, dtype)
+                    store(out_ref.at[pl.ds(start, WARPS), c], (part * gate).astype(dtype))
+
+        block = lax.axis_index("block")
+        visit([(block * steps + step) * WARPS for step in range(steps)])
+        rest = count % WARPS
+        if rest:  # Some of these tokens have been written already, by this thread block.
+            last = (block + 1) * (steps * WARPS) - WARPS + rest
+            pl.when(block == fours // steps - 1)(lambda: visit([last]))
+
+    flat = lambda x: blocked(x.reshape(count, -1))  # noqa: E731
     out = gpu_kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((*xz.shape[:3], work.all_blocks, BLOCK), xz.dtype),
-        scratch_types=[
-            work.halo_tile(xz.dtype),
-            work.tile(xz.dtype),
-            work.tile(jnp.float32),
-            work.barrier(grid.copies),
-            work.barrier(len(grid.pieces)),
-            *exchange,
-        ],
-        interpret=interpret_params(interpret, work.groups),
+        out_type=jax.ShapeDtypeStruct((count, blocks, BLOCK), dtype),
+        interpret=interpret_params(interpret),
         kernel_name="mixer_back",
-        grid=(grid.groups, grid.batch),
-        grid_names=("group", "batch"),
-        **work.threads,
-    )(*map(blocked, (xz, *y)), *ids, *map(blocked, (kernels, biases, D, scale, shift)))
-    return out.reshape(*out.shape[:3], grid.width)
+        grid=(fours // steps,),
+        grid_names=("block",),
+    )(flat(z), flat(skip), *map(blocked, y), *ids, blocked(scale), blocked(shift))
+    return out.reshape(skip.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "eps", "interpret"))
@@ -138,7 +168,17 @@ def back_gradients(
     `mosaic_front_gradients` continues from here, through skip and convolutions.
 
     Args:
-        out_bar: gradient of `back`'s output. All other arguments are those of `back`.
+        xz: ``b rows (columns per_position) 2e``, x then z.
+        y: scan outputs, forward and backward, ``b steps e`` float32 each.
+        ids: for a ragged grid, the index of each token's line in y: ``b tokens`` int32 for each direction. ``grid`` is
+            then any grid that holds the tokens. For a whole grid, ().
+        kernels: of the convolutions, ``2 k e`` float32.
+        biases, D: ``2 e`` float32.
+        scale, shift: parameters of the LayerNorm, ``e`` float32.
+        out_bar: gradient of `back`'s output, ``b rows (columns per_position) e`` in xz's dtype.
+        grid: how the tokens are cut.
+        eps: epsilon of the LayerNorm.
+        interpret: run in Pallas' interpreter.
 
     Returns:
         ds: gradient of s, ``b rows (columns per_position) e`` in xz's dtype.

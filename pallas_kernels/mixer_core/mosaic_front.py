@@ -1,7 +1,8 @@
-"""Run both causal convolutions, SiLU and the pooling in one Mosaic GPU kernel: the part of a mixer before the scan.
+"""Run both causal convolutions, SiLU, the pooling and the skips in one Mosaic GPU kernel: the mixer before the scan.
 
 Each thread owns one channel and visits the tokens of its lines in order. It keeps the window of both convolutions in
-registers, so that every token is read from memory once for both directions.
+registers, so that every token is read from memory once for both directions. What the skips add to each token behind
+the scan is written here, because the convolutions would have to be computed again there.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))
-def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpret: bool):
-    """Compute the pooled tokens of both directions.
+def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, interpret: bool):
+    """Compute the pooled tokens of both directions and the mean of their skips.
 
     Args:
         x: ``b rows (columns per_position) ≥e``; channels beyond e are not read.
         kernels: ``2 k e`` float32: taps of the forward convolution, then of the backward one.
-        biases: ``2 e`` float32.
+        biases, D: ``2 e`` float32.
         grid: how the grid of tokens is divided.
         method: "mean" or "max".
         scale: factor of the mean.
@@ -34,16 +35,18 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
 
     Returns:
         A list. First the pooled tokens, ``2 b steps e`` float32: forward and backward in one array, because the
-        projections of both directions read one. With "max", two arrays ``b steps e`` int32 follow: for each direction,
-        the index in its line of the first token that attains the maximum (any token pooled with it if one is a NaN).
+        projections of both directions read one. Then the mean of both skips,
+        ``b rows (columns per_position) e`` in x's dtype. With "max", two arrays ``b steps e`` int32 follow: for each
+        direction, the index in its line of the first token that attains the maximum (any token pooled with it if one
+        is a NaN).
     """
     per_position = grid.per_position
     largest = method == "max"
     layout = row_layout(CHANNELS)
     rows = grid.segment + 2 * grid.halo
 
-    def body(x_ref, kernels_ref, biases_ref, *refs):
-        pooled_ref, *place_refs, tiles, barrier = refs
+    def body(x_ref, kernels_ref, biases_ref, D_ref, *refs):
+        pooled_ref, skip_ref, *place_refs, tiles, skip_tiles, barrier = refs
         batch, group, block = (lax.axis_index(name) for name in ("batch", "group", "block"))
         columns = pl.ds(block * CHANNELS, CHANNELS)
         items, lines = grid.per_block, grid.per_block // grid.segments
@@ -62,20 +65,31 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             for d in range(2)
         ]
         bias = [read_row(biases_ref.at[d, columns], layout) for d in range(2)]
+        skip = [read_row(D_ref.at[d, columns], layout) * 0.5 for d in range(2)]
 
         def line_of(index, _):
             def segment(part, carry):
                 item = index * grid.segments + part
                 slot = lax.rem(item, 2)
                 plgpu.barrier_wait(barrier.at[slot])
+                grid.wait_for_tile()
                 window = [read_row(tiles.at[slot, j], layout) for j in range(2 * grid.halo)]
                 pooled, places = ([list(side) for side in sides] for sides in carry)
                 for t in range(grid.segment):
                     window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
                     k = t % per_position
-                    for d in range(2):
-                        c = convolve(window, kernel[d], bias[d], bool(d))
-                        c = silu(c, layout, interpret, x.dtype)
+                    both = [
+                        silu(
+                            convolve(window, kernel[d], bias[d], bool(d)),
+                            layout,
+                            interpret,
+                            x.dtype,
+                        )
+                        for d in range(2)
+                    ]
+                    mean = skip[0] * both[0] + skip[1] * both[1]
+                    store(skip_tiles.at[slot, t], mean.astype(x.dtype))
+                    for d, c in enumerate(both):
                         if grid.overlaps:
                             c = jnp.where(grid.counts(part, t), c, -jnp.inf if largest else 0.0)
                         if not largest:
@@ -87,6 +101,8 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
                         pooled[d][k] = best
                     window.pop(0)
                 plgpu.commit_smem()
+                line, _, start = grid.place(group, item)
+                grid.send(skip_tiles.at[slot], skip_ref, batch, line, start, columns)
 
                 @pl.when(item + 2 < items)
                 def _():
@@ -115,20 +131,23 @@ def front(x, kernels, biases, grid: Grid, *, method: str, scale: float, interpre
             return ()
 
         lax.fori_loop(0, lines, line_of, ())
+        plgpu.wait_smem_to_gmem(0)
 
     shape = (grid.batch, grid.steps, grid.width)
     return gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((2, *shape), jnp.float32),
+            jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
             *[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2 * largest,
         ],
         scratch_types=[
             plgpu.SMEM((2, rows, CHANNELS), x.dtype),
+            plgpu.SMEM((2, grid.segment, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=grid.copies, num_barriers=2),
         ],
         interpret=interpret_params(interpret),
         kernel_name="mixer_front",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, kernels, biases)
+    )(x, kernels, biases, D)

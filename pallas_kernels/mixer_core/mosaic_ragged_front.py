@@ -1,4 +1,4 @@
-"""Front of the mixer over a ragged grid: both convolutions with SiLU and each row's sum, as one Mosaic GPU kernel.
+"""Front of the mixer over a ragged grid: convolutions, SiLU, each row's sum and the skips, as one Mosaic GPU kernel.
 
 As in `mosaic_front` a thread owns a channel and walks the tokens. Where the next token is of another row, which differs
 between the directions, it writes what it has added up. Few samples are cut into runs of tokens, each with sums of its
@@ -21,23 +21,25 @@ from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))
-def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, interpret: bool):
-    """Compute the row sums of both directions.
+def front(x, ids, kernels, biases, D, grid: Grid, *, rows: int, share: float, interpret: bool):
+    """Compute the row sums of both directions and the mean of their skips.
 
     Args:
         x: ``b lines tokens ≥e``, the tokens on any grid that holds them; channels beyond e are not read.
         ids: forward and backward, the tokens' rows, ``b tokens`` int32, falling nowhere.
-        kernels: ``2 k e`` and biases ``2 e``, float32, forward then backward.
+        kernels: ``2 k e``, biases and D ``2 e``, float32, forward then backward.
         share: factor on the sums.
 
     Returns:
-        ``2 b rows e`` float32, zeros for rows without tokens.
+        ``2 b rows e`` float32, zeros for rows without tokens; and the skips, ``b lines tokens e`` in x's dtype.
     """
     layout = row_layout(CHANNELS)
     items, length = grid.per_block, grid.lines * grid.tokens
 
     def body(x_ref, *refs):
-        *ids_refs, kernels_ref, biases_ref, u_ref, tiles, barrier = refs
+        *ids_refs, kernels_ref, biases_ref, D_ref, u_ref, skip_ref, tiles, skip_tiles, barrier = (
+            refs
+        )
         batch, group = lax.axis_index("batch"), lax.axis_index("group")
         channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
 
@@ -52,6 +54,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
         row = lambda ref: read_row(ref, layout)  # noqa: E731
         kernel = [[row(kernels_ref.at[d, j, channels]) for j in range(grid.taps)] for d in (0, 1)]
         bias = [row(biases_ref.at[d, channels]) for d in (0, 1)]
+        skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
         zero = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), layout)
 
         def clear(index, _):
@@ -68,14 +71,18 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
             at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
             rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
             plgpu.barrier_wait(barrier.at[slot])
+            grid.wait_for_tile()
             window = [row(tiles.at[slot, j]) for j in range(2 * grid.halo)]
             sums = list(sums)
             for t in range(grid.segment):
                 window.append(row(tiles.at[slot, t + 2 * grid.halo]))
-                for d in (0, 1):
-                    c = silu(
-                        convolve(window, kernel[d], bias[d], bool(d)), layout, interpret, x.dtype
-                    )
+                both = [
+                    silu(convolve(window, kernel[d], bias[d], bool(d)), layout, interpret, x.dtype)
+                    for d in (0, 1)
+                ]
+                mean = skip[0] * both[0] + skip[1] * both[1]
+                store(skip_tiles.at[slot, t], mean.astype(x.dtype))
+                for d, c in enumerate(both):
                     here = rows_of[d][t]
                     ends = here != rows_of[d][t + 1]
                     if t == grid.segment - 1:
@@ -92,6 +99,7 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
                     sums[d] = jnp.where(ends, 0.0, sums[d])
                 window.pop(0)
             plgpu.commit_smem()
+            grid.send(skip_tiles.at[slot], skip_ref, batch, line, start, channels)
 
             @pl.when(item + 2 < items)
             def _():
@@ -100,17 +108,22 @@ def front(x, ids, kernels, biases, grid: Grid, *, rows: int, share: float, inter
             return tuple(sums)
 
         lax.fori_loop(0, items, item_of, (zero, zero))
+        plgpu.wait_smem_to_gmem(0)
 
-    u = gpu_kernel(
+    u, skips = gpu_kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((2, grid.batch, grid.groups, rows, grid.width), jnp.float32),
+        out_type=[
+            jax.ShapeDtypeStruct((2, grid.batch, grid.groups, rows, grid.width), jnp.float32),
+            jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
+        ],
         scratch_types=[
             plgpu.SMEM((2, grid.segment + 2 * grid.halo, CHANNELS), x.dtype),
+            plgpu.SMEM((2, grid.segment, CHANNELS), x.dtype),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],
         interpret=interpret_params(interpret),
         kernel_name="mixer_ragged_front",
         grid=(grid.width // CHANNELS, grid.groups, grid.batch),
         grid_names=("block", "group", "batch"),
-    )(x, *ids, kernels, biases)
-    return u.sum(2) if grid.groups > 1 else u[:, :, 0]
+    )(x, *ids, kernels, biases, D)
+    return u.sum(2) if grid.groups > 1 else u[:, :, 0], skips

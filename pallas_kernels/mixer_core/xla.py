@@ -44,7 +44,9 @@ def _steps(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
+def _convolved(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
+    """Return the tokens after convolution and SiLU, of each direction ``b l e`` in scan order."""
+    x = _swap(x, options.rows, options)
     return [
         conv1d.conv(
             x, directions.kernels[d], directions.biases[d], activation="silu", reverse=bool(d)
@@ -55,32 +57,37 @@ def _convolved(x: jax.Array, directions: Directions) -> list[jax.Array]:
 
 def front(
     x: Float[Array, "b l e"], directions: Directions, ids: RowIds, options: CoreOptions
-) -> tuple[Float[Array, "2 b s e"], Places]:
-    """Apply convolution and SiLU, and pool each line. With "max", also return the place of each first maximum."""
+) -> tuple[Float[Array, "2 b s e"], Float[Array, "b l e"], Places]:
+    """Apply convolution and SiLU to both directions.
+
+    Returns:
+        The pooled lines; what the skips add to each token, in x's dtype; with "max", the place of each first maximum.
+    """
+    both = _convolved(x, directions, options)
+    skip = skips(both, directions, options).astype(x.dtype)
     if options.method == "mean":
-        return _mean(x, directions, ids, options), ()
-    lines = tokens_of_lines(x, directions, options)
+        return _mean(both, ids, options), skip, ()
+    lines = [_on_lines(c, options) for c in both]
     first = jnp.arange(options.per_position, dtype=jnp.int32)[:, None]
     forward, backward = (
         _steps(jnp.argmax(c, axis=2).astype(jnp.int32) * options.per_position + first)
         for c in lines
     )
-    return _at(lines, (forward, backward)), (forward, backward)
+    return _at(lines, (forward, backward)), skip, (forward, backward)
 
 
 def tokens_of_lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
     """Return the tokens after convolution and SiLU, of each direction ``b lines positions per_position e``."""
-    x = _swap(x, options.rows, options)
-    return [_on_lines(c, options) for c in _convolved(x, directions)]
+    return [_on_lines(c, options) for c in _convolved(x, directions, options)]
 
 
-def _mean(x: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions) -> jax.Array:
+def _mean(both: list[jax.Array], ids: RowIds, options: CoreOptions) -> jax.Array:
     if ids:
-        sides = zip(_convolved(x, directions), ids, strict=True)
+        sides = zip(both, ids, strict=True)
         sums = jnp.stack([row_sums(c, of_row, options.rows) for c, of_row in sides])
         return sums * (options.scale / options.columns)
-    wide = wide_dtype(x.dtype)
-    lines = tokens_of_lines(x, directions, options)
+    wide = wide_dtype(both[0].dtype)
+    lines = (_on_lines(c, options) for c in both)
     return jnp.stack([_steps(jnp.mean(c, axis=2, dtype=wide)) * options.scale for c in lines])
 
 
@@ -109,15 +116,24 @@ def _at(lines: list[jax.Array], places: Places) -> jax.Array:
     return jnp.stack(list(map(one, lines, places)))
 
 
+def skips(
+    both: list[jax.Array], directions: Directions, options: CoreOptions
+) -> Float[Array, "b l e"]:
+    """Average both directions' skips, in stored order, float32 or wider; `both` is what `_convolved` returns."""
+    wide = wide_dtype(both[0].dtype)
+    forward, backward = (
+        D.astype(wide) * c.astype(wide) for D, c in zip(directions.D, both, strict=True)
+    )
+    return _swap((forward + backward) / 2, options.columns, options)
+
+
 def mix(
-    x: Float[Array, "b l e"],
+    skip: Float[Array, "b l e"],
     y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
-    directions: Directions,
     ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
-    """Average both directions' repeated scan outputs and skips, in stored order, float32 or wider."""
-    x = _swap(x, options.rows, options)
+    """Add the mean of both directions' repeated scan outputs to the skips, in stored order, float32 or wider."""
     if ids:
         forward, backward = (
             jnp.take_along_axis(side, of_row[:, :, None], axis=1)
@@ -126,12 +142,10 @@ def mix(
         total = forward + backward
     else:
         steps = y[0] + y[1]
-        steps = steps.reshape(x.shape[0], options.lines, 1, options.per_position, x.shape[-1])
+        steps = steps.reshape(skip.shape[0], options.lines, 1, options.per_position, skip.shape[-1])
         shape = (*steps.shape[:2], options.positions, *steps.shape[3:])
-        total = jnp.broadcast_to(steps, shape).reshape(x.shape)
-    for D, c in zip(directions.D, _convolved(x, directions), strict=True):
-        total = total + D.astype(total.dtype) * c.astype(total.dtype)
-    return _swap(total / 2, options.columns, options)
+        total = _swap(jnp.broadcast_to(steps, shape).reshape(skip.shape), options.columns, options)
+    return skip.astype(total.dtype) + total / 2
 
 
 def normalise(s: jax.Array, norm: Norm, kind: str, eps: float) -> jax.Array:
@@ -158,15 +172,15 @@ def gate(
 
 def back(
     xz: Float[Array, "b l e2"],
+    skip: Float[Array, "b l e"],
     y: tuple[Float[Array, "b s e"], Float[Array, "b s e"]],
-    directions: Directions,
     norm: Norm,
     ids: RowIds,
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
-    """Compute everything after the scan: `mix`, then `gate`."""
-    x, z = jnp.split(xz, 2, axis=-1)
-    return gate(mix(x, y, directions, ids, options), z, norm, options)
+    """Compute everything after the scan: `mix`, then `gate` with the second half of xz."""
+    z = jnp.split(xz, 2, axis=-1)[1]
+    return gate(mix(skip, y, ids, options), z, norm, options)
 
 
 def back_gradients(
@@ -184,7 +198,7 @@ def back_gradients(
     gradient of x there, so no later pass has to join the two. Gradients of s and xz have xz's dtype.
     """
     x, z = jnp.split(xz, 2, axis=-1)
-    s = mix(x, y, directions, ids, options)
+    s = mix(skips(_convolved(x, directions, options), directions, options), y, ids, options)
     _, pull = jax.vjp(lambda s, z, norm: gate(s, z, norm, options), s, z, norm)
     s_bar, z_bar, norm_bar = pull(out_bar)
     if ids:
@@ -210,12 +224,12 @@ def front_gradients(
     x = jnp.split(xz, 2, axis=-1)[0]
 
     def run(x, directions):
-        no_scan = (jnp.zeros_like(pooled_bar[0]),) * 2
+        both = _convolved(x, directions, options)
         if places:
-            pooled = _at(tokens_of_lines(x, directions, options), places)
+            pooled = _at([_on_lines(c, options) for c in both], places)
         else:
-            pooled = _mean(x, directions, ids, options)
-        return pooled, mix(x, no_scan, directions, ids, options)
+            pooled = _mean(both, ids, options)
+        return pooled, skips(both, directions, options)
 
     (_, s), pull = jax.vjp(run, x, directions)
     x_bar, directions_bar = pull((pooled_bar, s_bar.astype(s.dtype)))

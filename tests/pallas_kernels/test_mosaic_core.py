@@ -97,8 +97,7 @@ def test_two_warpgroups_share_a_token(seed, monkeypatch):
     monkeypatch.setattr(mosaic, "PROCESSORS", 1)
     options = CoreOptions(3, 4, False, 1.0, 1e-5)
     xz = jax.ShapeDtypeStruct((2, 12, 1024), jnp.float32)
-    for kind in ("back", "back_gradients"):
-        assert mosaic.cut(kind, xz, 4, options).per_block == 3
+    assert mosaic.cut("back_gradients", xz, 4, options).per_block == 3
     rng = np.random.default_rng(seed)
     compare(rng, 3e-6, b=2, rows=3, columns=4, e=512)
 
@@ -115,7 +114,7 @@ def test_segments_that_overlap(seed):
     taps = int(rng.integers(3, 9))  # a halo that is longer than what only the last segment has
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
     xz = jax.ShapeDtypeStruct((1, 74, 256), jnp.float32)
-    for kind in ("front", "back", "front_gradients", "back_gradients"):
+    for kind in ("front", "front_gradients", "back_gradients"):
         assert mosaic.cut(kind, xz, taps, options).overlaps
     case = {"b": 1, "rows": rows, "columns": columns, "e": 128, "scale": 0.25, "taps": taps}
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
@@ -227,9 +226,9 @@ def check_maxima(seed):
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, "max")
     assert mosaic.cut("front", xz, 3, options).segments == 2
     got = jax.device_get(mosaic.front(xz, directions, (), options))
-    u, places = jax.device_get(xla.front(xz[..., :e], directions, (), options))
+    u, _, places = jax.device_get(xla.front(xz[..., :e], directions, (), options))
     assert sum(np.isnan(side).sum() for side in u) >= 2
-    for side, wanted, place, first in zip(got[0], u, got[1], places, strict=True):
+    for side, wanted, place, first in zip(got[0], u, got[2], places, strict=True):
         np.testing.assert_allclose(side, wanted, rtol=1e-5)
         finite = np.isfinite(wanted)
         np.testing.assert_array_equal(place[finite], first[finite])

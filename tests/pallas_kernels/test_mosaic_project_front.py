@@ -45,7 +45,7 @@ def wanted_of(args, rows, columns, transposed, scale):
         xz = tokens @ weight.T
         x = jnp.split(xz, 2, axis=-1)[0].astype("bfloat16").astype("float64")
         options = CoreOptions(rows, columns, transposed, scale, 1e-5)
-        u, _ = xla.front(x, Directions(kernels, biases, jnp.zeros_like(biases)), (), options)
+        u, _, _ = xla.front(x, Directions(kernels, biases, jnp.zeros_like(biases)), (), options)
         return jax.device_get((xz, u))
 
 
