@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastvim_jax.cli.usage import as_usage_error, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     """Count mean and deviation of every channel, and store them with the data, where training takes them from."""
     chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
     from fastvim_jax.data import DecodeError, open_source
-    from fastvim_jax.data.multichannel import read_channels, to_uint8
+    from fastvim_jax.data.multichannel import in_order, read_channels, to_uint8
     from fastvim_jax.data.sources import data_folder
     from fastvim_jax.data.sources.layout import guess_source
     from fastvim_jax.data.statistics import count_statistics, write_statistics
@@ -47,13 +47,19 @@ def run(arguments: Sequence[str]) -> int:
             class_list=chosen.class_list,
             channels=chosen.channels,
         )
+    stored = tuple(getattr(source, "channel_names", ()))
+    if stored and stored != chosen.channels:
+        raise UsageError(
+            f"the images hold the channels {', '.join(stored)}: give these names, in this order, to --channels."
+        )
     skipped: list[str] = []
 
     def images() -> Iterator[Any]:
         for index in range(0, len(source), max(1, chosen.every)):
             try:
                 record = source[index]
-                yield to_uint8(read_channels(record.image, record.name).pixels)
+                image = read_channels(record.image, record.name)
+                yield to_uint8(in_order(image, chosen.channels, record.name))
             except DecodeError as error:
                 skipped.append(str(error))
 

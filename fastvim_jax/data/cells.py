@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 
 from fastvim_jax.data.batches import BatchIterator, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
-from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
+from fastvim_jax.data.multichannel import MultiChannel, in_order, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
@@ -171,22 +171,30 @@ def _image_bytes(config: CellsData) -> int:
 
 
 def _open(config: CellsData, split: str) -> Source:
-    return open_source(
+    source = open_source(
         config.source,
         split,
         path=config.path,
         class_list=config.class_list,
         channels=config.channel_names,
     )
+    stored = tuple(getattr(source, "channel_names", ()))
+    if stored and config.channel_names and stored != config.channel_names:
+        raise UserError(
+            f"data.channel_names is {', '.join(config.channel_names)}, but the images hold {', '.join(stored)}: give "
+            "the names in this order."
+        )
+    return source
 
 
 def _pixels(record: Record, config: CellsData) -> UInt8[np.ndarray, "h w c"]:
     image: MultiChannel = read_channels(record.image, record.name)
-    if image.pixels.shape[-1] != config.channels:
+    pixels = in_order(image, config.names, record.name)
+    if pixels.shape[-1] != config.channels:
         raise DecodeError(
-            f"{record.name}: {image.pixels.shape[-1]} channels, but data.channels is {config.channels}."
+            f"{record.name}: {pixels.shape[-1]} channels, but data.channels is {config.channels}."
         )
-    return to_uint8(image.pixels)
+    return to_uint8(pixels)
 
 
 @dataclasses.dataclass

@@ -85,6 +85,23 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
         raise DecodeError(f"{name}: damaged image ({error or type(error).__name__}).") from None
 
 
+def in_order(image: MultiChannel, wanted: Sequence[str], name: str) -> np.ndarray:
+    """Return the channels `wanted` of an image, in this order; all as they are stored if the file names none of them.
+
+    Raises:
+        DecodeError: the file names some of them, but not all.
+    """
+    if not set(image.names) & set(wanted):
+        return image.pixels
+    if missing := [channel for channel in wanted if channel not in image.names]:
+        raise DecodeError(
+            f"{name}: the channel {', '.join(missing)} is missing (the file names {', '.join(image.names)})."
+        )
+    if tuple(wanted) == image.names:
+        return image.pixels
+    return image.pixels[..., [image.names.index(channel) for channel in wanted]]
+
+
 def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
     """Read one file per channel and stack them in the order given.
 

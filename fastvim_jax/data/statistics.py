@@ -88,9 +88,7 @@ def read_statistics(
         UserError: there is no file, it is damaged, or it lacks one of the channels.
     """
     file = (folder if folder.is_dir() else folder.parent) / FILE
-    command = (
-        f"count it with `fastvim data stats --path {folder} ...`, or set data.mean and data.std"
-    )
+    command = f"count it with `fastvim data stats {folder} --channels {' '.join(names)}`, or set data.mean and data.std"
     if not file.is_file():
         raise UserError(f"{str(file)!r} does not exist: {command}.")
     try:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastvim_jax.data import cells, cells_device
+from fastvim_jax.cli.main import main
+from fastvim_jax.data import cells, cells_device, open_source
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.records import Record
@@ -92,6 +93,53 @@ def test_evaluation_takes_a_subset_by_name_in_the_order_named(config: CellsData)
     every.close()
     with pytest.raises(UserError, match="eval_channels"):
         dataclasses.replace(config, eval_channels=("e",))
+
+
+def test_channels_come_in_the_order_of_their_names_or_are_refused(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """OME-TIFFs whose names stand in another order than the config's: read, counted and reduced by name."""
+    tifffile = pytest.importorskip("tifffile")
+    pixels = rng.integers(0, 256, (2, 12, 12), np.uint8) // np.array([[[1]], [[9]]], np.uint8)
+    folder = tmp_path / "train" / "x"
+    folder.mkdir(parents=True)
+    metadata = {"axes": "CYX", "Channel": {"Name": ["DNA", "ER"]}}
+    for number in range(2):
+        tifffile.imwrite(folder / f"{number}.ome.tif", pixels, metadata=metadata)
+    assert main(["data", "stats", str(tmp_path), "--channels", "ER", "DNA"]) == 0
+    out = tmp_path.parent / f"{tmp_path.name}-shards"
+    prepare(open_source("image_folder", "train", path=str(tmp_path)), out, "train", max_size=12)
+    small = tmp_path.parent / f"{tmp_path.name}-small"
+    prepare(open_source("image_folder", "train", path=str(tmp_path)), small, "train", max_size=6)
+    sets = {"image_folder": tmp_path, "array_record": out}
+    for source, path in [*sets.items(), ("array_record", small)]:
+        config = CellsData(
+            source=source, path=str(path), train_split="train", eval_split="train", channels=2,
+            channel_names=("ER", "DNA"), image_size=6, batch_size=2, workers=0, mean=(0.0, 0.0), std=(1.0, 1.0),
+        )  # fmt: skip
+        batches = cells.make_eval_iterator(config)
+        image = np.asarray(next(batches)["image"])[0]
+        assert image[..., 0].max() < 256 // 9 + 3 < image[..., 1].max()
+        if path != small:
+            assert np.array_equal(image[..., 1], pixels[0, 3:9, 3:9])
+        batches.close()
+    mean, _ = read_statistics(tmp_path, ("DNA", "ER"))
+    assert np.allclose(mean, pixels.mean(axis=(1, 2)) / 255)
+
+
+def test_names_in_another_order_than_the_shards_are_refused(
+    config: CellsData, rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Images(8, rng)
+    images.channel_names = ("d", "a", "b", "c")
+    prepare(images, tmp_path / "named", "train")
+    named = dataclasses.replace(config, path=str(tmp_path / "named"))
+    with pytest.raises(UserError, match="the images hold d, a, b, c: give the names in this order"):
+        cells.make_eval_iterator(named)
+    with pytest.raises(UserError, match="the images hold d, a, b, c"):
+        cells.make_train_iterator(dataclasses.replace(named, train_split="train[:4]"), seed=1)
+    assert main(["data", "stats", str(tmp_path / "named"), "--channels", *NAMES]) == 2
+    assert "give these names, in this order" in capsys.readouterr().err
 
 
 def test_small_images_are_padded_and_large_ones_cut(rng: np.random.Generator) -> None:

@@ -144,6 +144,45 @@ def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> 
     assert np.array_equal(image[..., 0], np.round(np.round(pixels / function) / 257))
 
 
+def test_illumination_that_is_not_there_is_told(tables: Path, rng: np.random.Generator) -> None:
+    """A channel without a function is left as it is, a damaged or lost one counts, and without any there is a note."""
+    for name in ("dna", "er"):
+        np.save(tables / f"{name}.npy", rng.integers(10000, 20000, (8, 8)).astype(np.uint16))
+    header = "Metadata_Well,FileName_OrigDNA,FileName_OrigER,FileName_IllumDNA,FileName_IllumER"
+    (tables / "load_data.csv").write_text(
+        f"{header}\nA02,dna.npy,er.npy,,two.npy\nA03,dna.npy,er.npy,,lost.npy\nA03,dna.npy,er.npy,,none.npy\n"
+    )
+    without = open_source("jump_cp", "all", path=str(tables))
+    assert any("none is there: pixels are not corrected" in note for note in without.notes)
+    plain = without[0].image
+    np.save(tables / "two.npy", np.full((8, 8), 2.0))
+    (tables / "none.npy").write_bytes(b"\x93NUMPY nothing")
+    source = open_source("jump_cp", "all", path=str(tables))
+    er, dna = (source.channel_names.index(name) for name in ("ER", "DNA"))
+    assert not any("illumination" in note for note in source.notes)
+    assert np.array_equal(source[0].image[..., dna], plain[..., dna])
+    assert abs(source[0].image[..., er] - plain[..., er] / 2).max() <= 1
+    with pytest.raises(DecodeError, match=r"lost\.npy: No such file"):
+        source[1]
+    with pytest.raises(DecodeError, match=r"none\.npy is no illumination function"):
+        source[2]
+
+
+def test_fields_of_two_plates_are_told_apart_by_their_folders(tables: Path) -> None:
+    """Microscopes name the fields of every plate alike."""
+    for number, plate in enumerate(("P1", "P2")):
+        (tables / plate / "Images").mkdir(parents=True)
+        np.save(tables / plate / "Images" / "r1c1.npy", np.full((4, 4), 257 * number, np.uint16))
+    row = "Metadata_Well,PathName_OrigDNA,FileName_OrigDNA\nA02,{},r1c1.npy\n"
+    index = tables / "load_data.csv"
+    for number, plate in enumerate(("P1", "P2")):
+        index.write_text(row.format(f"/elsewhere/{plate}/Images"))
+        assert (open_source("jump_cp", "all", path=str(tables))[0].image == number).all()
+    index.write_text(row.format("/elsewhere/Images"))
+    with pytest.raises(UserError, match="lies in several folders"):
+        open_source("jump_cp", "all", path=str(tables))
+
+
 def test_an_object_store_is_asked_again_and_its_answer_kept(
     tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

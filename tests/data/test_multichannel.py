@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data.multichannel import (
+    MultiChannel,
     find_channel_files,
+    in_order,
     read_channel_files,
     read_channels,
     to_uint8,
@@ -51,6 +53,16 @@ def test_tiff_pages_are_channels_and_ome_names_them(pixels: np.ndarray, tmp_path
     for kept in (len(file.read_bytes()) // 2, 12):
         with pytest.raises(DecodeError, match=r"^a: (damaged|cut short)"):
             read_channels(file.read_bytes()[:kept], "a")
+
+
+def test_names_in_a_file_decide_the_order_of_its_channels(pixels: np.ndarray) -> None:
+    image = MultiChannel(pixels, ("Mito", "AGP", "RNA", "ER", "DNA"))
+    assert np.array_equal(in_order(image, ("DNA", "Mito"), "a"), pixels[..., [4, 0]])
+    assert in_order(image, image.names, "a") is pixels
+    assert in_order(image, ("0", "1"), "a") is pixels
+    assert in_order(MultiChannel(pixels), ("DNA", "Mito"), "a") is pixels
+    with pytest.raises(DecodeError, match="a: the channel Golgi is missing"):
+        in_order(image, ("DNA", "Golgi"), "a")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data.decode import GREY_MODES, decode_image, open_header
-from fastvim_jax.data.multichannel import NPY, read_channels, to_uint8
+from fastvim_jax.data.multichannel import NPY, MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.array_record import join_record
 from fastvim_jax.data.sources.pixels import PixelWriter
@@ -74,6 +74,9 @@ def encoded(record: Record, max_size: int | None) -> bytes:
     header = open_header(image, record.name)
     if min(header.size) <= max_size:
         return image
+    if getattr(header, "n_frames", 1) > 1 and header.format == "TIFF":  # One page per channel.
+        stack = read_channels(image, record.name)
+        return _as_ome(stack, max_size) if stack.names else _as_npy(stack.pixels, max_size)
     channels = 1 if header.mode in GREY_MODES else 3
     pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
     return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
@@ -96,11 +99,25 @@ def as_pixels(record: Record, max_size: int | None) -> np.ndarray:
 
 def _as_npy(pixels: np.ndarray, max_size: int | None) -> bytes:
     """Return pixels `h w c` of any c as the bytes of a `.npy` file, each channel reduced by itself."""
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_uint8(pixels), -1, 0)]
-    reduced = np.stack([np.asarray(_reduced(plane, max_size)) for plane in planes], axis=-1)
     buffer = io.BytesIO()
-    np.save(buffer, reduced, allow_pickle=False)
+    np.save(buffer, np.stack(_planes(pixels, max_size), axis=-1), allow_pickle=False)
     return buffer.getvalue()
+
+
+def _as_ome(image: MultiChannel, max_size: int | None) -> bytes:
+    """Return the bytes of an OME-TIFF, which keeps the channels' names, each channel reduced by itself."""
+    import tifffile
+
+    buffer = io.BytesIO()
+    metadata = {"axes": "CYX", "Channel": {"Name": list(image.names)}}
+    planes = np.stack(_planes(image.pixels, max_size))
+    tifffile.imwrite(buffer, planes, ome=True, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _planes(pixels: np.ndarray, max_size: int | None) -> list[np.ndarray]:
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(to_uint8(pixels), -1, 0)]
+    return [np.asarray(_reduced(plane, max_size)) for plane in planes]
 
 
 def _reduced(image: Image.Image, max_size: int | None) -> Image.Image:

@@ -142,6 +142,8 @@ def prepare(
         "left_out": {},
         "shards": {},
     }
+    if channel_names := getattr(source, "channel_names", ()):
+        fresh["channel_names"] = list(channel_names)
     file = folder / f"{split}.json"
     manifest = _resumed(file, fresh) if file.is_file() else fresh
     for leftover in folder.glob(f".{split}-*.tmp"):
@@ -256,8 +258,8 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or found.get("format") not in SOURCES_BY_FORMAT:
         raise UserError(f"{str(file)!r} exists and is no manifest of ours: choose another folder.")
-    keys = ("format", "source_records", "class_names", "settings", "origin")
-    changed = [key for key in keys if found.get(key) != fresh[key]]
+    keys = ("format", "source_records", "class_names", "channel_names", "settings", "origin")
+    changed = [key for key in keys if found.get(key) != fresh.get(key)]
     if changed:
         raise UserError(
             f"{str(file)!r} holds this split prepared with other {', '.join(changed)}: choose another folder, "

@@ -14,6 +14,7 @@ several splits, as in the published models. The published permutation's generato
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import tempfile
@@ -48,7 +49,7 @@ class Site:
         name: what identifies it: plate, well and site, or the path.
         well: as the index names it.
         files: the image's one file, or one a channel; paths or URLs.
-        illumination: illumination functions of the channels, or ().
+        illumination: illumination function of each channel, "" for one that has none, or ().
     """
 
     name: str
@@ -76,8 +77,9 @@ class JumpCpSource:
         folder = tables or Path(self.index).parent
         self._labels: PlateLabels = read_plate_labels(folder, perturbation or "compound")
         self.class_names = self._labels.class_names
-        sites, self.channel_names = read_index(self.index)
-        self._sites, self._targets, self.notes = _labelled(sites, self._labels)
+        sites, self.channel_names, notes = read_index(self.index)
+        self._sites, self._targets, left_out = _labelled(sites, self._labels)
+        self.notes = (*notes, *left_out)
         if not self._sites:
             raise UserError(
                 f"{self.index!r} has no image in a labelled well. {' '.join(self.notes)}"
@@ -141,9 +143,16 @@ class JumpCpSource:
     def _corrected(self, pixels: np.ndarray, site: Site, name: str) -> np.ndarray:
         """Divide each channel by its illumination function, which has a mean near 1; values stay in range."""
         top = np.iinfo(pixels.dtype).max
-        corrected = np.empty_like(pixels)
+        corrected = pixels.copy()
         for channel, file in enumerate(site.illumination):
-            function = np.load(io.BytesIO(self._read(file, name)), allow_pickle=False)
+            if not file:
+                continue
+            try:
+                function = np.load(io.BytesIO(self._read(file, name)), allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise DecodeError(
+                    f"{name}: {file} is no illumination function ({error})."
+                ) from None
             if function.shape != pixels.shape[:2] or not (function > 0).all():
                 raise DecodeError(f"{name}: {file} is no illumination function of this image.")
             divided = pixels[..., channel] / function
@@ -221,8 +230,8 @@ def split_numbers(count: int, part: str) -> np.ndarray:
     return np.sort(order[low:high])
 
 
-def read_index(index: str) -> tuple[list[Site], tuple[str, ...]]:
-    """Read an index of either layout: its sites, and the channels' names (() where files hold all channels).
+def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
+    """Read an index of either layout: sites, names of the channels (() where files hold all channels), and notes.
 
     Raises:
         UserError: the file is damaged or lacks a column.
@@ -241,7 +250,7 @@ def read_index(index: str) -> tuple[list[Site], tuple[str, ...]]:
         Site(str(name), str(well), (_absolute(index, str(path)),))
         for name, well, path in zip(ids, rows["well"], rows["path"], strict=True)
     ]
-    return sites, ()
+    return sites, (), ()
 
 
 def _labelled(
@@ -286,7 +295,7 @@ def _read_parquet(index: str, data: bytes) -> dict[str, list[Any]]:
     return table.to_pydict()
 
 
-def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...]]:
+def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
     """Read a load_data CSV; channels come in the order of JUMP-CP, others behind them in the CSV's order."""
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
     columns = tuple(rows[0]) if rows else ()
@@ -305,11 +314,15 @@ def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...
         known = [row.get(f"Metadata_{key}") for key in ("Plate", "Well", "Site")]
         name = "_".join(filter(None, known)) or f"row {len(sites) + 1}"
         originals = tuple(files.find(row, "Orig", channel) for channel in channels)
-        illumination = tuple(files.find(row, "Illum", channel) for channel in channels)
-        sites.append(
-            Site(name, row["Metadata_Well"], originals, illumination if all(illumination) else ())
-        )
-    return sites, channels
+        illumination = tuple(files.illumination(row, channel) for channel in channels)
+        illumination = illumination if any(illumination) else ()
+        sites.append(Site(name, row["Metadata_Well"], originals, illumination))
+    functions = {file for site in sites for file in site.illumination if file}
+    if functions and not any("://" in file or Path(file).is_file() for file in functions):
+        note = "The index names illumination functions, of which none is there: pixels are not corrected."
+        sites = [dataclasses.replace(site, illumination=()) for site in sites]
+        return sites, channels, (note,)
+    return sites, channels, ()
 
 
 class _FilesBelow:
@@ -319,11 +332,18 @@ class _FilesBelow:
         self._folder = folder
 
     @cached_property
-    def _by_name(self) -> dict[str, str]:
-        return {file.name: str(file) for file in _files(self._folder)}
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for file in _files(self._folder):
+            found.setdefault(file.name, []).append(file)
+        return found
 
     def find(self, row: dict[str, str], kind: str, channel: str) -> str:
-        """Return the path or URL of a channel's file, "" where there is none."""
+        """Return the path or URL of a channel's file, "" where there is none.
+
+        Raises:
+            UserError: several files have its name, and the path in the CSV does not tell them apart.
+        """
         if url := row.get(f"URL_{kind}{channel}"):
             return url
         name = row.get(f"FileName_{kind}{channel}")
@@ -333,7 +353,32 @@ class _FilesBelow:
         for file in (told, self._folder / told):
             if file.is_file():
                 return str(file)
-        return self._by_name.get(name, "")
+        # Microscopes give the fields of every plate the same names, so folders decide.
+        alike = [(_common_end(told, file), file) for file in self._by_name.get(name, [])]
+        most = max((count for count, _ in alike), default=0)
+        best = [file for count, file in alike if count == most]
+        if len(best) > 1:
+            raise UserError(
+                f"{name!r} lies in several folders below {str(self._folder)!r}: {best[0]}, {best[1]}. Correct "
+                f"PathName_{kind}{channel}, or put each plate's load_data file beside its own images."
+            )
+        return str(best[0]) if best else ""
+
+    def illumination(self, row: dict[str, str], channel: str) -> str:
+        """Return a channel's illumination function, "" where none is named; a named one may not exist."""
+        name = row.get(f"FileName_Illum{channel}")
+        found = self.find(row, "Illum", channel)
+        return found or (str(self._folder / name) if name else "")
+
+
+def _common_end(a: Path, b: Path) -> int:
+    """Count the last parts in which two paths agree."""
+    count = 0
+    for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 def _files(folder: Path) -> Iterator[Path]:

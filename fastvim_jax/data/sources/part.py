@@ -79,6 +79,11 @@ class SourcePart:
         labels = getattr(self._source, "labels", None)
         return None if labels is None else labels[list(self._numbers)]
 
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the channels in order, if the whole knows them."""
+        return tuple(getattr(self._source, "channel_names", ()))
+
     def __len__(self) -> int:
         return len(self._numbers)
 

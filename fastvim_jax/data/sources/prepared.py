@@ -20,6 +20,7 @@ class PreparedSplit:
         shards: the manifest's entries of the shards.
         files: the shards' files.
         class_names: those of the class list, or else of the manifest.
+        channel_names: names of the channels in order, where the source of the shards knew them.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PreparedSplit:
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         names = read_class_list(class_list).names if class_list else self.manifest["class_names"]
         self.class_names = tuple(names)
+        self.channel_names = tuple(self.manifest.get("channel_names", ()))
         self._any_label = any_label
 
     def __len__(self) -> int:
