@@ -34,8 +34,9 @@ Usage: fastvim data check PATH [OPTIONS]
             if it is interrupted, the same command continues
   stats     count mean and deviation of every channel and store them with the data, where training takes them from
 
-PATH is a data set's folder: one folder per split with one folder per class (train/cat/1.jpg), tar shards, Parquet files
-as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or what `prepare` wrote.
+PATH is a data set's folder: one folder per split with one folder per class (train/cat/1.jpg), one folder per class
+(cat/1.jpg), tar shards, Parquet files as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or
+what `prepare` wrote.
 `fastvim data check --help` and `fastvim data prepare --help` list the options.
 """
 
@@ -172,7 +173,10 @@ def _print_advice(chosen: Check, kind: str, reports: dict[str, Any], found: bool
     from fastvim_jax.data.prepare.advice import training_advice
 
     advice = training_advice(reports)
-    print("Something is wrong, see above." if found else "Nothing is wrong.")
+    if found:
+        print("Something is wrong, see above.")
+    elif not advice.refused:
+        print("Nothing is wrong.")
     for note in advice.notes:
         print(f"note: {note}")
     if advice.refused:
@@ -212,6 +216,7 @@ def _prepare(arguments: Sequence[str]) -> int:
             print(f"  note: {note}")
         # A plate's splits are named after the kind of plate: "crispr/train".
         split = split.rpartition("/")[2] if kind == "jump_cp" else split
+        split = "train" if split == "." else split
         origin = {"source": kind, "path": str(path.absolute()), "split": split}
         with progress_bar(f"preparing {split}") as progress:
             done = prepare(

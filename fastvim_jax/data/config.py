@@ -41,10 +41,11 @@ class DataConfig:
     """The data set's folder; `~` and environment variables such as $FASTVIM_DATA_DIR are expanded. tfds: a prepared
     folder, or a set's name in $TFDS_DATA_DIR. Unused by digits."""
     train_split: str = "train"
-    """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder), the shards
-    `<split>*.tar` (webdataset) or `<split>-*.parquet` (hugging_face), or the name of a TFDS split. A slice after the
-    name takes a part of the records: train[5000:] counts in the order of the source (in an image_folder, class by
-    class); train[1/10] takes one record in ten of each class, train[-1/10] all others."""
+    """Split to train on: the file `<split>.npz` (packed_npz), the folder `<split>` (image_folder; `.`: the whole data
+    folder, where it holds class folders alone), the shards `<split>*.tar` (webdataset) or `<split>-*.parquet`
+    (hugging_face), or the name of a TFDS split. A slice after the name takes a part of the records: train[5000:] counts
+    in the order of the source (in an image_folder, class by class); train[1/10] takes one record in ten of each class,
+    train[-1/10] all others."""
     eval_split: str = "test"
     """Split to evaluate on; a slice as above: train[:5000]."""
     class_list: str = ""

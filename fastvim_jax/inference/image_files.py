@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import glob
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
-)  # fmt: skip
+SUFFIXES = tuple(sorted(EXTENSIONS))
 
 
 def find_images(names: Iterable[str | Path]) -> list[str]:
@@ -24,7 +24,7 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
             - a folder: its image files and those of its sub-folders, in alphabetical order;
             - a tar file: its image files, named `shard.tar/member`;
             - a pattern of these, such as `photos/*.jpg`;
-            - `@list.txt`: a file with one name per line.
+            - `@list.txt`: a file with one file, folder or tar file per line.
 
     Raises:
         UserError: a folder or a tar file holds no images, a tar file or a list cannot be read, a name is empty, or
@@ -43,22 +43,28 @@ def _expand(name: str) -> list[str]:
     if name.startswith("@") and not path.exists():
         return _listed(name[1:])
     if path.is_dir():
-        files = sorted(
-            str(each)
-            for each in path.rglob("*")
-            if each.suffix.lower() in SUFFIXES
-            and each.is_file()
-            and not any(part.startswith(".") for part in each.relative_to(path).parts)
-        )
-        if not files:
+        if not (files := _in_folder(path)):
             raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).")
         return files
     if not path.exists() and any(each in name for each in "*?["):
-        files = sorted(glob.glob(name, recursive=True))
-        if not files:
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
             raise UserError(f"nothing matches {name}.")
-        return [image for file in files for image in _in_tar(file)]
+        found = [_in_folder(Path(m)) if Path(m).is_dir() else _in_tar(m) for m in matches]
+        if not any(found):
+            raise UserError(f"what matches {name} holds no image file ({', '.join(SUFFIXES)}).")
+        return list(itertools.chain.from_iterable(found))
     return _in_tar(name)
+
+
+def _in_folder(folder: Path) -> list[str]:
+    return sorted(
+        str(each)
+        for each in folder.rglob("*")
+        if each.suffix.lower() in SUFFIXES
+        and each.is_file()
+        and not any(part.startswith(".") for part in each.relative_to(folder).parts)
+    )
 
 
 def _in_tar(name: str) -> list[str]:
@@ -76,4 +82,9 @@ def _listed(name: str) -> list[str]:
         lines = Path(name).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of files {name}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    return [
+        f
+        for each in names
+        for f in (_in_folder(p) if (p := Path(each)).is_dir() else _in_tar(each))
+    ]

@@ -42,6 +42,31 @@ def test_a_clean_set(fastvim: Cli, pets: Path) -> None:
     ]
 
 
+def test_a_folder_of_classes_without_splits(fastvim: Cli, pets: Path, tmp_path: Path) -> None:
+    root = pets / "train"
+    (root / "cat" / "more").mkdir()  # what is below a class folder belongs to the class
+    (root / "cat" / "0.png").rename(root / "cat" / "more" / "0.png")
+    status, out, _ = fastvim("data", "check", root)
+    assert status == 0 and "image_folder .: 6 records, 2 of 2 classes" in out
+    assert "--data.train-split '.[-1/2]' --data.eval-split '.[1/2]'" in out
+    held_out, rest = (open_source("image_folder", f".[{n}/2]", path=str(root)) for n in (1, -1))
+    names = {source[i].name for source in (held_out, rest) for i in range(len(source))}
+    assert len(names) == len(held_out) + len(rest) == 6
+    arguments = ("train", "your_images/fastvim", "--data.path", root, "--run-dir", tmp_path / "run")
+    status, _, err = fastvim(*arguments)
+    assert status == 1 and "--data.train-split" in err
+    assert fastvim("data", "prepare", root, "--out", tmp_path / "shards")[0] == 0
+    assert len(open_source("array_record", "train", path=str(tmp_path / "shards"))) == 6
+
+
+def test_no_clean_bill_for_what_training_refuses(fastvim: Cli, pets: Path) -> None:
+    (pets / "train").rename(pets / "summer")
+    (pets / "winter" / "cat").mkdir(parents=True)
+    (pets / "summer" / "cat" / "0.png").rename(pets / "winter" / "cat" / "0.png")
+    status, out, _ = fastvim("data", "check", pets)
+    assert status == 1 and "Training would refuse" in out and "Nothing is wrong" not in out
+
+
 def test_files_that_are_not_read_are_named(fastvim: Cli, pets: Path) -> None:
     train = pets / "train"
     (train / "cat" / "0.png").rename(train / "cat" / "0.JFIF")  # read all the same

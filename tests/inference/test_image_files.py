@@ -57,6 +57,22 @@ def test_a_tar_file_names_its_images_and_they_are_read_from_it(shards, tmp_path)
         assert np.array_equal(load_image(name, config), load_image(tmp_path / "same.png", config))
 
 
+def test_patterns_and_lists_name_folders_too(tmp_path, rng):
+    files = [tmp_path / "all" / name for name in ("1.png", "cat/2.jfif", "cat/deep/3.PNG")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(rng))
+    (tmp_path / "all" / "none").mkdir()
+    (tmp_path / "list.txt").write_text(f"{files[0]}\n{tmp_path}/all/cat\nmissing[1].png\n")
+    expected = list(map(str, files))
+    assert find_images([tmp_path / "all"]) == expected
+    assert find_images([f"{tmp_path}/all/*"]) == expected
+    assert sorted(find_images([f"{tmp_path}/all/**"])) == expected
+    assert find_images([f"@{tmp_path}/list.txt"]) == [*expected, "missing[1].png"]
+    with pytest.raises(UserError, match="holds no image file"):
+        find_images([f"{tmp_path}/all/n*"])
+
+
 def test_a_tar_file_that_changed_is_read_anew(shards, tmp_path, rng):
     name = next(iter(shards))
     assert read_image_file(name) == shards[name]

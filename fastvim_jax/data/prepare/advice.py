@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from fastvim_jax.data.prepare.check import Report
+from fastvim_jax.data.sources.image_folder import HELD_OUT, TRAINED, WHOLE
 
-HELD_OUT = ("val", "validation", "valid", "eval", "dev", "test", "testing")
-"""Names of splits to evaluate on, the first that is there."""
-TRAINED = ("train", "training")
 BATCH_SIZE = 32
 """Batch size of the experiment that the options are for, `your_images/fastvim`."""
 
@@ -55,8 +53,9 @@ def training_advice(reports: dict[str, Report]) -> Advice:
         parts = _parts(report)
         options["data.train-split"] = f"{train}[-1/{parts}]"
         options["data.eval-split"] = f"{train}[1/{parts}]"
+        whole = "the whole folder" if train == WHOLE else train
         notes.append(
-            f"there is no split to evaluate on: one record in {parts} of each class is held out of {train}."
+            f"there is no split to evaluate on: one record in {parts} of each class is held out of {whole}."
         )
         records -= sum(-(-count // parts) for count in report.counts.values())
     elif held_out != "val":

@@ -1,4 +1,4 @@
-"""Read a tree with one folder per class: `<root>/<split>/<class>/**/image.jpg`."""
+"""Read a tree with one folder per class: `<root>/<split>/<class>/**/image.jpg`, or no splits (`<root>/<class>/...`)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ EXTENSIONS = frozenset(
 )
 
 
+WHOLE = "."
+"""The split of a folder that has none: all class folders in it."""
+TRAINED = ("train", "training")
+"""Names of splits to train on, the first that is there."""
+HELD_OUT = ("val", "validation", "valid", "eval", "dev", "test", "testing")
+"""Names of splits to evaluate on, the first that is there."""
+
+
 class ImageFolderSource:
     """One split of a tree of class folders.
 
@@ -48,7 +56,7 @@ class ImageFolderSource:
 
     Args:
         root: the data set's folder.
-        split: name of the split's folder in it.
+        split: name of the split's folder in it; `WHOLE` (`.`): the root's own folders are the classes.
         class_list: a file that lists the classes; see `class_lists`.
         follow_links: read files that links lead to outside the root. Otherwise such a link is an error.
     """
@@ -59,9 +67,16 @@ class ImageFolderSource:
         self._split_folder = root / split
         if not self._split_folder.is_dir():
             splits = folders_in(root)
+            hint = suggest(split, splits)
+            if has_no_splits(root):
+                hint = (
+                    f" If these are the classes, there is no split: use parts of the whole folder, "
+                    f"train_split='{WHOLE}[-1/10]' and eval_split='{WHOLE}[1/10]' (--data.train-split, "
+                    "--data.eval-split); `fastvim data check` prints the command."
+                )
             raise UserError(
                 f"{str(self._split_folder)!r} does not exist; folders found there: {', '.join(splits) or 'none'}."
-                + suggest(split, splits)
+                + hint
             )
         self._root = root
         self._follow_links = follow_links
@@ -132,6 +147,20 @@ class ImageFolderSource:
 def _classes_of_tree(root: Path, folders: list[str]) -> ClassList:
     names = tuple(folders_in(root / "train") if (root / "train").is_dir() else folders)
     return ClassList(names, names)
+
+
+def has_no_splits(root: Path) -> bool:
+    """Tell whether the root's folders are classes: images lie in them, and none has the name of a split."""
+    folders = folders_in(root)
+    if any(folder.lower() in TRAINED + HELD_OUT for folder in folders):
+        return False
+    return any(_holds_images(root / folder) for folder in folders)
+
+
+def _holds_images(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        names = (entry.name for entry in entries if not entry.name.startswith("."))
+        return any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names)
 
 
 def folders_in(root: Path) -> list[str]:

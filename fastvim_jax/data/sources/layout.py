@@ -6,7 +6,7 @@ from fastvim_jax.data.multichannel import find_channel_files
 from fastvim_jax.data.sources import data_folder, expand_path
 from fastvim_jax.data.sources.channel_files import split_pattern
 from fastvim_jax.data.sources.hugging_face import parquet_splits
-from fastvim_jax.data.sources.image_folder import folders_in
+from fastvim_jax.data.sources.image_folder import WHOLE, folders_in, has_no_splits
 from fastvim_jax.data.sources.jump_cp import INDEX, SHARES
 from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, prepared_splits
 from fastvim_jax.data.sources.tfds import tfds_splits
@@ -47,9 +47,12 @@ def guess_source(path: str) -> str:
     for name, patterns in _LAYOUTS.items():
         if any(next(root.glob(pattern), None) is not None for pattern in patterns):
             return name
+    if has_no_splits(root):
+        return "image_folder"
     raise UserError(
         f"{str(root)!r} is of no known layout; expected one folder per split with one folder per class in it "
-        "(train/cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with their manifest)."
+        "(train/cat/1.jpg), one folder per class (cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with "
+        "their manifest)."
     )
 
 
@@ -74,6 +77,8 @@ def list_splits(name: str, path: str) -> list[str]:
         return sorted(file.stem for file in root.glob("*.npz"))
     if name == "hugging_face" and parquet_splits(root):
         return sorted(parquet_splits(root))
+    if name == "image_folder" and has_no_splits(root):
+        return [WHOLE]
     return folders_in(root)
 
 
