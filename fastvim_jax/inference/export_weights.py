@@ -18,6 +18,7 @@ from fastvim_jax.models.pretrained import (
     load_pretrained,
     save_pretrained,
 )
+from fastvim_jax.models.safetensors_file import write_safetensors
 from fastvim_jax.training.choice import headline_of
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.run_folder import Run, load_run
@@ -94,9 +95,7 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     if out.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        return save_file(arrays, out, metadata={"format": "pt"})
+        return write_safetensors(arrays, out, format="pt")
     try:
         import torch
     except ImportError:

@@ -83,8 +83,5 @@ def _listed(name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of files {name}: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
-    return [
-        f
-        for each in names
-        for f in (_in_folder(p) if (p := Path(each)).is_dir() else _in_tar(each))
-    ]
+    found = (_in_folder(Path(each)) if Path(each).is_dir() else _in_tar(each) for each in names)
+    return list(itertools.chain.from_iterable(found))

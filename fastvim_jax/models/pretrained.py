@@ -27,7 +27,7 @@ from fastvim_jax.models.parameters import (
     replace_parameters,
 )
 from fastvim_jax.models.registry import build_model, config_class
-from fastvim_jax.models.safetensors_file import read_safetensors
+from fastvim_jax.models.safetensors_file import read_safetensors, write_safetensors
 from fastvim_jax.serialise import from_dict, to_dict
 
 FORMAT = 1
@@ -111,8 +111,6 @@ def save_pretrained(
     config: Any = model.config  # type: ignore[attr-defined]
     check_class_names(class_names, config)
     preprocessing = preprocessing or default_preprocessing(config)
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -132,7 +130,7 @@ def save_pretrained(
         json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8"
     )
     (folder / CARD_FILE).write_text(_card(model, about, card or {}, dtype), "utf-8")
-    save_file(arrays, folder / WEIGHTS_FILE, metadata={"format": "np", "library": "fastvim-jax"})
+    write_safetensors(arrays, folder / WEIGHTS_FILE, format="np", library="fastvim-jax")
     return folder
 
 

@@ -1,7 +1,9 @@
-"""Read the arrays of a safetensors file: the one place of this library that opens one."""
+"""Read and write safetensors files: the one place of this library that opens one."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +31,13 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+
+
+def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: str) -> None:
+    """Write arrays by name to a file of the usual mode, because the library makes one that nobody else can read."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(arrays), path, metadata=metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

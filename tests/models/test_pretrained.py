@@ -43,6 +43,8 @@ def test_a_model_comes_back_with_its_bits(saved):
     card = (folder / "README.md").read_text()
     assert "## Data\n\nHandwritten digits." in card and "CC BY 4.0" in card
     same_bits(from_pretrained(str(folder)), model)
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1  # who may read the card may read the weights
 
 
 def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, saved):
