@@ -115,7 +115,11 @@ def _photographs(chosen: Arguments) -> int:
         files = find_images(chosen.paths)
     size = min(chosen.batch_size, len(files))
     classifier = Classifier.load(
-        chosen.run, weights=chosen.weights, batch_size=size, dtype=chosen.dtype
+        chosen.run,
+        weights=chosen.weights,
+        batch_size=size,
+        dtype=chosen.dtype,
+        embeddings_only=True,
     )
     make = functools.partial(iter_features, classifier)
     status = write_results(files, make, chosen.out, photograph_columns(classifier), "embedding")

@@ -42,7 +42,9 @@ def write_results(
     for each in track(records, verb, len(left), console=console, disable=not console.is_terminal):
         failed += complain(each)
     before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
-    print(f"{out}: {counted(len(files), 'file')}{before}, {failed} of which could not be read.")
+    print(
+        f"{out}: {counted(len(files), 'file')}{before}, {failed or 'none'} of which could not be read."
+    )
     return int(failed > 0)
 
 

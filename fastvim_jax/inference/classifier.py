@@ -35,6 +35,7 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
 from fastvim_jax.models import VisionMambaConfig, build_model
+from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.parameters import round_products
@@ -89,10 +90,12 @@ class Classifier:
             dtype; on a GPU bfloat16, and for a Mamba model activations="compute". docs/models.md says how exact this
             is; any `dtype` given switches it off.
         maps: return features and class logits of every patch as well.
+        embeddings_only: leave the head out. Logits and probabilities then have no columns, class_maps is None, and
+            the model may be one without classes.
 
     Raises:
-        UserError: a model without classes, a model of images with other than one or three channels, or a batch size
-            below 1.
+        UserError: a model without classes (unless `embeddings_only`) or of feature maps, a model of images with other
+            than one or three channels, or a batch size below 1.
     """
 
     def __init__(
@@ -104,10 +107,16 @@ class Classifier:
         batch_size: int = 32,
         dtype: Literal["float32", "bfloat16"] | None = None,
         maps: bool = False,
+        embeddings_only: bool = False,
     ) -> None:
         config: Any = model.config  # type: ignore[attr-defined]
-        if not getattr(config, "num_classes", 0) or bool(getattr(config, "out_indices", None)):
+        if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
+        if not config.num_classes and not embeddings_only:
+            raise UserError(
+                f"a {type(model).__name__} without classes classifies nothing; `fastvim embed` writes its features "
+                "(embeddings_only=True)."
+            )
         if config.channels not in (1, 3) or isinstance(
             config, ChannelMambaConfig | ChannelViTConfig
         ):
@@ -141,11 +150,15 @@ class Classifier:
         def run(params: Any, images: Array) -> tuple[Array, ...]:
             model = nnx.merge(graphdef, params)
             tokens = model.forward_features(preprocess(images))
-            logits = model.forward_head(tokens).astype(jnp.float32)
-            outputs = [logits, jax.nn.softmax(logits), model.forward_head(tokens, pre_logits=True)]
+            embeddings = model.forward_head(tokens, pre_logits=True)
+            if embeddings_only:
+                logits = jnp.zeros((len(images), 0))
+            else:
+                logits = model.forward_head(tokens).astype(jnp.float32)
+            outputs = [logits, jax.nn.softmax(logits), embeddings]
             if maps:
                 features = model.feature_maps(tokens, self.data.height_width)
-                outputs += [features, model.class_maps(features)]
+                outputs += [features] if embeddings_only else [features, model.class_maps(features)]
             return tuple(each.astype(jnp.float32) for each in outputs)
 
         self._run: Any = run

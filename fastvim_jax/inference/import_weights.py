@@ -152,7 +152,9 @@ def import_weights(
     if masked:
         uses = f"reconstruct {folder} PHOTO"
     elif isinstance(config, ChannelMambaConfig | ChannelViTConfig):
-        uses = f"embed {folder} FIELD"
+        uses = f"embed {folder} FIELD --out features.parquet"
+    elif not changed.num_classes:
+        uses = f"embed {folder} PHOTO --out features.csv"
     return Imported(
         Path(folder), words, report, found.notes, found.ignored, assumed, preprocessing, uses
     )

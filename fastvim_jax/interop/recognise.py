@@ -67,9 +67,9 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
     if "decoder_embed.weight" not in arrays:
         return replace_options(plain(**fields), **options)
     width = arrays["decoder_embed.weight"].shape[0]
-    heads: dict[str, Any] = (
-        {} if plain is VisionMambaConfig else {"decoder_heads": max(1, width // 32)}
-    )
+    # Masked autoencoders have 16 decoder heads at every width.
+    known = 16 if width % 16 == 0 else max(1, width // 32)
+    heads: dict[str, Any] = {} if plain is VisionMambaConfig else {"decoder_heads": known}
     fields["head_pool"] = "token" if plain is ViTConfig else "mean"
     masked = MaskedAutoencoderConfig(
         encoder=plain(**fields),
@@ -152,7 +152,8 @@ def _vision_transformer(arrays: Arrays) -> dict[str, Any]:
     found = _common(arrays, "blocks")
     width = found["embed_dim"]
     return found | {
-        "num_heads": max(1, width // 64),
+        # Heads are 64 wide up to ViT-L; huge, giant and gigantic ViTs have 16 wider ones.
+        "num_heads": max(1, width // 64) if width <= 1024 else 16,
         "mlp_ratio": arrays["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in arrays,
         "head_pool": "mean" if "fc_norm.weight" in arrays else "token",

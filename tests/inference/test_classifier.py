@@ -198,7 +198,12 @@ def test_other_arrays_are_refused(classifier, images, said):
         classifier(images)
 
 
-def test_models_without_classes_are_refused():
+def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
     plain = build_model(VisionMambaConfig(**{**SIZES, "num_classes": 0}), rngs=nnx.Rngs(1))
-    with pytest.raises(UserError, match="without classes"):
+    with pytest.raises(UserError, match="without classes classifies nothing; `fastvim embed`"):
         Classifier(plain, PREPROCESSING)
+    params = {k: v for k, v in nnx.state(model).items() if k != "head"}
+    nnx.update(plain, nnx.State(params))
+    found = Classifier(plain, PREPROCESSING, batch_size=4, embeddings_only=True)(files)
+    assert found.logits.shape == found.probabilities.shape == (len(files), 0)
+    np.testing.assert_allclose(found.embeddings, classifier(files).embeddings, rtol=1e-5, atol=1e-6)

@@ -111,6 +111,9 @@ def test_another_size_and_other_classes(checkpoint, tmp_path):
     np.testing.assert_array_equal(
         found.model.patch_embed.proj.kernel[...], model.patch_embed.proj.kernel[...]
     )
+    headless = import_weights(file, tmp_path / "headless", options={"num_classes": 0})
+    assert set(headless.report.names("left")) == {"head.kernel", "head.bias"}
+    assert headless.next_command.startswith(f"embed {tmp_path / 'headless'} PHOTO --out")
 
 
 def test_misfits_are_listed(tmp_path):

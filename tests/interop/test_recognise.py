@@ -60,6 +60,14 @@ def test_presets_are_recognised(name):
     )  # fmt: skip
 
 
+def test_heads_that_shapes_do_not_tell_are_those_of_the_published_models():
+    config = model_config("vit_large_patch16_224", embed_dim=1280, depth=1, num_heads=16)  # ViT-H
+    assert recognise(shapes_of(config)).num_heads == 16
+    for name in ("mae_vit_tiny_patch16_224", "mae_vit_base_patch16_224"):
+        config = model_config(name, depth=1, decoder_depth=1)
+        assert recognise(shapes_of(config)).decoder_heads == config.decoder_heads == 16
+
+
 def test_options_override_and_other_weights_are_refused():
     arrays = shapes_of(model_config("fastvim_tiny_patch16_224", **SMALL))
     assert recognise(arrays, pooling="max").pooling == "max"
