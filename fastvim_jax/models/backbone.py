@@ -78,10 +78,7 @@ class Backbone(nnx.Module):
         # 1) Embed patches and positions; 2) run the blocks over the residual stream.
         residual, outputs, grid = self._run(images, output_blocks, key, drop_path_keep)
         # 3) Dense features, or final norm, pooling and head.
-        if output_blocks:
-            pairs = zip(self.out_norms, output_blocks, strict=True)
-            return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)
-        return self.classify(residual)
+        return self._answer(residual, outputs, grid)
 
     @with_auto_axes
     def features(self, images: Images, **embed: Any) -> Array:
@@ -277,6 +274,16 @@ class Backbone(nnx.Module):
         self.config = config
         self.head = nnx.data(self._make_head(config, as_rngs(rngs)) if num_classes else None)
         return self
+
+    def _answer(
+        self, residual: Tokens, outputs: dict[int, tuple[Tokens, Tokens]], grid: Any
+    ) -> Any:
+        """Return what a call returns: dense features if the config names blocks, else logits or pooled features."""
+        blocks = self.config.out_indices
+        if not blocks:
+            return self.classify(residual)
+        pairs = zip(self.out_norms, blocks, strict=True)
+        return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)
 
     # Steps that each model defines.
 

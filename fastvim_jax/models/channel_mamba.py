@@ -71,10 +71,6 @@ class ChannelMambaConfig(VisionMambaConfig):
                 f"class_token={self.class_token!r} with pooling={self.pooling!r}: FastChannelVim has no class token; "
                 "set class_token='none'."
             )
-        if self.out_indices:
-            raise UserError(
-                f"out_indices={self.out_indices}: channel models return no dense features; leave it empty."
-            )
 
     @property
     def step(self) -> tuple[int, int]:
@@ -130,15 +126,18 @@ class ChannelMamba(VisionMamba):
             drop_path_keep: 0/1 masks `depth b` to use instead of drawing them from `key`.
 
         Returns:
-            Logits `b classes` (`b l classes` for head_pool="all") in float32 or wider, or pooled features `b d` if
-            num_classes is 0.
+            Logits `b classes` (`b l classes` for head_pool="all") in float32 or wider; pooled features `b d` if
+            num_classes is 0; or with `out_indices` the tuple of dense features `b rows columns d`, each the mean over
+            the channels, normed.
 
         Raises:
             UserError: more channels than the model has, ids that do not fit, or an image smaller than a patch.
         """
         key, drop_path_keep = self._drop_path(key, drop_path_keep)
-        residual, _, _ = self._run(images, (), key, drop_path_keep, channel_ids=channel_ids)
-        return self.classify(residual)
+        blocks = self.config.out_indices
+        return self._answer(
+            *self._run(images, blocks, key, drop_path_keep, channel_ids=channel_ids)
+        )
 
     def _poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
         config = self.config
@@ -180,6 +179,34 @@ class ChannelMamba(VisionMamba):
         return tokens, (rows, columns, count)
 
     def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
+        config = self.config
+        if config.class_token != "none":
+            index = 0 if config.class_token == "head" else (tokens.shape[1] - 1) // 2
+            tokens = jnp.delete(tokens, index, axis=1, assume_unique_indices=True)
+        image = mean_over_channels(tokens, grid[:2], channel_first=config.scan_order == "spatial")
+        image = image if norm is None else norm(image)
+        return image.swapaxes(1, 2) if config.token_order == "column" else image
+
+
+def mean_over_channels(
+    tokens: Tokens, grid: tuple[int, int], *, channel_first: bool
+) -> Float[Array, "b rows columns d"]:
+    """Average the tokens of each patch of `grid` (rows, columns).
+
+    Args:
+        tokens: `b l d`, without class token.
+        grid: rows and columns of patches.
+        channel_first: tokens go channel, row, column, instead of row, column, channel.
+
+    Raises:
+        UserError: the tokens are no whole number of channels of this grid.
+    """
+    batch, length, width = tokens.shape
+    rows, columns = grid
+    if length % (rows * columns):
         raise UserError(
-            "channel models have a token per patch and channel, not one image of tokens: use `intermediates`."
+            f"{length} tokens are no whole number of channels of {rows} x {columns} patches."
         )
+    shape = (-1, rows, columns) if channel_first else (rows, columns, -1)
+    image = tokens.reshape(batch, *shape, width)
+    return jnp.mean(image, axis=1 if channel_first else 3)

@@ -21,7 +21,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.layers.channel_embed import ChannelIds, ChannelPatchEmbed, strided_grid
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed
-from fastvim_jax.models.channel_mamba import ChannelGrid
+from fastvim_jax.models.channel_mamba import ChannelGrid, mean_over_channels
 from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.vit import VisionTransformer
 from fastvim_jax.typing import Images, Tokens
@@ -45,7 +45,7 @@ class ChannelViTConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        plain = {"pooling": "none", "conv_width": 0, "head_pool": "token", "out_indices": ()}
+        plain = {"pooling": "none", "conv_width": 0, "head_pool": "token"}
         for name, value in plain.items():
             if getattr(self, name) != value:
                 raise UserError(
@@ -92,8 +92,10 @@ class ChannelViT(VisionTransformer):
         `drop_path_keep` has one mask for the attention and one for the MLP of each block.
         """
         key, drop_path_keep = self._drop_path(key, drop_path_keep)
-        residual, _, _ = self._run(images, (), key, drop_path_keep, channel_ids=channel_ids)
-        return self.classify(residual)
+        blocks = self.config.out_indices
+        return self._answer(
+            *self._run(images, blocks, key, drop_path_keep, channel_ids=channel_ids)
+        )
 
     def _poolings(self, grid: ChannelGrid) -> tuple[Pooling, ...]:  # type: ignore[override]
         return (NoPooling(grid[0] * grid[1] * grid[2] + 1),)
@@ -124,6 +126,5 @@ class ChannelViT(VisionTransformer):
         return add_table(tokens, repeated.astype(wide)), (rows, columns, count)
 
     def _as_image(self, tokens: Tokens, grid: Any, norm: Any = None) -> Array:
-        raise UserError(
-            "channel models have a token per patch and channel, not one image of tokens: use `intermediates`."
-        )
+        image = mean_over_channels(tokens[:, 1:], grid[:2], channel_first=True)
+        return image if norm is None else norm(image)

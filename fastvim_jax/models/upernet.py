@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate, check_fields
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.segmentation.heads import FCNHead, UPerHead
 from fastvim_jax.models.segmentation.necks import DeconvolutionNeck, MultiLevelNeck
@@ -29,7 +31,7 @@ class UperNetConfig:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    backbone: VisionMambaConfig | ViTConfig
+    backbone: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig
     """The backbone, whose `out_indices` name the four blocks to read."""
     num_classes: PositiveInt = 150
     """Classes to tell apart; ignored pixels are no class."""
@@ -196,7 +198,7 @@ class UperNet(nnx.Module):
 
 
 def upernet(
-    backbone: VisionMambaConfig | ViTConfig,
+    backbone: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig,
     *,
     image_size: int | tuple[int, int] = 512,
     **options: Any,

@@ -22,17 +22,18 @@ def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
     keeps the scale that it began with, so that it does not need the masked run any more.
 
     Args:
-        config: of a classifier's or a probe's run, with `init`, `scale_from_init` and `model`.
+        config: of a classifier's, a probe's, a segmenter's or a detector's run, with `init`, `scale_from_init` and
+            `model`; the scale is that of `model`, or of `model.backbone`.
         run_dir: the run folder, which may exist.
     """
-    model = config.model
+    model = getattr(config.model, "backbone", config.model)
     pools = getattr(model, "pooling", None) == "mean" and getattr(model, "pool_scale", None) == 1.0
     if not (config.init and config.scale_from_init and pools):
         return config
     if (Path(run_dir) / CONFIG_FILE).is_file():
         saved = read_config(run_dir)
-        if saved.init == config.init and type(saved.model) is type(model):
-            return _scaled(config, saved.model.pool_scale)
+        if saved.init == config.init and type(saved.model) is type(config.model):
+            return _scaled(config, getattr(saved.model, "backbone", saved.model).pool_scale)
     folder = Path(config.init).expanduser()
     if is_pretrained(folder):
         source = read_model_config(folder)
@@ -45,4 +46,11 @@ def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
 
 
 def _scaled(config: Any, scale: float) -> Any:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pool_scale=scale))
+    model = config.model
+    if hasattr(model, "backbone"):
+        model = dataclasses.replace(
+            model, backbone=dataclasses.replace(model.backbone, pool_scale=scale)
+        )
+    else:
+        model = dataclasses.replace(model, pool_scale=scale)
+    return dataclasses.replace(config, model=model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -101,6 +102,39 @@ def test_channel_vit_equals_the_oracle(rng: np.random.Generator) -> None:
     assert_close(logits, channel_vit(flat, config, images, channel_ids=ids), 1e-9)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        ChannelMambaConfig(**SIZES, out_indices=(1,), depth=2),
+        ChannelMambaConfig(
+            **SIZES, out_indices=(0,), depth=1, scan_order="spatial", token_order="column",
+            pooling="none", class_token="middle",
+        ),
+        ChannelViTConfig(**SIZES, out_indices=(0,), depth=1, num_heads=2),
+    ],
+    ids=["channel-first", "spatial-first, by columns", "vit"],
+)  # fmt: skip
+def test_dense_features_are_means_over_the_channels_of_a_patch(
+    config: Any, rng: np.random.Generator
+) -> None:
+    """For any subset of channels; each token's place is the oracle's."""
+    with x64():
+        model = build_model(config, rngs=nnx.Rngs(0))
+        model.out_norms[0].scale[...] = jnp.asarray(rng.normal(size=4))
+        images, ids = jnp.asarray(rng.standard_normal((2, 6, 9, 2))), np.array([[2, 0]])
+        (found,) = model(images, channel_ids=ids)
+        hidden = np.asarray(model.intermediates(images, channel_ids=ids)[-1][1])
+        if hidden.shape[1] == 19:  # 3 x 3 patches of 2 channels, and a class token
+            hidden = np.delete(hidden, 0 if isinstance(config, ChannelViTConfig) else 9, axis=1)
+        by_columns = getattr(config, "token_order", "row") == "column"
+        order = SimpleNamespace(scan_order=getattr(config, "scan_order", "spatial"))
+        expected = np.zeros((2, 3, 3, 4))
+        for token, at in enumerate(coordinates(order, (3, 3), 2)):
+            place = (at["column"], at["row"]) if by_columns else (at["row"], at["column"])
+            expected[:, *place] += hidden[:, token] / 2
+        assert_close(found, model.out_norms[0](jnp.asarray(expected)), 1e-9)
+
+
 @pytest.mark.parametrize("scan_order", ["channel", "spatial"])
 def test_steps_are_the_oracles_for_any_grid(scan_order: str, rng: np.random.Generator) -> None:
     grid, count = (int(rng.integers(1, 5)), int(rng.integers(1, 5))), int(rng.integers(1, 4))
@@ -176,7 +210,6 @@ def test_misfits_are_refused_by_name(small: ChannelMamba) -> None:
     for options, what in (
         ({"pool_axes": "two_axes", "scan_order": "spatial"}, "channel-first order only"),
         ({"class_token": "middle"}, "FastChannelVim has no class token"),
-        ({"out_indices": (0,)}, "no dense features"),
     ):
         with pytest.raises(UserError, match=what):
             ChannelMambaConfig(**options)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fastvim_jax.analysis.segmentation_flops import segmentation_gmacs
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model, model_config, upernet
 from fastvim_jax.models.upernet import quarter_blocks
@@ -19,6 +20,9 @@ SMALL = {"embed_dim": 8, "depth": 4, "patch_size": 8, "num_classes": 10}
 BACKBONES = {
     "fastvim": model_config("fastvim_tiny_patch16_224", state_size=4, **SMALL),
     "vim": model_config("vim_tiny_patch16_224", state_size=4, **SMALL),
+    "fastchannelvim": model_config(
+        "fastchannelvim_tiny_patch8_224", state_size=4, channels=3, **SMALL
+    ),
     "vit": model_config("vit_tiny_patch16_224", num_heads=2, **SMALL),
 }
 
@@ -32,7 +36,12 @@ def small(backbone: str, **options):
 
 @pytest.mark.parametrize(
     ("backbone", "neck", "finest"),
-    [("fastvim", "none", 1), ("vim", "deconvolution", 4), ("vit", "multilevel", 4)],
+    [
+        ("fastvim", "none", 1),
+        ("vim", "deconvolution", 4),
+        ("vit", "multilevel", 4),
+        ("fastchannelvim", "none", 1),
+    ],
 )
 def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
     """Crops of another size and shape than the position embeddings' run as they are."""
@@ -42,6 +51,7 @@ def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
     assert logits.main.shape == (2, 5 * finest, 3 * finest, 3)
     assert logits.auxiliary.shape == (2, 5, 3, 3)
     assert np.isfinite(logits.main).all()
+    assert segmentation_gmacs(small(backbone, neck=neck))["backbone"] > 0
 
 
 def test_dropout_and_drop_path_are_drawn_by_key():

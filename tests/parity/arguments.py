@@ -264,7 +264,8 @@ def masked_fields(kind: str, kwargs: dict[str, Any]) -> tuple[Fields, Fields]:
         encoder = vim_fields(rest, class_token=True)
     else:
         encoder = fastvim_fields(rest)
-    return encoder | {"num_classes": 0}, {"norm_pix_loss": False, **own}
+    # Fixtures are made in evaluation mode, in which nothing is dropped.
+    return encoder | {"num_classes": 0, "drop_path": 0.0}, {"norm_pix_loss": False, **own}
 
 
 def backbone(fields: Fields) -> Fields:

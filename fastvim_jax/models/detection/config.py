@@ -13,6 +13,8 @@ from fastvim_jax.config_checks import (
     check_fields,
 )
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.precision import Precision
 
@@ -84,7 +86,7 @@ class DetectorConfig:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    backbone: VisionMambaConfig | ViTConfig
+    backbone: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig
     """FastVim, Vim or ViT with one entry in `out_indices` and square patches of 16 pixels."""
     num_classes: PositiveInt = 80
     """Classes of objects; background is one more."""
@@ -161,7 +163,9 @@ class DetectorConfig:
         return self.backbone.image_size  # type: ignore[return-value]  # a pair once it is checked
 
 
-def cascade_mask_rcnn(backbone: VisionMambaConfig | ViTConfig, **options: Any) -> DetectorConfig:
+def cascade_mask_rcnn(
+    backbone: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig, **options: Any
+) -> DetectorConfig:
     """Configure a Cascade Mask R-CNN that reads the last block of a backbone.
 
     `stages=(StageConfig(),)` makes it a Mask R-CNN; with `masks=False` as well it is a Faster R-CNN. Build the model

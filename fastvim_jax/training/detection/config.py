@@ -38,6 +38,8 @@ class DetectionConfig(RunConfig):
     """Backbone, pyramid and heads. model.num_classes must equal the number of categories in the data."""
     data: DetectionData
     """Where images and objects come from, and how they are jittered and batched."""
+    scale_from_init: bool = True
+    """If init names a masked run and model.backbone.pool_scale is 1, set it to 1 - mask_ratio."""
     optimizer: OptimizerConfig = field(default=COCO_OPTIMIZER)
     """AdamW, its groups and its schedules."""
     epochs: int = 100

@@ -22,6 +22,7 @@ from fastvim_jax.training.detection.evaluation import HEADLINE, make_detect, mak
 from fastvim_jax.training.detection.losses import Objects, detection_loss, draw_priorities
 from fastvim_jax.training.loop import begin_or_resume, run_loop
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.pool_scale import with_scale_of_init
 from fastvim_jax.training.runs import RunResult, TrainCall, open_run
 from fastvim_jax.training.steps import (
     Batch,
@@ -37,6 +38,8 @@ from fastvim_jax.training.steps import (
 
 def train(config: DetectionConfig, call: TrainCall) -> RunResult:
     """Train a detector; `fastvim_jax.training.train` calls this for a `DetectionConfig`."""
+    config = with_scale_of_init(config, call.run_dir)
+
     # Mesh
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)

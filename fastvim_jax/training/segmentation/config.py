@@ -35,6 +35,8 @@ class SegmentationConfig(RunConfig):
     """Backbone, neck and heads; model.num_classes must be the data's number of classes."""
     data: SegmentationData
     """Where images and masks come from, how they are cropped and batched."""
+    scale_from_init: bool = True
+    """If init names a masked run and model.backbone.pool_scale is 1, set it to 1 - mask_ratio."""
     optimizer: OptimizerConfig = field(default=ADE20K_OPTIMIZER)
     """AdamW, its groups and its schedules."""
     epochs: int = 127

@@ -21,6 +21,7 @@ from fastvim_jax.training.accumulation import batch_first, batch_last
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.loop import begin_or_resume, run_loop
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.pool_scale import with_scale_of_init
 from fastvim_jax.training.runs import RunResult, TrainCall, open_run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import HEADLINE, make_evaluator, make_predict
@@ -39,6 +40,8 @@ from fastvim_jax.training.steps import (
 
 def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     """Train a segmentation model; `fastvim_jax.training.train` calls this for a `SegmentationConfig`."""
+    config = with_scale_of_init(config, call.run_dir)
+
     # Mesh
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.accumulate)

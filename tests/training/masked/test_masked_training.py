@@ -6,7 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
@@ -19,6 +21,7 @@ from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.masked.config import PRETRAINING, PROBING, PretrainConfig, ProbeConfig
+from fastvim_jax.training.masked.probe_head import make_probe_optimizer
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.pool_scale import with_scale_of_init
 from tests.training.compare_runs import assert_same_run
@@ -145,6 +148,31 @@ def test_probe_with_cached_features_and_streamed(
     result = train(streamed, tmp_path / "streamed", progress=True)
     assert result.metrics["count"] == EVAL_IMAGES
     assert "they are not cached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "lars"])
+def test_two_steps_of_the_probes_optimizer(algorithm: str, rng: np.random.Generator) -> None:
+    """Momentum for both; LARS scales a matrix's step by 0.001 of its norm over the gradient's, a bias's not."""
+    decay, rate = 0.1, 0.5
+    settings = dataclasses.replace(PROBING, weight_decay=decay)
+    config = probe_config("anywhere", algorithm=algorithm, optimizer=settings)
+    optimizer = make_probe_optimizer(config, lambda step: rate)
+    values = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    state, moved = optimizer.init(params), {name: np.zeros_like(v) for name, v in values.items()}
+    for _ in range(2):
+        grads = {name: rng.normal(size=value.shape) for name, value in values.items()}
+        given = {name: jnp.asarray(value, jnp.float32) for name, value in grads.items()}
+        updates, state = optimizer.update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        step = dict(grads, kernel=grads["kernel"] + decay * values["kernel"])
+        if algorithm == "lars":
+            trust = 0.001 * np.linalg.norm(values["kernel"]) / np.linalg.norm(step["kernel"])
+            step["kernel"] = step["kernel"] * trust
+        for name in values:
+            moved[name] = 0.9 * moved[name] + step[name]
+            values[name] = values[name] - rate * moved[name]
+            np.testing.assert_allclose(params[name], values[name], rtol=1e-5, atol=1e-6)
 
 
 def test_pictures_of_files(pretrained: Any, tmp_path: Any, rng: np.random.Generator) -> None:

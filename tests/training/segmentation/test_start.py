@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+
 import numpy as np
 import pytest
 from flax import nnx
 
+from fastvim_jax.data import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
-from fastvim_jax.models import VisionMambaConfig, build_model, upernet
+from fastvim_jax.models import MaskedAutoencoderConfig, VisionMambaConfig, build_model, upernet
 from fastvim_jax.models.pretrained import save_pretrained
+from fastvim_jax.training import train
+from fastvim_jax.training.masked.config import PretrainConfig
+from fastvim_jax.training.pool_scale import with_scale_of_init
 from fastvim_jax.training.start_from import load_weights
+from tests.training.detection.tiny import tiny_config as detection_config
+from tests.training.segmentation.tiny import tiny_config as segmentation_config
 
 CLASSIFIER = VisionMambaConfig(
     image_size=32, patch_size=8, embed_dim=8, depth=4, state_size=4, num_classes=5
@@ -37,6 +46,39 @@ def test_the_backbone_of_a_classifier_is_taken(tmp_path):
     drawn = {name.split(".")[0] for name in report.names("drawn")}
     assert drawn == {"backbone", "decode_head", "auxiliary_head"}  # of the backbone: out_norms
     assert {name.split(".")[0] for name in report.names("left")} == {"head", "norm"}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_backbone_from_a_masked_run_gets_its_pooling_scale(task, tmp_path, monkeypatch):
+    """The rows that it was trained on lacked most of their tokens; see `training.pool_scale`."""
+    encoder = dataclasses.replace(CLASSIFIER, num_classes=0)
+    masked = MaskedAutoencoderConfig(encoder=encoder, mask_ratio=0.6, decoder_dim=8)
+    data = ClassificationData(image_size=32)
+    (tmp_path / "masked").mkdir()
+    saved = PretrainConfig(model=masked, data=data).to_json()
+    (tmp_path / "masked" / "config.json").write_text(saved)
+    build = segmentation_config if task == "segmentation" else detection_config
+    config = build(tmp_path, init=str(tmp_path / "masked"))
+    started = with_scale_of_init(config, tmp_path / "new")
+    assert started.model.backbone.pool_scale == pytest.approx(0.4)
+    told = dataclasses.replace(config, scale_from_init=False)
+    assert with_scale_of_init(told, tmp_path / "new") is told
+    # A resumed run does not need the masked one.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text(started.to_json())
+    (tmp_path / "masked" / "config.json").unlink()
+    assert with_scale_of_init(config, tmp_path / "new") == started
+
+    class Asked(Exception):
+        """The trainer asks for the scale before anything else."""
+
+    def ask(*_):
+        raise Asked
+
+    trainer = importlib.import_module(f"fastvim_jax.training.{task}.train")
+    monkeypatch.setattr(trainer, "with_scale_of_init", ask)
+    with pytest.raises(Asked):
+        train(config, tmp_path / "run", progress=False)
 
 
 def test_a_checkpoint_of_mmseg_goes_in_and_out():
