@@ -122,7 +122,9 @@ def _photographs(chosen: Arguments) -> int:
         embeddings_only=True,
     )
     make = functools.partial(iter_features, classifier)
-    status = write_results(files, make, chosen.out, photograph_columns(classifier), "embedding")
+    columns = photograph_columns(classifier)
+    made_by = {"model": classifier.fingerprint()}
+    status = write_results(files, make, chosen.out, columns, "embedding", made_by)
     if chosen.plot:
         draw_embeddings(read_photographs(chosen.out), chosen.colour, chosen.plot)
         print(f"{chosen.plot}: the first two principal components")

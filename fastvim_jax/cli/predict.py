@@ -90,7 +90,8 @@ def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:
 
     if chosen.out is not None:
         make = functools.partial(iter_predictions, classifier, top_k=chosen.top_k)
-        return write_results(files, make, chosen.out, COLUMNS, "predicting")
+        made_by = {"model": classifier.fingerprint(), "top_k": chosen.top_k}
+        return write_results(files, make, chosen.out, COLUMNS, "predicting", made_by)
     failed = 0
     predictions = list(iter_predictions(classifier, files, top_k=chosen.top_k))
     if chosen.json:

@@ -16,6 +16,7 @@ def write_results(
     out: Path,
     columns: Mapping[str, str],
     verb: str,
+    made_by: Mapping[str, Any],
 ) -> int:
     """Write a record for each file that `out` does not hold yet, and show a progress bar.
 
@@ -24,6 +25,7 @@ def write_results(
         make: makes the records of the remaining files, in order; `error` is set if a file could not be read.
         out, columns: see `inference.row_files.write_records`.
         verb: label of the progress bar.
+        made_by: see `inference.row_files.claim`.
 
     Returns:
         The exit status: 1 if a file could not be read.
@@ -32,9 +34,10 @@ def write_results(
     from rich.progress import track
 
     from fastvim_jax.data.records import printable
-    from fastvim_jax.inference.row_files import already_written, write_records
+    from fastvim_jax.inference.row_files import already_written, claim, write_records
 
     done = already_written(out)
+    claim(out, made_by)
     left = [file for file in files if printable(file) not in done]
     console = Console(stderr=True)
     records = write_records(make(left), out, columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import queue
@@ -161,6 +162,7 @@ class Classifier:
                 outputs += [features] if embeddings_only else [features, model.class_maps(features)]
             return tuple(each.astype(jnp.float32) for each in outputs)
 
+        self._described = repr((config, self.data, self.class_names))
         self._run: Any = run
         # Shapes of one image's outputs, for calls without images.
         shape = (self._batch, *self.data.height_width, self.data.channels)
@@ -219,6 +221,14 @@ class Classifier:
     def num_features(self) -> int:
         """Width of the embeddings."""
         return self._shapes[2][0]
+
+    def fingerprint(self) -> str:
+        """Digest weights, config, preprocessing and class names: two classifiers that differ have two digests."""
+        digest = hashlib.blake2b(self._described.encode(), digest_size=16)
+        for path, leaf in jax.tree.leaves_with_path(self._params):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+        return digest.hexdigest()
 
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""

@@ -56,6 +56,40 @@ def already_written(out: Path) -> set[str]:
         raise UserError(f"{out} holds no results that could be continued: {error}") from error
 
 
+def claim(out: Path, made_by: Mapping[str, Any]) -> None:
+    """Write beside `out` what makes its records, in `<out>.made_by.json`, or compare with what made those it holds.
+
+    Otherwise a file of one model would be continued, or taken as done, by another. A Parquet file is never continued.
+
+    Args:
+        out: the file, as `already_written` takes it.
+        made_by: JSON-able values by name, for example a digest of the model.
+
+    Raises:
+        UserError: the records that `out` holds were made by something else, or nobody knows by what.
+    """
+    if out.suffix == ".parquet":
+        return
+    note = out.with_name(f"{out.name}.made_by.json")
+    if not out.exists() or not out.stat().st_size:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_by, indent=2) + "\n", "utf-8")
+        return
+    try:
+        before = dict(parse_json(note.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{out} exists, and {note.name}, which says what made its records, cannot be read: name another file, or "
+            "delete this one."
+        ) from None
+    changed = [name for name in {**before, **made_by} if before.get(name) != made_by.get(name)]
+    if changed:
+        raise UserError(
+            f"{out} holds records that were made with another {' and '.join(changed)}: name another file, or delete "
+            "this one."
+        )
+
+
 def write_records(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:

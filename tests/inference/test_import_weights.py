@@ -232,6 +232,10 @@ def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, r
     assert "(3 were there)" in capsys.readouterr().out
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["file"] for r in again] == [r["file"] for r in records]
+    other = str(tmp_path / "other model")
+    assert main(["import-weights", str(file), "--out", other, "--option", "norm_eps=0.01"]) == 0
+    assert main(["predict", other, *command[2:]]) == 1
+    assert "made with another model" in capsys.readouterr().err
 
     (tmp_path / "list.txt").write_text(f"{photos / '1.png'}\n\n{photos / '0.png'}\n")
     for name in (f"@{tmp_path / 'list.txt'}", str(photos / "[01].png")):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.row_files import KINDS, already_written, write_records
+from fastvim_jax.inference.row_files import KINDS, already_written, claim, write_records
 from tests.support import read_table
 
 COLUMNS = {"file": "string", "value": "float32", "error": "string"}
@@ -99,3 +99,18 @@ def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: P
     (tmp_path / "notes.jsonl").write_text("no JSON\n")
     with pytest.raises(UserError, match="holds no results"):
         already_written(tmp_path / "notes.jsonl")
+
+
+def test_a_file_is_continued_only_by_what_made_it(records: list[Said], tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "found.csv"
+    claim(out, {"model": "a", "top_k": 5})
+    claim(out, {"model": "b", "top_k": 5})  # No record is there yet.
+    list(write_records(records, out, COLUMNS))
+    claim(out, {"model": "b", "top_k": 5})
+    with pytest.raises(UserError, match="another model and top_k: name another file"):
+        claim(out, {"model": "a", "top_k": 1})
+    (tmp_path / "new folder" / "found.csv.made_by.json").unlink()
+    with pytest.raises(UserError, match="says what made its records, cannot be read"):
+        claim(out, {"model": "b", "top_k": 5})
+    claim(tmp_path / "found.parquet", {"model": "b"})
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
