@@ -30,8 +30,9 @@ class Arguments:
     """A class list (.txt, .tsv or ADE20K's .csv) to use instead of the folder's own."""
     classes: int = 0
     """Number of classes, if there is no class list."""
-    zero_is_ignored: bool = False
-    """Whether label 0 means unlabelled, and label k means class k - 1, as in ADE20K."""
+    zero_is_ignored: bool | None = None
+    """Whether label 0 means unlabelled, and label k means class k - 1; by default if the class list is a table that
+    numbers its classes from 1, as ADE20K's."""
     ignored_label: int = 255
     """Label of pixels that do not count."""
     workers: int = 0
@@ -49,7 +50,14 @@ def run(arguments: Sequence[str]) -> int:
     from fastvim_jax.data.prepare.check_masks import check_masks, count_problems
     from fastvim_jax.data.segmentation import open_masks
     from fastvim_jax.data.segmentation_config import SegmentationData
+    from fastvim_jax.data.sources import expand_path
+    from fastvim_jax.data.sources.mask_folder import counts_from_one
 
+    if chosen.zero_is_ignored is None:
+        with as_usage_error():
+            root, listed = expand_path(chosen.path), expand_path(chosen.class_list)
+        zero = counts_from_one(root, listed if chosen.class_list else None)
+        chosen = dataclasses.replace(chosen, zero_is_ignored=zero)
     with as_usage_error():
         config = SegmentationData(
             path=chosen.path,
@@ -57,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             mask_pattern=chosen.mask_pattern,
             class_list=chosen.class_list,
             classes=chosen.classes,
-            zero_is_ignored=chosen.zero_is_ignored,
+            zero_is_ignored=bool(chosen.zero_is_ignored),
             ignored_label=chosen.ignored_label,
         )
     found, as_json = False, {}

@@ -28,7 +28,12 @@ from fastvim_jax.data.photometric import distort, draw_distortion
 from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.data.sources import expand_path
-from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask, segmentation_classes
+from fastvim_jax.data.sources.mask_folder import (
+    MaskFolderSource,
+    counts_from_one,
+    read_mask,
+    segmentation_classes,
+)
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.errors import UserError
 
@@ -47,8 +52,8 @@ def open_masks(
     """Open one split of a folder of images and masks.
 
     Raises:
-        UserError: the folder or the class list is missing, there is no image, images have no masks, or there are more
-            than 255 classes.
+        UserError: the folder or the class list is missing, there is no image, images have no masks, there are more
+            than 255 classes, or the class list numbers them from 1 and `zero_is_ignored` is not set.
     """
     root = expand_path(config.path)
     if not root.is_dir():
@@ -58,6 +63,11 @@ def open_masks(
     if len(names) > IGNORED:
         raise UserError(
             f"{len(names)} classes: label maps are 8 bits wide here, so there are at most 255."
+        )
+    if counts_from_one(root, listed) and not config.zero_is_ignored:
+        raise UserError(
+            "the class list numbers its classes from 1, so that label 0 means unlabelled; without "
+            "data.zero_is_ignored=True every label would be taken for the class after its own."
         )
     return MaskFolderSource(
         root,

@@ -145,6 +145,24 @@ def test_labels_of_one_shift():
     np.testing.assert_array_equal(relabel(raw, ignored_label=1), [0, 255, 150, 256])
 
 
+def test_a_class_list_that_counts_from_one_makes_zero_unlabelled(root, capsys):
+    """As ADE20K's: nothing else tells, where no image has the last class."""
+    (root / "classes.txt").unlink()
+    (root / "objectInfo150.csv").write_text("Idx,Name\n1,wall;side\n2,box\n3,sky\n4,bar\n")
+    with pytest.raises(UserError, match="taken for the class after its own"):
+        open_masks(config(root), "training")
+    source = open_masks(config(root, zero_is_ignored=True), "training")
+    assert source.class_names == ("wall", "box", "sky", "bar")
+    assert set(np.unique(load_scene(source, 0, config(root, zero_is_ignored=True)).mask)) <= {
+        0,
+        1,
+        255,
+    }
+    assert main(["data", "check", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 4 classes" in out and "--data.zero-is-ignored" in out
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -63,6 +63,7 @@ def detector_config(golden: Golden, dtype: Any) -> DetectorConfig:
         VisionMambaConfig(**names, out_indices=(0,), dtype=p.dtype, param_dtype=p.param_dtype),
         num_classes=boxes[0]["num_classes"],
         width=k["neck"]["out_channels"],
+        norm_eps=1e-5,  # as released
         rpn=proposal_config(k["rpn_head"], train["rpn"], train["rpn_proposal"], test["rpn"]),
         stages=tuple(
             StageConfig(

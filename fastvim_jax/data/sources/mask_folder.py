@@ -149,6 +149,15 @@ def segmentation_classes(root: Path, class_list: Path | None, count: int) -> tup
     return tuple(f"class {i}" for i in range(count))
 
 
+def counts_from_one(root: Path, class_list: Path | None) -> bool:
+    """Return whether the class list is a table like ADE20K's, whose column Idx numbers the first class 1."""
+    table = root / _ADE20K_CLASSES if class_list is None else class_list
+    if table.suffix != ".csv" or not table.is_file():
+        return False
+    first = next(csv.DictReader(table.read_text(encoding="utf-8").splitlines()), {})
+    return (first.get("Idx") or "").strip() == "1"
+
+
 def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
     """Decode a label map: 8-bit grey, palette index, 1-bit or 16-bit PNG; RGB if its channels are equal.
 

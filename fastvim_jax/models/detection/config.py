@@ -92,8 +92,9 @@ class DetectorConfig:
     """Classes of objects; background is one more."""
     width: PositiveInt = 256
     """Channels of the pyramid and of the heads."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the variance in the norms of neck and heads."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the variance in the norms of neck and heads. The released detectors were trained with 1e-5, because
+    their builder replaced the norm's own value."""
     rpn: ProposalConfig = ProposalConfig()
     """The region proposal network."""
     stages: tuple[StageConfig, ...] = CASCADE
