@@ -98,7 +98,7 @@ def _grid_unsupported(config: MixerConfig, pooling: GridPooling) -> str | None:
 def _grid_core(
     xz: jax.Array, pooling: GridPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
-    lines = ChannelLines(pooling.rows, pooling.columns, pooling.transposed, 1, reorder=False)
+    lines = _lines(both.config, pooling)
     return _lines_core(xz, lines, pooling, both, post_norm)
 
 
@@ -109,21 +109,17 @@ def _lines_core(
     both: ScanDirection,
     post_norm: Any,
 ) -> jax.Array:
-    params, scans, directions = _pooled(both)
+    params, middle, directions = _pooled(both, lines, pooling.method)
     out = mixer_core(
         xz,
         directions,
         _norm(post_norm, both),
         params,
-        middle=scans if lines.rest is None else _pooled_again(scans, lines, pooling.method),
-        rows=lines.rows,
-        columns=lines.columns,
-        transposed=lines.transposed,
-        per_position=lines.per_position,
-        method=pooling.method,
+        middle=middle,
         scale=pooling.scale,
         eps=both.config.norm_eps,
         norm_kind=both.config.post_norm,
+        **_grid_options(lines, pooling.method),
     )
     # Round the mean-pooled result to the compute dtype: this halves the bytes that out_proj reads. Otherwise `linear`
     # splits each token into two terms of that dtype, whose sum is more exact. Compared with the authors' numbers
@@ -136,10 +132,12 @@ def _lines_core(
 def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
     """Return whether one kernel can compute a block from the scans to the next block's RMSNorm, on this machine."""
     precision = config.precision
-    if not isinstance(pooling, GridPooling):
+    if not isinstance(pooling, GridPooling | ChannelPooling):
         return False
+    lines = _lines(config, pooling)
     wanted = (
-        runs_fused(config, pooling)
+        not lines.reorder
+        and runs_fused(config, pooling)
         and precision.activations == "compute"
         and config.post_norm == "layer"
         and not config.proj_bias
@@ -149,13 +147,13 @@ def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> b
         return False
     taps = jax.ShapeDtypeStruct((2, config.conv_width, config.inner), precision.params)
     xz = jax.ShapeDtypeStruct((*residual.shape[:2], 2 * config.inner), precision.compute)
-    return block_unsupported(xz, residual, taps, **_grid_options(pooling)) is None
+    return block_unsupported(xz, residual, taps, **_grid_options(lines, pooling.method)) is None
 
 
 def joined_block(
     unprojected: Unprojected,
     residual: jax.Array,
-    pooling: GridPooling,
+    pooling: GridPooling | ChannelPooling,
     both: ScanDirection,
     post_norm: nnx.LayerNorm,
     projection: Projection,
@@ -175,7 +173,8 @@ def joined_block(
     Returns:
         The new residual stream, and its normalised tokens in the dtype of the tokens given.
     """
-    params, scans, directions = _pooled(both)
+    lines = _lines(both.config, pooling)
+    params, middle, directions = _pooled(both, lines, pooling.method)
     return mixer_block(
         unprojected,
         residual,
@@ -183,21 +182,29 @@ def joined_block(
         _norm(post_norm, both),
         projection,
         params,
-        middle=scans,
+        middle=middle,
         scale=pooling.scale,
         eps=both.config.norm_eps,
         norm_eps=norm_eps,
         keep=keep,
-        **_grid_options(pooling),
+        **_grid_options(lines, pooling.method),
     )
 
 
-def _grid_options(pooling: GridPooling) -> dict[str, Any]:
+def _lines(config: MixerConfig, pooling: GridPooling | ChannelPooling) -> ChannelLines:
+    """Return the lines that the kernels pool."""
+    if isinstance(pooling, ChannelPooling):
+        return pooling.lines(config.conv_width)
+    return ChannelLines(pooling.rows, pooling.columns, pooling.transposed, 1, reorder=False)
+
+
+def _grid_options(lines: ChannelLines, method: str) -> dict[str, Any]:
     return {
-        "rows": pooling.rows,
-        "columns": pooling.columns,
-        "transposed": pooling.transposed,
-        "method": pooling.method,
+        "rows": lines.rows,
+        "columns": lines.columns,
+        "transposed": lines.transposed,
+        "per_position": lines.per_position,
+        "method": method,
     }
 
 
@@ -208,7 +215,7 @@ def _channel_unsupported(config: MixerConfig, pooling: ChannelPooling) -> str | 
 def _channel_core(
     xz: jax.Array, pooling: ChannelPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
-    lines = pooling.lines(both.config.conv_width)
+    lines = _lines(both.config, pooling)
     if not lines.reorder:
         return _lines_core(xz, lines, pooling, both, post_norm)
     visited = pooling.to_scan_order(xz)
@@ -302,8 +309,12 @@ def _conv_bias(both: ScanDirection) -> jax.Array:
     return jnp.zeros_like(kernel[:, 0]) if both.conv.bias is None else both.conv.bias[...]
 
 
-def _pooled(both: ScanDirection) -> tuple[Any, Callable[..., Any], Directions]:
+def _pooled(
+    both: ScanDirection, lines: ChannelLines | None = None, method: str = "mean"
+) -> tuple[Any, Callable[..., Any], Directions]:
     """Return `_scans` of pooled tokens, and what the kernels around them read.
+
+    The scans pool the tokens of `lines` once more where `lines.rest` says so, by `method`.
 
     With unpool="after_skip" the skip reads the pooled tokens. Then the scans add it, and the kernels' own D is zero.
     """
@@ -313,6 +324,8 @@ def _pooled(both: ScanDirection) -> tuple[Any, Callable[..., Any], Directions]:
     directions = Directions(
         both.conv.kernel[...], _conv_bias(both), jnp.zeros_like(D) if after else D
     )
+    if lines is not None and lines.rest is not None:
+        scans = _pooled_again(scans, lines, method)
     return params, scans, directions
 
 

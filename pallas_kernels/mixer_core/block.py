@@ -60,6 +60,7 @@ def mixer_block(
     rows: int,
     columns: int,
     transposed: bool = False,
+    per_position: int = 1,
     method: str = "mean",
     scale: float = 1.0,
     eps: float = 1e-5,
@@ -91,7 +92,8 @@ def mixer_block(
         keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
         implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
             and the batch has work for all of its processors, otherwise `mixer_core` and XLA.
-        directions, norm, middle_params, middle, rows, columns, transposed, method, scale, eps: see `mixer_core`.
+        directions, norm, middle_params, middle, rows, columns, transposed, per_position, method, scale, eps: see
+            `mixer_core`.
 
     Returns:
         The new residual stream in the dtype of `residual`, and the normalised tokens in xz's dtype.
@@ -106,14 +108,15 @@ def mixer_block(
         )
     if method not in METHODS:
         raise ValueError(f"mixer_block: method must be one of {METHODS}; got {method!r}")
-    expect_counts("mixer_block", rows=rows, columns=columns)
+    expect_counts("mixer_block", rows=rows, columns=columns, per_position=per_position)
     given = xz
     if isinstance(given, Unprojected):
         _check_unprojected(given, 2 * directions.kernels.shape[-1])
         xz = given.projected()  # Dead code where the kernel runs.
     xz = check_arrays("mixer_block", xz, directions[0], directions[1], norm, directions[2])
-    if xz.shape[1] != rows * columns:
-        raise ValueError(f"mixer_block: xz {xz.shape} (b l 2e) must hold {rows} x {columns} tokens")
+    if xz.shape[1] != rows * columns * per_position:
+        size = f"{rows} x {columns}" + (f" x {per_position}" if per_position > 1 else "")
+        raise ValueError(f"mixer_block: xz {xz.shape} (b l 2e) must hold {size} tokens")
     outputs = residual.shape[-1]
     beside = f"xz {xz.shape} (b l 2e)"
     for name, x, letters, shape in (
@@ -122,7 +125,9 @@ def mixer_block(
         ("the gain", projection.gain, "o", (outputs,)),
     ):
         expect_shape("mixer_block", name, x, letters, shape, beside)
-    options = CoreOptions(rows, columns, transposed, float(scale), float(eps), method)
+    options = CoreOptions(
+        rows, columns, transposed, float(scale), float(eps), method, per_position=per_position
+    )
     call = _Call(middle, options, float(norm_eps), implementation)
     if keep is not None:
         expect_shape("mixer_block", "keep", keep, "b", xz.shape[:1], beside)
@@ -148,15 +153,23 @@ def _check_unprojected(given: Unprojected, width: int) -> None:
 
 
 def block_unsupported(
-    xz: Any, residual: Any, kernels: Any, *, rows: int, columns: int, transposed: bool, method: str
+    xz: Any,
+    residual: Any,
+    kernels: Any,
+    *,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    method: str,
+    per_position: int = 1,
 ) -> str | None:
     """Return why `mixer_block` of such arrays runs step by step here, or None.
 
     Args:
         xz, residual, kernels: as for `mixer_block` (`directions.kernels`), or their `jax.ShapeDtypeStruct`.
-        rows, columns, transposed, method: see `mixer_block`.
+        rows, columns, transposed, method, per_position: see `mixer_block`.
     """
-    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
+    options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method, per_position=per_position)
     missing = gpu.kernels_missing()
     return missing or _unsupported(xz, residual, kernels, options, by_name=False)
 
@@ -199,6 +212,7 @@ class _Call(NamedTuple):
             rows=options.rows,
             columns=options.columns,
             transposed=options.transposed,
+            per_position=options.per_position,
             method=options.method,
             scale=options.scale,
             eps=options.eps,

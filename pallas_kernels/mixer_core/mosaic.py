@@ -153,10 +153,13 @@ def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: b
     """
     if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
         return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
+    several = back_project_unsupported(xz, kernels.shape[1], residual.shape[-1], options)
     if by_name:
-        return back_project_unsupported(xz, kernels.shape[1], residual.shape[-1], options)
+        return several
     segments = xz.shape[0] * options.lines * math.ceil(options.tokens / mosaic_back_project.ROWS)
-    full = PROCESSORS * mosaic_back_project.RESIDENT * mosaic_back_project.PER_TILE
+    full = (
+        PROCESSORS * mosaic_back_project.PER_TILE * (1 if several else mosaic_back_project.RESIDENT)
+    )
     return f"{segments} segments of lines do not fill the device" if segments < full else None
 
 
@@ -164,13 +167,16 @@ def back_project_unsupported(xz, taps: int, outputs: int, options: CoreOptions) 
     """Return why one kernel cannot compute everything behind the scans, or None if it can."""
     work = _project_work(xz, taps, outputs, options)
     if work is None:
-        return f"lines of {options.tokens} tokens do not cut into equal segments of 8 to 16"
+        return (
+            f"lines of {options.tokens} tokens do not cut into equal segments of 8 to 16, or a position "
+            f"has several tokens ({options.per_position})"
+        )
     return work.unsupported()
 
 
 def _project_work(xz, taps: int, outputs: int, options: CoreOptions):
     segment = largest_divisor(options.tokens, mosaic_back_project.ROWS)
-    if segment < max(8, taps - 1):
+    if segment < max(8, taps - 1) or options.per_position > 1:
         return None
     grid = Grid(
         batch=xz.shape[0],
@@ -192,6 +198,8 @@ def project_front_unsupported(tokens, kernels, options: CoreOptions) -> str | No
     """
     if options.method != "mean":
         return f"pooling by {options.method}"
+    if options.per_position > 1:
+        return f"{options.per_position} tokens at a position"
     return _project_front_work(tokens, kernels, options).unsupported()
 
 

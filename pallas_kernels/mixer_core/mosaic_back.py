@@ -28,7 +28,10 @@ from pallas_kernels.mixer_core.mosaic_segments import Segments
 from pallas_kernels.mixer_core.types import CoreOptions, Norm
 from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store, warp_index
 
-TOGETHER = 768  # channels of the tokens of a warp, unless one token has more
+TOGETHER = 2  # tokens of a warp
+WIDEST = (
+    1536  # channels of two tokens of a warp that fit its registers; of wider tokens it takes one
+)
 
 
 def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
@@ -62,7 +65,7 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
     (batch, length, width), dtype = skip.shape, skip.dtype
     count, blocks, real = batch * length, width // BLOCK, width - options.padding
     fours = count // WARPS
-    steps = largest_divisor(fours, max(1, TOGETHER // width))
+    steps = largest_divisor(fours, TOGETHER if width <= WIDEST else 1)
     z_block = (z.shape[2] - width) // BLOCK
     layouts = Layouts()
 

@@ -32,9 +32,18 @@ def logistic(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
 
 def silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
     """Compute x · `logistic`(x)."""
+    return scaled_silu(x * silu_scale(dtype), layout, interpret, dtype)
+
+
+def silu_scale(dtype) -> float:
+    """Return the factor of the argument of `scaled_silu`."""
+    return 0.5 if jnp.dtype(dtype).itemsize == 2 else 1.0
+
+
+def scaled_silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
+    """Compute silu(x / `silu_scale`(dtype)). Parameters that make x can hold the factor, which saves a product."""
     if jnp.dtype(dtype).itemsize == 2:
-        half = x * 0.5
-        return lax.tanh(half) * half + half
+        return lax.tanh(x) * x + x
     return x * logistic(x, layout, interpret, dtype)
 
 
@@ -63,6 +72,42 @@ def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, 
         offset = middle - j if backward else j - middle
         total = total + tap * window[middle + offset]
     return total
+
+
+class Convolutions:
+    """Both directions' convolutions with SiLU, and the mean of their skips, for threads that own one channel each.
+
+    Args:
+        kernels, biases, D: references to ``2 k e``, ``2 e`` and ``2 e`` float32.
+        channels: the slice of channels.
+        dtype: of the tokens.
+        interpret: run in Pallas' interpreter.
+    """
+
+    def __init__(self, kernels, biases, D, channels, dtype, interpret: bool):
+        self.layout, self.dtype, self.interpret = row_layout(CHANNELS), dtype, interpret
+        row = lambda ref: read_row(ref, self.layout)  # noqa: E731
+        scale = silu_scale(dtype)
+        taps = range(kernels.shape[1])
+        self.kernel = [[row(kernels.at[d, j, channels]) * scale for j in taps] for d in (0, 1)]
+        self.bias = [row(biases.at[d, channels]) * scale for d in (0, 1)]
+        self.D = [row(D.at[d, channels]) * 0.5 for d in (0, 1)]
+
+    def of(self, window: list[jax.Array]) -> list[jax.Array]:
+        """Return both directions' values at the middle token of `window`."""
+        return [
+            scaled_silu(
+                convolve(window, self.kernel[d], self.bias[d], bool(d)),
+                self.layout,
+                self.interpret,
+                self.dtype,
+            )
+            for d in (0, 1)
+        ]
+
+    def skip(self, both: list[jax.Array]) -> jax.Array:
+        """Return the mean of both skips, rounded to the tokens' dtype."""
+        return (self.D[0] * both[0] + self.D[1] * both[1]).astype(self.dtype)
 
 
 class Sums(NamedTuple):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, Convolutions, read_row, row_layout
 from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
@@ -60,12 +60,7 @@ def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, inter
 
         for slot in range(min(2, items)):
             fetch(jnp.int32(slot), slot)
-        kernel = [
-            [read_row(kernels_ref.at[d, j, columns], layout) for j in range(grid.taps)]
-            for d in range(2)
-        ]
-        bias = [read_row(biases_ref.at[d, columns], layout) for d in range(2)]
-        skip = [read_row(D_ref.at[d, columns], layout) * 0.5 for d in range(2)]
+        convolutions = Convolutions(kernels_ref, biases_ref, D_ref, columns, x.dtype, interpret)
 
         def line_of(index, _):
             def segment(part, carry):
@@ -78,17 +73,8 @@ def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, inter
                 for t in range(grid.segment):
                     window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
                     k = t % per_position
-                    both = [
-                        silu(
-                            convolve(window, kernel[d], bias[d], bool(d)),
-                            layout,
-                            interpret,
-                            x.dtype,
-                        )
-                        for d in range(2)
-                    ]
-                    mean = skip[0] * both[0] + skip[1] * both[1]
-                    store(skip_tiles.at[slot, t], mean.astype(x.dtype))
+                    both = convolutions.of(window)
+                    store(skip_tiles.at[slot, t], convolutions.skip(both))
                     for d, c in enumerate(both):
                         if grid.overlaps:
                             c = jnp.where(grid.counts(part, t), c, -jnp.inf if largest else 0.0)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_common import CHANNELS, convolve, read_row, row_layout, silu
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, Convolutions, read_row, row_layout
 from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
@@ -52,9 +52,7 @@ def front(x, ids, kernels, biases, D, grid: Grid, *, rows: int, share: float, in
         for slot in range(min(2, items)):
             fetch(jnp.int32(slot), slot)
         row = lambda ref: read_row(ref, layout)  # noqa: E731
-        kernel = [[row(kernels_ref.at[d, j, channels]) for j in range(grid.taps)] for d in (0, 1)]
-        bias = [row(biases_ref.at[d, channels]) for d in (0, 1)]
-        skip = [row(D_ref.at[d, channels]) * 0.5 for d in (0, 1)]
+        convolutions = Convolutions(kernels_ref, biases_ref, D_ref, channels, x.dtype, interpret)
         zero = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), layout)
 
         def clear(index, _):
@@ -76,12 +74,8 @@ def front(x, ids, kernels, biases, D, grid: Grid, *, rows: int, share: float, in
             sums = list(sums)
             for t in range(grid.segment):
                 window.append(row(tiles.at[slot, t + 2 * grid.halo]))
-                both = [
-                    silu(convolve(window, kernel[d], bias[d], bool(d)), layout, interpret, x.dtype)
-                    for d in (0, 1)
-                ]
-                mean = skip[0] * both[0] + skip[1] * both[1]
-                store(skip_tiles.at[slot, t], mean.astype(x.dtype))
+                both = convolutions.of(window)
+                store(skip_tiles.at[slot, t], convolutions.skip(both))
                 for d, c in enumerate(both):
                     here = rows_of[d][t]
                     ends = here != rows_of[d][t + 1]

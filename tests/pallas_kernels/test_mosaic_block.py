@@ -25,13 +25,15 @@ BOUND = 1e-2  # of bfloat16
 FULL = {"b": 64, "rows": 17, "columns": 9}  # one segment per row: as many as "auto" asks for
 
 
-def draw(rng, b, rows, columns, e, taps=4, **options):
+def draw(rng, b, rows, columns, e, taps=4, per_position=1, **options):
     """Arguments, and the gradients of both results."""
     del options
     d = e // 2
-    (xz, directions, norm, params), _ = core.draw(rng, b, rows, columns, e, taps, "bfloat16")
+    (xz, directions, norm, params), _ = core.draw(
+        rng, b, rows, columns, e, taps, "bfloat16", per_position
+    )
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    tokens = (b, rows * columns, d)
+    tokens = (b, xz.shape[1], d)
     args = (xz, normal(*tokens), directions, norm)
     args += (Projection(normal(d, e) / e**0.5, normal(d)), params)
     return args, (normal(*tokens), normal(*tokens).astype("bfloat16"))
@@ -217,7 +219,14 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("case", [{"e": 768}, {"b": 1024, "rows": 7, "columns": 7}])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"e": 768},
+        {"b": 1024, "rows": 7, "columns": 7},
+        {"b": 8, "e": 768, "per_position": 8},
+    ],
+)
 def test_what_one_kernel_does_not_cover_runs_joined_by_several(case):
     case = {"b": 128, "rows": 14, "columns": 14, "e": 384, **case}
 
@@ -254,9 +263,10 @@ def test_only_hopper_has_the_instructions(monkeypatch):
 
 
 @needs_mosaic
-def test_derivative_rule(seed):
+@pytest.mark.parametrize("more", [{}, {"rows": 9, "columns": 2, "per_position": 4}])
+def test_derivative_rule(seed, more):
     """Traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
-    case = {**FULL, "e": 128}
+    case = {**FULL, "e": 128, **more}
     args, bars = draw(np.random.default_rng(seed), **case)
 
     def run(args, bars, implementation):
