@@ -92,7 +92,7 @@ def _validator(cls: type) -> tuple[TypeAdapter, dict[str, Any]]:
 
 
 def _shallow(hint: Any) -> Any:
-    """Ask for the class only, where the annotation is a dataclass or a union of dataclasses."""
+    """Return an annotation that checks dataclasses by their class alone, because they have checked their own fields."""
     if dataclasses.is_dataclass(hint):
         return Annotated[hint, InstanceOf()]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -111,10 +111,10 @@ def _plain(value: Any) -> Any:
 def _problems(
     error: ValidationError, hints: dict[str, Any], given: dict[str, Any], where: str
 ) -> list[str]:
-    """Write one line for each bad field, from what each member of its annotation says."""
+    """Write one line for each bad field. Of a union, the line joins what each member says."""
     found: dict[str, list[str]] = {}
     errors = error.errors(include_url=False)
-    # In a union, a member of the value's own type says more than those of other types.
+    # In a union, the error of a member that has the value's type says more than "must be a number" of another member.
     ranged = {each["loc"][0] for each in errors if not each["type"].endswith("_type")}
     for each in errors:
         if each["type"].endswith("_type") and each["loc"][0] in ranged:

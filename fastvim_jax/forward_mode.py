@@ -1,6 +1,6 @@
-"""Forward-mode products of models, whose operations have hand-written derivatives in reverse mode only.
+"""Compute forward-mode derivatives of models, although their operations have reverse-mode derivatives only.
 
-A vector-Jacobian product u ↦ uᵀJ is linear in u, so its own vector-Jacobian product is the map v ↦ Jv.
+A vector-Jacobian product u ↦ uᵀJ is linear in u, so the vector-Jacobian product of this map is v ↦ Jv.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ def jvp(
 ) -> tuple[Any, Any]:
     """Compute `function(*primals)` and its derivative along `tangents`, as `jax.jvp` does, by two reverse passes.
 
-    It works for all models by XLA. Where the kernels run, turn them off with FASTVIM_KERNELS=off, because their
-    backward passes have no derivatives. The whole Jacobian is cheaper by `jax.jacrev`.
+    It works for all models through XLA. Where the GPU kernels run, turn them off with FASTVIM_KERNELS=off, because
+    their backward passes have no derivatives. For the whole Jacobian, `jax.jacrev` is cheaper.
 
     Args:
         function: returns arrays of floats, for example a model.
         primals: its arguments, pytrees of arrays of floats.
-        tangents: directions, of the structure, shapes and dtypes of `primals`.
+        tangents: direction of the derivative; structure, shapes and dtypes are those of `primals`.
 
     Returns:
         The value and the derivative, both of the value's structure.

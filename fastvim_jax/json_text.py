@@ -1,4 +1,4 @@
-"""Parse JSON that may be damaged, or written by somebody else."""
+"""Parse JSON that may be damaged or come from strangers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON text.
 
     Raises:
-        ValueError: the text cannot be parsed. Text nested so deeply that it exhausts the stack is refused alike, where
-            `json.loads` raises RecursionError.
+        ValueError: the text cannot be parsed, or is nested so deeply that `json.loads` raises RecursionError.
     """
     try:
         return json.loads(text)

@@ -1,7 +1,7 @@
 """Vim-B with UperNet on ADE20K, beside fastvim_base.py: no result is recorded, 131,612,204 parameters.
 
-The recipe of fastvim_tiny.py with every token scanned; Vim itself was trained otherwise (a deconvolution
-pyramid, 60,000 steps). Cost: 2.2e+18 FLOPs (6 x 142 GMACs per image, 33 of them in the heads); time not measured.
+The recipe of fastvim_tiny.py with every token scanned. The published Vim had another recipe (a deconvolution pyramid,
+60,000 steps). Cost: 2.2e+18 FLOPs (6 x 142 GMACs per image, 33 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

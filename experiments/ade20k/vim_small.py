@@ -1,7 +1,7 @@
 """Vim-S with UperNet on ADE20K, beside fastvim_small.py: no result is recorded, 55,843,244 parameters.
 
-The recipe of fastvim_tiny.py with every token scanned; Vim itself was trained otherwise (a deconvolution
-pyramid, 60,000 steps). Cost: 9.4e+17 FLOPs (6 x 61 GMACs per image, 30 of them in the heads); time not measured.
+The recipe of fastvim_tiny.py with every token scanned. The published Vim had another recipe (a deconvolution pyramid,
+60,000 steps). Cost: 9.4e+17 FLOPs (6 x 61 GMACs per image, 30 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Vim-T with UperNet on ADE20K, beside fastvim_tiny.py: no result is recorded, 35,211,116 parameters.
 
-The recipe of fastvim_tiny.py with every token scanned; Vim itself was trained otherwise (a deconvolution
-pyramid, 60,000 steps). Cost: 5.8e+17 FLOPs (6 x 38 GMACs per image, 28 of them in the heads); time not measured.
+The recipe of fastvim_tiny.py with every token scanned. The published Vim had another recipe (a deconvolution pyramid,
+60,000 steps). Cost: 5.8e+17 FLOPs (6 x 38 GMACs per image, 28 of them in the heads); time not measured.
 """
 
 from dataclasses import replace

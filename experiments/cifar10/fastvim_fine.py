@@ -1,7 +1,8 @@
 """FastVim on CIFAR-10 with patches of 2 pixels (a grid of 16 x 16), 8 blocks and 100 epochs, aimed at 93 %.
 
-All else as in `fastvim.py`. Patches and depth were chosen on held-out training images, where patches of 2 pixels learnt
-more an epoch (benchmarks/small_images.md); the epochs fill less than 9 minutes of an H100 by its throughput there.
+All else is as in `fastvim.py`. Patches and depth were chosen on held-out training images, on which patches of 2 pixels
+learnt more per epoch (benchmarks/small_images.md). At the throughput measured there, 100 epochs take less than 9
+minutes on an H100.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
-"""A ViT on CIFAR-10 of about the parameters of `fastvim.py`: 8 blocks, 192 wide, 3 heads.
+"""A ViT on CIFAR-10 with about as many parameters as `fastvim.py`: 8 blocks, 192 wide, 3 heads.
 
-All else as there, but for the learning rate: with FastVim's 4e-3 this model does not train (its attention collapses).
+All else is as there except for the learning rate: at FastVim's 4e-3 this model does not train (its attention
+collapses).
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The ViT of `vit.py` with attention over the means of the rows, and of the columns in odd blocks (as Table 7)."""
+"""The ViT of `vit.py` with attention over the means of rows in even blocks, of columns in odd blocks (as Table 7)."""
 
 from dataclasses import replace
 

@@ -1,16 +1,21 @@
 """FastVim-T with Cascade Mask R-CNN on COCO (80 classes, 1024 px): box AP 45.1, mask AP 39.0 in the paper
 (section 4.6), 66,359,202 parameters.
 
-The recipe of every file in this folder: ViTDet's simple pyramid, three stages; 118,287 images, 184,375 steps of 64
-(here 100 whole epochs), AdamW 1e-4, decay 0.05, clipped at 35, 250 steps of warm-up, a tenth of the rate
-from 8/9 and 26/27 of the run on, layer-wise rates of 0.7; flipped, resized by 0.1 to 2, cropped and padded to 1024 px.
+The recipe of every file in this folder:
+
+- Model: ViTDet's simple pyramid and three cascade stages.
+- Steps: 118,287 images, 184,375 steps of 64 images (here 100 whole epochs).
+- Optimizer: AdamW, learning rate 1e-4, weight decay 0.05, gradient norm clipped at 35, 250 steps of warm-up. The rate
+  falls to a tenth after 8/9 and again after 26/27 of the run. Each layer has 0.7 times the rate of the layer after it.
+- Augmentation: images are flipped, resized by a factor of 0.1 to 2, cropped and padded to 1024 px.
+
 It starts from ImageNet weights:
 
     fastvim train coco/fastvim_tiny --init runs/imagenet/fastvim_tiny
 
-The released models were trained with `--optimizer.decay-groups detection_released` and `--optimizer.layer-rule
-detection_released`, which decay the norms and give all blocks the full rate, and with LayerNorm in the blocks
-(`norm="layer"`): all are options here.
+The released models differ in three options: `--optimizer.decay-groups detection_released` decays the norms, too,
+`--optimizer.layer-rule detection_released` gives all blocks the full rate, and the blocks have LayerNorm
+(`norm="layer"`).
 
 Cost: not measured.
 

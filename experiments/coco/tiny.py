@@ -1,13 +1,15 @@
-"""FastVim-T with Cascade Mask R-CNN learns 24 real COCO images by heart, from nothing: minutes on one GPU.
+"""FastVim-T with Cascade Mask R-CNN memorises 24 real COCO images, from random weights: minutes on one GPU.
 
-It shows that the whole path works (JSON, polygons, crowds, training, detection, masks, average precision, pictures),
-and nothing about generalisation: it is evaluated on its training images, without augmentation. 66,359,202 parameters.
+It shows that the whole path works (JSON, polygons, crowds, training, detection, masks, average precision, pictures). It
+shows nothing about generalisation: it is evaluated on its training images, without augmentation. 66,359,202 parameters.
 
-The anchors are smaller than the recipe's and every object claims its best ones, down to an IoU of 0.1: a tenth of these
-objects is so small that no anchor of the recipe reaches the 0.3 which it asks for. Three batches an epoch, 720 steps.
-The aim is a box AP of 0.9 on these images. It is not reached yet: a run of 299 epochs with 24 of warm-up, stopped at
-epoch 187 before its rate fell, had 0.873 at epoch 150 (benchmarks/dense.md). This file has the rate fall earlier, at
-epochs 168 and 216 of 240; it has not run yet. Compiled for an H100, a step takes 34 GB.
+The anchors are smaller than the recipe's, and each object gets its best anchors down to an IoU of 0.1. Otherwise a
+tenth of these objects would get none, because they are so small that none reaches the recipe's threshold of 0.3.
+
+A run takes 720 steps, three batches per epoch. The aim is a box AP of 0.9 on these images. It is not reached yet: a run
+of 299 epochs with 24 of warm-up, stopped at epoch 187 before its rate fell, had 0.873 at epoch 150
+(benchmarks/dense.md). This file lets the rate fall earlier, at epochs 168 and 216 of 240; it has not run yet. Compiled
+for an H100, a step takes 34 GB.
 
 Set FASTVIM_DATA_DIR to the folder that holds `coco_tiny` with `annotations`, `train2017` and `val2017`.
 
@@ -41,7 +43,7 @@ config = DetectionConfig(
         flip=0.0,
         batch_size=8,
         max_objects=32,  # the fullest image has 23
-        workers=12,  # drawing masks at 1024 px takes the time
+        workers=12,  # most of the host's time goes into drawing masks at 1024 px
     ),
     optimizer=OptimizerConfig(
         learning_rate=3e-4,

@@ -1,6 +1,6 @@
 """DeiT-S on ImageNet-1k at 224 px, not distilled: 79.8 % top-1 (Touvron et al. 2021), 22,050,664 parameters.
 
-DeiT's own base learning rate of 5e-4 and drop path of 0.1; for the rest the recipe of fastvim_tiny.py, so without
+DeiT's base learning rate of 5e-4 and drop path of 0.1; the rest is the recipe of fastvim_tiny.py, that is without
 DeiT's repeated augmentation. Cost: 1.1e19 FLOPs (6 × 4.60 GMACs per image); time not measured.
 """
 

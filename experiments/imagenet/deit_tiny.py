@@ -1,6 +1,6 @@
 """DeiT-T on ImageNet-1k at 224 px, not distilled: 72.2 % top-1 (Touvron et al. 2021), 5,717,416 parameters.
 
-DeiT's own base learning rate of 5e-4 and drop path of 0.1; for the rest the recipe of fastvim_tiny.py, so without
+DeiT's base learning rate of 5e-4 and drop path of 0.1; the rest is the recipe of fastvim_tiny.py, that is without
 DeiT's repeated augmentation. Cost: 2.9e18 FLOPs (6 × 1.25 GMACs per image); time not measured.
 """
 

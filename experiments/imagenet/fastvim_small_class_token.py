@@ -1,7 +1,7 @@
-"""FastVim-S that reads a class token in the middle of the sequence: 81.3 % top-1 (Table 16), 25,833,448 parameters.
+"""FastVim-S with a class token in the middle of the sequence: 81.3 % top-1 (Table 16), 25,833,448 parameters.
 
-Its base, fastvim_small.py, reads the mean of the tokens: 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.40 GMACs per image); time
-not measured.
+In its base, fastvim_small.py, the head reads the mean of the tokens: 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.40 GMACs per
+image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FastVim-S without the depthwise convolution before the scan: 78.4 % top-1 (Table 7), 25,648,360 parameters.
 
-Its base, fastvim_small.py, has it: 81.1 %. The SiLU stays. Cost: 1.0e19 FLOPs (6 × 4.34 GMACs per image); time not
-measured.
+Its base, fastvim_small.py, has the convolution: 81.1 %. The SiLU after it stays. Cost: 1.0e19 FLOPs (6 × 4.34 GMACs per
+image); time not measured.
 """
 
 from dataclasses import replace

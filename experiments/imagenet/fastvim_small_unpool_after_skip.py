@@ -1,7 +1,7 @@
-"""FastVim-S that repeats the scan's result after the skip: 78.7 % top-1 (Table 18), 25,832,680 parameters.
+"""FastVim-S that repeats the scan's output after adding the skip: 78.7 % top-1 (Table 18), 25,832,680 parameters.
 
-Its base, fastvim_small.py, repeats it before, so that the skip carries whole tokens: 81.1 %. Cost: 1.0e19 FLOPs (6 ×
-4.37 GMACs per image); time not measured.
+Its base, fastvim_small.py, repeats the output first, so that the skip adds unpooled tokens: 81.1 %. Cost: 1.0e19 FLOPs
+(6 × 4.37 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

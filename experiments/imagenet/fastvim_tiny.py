@@ -1,14 +1,15 @@
 """FastVim-T on ImageNet-1k at 224 px, the paper's supervised recipe: 75.4 % top-1 (Table 1), 7,166,056 parameters.
 
-The recipe of every file in this folder: 300 epochs of 1,281,167 images at an effective batch of 1024; random resized
-crop, flip, RandAugment, random erasing, mixup and cutmix, label smoothing; AdamW; an average of the weights. It is
-evaluated with the raw weights and with their average.
+The recipe of every file in this folder: 300 epochs of 1,281,167 images at a batch of 1024; random resized crop, flip,
+RandAugment, random erasing, mixup and cutmix, label smoothing; AdamW. Both the raw weights and their average are
+evaluated.
 
 Cost: 2.6e18 FLOPs (6 × 1.14 GMACs per image). On one H100 a step of batch 128 of this model takes 11.2 ms (11,393
 images/s, benchmarks/README.md), so the steps alone are about 9 hours there, at that batch and without augmentation.
-FLOPs, here and in the other files, are those of the products of all epochs: 2 a multiply-add, twice as many backward.
+FLOPs, here and in the other files, count the matrix products of all epochs. A multiply-add (MAC) is 2 FLOPs, and the
+backward pass takes twice as many as the forward pass, hence the factor 6.
 
-Set FASTVIM_IMAGENET_DIR to a folder with `train` and `val`, one sub-folder a class.
+Set FASTVIM_IMAGENET_DIR to a folder with `train` and `val`, each with one sub-folder per class.
 """
 
 from fastvim_jax.data import ClassificationData

@@ -1,7 +1,7 @@
 """Vim-B on ImageNet-1k at 224 px, with no norm between scan and gate: 80.7 % top-1 (Table 1), 97,598,440 parameters.
 
-A scan over all 197 tokens, the class token in their middle; the recipe of fastvim_base.py. Cost: 4.8e19 FLOPs (6 ×
-20.87 GMACs per image); time not measured.
+It scans all 197 tokens, with the class token in the middle. The recipe is that of fastvim_base.py. Cost: 4.8e19 FLOPs
+(6 × 20.87 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Vim-S on ImageNet-1k at 224 px, with no norm between scan and gate: 80.5 % top-1 (Table 1), 25,796,584 parameters.
 
-A scan over all 197 tokens, the class token in their middle; the recipe of fastvim_small.py. Cost: 1.4e19 FLOPs (6 ×
-5.90 GMACs per image); time not measured.
+It scans all 197 tokens, with the class token in the middle. The recipe is that of fastvim_small.py. Cost: 1.4e19 FLOPs
+(6 × 5.90 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

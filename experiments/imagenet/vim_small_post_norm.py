@@ -1,6 +1,6 @@
 """Vim-S on ImageNet-1k at 224 px with a LayerNorm between scan and gate: 25,833,448 parameters.
 
-No result of the paper at this size is known here; without the norm it is 80.5 % (vim_small.py). The recipe of
+No result of the paper is known at this size; without the norm it is 80.5 % (vim_small.py). The recipe is that of
 fastvim_small.py. Cost: 1.4e19 FLOPs (6 × 5.90 GMACs per image); time not measured.
 """
 

@@ -1,7 +1,7 @@
 """Vim-T on ImageNet-1k at 224 px, with no norm between scan and gate: 76.1 % top-1 (Table 1), 7,148,008 parameters.
 
-A scan over all 197 tokens, the class token in their middle; the recipe of fastvim_tiny.py. Cost: 4.2e18 FLOPs (6 × 1.82
-GMACs per image); time not measured.
+It scans all 197 tokens, with the class token in the middle. The recipe is that of fastvim_tiny.py. Cost: 4.2e18 FLOPs
+(6 × 1.82 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

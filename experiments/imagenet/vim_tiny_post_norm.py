@@ -1,6 +1,6 @@
 """Vim-T on ImageNet-1k at 224 px with a LayerNorm between scan and gate: 7,166,440 parameters.
 
-No result of the paper at this size is known here; without the norm it is 76.1 % (vim_tiny.py). The recipe of
+No result of the paper is known at this size; without the norm it is 76.1 % (vim_tiny.py). The recipe is that of
 fastvim_tiny.py. Cost: 4.2e18 FLOPs (6 × 1.82 GMACs per image); time not measured.
 """
 

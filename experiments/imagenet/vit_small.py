@@ -1,7 +1,7 @@
 """ViT-S on ImageNet-1k at 224 px: 80.1 % top-1 (Table 7), 22,050,664 parameters.
 
-The recipe of fastvim_small.py (deit_small.py is the same model by DeiT's settings). Cost: 1.1e19 FLOPs (6 × 4.60 GMACs
-per image); time not measured.
+The recipe of fastvim_small.py (deit_small.py is the same model with DeiT's settings). Cost: 1.1e19 FLOPs (6 × 4.60
+GMACs per image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""ViT-S with attention over row means, in odd blocks column means: 73.9 % top-1 (Table 7), 22,050,664 parameters.
+"""ViT-S with attention over means of rows, in odd blocks of columns: 73.9 % top-1 (Table 7), 22,050,664 parameters.
 
 Its base, vit_small.py, attends to every token: 80.1 %. Cost: 7.6e18 FLOPs (6 × 3.28 GMACs per image); time not
 measured.

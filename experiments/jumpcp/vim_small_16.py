@@ -1,4 +1,4 @@
-"""Vim-S/16, 8 channels a patch: 61.0 % top-1 on JUMP-CP (Table 3).
+"""Vim-S/16, patches of all 8 channels: 61.0 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_16.py.
 26,001,953 parameters. Cost: 36 GFLOPs per image and epoch (6 × 6.00 GMACs); time not measured.

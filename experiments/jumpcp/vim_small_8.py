@@ -1,4 +1,4 @@
-"""Vim-S/8, 8 channels a patch: 66.4 % top-1 on JUMP-CP (Table 3).
+"""Vim-S/8, patches of all 8 channels: 66.4 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
 25,637,921 parameters. Cost: 141 GFLOPs per image and epoch (6 × 23.45 GMACs); time not measured.

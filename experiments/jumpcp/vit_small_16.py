@@ -1,4 +1,4 @@
-"""ViT-S/16, 8 channels a patch: 58.9 % top-1 on JUMP-CP (Table 3).
+"""ViT-S/16, patches of all 8 channels: 58.9 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_16.py.
 22,219,169 parameters. Cost: 28 GFLOPs per image and epoch (6 × 4.69 GMACs); time not measured.

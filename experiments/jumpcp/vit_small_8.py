@@ -1,4 +1,4 @@
-"""ViT-S/8, 8 channels a patch: 67.6 % top-1 on JUMP-CP (Table 3).
+"""ViT-S/8, patches of all 8 channels: 67.6 % top-1 on JUMP-CP (Table 3).
 
 Its base is fastchannelvim_small_8.py.
 21,855,137 parameters. Cost: 135 GFLOPs per image and epoch (6 × 22.50 GMACs); time not measured.

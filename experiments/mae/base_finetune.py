@@ -1,7 +1,8 @@
 """FastVim-B fine-tuned from mae/base_pretrain at 224 px: 83.0 % top-1 in the paper, Vim-B 83.3.
 
-100 epochs, batch 1024, layer-wise factor 0.65 every two blocks, drop path 0.3, mixup and cutmix, pool_scale 0.25
-from the mask ratio. 97,670,632 parameters. Cost: 1.3e19 FLOPs (6 × 17.12 GMACs per image); time not measured.
+100 epochs, batch 1024, drop path 0.3, mixup and cutmix. The learning rate falls by a factor of 0.65 every two blocks
+towards the input. `pool_scale` becomes 0.25, that is 1 - mask ratio. 97,670,632 parameters. Cost: 1.3e19 FLOPs (6 ×
+17.12 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

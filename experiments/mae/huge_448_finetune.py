@@ -1,8 +1,8 @@
 """FastVim-H fine-tuned from mae/huge_pretrain at 448 px: 86.7 % top-1 in the paper.
 
-As huge_finetune.py; position embeddings are resampled to a grid of 32 x 32, the head begins with a standard
-deviation of 2e-5, gradients are clipped at 3.0. 703,353,320 parameters. Cost: 2.5e20 FLOPs (6 × 650.22 GMACs per
-image); time not measured.
+The recipe of huge_finetune.py, but position embeddings are resampled to a grid of 32 x 32, the head's initial weights
+have a standard deviation of 2e-5, and the gradient norm is clipped at 3.0. 703,353,320 parameters. Cost: 2.5e20 FLOPs
+(6 × 650.22 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FastVim-L fine-tuned from mae/large_pretrain at 224 px: 84.9 % top-1 in the paper, Vim-L 85.1.
 
-As base_finetune.py, 50 epochs, base learning rate 1e-3, factor 0.75. 340,229,096 parameters. Cost: 2.3e19 FLOPs (6
-× 60.37 GMACs per image); time not measured.
+The recipe of base_finetune.py with 50 epochs, a base learning rate of 1e-3 and a layer-wise factor of 0.75.
+340,229,096 parameters. Cost: 2.3e19 FLOPs (6 × 60.37 GMACs per image); time not measured.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""As pretrain.py, but lets each token keep its own row in the backward direction, which no released model does."""
+"""As pretrain.py, but each token keeps its own row in the backward direction, as in no released model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of mae_tiny_imagenet/pretrain in the epochs of scratch.py, with layer-wise rates."""
+"""Fine-tuning of mae_tiny_imagenet/pretrain, as many epochs as scratch.py, with layer-wise learning rates."""
 
 from dataclasses import replace
 

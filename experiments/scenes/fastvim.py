@@ -1,8 +1,8 @@
-"""FastVim with UperNet on scenes made of real images: 11 classes, 128 px, evaluated on objects never seen.
+"""FastVim with UperNet on scenes composed of real images: 11 classes, 128 px.
 
-The scenes are built by `python benchmarks/scenes.py build/scenes --data $FASTVIM_DATA_DIR`: CIFAR-10 objects in COCO
-outlines on photographs of places; those of `validation` are made of other images of all three. Set FASTVIM_SCENES_DIR
-to the folder. The backbone is that of cifar10/fastvim.py, so a run of it can be started from:
+`python benchmarks/scenes.py build/scenes --data $FASTVIM_DATA_DIR` composes the scenes: CIFAR-10 objects, cut by COCO
+outlines, on photographs of places. `validation` uses other objects, outlines and photographs than training. Set
+FASTVIM_SCENES_DIR to the folder. The backbone is that of cifar10/fastvim.py, so training can start from its weights:
 
     fastvim train scenes/fastvim
     fastvim train scenes/fastvim --run-dir runs/scenes/fastvim_init --init runs/cifar10/fastvim

@@ -1,8 +1,8 @@
 """FastVim on a tenth of Tiny-ImageNet: 200 classes of 50 training images, 64 x 64; 12 blocks, 192 wide, patches of
 8 pixels (a grid of 8 x 8), 3,481,928 parameters.
 
-The recipe of cifar10/fastvim.py with mixup beside cutmix on every batch, random erasing and 100 epochs, nothing of
-it tuned. Set FASTVIM_DATA_DIR to the folder that holds `tiny_imagenet/train.npz` and `tiny_imagenet/val.npz`.
+The recipe of cifar10/fastvim.py with mixup or cutmix on every batch, random erasing and 100 epochs. Nothing was tuned
+on this data. Set FASTVIM_DATA_DIR to the folder that holds `tiny_imagenet/train.npz` and `tiny_imagenet/val.npz`.
 Results and cost: benchmarks/small_images.md.
 """
 

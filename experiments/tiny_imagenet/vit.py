@@ -1,6 +1,6 @@
-"""A ViT on a tenth of Tiny-ImageNet: the model of `cifar10/vit.py`, all else as in `fastvim.py`.
+"""A ViT on a tenth of Tiny-ImageNet: the model of `cifar10/vit.py` with the recipe of `fastvim.py`.
 
-The learning rate is that of `cifar10/vit.py` too, because this model does not train at FastVim's.
+The learning rate is that of `cifar10/vit.py`, because this model does not train at FastVim's.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Pictures of label maps: classes as colours over the image, and grids of such pictures for people to judge a run."""
+"""Draw label maps: classes as colours over the image, and grids of such pictures by which people judge a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageDraw
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 AnyPixels = UInt8[np.ndarray, "_h _w 3"]
-"""As `Pixels`, where images of several sizes meet."""
-_TEXT = 16
-_GAP = 4
+"""Like `Pixels`, but each image of a list may have its own size."""
+_TEXT = 16  # height of a line of text, in pixels
+_GAP = 4  # between pictures, in pixels
 
 
 def class_colours(classes: int) -> UInt8[np.ndarray, "classes 3"]:
-    """Return a colour for each class, neighbours in number far apart in hue; the same for every run."""
+    """Return a colour for each class, the same in every run. Consecutive classes are far apart in hue."""
     golden = 0.61803398875
     colours = [
         colorsys.hsv_to_rgb(
@@ -29,7 +29,7 @@ def class_colours(classes: int) -> UInt8[np.ndarray, "classes 3"]:
 
 
 def overlay(image: Pixels, labels: Int[np.ndarray, "h w"], classes: int) -> Pixels:
-    """Draw classes over an image, half transparent; pixels of no class (label `classes` or more) stay grey."""
+    """Draw classes over an image, half transparent. Pixels without a class (label `classes` or more) stay grey."""
     grey = image.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     colours = np.concatenate([class_colours(classes), np.zeros((1, 3), np.uint8)])
     drawn = colours[np.minimum(labels, classes)]

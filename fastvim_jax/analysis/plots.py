@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and images with what the model says about them."""
+"""Draw a run: its curves, and images with the model's predictions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 
 from fastvim_jax.analysis.headline import Headline
 
-# Tells apart also for colour-blind readers, and in print.
+# Distinct for colour-blind readers and in print.
 _TRAIN, _RAW, _EMA = "#8a94a6", "#1f6fb4", "#e07b39"
 _RIGHT, _WRONG, _INK = "#2a7f62", "#c0392b", "#2b2f36"
 _COLUMNS = 6
@@ -63,7 +63,7 @@ def plot_run(
     Args:
         records: the run's metrics: lines of `kind` "train" (`epoch`, `loss`) and "eval" (`epoch`,
             `raw_top1`, `ema_top1`, `raw_loss`, ...).
-        samples: images to show whatever the model says; the first 18, or 24 if there is no mistake.
+        samples: images to show, classified rightly or wrongly; the first 18 are shown, or 24 if there is no mistake.
         mistakes: wrongly classified images; the first 6 are shown.
         file: the PNG to write.
         title: text above the picture.
@@ -118,7 +118,7 @@ def draw_score(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headl
 def _lines(
     records: Sequence[Mapping[str, Any]], score: str
 ) -> dict[str, tuple[str, list[float], list[float]]]:
-    """Return colour, epochs and values of each set of weights that was evaluated."""
+    """Return label → (colour, epochs, values) for each set of weights, raw or averaged, that was evaluated."""
     names = {"raw": ("held out", _RAW), "ema": ("held out, averaged weights", _EMA)}
     lines = {}
     for weights, (label, colour) in names.items():
@@ -178,7 +178,7 @@ def _draw_rows(figure: SubFigure, samples: Sequence[Sample], rows: int, title: s
 
 
 def _draw_sample(axes: Axes, sample: Sample) -> None:
-    """Draw an image framed and captioned by whether its prediction is right; shape and colour both say so."""
+    """Draw an image. Its frame's colour and a mark in its caption both say whether the prediction is right."""
     grey = sample.image.shape[-1] == 1
     axes.imshow(
         sample.image[..., 0] if grey else sample.image,

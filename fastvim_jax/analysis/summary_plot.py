@@ -1,4 +1,4 @@
-"""A run's numbers in one picture: whether it learns, whether it is stable, and how well it uses the machine."""
+"""Draw a run's numbers in one picture: whether it learns, whether it is stable, and how well it uses the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastvim_jax.analysis.plots import draw_loss, draw_score, dress
 
 Records = Sequence[Mapping[str, Any]]
 
-# Tells apart also for colour-blind readers, and in print.
+# Distinct for colour-blind readers and in print.
 _BLUE, _ORANGE, _GREY, _GREEN, _INK = "#1f6fb4", "#e07b39", "#8a94a6", "#2a7f62", "#2b2f36"
 
 
@@ -49,7 +49,7 @@ def plot_summary(records: Records, file: Path | str, *, title: str, headline: He
 
 
 def _line(axes: Axes, train: Records, name: str, label: str, colour: str) -> bool:
-    """Draw a number over the epochs; whether the log has it."""
+    """Draw a number over the epochs. Return whether the log has it."""
     found = [record for record in train if name in record]
     axes.plot(
         [record["epoch"] for record in found], [record[name] for record in found],
@@ -71,7 +71,7 @@ def _draw_norms(axes: Axes, train: Records) -> None:
     _line(axes, train, "update_norm", "update", _ORANGE)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.35)  # The legend is to hide no line.
+    axes.set_ylim(low, high * (high / low) ** 0.35)  # Room for the legend above the lines.
     dress(axes, "Euclidean norm", "Norms")
 
 

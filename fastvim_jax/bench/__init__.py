@@ -1,4 +1,4 @@
-"""Measure models, their mixers, training steps and reading images; print the rows and keep them.
+"""Measure models, mixers, training steps, prediction and image reading; print the rows and write them to JSON.
 
-The benchmark of the scan itself is `pallas_kernels.selective_scan.bench`, because kernels know no model.
+The scan's benchmark is `pallas_kernels.selective_scan.bench`, because `pallas_kernels` imports no models.
 """

@@ -1,7 +1,7 @@
-"""What devices send each other in a train step: the collectives of the compiled program, with their bytes.
+"""Count what devices send each other in a train step: the collectives of the compiled program, with their bytes.
 
-The step is lowered and compiled for any number of simulated devices and never run, so a laptop shows what 64 GPUs would
-send. Bytes are those of each collective's result on one device; one inside a loop counts as often as the loop runs.
+The step is compiled for any number of simulated devices and never run, so a laptop shows what 64 GPUs would send.
+A collective's bytes are the size of its result on one device. A collective inside a loop counts once per iteration.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Traffic:
     """All collectives of one kind in a step.
 
     Attributes:
-        count: how many run.
-        bytes: of their results together, on one device.
+        count: number of collectives that run.
+        bytes: sum of their results' sizes on one device.
     """
 
     count: int

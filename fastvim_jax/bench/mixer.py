@@ -1,8 +1,8 @@
-"""Measures one mixer: the stages of its state-space part (Table 23 of the paper) and its whole core.
+"""Measure one mixer: the stages of its state-space part (Table 23 of the paper) and its whole core.
 
-The stages are those that the paper times, both directions of one block each, without convolution, norm and gate:
-pool, projection (to Δ, B and C), scan, repeat, skip; and all of them as one program. The core is everything between
-in_proj and out_proj, and what the models run: the fused kernels, where they can.
+The stages are those that the paper times: pool, projection (to Δ, B and C), scan, repeat, skip, and `total`, which runs
+all of them as one program. Each computes both directions of one block, without convolution, norm and gate. The core is
+everything between in_proj and out_proj as the models run it, that is, with the fused kernels where these support it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pallas_kernels import selective_scan, timing
 STAGES = ("pool", "projection", "scan", "repeat", "skip", "total")
 TOLERANCES = {"float32": 2e-4, "bfloat16": 2e-2}  # results and gradients of xz, relative
 PATCH = 16
-CHECKED = (
-    2**25
-)  # elements up to which the reference sees the whole batch, else its first two images
+CHECKED = 2**25
+"""Largest number of elements (images times tokens times width) at which the whole batch is compared with the
+reference. Of a larger batch, only the first two images are compared."""
 
 
 def cases(
@@ -43,12 +43,13 @@ def cases(
     """List the measurements for `timing.run`: stages in float32, the core in each of `dtypes`.
 
     Args:
-        width: of the model; 192 is the Tiny size.
-        batch: images.
-        pixels: sides of the images, of patches of 16.
+        width: width of the model; 192 is the Tiny size.
+        batch: images per batch.
+        pixels: sides of the images, multiples of 16.
         parts: "stages", "core" or both.
-        dtypes: of the core's products and activations.
-        gradients: forward, forward and backward, or both (of the stages: of their total).
+        dtypes: dtypes of the core's products and activations.
+        gradients: False measures the forward pass, True forward and backward. Of the stages, only `total` is measured
+            with gradients.
     """
     found: list[tuple[timing.Row, timing.Case]] = []
     for side in pixels:
@@ -123,9 +124,16 @@ def _core(width: int, batch: int, side: int, dtype: str, gradient: bool) -> timi
 
 
 def least_bytes(elements: int, dtype: str, gradient: bool) -> int:
-    """Count the fewest bytes that a core must move. Tensors have two widths each; `elements` is tokens times width.
+    """Count the bytes that a core must move at least.
 
-    x twice, z and the result; on the way back x and the result's gradient twice, z, and the gradients of x and z.
+    Each tensor has `2 * elements` numbers, because it is twice as wide as the model. Forward, the core reads x twice
+    and z once, and writes the result. Backward, it reads x and the result's gradient twice each and z once, and writes
+    the gradients of x and z.
+
+    Args:
+        elements: images times tokens times the model's width.
+        dtype: dtype of the tensors.
+        gradient: count the backward pass, too.
     """
     return (8 + (14 if gradient else 0)) * elements * jnp.dtype(dtype).itemsize
 
@@ -202,7 +210,10 @@ _RUN: dict[str, Callable[..., Any]] = {
 
 
 def _with_gradients(forward: Callable[..., Any], gradient: bool) -> Callable[..., Any]:
-    """`forward(params, arrays)`, and the gradients of both if asked for, from that of the result."""
+    """Return `run(params, arrays, out_bar)`: the result of `forward(params, arrays)` and a dict of gradients.
+
+    The dict is empty unless `gradient`. `out_bar` is the gradient with respect to the result.
+    """
 
     def run(params, arrays, out_bar):
         if not gradient:
@@ -226,8 +237,8 @@ def _measure(
 ) -> timing.Case:
     """Time `function`, and compare it with `reference` in float32.
 
-    A batch of too many elements is compared in its first two images alone, without the gradients of parameters.
-    Those are compared as one vector: some are sums that nearly cancel.
+    Of a batch of more than `CHECKED` elements, only the first two images are compared, without the parameters'
+    gradients. These are compared as one vector, because some are sums that nearly cancel.
     """
     measured = timing.Measured(function, arguments)
     images = None if elements <= CHECKED else 2

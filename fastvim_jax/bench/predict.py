@@ -1,7 +1,7 @@
 """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
-Two rows: images from files, and the same images already decoded to the model's size (`memory`), where only copies are
-left to the host. All numbers are images per second by the clock, medians over repeats.
+There are two rows. `files` reads images from files. `memory` takes the same images, decoded and resized before, so that
+the host only copies them. All numbers are images per second of wall-clock time, medians over repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.inference.classifier import Classifier, cores
 
 NEAR = 0.9
-"""Share of the slower part's rate from which that part is what limits."""
+"""If both together reach this share of the slower part's rate, the slower part is what limits them."""
 
 
 def rows(
@@ -30,10 +30,10 @@ def rows(
     """Measure a classifier on files, taken again from the first one until there are `images`.
 
     Args:
-        classifier: compiled here.
-        name: of the model, for the table.
+        classifier: the model with its preprocessing; it is compiled first.
+        name: name of the model in the table.
         files: image files.
-        images: number of images of a measurement, rounded up to whole batches.
+        images: number of images per measurement, rounded up to whole batches.
         repeats: measurements of each kind.
 
     Raises:
@@ -52,7 +52,7 @@ def rows(
         kept = batch if kept is None else kept
         pixels += list(np.asarray(batch))
     pixels = pixels[: min(len(files), len(pixels))]
-    # The same program; images that are cropped already are copied and nothing else.
+    # The same program without a crop: images of the model's size are only copied.
     cropped = copy.copy(classifier)
     cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     model = _median(lambda: _model(classifier, kept, count // size), count, repeats)
@@ -79,7 +79,7 @@ def rows(
 
 
 def limit(decoding: float, model: float, whole: float) -> str:
-    """Name what limits `whole`: "decoding", "model", or "sharing" where each hinders the other, as on a CPU's cores."""
+    """Name what limits `whole`: "decoding", "model", or "sharing" if they hinder each other, as on a CPU's cores."""
     slower = min(decoding, model)
     if whole < NEAR * slower:
         return "sharing"

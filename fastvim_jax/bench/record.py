@@ -1,4 +1,4 @@
-"""Rows of a benchmark as a table on the screen and as a JSON file that says how they came about."""
+"""Print a benchmark's rows as a table, and write them to a JSON file with device, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Columns = Sequence[tuple[str, int, Callable[[Row], str]]]
 def show(
     bench: str, rows: Iterable[Row], columns: Columns, *, command: str, file: Path | None = None
 ) -> list[Row]:
-    """Print every row as it comes, after a line about the device; keep all in `file` as well, if given.
+    """Print a line about the device, then every row as it comes. If `file` is given, write the rows there, too.
 
-    The file is written anew after every row, so that a run cut short keeps what it has: `bench`, `circumstances`
+    The file is rewritten after every row, so that an interrupted run keeps its rows. It holds `bench`, `circumstances`
     (device, versions, commit, date, command), `complete` (whether the run came to its end) and `rows`. Times are in
     milliseconds, sizes in bytes.
 
@@ -30,7 +30,7 @@ def show(
         The rows.
 
     Raises:
-        UserError: the file cannot be written, found out before anything is measured.
+        UserError: the file cannot be written. This is checked before anything is measured.
     """
     circumstances = timing.circumstances(command)
     seen: list[Row] = []
@@ -58,7 +58,8 @@ def show(
 
 
 @contextlib.contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _named_errors(file: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the file and the option."""
     try:
         yield
     except OSError as error:
@@ -73,7 +74,7 @@ def _part(file: Path) -> Path:
 
 def _check(file: Path) -> None:
     """Check that the file can be written, without touching what it holds."""
-    with _told(file):
+    with _named_errors(file):
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +85,8 @@ def _check(file: Path) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write all of the text or nothing. Links are followed; what is no regular file is written in place."""
-    with _told(file):
+    """Write all of the text or nothing. Links are followed. A device or a pipe is written in place."""
+    with _named_errors(file):
         if file.exists() and not file.is_file():
             file.write_text(text)
             return

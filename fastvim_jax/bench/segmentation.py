@@ -1,6 +1,6 @@
-"""Measures UperNet by parts: backbone, neck with heads, logits to classes, the whole, and training steps.
+"""Measure UperNet by parts: backbone, neck with heads, logits to classes, the whole, and training steps.
 
-The parts of a row's model are compiled apart, so that their times add up to a little more than that of the whole.
+Each part is compiled as a program of its own, so the parts' times add up to a little more than the whole's time.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from pallas_kernels import timing
 Part = Literal["backbone", "heads", "classes", "whole", "train"]
 Setting = tuple[str, int, int, str, Part]  # model's name, pixels, batch, precision, part
 BATCHES = {512: 16, 1024: 4}
-"""Images at a time by resolution, unless told otherwise."""
+"""Default number of images per batch, by the image's side in pixels."""
 CHECKED = 2
+"""Number of images that are compared with the reference."""
 CLASSES = 150
+"""Number of classes, as ADE20K has."""
 LOSS_TOLERANCES = {"f32": 1e-4, "tf32": 1e-2, "bf16": 2e-2}
 DISAGREEMENT = 0.02
-"""Largest share of pixels whose class may differ between the whole program and its parts: logits that are equal but
-for rounding."""
+"""Largest share of pixels whose class may differ from the reference's. Classes differ where rounding decides between
+two nearly equal logits."""
 
 
 def cases(
@@ -52,9 +54,9 @@ def cases(
     """List the measurements for `timing.run`.
 
     Args:
-        settings: (backbone's name, pixels, batch, precision, part) of each.
-        neck: of `UperNetConfig`.
-        activations: of backbones in bf16, "compute" or "wide".
+        settings: (backbone's name, pixels, batch, precision, part) of each measurement.
+        neck: field `neck` of `UperNetConfig`.
+        activations: field `activations` of backbones in bf16, "compute" or "wide".
         blocks: "unroll" or "scan".
         channels: width of UPerHead.
         options: further fields of the backbones' configs.
@@ -80,7 +82,7 @@ def cases(
 
 
 def part_functions(config: UperNetConfig) -> dict[str, Callable[..., Any]]:
-    """Return the functions of a model's state and inputs that are measured, by part."""
+    """Return the function `f(state, *inputs)` that is measured for each part, by the part's name."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     size = config.image_size
 
@@ -124,7 +126,7 @@ def _forward(row: timing.Row, config: UperNetConfig, plain: UperNetConfig) -> ti
     found = measured.result()
     given, *inputs = arguments(0)
     if part == "whole":
-        # Against its own parts, whose errors have rows of their own.
+        # Compared with its own parts, because other rows compare these with the reference.
         maps = jax.jit(functions["backbone"])(given, *inputs)
         logits = jax.jit(functions["heads"])(given, *maps)
         wanted = jax.jit(functions["classes"])(given, logits)
@@ -187,7 +189,7 @@ def _step(row: timing.Row, config: UperNetConfig, plain: UperNetConfig) -> timin
 
 
 def _first_loss(config: UperNetConfig, state: TrainState, batch: dict[str, jax.Array]) -> float:
-    """Compute the loss of a state on a few images, nothing dropped."""
+    """Compute the loss of a state on a few images, without dropout."""
     run = _run(config)
     model = nnx.eval_shape(lambda: build_model(run.model, rngs=nnx.Rngs(0)))
     graphdef, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -203,7 +205,7 @@ def _first_loss(config: UperNetConfig, state: TrainState, batch: dict[str, jax.A
 
 
 def _run(config: UperNetConfig) -> SegmentationConfig:
-    """Describe a run of this model without what is random, so that precisions can be compared."""
+    """Return a run's config without dropout and drop path, so that losses in several precisions can be compared."""
     still = dataclasses.replace(
         config, dropout=0.0, backbone=dataclasses.replace(config.backbone, drop_path=0.0)
     )

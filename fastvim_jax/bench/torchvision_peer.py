@@ -1,4 +1,4 @@
-"""Times torchvision's Mask R-CNN (ResNet-50 FPN v2), compiled, random weights: a scale for `bench detect`."""
+"""Time torchvision's Mask R-CNN (ResNet-50 FPN v2) with random weights, as a yardstick for `bench detect`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NAME = "torchvision Mask R-CNN v2"
 def cases(
     settings: list[tuple[int, int]], repeats: int = 20
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """List the measurements, by CUDA's events, of (pixels, batch) in bfloat16.
+    """List the measurements in bfloat16, one for each (pixels, batch), timed by CUDA events.
 
-    Images come in the size that the model works on, so that its own resize does nothing.
+    Images have the size that the model works on, so that its own resize does nothing.
 
     Raises:
         UserError: torchvision or a GPU is missing.
@@ -33,7 +33,7 @@ def cases(
             weights=None, weights_backbone=None, min_size=pixels, max_size=pixels
         )
         model = model.eval().cuda()
-        # The part that has static shapes; selection runs as torchvision wrote it.
+        # Only the backbone is compiled, because the shapes of what follows vary from image to image.
         model.backbone = torch.compile(model.backbone)
         images = list(torch.rand(batch, 3, pixels, pixels, device="cuda"))
 

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, on by default for the commands."""
+"""Turn on JAX's persistent compilation cache for the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def keep_compiled_programs() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    Works through the environment, so that a command that needs no JAX does not import it.
+    The folder is handed over in an environment variable, so that a command that needs no JAX does not import it.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -17,7 +17,7 @@ def keep_compiled_programs() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # A read-only home costs the cache, nothing else.
+        return  # The home is read-only: commands work without a cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 

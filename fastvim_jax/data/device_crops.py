@@ -1,8 +1,8 @@
-"""Random resized crops of pixel shards on the device: the host draws and copies boxes, and computes no pixel.
+"""Crop and resize images of pixel shards on the device: the host draws and copies boxes, and computes no pixels.
 
-Workers draw each record's box and augmentation, as they do for crops on the host. Threads of this process copy the
-boxes from the shards, one behind the other, into a buffer (`pixel_boxes`). The buffer goes to the device, where a small
-program of its own resizes them before the step (`device_resize.resize_packed`).
+1. Workers draw each record's box and augmentation, as they do for crops on the host (`planned_example`).
+2. Threads of this process copy the boxes' pixels from the shards into one buffer per batch (`pixel_boxes`).
+3. The buffer goes to the device, where a small program resizes the boxes before the step (`resize_packed`).
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ from fastvim_jax.data.transforms import random_box
 from fastvim_jax.errors import UserError
 
 PLANNERS = 4
-"""Largest number of workers per device: they only draw boxes, which takes little beside reading."""
+"""Largest number of workers per device. Few are enough, because they draw boxes and read no pixels."""
 CROP = "crop"
 """Key of the batches' drawn boxes, int64 `b 6`; see `pixel_boxes.BoxReader.read`."""
 
-_THREADS = 8  # that read, per device
-_MOST_THREADS = 32
+_THREADS = 8  # reading threads per device
+_MOST_THREADS = 32  # reading threads per process
 _AHEAD = 2  # batches that are being read
-_BUFFERS = 4  # those, and as many that the device may still be copying
-_STEPS = 8  # sizes of buffers, so that few programs are compiled
-_MOST = 2**31 - 1  # bytes that a device can address in a buffer
-_TILE = 16  # sides are rounded up to it, as the GPU's matrix units want
+_BUFFERS = 4  # the batches being read, and as many that the device may still be copying
+_STEPS = 8  # buffer sizes between two powers of two: each size compiles a program
+_MOST = 2**31 - 1  # bytes of a buffer that int32 indices can address
+_TILE = (
+    16  # the largest box has sides that are multiples of this, which suits the GPU's matrix units
+)
 
 
 def crops_on_device(config: ClassificationData) -> bool:
@@ -91,14 +93,14 @@ class PackedBatch:
 
 
 class _Buffer:
-    """Host memory of one batch, used again when the device has copied it."""
+    """Hold the host memory of one batch. It is reused when the device has copied it."""
 
     def __init__(self) -> None:
         self._memory = np.zeros(0, np.uint8)
         self.in_use: list[jax.Array] = []
 
     def take(self, size: int) -> np.ndarray:
-        """Wait until the device has used the content, and return memory of `size` bytes."""
+        """Wait until the device no longer needs the content, and return memory of `size` bytes."""
         jax.block_until_ready(self.in_use)
         self.in_use = []
         if len(self._memory) < size:
@@ -115,8 +117,11 @@ def packed_batches(
 
     Args:
         plans: batches of `planned_example`.
-        source: what they were planned for.
+        source: data set that they were planned for.
         parts: which examples of a batch each device gets.
+
+    Yields:
+        Labels and augmentation of a batch, the boxes of each part, and the buffer that holds their pixels.
 
     Raises:
         UserError: a shard cannot be read, or a device's part is larger than it can address.
@@ -131,7 +136,7 @@ def packed_batches(
             while len(waiting) < _AHEAD and (plan := next(plans, None)) is not None:
                 plan = dict(owned(plan))
                 crop = plan.pop(CROP)
-                # It never shrinks, because every size is compiled for.
+                # It never shrinks, because each new size compiles a program.
                 capacity = max(capacity, _capacity(crop, parts))
                 waiting.append((plan, *_begin(reader, next(buffers), crop, parts, capacity)))
             if not waiting:
@@ -188,7 +193,7 @@ def device_crop_stream(
 
     Args:
         plans: iterates over this process's batches of `planned_example`.
-        source: what they were planned for.
+        source: data set that they were planned for.
         config: how to crop.
         batch_size: images of this process's batches.
         mesh: the devices that share a global batch. `image` is then the global array. None: `image` holds this

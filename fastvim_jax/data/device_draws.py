@@ -1,4 +1,4 @@
-"""Draws of RandAugment and colour jitter on the device, by the host's law, for images that never visit the host."""
+"""Draw RandAugment and colour jitter on the device, with the host's distributions, for images that stay there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random resized crops on the device: boxes drawn by the host's law, resized as Pillow's antialiased bicubic does.
+"""Draw random crops on the device with the host's distribution, and resize them as Pillow's antialiased bicubic does.
 
 Pillow resizes along the rows, rounds to 8 bits, and resizes along the columns. Each pass is a product with a matrix
 of weights that follows from the box, so images with different boxes go through one program. Weights are split into
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
-_ATTEMPTS = 10
+_ATTEMPTS = 10  # boxes drawn per image; the first that fits is taken
 _SUPPORT = 2.0  # of the cubic kernel, in pixels
 _TOGETHER = 2**29  # bytes of intermediate results of the images that are cropped at once
 _CHUNK = 64  # images at once, at most; a power of two
@@ -86,8 +86,9 @@ def resize_packed(
 def weights(
     begin: Float[Array, ""], end: Float[Array, ""], length: int, count: int
 ) -> Float[Array, "count length"]:
-    """Compute the weights with which `count` pixels are made of `length`, from `begin` to `end`; each row sums to one.
+    """Compute the weights that resample `length` pixels, between `begin` and `end`, to `count` pixels.
 
+    Each row sums to one. Pixels outside of the interval get no weight.
     The kernel is Keys' cubic with a = -0.5, widened by the scale where the result is smaller than the box.
     """
     scale = (end - begin) / count
@@ -110,13 +111,13 @@ def draw_boxes(
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> Float[Array, "b 4"]:
-    """Draw each image's crop by the law of `transforms.random_box`: left, top, right, bottom.
+    """Draw each image's crop (left, top, right, bottom) with the distribution of `transforms.random_box`.
 
     Args:
         key: an image's box depends on it and on the image's position in the batch.
         sizes: height and width of each image.
-        scale: lowest and highest share of the area.
-        aspect: lowest and highest width over height.
+        scale: smallest and largest share of the image's area.
+        aspect: smallest and largest ratio of width to height.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(sizes)))
     return jax.vmap(lambda k, size: _box(k, size, scale, aspect))(keys, sizes)

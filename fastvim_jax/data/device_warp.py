@@ -1,8 +1,9 @@
-"""Affine warps of batches of uint8 images, as Pillow's `Image.transform` with bicubic resampling makes them.
+"""Warp batches of uint8 images by affine maps, as Pillow's `Image.transform` with bicubic resampling does.
 
-Pillow pulls output pixel (x, y) from the place (a x' + b y' + c, d x' + e y' + f) of the input, x' = x + 1/2, y' = y +
-1/2. A place outside the image is filled. Elsewhere a cubic through 4 x 4 pixels (Keys' kernel with a = -1, the border
-repeated) is cut to 8 bits. Coordinates and cubics are float32 here, float64 there, so a value may differ by one level.
+Pillow takes output pixel (x, y) from the place (a x' + b y' + c, d x' + e y' + f) of the input, where x' = x + 1/2 and
+y' = y + 1/2. A place outside the image gets the fill colour. Elsewhere, a cubic through 4 x 4 pixels (Keys' kernel with
+a = -1, the border repeated) is clipped and cut to 8 bits. This file computes in float32 and Pillow in float64, so a
+value may differ by one level.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def matrices(
 
 
 def warp(images: UInt8[Array, "b h w c"], matrix: Float[Array, "b 6"]) -> UInt8[Array, "b h w c"]:
-    """Warp each image by its matrix; what it moves into view gets RandAugment's fill.
+    """Warp each image by its matrix. Places outside of the image get RandAugment's fill colour.
 
-    A pixel's channels travel in one 32-bit word, so that 16 words are read for a pixel of the result.
+    A pixel's channels are packed into one 32-bit word, so that a pixel of the result reads 16 words.
     """
     channels = images.shape[-1]
     warped = jax.vmap(lambda image, row: _warp_words(image, row, channels))(_packed(images), matrix)

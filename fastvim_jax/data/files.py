@@ -1,4 +1,4 @@
-"""Read files that a data set names: regular files only, inside its folder unless links may lead out of it."""
+"""Read the files of a data set: regular files only, and only inside its folder unless links may lead out of it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_file(file: Path | str) -> bytes:
 
 
 def _open_without_waiting(file: str, flags: int) -> int:
-    """Open a file. Opening a FIFO would otherwise wait for a writer."""
+    """Open a file without blocking, because opening a FIFO otherwise waits for a writer."""
     return os.open(file, flags | os.O_NONBLOCK)
 
 

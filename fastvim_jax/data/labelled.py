@@ -1,6 +1,7 @@
-"""The pipeline of labelled images that a config asks for: pictures (`classification`) or any channels (`cells`).
+"""Choose the pipeline of labelled images by the config: pictures (`classification`) or any channels (`cells`).
 
-What follows the pipeline inside the jitted step is chosen here too, so that a trainer need not know which data it has.
+The functions that preprocess and augment a batch inside the jitted step are chosen here, too, so that a trainer need
+not know which data it has.
 """
 
 from __future__ import annotations

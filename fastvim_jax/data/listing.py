@@ -3,8 +3,8 @@
 The files and labels of ImageNet are 45 MB when pickled, and 150 MB as Python objects in every worker. Packed into
 arrays they are 45 MB in one file, whose pages all processes of a machine share.
 
-Listing a folder takes one call to the file system for every folder and every tar shard. Where several processes train
-together, one of them lists and the others get what it found (`listing_by`).
+Listing a data set takes one call to the file system per folder and per tar shard. Where several processes train
+together, one of them lists, and the others receive its listing (`listing_by`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import cloudpickle
 import numpy as np
 
 SHARED_FROM = 2**20
-"""Bytes from which on an array goes to workers as a file; smaller ones are sent as they are."""
+"""An array of at least this many bytes goes to workers as a file; a smaller one is pickled as it is."""
 _PREFIX = "fastvim-listing-"
 _folders: dict[int, Path] = {}
 
@@ -36,7 +36,7 @@ class SharedArray:
     """An array that is pickled as the name of a file with its content.
 
     Attributes:
-        values: the array; read-only, and mapped into memory, in a process that unpickled it.
+        values: the array. In a process that unpickled it from a file, it is a read-only memory map.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -62,8 +62,9 @@ class SharedArray:
 class FiledSequence(Sequence[Any]):
     """A sequence that is pickled as the name of a file with its pickle.
 
-    A starting process reads its work from a pipe, which holds 64 kB. If the process dies before it has read more than
-    that, its parent waits in the write for good: both ends of the pipe are open in the parent.
+    The reason is a deadlock. A starting process reads its work from a pipe, which holds 64 kB. If the work is larger
+    and the process dies before it has read it, its parent waits in the write forever, because both ends of the pipe
+    are open in the parent.
     """
 
     def __init__(self, values: Any) -> None:
@@ -85,12 +86,12 @@ class FiledSequence(Sequence[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._file = state["_file"]
-        # Written by this process's parent, into a folder that no other user can write to.
+        # Safe to unpickle: this process's parent wrote the file, into a folder that no other user can write to.
         self._values = cloudpickle.loads(Path(self._file).read_bytes())
 
 
 class Texts(Sequence[str]):
-    """A sequence of strings packed into two arrays; lone surrogates, as in file names that are not UTF-8, are kept."""
+    """A sequence of strings packed into two arrays. Lone surrogates, as in names of files not in UTF-8, are kept."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         packed = self.pack(texts)
@@ -129,7 +130,7 @@ class Texts(Sequence[str]):
 
 
 def packed_texts(lists: Mapping[str, Iterable[str]]) -> dict[str, np.ndarray]:
-    """Pack several lists of strings into one set of arrays, for `listed`."""
+    """Pack several lists of strings into one dict of arrays, the form that `listed` passes between processes."""
     packed = {name: Texts.pack(texts) for name, texts in lists.items()}
     return {f"{name}.{part}": array for name, two in packed.items() for part, array in two.items()}
 
@@ -145,7 +146,7 @@ def unpacked_texts(arrays: Arrays) -> dict[str, Texts]:
 
 @contextlib.contextmanager
 def listing_by(lister: Lister) -> Iterator[None]:
-    """Let sources that are opened within the block list through `lister`, which may ask another process."""
+    """Make sources that are opened within the block list through `lister`, which may ask another process."""
     token = _lister.set(lister)
     try:
         yield
@@ -154,13 +155,13 @@ def listing_by(lister: Lister) -> Iterator[None]:
 
 
 def listed(make: Callable[[], Arrays]) -> Arrays:
-    """Return the listing that `make` returns, made by this process or by the one that lists for it."""
+    """Return the listing that `make` computes, in this process or in the one that lists for it."""
     lister = _lister.get()
     return make() if lister is None else lister(make)
 
 
 def _own_folder() -> Path:
-    """Return this process's folder for such files, which it removes when it ends."""
+    """Return this process's folder for files that its workers read. It is removed when the process ends."""
     number = os.getpid()
     if number not in _folders:
         _remove_left_over()
@@ -170,12 +171,14 @@ def _own_folder() -> Path:
 
 
 def _remove(number: int) -> None:
-    if number == os.getpid():  # A forked child would remove its parent's.
+    if (
+        number == os.getpid()
+    ):  # A forked child inherits this call and must keep its parent's folder.
         shutil.rmtree(_folders[number], ignore_errors=True)
 
 
 def _remove_left_over() -> None:
-    """Remove the folders of processes of this user that were killed."""
+    """Remove the folders of this user's processes that no longer run."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         number = folder.name.removeprefix(_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError):

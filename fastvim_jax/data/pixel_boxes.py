@@ -1,7 +1,7 @@
-"""Copy boxes of images in pixel shards, in threads, straight into buffers that are used again for later batches.
+"""Copy boxes of images from pixel shards, in threads, straight into buffers that later batches reuse.
 
-A buffer that is used again has its pages already. New memory for every batch, as workers hand it over, makes the kernel
-clear each page, map it twice and free it: that takes longer than the copy itself.
+A reused buffer already has its memory pages. If every batch got new memory, as with worker processes, the operating
+system would clear each page, map it twice and free it, which takes longer than the copy itself.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastvim_jax.errors import UserError
 
 
 class BoxReader:
-    """Copy boxes of images from files that hold them unpacked.
+    """Copy boxes of images from files that hold decoded pixels.
 
     Args:
-        files: the files, whose numbers `read` takes.
+        files: the files; `read` names them by their index in this list.
         threads: number of boxes that are read at the same time. A thread holds Python's lock only between copies.
     """
 
@@ -42,8 +42,8 @@ class BoxReader:
         """Begin to copy boxes into a buffer. The futures raise UserError for a file that cannot be read.
 
         Args:
-            boxes: number of the file, offset of the first pixel there, width of the image, and the box's height, width
-                and channels.
+            boxes: for each box the file's index, the offset of the box's first pixel there in bytes, the image's width,
+                and the box's height, width and channels.
             starts: where each box begins in the buffer.
             into: the buffer.
         """
@@ -73,7 +73,7 @@ class BoxReader:
                 ) from None
 
     def _read(self, rows: list[list[int]], into: np.ndarray) -> None:
-        # What lies between the box's rows is read as well: one call for each row would take longer.
+        # Each box is read in one call, with what lies between its rows: one call per row would take longer.
         scratch: np.ndarray = getattr(self._local, "scratch", np.empty(0, np.uint8))
         for number, offset, full_width, height, width, channels, start in rows:
             line, kept = full_width * channels, width * channels

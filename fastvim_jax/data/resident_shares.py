@@ -1,12 +1,12 @@
-"""A resident set spread over the mesh: each device keeps its share of the images and gathers its part of each batch.
+"""Spread a resident data set over the mesh: each device keeps its shares of the images and gathers its part of a batch.
 
-The law of shuffling. The seed deals the records into `resident_shares` shares of equal size; fewer records than shares
-are left over and take no part in the run. In every epoch each share is shuffled anew, and every batch takes equally
-many images from each share. So a batch is a stratified draw, images of different shares meet in many batches but never
-change places, and the batches are the same on any number of devices that divides the number of shares.
+How images are shuffled. The seed deals the records into `resident_shares` shares of equal size. Records that remain
+(fewer than there are shares) take no part in the run. In every epoch each share is shuffled anew, and every batch takes
+equally many images from each share. So a batch is a stratified draw, an image never moves to another share, and the
+batches are the same on any number of devices that divides the number of shares.
 
 For random resized crops an image is kept as a square of `resident_size`, both sides resized to it, together with its
-height and width: the step draws the box in the image's own proportions and maps it to the square.
+height and width. The step draws the box in the image's own proportions and maps it to the square.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from fastvim_jax.data.transforms import resized, to_array
 from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.errors import UserError
 
-# Keep the draws apart. (A number of 2**32 or more would be taken as two words, so that streams might meet.)
+# Make the two random streams differ. (A number of 2**32 or more would count as two, and streams might coincide.)
 _DEAL, _SHUFFLE = 0, 1
 
 
 def in_shares(config: ClassificationData) -> bool:
-    """Return whether a resident set is kept in shares, each on one device; random resized crops want that too."""
+    """Return whether a resident set is kept in shares, each on one device. Random resized crops need shares, too."""
     return config.resident and (config.resident_shares > 1 or config.crop == "random_resized")
 
 
 def sharded_training(
     source: Source, config: ClassificationData, mesh: Mesh, *, seed: int
 ) -> BatchIterator:
-    """Return an endless iterator over training batches that lie on the mesh already; see `make_train_iterator`.
+    """Return an endless iterator over training batches that are on the mesh already; see `make_train_iterator`.
 
     Records that cannot be decoded are replaced by others of their share.
 
@@ -91,13 +91,13 @@ def sharded_training(
 
 
 class _Shares:
-    """The shares of this process's devices. The constructor decodes them, one device's after the other.
+    """Hold the shares of this process's devices. The constructor decodes the images, device by device.
 
     Args:
-        source: where the records are.
-        config: how they are stored.
-        mesh: whose devices hold them.
-        dealt: indices of the records, `shares records`.
+        source: data set to decode.
+        config: how the images are stored.
+        mesh: devices that hold them.
+        dealt: indices of the records in `source`, `shares records`.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class _Shares:
         self.corrupt = np.asarray(sorted(corrupt), np.int64)
 
     def batch(self, orders: list[np.ndarray]) -> dict[str, Any]:
-        """Gather a batch, given the records to take from each share."""
+        """Gather a batch, given which records of each share it takes."""
         parts = []
         for device, shares in self._shares.items():
             index = [orders[share] + i * self._records for i, share in enumerate(shares)]
@@ -141,7 +141,11 @@ class _Shares:
 def load_images(
     source: Source, config: ClassificationData, records: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Decode records in threads: images, labels, heights and widths, and the places of those that were replaced."""
+    """Decode records in threads. Records that cannot be decoded are replaced by others.
+
+    Returns:
+        Images `n h w c`, labels `n`, heights and widths `n 2`, and the positions of the records that were replaced.
+    """
     side = stored_size(config)
     images = np.empty((len(records), *side, config.channels), np.uint8)
     labels = np.empty(len(records), np.int32)

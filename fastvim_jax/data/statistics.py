@@ -1,4 +1,4 @@
-"""Mean and deviation of every channel of a data set: counted once, stored beside the data, used from there."""
+"""Compute mean and standard deviation of a data set's channels once, and store them beside the data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILE = "statistics.json"
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of all pixels of some images, on a pixel scale of 0 to 1.
+    """Hold the channels' statistics over all pixels of all images, on a pixel scale of 0 to 1.
 
     Attributes:
-        names: channel names.
-        mean: by channel.
-        std: by channel, over all pixels of all images.
+        names: names of the channels.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
         images: number of images counted.
         skipped: names of images that could not be decoded.
     """
@@ -37,10 +37,10 @@ class Statistics:
 def count_statistics(
     images: Iterable[np.ndarray], names: Sequence[str], skipped: Sequence[str] = ()
 ) -> Statistics:
-    """Count the statistics of uint8 images `h w c`; sums are integers, so the order of images does not matter.
+    """Compute the statistics of uint8 images `h w c`. Sums are integers, so the order of images does not matter.
 
     Raises:
-        UserError: no image, one of another number of channels, or a channel that is constant in all images.
+        UserError: there is no image, an image has another number of channels, or a channel has one value everywhere.
     """
     count, pixels = 0, 0
     total = np.zeros(len(names), np.int64)

@@ -1,4 +1,4 @@
-"""Read an image that a user names: a file, or a member of a tar file, `photos.tar/2024/cat.jpg`."""
+"""Read an image that a user names: a file, or a member of a tar file such as `photos.tar/2024/cat.jpg`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastvim_jax.errors import UserError
 
 
 def list_members(shard: str) -> list[str]:
-    """List the regular files of a tar file, `shard/member` each, in the archive's order.
+    """List the regular files of a tar file as `shard/member`, in the archive's order.
 
     Raises:
-        UserError: it is no tar file, or is damaged or cut short.
+        UserError: `shard` is not a tar file, or is damaged or cut short.
     """
     return [f"{shard}/{member}" for member in _index(shard, _version(shard))]
 
@@ -57,7 +57,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _version(shard: str) -> tuple[int, int]:
-    """Return what changes when the file does, so that no old index of it is used."""
+    """Return the file's time and size. Both key the cache of indices, so that a changed file is indexed again."""
     try:
         status = os.stat(shard)
     except OSError as error:
@@ -67,7 +67,7 @@ def _version(shard: str) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4)
 def _index(shard: str, version: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Return offset and size by member; of several of one name the last counts, as tar itself does."""
+    """Return offset and size in bytes by member. If a name comes several times, the last counts, as for tar itself."""
     try:
         with tarfile.open(shard, "r:") as tar:
             # Links and devices are no files; a sparse file's bytes do not lie in one piece.
@@ -78,7 +78,7 @@ def _index(shard: str, version: tuple[int, int]) -> dict[str, tuple[int, int]]:
             }
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(
-            f"{printable(shard)} cannot be read as a tar file: {error}. Unpack a compressed one first."
+            f"{printable(shard)} cannot be read as a tar file: {error}. If it is compressed, unpack it first."
         ) from None
     if found and max(offset + size for offset, size in found.values()) > version[1]:
         raise UserError(f"{printable(shard)} is cut short: its last member ends past its end.")

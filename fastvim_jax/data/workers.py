@@ -1,8 +1,8 @@
-"""Worker processes that end with their parent, however it ends, and that leave the terminal's signals to it.
+"""Make worker processes end with their parent, however it ends, and ignore signals that the parent must answer.
 
-A signal to a whole process group (Ctrl-C, a scheduler, a closed terminal) is the parent's to answer: it finishes the
-step, saves and ends its workers. So workers are started with these signals blocked, as they inherit the mask, and a
-thread of each takes them off the queue. Only a SIGTERM from the parent itself ends a worker.
+A signal to a whole process group (Ctrl-C, a scheduler, a closed terminal) is answered by the parent alone: it finishes
+the step, saves and ends its workers. So workers inherit a mask that blocks these signals, and a thread in each worker
+takes them off the queue. Only a SIGTERM from the parent itself ends a worker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def signals_blocked() -> Iterator[None]:
     """Block the terminal's signals in this thread, and so in the processes and threads that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        # Python would start it together with the first worker, and unblocks two of the signals when it does.
+        # Start the tracker now. Otherwise Python starts it with the first worker and unblocks two of the signals.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
@@ -33,10 +33,10 @@ def signals_blocked() -> Iterator[None]:
 
 
 def guard_worker(parent: int, *_: int) -> None:
-    """Prepare this process to be a worker of the process `parent`; to be called as it starts.
+    """Prepare this process to be a worker of the process `parent`. Call it when the worker starts.
 
-    When the parent is gone, killed perhaps, the worker ends within a second, and the shared memory of both is freed by
-    Python's resource tracker, which ends when the last of them has.
+    When the parent ends, even if it is killed, the worker ends within a second. Then Python's resource tracker, which
+    runs until the last of them has ended, frees their shared memory.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_with, args=(parent,), name="parent watch", daemon=True).start()

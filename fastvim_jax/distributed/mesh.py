@@ -1,7 +1,7 @@
-"""The mesh: all devices as `data × fsdp`. A batch is split over both axes, parameters over `fsdp` alone.
+"""Make the mesh: all devices as `data × fsdp`. A batch is split over both axes, parameters over `fsdp` alone.
 
-data=N, fsdp=1 keeps everything on every device; data=1, fsdp=N keeps 1/N of the parameters, moments and average on
-each; between the two, groups of fsdp devices hold one copy. The result of a run does not depend on it.
+With N devices, data=N, fsdp=1 keeps all parameters, moments and averaged weights on every device; data=1, fsdp=N keeps
+1/N of them on each. In between, each group of `fsdp` devices holds one copy. The mesh does not change a run's result.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are used.
+    """Say how the devices are used.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field.
     """
 
     data: PositiveInt | None = None
-    """Groups of devices, each of which holds all parameters and its share of the batch; None: as many as there are."""
+    """Groups of devices; each group holds all parameters and its share of the batch. None: use all devices."""
     fsdp: PositiveInt = 1
-    """Devices in a group, over which its parameters, optimizer state and average are spread (FSDP)."""
+    """Devices per group; a group's parameters, optimizer state and averaged weights are spread over them (FSDP)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh.")
@@ -45,9 +45,9 @@ def make_mesh(
     config: MeshConfig = MeshConfig(),
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Make the mesh over `devices`, by default all of all processes; a smaller mesh takes the first.
+    """Make the mesh over `devices`, by default all devices of all processes. A smaller mesh takes the first devices.
 
-    Devices are in the order of their processes, so that each process holds a contiguous share of a batch.
+    Devices are sorted by process, so that each process holds a contiguous share of a batch.
 
     Raises:
         UserError: there are fewer devices than asked for, or some process would be left without one.
@@ -73,7 +73,7 @@ def make_mesh(
 def on_mesh(mesh: Mesh, step: Step) -> Step:
     """Wrap a compiled `step` so that it is traced and run with `mesh` as the ambient mesh.
 
-    Only for its time: computations of one process alone have no place on a mesh of all processes.
+    The mesh is ambient only during the step: what one process computes alone cannot use a mesh of all processes.
     """
 
     @wraps(step)
@@ -98,5 +98,5 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def round_up(size: int, mesh: Mesh) -> int:
-    """Round a batch size up to one that the devices can share evenly: for evaluation, whose padding is not counted."""
+    """Round a batch size up to a multiple of the devices. Use it for evaluation, which does not count padding."""
     return -(-size // mesh.size) * mesh.size

@@ -1,4 +1,4 @@
-"""Load models of images with channels by name, from runs and from saved models."""
+"""Load models of images with named channels (microscopy), from runs and from saved models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastvim_jax.training.run_folder import load_run, read_config
 
 
 def has_channels(source: Path | str) -> bool:
-    """Return whether the model of a run or of a folder of `save_pretrained` is one of images with channels by name.
+    """Return whether the model of a run or of a folder of `save_pretrained` takes images with named channels.
 
     Raises:
-        UserError: neither of these, or a damaged one.
+        UserError: the folder is neither of these, or damaged.
     """
     if is_pretrained(source):
         return isinstance(read_model_config(source), ChannelMambaConfig | ChannelViTConfig)
@@ -25,14 +25,14 @@ def has_channels(source: Path | str) -> bool:
 
 
 def load_channel_model(source: Path | str, *, weights: str | None = None) -> tuple[Any, CellsData]:
-    """Load a model of images with channels by name, and the data that say how its images are normalised.
+    """Load a model of images with named channels, and the data config that says how its images are normalised.
 
     Args:
         source: the folder of a run on `CellsData`, or of `save_pretrained`.
-        weights: of a run, `raw` or `ema`; None: the average if the run kept one.
+        weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
 
     Raises:
-        UserError: no such folder, or a model of other images.
+        UserError: there is no such folder, or its model takes other images.
     """
     if not is_pretrained(source):
         run = load_run(source, weights=weights)
@@ -42,7 +42,7 @@ def load_channel_model(source: Path | str, *, weights: str | None = None) -> tup
     images = found.preprocessing
     if not isinstance(config, ChannelMambaConfig | ChannelViTConfig):
         raise UserError(
-            f"{source} holds a {type(found.model).__name__}, no model of images with channels by name."
+            f"{source} holds a {type(found.model).__name__}, not a model of images with named channels."
         )
     data = CellsData(
         source="digits",  # No records are read.
@@ -57,10 +57,10 @@ def load_channel_model(source: Path | str, *, weights: str | None = None) -> tup
 
 
 def channel_data(config: Any, run_dir: Path | str) -> CellsData:
-    """Return the data of a run's config.
+    """Return the data config of a run.
 
     Raises:
-        UserError: the run was not trained on data with channels by name.
+        UserError: the run was not trained on images with named channels.
     """
     if not isinstance(getattr(config, "data", None), CellsData):
         raise UserError(f"{str(run_dir)!r} was not trained on images of many channels (CellsData).")

@@ -1,4 +1,4 @@
-"""Detect objects in image files with a trained run: drawings, and boxes and masks in COCO's results format."""
+"""Detect objects in image files with a trained run: draw them, and write boxes and masks in COCO's format."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NAMED = 5
 
 
 def make_detector(run: Run) -> DetectOne:
-    """Return a function from RGB pixels of any size to detections, best first.
+    """Return a function from RGB pixels of any size to detections, highest score first.
 
-    Each is a dictionary of `category_id` (the label, from 0), `bbox` [x, y, width, height] in pixels of the image,
-    `score` and, of a detector with masks, `segmentation` (RLE). The model is compiled once, whatever the images' sizes.
+    A detection is a dictionary of `category_id` (the label, from 0), `bbox` [x, y, width, height] in pixels of the
+    image, `score` and, if the detector has masks, `segmentation` (RLE). The model is compiled once for all image sizes.
 
     Args:
         run: a detection run, from `load_run`.
@@ -58,9 +58,9 @@ def make_detector(run: Run) -> DetectOne:
 
 
 def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
-    """Detect objects in files, draw NAME_detections.png of each, and write all to detections.json.
+    """Detect objects in files, draw NAME_detections.png for each file, and write all objects to detections.json.
 
-    The JSON file has COCO's instances format: `images`, `categories` and, with scores, `annotations`.
+    The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`.
     """
     detect = make_detector(run)
     names = dict(enumerate(run.class_names))

@@ -1,11 +1,11 @@
 """Export a trained classifier to one file that runs with JAX and NumPy alone.
 
-The file is an uncompressed `.npz` without pickles: the program as `jax.export` serialises it, the weights as arrays
-beside it, and a JSON text about them: preprocessing constants, class names, versions and a checksum. The program takes
-uint8 images, normalises them inside, and returns logits. docs/inference.md has the ten lines that load it.
+The file is an uncompressed `.npz` without pickles. It holds the program as `jax.export` serialises it, the weights as
+arrays, and a JSON text about them: preprocessing constants, class names, versions and a checksum. The program takes
+uint8 images, normalises them, and returns logits. docs/inference.md has the ten lines that load it.
 
-A portable program takes any batch size and runs on CPUs and CUDA devices through XLA. A fast one holds the Mosaic GPU
-kernels: it runs on Hopper GPUs with the one batch size that it was exported for.
+A portable program takes any batch size and runs on CPUs and CUDA devices through XLA. A fast program holds the Mosaic
+GPU kernels; it runs on Hopper GPUs only, with the one batch size that it was exported for.
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ PLATFORMS = ("cpu", "cuda")
 def export_classifier(
     source: Run | Pretrained, file: Path | str, *, fast: bool = False, batch: int | None = None
 ) -> dict[str, Any]:
-    """Write the program of a trained classifier, its weights and what a user of them needs to know.
+    """Write the program of a trained classifier, its weights, and a description of both.
 
     Args:
         source: a trained classifier, from `load_run` or `load_pretrained`.
         file: the `.npz` file to write.
-        fast: hold the GPU kernels; otherwise the program is portable.
-        batch: images of a call; None, for portable programs alone, leaves it open.
+        fast: use the GPU kernels; otherwise the program is portable.
+        batch: images per call. None allows any number; only a portable program can do that.
 
     Returns:
-        What the file says of itself (its entry `about`).
+        The description (the file's entry `about`).
 
     Raises:
-        UserError: the model is of another task; a fast program without `batch`, or whose model no kernel runs.
+        UserError: the model is not a classifier; or the program is to be fast, and `batch` is None or no kernel runs
+            this model.
     """
     data = _data_of(source)
     model: Any = source.model
@@ -82,7 +83,9 @@ def export_classifier(
     )
     platforms = ("cuda",) if fast else PLATFORMS
     if fast and (missing := gpu.kernels_missing()) is not None:
-        raise UserError(f"a fast program is made where it is to run: {missing}.")
+        raise UserError(
+            f"a fast program can only be exported on a machine that runs it: {missing}."
+        )
     with contextlib.nullcontext() if fast else gpu.kernels_off():
         program = export.export(jax.jit(classify), platforms=platforms)(*shapes)
     if fast and "mosaic_gpu" not in program.mlir_module():

@@ -1,4 +1,4 @@
-"""Write weights for others: as a folder of `save_pretrained`, or as a file under the authors' names."""
+"""Write weights for other programs: as a folder of `save_pretrained`, or as one file with the authors' names."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def export_weights(
 
     Args:
         source: a run folder, a folder of `save_pretrained`, or `hf://owner/name`.
-        out: the folder to write; of torch, a file that ends in .safetensors, or in .pth, .pt or .ckpt, which needs
-            PyTorch.
-        to: "folder": safetensors of this library's names, config and model card, which every command takes.
-            "torch": one file under the names and in the layouts of the authors' PyTorch code.
-        weights: of a run, `raw` or `ema`; None: the average if the run kept one.
-        step: of a run, which checkpoint, or `best`; by default the latest.
+        out: the folder to write; with to="torch", the file to write, which ends in .safetensors, .pth, .pt or .ckpt
+            (the last three need PyTorch).
+        to: "folder": safetensors under this library's names, config and model card, which every command takes.
+            "torch": one file with the names and layouts of the authors' PyTorch code.
+        weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
+        step: for a run, the checkpoint's step or `best`; by default the latest.
         dtype: "float32", or "bfloat16" for half as many bytes.
-        licence: what the model card says of it.
+        licence: licence of the weights, a text for the model card.
 
     Raises:
-        UserError: no such source; `out` has another ending or holds other files; PyTorch is missing.
+        UserError: there is no such source; `out` has another ending or holds other files; PyTorch is missing.
     """
     out = Path(out)
     if to == "torch" and out.suffix not in (".safetensors", *TORCH):
@@ -78,11 +78,11 @@ def export_weights(
 
 
 def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") -> None:
-    """Write a model's weights under the authors' names, in a .pth file below `state_dict`, where their code keeps them.
+    """Write a model's weights under the authors' names. A .pth file holds them in `state_dict`.
 
     Raises:
-        UserError: another dtype; there is no table of names for the model; PyTorch is missing; the
-            folder of `out` cannot be made.
+        UserError: `dtype` is another one; there is no table of names for the model; PyTorch is missing; the folder of
+            `out` cannot be made.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
@@ -100,8 +100,8 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
         import torch
     except ImportError:
         raise UserError(
-            f"{out} needs PyTorch: pip install 'fastvim-jax[torch]', or write .safetensors, which the authors' names "
-            "fit as well."
+            f"{out} needs PyTorch: pip install 'fastvim-jax[torch]', or write a .safetensors file, which holds the "
+            "same names."
         ) from None
     tensors = {
         name: torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype))
@@ -111,7 +111,7 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
 
 
 def card_of(run: Run, folder: Path | str) -> dict[str, str]:
-    """Return headings and texts of a run's model card: its data, its training and its results."""
+    """Return the sections of a run's model card, text by heading: its data, its training and its results."""
     config: Any = run.config
     data = config.data
     where = f" in a folder {Path(data.path).name}" if data.path else ""

@@ -1,4 +1,4 @@
-"""Say how a run's images become the model's input, in the form in which saved models keep it."""
+"""Convert between a run's data config and the preprocessing that a saved model keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvim_jax.training.run_folder import Run
 
 
 def preprocessing_of(run: Run) -> Preprocessing:
-    """Return how a run's images become the model's input in its evaluation."""
+    """Return the preprocessing of a run's evaluation: how images become the model's input."""
     config: Any = run.config
     data = config.data.resolved() if isinstance(config.data, CellsData) else config.data
     names = data.names if isinstance(data, CellsData) else ()
@@ -27,7 +27,7 @@ def preprocessing_of(run: Run) -> Preprocessing:
 
 
 def photographs_data(preprocessing: Preprocessing, channels: Literal[1, 3]) -> ClassificationData:
-    """Return the data config of a saved model of photographs; its source is never read."""
+    """Return a data config that preprocesses photographs as a saved model needs. Nothing reads its source."""
     return ClassificationData(
         source="digits",
         image_size=preprocessing.image_size,

@@ -1,4 +1,4 @@
-"""Segment image files of any size with a trained run: classes of all pixels, drawings and masks."""
+"""Segment image files of any size with a trained run: predict every pixel's class, and write drawings and masks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
 
     Args:
         run: a segmentation run, from `load_run`.
-        windows: windows of one call of the model; None: as in the run's evaluation.
+        windows: number of windows per call of the model; None: as in the run's evaluation.
     """
     config = run.config
     assert isinstance(config, SegmentationConfig)
@@ -55,10 +55,10 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
 
 
 def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
-    """Segment files and write, for each, NAME_overlay.png and NAME_mask.png; see `drawings.draw_files`.
+    """Segment files and write NAME_overlay.png and NAME_mask.png for each; see `drawings.draw_files`.
 
-    A mask holds the labels that the training masks have: class k is k, or k + 1 where 0 means unlabelled. It is an
-    8-bit PNG with a palette, so that it shows in colours.
+    A mask holds the same labels as the training masks: class k is k, or k + 1 if 0 means unlabelled. It is an 8-bit PNG
+    with a palette, so that viewers show it in colours.
     """
     config = run.config
     assert isinstance(config, SegmentationConfig)

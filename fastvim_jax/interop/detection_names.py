@@ -1,4 +1,7 @@
-"""The table between the names of a Cascade Mask R-CNN in PyTorch (MMDetection's, and the authors' neck) and ours."""
+"""Map the names of a Cascade Mask R-CNN in PyTorch (MMDetection's heads, the authors' neck) to ours.
+
+`torch_names` says how to read an entry.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ SIMPLE_FPN: Entries = [
 
 RPN: Entries = [
     *_layer("rpn_conv.{i}.conv", "convs.{i}", CONV),
-    *_layer("rpn_conv", "convs.0", CONV),  # a single one has no number there
+    *_layer("rpn_conv", "convs.0", CONV),  # a single convolution has no number in PyTorch
     *_layer("rpn_cls", "cls", CONV),
     *_layer("rpn_reg", "reg", CONV),
 ]

@@ -1,4 +1,4 @@
-"""Masked autoencoders under the authors' PyTorch names: an encoder named as a classifier, and a decoder."""
+"""Map the authors' PyTorch names of masked autoencoders to ours. The encoder has the names of a classifier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastvim_jax.models.vit import VisionTransformer
 def masked_autoencoder_names(
     encoder: list[tuple[str, str, Layout]],
 ) -> list[tuple[str, str, Layout]]:
-    """Return the names of a masked autoencoder whose encoder has the names `encoder` in a classifier."""
+    """Return the table of a masked autoencoder, given the table `encoder` of a classifier like its encoder."""
     blocks = [
         entry for entry in encoder if "{i}" in entry[0] and not entry[0].startswith("outnorm")
     ]
@@ -52,9 +52,9 @@ MASKED_TABLES = {
 
 
 def fixed_tables(model: MaskedAutoencoder) -> dict[str, np.ndarray]:
-    """Return the position tables `1 l d`, which the authors keep among the weights and this library computes.
+    """Return the position tables `1 l d`, which the authors store among the weights and this library computes.
 
-    A class token has the first row, which is zero.
+    If there is a class token, its row is the first and is zero.
     """
     config = model.config
     widths = {"pos_embed": config.encoder.embed_dim, "decoder_pos_embed": config.decoder_dim}
@@ -69,7 +69,11 @@ def fixed_tables(model: MaskedAutoencoder) -> dict[str, np.ndarray]:
 def without_tables(
     model: MaskedAutoencoder, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Drop the fixed position tables; raise if they are not the sin-cos tables."""
+    """Return `arrays` without the fixed position tables.
+
+    Raises:
+        UserError: a table is not the sin-cos table of this model.
+    """
     tables = fixed_tables(model)
     for name, table in tables.items():
         given = arrays.get(name)

@@ -1,9 +1,9 @@
 """Read the arrays of a PyTorch checkpoint without PyTorch, and without running anything that the file holds.
 
 A `.pth` or `.ckpt` file of PyTorch 1.6 or newer is a zip archive: `data.pkl` is a pickle that describes the tensors,
-and `data/<key>` are their bytes. A pickle names the functions to call when it is read, so a hostile one can run any
-program. Here it may name the few that rebuild tensors, and those are replaced by functions of this module. Whatever
-else it names (optimizers, `argparse.Namespace`, hooks) becomes an inert `Unread` and is listed, never imported.
+and `data/<key>` are their bytes. A pickle names functions that are called when it is read, so a hostile pickle can run
+any program. Here the few functions that rebuild tensors are replaced by functions of this module. Whatever else a
+pickle names (optimizers, `argparse.Namespace`, hooks) becomes an inert `Unread` and is listed, never imported.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LARGEST_PICKLE = (
-    256 << 20
-)  # bytes; the pickle only describes tensors, and those of FastVim-H take 1 MB
+# In bytes. The pickle only describes the tensors, which takes 1 MB for FastVim-H.
+_LARGEST_PICKLE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ def read_torch_file(path: Path | str) -> dict[Any, Any]:
         path: a `.pth`, `.pt` or `.ckpt` file.
 
     Returns:
-        What was saved, nested as it was: dictionaries, lists, numbers and strings as they are, tensors as NumPy arrays
-        (bfloat16 as `ml_dtypes.bfloat16`), everything else as `Unread`.
+        The saved object, nested as it was: dictionaries, lists, numbers and strings as they are, tensors as NumPy
+        arrays (bfloat16 as `ml_dtypes.bfloat16`), everything else as `Unread`.
 
     Raises:
-        UserError: the file is missing, damaged, of the format before PyTorch 1.6, or holds no dictionary.
+        UserError: the file is missing, damaged, older than PyTorch 1.6, or holds no dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,7 +125,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[Any, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Read a pickle that may name nothing but what rebuilds tensors."""
+    """Read a pickle without importing anything that it names."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, prefix: str) -> None:
         super().__init__(file, encoding="utf-8")
@@ -134,7 +133,7 @@ class _Unpickler(pickle.Unpickler):
         self._storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return our own stand-in for a known name, and an `Unread` class for every other one."""
+        """Return this module's replacement for a function that rebuilds tensors, `Unread` for any other name."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module in ("torch", "torch.storage") and name in _DTYPES:
@@ -146,10 +145,10 @@ class _Unpickler(pickle.Unpickler):
         return type("Unread", (Unread,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage that a tensor names, read once."""
+        """Return the storage that a tensor refers to. Each storage is read once."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise UserError(f"a tensor of an unknown kind of storage: {pid!r}")
+            raise UserError(f"a tensor has an unknown kind of storage: {pid!r}.")
         key = str(key)
         if key not in self._storages:
             member = self._archive.getinfo(f"{self._prefix}data/{key}")
@@ -157,7 +156,7 @@ class _Unpickler(pickle.Unpickler):
                 raise UserError("its tensors are compressed, which torch.save never does.")
             if member.file_size != count * dtype.itemsize:
                 raise UserError(
-                    f"the storage {key} has {member.file_size:,} bytes, {count * dtype.itemsize:,} are described."
+                    f"the storage {key} has {member.file_size:,} bytes, but {count * dtype.itemsize:,} are described."
                 )
             self._storages[key] = _Storage(np.frombuffer(self._archive.read(member), dtype))
         return self._storages[key]
@@ -167,10 +166,10 @@ def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> 
     """Rebuild a tensor: a strided view of its storage, checked against the storage's end, and copied."""
     shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise UserError("a tensor without a storage or with other strides than axes.")
+        raise UserError("a tensor has no storage, or not as many strides as axes.")
     if offset < 0 or min(shape + strides, default=0) < 0:
         raise UserError(
-            f"a tensor of impossible shape {shape}, strides {strides}, offset {offset}."
+            f"a tensor has impossible numbers: shape {shape}, strides {strides}, offset {offset}."
         )
     if math.prod(shape) > storage.values.size:
         raise UserError(f"a tensor of shape {shape} is larger than its storage.")

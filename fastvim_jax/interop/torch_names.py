@@ -1,6 +1,7 @@
-"""The one table between the authors' PyTorch state-dict names and ours.
+"""Map the authors' PyTorch state-dict names to ours, in one table that is read in both directions.
 
-Each entry reads: authors' pattern, our pattern (unstacked name), layout. `{i}` stands for a block or feature index.
+An entry is (the authors' pattern, our pattern, layout). Our patterns are names of unstacked parameters. `{i}` stands
+for the index of a block or feature map. A layout is a pair of functions on arrays: from theirs to ours, and back.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ VISION_TRANSFORMER = [
     ("blocks.{i}.attn.conv1d.bias", "blocks.{i}.attn.conv.bias", SAME),
 ]
 
-# The first entry that fits counts.
+# These stand before the entries of the same names in EMBEDDING, because the first entry that matches is used.
 CHANNEL_EMBEDDING = [
     ("patch_embed.proj.weight", "patch_embed.proj.kernel", CHANNEL_PATCH),
     ("patch_embed.channel_embed.weight", "patch_embed.channel_embed", SAME),
@@ -96,13 +97,13 @@ CHANNEL_MAMBA = [*CHANNEL_EMBEDDING, *VISION_MAMBA]
 CHANNEL_VIT = [*CHANNEL_EMBEDDING, *VISION_TRANSFORMER]
 
 ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    # ChannelViT without sampling keeps it as (1, d, channels, 1, 1).
+    # ChannelViT without channel sampling stores this table as (1, d, channels, 1, 1).
     "patch_embed.channel_embed": (
         "patch_embed.channel_embed.weight",
         lambda w: w[0, :, :, 0, 0].T,
     )
 }
-"""Second names of some of the authors' entries: (name in the tables, the layout's change to the one there)."""
+"""Other names that some of the authors' models use: (name in the tables, function to the layout of that name)."""
 
 
 def resolve_aliases(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def resolve_aliases(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NameTable:
-    """Translates names and array layouts in both directions."""
+    """Translate names and array layouts in both directions."""
 
     entries: tuple[tuple[str, str, Layout], ...]
 

@@ -1,4 +1,4 @@
-"""Names of mmseg's heads and of the necks, beside ours; see `torch_names` for how an entry reads."""
+"""Map the names of mmseg's heads and of the necks to ours; `torch_names` says how to read an entry."""
 
 from __future__ import annotations
 
@@ -71,4 +71,4 @@ SEGMENTOR: Entries = [
     *prefixed("decode_head.", "decode_head.", UPER_HEAD),
     *prefixed("auxiliary_head.", "auxiliary_head.", FCN_HEAD),
 ]
-"""Heads of a whole model; the backbone's entries come before, under `backbone.`, and the neck's behind."""
+"""Heads of a whole model. The caller puts the backbone's entries (`backbone.`) before them and the neck's after."""

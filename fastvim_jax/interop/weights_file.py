@@ -17,15 +17,15 @@ from fastvim_jax.models.parameters import check_numbers
 from fastvim_jax.models.safetensors_file import read_safetensors
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin")
-# Where training programs keep the weights, the averaged ones first: those are what the authors evaluate and release.
+# Entries in which training programs keep weights. Averaged ones come first, as the authors evaluate and release them.
 _PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-# What programs put before every name.
+# Prefixes that programs put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-# Every backbone has one of these, so what stands before it is the wrapper's: Lightning modules hold metrics and losses
-# beside the model, and averages of it.
+# Every backbone has one of these names, so a longer name shows the wrapper's prefix. Lightning modules hold metrics,
+# losses and averaged weights beside the model.
 _ANCHORS = ("patch_embed.proj.weight", "patch_embed.proj.kernel")
 PROBE_EPS = 1e-6
-"""What linear probes after masked pre-training add to the variance."""
+"""Number that the batch norm of a linear probe after masked pre-training adds to the variance."""
 _OTHER_PARTS = ("neck", "decode_head", "auxiliary_head", "rpn_head", "roi_head", "stages")
 
 
@@ -37,7 +37,7 @@ class WeightsFile:
         arrays: names to arrays, as stored.
         place: the entry of the file that held them, for example `state_dict_ema`; empty if it was the file itself.
         ignored: descriptions of everything else in the file.
-        notes: what was made of arrays that are under other names here than in the file.
+        notes: one line for each change of arrays that have other names here than in the file.
     """
 
     arrays: dict[str, np.ndarray]
@@ -47,7 +47,7 @@ class WeightsFile:
 
 
 def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsFile:
-    """Read the weights of a safetensors file or a PyTorch checkpoint; nothing in the file is run.
+    """Read the weights of a safetensors file or a PyTorch checkpoint, without running anything in the file.
 
     Args:
         path: a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file.
@@ -55,7 +55,7 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
             (`state_dict_ema`, `model_ema`), else `state_dict`, `model` or the file itself.
 
     Raises:
-        UserError: another kind of file; a damaged one; no such entry; numbers that are complex or not finite.
+        UserError: the file is of another kind or damaged; it has no entry `place`; weights are complex or not finite.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -71,9 +71,9 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
 
 
 def _fold_probe_head(found: WeightsFile) -> WeightsFile:
-    """Turn the head of a linear probe, a batch norm without parameters and a linear layer, into one linear layer.
+    """Fold the head of a linear probe, a batch norm without parameters and a linear layer, into one linear layer.
 
-    W (x - mean) / sqrt(variance + eps) + b is linear in x.
+    This is possible because W (x - mean) / sqrt(variance + eps) + b is affine in x.
 
     Raises:
         UserError: the head's arrays do not fit together.
@@ -122,9 +122,9 @@ def _tensors(value: Any) -> dict[str, np.ndarray]:
 
 
 def _unwrap(found: WeightsFile) -> WeightsFile:
-    """Drop what a wrapper (DataParallel, torch.compile, Lightning) put before the names; list what is beside the model.
+    """Drop prefixes of wrappers (DataParallel, torch.compile, Lightning), and list the arrays beside the model.
 
-    Of several models in one wrapper the averaged one is taken. A segmentation or detection model stays whole.
+    If a wrapper holds several models, the averaged one is taken. A segmentation or detection model is kept whole.
     """
     arrays = found.arrays
     for prefix in _PREFIXES:

@@ -1,4 +1,4 @@
-"""The depthwise causal convolution in front of the scan."""
+"""Define the depthwise causal convolution that comes before the scan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pallas_kernels import causal_conv1d
 
 
 class DepthwiseConv(nnx.Module):
-    """Causal depthwise convolution followed by SiLU; the last tap meets the current token. Kernel `k e`."""
+    """Apply a causal depthwise convolution, then SiLU.
+
+    The kernel is `width channels`. Its last tap multiplies the current token.
+    """
 
     def __init__(self, channels: int, width: int, *, bias: bool, dtype, rngs: nnx.Rngs):
         uniform = init.fan_in_uniform(width)

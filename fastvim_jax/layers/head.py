@@ -1,4 +1,4 @@
-"""The linear classifier on top of a backbone."""
+"""Build the linear classifier on top of a backbone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvim_jax.precision import Precision
 def make_head(
     width: int, classes: int, *, kernel_init: Initializer, precision: Precision, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """Build the linear layer from features of `width` to `classes` logits, which are float32 or wider."""
+    """Build the linear layer from features `b width` to logits `b classes`, which are float32 or wider."""
     return nnx.Linear(
         width,
         classes,

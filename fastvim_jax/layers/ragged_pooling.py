@@ -1,8 +1,8 @@
-"""FastMaskVim: pooling over a grid that lacks tokens, other ones in every image.
+"""Pool rows of a grid in which tokens are missing, other ones in every image (FastMaskVim).
 
-A row's step reads the sum of the tokens that it has, divided by the number of columns of the whole grid (or by the
-number of tokens, or their maximum). A row without tokens is a step too and reads zero. Which token lies in which row
-is an array, so masks may differ between images and calls under one compiled program.
+Each row of the grid is one step of the scan. It reads the sum of the row's tokens divided by the number of columns of
+the whole grid, or divided by the number of the row's tokens, or their maximum. A row without tokens reads zero. An
+array says which token is in which row, so masks may differ between images and calls of one compiled program.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from pallas_kernels.dtypes import wide_dtype
 
 @dataclass(frozen=True, eq=False)
 class RaggedPooling:
-    """One step per row of a grid of which an image has only some tokens. Build it with `ragged_pooling`.
+    """Pool to one step per row of a grid of which an image has only some tokens. Build it with `ragged_pooling`.
 
     Args:
         rows, columns: The whole grid in scan order.
         row_ids: Row of every token in scan order, for the forward direction, `b l`.
-        reverse_ids: The rows that the backward direction pairs with the tokens.
-        order: Stored place of the token that is visited at each step, `b l`; None: tokens are visited as stored.
+        reverse_ids: Row of every token in scan order, for the backward direction, `b l`; see `reversal` of
+            `ragged_pooling`.
+        order: Stored place of the token at each place of the scan order, `b l`; None: both orders are the same.
         inverse: The inverse permutation of `order`.
-        valid: False at padded places in scan order, `b l`; None: there are none.
+        valid: False at padded places in scan order, `b l`; None: no place is padded.
         method: "mean", "max", or "none": every token is a step (Vim with padding).
         divisor: "row_length" divides a row's sum by `columns`, "count" by its number of tokens plus 1e-6.
         scale: Factor on the pooled mean.
@@ -52,12 +53,12 @@ class RaggedPooling:
 
     @property
     def every_token(self) -> bool:
-        return False  # padding must be taken out even where nothing is pooled
+        return False  # Padding must be set to zero even if nothing is pooled.
 
     def to_scan_order(self, x: Inner) -> Inner:
         if self.order is not None and self.inverse is not None:
             x = move_tokens(x, self.order, self.inverse)
-        # Zeros are what a convolution sees beyond either end of a sequence.
+        # Padding becomes zero, so that a convolution sees it like the outside of the sequence.
         return x if self.valid is None else jnp.where(self.valid[:, :, None], x, 0)
 
     def from_scan_order(self, y: Inner) -> Inner:
@@ -76,7 +77,7 @@ class RaggedPooling:
         member = self._members(reverse)
         if self.method == "max":
             return _largest(x, member).astype(wide)
-        # A product, because scattered sums change from run to run on GPUs.
+        # A matrix product, because scatter-adds round differently from run to run on GPUs.
         sums = jnp.einsum(
             "bsl,ble->bse", member.astype(x.dtype), x,
             precision="highest", preferred_element_type=wide,
@@ -118,7 +119,7 @@ def ragged_pooling(
         transposed: Visit the tokens column by column and pool along the rows' axis (every other block).
         reversal: "released": the backward direction reverses the tokens and not their rows, as the released weights
             were trained, so that it mixes tokens of different rows; "consistent": each token keeps its own row.
-        counts: Tokens of every image; the rest of its places is padding. None: all places are tokens.
+        counts: Number of tokens of each image; its other places are padding. None: all places are tokens.
         method, divisor, scale: See `RaggedPooling`.
     """
     rows, columns = grid
@@ -153,12 +154,12 @@ def gather_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def move_tokens(x: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
-    """Take tokens as `gather_tokens` does, with a gradient that is a gather too, where JAX's own is a scatter.
+    """Take tokens as `gather_tokens` does, but compute the gradient by a gather, where JAX would use a scatter.
 
     Args:
         x: `b k d`.
-        places: token of x that each token of the result is, `b l`.
-        back: token of the result whose gradient each token of x gets, `b k`.
+        places: index in x of each token of the result, `b l`.
+        back: index in the result of each token of x, whose gradient it gets, `b k`.
     """
     return gather_tokens(x, places)
 
@@ -170,7 +171,7 @@ move_tokens.defvjp(
 
 
 def _largest(x: Inner, member: Bool[Array, "b s l"]) -> Pooled:
-    """Return every row's maximum, 0 for an empty row; its gradient goes to the first token that attains it."""
+    """Return every row's maximum, 0 for an empty row. The gradient goes to the first token that attains it."""
     candidates = jnp.where(member[..., None], x[:, None], -jnp.inf)
     place = jnp.argmax(candidates, axis=2)
     return jnp.where(member.any(axis=2)[..., None], jnp.take_along_axis(x, place, axis=1), 0)

@@ -1,6 +1,6 @@
-"""Resampling of feature maps by small matrices: bilinear resizing and adaptive average pooling.
+"""Resample feature maps by small matrices, one per axis: bilinear resizing and adaptive average pooling.
 
-A matrix of each axis is exact in every dtype and differentiable, and a product of it runs on tensor cores.
+Matrix products are differentiable and run on tensor cores, and their sums are float32 or wider for every dtype.
 """
 
 from __future__ import annotations

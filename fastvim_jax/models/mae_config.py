@@ -1,4 +1,4 @@
-"""Configuration of a masked autoencoder: the classifier's config of its encoder, and what the decoder and mask add."""
+"""Configure a masked autoencoder: its encoder by a classifier's config, its decoder, and its mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvim_jax.precision import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedAutoencoderConfig:
-    """A masked autoencoder: its encoder, its decoder and its mask.
+    """Describe a masked autoencoder: its encoder, its decoder and its mask.
 
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
@@ -31,10 +31,11 @@ class MaskedAutoencoderConfig:
     decoder_heads: int = 16
     """Attention heads of a ViT's decoder; must divide decoder_dim. Unused with a Mamba encoder."""
     divisor: Literal["row_length", "count"] = "row_length"
-    """A pooled row's sum is divided by the columns of the whole grid, or by the row's tokens (true mean, Table 12)."""
+    """What a pooled row's sum is divided by. row_length: the columns of the whole grid. count: the number of the row's
+    tokens, which gives their true mean (Table 12 of the paper)."""
     reversal: Literal["released", "consistent"] = "released"
-    """The backward direction reverses the tokens and not their rows, as in the released weights, or each token keeps
-    its own row."""
+    """released: the backward direction reverses the tokens and not their rows, as the released weights were trained.
+    consistent: each token keeps its own row."""
 
     def __post_init__(self) -> None:
         encoder = self.encoder
@@ -93,7 +94,7 @@ class MaskedAutoencoderConfig:
 
     @property
     def num_classes(self) -> int:
-        """Classes: none."""
+        """Number of classes: 0, because the model predicts pixels."""
         return 0
 
     @property
@@ -103,7 +104,7 @@ class MaskedAutoencoderConfig:
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Pixels, height and width."""
+        """Height and width in pixels."""
         return self.encoder.image_size
 
     @property
@@ -118,22 +119,22 @@ class MaskedAutoencoderConfig:
 
     @property
     def matmul_precision(self) -> str:
-        """How float32 products are carried out on a GPU."""
+        """How a GPU computes float32 products."""
         return self.encoder.matmul_precision
 
     @property
     def kept(self) -> int:
-        """Patches that a random mask keeps of an image of `image_size`."""
+        """Number of patches that a random mask keeps of an image of `image_size`."""
         return kept_count(self.grid[0] * self.grid[1], self.mask_ratio)
 
 
 def replace_masked_options(
     config: MaskedAutoencoderConfig, **options: Any
 ) -> MaskedAutoencoderConfig:
-    """Return `config` with `options` replaced: its own fields, or its encoder's.
+    """Return `config` with `options` replaced, which are fields of its own or of its encoder.
 
     Raises:
-        UserError: an option that neither has (nearest names suggested), or a bad value.
+        UserError: neither has such an option (the message suggests names), or a value is bad.
     """
     own = {f.name for f in dataclasses.fields(config)}
     encoder = {f.name for f in dataclasses.fields(config.encoder)} - {"num_classes"}

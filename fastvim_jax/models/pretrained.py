@@ -35,22 +35,22 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 HUB = "hf://"
-"""Stands before the name of a repository on the Hugging Face hub where a folder might be meant."""
+"""Prefix that tells the name of a repository on the Hugging Face hub from a folder."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the model's input: resized, cropped in the centre, and normalised.
+    """Say how an image becomes the model's input: it is resized, cropped in the centre, and normalised.
 
     Attributes:
-        image_size: pixels of the crop, height and width.
-        crop: side of the crop over the shorter side of the resized image, from 0 to 1.
-        mean: of each channel, for pixels from 0 to 1.
-        std: of each channel, likewise.
-        channel_names: of a model of microscope images, by number; else empty.
-        normalise_pixels: of a masked autoencoder, whether it predicts pixels normalised by patch.
+        image_size: height and width of the crop in pixels.
+        crop: side of the crop divided by the shorter side of the resized image, from 0 to 1.
+        mean: mean of each channel, for pixels from 0 to 1.
+        std: standard deviation of each channel, for pixels from 0 to 1.
+        channel_names: names of the channels in order, for a model of microscope images; else empty.
+        normalise_pixels: whether a masked autoencoder predicts pixels that are normalised patch by patch.
     """
 
     image_size: tuple[int, int]
@@ -63,12 +63,12 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model as loaded from a folder.
+    """Hold a model that was loaded from a folder.
 
     Attributes:
         model: the NNX model with its weights.
         preprocessing: how images become its input.
-        class_names: by number; empty for a model without classes.
+        class_names: names of the classes in order; empty for a model without classes.
     """
 
     model: nnx.Module
@@ -77,7 +77,7 @@ class Pretrained:
 
 
 def default_preprocessing(config: Any) -> Preprocessing:
-    """Return a model's image size with ImageNet's mean and deviation; without three channels, with 0 and 1."""
+    """Return a model's image size with ImageNet's mean and standard deviation, or 0 and 1 unless it has 3 channels."""
     size, channels = tuple(config.image_size), config.channels
     if channels == len(IMAGENET_MEAN):
         return Preprocessing(size)
@@ -96,15 +96,15 @@ def save_pretrained(
     """Write a model's weights, config and card to a folder.
 
     Args:
-        model: of `create_model` or a run, with its `config`.
-        folder: made if it is missing; a model that lies there is replaced.
-        preprocessing: by default that of `default_preprocessing`.
-        class_names: by number.
-        card: headings and texts of the model card, for example {"Data": ..., "Results": ..., "Licence": ...}.
-        dtype: "float32", or "bfloat16" for files half as large whose weights are rounded.
+        model: a model of `create_model` or of a run, with its `config`.
+        folder: is made if it is missing. A model that is there already is replaced.
+        preprocessing: how images become the model's input; by default `default_preprocessing(model.config)`.
+        class_names: names of the classes in order, or none.
+        card: sections of the model card, text by heading, for example {"Data": ..., "Results": ..., "Licence": ...}.
+        dtype: "float32", or "bfloat16", which rounds the weights and halves the file.
 
     Raises:
-        UserError: another dtype; as many class names as the model has no classes.
+        UserError: `dtype` is another one; the number of class names is not the model's number of classes.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
@@ -124,7 +124,7 @@ def save_pretrained(
         "preprocessing": to_dict(preprocessing),
         "class_names": list(class_names),
     }
-    # The weights come last: a folder without them is not taken for a model.
+    # The weights are written last, because a folder without them does not count as a model.
     (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(
         json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8"
@@ -142,11 +142,11 @@ def load_pretrained(
     Args:
         source: a folder of `save_pretrained`, or the name of a repository on the Hugging Face hub, `owner/name` or
             `hf://owner/name`.
-        revision: of a repository: branch, tag or commit.
-        offline: of a repository: take what an earlier call left in the cache, and ask the network for nothing.
+        revision: branch, tag or commit of a repository.
+        offline: take a repository from the local cache, where an earlier call left it, and do not use the network.
 
     Raises:
-        UserError: no such folder or repository; a damaged file, or one of a newer format; weights that do not fit.
+        UserError: there is no such folder or repository; a file is damaged or of a newer format; weights do not fit.
     """
     folder = _folder_of(source, revision, offline)
     about = _read_config(folder / CONFIG_FILE)
@@ -173,20 +173,20 @@ def read_model_config(source: Path | str) -> Any:
     """Read the config of the model in a folder of `save_pretrained` or a repository, as `load_pretrained` takes them.
 
     Raises:
-        UserError: a missing or damaged file, or one of a newer format; no such repository.
+        UserError: the file is missing, damaged or of a newer format; there is no such repository.
     """
     values = _read_config(_folder_of(source) / CONFIG_FILE)["model"]
     return from_dict(config_class(values.get("class", "")), values, "model")
 
 
 def is_pretrained(source: Path | str) -> bool:
-    """Return whether this names a saved model: a folder of `save_pretrained`, or `hf://owner/name`."""
+    """Return whether `source` names a saved model: a folder of `save_pretrained`, or `hf://owner/name`."""
     files = (Path(source) / WEIGHTS_FILE, Path(source) / CONFIG_FILE)
     return str(source).startswith(HUB) or all(file.is_file() for file in files)
 
 
 def _folder_of(source: Path | str, revision: str | None = None, offline: bool = False) -> Path:
-    """Return the folder itself, or the one in the cache that holds a repository's files."""
+    """Return `source` itself if it is a folder, else the folder in the cache that holds a repository's files."""
     name = str(source)
     folder = Path(source).expanduser()
     if not name.startswith(HUB) and folder.is_dir():
@@ -198,12 +198,12 @@ def check_class_names(names: Sequence[str], config: Any, where: str = "") -> Non
     """Check that there are as many names as a model has classes, or none.
 
     Args:
-        names: by number.
-        config: the model's.
-        where: text for the message that says who gives them.
+        names: names of the classes in order, or none.
+        config: config of the model.
+        where: text for the message that says where the names come from.
 
     Raises:
-        UserError: there are more or fewer.
+        UserError: there are more or fewer names.
     """
     classes = getattr(config, "num_classes", len(names))
     if names and len(names) != classes:
@@ -232,7 +232,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"there is no folder {name}, and a repository on the Hugging Face hub is called owner/name."
+            f"there is no folder {name}, and a repository on the Hugging Face hub would be called owner/name."
         )
     try:
         from huggingface_hub import constants, snapshot_download
@@ -252,9 +252,9 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
         offline = offline or constants.HF_HUB_OFFLINE
         why = "it is not in the cache" if offline else "the hub cannot be reached"
         raise UserError(
-            f"{name}: {why}, and no earlier copy is here. Load it once where the network is, or copy its folder and "
-            "name that; later calls find it in the cache, and offline=True (HF_HUB_OFFLINE=1) asks the network for "
-            "nothing."
+            f"{name}: {why}, and no earlier copy is here. Load it once with a network, or copy its folder from another "
+            "machine and name that folder. Later calls find it in the cache; with offline=True (HF_HUB_OFFLINE=1) they "
+            "do not use the network."
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

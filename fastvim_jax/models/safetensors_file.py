@@ -1,4 +1,4 @@
-"""Read and write safetensors files: the one place of this library that opens one."""
+"""Read and write safetensors files. This is the only place of the library that opens one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastvim_jax.errors import UserError
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     """Read all arrays of a safetensors file by name, bfloat16 as `ml_dtypes.bfloat16`.
 
-    The library checks the header before it makes an array: offsets must cover the file without gaps and agree with
-    shapes and dtypes. A file that was cut off, or whose header lies, is refused.
+    The safetensors package checks the header before it makes an array: offsets must cover the file without gaps and
+    agree with shapes and dtypes. So a truncated file and a wrong header are refused.
 
     Raises:
         UserError: the file is missing, is no regular file, is damaged, or holds a dtype that NumPy has no name for.
@@ -25,7 +25,7 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     path = Path(path)
-    if not path.is_file():  # Opening a named pipe would wait for a writer for ever.
+    if not path.is_file():  # Opening a named pipe would wait for a writer forever.
         raise UserError(f"there is no file {path}.")
     try:
         return load_file(path)

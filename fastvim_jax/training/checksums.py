@@ -12,15 +12,15 @@ from fastvim_jax.training.disk import replace_file
 
 
 def write_checksums(folder: Path, record: Path, *, leave_out: frozenset[str] = frozenset()) -> None:
-    """List the files below `folder` in the JSON file `record`, which appears in one step.
+    """List the files below `folder` in the JSON file `record`, which is written atomically.
 
     Args:
-        folder: a checkpoint whose files are final, whatever the folder is called at the moment.
+        folder: a checkpoint whose files are final. The folder itself may still be renamed.
         record: the list to write; its folder is made.
-        leave_out: names of files directly in `folder` that are still to change.
+        leave_out: names of files directly in `folder` that will still change.
 
     Raises:
-        OSError: when the list cannot be written.
+        OSError: the list cannot be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in files}
@@ -38,7 +38,7 @@ def find_damage(folder: Path, record: Path, items: Container[str] | None = None)
         items: folders directly in `folder` whose files are compared; None: all files.
 
     Returns:
-        What is wrong, in words; None if nothing is.
+        A description of the first damage, or None if there is none.
 
     Raises:
         FileNotFoundError: there is no record.

@@ -25,9 +25,9 @@ def headline_of(config: RunConfig) -> Headline | None:
 
 
 def better_weights(run_dir: Path | str, config: RunConfig, step: int) -> str:
-    """Return `ema`, or `raw` where the run kept no average or its log says that the trained weights score better.
+    """Return `ema`, or `raw` if the run kept no average or its log says that the raw weights score better.
 
-    An average is young for its first 1 / (1 - decay) steps: it is then worse than the weights it is taken of.
+    In the first 1 / (1 - decay) steps or so, the average lags behind and is worse than the raw weights.
     """
     if config.ema_decay is None:
         return "raw"
@@ -40,9 +40,9 @@ def better_weights(run_dir: Path | str, config: RunConfig, step: int) -> str:
 
 
 def best_step(run_dir: Path | str, config: RunConfig, steps: Sequence[int]) -> int | None:
-    """Return the one of `steps` whose evaluation has the best score, of the trained weights or of their average.
+    """Return the step out of `steps` with the best score, of the raw weights or of their average.
 
-    Equal scores: the latest. None if none of them was evaluated.
+    Of equal scores, the latest step is returned. None: no step was evaluated.
     """
     headline = headline_of(config)
     if headline is None:
@@ -57,7 +57,7 @@ def best_step(run_dir: Path | str, config: RunConfig, steps: Sequence[int]) -> i
 
 
 def _value(record: Mapping[str, Any], weights: str, headline: Headline) -> float:
-    """Return a score such that larger is better, minus infinity where there is none."""
+    """Return a score whose sign makes larger better, or minus infinity if there is no score."""
     value = record.get(f"{weights}_{headline.score}")
     if not isinstance(value, int | float) or not math.isfinite(value):
         return -math.inf

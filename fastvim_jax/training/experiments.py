@@ -1,4 +1,8 @@
-"""Load experiment files by name: `digits/fastvim_digits`, or a path to a Python file that sets `config`."""
+"""Load experiment files by name: `digits/fastvim_digits`, or a path to a Python file that sets `config`.
+
+A file's docstring says its source, expected result and cost. `claims`, if it is set, holds the number of classes and
+parameters of the model, which the tests compare with the model that `config` builds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ def experiments_folder() -> Path:
     """Find the folder of the experiments that ship: inside the package when installed, beside it in a checkout.
 
     Raises:
-        UserError: when neither exists.
+        UserError: neither exists.
     """
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "experiments", package.parent / "experiments"):
@@ -48,10 +52,7 @@ def experiment_docs(name: str | Path) -> str:
 
 
 def experiment_claims(name: str | Path) -> dict[str, int]:
-    """Return what an experiment file says of its model in `claims`: `classes` and `parameters`.
-
-    Empty if it says nothing.
-    """
+    """Return the numbers of `classes` and `parameters` that an experiment file claims, or an empty dictionary."""
     return dict(getattr(_load(_find(str(name))), "claims", {}))
 
 

@@ -106,7 +106,7 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
             broken("h", lambda f: (f / "config.json").write_text(other_model(**{"class": "No"}))),
             "no model has a config of class 'No'",
         ),
-        (tmp_path / "nowhere" / "at all", "a repository on the Hugging Face hub is called owner/name"),
+        (tmp_path / "nowhere" / "at all", "a repository on the Hugging Face hub would be called owner/name"),
     ]  # fmt: skip
     for place, said in cases:
         with pytest.raises(UserError, match=said):

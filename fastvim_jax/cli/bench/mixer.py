@@ -26,17 +26,17 @@ class Mixer(Options):
     pixels: tuple[int, ...] = ()
     """Sides of the images, in whole patches of 16; by default 224 to 2048 on a GPU, 64 and 128 elsewhere."""
     batch: int | None = None
-    """Images; by default 128 on a GPU, 2 elsewhere."""
+    """Images per batch; by default 128 on a GPU, 2 elsewhere."""
     width: int | None = None
     """Width of the model; by default 192 (Tiny) on a GPU, 64 elsewhere."""
     parts: tuple[Literal["stages", "core"], ...] = ("stages", "core")
-    """stages: of the state-space part, one by one. core: all between the mixer's two projections."""
+    """stages: the stages of the state-space part, one by one. core: everything between the mixer's two projections."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Dtypes of the core. Stages are measured in float32."""
     directions: tuple[Direction, ...] = ("forward", "both")
-    """forward, or forward and backward with all gradients (of stages: of all together)."""
+    """forward: the forward pass. both: forward and backward, with all gradients (of the stages, only of total)."""
     json: Path | None = None
-    """Keep all rows in this file, with device, versions and commit."""
+    """Write all rows to this file, with device, versions and commit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Checks and steps that all benches share."""
+"""Check options and measure: what all bench commands share."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 class Predict(Options):
     """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
-    Images come from the files, and then from memory, decoded already. `of model` is the share of the model's own speed.
+    Images come from the files, then from memory, already decoded. The column `of model` is the speed of both together
+    as a share of the model's speed alone.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -30,10 +31,10 @@ class Predict(Options):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; by default as `fastvim predict` chooses."""
     images: int | None = None
-    """Images of a measurement, taken again from the first if there are fewer; by default 64 batches on a GPU, 4
+    """Images per measurement; the given ones are repeated if they are fewer. By default 64 batches on a GPU, 4
     elsewhere."""
     repeats: int = 3
-    """Measurements of each kind, of which the median is shown."""
+    """Measurements of each kind; the median is shown."""
     json: Path | None = None
     """Write all rows to this file, with device, versions and commit."""
 

@@ -1,4 +1,4 @@
-"""Turn records into what shards hold, files of images or pixels, and append them to a shard."""
+"""Encode records as shards hold them, as image files or as pixels, and append them to a shard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvim_jax.data.sources.pixels import PixelWriter
 from fastvim_jax.data.transforms import to_array
 
 JPEG_QUALITY = 95
-"""Of images that were resized (4:2:0 chroma); the others keep their bytes."""
+"""Quality of images that were resized (4:2:0 chroma). Other images keep their bytes."""
 
 
 class EncodedShard:
@@ -55,10 +55,10 @@ class PixelShard:
 
 
 def encoded(record: Record, max_size: int | None) -> bytes:
-    """Return the bytes to store for a record; see `prepare`.
+    """Return the bytes of an image file to store for a record; see `prepare`.
 
     Raises:
-        DecodeError: when the image had to be decoded and cannot be.
+        DecodeError: the image must be decoded and cannot be.
     """
     image = record.image
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] not in (1, 3):
@@ -86,7 +86,7 @@ def as_pixels(record: Record, max_size: int | None) -> np.ndarray:
     """Decode a record's image, greyscale `h w 1` or colour `h w 3`, its shorter side at most `max_size`.
 
     Raises:
-        DecodeError: when it cannot be decoded, or has other channels.
+        DecodeError: the image cannot be decoded, or has neither 1 nor 3 channels.
     """
     image = record.image
     if isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""ArrayRecord shards with a manifest, as `fastvim data prepare` writes them.
+"""Read ArrayRecord shards with a manifest, as `fastvim data prepare` writes them.
 
 `<root>/<split>.json` is the manifest: format, class names, settings, and each shard's file, number of records, bytes
 and SHA-256. A record of `<split>-00000-of-00008.array_record` is one line of JSON, `{"label": 3, "name": "..."}`,
@@ -40,7 +40,7 @@ class ArrayRecordSource(PreparedSplit):
     def _read(self, shard: int, place: int, name: str) -> bytes:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        # A reader has one position: threads take turns.
+        # A reader has one position in its file, so threads take turns.
         with self._lock:
             try:
                 if shard not in self._readers:
@@ -76,7 +76,7 @@ def split_record(record: bytes, name: str) -> tuple[dict[str, Any], bytes]:
     """Split a record into header and image, the inverse of `join_record`.
 
     Raises:
-        DecodeError: when the record is none of ours.
+        DecodeError: `join_record` did not write this record.
     """
     header, _, image = record.partition(b"\n")
     try:

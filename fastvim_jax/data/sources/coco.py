@@ -1,7 +1,8 @@
-"""Images with objects in COCO's format: a JSON file of images, annotations and categories beside image folders.
+"""Read images with objects in COCO's format: a JSON file of images, annotations and categories beside image folders.
 
-Objects are boxes [x, y, width, height] with polygons or RLE masks. What cannot be trained on is counted, not fatal:
-see `CocoSource.problems`. Category ids may have gaps; labels count the categories from 0 in the order of their ids.
+Objects are boxes [x, y, width, height] in pixels, with polygons or RLE masks. Annotations that cannot be trained on are
+left out and counted in `CocoSource.problems`. Category ids may have gaps; labels number the categories from 0 in the
+order of their ids.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class CocoSource:
         annotations: the JSON file below `root`.
         images: the folder of the images below `root`.
         training: leave out images without objects and images with a side below `least_side`.
-        least_side: pixels.
+        least_side: smallest side of a training image, in pixels.
         allow_missing: accept images whose file is missing, for a scan that lists them.
-        follow_links: read what links point to outside the root.
+        follow_links: follow links that lead out of the root.
 
     Attributes:
         class_names: names of the categories by label.
         category_ids: COCO's id of each label.
-        problems: how many annotations or images have which problem, by kind.
+        problems: number of annotations or images with each kind of problem.
 
     Raises:
         UserError: a missing or malformed JSON file, or images without a file.
@@ -72,7 +73,7 @@ class CocoSource:
                 return pack_records(content, root / self._images, training, least_side)
             except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
                 raise UserError(
-                    f"{str(self.file)!r}: an entry is not as COCO's instances format has it ({error!r})."
+                    f"{str(self.file)!r}: an entry does not follow COCO's instances format ({error!r})."
                 ) from None
 
         arrays = listed(list_images)
@@ -98,7 +99,7 @@ class CocoSource:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """Content of the JSON file. It is read again where another process listed the images, or for training."""
+        """Content of the JSON file. It is read again if another process listed the images, or for training."""
         return read_json(self.file)
 
     @cached_property
@@ -115,7 +116,7 @@ class CocoSource:
         return Record(data, self.objects(index), printable(str(self._root / path)))
 
     def file_name(self, index: int) -> str:
-        """Return the name of a record's image as the JSON file has it."""
+        """Return the name of a record's image as in the JSON file."""
         return self._names[index]
 
     def objects(self, index: int) -> Objects:
@@ -128,12 +129,12 @@ class CocoSource:
         return Objects(np.array(boxes), np.array(labels), shapes, width, height)
 
     def truth(self, kind: str) -> dict[str, Any]:
-        """Return what detections are judged against: the file's content without what cannot be judged.
+        """Return the ground truth for evaluation: the file's content without annotations that cannot be evaluated.
 
-        Crowds stay. Annotations are numbered from 1, because pycocotools takes an id of 0 for no match.
+        Crowds stay. Annotations get ids from 1, because pycocotools takes an id of 0 for "no match".
 
         Args:
-            kind: bbox, or segm, for which objects without a mask are left out.
+            kind: "bbox", or "segm", which leaves out objects without a mask.
         """
         sizes = {image["id"]: (image["width"], image["height"]) for image in self.content["images"]}
         kept: list[dict[str, Any]] = []
@@ -187,20 +188,20 @@ def draw_shape(
 ) -> Bool[np.ndarray, "h w"]:
     """Draw an object's mask into a crop of the resized image.
 
-    Polygons are moved and then drawn, so nothing larger than the crop is made. An RLE mask is decoded and sampled at
-    the nearest pixel.
+    Polygons are moved and then drawn, so no array is larger than the crop. An RLE mask is decoded and sampled at the
+    nearest pixel.
 
     Args:
         shape: polygons, or RLE.
         size: height and width of the crop.
-        factor: width and height of the resized image over those of the original.
+        factor: width and height of the resized image divided by those of the original.
         offset: left and top of the crop in the resized image.
         mirrored: the resized image is mirrored before it is cropped.
         whole: height and width of the resized image.
-        name: the record, for messages.
+        name: the record's name, for messages.
 
     Raises:
-        DecodeError: RLE that cannot be read.
+        DecodeError: the RLE cannot be read.
     """
     masks = coco_masks()
     height, width = size

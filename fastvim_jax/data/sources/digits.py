@@ -1,4 +1,4 @@
-"""Handwritten digits that ship with scikit-learn: 1,797 greyscale images of 8 x 8 pixels."""
+"""Read the handwritten digits that ship with scikit-learn: 1,797 greyscale images of 8 x 8 pixels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fastvim_jax.data.records import Record
 from fastvim_jax.errors import UserError, suggest
 
 HELD_OUT = 360
+"""Number of images in the split "test", a fifth of all."""
 
 
 class DigitsSource:

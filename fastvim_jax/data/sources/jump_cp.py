@@ -1,14 +1,16 @@
-"""JUMP-CP plates: an index of images with their wells, labelled through the plate map, on disk or in an object store.
+"""Read JUMP-CP plates: an index lists images with their wells, and the plate map labels the wells.
 
-Two layouts are read. What the published models were trained with: a Parquet file with the columns `path` (a `.npy` or
-multi-channel image, relative to the file or absolute, or a URL), `well` and, if wanted, `id`. And the Cell Painting
-Gallery's own: a load_data CSV of CellProfiler with `Metadata_Plate`, `Metadata_Well`, `Metadata_Site` and, for every
-channel, `FileName_Orig<name>` with `PathName_Orig<name>` (one 16-bit TIFF a channel) or `URL_Orig<name>`, and perhaps
-`FileName_Illum<name>` (the illumination function as `.npy`, by which pixels are divided).
+Images are on disk or in an object store. The index has one of two layouts:
 
-A split is named `train`, `val` or `test` (60, 20 and 20 % of the images, by a permutation of seed 0) or `all`, behind
-`compound/`, `crispr/` or `orf/` where the plate is not one of compounds: "crispr/train". Images of one well fall into
-several splits, as in the published models. The published permutation's generator is not known, so its members differ.
+- Parquet, as the published models were trained with. Columns: `path` (a `.npy` file or multi-channel image, absolute,
+  relative to the index, or a URL), `well` and optionally `id`.
+- CSV, as the Cell Painting Gallery has it (CellProfiler's load_data). Columns: `Metadata_Plate`, `Metadata_Well`,
+  `Metadata_Site`; for each channel either `FileName_Orig<name>` and `PathName_Orig<name>` (one 16-bit TIFF per channel)
+  or `URL_Orig<name>`; optionally `FileName_Illum<name>` (the illumination function, `.npy`, that divides the pixels).
+
+A split is `train`, `val` or `test` (60, 20 and 20 % of the images, by a permutation of seed 0) or `all`. The plate's
+kind comes before it unless the plate holds compounds: "crispr/train", "orf/all". Images of one well fall into several
+splits, as for the published models. The generator of their permutation is not published, so the members differ.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from fastvim_jax.errors import UserError, suggest
 SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 SPLIT_SEED = 0
 ATTEMPTS = 4
-"""Times that a file of an object store is asked for, with 1, 2 and 4 seconds between."""
+"""Number of times that a file is requested from an object store, with pauses of 1, 2 and 4 seconds."""
 INDEX = ("index.parquet", "load_data_with_illum.csv", "load_data.csv")
 
 
@@ -46,10 +48,10 @@ class Site:
     """One field of view.
 
     Attributes:
-        name: what identifies it: plate, well and site, or the path.
-        well: as the index names it.
-        files: the image's one file, or one a channel; paths or URLs.
-        illumination: illumination function of each channel, "" for one that has none, or ().
+        name: plate, well and site, or the id or path in a Parquet index.
+        well: name of the well, as in the index.
+        files: paths or URLs: one file with all channels, or one per channel.
+        illumination: path or URL of each channel's illumination function, "" for a channel that has none, or ().
     """
 
     name: str
@@ -62,8 +64,8 @@ class JumpCpSource:
     """One split of a plate; records hold pixels uint8 `h w c` or the bytes of a file of all channels.
 
     Attributes:
-        channel_names: names of the channels in order, where the index has them.
-        notes: what was left out and why, one line for each kind.
+        channel_names: names of the channels in order, or () if the index does not name them.
+        notes: one line for each kind of image that was left out, with the reason.
     """
 
     def __init__(self, index: str, split: str, *, tables: Path | None = None) -> None:
@@ -96,7 +98,7 @@ class JumpCpSource:
 
     @cached_property
     def _cache(self) -> Path:
-        """Where files of an object store are kept: one folder for each index."""
+        """Local folder for files of an object store; each index has its own."""
         digest = hashlib.blake2b(self.index.encode(), digest_size=8).hexdigest()
         folder = Path(tempfile.gettempdir()) / "fastvim-jump-cp" / digest
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,10 @@ class JumpCpSource:
         return Record(to_uint8(image.pixels), int(self._targets[index]), name, note)
 
     def stamp(self, index: int) -> str:
-        """Return what changes with a record: its files' sizes and times, or their URLs (`fingerprint.Stamped`)."""
+        """Return a text that changes when a record does: its files' sizes and times, or their URLs.
+
+        `fingerprint.Stamped` says what it is for.
+        """
         site = self._sites[index]
         files = [*site.files, *site.illumination]
         stamps = [file if "://" in file or not file else file_stamp(file) for file in files]
@@ -141,7 +146,7 @@ class JumpCpSource:
         return MultiChannel(np.concatenate(planes, axis=-1), self.channel_names)
 
     def _corrected(self, pixels: np.ndarray, site: Site, name: str) -> np.ndarray:
-        """Divide each channel by its illumination function, which has a mean near 1; values stay in range."""
+        """Divide each channel by its illumination function, whose mean is near 1, and clip to the dtype's range."""
         top = np.iinfo(pixels.dtype).max
         corrected = pixels.copy()
         for channel, file in enumerate(site.illumination):
@@ -160,7 +165,7 @@ class JumpCpSource:
         return corrected
 
     def _read(self, file: str, name: str) -> bytes:
-        """Return a file's bytes; one of an object store is asked for several times and kept on the local disk."""
+        """Return a file's bytes. A file of an object store is kept on the local disk once it was fetched."""
         if "://" not in file:
             try:
                 return Path(file).read_bytes()
@@ -181,7 +186,7 @@ def fetch(url: str) -> bytes:
 
     Raises:
         DecodeError: the store refuses the file, or none of the attempts succeeded.
-        UserError: fsspec, or what it needs for this kind of store, is not installed.
+        UserError: fsspec, or the package that it needs for this kind of store, is not installed.
     """
     try:
         import fsspec
@@ -205,10 +210,10 @@ def fetch(url: str) -> bytes:
 
 
 def find_index(path: str) -> str:
-    """Return the index file that `path` names, or that its folder holds.
+    """Return `path` if it is an index file or a URL, else the index file in the folder `path`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no index.
     """
     if "://" in path:
         return path
@@ -224,14 +229,17 @@ def find_index(path: str) -> str:
 
 
 def split_numbers(count: int, part: str) -> np.ndarray:
-    """Return the numbers, in order, of a split of `count` images: the same ones whenever the count is the same."""
+    """Return the sorted numbers of a split's images out of `count`. They depend on `count` alone."""
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     low, high = (round(share * count) for share in SHARES[part])
     return np.sort(order[low:high])
 
 
 def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
-    """Read an index of either layout: sites, names of the channels (() where files hold all channels), and notes.
+    """Read an index of either layout.
+
+    Returns:
+        The sites, the channels' names (() where a file holds all channels), and notes.
 
     Raises:
         UserError: the file is damaged or lacks a column.
@@ -256,7 +264,7 @@ def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]
 def _labelled(
     sites: list[Site], labels: PlateLabels
 ) -> tuple[list[Site], np.ndarray, tuple[str, ...]]:
-    """Keep the sites of labelled wells, with their labels and notes on what was left out."""
+    """Return the sites of labelled wells, their labels, and notes on the sites that were left out."""
     kept: list[Site] = []
     targets: list[int] = []
     unlabelled: list[str] = []
@@ -296,7 +304,7 @@ def _read_parquet(index: str, data: bytes) -> dict[str, list[Any]]:
 
 
 def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
-    """Read a load_data CSV; channels come in the order of JUMP-CP, others behind them in the CSV's order."""
+    """Read a load_data CSV. Channels come in the order of JUMP-CP; other channels follow in the CSV's order."""
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
     columns = tuple(rows[0]) if rows else ()
     found = [c.removeprefix("FileName_Orig") for c in columns if c.startswith("FileName_Orig")]
@@ -326,7 +334,7 @@ def _read_load_data(index: str, data: bytes) -> tuple[list[Site], tuple[str, ...
 
 
 class _FilesBelow:
-    """Files of a load_data CSV: where it says, or else of the same name anywhere below the CSV's folder."""
+    """Find files of a load_data CSV: at the path that it names, or else by name anywhere below the CSV's folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

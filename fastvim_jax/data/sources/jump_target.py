@@ -1,11 +1,11 @@
-"""Labels of JUMP-CP wells: plate map and metadata of JUMP-Target-1 joined as the published models joined them.
+"""Label JUMP-CP wells by joining JUMP-Target-1's plate map and metadata, as the published models did.
 
-A plate map says which reagent (`broad_sample`) a well holds, the metadata say which gene the reagent targets. Wells
+The plate map names each well's reagent (`broad_sample`); the metadata name the gene that the reagent targets. Wells
 without a reagent match the metadata's row without one. Class 0 is the negative control (a labelled well without a
 gene); the genes follow in alphabetical order. Compounds and CRISPR have 161 classes, ORF 176.
 
-Source: github.com/jump-cellpainting/JUMP-Target (MIT). The compound metadata renamed `target` to `target_list` (several
-genes a compound) in November 2024, after the models were published: use the file of 2021.
+Source: github.com/jump-cellpainting/JUMP-Target (MIT). In November 2024, after the models were published, the compound
+metadata renamed `target` to `target_list` (several genes per compound). Use the file of 2021.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MISSING = frozenset({"", "NA", "NaN", "nan"})
 
 @dataclass(frozen=True)
 class PlateLabels:
-    """Classes of one kind of plate.
+    """Hold the classes and labels of one kind of plate.
 
     Attributes:
         class_names: "control", then the genes in alphabetical order.
@@ -97,7 +97,7 @@ def well_name(text: str) -> str:
 
 
 def _known(value: str | None) -> str:
-    """Return the value, or "" for what tables write where there is none."""
+    """Return the value, or "" if it is one of the texts that stand for a missing value."""
     value = (value or "").strip()
     return "" if value in MISSING else value
 

@@ -1,8 +1,13 @@
-"""Encoded images packed into one `.npz` per split.
+"""Read encoded images that are packed into one `.npz` per split.
 
-Members: `jpeg` uint8, all files one after the other; `offsets` int64, n + 1 long, image i being
-`jpeg[offsets[i]:offsets[i + 1]]`; `labels`, n integers; optionally `names`. `classes.txt` or
-`classes.tsv` beside it names the classes.
+Members:
+
+- `jpeg`: uint8, the bytes of all image files, one after the other.
+- `offsets`: n + 1 integers; image i is `jpeg[offsets[i]:offsets[i + 1]]`.
+- `labels`: n integers.
+- `names`: optionally, n texts.
+
+`classes.txt` or `classes.tsv` beside the `.npz` names the classes.
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ class PackedNpzSource:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers read the file again: cheaper than sending the images through a pipe.
+        # Workers read the file again, which costs less than sending the images through a pipe.
         return {k: v for k, v in self.__dict__.items() if k not in ("_members", "_labels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,7 +81,7 @@ class PackedNpzSource:
 
 
 def _read_members(file: Path) -> dict[str, np.ndarray]:
-    """Read each member once: indexing an npz object again would decompress it again."""
+    """Read each member once, because every indexing of an npz object decompresses the member again."""
     name = repr(str(file))
     try:
         with file.open("rb") as opened:

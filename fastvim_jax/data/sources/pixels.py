@@ -1,9 +1,13 @@
-"""Decoded images in memory-mapped shards, as `fastvim data prepare --pixels` writes them.
+"""Read and write decoded images in memory-mapped shards, as `fastvim data prepare --pixels` makes them.
 
-A shard `<split>-00000-of-00008.pixels` holds the pixels of its records one after the other, uint8 `h w c` with c of 1
-or 3. Behind them stand the index, int64 `records 5` (offset, height, width, channels, label), the records' names as a
-JSON list, and the trailer: offsets of index and names, uint64, and eight bytes of magic. All numbers are little endian.
-The manifest is `manifest.py`'s.
+A shard `<split>-00000-of-00008.pixels` holds, in this order, with little-endian numbers:
+
+1. the pixels of its records, one after the other, uint8 `h w c` with c of 1 or 3;
+2. the index, int64 `records 5`: offset in bytes, height, width, channels, label;
+3. the records' names as a JSON list;
+4. the trailer: offsets of index and names, uint64, then eight bytes that mark the format (`_MAGIC`).
+
+`manifest.py` describes the manifest.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class PixelWriter:
 
 
 class PixelsSource(PreparedSplit):
-    """One prepared split. A record's image is a view of the mapped file: nothing is read before it is used."""
+    """One prepared split. A record's image is a view of the mapped file, so pixels are read when they are used."""
 
     def __init__(
         self, root: Path, split: str, *, class_list: Path | None = None, any_label: bool = False
@@ -70,7 +74,7 @@ class PixelsSource(PreparedSplit):
         return self._index[:, 1], self._index[:, 2]
 
     def place(self, index: int) -> tuple[int, int, int, int, int, int]:
-        """Return where a record's pixels are: number of the file, offset, height, width, channels; and its label.
+        """Return a record's file (index in `files`), offset there in bytes, height, width, channels, and label.
 
         Raises:
             DecodeError: the label is none of the classes.
@@ -117,7 +121,7 @@ def _read_trailer(mapped: np.ndarray, name: str) -> tuple[int, int]:
     """Return where index and names begin.
 
     Raises:
-        UserError: when the file is no shard of ours.
+        UserError: the file is not a shard that `PixelWriter` completed.
     """
     trailer = mapped[-_TRAILER:].tobytes()
     if len(trailer) == _TRAILER and trailer.endswith(_MAGIC):
@@ -143,7 +147,7 @@ def _read_index(mapped: np.ndarray, records: int, name: str) -> np.ndarray:
 
 
 def _read_names(mapped: np.ndarray, name: str) -> list[str]:
-    """Return the names of a shard's records; none if they are damaged, because only messages hold them."""
+    """Return the names of a shard's records, or none if they are damaged, because only messages need them."""
     _, at_names = _read_trailer(mapped, name)
     try:
         names = parse_json(mapped[at_names:-_TRAILER].tobytes())

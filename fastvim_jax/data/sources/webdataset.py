@@ -1,13 +1,13 @@
-"""Tar shards in the WebDataset layout: members `key.jpg` beside `key.cls` or `key.json`.
+"""Read tar shards in the WebDataset layout: members `key.jpg` beside `key.cls` or `key.json`.
 
-Every image of a shard is a record. Its label is that of its own name (`scan.2024.01.png` beside `scan.2024.01.cls`), or
-else of its key (`c.left.png` and `c.right.png` beside `c.cls`).
+Every image of a shard is a record. Its label is in the file of the image's own name (`scan.2024.01.png` beside
+`scan.2024.01.cls`), or else in the file of its key (`c.left.png` and `c.right.png` beside `c.cls`).
 
-The shards of `train` are `train.tar`, `train-0000.tar`, `train_000.tar`, `train-00000-of-00010.tar`: the name and then
-nothing but numbers, so `train-extra-0000.tar` belongs to `train-extra`.
+The shards of `train` are `train.tar`, `train-0000.tar`, `train_000.tar`, `train-00000-of-00010.tar`: the split's name,
+then only numbers. So `train-extra-0000.tar` belongs to `train-extra`.
 
-The shards' headers are read once; images are then read by their place in a shard, so that access is random and
-shards may differ in length.
+All headers of a shard are read once, when the split is opened. Images are then read by their offsets, so access is
+random and shards may differ in length.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.json_text import parse_json
 
 _MOST_LABEL_BYTES = 2**24
-# `-0001`, `_1-2`, `-00000-of-00010`, at the end of a name.
+# The numbers at the end of a name, such as `-0001`, `_1-2` and `-00000-of-00010`.
 _NUMBERS = re.compile(r"(?<![\d._-])[\d._-]*(?:(?<=\d)[._-]of[._-]\d+)?$")
 
 
@@ -85,7 +85,7 @@ class WebDatasetSource:
             return Record(file.read(size), label, printable(f"{shard}/{self._keys[index]}"))
 
     def stamp(self, index: int) -> str:
-        """Return what changes with a record: its shard, its place there and its label (`fingerprint.Stamped`)."""
+        """Return a text that changes when a record does: its shard, place there and label (`fingerprint.Stamped`)."""
         number, *place = (int(v) for v in self._places.values[index])
         shard = self._shards[number]
         return f"{file_stamp(shard)} {place} {shard.name}/{self._keys[index]}"
@@ -97,7 +97,7 @@ def shard_splits(root: Path) -> list[str]:
 
 
 def _of_split(shard: Path, split: str) -> bool:
-    """Return whether nothing but numbers follows the split's name; `fold1` is not the split of `fold10.tar`."""
+    """Return whether only numbers follow the split's name. `fold10.tar` does not belong to the split `fold1`."""
     stem = shard.stem
     cut = stem[len(split) - 1 : len(split) + 1] if split else ""
     return (
@@ -115,7 +115,7 @@ def _numbers(stem: str) -> re.Match[str]:
 
 
 def _index(shard: Path) -> list[tuple[str, int, int, int]]:
-    """Name, offset, size and label of each image of a shard, in the shard's order."""
+    """List name, offset, size in bytes and label of each image of a shard, in the shard's order."""
     images: list[tuple[str, int, int]] = []
     labels: dict[str, list[int]] = {}
     bad: dict[str, str] = {}
@@ -146,7 +146,10 @@ def _labelled(
     labels: dict[str, list[int]],
     bad: dict[str, str],
 ) -> list[tuple[str, int, int, int]]:
-    """Give each image the label of its own name, or else of its key; nth to nth where a name comes several times."""
+    """Give each image the label of its own name, or else of its key.
+
+    Where a name comes several times, its nth image gets the nth label.
+    """
     found, met = [], Counter[str]()
     missing: list[str] = []
     for name, offset, size in images:
@@ -173,19 +176,19 @@ def _labelled(
 
 
 def _split(member: str) -> tuple[str, str]:
-    """Return a member's name without its last extension, and that in lower case."""
+    """Split a member's name into stem and last extension, which is returned in lower case."""
     stem, extension = posixpath.splitext(member)
     return stem, extension.lower()
 
 
 def _key(stem: str) -> str:
-    """Return WebDataset's own key, which ends at the first dot of the file's name, not of its folder's."""
+    """Return the key as WebDataset defines it: up to the first dot of the file's name. Dots of folders do not count."""
     folder, _, name = stem.rpartition("/")
     return f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
 
 
 def _label(content: bytes, extension: str) -> int | None:
-    """Return the label as a whole number, or None where a JSON holds other things."""
+    """Return the label as a whole number, or None if the content holds none."""
     try:
         value = parse_json(content.decode("utf-8-sig"))
     except ValueError:

@@ -1,11 +1,13 @@
-"""Slide inference: overlapping windows of one image, their logits averaged, resized and turned into classes.
+"""Segment an image by slide inference: predict overlapping windows and average their logits.
 
-A side has max(side - crop + stride - 1, 0) // stride + 1 windows; the last ones move back to end at the border, and a
-side smaller than the crop is used as it is. Logits of a window are resized to it, added, and divided by the number of
-windows that saw the pixel; the average is resized to the original size; the lowest of equal classes wins.
+1. Cut windows. A side has max(side - crop + stride - 1, 0) // stride + 1 of them. The last window is moved back so that
+   it ends at the border. A side smaller than the crop is used whole.
+2. Resize the logits of each window to the window, add them up, and divide by the number of windows that saw the pixel.
+3. Resize the average to the original size and take the class of the largest logit, the lowest number among equals.
 
-Images have many sizes and a program has one: sums lie on a canvas whose sides are rounded up to `bucket` pixels, and
-the last resize is a product with matrices that are arguments, so that a program serves every size of its bucket.
+Images have many sizes, and each compiled program has one. So sums are kept on a canvas whose sides are rounded up to
+`bucket` pixels, and the last resize is a product with matrices that are arguments: one program serves all image sizes
+that round to the same canvas.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from fastvim_jax.layers.resize import linear_matrix, resize_bilinear
 
 Windows = Shaped[np.ndarray, "n h w c"]
 Predict = Callable[[Windows], Float[Array, "n rows columns classes"]]
-"""From windows (pixels, as the caller has them) to logits of any size; compiled by the caller."""
+"""Function from windows (pixels in the caller's form) to logits of any size. The caller compiles it."""
 _BLOCK = 128
-"""Rows of the original size turned into classes at a time: all logits of a large photograph fill gigabytes."""
+"""Rows that are turned into classes at a time, because the logits of a whole large photograph fill gigabytes."""
 
 
 def window_corners(
@@ -50,9 +52,9 @@ def merge_windows(
     """Average the logits of all windows on the `canvas`; pixels that no window saw are 0.
 
     Args:
-        logits: of each window, at any size.
+        logits: logits of each window, at any size.
         corners: top left corner of each window.
-        real: False where a window only fills up the batch.
+        real: False for windows that only fill up the batch.
         window: height and width of the windows.
         canvas: height and width of the result.
     """
@@ -77,7 +79,13 @@ def merge_windows(
 
 @partial(jax.jit, static_argnames=("window", "canvas"))
 def _classes(logits, corners, real, rows, columns, *, window, canvas):
-    """Merge windows and return the class of every pixel of the original size, `blocks * _BLOCK` rows of them."""
+    """Merge windows and return the class of every pixel of the original size, int32 `blocks*m n`.
+
+    Args:
+        logits, corners, real, window, canvas: as for `merge_windows`.
+        rows: matrices that resize the canvas's rows, `blocks m height`.
+        columns: matrix that resizes the canvas's columns, `n width`.
+    """
     merged = merge_windows(logits, corners, real, window=window, canvas=canvas)
     across = jnp.einsum("nw,hwc->hnc", columns.astype(merged.dtype), merged, precision="highest")
 
@@ -90,13 +98,13 @@ def _classes(logits, corners, real, rows, columns, *, window, canvas):
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-    """How an image is cut into windows.
+    """Say how an image is cut into windows, and segment it when called.
 
     Attributes:
         crop: height and width of a window.
-        stride: rows and columns between windows.
-        batch: windows of one call of `predict`; a last call is filled up.
-        bucket: sides of canvas and result are rounded up to multiples of it.
+        stride: rows and columns from one window to the next.
+        batch: number of windows per call of `predict`. The last call is filled up to it.
+        bucket: sides of canvas and result are rounded up to multiples of this.
     """
 
     crop: tuple[int, int]
@@ -115,13 +123,13 @@ class Slide:
         """Predict the class of every pixel.
 
         Args:
-            predict: logits of a batch of windows.
+            predict: computes the logits of a batch of windows.
             image: the image, resized for the model.
             size: original height and width, to which logits are resized; None: those of `image`.
-            mirrored: whether the image was mirrored left and right, which is then undone.
+            mirrored: whether `image` was mirrored left to right; the result is then mirrored back.
 
         Returns:
-            Classes, int32, on the device. Its sides are `size` rounded up to the bucket; cut off what is too much.
+            Classes, int32, on the device. Its sides are `size` rounded up to the bucket; the caller cuts off the rest.
         """
         height, width = image.shape[:2]
         size = (height, width) if size is None else size

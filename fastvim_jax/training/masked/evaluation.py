@@ -1,4 +1,4 @@
-"""Reconstruction loss over the evaluation images, every image under the same mask each time, and a picture."""
+"""Evaluate the reconstruction loss, with the same mask for an image at every evaluation, and draw a picture."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def make_evaluator(
     mesh: Mesh,
     folder: Path,
 ) -> Evaluator:
-    """Return an evaluator named `eval`: `count` images, `raw_loss` and, with an average, `ema_loss`.
+    """Return an evaluator named `eval`. It reports `count` (images), `raw_loss` and, with an average, `ema_loss`.
 
     Args:
-        graphdef: of the masked autoencoder.
+        graphdef: graph definition of the masked autoencoder.
         batches: one pass over the evaluation images; rewound after each evaluation.
-        config: the run.
-        mesh: where the model runs.
+        config: config of the run.
+        mesh: devices on which the model runs.
         folder: the run folder, for the picture.
     """
     step = on_mesh(mesh, make_eval_step(graphdef, config))
@@ -72,7 +72,7 @@ def make_evaluator(
         return Evaluation(scores, draw(weights, shown))
 
     def draw(weights: Any, shown: np.ndarray | None) -> Path | None:
-        # Several processes hold parts of the weights each, and a picture is not worth gathering them.
+        # Each of several processes may hold a part of the weights. A picture is not worth gathering them.
         if not config.pictures or shown is None or jax.process_count() > 1:
             return None
         params = jax.device_put(weights.get("ema", weights["raw"]), jax.local_devices()[0])
@@ -90,7 +90,10 @@ def make_evaluator(
 def make_eval_step(
     graphdef: nnx.GraphDef, config: PretrainConfig
 ) -> Callable[[Any, Batch, int], tuple[jax.Array, jax.Array]]:
-    """Compile `step(params, batch, number)`: the sum of the images' losses, and the number of valid images."""
+    """Compile `step(params, batch, number)`: it returns the sum of the images' losses and the number of valid images.
+
+    `number` is the batch's position in the pass. It seeds the masks.
+    """
     preprocess = make_preprocess(config.data)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: computed once and kept in memory, or computed anew for every batch."""
+"""Compute features of a frozen backbone, once for all images or anew for every augmented batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Extract = Callable[[Any, Batch], jax.Array]
 
 
 def make_extract(graphdef: nnx.GraphDef, data: ClassificationData) -> Extract:
-    """Compile `extract(params, batch)`: what the classifier's head would read of uint8 images, `b d`."""
+    """Compile `extract(params, batch)`, which returns the input of the classifier's head for uint8 images, `b d`."""
     preprocess = make_preprocess(data)
 
     @jax.jit
@@ -34,7 +34,7 @@ def make_extract(graphdef: nnx.GraphDef, data: ClassificationData) -> Extract:
 def make_augmented_extract(
     graphdef: nnx.GraphDef, data: ClassificationData, seed: int
 ) -> Callable[[Any, Batch, jax.Array], Batch]:
-    """Compile `extract(params, batch, step)`: batches of `feature` and `label` from augmented images."""
+    """Compile `extract(params, batch, step)`, which returns `feature` and `label` of augmented images."""
     augment = make_augment(data, num_classes=1)
 
     @jax.jit
@@ -48,7 +48,7 @@ def make_augmented_extract(
 
 @dataclass(frozen=True)
 class Features:
-    """Features `n d` float32 and labels `n` of the readable images of one split."""
+    """Hold features `n d` float32 and labels `n` of the readable images of one split."""
 
     feature: np.ndarray
     label: np.ndarray
@@ -57,7 +57,7 @@ class Features:
 def compute_features(
     extract: Extract, params: Any, batches: BatchIterator, place: Place
 ) -> Features:
-    """Pass all images of one evaluation pass through the backbone."""
+    """Compute the features of all images of one evaluation pass."""
     features, labels = [], []
     for batch in batches:
         valid = np.asarray(batch["valid"])
@@ -69,9 +69,10 @@ def compute_features(
 
 
 class FeatureBatches:
-    """Endless shuffled training batches of cached features; see `training.loop.Batches`.
+    """Iterate endlessly over shuffled batches of cached features; see `training.loop.Batches`.
 
-    Each epoch takes every image at most once, in an order drawn from seed and epoch, and drops what fills no batch.
+    Each epoch takes every image at most once, in an order drawn from seed and epoch. Images that do not fill a last
+    batch are left out.
     """
 
     def __init__(self, features: Features, *, batch_size: int, seed: int, place: Place):
@@ -98,7 +99,7 @@ class FeatureBatches:
         )
 
     def seconds_per_batch(self) -> float | None:
-        """Return None: the features are in memory."""
+        """Return None, because the features are in memory and nothing is read."""
         return None
 
     def get_state(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class FeatureBatches:
         return {"taken": self._taken}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the batch at which `state` was taken."""
+        """Continue after the batch at which `state` was taken."""
         self._taken = int(state["taken"])
 
 

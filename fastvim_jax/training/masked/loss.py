@@ -1,4 +1,4 @@
-"""The reconstruction target and loss of masked autoencoders.
+"""Compute the reconstruction target and loss of masked autoencoders.
 
 target = patches of the image, each with mean 0 and variance 1 if `normalise` (unbiased variance, 1e-6 added)
 loss   = mean of (prediction - target)^2 over a patch vector, averaged over the removed patches
@@ -14,7 +14,7 @@ from fastvim_jax.typing import Images
 
 
 def patchify(images: Images, patch: tuple[int, int]) -> Float[Array, "b l v"]:
-    """Cut images `b h w c` into patch vectors `b l (p q c)`, row by row, the channel fastest."""
+    """Cut images `b h w c` into patch vectors `b l (p q c)`. Patches come row by row; channels vary fastest."""
     p, q = patch
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=q)
 
@@ -22,7 +22,7 @@ def patchify(images: Images, patch: tuple[int, int]) -> Float[Array, "b l v"]:
 def unpatchify(
     patches: Float[Array, "b l v"], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Images:
-    """Put patch vectors together to images: the inverse of `patchify`."""
+    """Put patch vectors together into images, the inverse of `patchify`."""
     (rows, columns), (p, q) = grid, patch
     return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, w=columns, p=p, q=q)
 

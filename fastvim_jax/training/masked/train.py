@@ -1,4 +1,4 @@
-"""Train a masked autoencoder or a linear probe, whichever the config is of."""
+"""Train a masked autoencoder or a linear probe, depending on the config's class."""
 
 from __future__ import annotations
 
