@@ -161,6 +161,13 @@ def test_objects_move_with_their_image(tmp_path: Path, rng: np.random.Generator,
             assert np.abs(without["boxes"][0] - moved["boxes"][0]).max() <= 1
 
 
+def test_an_object_without_an_area_is_judged_by_its_masks(tmp_path: Path) -> None:
+    triangle = [[4.0, 4.0, 24.0, 4.0, 4.0, 24.0]]
+    source = open_coco(config(write(tmp_path, [box(4, 4, 20, 20, segmentation=triangle)])), "train")
+    areas = {kind: source.truth(kind)["annotations"][0]["area"] for kind in ("bbox", "segm")}
+    assert areas["bbox"] == 400 and 180 < areas["segm"] < 220
+
+
 def test_the_largest_objects_are_kept() -> None:
     corners = np.asarray([[0, 0, s, s] for s in (3, 9, 5, 7)], np.float32)
     objects = Objects(corners, np.arange(4, dtype=np.int32), (None,) * 4, 30, 30)

@@ -45,11 +45,8 @@ def test_numbers_of_given_detections(path: Path, kind: str, record_property: Any
             "image_id": int(x["det_image"][j]),
             "category_id": int(x["det_category"][j]),
             "score": float(x["det_score"][j]),
-            **(
-                {"bbox": x["det_boxes_xywh"][j].tolist()}
-                if kind == "bbox"
-                else {"segmentation": rle(x["det_masks"][j])}
-            ),
+            "bbox": x["det_boxes_xywh"][j].tolist(),
+            "segmentation": rle(x["det_masks"][j]),
         }
         for j in range(len(x["det_image"]))
     ]
@@ -80,6 +77,33 @@ def test_no_detection_scores_zero() -> None:
         ],
     }
     assert average_precisions(coco_evaluation(json.loads(json.dumps(truth)), [], "bbox"))["ap"] == 0
+
+
+def test_a_masks_area_is_its_own_and_not_its_boxs() -> None:
+    """A wrong mask of few pixels in a large box counts among the small objects."""
+    shape = np.zeros((2, 100, 100), bool)
+    shape[0, :10, :10] = True
+    shape[1, 50:90, 50] = shape[1, 50, 50:90] = True  # An L of 79 pixels in a box of 1,600.
+    truth = {
+        "images": [{"id": 1, "height": 100, "width": 100}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {
+                "id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0,
+                "segmentation": rle(shape[0]),
+            }
+        ],
+    }  # fmt: skip
+    boxes = ([0, 0, 10, 10], [50, 50, 40, 40])
+    detections = [
+        {"image_id": 1, "category_id": 1, "score": s, "bbox": b, "segmentation": rle(m)}
+        for s, b, m in zip((0.5, 0.9), boxes, shape, strict=True)
+    ]
+    small = {
+        kind: average_precisions(coco_evaluation(truth, detections, kind))["ap_small"]
+        for kind in ("bbox", "segm")
+    }
+    assert small == {"bbox": pytest.approx(1.0), "segm": pytest.approx(0.5)}
 
 
 def rle(mask: np.ndarray) -> dict[str, Any]:

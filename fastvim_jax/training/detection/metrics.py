@@ -28,7 +28,8 @@ def coco_evaluation(
 
     Args:
         truth: content of a COCO instances file.
-        detections: `image_id`, `category_id`, `score` and `bbox` [x, y, w, h] or `segmentation` (RLE) of each.
+        detections: `image_id`, `category_id`, `score` and, as the kind needs, `bbox` [x, y, w, h] or `segmentation`
+            (RLE) of each.
         kind: bbox or segm.
         image_ids: images that count; None: all.
         most: numbers of detections per image that are evaluated, the largest last.
@@ -37,12 +38,15 @@ def coco_evaluation(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    # Beside a box, pycocotools would take the box's area for the mask's, and count the mask as larger than it is.
+    unused = "bbox" if kind == "segm" else "segmentation"
+    judged = [{k: v for k, v in each.items() if k != unused} for each in detections]
     # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = dict(truth)
         reference.createIndex()
-        found = reference.loadRes(list(map(dict, detections))) if detections else COCO()
+        found = reference.loadRes(judged) if judged else COCO()
         evaluation = COCOeval(reference, found, kind)
         evaluation.params.maxDets = list(most)
         if image_ids is not None:
