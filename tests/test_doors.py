@@ -106,6 +106,9 @@ cases |= {
         (VisionMambaConfig, {"pool_scale": float("inf")}), (VisionMambaConfig, {"dtype": jnp.float16}),
     )
 }
+cases["fast as text"] = (
+    lambda: fastvim_jax.create_model("vit_tiny_patch16_224", fast="false", **small), ["fast='false'"]
+)
 assert VisionMambaConfig(dtype=jnp.bfloat16).dtype == "bfloat16"
 wrong = []
 for name, (call, words) in cases.items():

@@ -253,17 +253,18 @@ class Backbone(nnx.Module):
         return with_auto_axes(run)(self, images)
 
     def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, *, rngs: RngsLike
+        self, num_classes: int, global_pool: str | None = None, *, rngs: RngsLike | None = None
     ) -> Backbone:
         """Replace the head by a fresh one, in place, and return the model.
 
         Args:
             num_classes: classes of the new head; 0 for none.
             global_pool: another `head_pool`, or None to keep it.
-            rngs: source of the new head's weights.
+            rngs: source of the new head's weights; not needed for 0 classes.
 
         Raises:
-            UserError: the model has dense features instead of a head, or a norm that another pooling does not fit.
+            UserError: there are no `rngs` for a new head; the model has dense features instead of a head, or a norm that
+                another pooling does not fit.
         """
         self._require_head("reset_classifier")
         changes: dict[str, Any] = {"num_classes": num_classes}

@@ -57,6 +57,8 @@ def model_config(name: str, *, fast: bool = False, **options: Any) -> Any:
             f"unknown model {name!r}.{suggest(name, PRESETS)} `fastvim models` lists all names."
         )
     config = PRESETS[name]
+    if not isinstance(fast, bool):
+        raise UserError(f"fast={fast!r} must be True or False.")
     options = understood(options)
     if fast:
         backbone = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config

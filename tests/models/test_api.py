@@ -123,12 +123,14 @@ def test_a_new_head_leaves_the_rest(images):
         features = model.features(images)
         assert model.reset_classifier(5, rngs=1) is model
         assert model(images).shape == (2, 5) and model.num_classes == model.config.num_classes == 5
-        np.testing.assert_array_equal(model.reset_classifier(0, rngs=1)(images), features)
+        np.testing.assert_array_equal(model.reset_classifier(0)(images), features)
         assert model.reset_classifier(2, rngs=1)(images).shape == (2, 2)
         nnx.split(model)
     assert small().reset_classifier(2, "last", rngs=0).config.head_pool == "last"
     with pytest.raises(UserError, match="build another model"):
         small(NAMES[2]).reset_classifier(2, "avg", rngs=0)
+    with pytest.raises(UserError, match="rngs=None must be an integer seed"):
+        small().reset_classifier(2)
     with pytest.raises(UserError, match="num_classes=-1"):
         small().reset_classifier(-1, rngs=0)
 
