@@ -263,8 +263,8 @@ class Backbone(nnx.Module):
             rngs: source of the new head's weights; not needed for 0 classes.
 
         Raises:
-            UserError: there are no `rngs` for a new head; the model has dense features instead of a head, or a norm that
-                another pooling does not fit.
+            UserError: there are no `rngs` for a new head; the model has dense features instead of a head, or a norm
+                that another pooling does not fit.
         """
         self._require_head("reset_classifier")
         changes: dict[str, Any] = {"num_classes": num_classes}
