@@ -1,7 +1,8 @@
 """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
-There are two rows. `files` reads images from files. `memory` takes the same images, decoded and resized before, so that
-the host only copies them. All numbers are images per second of wall-clock time, medians over repeats.
+There are two rows. `files` reads images from files. `memory` takes the same images, decoded and resized before, as one
+array, so that the host only copies them to the devices. All numbers are images per second of wall-clock time, medians
+over repeats.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 
 from fastvim_jax.bench.record import Columns, Row
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.classifier import Classifier, cores
+from fastvim_jax.inference.classifier import Classifier
+from fastvim_jax.inference.decoding import cores
 
 NEAR = 0.9
 """If both together reach this share of the slower part's rate, the slower part is what limits them."""
@@ -56,9 +58,9 @@ def rows(
     cropped = copy.copy(classifier)
     cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     model = _median(lambda: _model(classifier, kept, count // size), count, repeats)
-    sources: dict[str, tuple[Classifier, Sequence[Any]]] = {
+    sources: dict[str, tuple[Classifier, Any]] = {
         "files": (classifier, given),
-        "memory": (cropped, [pixels[i % len(pixels)] for i in range(count)]),
+        "memory": (cropped, np.resize(pixels, (count, *np.shape(pixels)[1:]))),
     }
     for source, (chosen, items) in sources.items():
         decoding = _median(lambda: _decode(chosen, items), count, repeats)  # noqa: B023
@@ -69,6 +71,7 @@ def rows(
             "batch": size,
             "images": count,
             "cores": cores(),
+            "workers": chosen.workers if source == "files" else 0,
             "decoding_per_s": decoding,
             "model_per_s": model,
             "whole_per_s": whole,
@@ -104,13 +107,13 @@ def _model(classifier: Classifier, batch: Any, batches: int) -> None:
     jax.block_until_ready(outputs)
 
 
-def _decode(classifier: Classifier, items: Sequence[Any]) -> None:
+def _decode(classifier: Classifier, items: Any) -> None:
     """Decode and copy to the devices."""
     for _, batch, _ in classifier.decoded(items):
         jax.block_until_ready(batch)
 
 
-def _whole(classifier: Classifier, items: Sequence[Any]) -> None:
+def _whole(classifier: Classifier, items: Any) -> None:
     classifier(items)
 
 

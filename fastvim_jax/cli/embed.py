@@ -54,6 +54,9 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype for photographs, with the model's own activations. By default the model's own dtype; on a GPU
     bfloat16, and for Mamba models activations="compute"."""
+    workers: int | None = None
+    """Processes that decode photographs; 0: threads of this process. By default one a core for 5,000 files or more, and
+    threads for fewer."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -100,6 +103,7 @@ def run(arguments: Sequence[str]) -> int:
 def _photographs(chosen: Arguments) -> int:
     """Embed photographs: write a row for each as it is made, then the plot."""
     from fastvim_jax.inference.classifier import Classifier
+    from fastvim_jax.inference.decoding import decoding_workers
     from fastvim_jax.inference.embed import (
         draw_embeddings,
         iter_features,
@@ -120,6 +124,7 @@ def _photographs(chosen: Arguments) -> int:
         batch_size=size,
         dtype=chosen.dtype,
         embeddings_only=True,
+        workers=decoding_workers(len(files), chosen.workers),
     )
     make = functools.partial(iter_features, classifier)
     columns = photograph_columns(classifier)

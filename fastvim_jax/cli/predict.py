@@ -36,6 +36,9 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype of classifiers, with the model's own activations. By default the model's own dtype; on a GPU
     bfloat16, and for Mamba models activations="compute"."""
+    workers: int | None = None
+    """Processes that decode images of classifiers; 0: threads of this process. By default one a core for 5,000 files or
+    more, and threads for fewer."""
     json: bool = False
     """Print JSON: one object per file."""
     out: Path | None = None
@@ -53,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     if not chosen.images:
         raise UsageError("name at least one image file: fastvim predict RUN IMAGE...")
     from fastvim_jax.inference.classifier import Classifier
+    from fastvim_jax.inference.decoding import decoding_workers
     from fastvim_jax.inference.drawings import draws
     from fastvim_jax.inference.image_files import find_images
     from fastvim_jax.models.pretrained import is_pretrained
@@ -67,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     options: dict[str, Any] = {
         "batch_size": min(chosen.batch_size, len(files)),
         "dtype": chosen.dtype,
+        "workers": decoding_workers(len(files), chosen.workers),
     }
     if is_pretrained(chosen.run):
         return _classify(Classifier.load(chosen.run, **options), files, chosen)

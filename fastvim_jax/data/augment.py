@@ -119,4 +119,4 @@ def _crop_and_flip_only(config: ClassificationData) -> bool:
 
 def eval_transform(image: Picture, config: ClassificationData) -> UInt8[np.ndarray, "h w c"]:
     """Apply the evaluation transform: resize, centre crop; pixels stay uint8."""
-    return to_array(resize_and_centre_crop(image, config.height_width, ratio=config.eval_crop))
+    return resize_and_centre_crop(image, config.height_width, ratio=config.eval_crop)

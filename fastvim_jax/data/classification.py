@@ -181,8 +181,15 @@ def make_eval_iterator(
     )
 
 
-def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray, "h w c"]:
+def load_image(
+    file: str | Path, config: ClassificationData, *, decoder: str | None = None
+) -> UInt8[np.ndarray, "h w c"]:
     """Read one image file the way evaluation does: decode, resize, centre crop.
+
+    Args:
+        file: its name, or `shard.tar/member`.
+        config: how to read it.
+        decoder: `available_decoder(config)`, found once for many files.
 
     Raises:
         DecodeError: the file cannot be read, or is not an image.
@@ -191,7 +198,7 @@ def load_image(file: str | Path, config: ClassificationData) -> UInt8[np.ndarray
         read_image_file(file),
         channels=config.channels,
         name=printable(str(file)),
-        decoder=available_decoder(config),
+        decoder=decoder or available_decoder(config),
         background=config.background,
     )
     return eval_transform(image, config)

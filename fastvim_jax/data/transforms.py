@@ -92,7 +92,9 @@ def horizontal_flip(
     return image
 
 
-def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: float) -> Image.Image:
+def resize_and_centre_crop(
+    image: Picture, size: tuple[int, int], *, ratio: float
+) -> UInt8[np.ndarray, "h w c"]:
     """Resize (bicubic, aspect kept) so that `size` / `ratio` is covered, then crop `size` at the centre.
 
     Of an image more than `_ELONGATED` times as long as `size` asks for, only the middle is resized: a strip of 1 x 3000
@@ -109,9 +111,10 @@ def resize_and_centre_crop(image: Picture, size: tuple[int, int], *, ratio: floa
         math.floor(width / ratio + 1e-9) / full_width,
     )
     new = max(height, round(full_height * factor)), max(width, round(full_width * factor))
-    whole = image.crop_resized(box, new) if isinstance(image, LAZY) else resized(image, new)
     left, top = round((new[1] - width) / 2), round((new[0] - height) / 2)
-    return whole.crop((left, top, left + width, top + height))
+    if isinstance(image, LAZY):
+        return image.crop_pixels(box, new)[top : top + height, left : left + width]
+    return to_array(resized(image, new).crop((left, top, left + width, top + height)))
 
 
 def _middle(image: Picture, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -10,12 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import itertools
-import os
-import queue
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +23,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from fastvim_jax.data import DecodeError, load_image
-from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.decoding import decoded_batches
 from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.backbone import Backbone
@@ -51,7 +44,9 @@ from fastvim_jax.training.run_folder import Run, load_run
 
 Images = Any
 """A path, a Pillow image, an array `h w c` of uint8, or a sequence of these; or an array `n h w c` of uint8."""
-_AHEAD = 2  # Batches to decode while the devices compute.
+_AHEAD = (
+    2  # Batches that the devices may have to compute while the results of earlier ones are fetched.
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ class Result:
 class Classifier:
     """Classify images with a trained model: decode, preprocess, run the model.
 
-    The model is compiled once, at the first call or by `compile`, because the last batch is padded. Threads, one a
-    core, decode images while the devices compute the previous batches. Each batch is split over all local devices.
+    The model is compiled once, at the first call or by `compile`, because the last batch is padded. Threads or
+    processes decode images while the devices compute the previous batches. Each batch is split over all local devices.
 
     Args:
         model: a classifier with its weights.
@@ -93,6 +88,9 @@ class Classifier:
         maps: return features and class logits of every patch as well.
         embeddings_only: leave the head out. Logits and probabilities then have no columns, class_maps is None, and
             the model may be one without classes.
+        workers: processes that decode when all images of a call are paths; 0: threads, which take up to four cores'
+            worth. Processes start at every call, within seconds, so they pay off for thousands of files. A script that
+            asks for them needs `if __name__ == "__main__":`.
 
     Raises:
         UserError: a model without classes (unless `embeddings_only`) or of feature maps, a model of images with other
@@ -109,6 +107,7 @@ class Classifier:
         dtype: Literal["float32", "bfloat16"] | None = None,
         maps: bool = False,
         embeddings_only: bool = False,
+        workers: int = 0,
     ) -> None:
         config: Any = model.config  # type: ignore[attr-defined]
         if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
@@ -135,6 +134,9 @@ class Classifier:
                 config = dataclasses.replace(config, activations="compute")
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
+        if workers < 0:
+            raise UserError(f"workers={workers} must be at least 0.")
+        self.workers = workers
         self.class_names = tuple(class_names)
         self.data = photographs_data(preprocessing, config.channels)
         mesh = Mesh(np.array(devices), ("data",))
@@ -246,13 +248,14 @@ class Classifier:
         Raises:
             UserError: an array of another rank, dtype or number of channels.
         """
-        parts: list[tuple[np.ndarray, ...]] = []
+        listed = _listed(images)
+        found = tuple(np.empty((len(listed), *shape), np.float32) for shape in self._shapes)
         errors: dict[int, str] = {}
-        for start, outputs, problems in self._outputs(_listed(images)):
-            parts.append(outputs)
+        for start, outputs, problems in self._outputs(listed):
+            for whole, part in zip(found, outputs, strict=True):
+                whole[start : start + len(part)] = part
             errors |= {start + i: problem for i, problem in problems.items()}
-        parts = parts or [tuple(np.zeros((0, *shape), np.float32) for shape in self._shapes)]
-        return _result(tuple(map(np.concatenate, zip(*parts, strict=True))), errors)
+        return _result(found, errors)
 
     def each_file(self, files: Sequence[str | Path]) -> Iterator[tuple[str, int, Result]]:
         """Classify any number of image files, in batches of which a few are in memory at a time.
@@ -261,117 +264,49 @@ class Classifier:
             For each file, in order: its name, its row in the result of its batch, and that result.
         """
         for start, outputs, errors in self._outputs([str(file) for file in files]):
-            result = _result(outputs, errors)
+            # What comes from the devices is read-only.
+            result = _result(tuple(map(np.array, outputs)) if errors else outputs, errors)
             for i in range(len(result.logits)):
                 yield str(files[start + i]), i, result
 
-    def decoded(self, images: Sequence[Any]) -> Iterator[tuple[int, Array, dict[int, str]]]:
-        """Decode images by all cores, up to `_AHEAD` batches before they are asked for.
+    def decoded(self, images: Any) -> Iterator[tuple[int, Array, dict[int, str]]]:
+        """Decode images by all cores, some batches before they are asked for.
 
         Yields:
             The index of a batch's first image, the padded batch on the devices, and by the place in the batch why an
             image could not be read.
         """
-        return self._batches(images)
+        return decoded_batches(
+            images,
+            self.data,
+            batch_size=self._batch,
+            sharding=self._split,
+            workers=self.workers,
+        )
 
     def forward(self, batch: Array) -> tuple[Array, ...]:
         """Start the model on a batch of `decoded`; the outputs, on the devices, are those of `Result`."""
-        return self._run(self._params, batch)
+        outputs: tuple[Array, ...] = self._run(self._params, batch)
+        return outputs
 
-    def _outputs(
-        self, images: Sequence[Any]
-    ) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
+    def _outputs(self, images: Any) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
         """Yield (index of the first image, outputs, errors) of each batch; the devices work on later ones meanwhile."""
         waiting: collections.deque[tuple[int, Any, dict[int, str]]] = collections.deque()
 
         def fetch() -> tuple[int, tuple[np.ndarray, ...], dict[int, str]]:
             start, outputs, problems = waiting.popleft()
             count = min(self._batch, len(images) - start)
-            return start, tuple(np.array(each)[:count] for each in outputs), problems
+            return start, tuple(np.asarray(each)[:count] for each in outputs), problems
 
         for start, batch, problems in self.decoded(images):
-            waiting.append((start, self.forward(batch), problems))
+            outputs = self.forward(batch)
+            for each in outputs:
+                each.copy_to_host_async()
+            waiting.append((start, outputs, problems))
             if len(waiting) > _AHEAD:
                 yield fetch()
         while waiting:
             yield fetch()
-
-    def _batches(self, images: Sequence[Any]) -> Iterator[tuple[int, Array, dict[int, str]]]:
-        ready: queue.Queue[Any] = queue.Queue(_AHEAD)
-        stopped = threading.Event()
-
-        def put(item: Any) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.05)
-                except queue.Full:
-                    continue
-
-        def feed() -> None:
-            try:
-                with ThreadPoolExecutor(cores()) as decoders:
-                    for start in range(0, len(images), self._batch):
-                        if stopped.is_set():
-                            return
-                        pixels, errors = self._decode(images[start : start + self._batch], decoders)
-                        put((start, jax.device_put(pixels, self._split), errors))
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=feed, name="decode images", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
-
-    def _decode(
-        self, images: Sequence[Any], decoders: ThreadPoolExecutor
-    ) -> tuple[np.ndarray, dict[int, str]]:
-        batch = np.zeros((self._batch, *self.data.height_width, self.data.channels), np.uint8)
-        errors: dict[int, str] = {}
-
-        def fill(places: list[list[int]]) -> None:
-            for i in itertools.chain.from_iterable(places):
-                try:
-                    batch[i] = self._pixels(images[i])
-                except DecodeError as error:
-                    errors[i] = str(error)
-
-        # One thread takes all places of one Pillow image, because two must not load it at the same time.
-        groups: dict[tuple[bool, int], list[int]] = {}
-        for i, image in enumerate(images):
-            pillow = isinstance(image, PIL.Image.Image)
-            groups.setdefault((pillow, id(image) if pillow else i), []).append(i)
-        places, step = list(groups.values()), cores()
-        list(decoders.map(fill, (places[first::step] for first in range(step))))
-        return batch, dict(sorted(errors.items()))
-
-    def _pixels(self, image: Any) -> np.ndarray:
-        if isinstance(image, str | Path):
-            return load_image(image, self.data)
-        if isinstance(image, PIL.Image.Image):
-            # As a file's: upright, 8 bits, opaque.
-            opened = convert_image(
-                image, channels=self.data.channels, background=self.data.background
-            )
-        else:
-            array = np.asarray(image)
-            whole = self.data.eval_crop == 1 and array.dtype == np.uint8
-            if whole and array.shape == (*self.data.height_width, self.data.channels):
-                return array  # Nothing is left to resize or cut.
-            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (1, 3):
-                raise UserError(
-                    f"an image array has shape {array.shape} and dtype {array.dtype}: give `height width channels` of "
-                    "uint8, with 1 or 3 channels. Pixels are normalised here, so give them as they are."
-                )
-            opened = decode_image(array, channels=self.data.channels)
-        return eval_transform(opened, self.data)
 
 
 def platform_of(device: jax.Device) -> str:
@@ -379,8 +314,8 @@ def platform_of(device: jax.Device) -> str:
     return device.platform
 
 
-def _listed(images: Images) -> Sequence[Any]:
-    """Return a sequence of single images."""
+def _listed(images: Images) -> Any:
+    """Return a sequence of single images: a list, or an array of images."""
     if isinstance(images, str | Path | PIL.Image.Image):
         return [images]
     if isinstance(images, np.ndarray | jax.Array):
@@ -388,7 +323,7 @@ def _listed(images: Images) -> Sequence[Any]:
             raise UserError(
                 f"images have shape {images.shape}: give `height width channels` or `images height width channels`."
             )
-        return [np.asarray(images)] if images.ndim == 3 else list(np.asarray(images))
+        return [np.asarray(images)] if images.ndim == 3 else np.asarray(images)
     if isinstance(images, Iterable):
         return list(images)
     raise UserError(
@@ -402,10 +337,3 @@ def _result(outputs: tuple[np.ndarray, ...], errors: dict[int, str]) -> Result:
         array[list(errors)] = np.nan
     logits, probabilities, embeddings, *maps = outputs
     return Result(logits, probabilities, embeddings, errors, *maps)
-
-
-def cores() -> int:
-    """Count the processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

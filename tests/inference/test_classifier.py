@@ -166,8 +166,9 @@ def test_pixels_of_the_model_s_size_are_taken_as_they_are(classifier, rng):
     uncut = copy.copy(classifier)
     uncut.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     resized = eval_transform(Image.fromarray(image), uncut.data)
-    np.testing.assert_array_equal(uncut._pixels(image), resized)
-    assert uncut._pixels(image) is image  # not resized, not copied
+    ((_, batch, _),) = uncut.decoded([image])
+    np.testing.assert_array_equal(batch[0], resized)
+    np.testing.assert_array_equal(resized, image)
 
 
 def test_models_of_cell_images_are_refused():
@@ -207,3 +208,29 @@ def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
     found = Classifier(plain, PREPROCESSING, batch_size=4, embeddings_only=True)(files)
     assert found.logits.shape == found.probabilities.shape == (len(files), 0)
     np.testing.assert_allclose(found.embeddings, classifier(files).embeddings, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
+    """With workers: the same pixels and messages, in the same order."""
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no image")
+    names = [*files, damaged, *files]
+    by_threads = classifier(names)
+    by_processes = copy.copy(classifier)
+    by_processes.workers = 2
+    found = by_processes(names)
+    assert found.errors == by_threads.errors and list(found.errors) == [len(files)]
+    np.testing.assert_array_equal(found.logits, by_threads.logits)
+    assert not np.array_equal(found.logits[0], found.logits[1])
+
+
+def test_batches_built_at_the_same_time_keep_their_order(classifier, rng):
+    """Buffers are used again for later batches, and one array needs no copy on the host."""
+    cropped = copy.copy(classifier)
+    cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
+    images = rng.integers(0, 256, (27, 8, 8, 3), np.uint8)
+    one_array = cropped(images).logits
+    np.testing.assert_array_equal(cropped(list(images)).logits, one_array)
+    single = np.concatenate([cropped(image).logits for image in images])
+    np.testing.assert_allclose(single, one_array, rtol=1e-5, atol=1e-6)
+    assert len(np.unique(one_array[:, 0])) == len(images)

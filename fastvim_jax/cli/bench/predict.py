@@ -33,6 +33,8 @@ class Predict(Options):
     images: int | None = None
     """Images per measurement; the given ones are repeated if they are fewer. By default 64 batches on a GPU, 4
     elsewhere."""
+    workers: int | None = None
+    """Processes that decode files; by default as `fastvim predict` chooses for that many images. 0: threads."""
     repeats: int = 3
     """Measurements of each kind; the median is shown."""
     json: Path | None = None
@@ -47,14 +49,18 @@ def predict(arguments: Sequence[str]) -> int:
     from fastvim_jax.bench import predict as bench
     from fastvim_jax.bench.record import show
     from fastvim_jax.inference.classifier import Classifier
+    from fastvim_jax.inference.decoding import decoding_workers
     from fastvim_jax.inference.image_files import find_images
 
     gpu = on_gpu()
     with as_usage_error():
         files = find_images(chosen.paths)
         size = chosen.batch_size or (128 if gpu else 16)
-        classifier = Classifier.load(chosen.run, batch_size=size, dtype=chosen.dtype)
-    images = chosen.images or (64 if gpu else 4) * size
+        images = chosen.images or (64 if gpu else 4) * size
+        workers = decoding_workers(images, chosen.workers)
+        classifier = Classifier.load(
+            chosen.run, batch_size=size, dtype=chosen.dtype, workers=workers
+        )
     name = Path(chosen.run).name or chosen.run
     rows = bench.rows(classifier, name, files, images=images, repeats=chosen.repeats)
     command = shlex.join(["fastvim", "bench", "predict", *arguments])
