@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class Time:
 class Program:
     """A function compiled for the arguments given, arrays or their shapes, and what that took.
 
-    `hasty`: without trying products' block sizes on the device, for programs whose speed does not matter.
+    `hasty`: without trying products' block sizes on the device, for programs whose speed does not matter. A function
+    that is jitted already keeps its own options. `keywords` go to every call.
     """
 
     def __init__(
@@ -98,9 +99,14 @@ class Program:
         *arguments: Any,
         donate: Sequence[int] = (),
         hasty: bool = False,
+        keywords: Mapping[str, Any] = {},
     ):
         start = time.perf_counter()
-        lowered = jax.jit(function, donate_argnums=tuple(donate)).lower(*arguments)
+        jitted: Any = function
+        if not hasattr(function, "lower"):
+            jitted = jax.jit(function, donate_argnums=tuple(donate))
+        lowered = jitted.lower(*arguments, **keywords)
+        self.keywords = keywords
         traced = time.perf_counter()
         self.lowered = lowered
         self.compiled = lowered.compile({"xla_gpu_autotune_level": 0} if hasty else None)
@@ -108,7 +114,7 @@ class Program:
         self.compile_seconds = time.perf_counter() - traced
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments)
+        return self.compiled(*arguments, **self.keywords)
 
     def costs(self) -> Row:
         """Return the seconds of tracing and compiling, and the bytes of arguments, results, temporaries, and in all."""
@@ -251,7 +257,13 @@ def profile(step: Callable[[int], Any], calls: int = 10) -> Time:
 
 
 def _profile(step: Callable[[int], Any], calls: int) -> list[Event]:
-    """List everything that runs on the GPU's streams during the steps, in order of time."""
+    """List everything that runs on all GPUs' streams during the steps, in order of time."""
+    events = device_events(step, calls).values()
+    return sorted((event for each in events for event in each), key=lambda e: e[1])
+
+
+def device_events(step: Callable[[int], Any], calls: int) -> dict[str, list[Event]]:
+    """List everything that runs on each GPU's streams during the steps, by the GPU's name, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for i in range(calls):
@@ -260,15 +272,19 @@ def _profile(step: Callable[[int], Any], calls: int) -> list[Event]:
             jax.block_until_ready(last)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-        events = [
-            (event.name, event.start_ns, event.duration_ns)
+        return {
+            plane.name: sorted(
+                (
+                    (event.name, event.start_ns, event.duration_ns)
+                    for line in plane.lines
+                    if line.name.startswith("Stream")
+                    for event in line.events
+                ),
+                key=lambda e: e[1],
+            )
             for plane in data.planes
             if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        ]
-    return sorted(events, key=lambda e: e[1])
+        }
 
 
 def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:

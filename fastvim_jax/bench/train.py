@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fastvim_jax.bench.model import policy, reference_options
+from fastvim_jax.bench.overlap import overlap
 from fastvim_jax.bench.record import Columns
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.data.device_draws import draw_augmentation
 from fastvim_jax.data.device_transforms import Augment, make_augment
+from fastvim_jax.distributed import MeshConfig, make_mesh, on_mesh, place_batch
+from fastvim_jax.distributed.sharding import batch_sharding
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import MaskedAutoencoderConfig, ModelConfig, build_model, model_config
 from fastvim_jax.training.classification.train import make_draw, make_loss
@@ -29,9 +33,11 @@ from fastvim_jax.training.steps import (
     LossOf,
     TrainState,
     augment_key,
+    build_state,
     draw_key,
     init_state,
     make_train_step,
+    state_shapes,
 )
 from pallas_kernels import timing
 
@@ -91,6 +97,8 @@ def _configs(
     activations: str = "compute",
     blocks: str = "unroll",
     recipe: bool = False,
+    data: int = 1,
+    fsdp: int = 1,
     **options: Any,
 ) -> list[tuple[timing.Row, Config]]:
     """List rows and configs.
@@ -100,21 +108,27 @@ def _configs(
         activations: of models in bf16, "compute" or "wide".
         blocks: "unroll" or "scan".
         recipe: take uint8 images, augment them, drop paths and average the weights, as the supervised recipe does.
+        data: groups of devices, as in `MeshConfig`. The batch is that of one device.
+        fsdp: devices of a group.
         options: further options of models.
 
     Raises:
-        UserError: the recipe of a masked autoencoder, whose pre-training has none of all that.
+        UserError: more devices than there are; or the recipe of a masked autoencoder, whose pre-training has none of
+            all that.
     """
     if recipe:
         masked = [name for name, *_ in settings if name.startswith("mae_")]
         if masked:
             raise UserError(f"--recipe is classification's: measure {masked[0]} without it.")
         options = {"drop_path": DROP_PATH, **options}
+    if data * fsdp > 1:
+        make_mesh(MeshConfig(data, fsdp))  # refuses more devices than there are
     found = []
     for name, pixels, batch, precision in settings:
         chosen = policy(name, precision, activations=activations, blocks=blocks)
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
         row |= {"recipe": True} if recipe else {}
+        row |= {"data": data, "fsdp": fsdp} if data * fsdp > 1 else {}
         config = model_config(name, image_size=pixels, **options, **chosen)
         remat = getattr(config, "encoder", config).remat
         found.append((row | {"remat": remat}, config))
@@ -174,21 +188,60 @@ def _loss_and_draw(config: Config, recipe: bool) -> tuple[LossOf, Draw | None]:
     return make_loss(graphdef), make_draw(graphdef) if recipe else None
 
 
-def _train_step(config: Config, params: Any, recipe: bool) -> Callable[..., Any]:
+def _train_step(
+    config: Config, params: Any, recipe: bool, places: TrainState | None = None
+) -> Callable[..., Any]:
     loss_of, draw = _loss_and_draw(config, recipe)
     more: dict[str, Any] = {"augment": _augment(config), "ema_decay": EMA_DECAY} if recipe else {}
-    return make_train_step(loss_of, _optimizer(params), draw=draw, **more)
+    return make_train_step(loss_of, _optimizer(params), draw=draw, shardings=places, **more)
 
 
-def _program(config: Config, batch: int, recipe: bool) -> timing.Program:
+def _mesh(row: timing.Row) -> Mesh | None:
+    """Return the mesh of a row that measures several devices."""
+    return make_mesh(MeshConfig(row["data"], row["fsdp"])) if "data" in row else None
+
+
+def _program(config: Config, batch: int, recipe: bool, mesh: Mesh | None = None) -> timing.Program:
+    """Compile the step for `batch` images in all."""
     state, inputs = jax.eval_shape(
         lambda: (_state(config, recipe), _batch(config, batch, 0, recipe))
     )
-    return timing.Program(_train_step(config, state.params, recipe), state, inputs, donate=(0,))
+    if mesh is not None:
+        state = state_shapes(mesh, lambda: _state(config, recipe))
+        inputs = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)
+            ),
+            inputs,
+        )
+    places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state)
+    step: Any = _train_step(config, state.params, recipe, places)
+
+    if mesh is None:
+        return timing.Program(step, state, inputs, donate=(0,))
+    # The jitted function inside has compiler options, which another `jit` around it would refuse.
+    return on_mesh(mesh, lambda: timing.Program(step.func, state, inputs, keywords=step.keywords))()
+
+
+def _placed_state(config: Config, recipe: bool, mesh: Mesh | None) -> TrainState:
+    if mesh is None:
+        return _state(config, recipe)
+
+    def begin() -> TrainState:
+        return _state(config, recipe)
+
+    return build_state(begin, state_shapes(mesh, begin))
+
+
+def _bytes_on_a_device(tree: Any) -> int:
+    """Return the bytes that arrays take on their first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _compile(row: timing.Row, config: Config) -> timing.Case:
-    program = _program(config, row["batch"], "recipe" in row)
+    mesh = _mesh(row)
+    batch = row["batch"] * (1 if mesh is None else mesh.size)
+    program = _program(config, batch, "recipe" in row, mesh)
     costs = program.costs()
     lines = program.lowered.as_text().count("\n")
     yield None
@@ -196,21 +249,31 @@ def _compile(row: timing.Row, config: Config) -> timing.Case:
 
 
 def _step(row: timing.Row, config: Config) -> timing.Case:
-    batch = row["batch"]
+    mesh = _mesh(row)
+    devices = 1 if mesh is None else mesh.size
+    batch = row["batch"] * devices
     recipe = "recipe" in row
-    program = _program(config, batch, recipe)
-    state = _state(config, recipe)
+    program = _program(config, batch, recipe, mesh)
+    before = _bytes_in_use()
+    state = jax.block_until_ready(_placed_state(config, recipe, mesh))
+    memory = {
+        "state_bytes": _bytes_on_a_device(state),
+        "state_bytes_in_use": _bytes_in_use() - before,
+    }
     batches = [_batch(config, batch, seed, recipe) for seed in range(2)]
     options = reference_options(row["model"])
-    first = (state.params, batches[0])
+    # The reference runs on one device.
+    first = jax.device_put((state.params, batches[0]), jax.local_devices()[0])
     reference = _reference(config, options, recipe)
     loss, gradient = timing.Program(reference, *first, hasty=True)(*first)
+    batches = batches if mesh is None else [place_batch(mesh, each) for each in batches]
     del first
     held, metrics = program(state, batches[0])
     # After one step, Adam's first moment is the gradient times 1 - beta1.
     moment = optax.tree.get(held.optimizer, "mu")
+    moment = jax.device_put(moment, jax.local_devices()[0])
     errors = {
-        "loss_error": float(jnp.abs(metrics["loss"] / loss - 1)),
+        "loss_error": abs(float(metrics["loss"]) / float(loss) - 1),
         "gradient_error": timing.relative_error(_scaled(moment), gradient, together=True),
     }
     del gradient, moment, state
@@ -228,17 +291,27 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
         median, fastest, slowest, _ = timing.steady_clock(one)
     else:
         median, fastest, slowest = timing.clock(one, steps=2)
-    device = timing.profile(one, 5) if gpu else None
-    more = {} if device is None else {"device_ms": device.median, "kernels": device.kernels}
+    more: dict[str, Any] = {}
+    if gpu and mesh is None:
+        device = timing.profile(one, 5)
+        more = {"device_ms": device.median, "kernels": device.kernels}
+    elif gpu:
+        more = {"overlap": overlap(timing.device_events(one, 5), 5)}
     precision = row["precision"]
     yield {
         "ms": median, "fastest_ms": fastest, "slowest_ms": slowest,
-        "images_per_s": 1e3 * batch / median, **more,
+        "images_per_s": 1e3 * batch / median, "images_per_s_of_a_device": 1e3 * row["batch"] / median,
+        **memory, **more,
         "first_loss": float(losses[0]), "last_loss": float(losses[-1]), **errors,
         "correct": errors["loss_error"] <= LOSS_TOLERANCES[precision]
         and errors["gradient_error"] <= GRADIENT_TOLERANCES[precision],
         **program.costs(),
     }  # fmt: skip
+
+
+def _bytes_in_use() -> int:
+    """Return the bytes in use on the first device, 0 where it counts none."""
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
 
 
 def _reference(config: Config, options: dict[str, Any], recipe: bool) -> Callable[..., Any]:
@@ -334,6 +407,7 @@ COLUMNS: Columns = (
     ("precision", 9, lambda r: r["precision"]),
     ("blocks", 6, lambda r: r["blocks"]),
     ("step", 6, lambda r: "recipe" if "recipe" in r else "bare"),
+    ("mesh", 5, lambda r: f"{r['data']} × {r['fsdp']}" if "data" in r else "1"),
     ("images/s", 9, lambda r: f"{r['images_per_s']:.1f}" if "images_per_s" in r else "-"),
     ("ms", 9, lambda r: f"{r['ms']:.2f}" if "ms" in r else "-"),
     ("device ms", 9, lambda r: f"{r['device_ms']:.2f}" if "device_ms" in r else "-"),

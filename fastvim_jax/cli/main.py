@@ -118,7 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cause_outside(error: Exception) -> str | None:
-    """Describe an error of the operating system, or want of memory. None for any other: a fault of ours."""
+    """Describe an error of the operating system, want of memory or a lost process. None for others: faults of ours."""
+    if "fastvim_jax.distributed" in sys.modules:
+        from fastvim_jax.distributed import lost_process
+
+        lost = lost_process(error)
+        if lost is not None:
+            return lost
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -7,6 +7,7 @@ from fastvim_jax.distributed.processes import (
     barrier,
     fail_at_once,
     is_first_process,
+    lost_process,
     on_first_process,
 )
 from fastvim_jax.distributed.sharding import (
@@ -32,6 +33,7 @@ __all__ = [
     "gather",
     "initialize_distributed",
     "is_first_process",
+    "lost_process",
     "make_mesh",
     "on_every_device",
     "on_first_process",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,10 @@ from fastvim_jax.errors import UserError
 
 _MESSAGE = 4096  # bytes
 _LAST_WORDS = 3.0  # seconds
+_PEER_GONE = re.compile(
+    r"gloo|nccl|connection reset by peer|connection refused|broken pipe|socket closed|heartbeat|coordination service",
+    re.IGNORECASE,
+)
 
 
 def is_first_process() -> bool:
@@ -87,6 +92,19 @@ def fail_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def lost_process(error: Exception) -> str | None:
+    """Say that another process of this run has ended, if that is what the error of a collective operation tells."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return None
+    if not _PEER_GONE.search(str(error)):
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost another process of this run, and ends, too. The "
+        "output of the lost one says why it ended. The same command, given again to all of them, continues from the "
+        f"latest checkpoint.\n({str(error).splitlines()[0][:200]})"
+    )
 
 
 def all_gather_set(numbers: Iterable[int]) -> set[int]:

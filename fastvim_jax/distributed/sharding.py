@@ -27,8 +27,9 @@ from fastvim_jax.distributed.mesh import DATA, FSDP
 
 BATCH = P((DATA, FSDP))
 Method = TypeVar("Method", bound=Callable[..., Any])
-SMALLEST = 2**16
-"""Parameters with fewer entries are replicated: splitting them saves no memory and costs one message each."""
+SMALLEST = 2**12
+"""Parameters with fewer entries are replicated, as splitting them saves no memory. With 2**16 each of 4 devices would
+keep 0.36 of FastVim-S' state, whose blocks have many small parameters; with 2**12 it is 0.26."""
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
@@ -64,12 +65,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that splits an array over all devices along its first axis, the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
 def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Build a global batch, split over all devices, from the part of the batch that each process holds.
 
     Process i holds the i-th contiguous part. Arrays that are split over several processes already are kept.
     """
-    sharding = NamedSharding(mesh, BATCH)
+    sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return dict(jax.device_put(dict(batch), sharding))
     return {

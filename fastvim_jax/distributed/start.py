@@ -28,6 +28,9 @@ from fastvim_jax.errors import UserError
 
 _COORDINATOR, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _DEVICES = "JAX_LOCAL_DEVICE_IDS"
+_LOST_AFTER = 30
+"""Seconds without a word from a process after which the others end. They cannot go on without it, and GPUs that wait
+for its part of a reduction wait forever."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def initialize_distributed(
             process_id=launch.process,
             local_device_ids=launch.local_devices,
             cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=_LOST_AFTER,
         )
     except RuntimeError as error:
         raise UserError(

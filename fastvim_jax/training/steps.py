@@ -203,9 +203,30 @@ def make_train_step(
         }
         return new, metrics
 
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=_compiler_options(shardings),
+    )
     # Pass the seed as an argument: as a constant, every seed would need its own compiled program.
     return partial(compiled, seed=np.uint32(seed))
+
+
+def _compiler_options(shardings: TrainState | None) -> dict[str, str] | None:
+    """Return the compiler's options for a step on several GPUs, or None.
+
+    By default XLA copies all gradients into a few long arrays, reduces these, and copies each gradient out again by a
+    kernel of its own: 415 kernels in a step of FastVim-S, 1 ms of 20. Without that pass NCCL reduces a group of arrays
+    where they lie.
+    """
+    if shardings is None:
+        return None
+    place: Any = jax.tree.leaves(shardings)[0]
+    mesh = place.mesh
+    if mesh.size == 1 or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return None
+    return {"xla_disable_hlo_passes": "all-reduce-contiguous"}
 
 
 def gather_outside_blocks(params: Any) -> Any:

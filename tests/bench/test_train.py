@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from fastvim_jax.bench import train as benchmark
+from fastvim_jax.bench.overlap import overlap
 from fastvim_jax.errors import UserError
 from pallas_kernels import timing
+from tests.support import ROOT
 
 SMALL = {"patch_size": 4, "embed_dim": 8, "num_classes": 3, "blocks": "scan"}
 SETTING = ("fastvim_tiny_patch16_224", 8, 4, "bf16")
@@ -96,3 +103,53 @@ def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
     assert row["largest_batch"] == 2, row
     assert [t["batch"] for t in row["tried"]] == [64, 2]
     assert row["tried"][0]["peak_bytes"] > 10**6 > row["tried"][1]["peak_bytes"]
+
+
+def test_more_devices_than_there_are_are_refused():
+    with pytest.raises(UserError, match="mesh.data=64"):
+        benchmark.step_cases([SETTING], data=64)
+
+
+@pytest.mark.slow
+def test_several_devices_compute_the_gradient_of_one():
+    """The batch of a row is that of a device; the state of each holds half of what is split."""
+    flags = "--xla_force_host_platform_device_count=2"
+    code = f"""
+import json
+from fastvim_jax.bench import train
+from fastvim_jax.distributed import sharding
+from pallas_kernels import timing
+from tests.support import ROOT
+sharding.SMALLEST = 8
+rows = []
+for mesh in ({{}}, {{"data": 2}}, {{"fsdp": 2}}):
+    cases = train.step_cases([{SETTING!r}], **{SMALL!r}, depth=1, **mesh)
+    rows += timing.run(cases)
+for row in rows:
+    row["devices"] = row["images_per_s"] / row["images_per_s_of_a_device"]
+print(json.dumps([[row[name] for name in ("correct", "devices", "state_bytes")] for row in rows]))
+"""
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    one, data, fsdp = json.loads(done.stdout.splitlines()[-1])
+    assert [row[0] for row in (one, data, fsdp)] == [True, True, True]
+    assert [row[1] for row in (one, data, fsdp)] == pytest.approx([1, 2, 2])
+    assert one[2] == data[2] and 0.5 * one[2] <= fsdp[2] < 0.7 * one[2]
+
+
+def test_what_waits_is_told_from_what_computes():
+    """Two steps of one GPU: computing 0 to 4 and 6 to 8, reducing 3 to 5, nothing 5 to 6."""
+    events = [
+        ("gemm", 0.0, 3e6),
+        ("add", 2e6, 2e6),
+        ("ncclDevKernel_AllReduce", 3e6, 2e6),
+        ("gemm", 6e6, 2e6),
+    ]
+    assert overlap({"/device:GPU:0": events}, 2) == {
+        "/device:GPU:0": {
+            "span": 4.0, "computing": 3.0, "only_collectives": 0.5, "idle": 0.5, "collectives": 1.0,
+            "collective_calls": 0.5,
+        }
+    }  # fmt: skip

@@ -48,6 +48,10 @@ class Train(Model):
     recipe: bool = False
     """Measure the supervised recipe's step: uint8 images, flip, RandAugment, erasing and mixing on the device, drop
     path, and the average of the weights."""
+    data: int = 1
+    """Groups of GPUs of this host; --batches are the images of each GPU."""
+    fsdp: int = 1
+    """GPUs of a group, over which parameters, optimizer state and average are spread."""
     largest_batch: bool = False
     """Instead find the largest batch whose step fits into the device's memory: the first of --batches that fits. With
     two batches in rising order, search between them by bisection."""
@@ -58,6 +62,8 @@ class Train(Model):
         super().__post_init__()
         if self.largest_batch and self.compile_only:
             raise UserError("choose one of --largest-batch and --compile-only.")
+        if self.largest_batch:
+            self.refuse("--largest-batch", "data", "fsdp")
 
 
 def model(arguments: Sequence[str]) -> int:
@@ -78,7 +84,8 @@ def train(arguments: Sequence[str]) -> int:
     make = bench.largest_batch_cases if chosen.largest_batch else bench.step_cases
     make = bench.compile_cases if chosen.compile_only else make
     with as_usage_error():
-        cases = make(_settings(chosen), recipe=chosen.recipe, **_how(chosen))
+        mesh = {"data": chosen.data, "fsdp": chosen.fsdp}
+        cases = make(_settings(chosen), recipe=chosen.recipe, **mesh, **_how(chosen))
     return status(measure("train", cases, bench.COLUMNS, arguments, chosen.json))
 
 
