@@ -9,8 +9,8 @@ Forward passes have the general command:
         channelvim_small_patch8_224 fastchannelvim_small_patch8_224 channelvit_small_patch16_224 \
         channelvit_small_patch8_224 --batches 8 64 --precisions bf16 f32 --json ...
 
-Channel sampling sees 1 to 8 channels, each number as often as the others, so its images a second are those of one step
-of each number together.
+Channel sampling draws 1 to 8 channels, each number equally often. So its images per second are those of eight steps
+together, one with each number of channels.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TRAINED = (
     "fastchannelvim_small_patch16_224", "channelvim_small_patch16_224", "channelvit_small_patch16_224",
     "fastchannelvim_small_patch8_224", "channelvit_small_patch8_224",
 )  # fmt: skip
-PAPER = {  # Table 22: images a second, batch 8
+PAPER = {  # Table 22: images per second, batch 8
     "channelvim_small_patch16_224": 234, "fastchannelvim_small_patch16_224": 318,
     "channelvim_small_patch8_224": 61, "fastchannelvim_small_patch8_224": 99,
 }  # fmt: skip
 
 
 def training_cases(models: list[str], batch: int) -> list[Any]:
-    """List for `timing.run` a bf16 training step of every model, timed at every number of channels."""
+    """List the measurements for `timing.run`: each model's training step in bf16, at every number of channels."""
     return [({"model": name, "batch": batch}, training_case(name, batch)) for name in models]
 
 
 def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
-    """Compile the step for every number of channels, then time all: with all channels, and with sampled ones."""
+    """Compile the step for every number of channels. Then time all, and yield the rates of all and sampled channels."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -101,7 +101,7 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
 
 
 def peer_cases(options: argparse.Namespace) -> list[Any]:
-    """List for `timing.run` the forward passes of a compiled PyTorch ChannelViT-S."""
+    """List the measurements for `timing.run`: forward passes of a compiled PyTorch ChannelViT-S."""
     from benchmarks.peers.channel_vit import case
 
     return [
@@ -116,18 +116,20 @@ def peer_cases(options: argparse.Namespace) -> list[Any]:
 
 
 def main() -> int:
-    """Measure, print, and keep in a file."""
+    """Measure, print the rows and write them to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("train", "peer"))
     parser.add_argument("--models", nargs="*", default=list(TRAINED))
-    parser.add_argument("--batch", type=int, default=32, help="of the training steps")
-    parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="of the peer")
-    parser.add_argument("--patches", type=int, nargs="*", default=[16, 8], help="of the peer")
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], help="of the peer")
+    parser.add_argument("--batch", type=int, default=32, help="batch of training steps")
+    parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="peer's batches")
+    parser.add_argument("--patches", type=int, nargs="*", default=[16, 8], help="peer's patches")
     parser.add_argument(
-        "--mode", default="", help="of torch.compile; by default the one that searches most"
+        "--dtypes", nargs="*", default=["bfloat16", "float32"], help="peer's dtypes"
+    )
+    parser.add_argument(
+        "--mode", default="", help="mode of torch.compile; by default the one that searches most"
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

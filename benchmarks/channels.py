@@ -4,10 +4,10 @@
     python benchmarks/channels.py run --data build/cifar10_channels --runs build/channel_runs
     python benchmarks/channels.py report --runs build/channel_runs --commit HASH
 
-The stand-in: a 32 x 32 image becomes 8 channels of the same size. Its luma Y = (R + 2 G + B) / 4 and its opponent
-colour C = (R - G) / 2 + 128 are each cut into blocks of 4 x 4 pixels; the blocks whose row and column have one of the
-four parities go to one channel, and that channel is 0 everywhere else. So every channel shows a quarter of the blocks
-of one of the two signals (as a stain shows one compartment of a cell), no two channels overlap in a signal, and all 8
+The stand-in: a 32 x 32 image becomes 8 channels of the same size. Two signals of the image, its luma Y = (R + 2 G + B)
+/ 4 and its opponent colour C = (R - G) / 2 + 128, are cut into blocks of 4 x 4 pixels. The block in row r and column c
+goes to the channel of its signal, r mod 2 and c mod 2; elsewhere a channel is 0. So every channel shows a quarter of
+the blocks of one signal (as a stain shows one compartment of a cell), no two channels overlap in a signal, and all 8
 together are the image without its blue-yellow axis. It can show whether models use and miss channels as the paper says.
 It can't show the paper's accuracies, nor anything about cells.
 """
@@ -30,7 +30,7 @@ TOPIC = "channels"
 NAMES = tuple(f"{signal}{row}{column}" for signal in "YC" for row in "01" for column in "01")
 BLOCK = 4
 SUBSETS = 6
-"""Random subsets of each size between 2 and 7 that a model is evaluated on; of 1 and 8, all."""
+"""Number of random subsets of 2, 4 and 6 channels that a model is evaluated on, besides all 8 and each one alone."""
 MAIN = ("vit", "vim", "channelvit", "channelvim", "fastchannelvim")
 
 CHANNEL_VIM = {"pooling": "none", "class_token": "middle"}
@@ -62,7 +62,7 @@ PAPER = {  # JUMP-CP, model Small, patch 16, top-1 %: Tables 3 and 19 to 21
 
 
 class Spread:
-    """A source of RGB images as 8 complementary channels; see the module."""
+    """Read a source of RGB images as 8 complementary channels; see the module."""
 
     def __init__(self, source: Any):
         self.source, self.class_names = source, source.class_names
@@ -109,7 +109,7 @@ def prepare(data: Path, workers: int) -> None:
 
 
 def config_of(row: str, seed: int, options: argparse.Namespace) -> Any:
-    """Return the run of one row: 8 blocks of 192, patches of 4, the cell recipe."""
+    """Return the config of one row: 8 blocks of width 192 (attention: 4), patches of 4 pixels, the cell recipe."""
     from fastvim_jax.data import CellsData
     from fastvim_jax.models import VisionMambaConfig, ViTConfig
     from fastvim_jax.models.channel_mamba import ChannelMambaConfig
@@ -121,8 +121,12 @@ def config_of(row: str, seed: int, options: argparse.Namespace) -> Any:
         "image_size": 32, "patch_size": 4, "channels": 8, "num_classes": 10, "embed_dim": 192,
         "drop_path": 0.05, "dtype": "bfloat16",
     }  # fmt: skip
-    attention = {"depth": 4, "num_heads": 3}  # With its MLP a block is worth two of Mamba's.
-    mamba = {"depth": 8, "activations": "compute", "remat": "block"}  # else 40 GB at 8 channels
+    attention = {"depth": 4, "num_heads": 3}  # With its MLP, a block is as large as two of Mamba's.
+    mamba = {
+        "depth": 8,
+        "activations": "compute",
+        "remat": "block",
+    }  # without remat: 40 GB at 8 channels
     model: Any = {
         "vit": lambda: ViTConfig(**shared, **attention),
         "vim": lambda: VisionMambaConfig(**shared, **mamba, **CHANNEL_VIM),
@@ -147,7 +151,7 @@ def config_of(row: str, seed: int, options: argparse.Namespace) -> Any:
 
 
 def subsets() -> list[tuple[str, ...]]:
-    """List the subsets of channels that every model is evaluated on: the same ones for all."""
+    """List the subsets of channels that models are evaluated on, the same ones for every model."""
     rng = np.random.default_rng(0)
     chosen: list[tuple[str, ...]] = [NAMES]
     for size in (6, 4, 2):
@@ -157,7 +161,7 @@ def subsets() -> list[tuple[str, ...]]:
 
 
 def train_one(row: str, seed: int, options: argparse.Namespace) -> None:
-    """Train one row and evaluate it on every subset; keep its scores in the run's folder."""
+    """Train one row, evaluate it on every subset, and write the scores to the run's folder."""
     from fastvim_jax.inference.channel_scores import score_subsets
     from fastvim_jax.training import train
 
@@ -176,7 +180,7 @@ def train_one(row: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """List the runs: the main rows with all seeds, then the others with one."""
+    """List the runs: the main rows with all seeds, then the other rows with one seed."""
     pairs = [(row, seed) for row in MAIN for seed in range(options.seeds)]
     pairs += [(row, 0) for row in ROWS if row not in MAIN]
     return [
@@ -195,7 +199,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def collect(runs: Path, commit: str) -> None:
-    """Keep the scores of finished runs, with the machine they ran on."""
+    """Write the scores of finished runs to `results`, with the machine on which they ran."""
     for file in sorted(runs.glob("*/channels.json")):
         record = json.loads(file.read_text())
         start = json.loads((file.parent / "environment.json").read_text())["starts"][0]
@@ -239,9 +243,9 @@ def report() -> None:
         (__doc__ or "").split("The stand-in:")[1].strip() + "\n",
         f"8 blocks of width 192 (ViT and ChannelViT: 4), patches of 4, {first['epochs']} epochs of the first "
         f"{first['images']:,} training images, top-1 % of the test\n"
-        f"images; mean over {seeds} seeds ± their deviation where there are several, else one seed. Columns: all\n"
-        "channels, and the mean over the same random subsets of 6, 4 and 2 channels and over all single ones. Models\n"
-        "without channel embeddings see missing channels at their mean.\n",
+        f"images: mean ± standard deviation over {seeds} seeds where a row has several, else one seed. Columns: all 8\n"
+        "channels, and the mean over random subsets of 6, 4 and 2 channels (the same for all rows) and over all\n"
+        "single ones. Models without channel embeddings see missing channels at their mean.\n",
         "\n".join(lines) + "\n",
         "## One channel alone\n",
         "\n".join(single) + "\n",
@@ -305,12 +309,12 @@ def main() -> int:
         each.add_argument("--test-images", type=int, default=10000)
     running.add_argument("--devices", default="0,1,2,3", help="GPU numbers")
     running.add_argument(
-        "--share", type=float, default=1.0, help="of a GPU for each run; 0.25: four at a time"
+        "--share", type=float, default=1.0, help="part of a GPU per run; 0.25: four at a time"
     )
-    running.add_argument("--seeds", type=int, default=3, help="of the five main rows")
+    running.add_argument("--seeds", type=int, default=3, help="seeds of the five main rows")
     running.add_argument("--only", nargs="*", choices=ROWS)
     running.add_argument("--seconds", type=float, default=3600.0, help="then runs are stopped")
-    reporting.add_argument("--commit", required=True, help="of the code that ran")
+    reporting.add_argument("--commit", required=True, help="commit of the code that ran")
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.data, options.workers)

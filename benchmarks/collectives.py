@@ -1,8 +1,8 @@
-"""Lists what GPUs send each other in a train step, from a program compiled for simulated devices. Nothing is run.
+"""List what GPUs send each other in a train step, from a program compiled for simulated devices. Nothing is run.
 
     python benchmarks/collectives.py --devices 64 --json benchmarks/results/cpu/collectives.json
 
-Each mesh takes one to three minutes of processor time. Bytes are those of the results on one device.
+Each mesh takes one to three minutes of processor time. A collective's bytes are the size of its result on one device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
     experiment = load_experiment(options.experiment)
     data = dataclasses.replace(experiment.data, batch_size=16 * options.devices, mix_group=16)
-    # The blocks' collectives are the same unrolled, which compiles for longer.
+    # Unrolled blocks have the same collectives, and take longer to compile.
     model = dataclasses.replace(experiment.model, blocks="scan")
     rows = []
     for fsdp in options.fsdp:

@@ -1,22 +1,22 @@
-"""Measures whether the data keep an accelerator busy: the trainer with the full ImageNet recipe on real photographs.
+"""Measure whether the data keep an accelerator busy: the trainer with the full ImageNet recipe on real photographs.
 
     python benchmarks/feed.py run --data shared/data --work /tmp/feed --json benchmarks/results/h100/feed.json
     python benchmarks/feed.py report benchmarks/results/h100/feed.json > benchmarks/feed.md
 
-About 4 minutes on 16 cores and one H100, 16 GB of disk; less if `--work` holds the shards already (`prepare` writes
-them and measures nothing). On a CPU, to see it work: add `--tiny --records 300`.
+It takes about 4 minutes on 16 cores and one H100, and 16 GB of disk. It takes less if `--work` holds the shards already
+(the command `prepare` writes them and measures nothing). To try it on a CPU, add `--tiny --records 300`.
 
-1. The 41 ImageNet photographs of `--data` are repeated to `--records` and written as `fastvim data prepare` does:
-   as pixels (`pixels=256`) and as JPEG files of 256 pixels (`max_size=256`). All copies are read from the page cache.
-2. For each model, one start of the trainer (`training.train` with `experiments/imagenet`, one GPU's batch) trains on
-   shards of pixels, then on JPEG shards, then on one batch that lies on the device: that is the step alone. Flip,
-   RandAugment, erasing, mixup and cutmix run in the step in all three.
-   The augmentation is also timed alone.
-3. A PyTorch DataLoader with Pillow and torchvision's transforms reads the same JPEG files, without training.
+1. Repeat the 41 ImageNet photographs of `--data` up to `--records`, and write them as `fastvim data prepare` does: as
+   pixels (`pixels=256`) and as JPEG files of 256 pixels (`max_size=256`). All copies are read from the page cache.
+2. For each model, start the trainer once (`training.train` with `experiments/imagenet`, one GPU's batch). It trains on
+   shards of pixels, then on JPEG shards, then on one batch that stays on the device, which measures the step alone. In
+   all three, flip, RandAugment, erasing, mixup and cutmix run in the step.
+3. Time the augmentation alone.
+4. Read the same JPEG files by a PyTorch DataLoader with Pillow and torchvision's transforms, without training.
 
-Rows are the means of the last laps of the trainer's own log (`metrics.jsonl`). `host_us` is the processor time that the
-training process spends on an image, all its threads together and without its workers. A sampling profiler such as
-py-spy shows where these threads are.
+A row is the mean of the last laps of the trainer's own log (`metrics.jsonl`); a lap is `--lap` steps. `host_us` is the
+processor time in microseconds that the training process, with all its threads and without its workers, spends per
+image. A sampling profiler such as py-spy shows what these threads do.
 """
 
 from __future__ import annotations
@@ -51,21 +51,22 @@ from pallas_kernels import timing
 
 MODELS = {"FastVim-T": "imagenet/fastvim_tiny", "FastVim-S": "imagenet/fastvim_small"}
 FEEDS = {"pixels": "pixels", "jpeg": "array_record", "step": ""}
-"""What feeds the step in each phase, and the source that reads it; the last repeats one batch."""
+"""Data source that feeds the step in each phase. The last phase has none: it repeats one batch."""
 BEGIN = time.perf_counter()
 LAPS = {"pixels": 6, "jpeg": 6, "step": 3}
-"""Lines of the log in each phase. The first half of them counts starting workers and batches read before."""
+"""Lines of the log in each phase. The first half is left out, because it includes starting workers and batches that
+were read before."""
 PROMISED = {
     ("FastVim-S", "pixels"): 0.95,
     ("FastVim-T", "pixels"): 0.85,
     ("FastVim-S", "jpeg"): 0.5,
 }
-"""Required shares of the step's own throughput."""
+"""Required throughput by (model, feed), as a share of the throughput of the step alone."""
 
 
 @dataclasses.dataclass
 class Repeated:
-    """A source's records over and over."""
+    """Repeat a source's records up to `count`."""
 
     source: Source
     count: int
@@ -85,7 +86,7 @@ class Repeated:
 
 
 class Feeds:
-    """The feeds' iterators, open for all models, because starting workers takes long. Entering starts the workers."""
+    """Hold the feeds' iterators open for all models, because starting workers takes long. Entering starts them."""
 
     def __init__(self, configs: dict[str, ClassificationData]) -> None:
         self._opened = {
@@ -118,9 +119,9 @@ class Feeds:
 
 
 class Relay:
-    """Training batches of several feeds one after the other, each for its number of steps; then `Done`.
+    """Yield training batches of several feeds, one after the other, each for its number of steps. Then raise `Done`.
 
-    Takes the place of the trainer's `BatchIterator`.
+    It takes the place of the trainer's `BatchIterator`.
     """
 
     def __init__(self, feeds: Feeds, steps: dict[str, int]):
@@ -148,7 +149,7 @@ class Relay:
             yield placed
 
     def _timed(self, name: str) -> Iterator[int]:
-        """Count a phase's steps, and note the processor time of a step in its second half."""
+        """Count a phase's steps, and record the processor time per step in its second half."""
         steps, half = self._steps[name], self._steps[name] // 2
         begin = 0.0
         for number in range(steps):
@@ -311,7 +312,7 @@ def measure_torch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_augmentation(options: argparse.Namespace) -> dict[str, Any]:
-    """Time what the step does to the images before the model sees them, alone."""
+    """Time the augmentation alone, that is what the step does to images before the model."""
     config = config_of("FastVim-T", options)
     size, rng = options.batch, np.random.default_rng(0)
     drawn = [draw_augmentation(config.data, rng) for _ in range(size)]
@@ -353,7 +354,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def report(files: Sequence[Path]) -> str:
-    """Return the recorded runs, of different models, as Markdown."""
+    """Return the page's text, given the records of runs with different models."""
     records = [json.loads(file.read_text()) for file in files]
     found = {(row["model"], row["feed"]): row for record in records for row in record["rows"]}
     runs = []
@@ -367,8 +368,8 @@ def report(files: Sequence[Path]) -> str:
         )
     lines = [
         "# Feeding one GPU", "",
-        f"Generated by `benchmarks/feed.py report` from runs of {'; of '.join(runs)}. What is measured stands in "
-        "[feed.py](feed.py).", "",
+        f"Generated by `benchmarks/feed.py report` from runs of {'; of '.join(runs)}. [feed.py](feed.py) says what is "
+        "measured.", "",
         "| model | fed by | images/s | share of the step alone | required | waiting for data |",
         "|---|---|--:|--:|--:|--:|",
     ]  # fmt: skip
@@ -436,7 +437,7 @@ def main() -> None:
     run.add_argument("--json", type=Path)
     run.add_argument("--batch", type=int, default=256)
     run.add_argument("--lap", type=int, default=50, help="steps between lines of the log")
-    run.add_argument("--seconds", type=float, default=15.0, help="of the DataLoader")
+    run.add_argument("--seconds", type=float, default=15.0, help="time of the DataLoader")
     run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     run.add_argument("--no-torch", action="store_true")
     run.add_argument("--tiny", action="store_true", help="a tiny model at 32 px, for a CPU")

@@ -1,8 +1,8 @@
-"""Run training jobs side by side on the GPUs of one host, and keep what their run folders say.
+"""Run training jobs side by side on the GPUs of one host, and write records of their run folders.
 
-A job is one command of Python with a folder of its own. Jobs start in the order of the list, as soon as a GPU has room
-for them and what they begin from is done. When the time is over, the runs under way are asked to stop. They save, and
-the same call goes on with them.
+A job is one Python command with a run folder of its own. Jobs start in the order of the list, as soon as a GPU has room
+and the job from which they start is done. When the time is over, running jobs are asked to stop, and they save. The
+same call then resumes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-"""Folder of the kept records: a folder for each card, and in it one for each page."""
+"""Folder of the kept records: CARD/PAGE/NAME.json."""
 GRACE = 30.0
 """Seconds that runs have to save when the time is over."""
 KEPT = ("epoch", "loss", "learning_rate", "images_per_second", "seconds")
@@ -30,16 +30,16 @@ KEPT = ("epoch", "loss", "learning_rate", "images_per_second", "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run.
+    """Describe one run.
 
     Attributes:
-        name: its folder.
+        name: name of the run folder.
         command: arguments of Python; `{runs}` in them becomes the folder of all runs.
-        after: the job whose run it starts from.
-        like: a job with the same programs. This one waits until that one has compiled them, and then finds them in the
-            compilation cache.
-        share: the part of a GPU that it takes. A GPU runs jobs of at most 1 together.
-        environment: more variables.
+        after: name of the job from whose run this job starts, or "".
+        like: name of a job with the same programs, or "". This job waits until that job has compiled them, and then
+            finds them in the compilation cache.
+        share: part of a GPU that the job takes. The shares of a GPU's jobs add up to at most 1.
+        environment: more environment variables.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Job:
 
 
 def training(name: str, experiment: str, *arguments: str, after: str = "", **options: Any) -> Job:
-    """Return the job that trains an experiment, from the run of the job `after` if it is given."""
+    """Return the job that trains an experiment. If `after` is given, training starts from that job's run."""
     start = ("--init", f"{{runs}}/{after}") if after else ()
     command = (
         "-m", "fastvim_jax", "train", experiment, "--run-dir", f"{{runs}}/{name}", "--no-progress", *start, *arguments,
@@ -62,13 +62,13 @@ def training(name: str, experiment: str, *arguments: str, after: str = "", **opt
 def run(
     jobs: Sequence[Job], runs: Path, devices: Sequence[str], seconds: float, share: float = 0.0
 ) -> list[str]:
-    """Run all jobs that are not done, until the time is over; return the names of those left.
+    """Run all jobs that are not done, until the time is over. Return the names of jobs that are left.
 
     Args:
-        jobs: in order of importance.
-        runs: folder of the run folders.
+        jobs: jobs in order of importance.
+        runs: folder that holds the run folders.
         devices: numbers of the GPUs to use.
-        seconds: after this time jobs are asked to stop.
+        seconds: time after which running jobs are asked to stop.
         share: replaces the share of every job, if it is positive.
     """
     end = time.monotonic() + seconds
@@ -93,12 +93,12 @@ def run(
                 _finished(name, process, runs)
         time.sleep(0.3)
     for _, _, process in running.values():
-        process.send_signal(signal.SIGTERM)  # It saves, and goes on next time.
+        process.send_signal(signal.SIGTERM)  # It saves, and is resumed next time.
     patience = time.monotonic() + GRACE
     for name, (_, _, process) in running.items():
         try:
             process.wait(max(0.1, patience - time.monotonic()))
-        except subprocess.TimeoutExpired:  # It compiles, and hears no signal until it is done.
+        except subprocess.TimeoutExpired:  # It is compiling, which blocks signals.
             process.kill()
             process.wait()
         _finished(name, process, runs)
@@ -108,7 +108,7 @@ def run(
 
 
 def done(folder: Path) -> bool:
-    """Whether the job of this folder is finished."""
+    """Return whether the job of this folder is finished."""
     return (folder / "done").is_file()
 
 
@@ -152,11 +152,11 @@ def _finished(name: str, process: subprocess.Popen[bytes], runs: Path) -> None:
 
 
 def record_of(folder: Path, commit: str) -> dict[str, Any]:
-    """Return what a run's folder says: circumstances, curve, last evaluation.
+    """Return the record of a run: circumstances, training curve, last evaluation.
 
     Args:
         folder: the run folder.
-        commit: of the code that ran.
+        commit: commit of the code that ran.
     """
     starts = json.loads((folder / "environment.json").read_text())["starts"]
     config = json.loads((folder / "config.json").read_text())
@@ -187,7 +187,7 @@ def record_of(folder: Path, commit: str) -> dict[str, Any]:
 
 
 def keep(record: dict[str, Any], folder: Path) -> None:
-    """Write a record to the folder of the kept ones."""
+    """Write a record to `folder`, named by its job."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1).replace("\n   ", " ").replace("\n  }", " }")
     (folder / f"{record['job']}.json").write_text(text + "\n")
@@ -200,7 +200,7 @@ def card(device: str) -> str:
 
 
 def cards(records: Sequence[dict[str, Any]]) -> str:
-    """Name the cards of some records, as a table says them: `H100`, or `H100, H200`."""
+    """Name the cards of records for a table: `H100`, or `H100, H200`."""
     return ", ".join(sorted({card(record["device"]).upper() for record in records}))
 
 
@@ -233,7 +233,7 @@ def load(
 def collect(
     jobs: Sequence[Job], runs: Path, topic: str, commit: str, results: Path = RESULTS
 ) -> None:
-    """Keep the records of finished runs in `results/CARD/topic`, of others that were evaluated in its `unfinished`."""
+    """Write the records of finished runs to `results/CARD/topic`, of other evaluated runs to `unfinished` in it."""
     for job in jobs:
         folder = runs / job.name
         if done(folder) or _evaluations(folder):
@@ -263,14 +263,14 @@ def command_line(
     report: Callable[[], None],
     prepare: Callable[[Path], None] | None = None,
 ) -> int:
-    """Run, collect or report: the command line of a program with a list of jobs.
+    """Parse the command line of a program with a list of jobs, and run, collect or report.
 
     Args:
         doc: the program's description.
-        jobs: its jobs.
-        topic: folder of its records in the folder of each card.
+        jobs: the program's jobs.
+        topic: name of the folder that holds its records in the folder of each card.
         report: writes its page.
-        prepare: makes what the jobs read, given the folder of the runs.
+        prepare: makes the data that jobs read, given the folder of the runs.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -280,12 +280,12 @@ def command_line(
     running.add_argument("runs", type=Path)
     running.add_argument("--devices", default="0", help="GPU numbers: 0,1,2,3")
     running.add_argument(
-        "--share", type=float, default=1.0, help="of a GPU for each run; 0.25: four at a time"
+        "--share", type=float, default=1.0, help="part of a GPU per run; 0.25: four at a time"
     )
     running.add_argument("--seconds", type=float, default=540.0)
     collecting = commands.add_parser("collect", help="keep finished runs")
     collecting.add_argument("runs", type=Path)
-    collecting.add_argument("--commit", required=True, help="of the code that ran")
+    collecting.add_argument("--commit", required=True, help="commit of the code that ran")
     commands.add_parser("report", help="write the page")
     chosen = parser.parse_args()
     if chosen.command == "report":
@@ -300,7 +300,7 @@ def command_line(
 
 
 def circumstances(records: Sequence[dict[str, Any]]) -> str:
-    """Say on what, when and with which code the records were made."""
+    """Name the devices, versions, dates and commits of the records."""
     seen = {
         f"{r['device']}, JAX {r['versions']['jax']}, {r['started'][:10]}, commit {r['commit'][:7]}"
         for r in records
@@ -309,12 +309,12 @@ def circumstances(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _command(command: Sequence[str]) -> tuple[str, list[str], str]:
-    """Split a start's command into experiment, overrides, and the name of the run that it begins from."""
+    """Split the command of a run into experiment, overrides, and the name of the run from which it starts."""
     rest = list(command[command.index("train") + 1 :])
     experiment, arguments, source = rest.pop(0), [], ""
     while rest:
         argument = rest.pop(0)
-        if argument in ("--run-dir", "--init"):  # Where runs lay is nobody's business.
+        if argument in ("--run-dir", "--init"):  # Records name no folders of the machine.
             value = rest.pop(0)
             source = Path(value).name if argument == "--init" else source
         elif argument != "--no-progress":
@@ -323,6 +323,6 @@ def _command(command: Sequence[str]) -> tuple[str, list[str], str]:
 
 
 def _duration(trained: Sequence[dict[str, Any]]) -> float:
-    """Return the seconds of training; the log's clock starts anew when a run is resumed."""
+    """Return the seconds of training, summed over all starts, because a resumed run's clock starts again at 0."""
     times = [line["seconds"] for line in trained]
     return times[-1] + sum(a for a, b in itertools.pairwise(times) if b < a)

@@ -1,14 +1,16 @@
-"""Measures masked pre-training: steps of FastMaskVim, Vim and ViT, and what the masked encoder costs.
+"""Measure masked pre-training: training steps of FastMaskVim, Vim and ViT, and the cost of the masked encoder.
 
     python benchmarks/masked_speed.py --json benchmarks/results/CARD/family/masked_speed.json
     python benchmarks/peers/mae_vit.py --json ...    the same step in PyTorch, in the same session on the same GPU
 
-Rows: `step`, forward, backward and AdamW of a batch on the device; `encoder`, the forward pass of the encoder under a
-mask, with the time of the same backbone over all patches beside it (`unmasked`). bf16, mask ratio 0.75, 224 px, random
-weights. Several of these programs compile side by side and are timed in turn if they share $FASTVIM_BENCH_LOCK.
+- `step`: forward, backward and AdamW of a batch that is on the device.
+- `encoder`: forward pass of the encoder under a mask; `unmasked` is the time of the same backbone over all patches.
 
-Required: FastMaskVim's step ahead of Vim's; images a second at least 0.9 x those of the compiled PyTorch ViT-B (aim
-1.2); the masked encoder at most 0.4 x the time of the unmasked one.
+All in bf16 at 224 px, mask ratio 0.75, with random weights. If several such programs share $FASTVIM_BENCH_LOCK, they
+compile side by side and are timed in turn.
+
+Required: FastMaskVim's step is faster than Vim's; its images per second are at least 0.9 x those of the compiled
+PyTorch ViT-B (aim: 1.2 x); the masked encoder takes at most 0.4 x the time of the unmasked one.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ MODELS = ("mae_fastvim_base_patch16_224", "mae_vim_base_patch16_224", "mae_vit_b
 
 
 def config_of(name: str, **options: Any) -> Any:
-    """Return the model's config in bfloat16, unrolled."""
+    """Return the model's config in bfloat16, with blocks unrolled."""
     narrow = {} if "_vit_" in name else {"activations": "compute"}
     return model_config(name, dtype="bfloat16", blocks="unroll", **narrow, **options)
 
 
 def measure(one: Any) -> dict[str, float]:
-    """Time a step by the clock and, on a GPU, by the profiler."""
+    """Time a step by wall-clock time and, on a GPU, by the profiler."""
     gpu = jax.default_backend() == "gpu"
     if gpu:
         median, fastest, slowest, _ = timing.steady_clock(one)
@@ -109,7 +111,7 @@ def encoder_case(name: str, batch: int, **options: Any) -> timing.Case:
         return nnx.state(masked), nnx.state(whole), draw_images(model, batch), noise
 
     def encode(params: Any, images: jax.Array, noise: jax.Array) -> jax.Array:
-        # What decodes is not read, and XLA leaves it out.
+        # XLA leaves the decoder out, because its result is not used.
         return nnx.merge(graphs[0], params)(images, noise=noise).latent
 
     def all_patches(params: Any, images: jax.Array) -> jax.Array:
@@ -135,7 +137,7 @@ CASES = {"step": step_case, "encoder": encoder_case}
 
 
 def main() -> None:
-    """Measure all rows, print them and keep them."""
+    """Measure all rows, print them and write them to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,8 +1,8 @@
 """Write benchmarks/README.md and its plots from the recorded runs: `python benchmarks/report.py`.
 
-The records of a card lie in results/CARD. Every table is of one card; nothing is compared with another card.
-If several rows of a card measure the same thing, the latest counts. No number measured with this code is typed here.
-Numbers that others measured on H100s, and numbers that are required, are typed in `targets`.
+The records of a card are in results/CARD. A table holds rows of one card; two cards are never compared. If several rows
+of a card measure the same thing, the latest counts. Measured numbers come from the records alone. Required numbers, and
+numbers that others measured on H100s, are constants in `targets`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ The line above a table names its card; no ratio is of two cards. What was tried 
 """
 ABOUT = {
     "targets": """\
-- **seen**: measured here. Speeds are of device time, the sum of kernel durations; inputs of scan and core not in cache.
-- **clock**: of models the same row by the clock, over queued calls, gaps between kernels included.
-- **met**: of **seen**, or of the ratio where **required** is one. *aim* = aim reached; *yes* = required value reached;
-  *no* = neither; *short of the aim* = none was required; *DeiT not measured* = no DeiT in the same run.
+- **seen**: measured here. Speeds come from device time, the sum of the kernels' durations. Inputs of scan and core are
+  not in the cache.
+- **clock**: for models, the same row from wall-clock time over queued calls, which includes gaps between kernels.
+- **met**: what **seen** reaches, or the ratio if **required** is a ratio. *aim* = aim reached; *yes* = required value
+  reached; *no* = neither; *short of the aim* = aim not reached, and nothing was required; *DeiT not measured* = no DeiT
+  in the same run.
 - **others**: measured on another machine with an H100, as listed below the table.
-- **required**, **aim**: values set for this project, on one H100. "–": no value. "× DeiT": of **over DeiT, same run**.
-- **over DeiT, same run**: images/s of device time over DeiT's, a replayed CUDA graph, recorded on one card in one run.
+- **required**, **aim**: values set for this project, on one H100. "–": no value. "× DeiT": bounds of **over DeiT, same
+  run**.
+- **over DeiT, same run**: images/s of device time divided by DeiT's (a replayed CUDA graph), both recorded on one card
+  in one run.
 """,
     "others": """\
 What others ran:
@@ -58,39 +62,43 @@ What others ran:
 - Training: the authors' model, eager, in the faster of float32 and bf16, without an optimizer.
 """,
     "scan": """\
-Device time with inputs read cold; softplus and step bias inside, 16 states; milliseconds. The peer's times are eager
-calls of its kernel on another machine with an H100. Floor: the larger of memory traffic at 3.0 TB/s and
-exponentials at 16 a clock and processor. Operations: 7 a step, state and channel, 26 with gradients.
+Device time in milliseconds; inputs are not in the cache. The scan has 16 states and includes softplus and step bias.
+The peer's times are eager calls of its kernel on another machine with an H100. Floor: the larger of the memory traffic
+at 3.0 TB/s and the exponentials at 16 per clock and multiprocessor. Operations: 7 per step, state and channel; 26 with
+gradients.
 """,
     "pair": """\
-The scans of a mixer's two directions, device time: as two operations, and as one that is one kernel each way. One
-image's inputs are 0.1 MB, so that the cache holds them.
+Device time of the scans of a mixer's two directions: as two operations, and as one operation, which is one kernel
+forward and one backward. One image's inputs are 0.1 MB, so that the cache holds them.
 """,
     "core": """\
-From in_proj's output to out_proj's input: convolutions, pooling, projections, scans, skip, LayerNorm, gate; device
-time, kernels' durations summed. Floor, at 3.0 TB/s: x read twice, z once, the result written once; for the backward
-pass x and the gradient of the result read twice, z once, and the gradients of x and z written.
+Device time (sum of the kernels' durations) from in_proj's output to out_proj's input: convolutions, pooling,
+projections, scans, skip, LayerNorm, gate. Floor: memory traffic at 3.0 TB/s. Forward, x is read twice and z once, and
+the result is written. Backward, x and the result's gradient are read twice and z once, and the gradients of x and z are
+written.
 """,
     "stages": """\
-Both directions of one Tiny block, batch 128, float32, forward, in milliseconds; in brackets the paper's, of an H100.
-Without convolution, norm and gate; each stage a program of its own, "total" all in one. "–": not measured.
+Milliseconds of both directions of one Tiny block, batch 128, float32, forward; in brackets the paper's, on an H100. A
+stage is a program of its own, and "total" is all stages in one program. Convolution, norm and gate are left out.
+"–": not measured.
 """,
     "model": """\
-Errors: of the logits, relative, against float32 products in full precision by XLA at the same weights.
+Errors are relative errors of the logits, against XLA with the same weights in full float32 precision.
 
-Calls by turns take other images, as many sets as fill 256 MB with the weights. One call and wait: the median of 20.
-"same weights": the record's calls shared one copy of the weights, and single calls also the images, which the 50 MB of
-cache hold where they are small (FastVim-T in bf16: 16 MB); other records rotate copies of the weights, too.
+Successive calls take different images, as many sets as fill 256 MB together with the weights. One call and wait: the
+median of 20. "same weights": the record's calls shared one copy of the weights, and single calls also the images. The
+50 MB of cache hold these if they are small (FastVim-T in bf16: 16 MB). Other records rotate copies of the weights, too.
 
-bf16, by what lies between products. Bounds are shares of each array's largest entry, held on every golden model
-([docs/models.md](../docs/models.md)):
+bf16 has two modes, by the dtype of the activations between matrix products. Bounds are shares of each array's largest
+entry, and are held on every golden model ([docs/models.md](../docs/models.md)):
 
-- *compute*: bfloat16. Outputs within 1e-1, gradients within 3e-1, but for models that take maxima, whose gradients have
-  no bound. What was seen: [NOTES.md](NOTES.md#how-exact-compute-is).
+- *compute*: bfloat16. Outputs within 1e-1, gradients within 3e-1. Models that take maxima have no bound on gradients.
+  What was seen: [NOTES.md](NOTES.md#how-exact-compute-is).
 - *wide*: float32; ViT has no other mode. Outputs within 2e-2, gradients within 5e-2.
 """,
     "train": """\
-Errors: of the first step's gradient, all parameters as one vector, as above. bf16 rows: as above.
+Errors are relative errors of the first step's gradient, with all parameters as one vector; references and bf16 modes
+are those of the forward passes.
 """,
 }
 IDENTITY = (
@@ -120,10 +128,10 @@ def load(folder: Path) -> list[Row]:
 
 
 def load_cards(results: Path) -> dict[str, list[Row]]:
-    """Load the rows of every GPU, by its folder's name; the card of `targets` comes first.
+    """Load the rows of every GPU by its folder's name. The card of `targets` comes first.
 
     Raises:
-        ValueError: a record of another card lies in the folder.
+        ValueError: a folder holds a record of another card.
     """
     found = {}
     for folder in sorted(results.iterdir(), key=lambda f: (f.name != REQUIRED_ON, f.name)):
@@ -161,10 +169,11 @@ def sources(rows: list[Row]) -> str:
 
 
 def target_table(name: str, recorded: list[Row], peers: list[Row]) -> str:
-    """Tabulate what is required and what the card `name` reached.
+    """Tabulate the required values and those that the card `name` reached.
 
-    Numbers of others are typed and of H100s, so another card's table leaves them out, and what it did not run. Where
-    DeiT was recorded in the same run, a column has FastVim's images per second of device time over DeiT's.
+    Numbers of others were measured on H100s, so the table of another card leaves them out. It also leaves out rows that
+    were not run on it. If DeiT was recorded in the same run, a column has FastVim's images per second (device time)
+    divided by DeiT's.
     """
     body, ratios, others = [], [], name == REQUIRED_ON
     for target in targets():
@@ -187,13 +196,13 @@ def target_table(name: str, recorded: list[Row], peers: list[Row]) -> str:
 
 
 def main() -> None:
-    """Write page and plots."""
+    """Write the page and its plots."""
     cards = load_cards(RESULTS)
     (HERE / "README.md").write_text("\n".join(part for part in page(cards) if part))
 
 
 def page(cards: dict[str, list[Row]]) -> Iterator[str]:
-    """Draw the plots and yield the page's parts, given the rows of each card."""
+    """Draw the plots and yield the page's parts, given the rows by card."""
     rows = {name: [r for r in recorded if right(r)] for name, recorded in cards.items()}
     peers = {name: read_peers(RESULTS / name) for name in cards}
     yield INTRODUCTION
@@ -238,7 +247,7 @@ def _of_each_card(
     parts: Callable[[str, list[Row]], Iterator[str]],
     **wanted: str,
 ) -> Iterator[str]:
-    """Yield a section: for each card that has such rows its tables and sources."""
+    """Yield a section: the tables and sources of each card that has rows with the values `wanted`."""
     yield from (f"## {title}\n", ABOUT[about])
     found = {name: chosen for name, of in rows.items() if (chosen := find(of, **wanted))}
     if not found:

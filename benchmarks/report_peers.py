@@ -11,11 +11,11 @@ from report_tables import table
 from targets import Row, device_images_per_s, find
 
 SAME_RUN = timedelta(minutes=30)
-"""FastVim and its peer are compared if they were measured on the same kind of card within this time."""
+"""Two measurements count as one run if they were made on the same kind of card within this time."""
 
 
 def read_peers(folder: Path) -> list[Row]:
-    """Read the rows that `peers/deit.py` recorded, each with its circumstances as `how`."""
+    """Read the rows that `peers/deit.py` recorded, with the circumstances of each under the key `how`."""
     rows = []
     for file in sorted(folder.glob("peer_*.json")):
         record = json.loads(file.read_text())
@@ -29,7 +29,7 @@ def _same_run(ours: Row, how: Row) -> bool:
 
 
 def peer_of(ours: Row, peers: list[Row]) -> Row | None:
-    """Return the latest row of the DeiT of a FastVim's size and setting, of the same card and run."""
+    """Return the latest row of the DeiT with the size and setting of the FastVim row `ours`, of the same run."""
     name = ours.get("model", "").replace("fastvim_", "deit_").replace("_patch16_224", "")
     what = {"model": "forward", "train": "step"}.get(ours["bench"])
     if not name.startswith("deit_") or what is None or ours.get("kind", "time") != "time":
@@ -44,9 +44,10 @@ def peer_of(ours: Row, peers: list[Row]) -> Row | None:
 
 
 def peer_section(peers: list[Row], rows: list[Row]) -> str:
-    """Divide our images per second by those of DeiT on the same card in the same run; empty without such rows.
+    """Tabulate our images per second divided by those of DeiT in the same run; "" if there are no such rows.
 
-    Ours are of device time where it was recorded: DeiT's are of a replayed CUDA graph, which a busy host does not slow.
+    Ours are from device time if it was recorded, because DeiT's are from a replayed CUDA graph, which a busy host does
+    not slow down.
     """
     lines, said = [], {}
     for ours in find(rows, bench="model") + find(rows, bench="train", kind="time"):

@@ -42,7 +42,7 @@ def _milliseconds(r: Row) -> str:
 
 
 def _floor(r: Row, *names: str) -> str:
-    """Return the largest of some bounds; records of a card whose ceilings are not known have none."""
+    """Return the largest of some lower bounds, or "–": records of a card with unknown peak rates have no bounds."""
     return f"{max(r[name] for name in names):.3f}" if names[0] in r else "–"
 
 
@@ -69,7 +69,7 @@ SCAN_COLUMNS: tuple[tuple[str, Row, Callable[[Row], str]], ...] = (
 
 
 def scan_table(rows: list[Row]) -> str:
-    """Kernel, XLA and peer by shape."""
+    """Tabulate the times of kernel, XLA and peer by shape."""
     body = []
     for shape in _shapes(rows):
         for gradient in (False, True):
@@ -89,7 +89,7 @@ def _shapes(rows: list[Row]) -> list[tuple[int, int, int]]:
 
 
 def steps_table(rows: list[Row]) -> str:
-    """Tabulate how many steps wait for one another, by length."""
+    """Tabulate how many steps of a scan run one after the other, by length."""
     body = [
         ["×".join(map(str, s["shape"])), *(str(s[k]) for k in list(s)[1:])]
         for s in bench.steps([ScanSpec(*shape, D=False) for shape in _shapes(rows)])
@@ -139,7 +139,7 @@ def core_table(rows: list[Row]) -> str:
 
 
 def stage_table(rows: list[Row]) -> str:
-    """Table 23: ours, and the paper's in brackets."""
+    """Tabulate the stages of Table 23: our times, and the paper's in brackets."""
     body = []
     for model, stage in PAPER:
         line = [model, stage]
@@ -159,7 +159,7 @@ def stage_table(rows: list[Row]) -> str:
 
 
 def model_table(rows: list[Row]) -> str:
-    """Images a second."""
+    """Tabulate models or training steps: images per second, times, memory, compilation, error."""
     order = {"bf16": 0, "tf32": 1, "f32": 2}
     rows = sorted(rows, key=lambda r: (r["model"], order[r["precision"]], r["pixels"], -r["batch"]))
     optional = lambda r, key, digits: f"{r[key]:.{digits}f}" if key in r else "–"  # noqa: E731
@@ -200,7 +200,7 @@ def _device_spread(r: Row) -> str:
 
 
 def plot_models(rows: list[Row], name: str, file: Path) -> bool:
-    """Draw images a second of the card `name` over the resolution; return whether there was anything to draw."""
+    """Draw images per second of the card `name` over the resolution. Return whether there was anything to draw."""
     figure, axis = plt.subplots(figsize=(6, 4))
     for model, precision in sorted({(r["model"], r["precision"]) for r in rows}):
         here = [
@@ -217,7 +217,7 @@ def plot_models(rows: list[Row], name: str, file: Path) -> bool:
     drawn = bool(axis.lines)
     if drawn:
         title = f"Forward passes, one {name.upper()}"
-        axis.set(xlabel="pixels a side", ylabel="images a second", title=title)
+        axis.set(xlabel="pixels per side", ylabel="images per second", title=title)
         axis.set_xticks(PIXELS, [str(p) for p in PIXELS])
         axis.set_xticks([], minor=True)
         axis.grid(True, which="both", alpha=0.3)
@@ -229,7 +229,7 @@ def plot_models(rows: list[Row], name: str, file: Path) -> bool:
 
 
 def _mode(row: Row) -> str:
-    """Return a row's precision and, of bf16, what lies between products."""
+    """Return a row's precision and, for bf16, its option `activations`."""
     return row["precision"] + (f", {row['activations']}" if row["precision"] == "bf16" else "")
 
 
@@ -238,14 +238,14 @@ def recipe_section(rows: list[Row]) -> str:
     if not rows:
         return ""
     about = (
-        "The same with the recipe's step: uint8 images, flip, RandAugment, erasing and mixing on the device, drop "
-        "path, and the average of the weights.\n"
+        "The same with the recipe's step, which adds uint8 images, flip, RandAugment, erasing and mixing on the "
+        "device, drop path, and averaged weights.\n"
     )
     return f"{about}\n{model_table(rows)}"
 
 
 def largest_table(rows: list[Row]) -> str:
-    """Batches tried for one that fits."""
+    """Tabulate the batches that were tried to find the largest that fits."""
     body = [
         [
             r["model"].split("_patch")[0],

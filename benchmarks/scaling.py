@@ -1,7 +1,8 @@
-"""Writes the tables of docs/scaling.md from recorded measurements: `python benchmarks/scaling.py`.
+"""Write the tables of docs/scaling.md from recorded measurements: `python benchmarks/scaling.py`.
 
-Measured: images a second of a step of 128 images on one H100 (`results/h100/train_*.json`), images a second of a core
-(`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`). Assumed: the links below.
+Measured: images per second of a step of 128 images on one H100 (`results/h100/train_*.json`), images per second that a
+core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`). Assumed: the
+bandwidths below.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ PAGE = HERE.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 IMAGES, EVALUATED, EPOCHS = 1_281_167, 50_000, 300
-BATCH = 128  # images a GPU
-HOST = 8  # GPUs
+BATCH = 128  # images per GPU
+HOST = 8  # GPUs per host
 IN_HOST, BETWEEN_HOSTS = 300e9, 50e9
-"""Bytes a second and GPU of a reduction, assumed: NVLink within a host, 400 Gbit/s a GPU between hosts."""
+"""Assumed bandwidth of a reduction, bytes per second and GPU: NVLink within a host, 400 Gbit/s between hosts."""
 GPUS = (1, 8, 64, 256)
 RECORD_BYTES = {"pixels": 267_900, "jpeg": 38_200}
-"""Of the 41 photographs that `feed.py` prepares, a record in the mean."""
+"""Mean size of a record of the 41 photographs that `feed.py` prepares."""
 
 
 def load(name: str) -> Any:
@@ -30,12 +31,12 @@ def load(name: str) -> Any:
 
 
 def step_rate(name: str) -> float:
-    """Return the images a second of the recorded step of 128 images."""
+    """Return the images per second of the recorded step of 128 images."""
     return next(r["images_per_s"] for r in load(f"h100/{name}")["rows"] if r["batch"] == BATCH)
 
 
 def core_rate(name: str) -> float:
-    """Return the images a second that a core prepares, the device augmenting, and cropping what is no JPEG file."""
+    """Return the images per second that a core prepares. The device augments, and it crops images of pixel shards."""
     rows = load(f"cpu/data_{name}")["rows"]
     return next(r["per_core"] for r in rows if r["what"] == "whole" and r["with"] != "pillow")
 
@@ -47,7 +48,13 @@ def reduced_bytes(name: str) -> float:
 
 
 def epoch_table(model: str, rate: float, sent: float) -> list[str]:
-    """Return the table of an epoch's cost by GPUs."""
+    """Return the lines of a table with the cost of an epoch by number of GPUs.
+
+    Args:
+        model: name of the model.
+        rate: images per second of one GPU.
+        sent: bytes that are reduced per step.
+    """
     lines = [
         f"**{model}**, {rate:,.0f} images/s per GPU, {sent / 1e6:.1f} MB reduced per step:", "",
         "| GPUs | batch | step, ms | steps of an epoch, s | reduction, s | share if not overlapped | cores, pixels | "
@@ -76,7 +83,7 @@ def tables() -> str:
     tiny, small = step_rate("train_tiny"), step_rate("train_small")
     sent = reduced_bytes("collectives")
     lines += epoch_table("FastVim-T", tiny, sent)
-    # Nearly all that is reduced are gradients in float32, so that it grows with the parameters.
+    # Nearly all reduced bytes are float32 gradients, so they are proportional to the number of parameters.
     lines += epoch_table("FastVim-S", small, sent * 25_832_680 / 7_166_056)
     needed = EPOCHS * IMAGES / 86400
     pixels, jpeg = core_rate("pixels"), core_rate("jpeg")

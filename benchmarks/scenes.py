@@ -1,10 +1,11 @@
-"""Builds scenes to segment out of real images: pasted objects whose class, outline and place are known exactly.
+"""Compose scenes for segmentation from real images, so that class, outline and place of every object are known exactly.
 
-Background: photographs of places (Tiny-ImageNet). Objects: CIFAR-10 images, resized to 40 to 80 pixels and cut out with
-the outline of a COCO object. Two to five of them lie on a background of 128 pixels, later ones over earlier ones. Label
-0 is background, k + 1 class k of CIFAR-10. The scenes of `validation` are made of other images of all three sources
-(the test images of CIFAR-10, the validation images of Tiny-ImageNet and COCO), so that what is measured there is what
-carries over to objects, outlines and backgrounds never seen.
+A scene has a background of 128 pixels, a photograph of a place (Tiny-ImageNet), and two to five objects, later ones
+over earlier ones. An object is a CIFAR-10 image, resized to 40 to 80 pixels and cut out with the outline of a COCO
+object. Label 0 is background, label k + 1 is class k of CIFAR-10.
+
+Scenes of `validation` measure generalisation: their objects, outlines and backgrounds are not in the training scenes.
+They come from the test images of CIFAR-10 and the validation images of Tiny-ImageNet and COCO.
 
 python benchmarks/scenes.py OUT --data FOLDER [--train 6000] [--validation 500]
 
@@ -35,7 +36,7 @@ SPLITS = {"training": ("train", "train", "train2017"), "validation": ("test", "v
 
 
 class Parts:
-    """Objects, backgrounds and outlines of one split."""
+    """Hold the objects, backgrounds and outlines of one split."""
 
     def __init__(self, data: Path, split: str):
         cifar, places, coco = SPLITS[split]
@@ -86,7 +87,7 @@ def draw_scene(parts: Parts, rng: np.random.Generator) -> tuple[Image.Image, Ima
 
 
 def write_scenes(numbers: range, data: Path, out: Path, split: str) -> None:
-    """Write the scenes of these numbers; each draws from its own seed."""
+    """Write the scenes with these numbers. The number and the split seed a scene's draws."""
     parts = Parts(data, split)
     for number in numbers:
         rng = np.random.default_rng([list(SPLITS).index(split), number])
@@ -132,7 +133,7 @@ def _decode(jpeg: np.ndarray, offsets: np.ndarray, index: int) -> Image.Image:
 
 
 def _outline(annotation: dict) -> list[list[tuple[float, float]]] | None:
-    """Return an object's polygons within its box, from 0 to 1; None for small objects and thin ones."""
+    """Return an object's polygons in coordinates of its box, from 0 to 1, or None if it is small or thin."""
     left, top, width, height = annotation["bbox"]
     if min(width, height) < 24 or annotation["area"] < 0.4 * width * height:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 Row = dict[str, Any]
 REQUIRED_ON = "h100"
-"""The card that required values are for, and that others' typed numbers are of."""
+"""The card for which values are required, and on which others measured the numbers below."""
 # Milliseconds of the mamba CUDA kernel called eagerly on the same kind of GPU (PyTorch 2.11), float32.
 PEER = {
     (128, 14, 384): (0.201, 0.653),
@@ -53,7 +53,7 @@ def right(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """One requirement of the page.
+    """Describe one requirement of the page.
 
     Attributes:
         what: the name of the measurement, for the page.
@@ -62,10 +62,10 @@ class Target:
         value: takes the number from such a row; None if the row does not have it. The best row counts.
         required: the bound that must be reached; None if there is none.
         aim: the bound that is aimed at; None if there is none.
-        others: what others reach, for the page.
+        others: numbers that others reach, a text for the page.
         more_is_better: whether a larger number is better.
-        clock: takes the same from a row as the clock saw it, where `value` is of device time.
-        over_deit: the required and the aimed-at ratio to DeiT in the same run. They replace `required` and `aim`.
+        clock: takes the same number in wall-clock time, if `value` is from device time.
+        over_deit: required ratio and aimed-at ratio to DeiT in the same run. They replace `required` and `aim`.
     """
 
     what: str
@@ -80,7 +80,7 @@ class Target:
     over_deit: tuple[float, float] | None = None
 
     def best(self, rows: list[Row]) -> tuple[float, Row] | None:
-        """Return the best value and its row; None if no right row has it."""
+        """Return the best value and its row, or None if no correct row has the value."""
         found = [
             (v, r)
             for r in find(rows, **self.match)
@@ -184,7 +184,7 @@ def _cores() -> Iterator[Target]:
             yield Target(what, "ms", match, lambda r: r["median"], least, aim, others)
 
 
-# The precision and what lies between products, see the page's legend.
+# Precision and dtype of the activations between matrix products; see the page's legend.
 _COMPUTE = {"precision": "bf16", "activations": "compute"}
 
 

@@ -201,7 +201,7 @@ def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(program
     runs["tenth40"][0]["device"] = "NVIDIA H200"
     assert "different cards and dates (H100, H200)" in masked.page(runs)
     runs["tenth40"] = [record(f"tenth40_s{i}", ema_top1=0.6) for i in range(2)]
-    assert "every seed of the one above every seed of the other" in masked.page(runs)
+    assert "every pre-trained seed is ahead of every other seed" in masked.page(runs)
 
 
 def test_the_page_of_dense_runs_says_what_is_met(programs):

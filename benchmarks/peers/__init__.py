@@ -1,1 +1,1 @@
-"""Models of other libraries, timed under the same conditions as ours."""
+"""Time models of other libraries under the same conditions as ours."""

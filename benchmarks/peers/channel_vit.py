@@ -1,6 +1,6 @@
-"""ChannelViT-S in PyTorch: timm's blocks over one token per patch and channel, compiled, with fused attention.
+"""Time ChannelViT-S in PyTorch: timm's blocks over one token per patch and channel, compiled, with fused attention.
 
-Needs torch with CUDA and timm. The layers are timm's own, as fast as they come; only the embedding is written here.
+It needs torch with CUDA and timm. The layers are timm's; only the embedding is written here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTH, DEPTH, HEADS, CLASSES = 384, 12, 6, 161
 
 
 def build(patch: int, channels: int = 8, size: int = 224) -> Any:
-    """Build the module: images `b channels h w` to logits `b classes`."""
+    """Build the module, which maps images `b channels h w` to logits `b classes`."""
     import torch
     from timm.models.vision_transformer import Block
     from torch import nn
@@ -48,13 +48,13 @@ def case(
 ) -> Iterator[dict[str, Any] | None]:
     """Compile the forward pass in bfloat16 (parameters too) or in float32 without TF32, yield, then time it.
 
-    `mode` is one of `torch.compile`; by default the one that searches most.
+    `mode` is a mode of `torch.compile`, by default the one that searches most.
     """
     import torch
     import torch._inductor.config as inductor
 
     torch.set_float32_matmul_precision("highest")
-    # Inductor of torch 2.11 stops with an assertion when it analyses how the embedding's channels are laid out.
+    # Without this, Inductor of torch 2.11 fails an assertion when it analyses the layout of the embedding's channels.
     inductor.triton.coalesce_tiling_analysis = False
     model = build(patch).to("cuda", getattr(torch, dtype)).eval()
     mode = mode or ("max-autotune-no-cudagraphs" if batch > 8 else "max-autotune")

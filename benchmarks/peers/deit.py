@@ -1,10 +1,10 @@
-"""The peer of FastVim on one GPU: DeiT from timm, compiled by PyTorch and captured as one CUDA graph, in bfloat16.
+"""Time FastVim's peer on one GPU: timm's DeiT, compiled by PyTorch and captured as one CUDA graph, in bfloat16.
 
     python benchmarks/peers/deit.py --models tiny small base --json benchmarks/results/CARD/peer_deit.json
 
-Needs torch with CUDA and timm. Times the forward pass (weights stored in bfloat16, no autocast), and with --train the
-whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py` divides
-the rows of `fastvim bench model` and `fastvim bench train` by these. Not autotuned unless asked: that takes minutes.
+It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), and with --train
+the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py`
+divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes minutes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 3  # calls before a graph is captured: they compile the model and choose its kernels
-SETS = 4  # of input images, so that no call finds its own in the cache
+SETS = (
+    4  # sets of input images that calls take in turn, so that no call finds its images in the cache
+)
 
 
 def captured(step: Callable[[], Any]) -> Any:
-    """Capture `step` as a CUDA graph. Return the graph."""
+    """Capture `step` as a CUDA graph, and return the graph."""
     import torch
 
     stream = torch.cuda.Stream()
@@ -39,7 +41,7 @@ def captured(step: Callable[[], Any]) -> Any:
 
 
 def compiled(model: Any, autotune: bool) -> Any:
-    """Compile a model; graphs are captured by `captured`."""
+    """Compile a model, without CUDA graphs: `captured` makes these."""
     import torch
 
     return torch.compile(model, mode="max-autotune-no-cudagraphs" if autotune else None)
@@ -88,7 +90,7 @@ def step_graph(name: str, pixels: int, batch: int, autotune: bool) -> list[Any]:
 
 
 def milliseconds(graphs: list[Any], replays: int = 20, repeats: int = 5) -> tuple[float, float]:
-    """Median and fastest milliseconds of a replay."""
+    """Return the median and the fastest time of a replay, in milliseconds."""
     import torch
 
     times = []
@@ -127,7 +129,7 @@ def circumstances() -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure, print and keep all rows."""
+    """Measure and print all rows, and write them to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

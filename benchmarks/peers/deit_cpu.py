@@ -1,11 +1,12 @@
-"""FastVim-T beside timm's DeiT-T in PyTorch, both on the same cores of this machine's CPU, in turns.
+"""Time FastVim-T and timm's DeiT-T in PyTorch on the same CPU cores, in turns.
 
     python benchmarks/peers/deit_cpu.py --torch PYTHON --json FILE
 
-PYTHON is an interpreter that imports torch and timm (by default this one). Images of 224 px, float32, random weights.
-One process a model is pinned to the first `--cores` cores; the two take turns, so that whatever else the machine does
-meets both. `cpu` is the processor time of a call, which other programs disturb less than `wall`, the time on the clock.
-Both are medians over the rounds, with the smallest and the largest; `ratio` is DeiT's over FastVim's.
+PYTHON is an interpreter that imports torch and timm (by default this one). Images have 224 px, float32; weights are
+random. Each model has a process that is pinned to the first `--cores` cores. The two take turns, so that other work on
+the machine disturbs both alike. `cpu` is the processor time of a call in milliseconds, which other programs disturb
+less than `wall`, the wall-clock time. Both are given as smallest, median and largest; `ratio` is DeiT's time divided by
+FastVim's.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 SIZE = 224
 CALLS = {1: 8, 16: 2}
-"""Calls in a round, by batch size."""
+"""Calls per round, by batch size."""
 
 
 def make_fastvim(batch: int) -> Any:
-    """Build a call of FastVim-T, as `create_model` makes it."""
+    """Return a function that calls FastVim-T, jitted, with the defaults of `create_model`."""
     import jax
     from flax import nnx
 
@@ -39,7 +40,7 @@ def make_fastvim(batch: int) -> Any:
 
 
 def make_deit(batch: int, cores: int) -> Any:
-    """Build a call of timm's DeiT-T, eager, as it comes."""
+    """Return a function that calls timm's DeiT-T, eager, with the defaults of `create_model`."""
     import timm
     import torch
 
@@ -55,7 +56,7 @@ def make_deit(batch: int, cores: int) -> Any:
 
 
 def work(name: str, cores: int) -> None:
-    """Answer each line `batch` on standard input by the milliseconds of each call: processor time and clock."""
+    """For each line on standard input, a batch size, print the (processor, wall-clock) milliseconds of each call."""
     os.sched_setaffinity(0, range(cores))
     calls: dict[int, Any] = {}
     for line in sys.stdin:
@@ -73,7 +74,7 @@ def work(name: str, cores: int) -> None:
 
 
 def start(python: str, name: str, cores: int) -> subprocess.Popen:
-    """Start a worker whose arithmetic runs on `cores` threads."""
+    """Start a worker process that computes on `cores` threads."""
     root = str(Path(__file__).resolve().parents[2])
     command = [python, __file__, "--work", name, "--cores", str(cores)]
     settings = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(cores)}
@@ -87,7 +88,7 @@ def start(python: str, name: str, cores: int) -> subprocess.Popen:
 
 
 def ask(worker: subprocess.Popen, batch: int) -> list[list[float]]:
-    """Have a worker run one round."""
+    """Let a worker run one round, and return its times."""
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(f"{batch}\n")
     worker.stdin.flush()
@@ -98,7 +99,7 @@ def ask(worker: subprocess.Popen, batch: int) -> list[list[float]]:
 
 
 def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> dict[str, Any]:
-    """Let both models take turns, and summarise."""
+    """Let both models take turns, and summarise their times."""
     times: dict[str, list[list[float]]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
@@ -115,7 +116,7 @@ def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> di
 
 
 def processor() -> str:
-    """Return the processor's name, as Linux tells it, and the widest vectors it has."""
+    """Return the processor's name, and whether it has AVX-512."""
     text = Path("/proc/cpuinfo").read_text()
     name = next(
         (line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), "?"
@@ -124,7 +125,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Measure and print; write JSON if asked."""
+    """Measure, print, and write JSON if --json is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", default=sys.executable, help="interpreter with torch and timm")
     parser.add_argument("--cores", type=int, default=1)

@@ -1,10 +1,9 @@
-"""A masked autoencoder in PyTorch: ViT-B encoder and the usual decoder (8 blocks of 512) from timm's blocks.
+"""Time a masked autoencoder in PyTorch: a ViT-B encoder and the usual decoder (8 blocks of width 512), timm's blocks.
 
     python benchmarks/peers/mae_vit.py --json FILE
 
-Needs torch with CUDA and timm. Times the pre-training step (forward, backward, fused AdamW) in bfloat16 autocast at
-mask ratio 0.75: eager, and compiled. The layers are timm's own; masking and decoder are written here from
-the equations.
+It needs torch with CUDA and timm. It times the pre-training step (forward, backward, fused AdamW) in bfloat16 autocast
+at mask ratio 0.75, eager and compiled. The blocks are timm's; masking and decoder are written here from the equations.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PATCH, SIDE, KEPT = 16, 14, 49
 
 
 def build() -> Any:
-    """Build the module: images `b 3 224 224` and noise `b 196` to the loss."""
+    """Build the module, which maps images `b 3 224 224` and noise `b 196` to the loss."""
     import torch
     from timm.models.vision_transformer import Block
     from torch import nn
@@ -79,7 +78,13 @@ def build() -> Any:
 
 
 def case(*, batch: int, mode: str | None, seconds: float = 0.7) -> Iterator[dict[str, Any] | None]:
-    """Compile the whole training step in a mode of `torch.compile` (None: eager), yield, then time it."""
+    """Compile the training step, yield, then time it.
+
+    Args:
+        batch: images per batch.
+        mode: a mode of `torch.compile`; "blocks" compiles each block by itself; None compiles nothing.
+        seconds: time of one repeat.
+    """
     import torch
 
     model = build().to("cuda").train()
@@ -125,7 +130,7 @@ def case(*, batch: int, mode: str | None, seconds: float = 0.7) -> Iterator[dict
 
 
 def cases(batch: int, modes: list[str]) -> list[Any]:
-    """List for `timing.run` the eager step, then one for each mode."""
+    """List the measurements for `timing.run`: the eager step, then one for each mode."""
     return [
         (
             {"row": "step", "model": f"pytorch mae vit-b, {mode or 'eager'}", "batch": batch},
@@ -136,13 +141,13 @@ def cases(batch: int, modes: list[str]) -> list[Any]:
 
 
 def main() -> None:
-    """Measure, print and keep the rows."""
+    """Measure and print the rows, and write them to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument(
-        "--modes", nargs="+", default=["default"], help="of torch.compile, or blocks"
+        "--modes", nargs="+", default=["default"], help="modes of torch.compile, or blocks"
     )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
