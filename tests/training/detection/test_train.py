@@ -21,8 +21,9 @@ from fastvim_jax.training.detection.evaluation import worst
 from fastvim_jax.training.start_from import fit
 from fastvim_jax.training.tasks import config_from_json
 from fastvim_jax.training.weights_source import Source
+from tests.support import data_dir
 from tests.training.compare_runs import assert_same_run
-from tests.training.detection.tiny import CLASSES, draw_scenes, tiny_config
+from tests.training.detection.tiny import CLASSES, copy_real_images, draw_scenes, tiny_config
 
 pytest.importorskip("pycocotools")
 
@@ -35,12 +36,21 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory):
+def images(scenes, tmp_path_factory):
+    """Real images, with a crowd, where there are any; else drawn ones. The data set's folder, and its classes."""
+    if data_dir() is None:
+        return scenes, CLASSES
+    root = tmp_path_factory.mktemp("images") / "coco"
+    return root, copy_real_images(root, data_dir() / "coco_tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, train(tiny_config(scenes), folder, progress=False)
+    return folder, train(tiny_config(images[0]), folder, progress=False)
 
 
-def test_a_run_ends_with_scores_a_picture_and_a_table(finished):
+def test_a_run_ends_with_scores_a_picture_and_a_table(images, finished):
     folder, result = finished
     assert result.step == 4 and "box AP" in result.headline
     assert result.metrics["count"] == 3
@@ -59,28 +69,28 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(finished):
     with Image.open(folder / "eval_detections.png") as picture:
         assert picture.size[0] > 600
     table = (folder / "eval_class_scores.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in table[1:]] == list(CLASSES)
-    assert json.loads((folder / "classes.json").read_text()) == list(CLASSES)
+    assert [line.split(",")[0] for line in table[1:]] == list(images[1])
+    assert json.loads((folder / "classes.json").read_text()) == list(images[1])
 
 
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(scenes, finished, tmp_path):
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(images, finished, tmp_path):
     """Three of four steps are restored; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
-    train(tiny_config(scenes), resumed, progress=False)
+    train(tiny_config(images[0]), resumed, progress=False)
     assert_same_run(resumed, finished[0])
 
 
-def test_files_are_drawn_and_written_as_coco(scenes, finished, tmp_path):
+def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
     # The same program as the evaluation's, but for one image: two sizes, one compilation.
     run = load_run(finished[0])
     (tmp_path / "no.jpg").write_bytes(b"no image")
-    files = [scenes / "val2017/0.png", scenes / "val2017/1.png", tmp_path / "no.jpg"]
+    files = [*sorted((images[0] / "val2017").iterdir())[:2], tmp_path / "no.jpg"]
     drawings = draw_files(run, files, tmp_path / "out")
     assert [drawing.error is None for drawing in drawings] == [True, True, False]
     content = json.loads((tmp_path / "out/detections.json").read_text())
     assert [image["id"] for image in content["images"]] == [1, 2]
-    assert [c["name"] for c in content["categories"]] == list(CLASSES)
+    assert [c["name"] for c in content["categories"]] == list(images[1])
     assert content["annotations"] and len(drawings[0].found) <= run.config.model.detections
     for found in content["annotations"]:
         image = content["images"][found["image_id"] - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,35 @@ def draw_scenes(root: Path, rng: np.random.Generator, *, train: int = 4, held_ou
         categories = [{"id": 3, "name": "box"}, {"id": 8, "name": "bar"}]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+
+
+def copy_real_images(root: Path, coco: Path) -> tuple[str, ...]:
+    """Write a COCO folder of a few real images with persons and bottles, one without any; return the classes.
+
+    Args:
+        root: the new folder.
+        coco: the folder `coco_tiny` of the real data.
+    """
+    (root / "annotations").mkdir(parents=True)
+    chosen = {
+        "train2017": (24577, 60623, 204805, 278528, 412151),
+        "val2017": (184324, 208901, 357888),
+    }
+    for split, ids in chosen.items():
+        content = json.loads((coco / f"annotations/instances_{split}.json").read_text())
+        content["images"] = [i for i in content["images"] if i["id"] in ids]
+        content["categories"] = [
+            c for c in content["categories"] if c["name"] in ("person", "bottle")
+        ]
+        kept = {c["id"] for c in content["categories"]}
+        content["annotations"] = [
+            a for a in content["annotations"] if a["image_id"] in ids and a["category_id"] in kept
+        ]
+        (root / split).mkdir()
+        for image in content["images"]:
+            shutil.copy(coco / split / image["file_name"], root / split)
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    return tuple(c["name"] for c in content["categories"])
 
 
 def tiny_config(root: Path, **changes: Any) -> DetectionConfig:
