@@ -31,8 +31,9 @@ from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_bloc
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
-# Cost of starting a block, in segments, and number of warpgroups that a processor's registers hold.
-START = {"front": 0.5, "front_gradients": 1.5, "back_gradients": 1.5}
+# Cost of starting a block of the gradients, in segments.
+START = {"front_gradients": 1.5, "back_gradients": 1.5}
+# Warpgroups that a processor's registers hold.
 RESIDENT = {"front": 8, "front_gradients": 4, "back_gradients": 8}
 
 
@@ -52,8 +53,9 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """Choose the segments and lines per block for one of the three kernels that visit lines; None if none fits.
 
     Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
-    are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. Then
-    take the number of segments per block that costs least: waves of blocks, times segments per block and the start.
+    are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. The
+    gradients then take the number of segments per block that costs least: waves of blocks, times segments per block and
+    the start.
     """
     batch, _, width = xz.shape
     width //= 2
@@ -85,11 +87,20 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     others = batch * (width // 128 if kind.startswith("front") else 1)
     segments = math.ceil(options.tokens / segment)
 
+    def blocks(per_block):
+        return others * options.lines * segments // per_block
+
     def cost(per_block):
-        waves = math.ceil(others * math.ceil(options.lines * segments / per_block) / slots)
-        return waves * (per_block + START[kind])
+        return math.ceil(blocks(per_block) / slots) * (per_block + START[kind])
 
     choices = [d * segments for d in range(1, options.lines + 1) if options.lines % d == 0]
+    if (
+        kind == "front"
+    ):  # Processors stay full until the end if there are more blocks than they hold at a time.
+        enough = [n for n in choices if blocks(n) >= 1.5 * slots]
+        per_block = max(enough, default=segments)
+    else:
+        per_block = min(choices, key=lambda n: (cost(n), n))
     return Grid(
         batch=batch,
         rows=options.rows,
@@ -98,7 +109,7 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         transposed=options.transposed,
         taps=taps,
         segment=segment,
-        per_block=min(choices, key=lambda n: (cost(n), n)),
+        per_block=per_block,
         padding=options.padding,
         norm_kind=options.norm_kind,
         per_position=options.per_position,
@@ -139,7 +150,7 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
         return f"{options.per_position} tokens of a position are more than the 32 of a segment"
     if options.scattered and options.per_position < taps - 1:
         return f"{options.per_position} tokens of a position are fewer than the convolution's reach"
-    for kind in START:
+    for kind in RESIDENT:
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
     return mosaic_back.unsupported(xz.shape[0] * xz.shape[1])

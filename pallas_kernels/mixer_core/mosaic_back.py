@@ -143,7 +143,9 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
                     gate = silu(gate.astype(jnp.float32), layouts.tokens, interpret, dtype)
                     store(out_ref.at[pl.ds(start, WARPS), c], (part * gate).astype(dtype))
 
-        block = lax.axis_index("block")
+        # From the last tokens to the first: the front wrote the last skips last, so the L2 cache may still have them.
+        # And out_proj begins with the first tokens.
+        block = fours // steps - 1 - lax.axis_index("block")
         visit([(block * steps + step) * WARPS for step in range(steps)])
         rest = count % WARPS
         if rest:  # Some of these tokens have been written already, by this thread block.

@@ -52,7 +52,9 @@ def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
 
     def body(update_ref, residual_ref, gain_ref, *refs):
         *keep_refs, sum_ref, normed_ref = refs
-        first = lax.axis_index("block") * (steps * WARPS)
+        # From the last tokens to the first: the product wrote its last rows last, so the L2 cache may still have them.
+        block = count // (steps * WARPS) - 1 - lax.axis_index("block")
+        first = block * (steps * WARPS)
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
         over = lambda x, axis: spread(x, (WARPS, BLOCK), axis, layouts.tokens)  # noqa: E731
 
