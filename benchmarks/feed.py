@@ -438,7 +438,7 @@ def main() -> None:
     run.add_argument("--batch", type=int, default=256)
     run.add_argument("--lap", type=int, default=50, help="steps between lines of the log")
     run.add_argument("--seconds", type=float, default=15.0, help="time of the DataLoader")
-    run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    run.add_argument("--models", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
     run.add_argument("--no-torch", action="store_true")
     run.add_argument("--tiny", action="store_true", help="a tiny model at 32 px, for a CPU")
     shown = tasks.add_parser("report")
