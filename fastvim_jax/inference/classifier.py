@@ -264,7 +264,6 @@ class Classifier:
             For each file, in order: its name, its row in the result of its batch, and that result.
         """
         for start, outputs, errors in self._outputs([str(file) for file in files]):
-            # What comes from the devices is read-only.
             result = _result(tuple(map(np.array, outputs)) if errors else outputs, errors)
             for i in range(len(result.logits)):
                 yield str(files[start + i]), i, result
@@ -333,7 +332,10 @@ def _listed(images: Images) -> Any:
 
 def _result(outputs: tuple[np.ndarray, ...], errors: dict[int, str]) -> Result:
     """Name the outputs, with NaN for images that could not be read."""
-    for array in outputs:
-        array[list(errors)] = np.nan
+    if (
+        errors
+    ):  # Arrays from the devices are read-only, and without errors they are returned as they are.
+        for array in outputs:
+            array[list(errors)] = np.nan
     logits, probabilities, embeddings, *maps = outputs
     return Result(logits, probabilities, embeddings, errors, *maps)
