@@ -90,8 +90,8 @@ def mixer_block(
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
         keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
-        implementation: "pallas" (the kernel), "xla", or "auto": the kernel if the program is lowered for a Hopper GPU
-            and the batch has work for all of its processors, otherwise `mixer_core` and XLA.
+        implementation: "pallas" (the kernel), "xla", or "auto": the kernels if the program is lowered for a Hopper GPU,
+            otherwise `mixer_core` and XLA.
         directions, norm, middle_params, middle, rows, columns, transposed, per_position, method, scale, eps: see
             `mixer_core`.
 
@@ -224,18 +224,25 @@ class _Call(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(call: _Call, xz, residual, directions, norm, projection, keep, middle_params):
-    xz, skip, u, _ = _front(call, xz, directions)
+    xz, skip, u, _ = _front(call, xz, directions, residual.shape[-1])
     y = call.middle(middle_params, u)
-    return _project(call, xz, skip, y, residual, directions, norm, projection, keep)
+    return _project(call, xz, skip, y, residual, norm, projection, keep)
 
 
 def _forward(call, given, residual, directions, norm, projection, keep, middle_params):
     xz, skip, u, places = _front(call, given, directions)
     y, pull = jax.vjp(call.middle, middle_params, u)
-    weights = (directions, norm, projection, keep)
+    weights = (norm, projection, keep)
     total, normed, g = _project(call, xz, skip, y, residual, *weights, with_g=True)
     unprojected = given if isinstance(given, Unprojected) else None
-    return (total, normed), (unprojected, Saved(xz, y, places, pull), total, g, *weights)
+    return (total, normed), (
+        unprojected,
+        Saved(xz, y, places, pull),
+        total,
+        g,
+        directions,
+        *weights,
+    )
 
 
 def _backward(call, saved, bars):
@@ -264,36 +271,40 @@ def _backward(call, saved, bars):
 _fused.defvjp(_forward, _backward)
 
 
-def _front(call: _Call, xz, directions):
-    """Return xz, the skips, the pooled tokens and, with "max", the places of the maxima."""
+def _front(call: _Call, xz, directions, outputs: int | None = None):
+    """Return xz, the skips, the pooled tokens and, with "max", the places of the maxima.
+
+    With `outputs`, the width of the residual stream, z may take the place of xz: no gradient will read x.
+    """
     if isinstance(xz, Unprojected):
         if call.options.method == "mean":
-            return *_project_front(call, *xz, directions), ()
+            return *_project_front(call, *xz, directions, outputs), ()
         xz = xz.projected()
     u, skip, places = call.stages.front(xz, directions, (), call.options)
     return xz, skip, u, places
 
 
-def _project_front(call: _Call, tokens, weight, directions):
-    """Return xz, the skips and the pooled tokens: by kernels if the program is lowered for CUDA, else by XLA."""
+def _project_front(call: _Call, tokens, weight, directions, outputs):
+    """Return xz or z, the skips and the pooled tokens: by kernels if the program is lowered for CUDA, else by XLA."""
     from pallas_kernels.mixer_core import mosaic
 
-    kernel: Callable = functools.partial(mosaic.project_front, options=call.options)
-    other: Callable = functools.partial(_xla_project_front, options=call.options)
+    with_x = outputs is None or mosaic.reads_x(tokens, directions.kernels, outputs, call.options)
+    static: dict[str, Any] = {"options": call.options, "with_x": with_x}
+    kernel: Callable = functools.partial(mosaic.project_front, **static)
+    other: Callable = functools.partial(_xla_project_front, **static)
     operands = ("b l i", "w i", DIRECTIONS)
-    results = ("b l w", "b l e", "d b s e")
+    results = ("b l c", "b l e", "d b s e")
     return _on_shares(call, kernel, other, operands, results, (tokens, weight, directions))
 
 
-def _xla_project_front(tokens, weight, directions, options):
+def _xla_project_front(tokens, weight, directions, options, with_x):
     xz = Unprojected(tokens, weight).projected()
-    u, skip, _ = xla.front(jnp.split(xz, 2, axis=-1)[0], directions, (), options)
-    return xz, skip, u
+    x, z = jnp.split(xz, 2, axis=-1)
+    u, skip, _ = xla.front(x, directions, (), options)
+    return xz if with_x else z, skip, u
 
 
-def _project(
-    call: _Call, xz, skip, y, residual, directions, norm, projection, keep, *, with_g: bool = False
-):
+def _project(call: _Call, xz, skip, y, residual, norm, projection, keep, *, with_g: bool = False):
     """Return the residual stream and its normalised tokens, by the kernel or by XLA; if asked for, also g."""
     from pallas_kernels.mixer_core import mosaic
 
@@ -303,9 +314,9 @@ def _project(
     tokens = "b l o"
     projected = Projection("o e", "o")  # type: ignore[arg-type]
     kept = None if keep is None else "b"
-    operands = ("b l w", "b l e", POOLED, tokens, DIRECTIONS, NORM, projected, kept)
+    operands = ("b l w", "b l e", POOLED, tokens, NORM, projected, kept)
     results = (tokens, tokens, "b l e") if with_g else (tokens, tokens)
-    arrays = (xz, skip, y, residual, directions, norm, projection, keep)
+    arrays = (xz, skip, y, residual, norm, projection, keep)
     return _on_shares(call, kernel, other, operands, results, arrays)
 
 
@@ -331,10 +342,9 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
-def _xla_project(
-    xz, skip, y, residual, directions, norm, projection, keep, options, norm_eps, with_g
-):
-    g = xla.back(xz, skip, y, norm, (), options)
+def _xla_project(xz, skip, y, residual, norm, projection, keep, options, norm_eps, with_g):
+    z = xz[..., -skip.shape[-1] :]
+    g = xla.gate(xla.mix(skip, y, (), options), z, norm, options)
     more = (g,) if with_g else ()
     weight, gain = projection
     return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more

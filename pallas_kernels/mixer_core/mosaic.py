@@ -159,47 +159,35 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
     """Return why a block does not run joined to the next block's norm, although the other kernels do, or None.
 
-    A batch that leaves processors idle is a reason, except if "pallas" was asked for by name. Then one kernel must do
-    all behind the scans.
+    One kernel that does all behind the scans pays at every batch size; if "pallas" was asked for by name, it must do
+    it. Where it takes several kernels, a batch that leaves processors idle is a reason.
     """
     if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
         return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
-    several = back_project_unsupported(xz, kernels.shape[1], residual.shape[-1], options)
-    if by_name:
+    several = back_project_unsupported(xz.shape[-1] // 2, residual.shape[-1], options)
+    if by_name or several is None:
         return several
     segments = xz.shape[0] * options.lines * math.ceil(options.tokens / mosaic_back_project.ROWS)
-    full = (
-        PROCESSORS * mosaic_back_project.PER_TILE * (1 if several else mosaic_back_project.RESIDENT)
-    )
+    full = PROCESSORS * mosaic_back_project.PER_TILE
     return f"{segments} segments of lines do not fill the device" if segments < full else None
 
 
-def back_project_unsupported(xz, taps: int, outputs: int, options: CoreOptions) -> str | None:
+def back_project_unsupported(width: int, outputs: int, options: CoreOptions) -> str | None:
     """Return why one kernel cannot compute everything behind the scans, or None if it can."""
-    work = _project_work(xz, taps, outputs, options)
-    if work is None:
-        return (
-            f"lines of {options.tokens} tokens do not cut into equal segments of 8 to 16, or a position "
-            f"has several tokens ({options.per_position})"
-        )
-    return work.unsupported()
+    if options.per_position > 1:
+        return f"a position has {options.per_position} tokens"
+    return _back_project_work(1, width, outputs, options).unsupported()
 
 
-def _project_work(xz, taps: int, outputs: int, options: CoreOptions):
-    segment = largest_divisor(options.tokens, mosaic_back_project.ROWS)
-    if segment < max(8, taps - 1) or options.per_position > 1:
-        return None
-    grid = Grid(
-        batch=xz.shape[0],
+def _back_project_work(batch: int, width: int, outputs: int, options: CoreOptions):
+    return mosaic_back_project.Work(
+        batch=batch,
         rows=options.rows,
         columns=options.columns,
-        width=xz.shape[-1] // 2,
         transposed=options.transposed,
-        taps=taps,
-        segment=segment,
-        per_block=1,
+        width=width,
+        outputs=outputs,
     )
-    return mosaic_back_project.Work(grid, outputs)
 
 
 def project_front_unsupported(tokens, kernels, options: CoreOptions) -> str | None:
@@ -214,7 +202,15 @@ def project_front_unsupported(tokens, kernels, options: CoreOptions) -> str | No
     return _project_front_work(tokens, kernels, options).unsupported()
 
 
-def _project_front_work(tokens, kernels, options: CoreOptions):
+def reads_x(tokens, kernels, outputs: int, options: CoreOptions) -> bool:
+    """Return whether a kernel of an inference pass behind `project_front` reads x."""
+    return (
+        project_front_unsupported(tokens, kernels, options) is not None
+        or back_project_unsupported(kernels.shape[2], outputs, options) is not None
+    )
+
+
+def _project_front_work(tokens, kernels, options: CoreOptions, *, with_x: bool = True):
     return mosaic_project_front.Work(
         batch=tokens.shape[0],
         rows=options.rows,
@@ -223,6 +219,7 @@ def _project_front_work(tokens, kernels, options: CoreOptions):
         inputs=tokens.shape[2],
         width=kernels.shape[2],
         taps=kernels.shape[1],
+        with_x=with_x,
     )
 
 
@@ -269,25 +266,23 @@ def back(xz, skip, y, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Arra
     return gpu.run_once(out)
 
 
-def project_front(tokens, weight, directions: Directions, options: CoreOptions):
-    """Return xz, the skips and the pooled tokens; see `block.Unprojected`.
+def project_front(tokens, weight, directions: Directions, options: CoreOptions, with_x: bool):
+    """Return xz or, without x, z; the skips; and the pooled tokens. See `block.Unprojected`.
 
     Use a product and `front` where one kernel cannot.
     """
     weight = weight.astype(tokens.dtype)
+    width = directions.kernels.shape[2]
     if project_front_unsupported(tokens, directions.kernels, options) is not None:
         xz = jnp.matmul(tokens, weight.T)
         u, skip, _ = front(xz, directions, (), options)
-        return xz, skip, u
-    directions32 = _float32(directions)
+        return xz if with_x else xz[..., width:], skip, u
     out = mosaic_project_front.project_front(
-        tokens, weight, directions32.kernels, directions32.biases,
-        _project_front_work(tokens, directions.kernels, options),
+        tokens, weight, *_float32(directions),
+        _project_front_work(tokens, directions.kernels, options, with_x=with_x),
         scale=options.scale, interpret=gpu.interpreted(),
     )  # fmt: skip
-    xz, u = gpu.run_once(out)
-    x = jnp.split(xz, 2, axis=-1)[0]
-    return xz, xla.front(x, directions, (), options)[1], u  # Dead code where `back_project` runs.
+    return gpu.run_once(out)
 
 
 def back_project(
@@ -295,7 +290,6 @@ def back_project(
     skip,
     y,
     residual,
-    directions: Directions,
     norm: Norm,
     projection,
     keep,
@@ -305,19 +299,19 @@ def back_project(
 ) -> tuple[jax.Array, ...]:
     """Compute everything behind the scans: see `block.mixer_block`. If asked for, also return out_proj's input g.
 
-    Use `back`, a product, and a kernel for residual sum and norm where one kernel cannot.
+    Use `back`, a product, and a kernel for residual sum and norm where one kernel cannot. Only that one kernel takes z
+    in the place of xz.
     """
-    taps = directions.kernels.shape[1]
-    if back_project_unsupported(xz, taps, residual.shape[-1], options) is not None:
+    outputs, width = residual.shape[-1], skip.shape[-1]
+    if back_project_unsupported(width, outputs, options) is not None:
         g = back(xz, skip, y, norm, (), options)
         more = (g,) if with_g else ()
         return *_add_and_normalise(g, residual, projection, keep, norm_eps), *more
-    grid = _project_work(xz, taps, residual.shape[-1], options).grid
-    directions32, norm32 = _float32((directions, norm))
     out = mosaic_back_project.back_project(
-        _on_grid(xz, options), _float32(y), _on_grid(residual, options), *directions32, *norm32,
-        projection.weight.astype(xz.dtype), projection.gain.astype(jnp.float32),
-        keep, grid, eps=options.eps, norm_eps=norm_eps, with_g=with_g, interpret=gpu.interpreted(),
+        *(_on_grid(x, options) for x in (skip, xz)), _float32(y), _on_grid(residual, options),
+        *_float32(norm), projection.weight.astype(skip.dtype), projection.gain.astype(jnp.float32),
+        keep, _back_project_work(skip.shape[0], width, outputs, options),
+        eps=options.eps, norm_eps=norm_eps, with_g=with_g, interpret=gpu.interpreted(),
     )  # fmt: skip
     return tuple(map(_flat, gpu.run_once(out)))
 

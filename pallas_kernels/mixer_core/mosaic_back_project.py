@@ -1,14 +1,14 @@
 """Compute the back of the mixer, its output projection, the residual sum and the next RMSNorm as one Mosaic GPU kernel.
 
-    g = LayerNorm((y_f + y_b)/2 + (D_f c_f + D_b c_b)/2) · silu(z),   c = silu(conv(x)), recomputed
+    g = LayerNorm((y_f + y_b)/2 + skip) · silu(z)
     r = residual + g W
     h = r / sqrt(mean(r²) + eps) · gain
 
-`mosaic_back` defines the first line. g W never exists in global memory, and g only where it is kept for the gradient of
-W. A thread block computes 64 rows of the product: `PER_TILE` segments of lines of 16 rows each. A segment shorter than
-16 tokens has its middle tokens twice. The two warpgroups of a block share the tokens of a segment, then the columns of
-the product, then the segments of the tile. One part of shared memory holds g. The tiles of x, z and s, parts of W, and
-the product use the other part in turn.
+The front wrote the skips; `mosaic_back` computes the first line by itself. g W never exists in global memory, and g
+only where it is kept for the gradient of W. A thread block computes 64 rows of the product: `PER_TILE` segments of rows
+of the grid, 16 rows of the tile each. A segment shorter than 16 tokens has its middle tokens twice. Its two warpgroups
+share the segments, then the columns of the product, then the segments again. g takes the place of the skips in shared
+memory, parts of W that of z, and the product that of g.
 """
 
 from __future__ import annotations
@@ -23,15 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_common import (
-    BLOCK,
-    blocked,
-    convolve,
-    read_row,
-    row_layout,
-    silu,
-)
+from pallas_kernels.mixer_core.grid import largest_divisor
+from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, silu
 from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
@@ -42,25 +35,23 @@ from pallas_kernels.mosaic import (
     tiled,
 )
 
-TILE = 64  # rows of a thread block's product, as many as one wgmma instruction takes
-ROWS = 16  # rows of the tile that a segment takes: 8 for each warpgroup
+TILE = 64  # rows of a product, as many as one wgmma instruction takes
+ROWS = 16  # rows of the tile that a segment takes
 PER_TILE = TILE // ROWS
 WARPGROUPS = 2
+PER_GROUP = PER_TILE // WARPGROUPS
 RESIDENT = 2  # thread blocks of a processor
+STAGES = 2  # parts of W on their way to a warpgroup
 OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
-PART = (
-    64  # rows of W that shared memory holds at a time: 128 bytes of W's transpose, one swizzled row
-)
-STAGES = 2  # parts of W on their way
+PART = 64  # rows of W that one copy brings: 128 bytes of W's transpose, one swizzled row
 COLUMNS = 64  # of the product that a warp holds at a time of each row
 PADDING = 8  # columns; keeps the rows of the product in different banks
 
 
 class Layouts:
-    """Register layouts: a row of channels per thread block, whole tokens per warp."""
+    """Register layouts: whole tokens per warp."""
 
     def __init__(self):
-        self.channels = row_layout(BLOCK)
         base, self.tokens = tiled(((4, BLOCK), (1, BLOCK), (1, 4)), (-6,), (-3,), -1)
         self.of_channels, self.of_tokens = reduced(base, (0,)), reduced(base, (1,))
         base, self.outputs = tiled(((4, COLUMNS), (1, COLUMNS), (1, 2)), (-6,), (-3,), -1)
@@ -80,63 +71,75 @@ def mean(blocks: list[jax.Array]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How the segments are shared by the thread blocks, and the shared memory of a block."""
+    """Describe one call: the grid of tokens, the widths, and how thread blocks share the segments."""
 
-    grid: Grid
+    batch: int
+    rows: int
+    columns: int
+    transposed: bool
+    width: int
     outputs: int
 
     @property
     def channel_blocks(self) -> int:
-        return self.grid.width // BLOCK
+        return self.width // BLOCK
 
     @property
-    def per_line(self) -> int:
-        return self.grid.tokens // self.grid.segment
+    def segment(self) -> int:
+        """Tokens of a segment."""
+        return largest_divisor(self.columns, ROWS)
+
+    @property
+    def per_row(self) -> int:
+        """Segments of a row of the grid."""
+        return self.columns // self.segment
 
     @property
     def segments(self) -> int:
         """Segments of the whole batch."""
-        return self.grid.batch * self.grid.lines * self.per_line
+        return self.batch * self.rows * self.per_row
 
     @property
     def short(self) -> int:
         """Thread blocks that take half as many segments as the others.
 
-        They are the second ones of every processor. Otherwise all blocks would load, convolve and multiply at the same
-        time, and each would wait for what the others keep busy.
+        They are the second ones of every processor. Otherwise all blocks would load and multiply at the same time, and
+        each would wait for what the others keep busy.
         """
         return PROCESSORS if self.segments > 2 * PROCESSORS * PER_TILE else 0
 
     @property
-    def thread_blocks(self) -> int:
-        return pl.cdiv(self.segments + self.short * PER_TILE // 2, PER_TILE)
+    def per_block(self) -> int:
+        """Segments of a thread block that is not short: fewer than a tile has if that occupies more processors."""
+        return min(PER_TILE, pl.cdiv(self.segments, PROCESSORS))
 
     @property
-    def half(self) -> int:
-        """Tokens of a segment that a warpgroup convolves."""
-        return pl.cdiv(self.grid.segment, WARPGROUPS)
+    def thread_blocks(self) -> int:
+        return pl.cdiv(self.segments + self.short * PER_TILE // 2, self.per_block)
 
     def share(self, thread_block):
         """Return the first segment of a thread block and the segment behind its last one."""
         after = lax.max(thread_block - PROCESSORS, 0) if self.short else 0
         fewer = lax.min(after, self.short) * (PER_TILE // 2)
-        first = thread_block * PER_TILE - fewer
+        first = thread_block * self.per_block - fewer
         is_short = (
             jnp.logical_and(thread_block >= PROCESSORS, after < self.short) if self.short else False
         )
-        size = jnp.where(is_short, PER_TILE // 2, PER_TILE)
+        size = jnp.where(is_short, PER_TILE // 2, self.per_block)
         return first, lax.min(first + size, self.segments)
 
     def place(self, segment):
-        """Return image, line and first token of a segment."""
-        line = lax.div(segment, self.per_line)
-        start = lax.rem(segment, self.per_line) * self.grid.segment
-        return lax.div(line, self.grid.lines), lax.rem(line, self.grid.lines), start
+        """Return image, row and first column of a segment."""
+        row = lax.div(segment, self.per_row)
+        start = lax.rem(segment, self.per_row) * self.segment
+        return lax.div(row, self.rows), lax.rem(row, self.rows), start
 
     def unsupported(self) -> str | None:
         """Return why no thread block can do this work, or None."""
+        if self.segment < 8:
+            return f"rows of {self.columns} tokens do not cut into equal segments of 8 to 16"
         if self.channel_blocks > 3:
-            return f"{self.grid.width} channels do not fit registers and shared memory; 384 do"
+            return f"{self.width} channels do not fit registers and shared memory; 384 do"
         if self.outputs % COLUMNS:
             return f"{self.outputs} columns of the product are no multiple of {COLUMNS}"
         if self.shared_memory + OVERHEAD > SHARED_MEMORY // RESIDENT:
@@ -146,162 +149,145 @@ class Work:
     @property
     def shared_memory(self) -> int:
         """Bytes of a thread block's tiles."""
-        width = self.grid.width
-        x_rows = WARPGROUPS * self.half + 2 * self.grid.halo
-        g, tiles = TILE * width * 2, (2 * x_rows + 6 * ROWS) * width
-        return g + max(tiles, STAGES * self.outputs * PART * 2, TILE * (self.outputs + PADDING) * 4)
+        tile, product = TILE * self.width * 2, TILE * (self.outputs + PADDING) * 4
+        return max(tile, product) + max(tile, STAGES * self.outputs * PART * 2)
 
-    def scratch(self, dtype):
-        """Return the shared memory and the barriers of a thread block."""
+    def scratch(self, dtype, interpret: bool):
+        """Return the shared memory and the barriers of a thread block.
+
+        An eight of g takes the bytes of its skips. The interpreter would call that a race, because all of a union is
+        one buffer to it.
+        """
         transforms: Any = plgpu  # mypy takes them for abstract classes
         swizzled = (transforms.TilingTransform((8, PART)), transforms.SwizzleTransform(128))
-        x_rows = WARPGROUPS * self.half + 2 * self.grid.halo
-        per_group = self.outputs // WARPGROUPS
+        by_eights = plgpu.SMEM((TILE // 8, 8, self.channel_blocks, BLOCK), dtype)
+        g = plgpu.SMEM((TILE, self.width), dtype, transforms=swizzled)
+        product = plgpu.SMEM((TILE, self.outputs + PADDING), jnp.float32)
+        weight = (WARPGROUPS, STAGES, self.outputs // WARPGROUPS, PART)
         return [
-            plgpu.SMEM((TILE, self.grid.width), dtype, transforms=swizzled),
-            plgpu.RefUnion(
-                [
-                    plgpu.SMEM((x_rows, self.channel_blocks, BLOCK), dtype),
-                    plgpu.SMEM((self.channel_blocks, ROWS, BLOCK), dtype),
-                    plgpu.SMEM((self.channel_blocks, ROWS, BLOCK), jnp.float32),
-                ],
-                [plgpu.SMEM((WARPGROUPS, STAGES, per_group, PART), dtype, transforms=swizzled)],
-                [plgpu.SMEM((TILE, self.outputs + PADDING), jnp.float32)],
-            ),
-            plgpu.Barrier(num_arrivals=3),  # x
-            plgpu.Barrier(num_arrivals=self.channel_blocks),  # z
+            plgpu.RefUnion(*[by_eights] * (not interpret), g, product),
+            plgpu.RefUnion(by_eights, plgpu.SMEM(weight, dtype, transforms=swizzled)),  # z, W
+            plgpu.Barrier(num_arrivals=4, num_barriers=PER_TILE),  # skips and z of a segment
             plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * STAGES),  # parts of W
             plgpu.Barrier(num_arrivals=WARPGROUPS),  # both warpgroups
+            *[by_eights] * interpret,
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "eps", "norm_eps", "with_g", "interpret"))
+@functools.partial(jax.jit, static_argnames=("work", "eps", "norm_eps", "with_g", "interpret"))
 def back_project(
-    xz, y, residual, kernels, biases, D, scale, shift, weight, gain, keep, grid: Grid,
+    skip, z, y, residual, scale, shift, weight, gain, keep, work: Work,
     *, eps: float, norm_eps: float, with_g: bool = False, interpret: bool,
 ):  # fmt: skip
     """Apply the back of the mixer, project, add to the residual stream, and normalise the sum.
 
     Args:
-        xz: ``b rows columns 2e``, x then z, in half precision.
+        skip: ``b rows columns e`` in half precision.
+        z: ``b rows columns e``; or x and z, ``b rows columns 2e``.
         y: scan outputs, forward and backward, ``b lines e`` float32 each.
         residual: ``b rows columns d`` float32.
-        kernels: of the convolutions, ``2 k e`` float32.
-        biases, D: ``2 e`` float32.
         scale, shift: parameters of the LayerNorm, ``e`` float32.
-        weight: transpose of the projection, ``d e`` in xz's dtype.
+        weight: transpose of the projection, ``d e`` in skip's dtype.
         gain: of the RMSNorm, ``d`` float32.
         keep: factors of each image's product, ``b`` float32; or None.
-        grid: how the tokens are cut: segments of 8 to 16 tokens; `per_block` is not used.
+        work: the sizes.
         eps, norm_eps: epsilons of LayerNorm and RMSNorm.
         with_g: return g as well.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in xz's dtype; and if
+        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in skip's dtype; and if
         asked for g, ``b rows columns e``.
     """
-    work, layouts = Work(grid, weight.shape[0]), Layouts()
-    blocks, half, halo, segment = work.channel_blocks, work.half, grid.halo, grid.segment
+    layouts = Layouts()
+    blocks, segment = work.channel_blocks, work.segment
     per_group = work.outputs // WARPGROUPS
-    parts, columns = grid.width // PART, work.outputs // COLUMNS
+    parts, columns = work.width // PART, work.outputs // COLUMNS
+    before_z = z.shape[-1] // BLOCK - blocks
+    eights = ((0, 0), (segment - 8, 8))  # first token of the segment, row of the tile
+    fours = ((0, 0), (4, 4), (segment - 8, 8), (segment - 4, 12))
+    ends = -6 if interpret else -5  # where the results end
 
     def body(*refs):
-        xz_ref, *y_refs, residual_ref, k_ref, b_ref, D_ref, scale_ref = refs[:8]
-        shift_ref, weight_ref, gain_ref, *others = refs[8:-6]
+        skip_ref, z_ref, *y_refs, residual_ref, scale_ref, shift_ref, weight_ref = refs[:8]
+        gain_ref, *others = refs[8:ends]
         keep_ref = others.pop(0) if keep is not None else None
         sum_ref, normed_ref, *g_refs = others
-        g_tile, union, x_barrier, z_barrier, w_barrier, both = refs[-6:]
-        (x_tile, z_tile, s_tile), (w_tile,), (product_tile,) = union
+        (*shared, g_tile, product_tile), (z_tile, w_tile), *scratch = refs[ends:]
+        barrier, w_barrier, both, *apart = scratch
+        (skip_tile,) = shared + apart
         group = lax.axis_index("warpgroup")
         first, stop = work.share(lax.axis_index("thread_block"))
+        items = [i * WARPGROUPS + group for i in range(PER_GROUP)]
 
-        def fetch_x(index):
-            @pl.when(jnp.logical_and(group == 0, index < stop))
-            def _():
-                image, line, start = work.place(index)
-                channels = pl.ds(0, blocks)
-                grid.fetch_with_halo(xz_ref, x_tile, x_barrier, image, line, start, channels)
+        def loaded(layout):
+            return functools.partial(plgpu.load, layout=layout, optimized=False)
 
-        def fetch_z(index):
-            @pl.when(jnp.logical_and(group == 0, index < stop))
-            def _():
-                image, line, start = work.place(index)
+        def tokens(ref, index, start, size, *c):
+            image, row, begin = work.place(index)
+            return ref.at[image, row, pl.ds(begin + start, size), *c]
+
+        def eight(item, row):
+            return item * (ROWS // 8) + row // 8
+
+        def fetch(item):
+            """Fetch skips and z of a segment."""
+            for start, row in eights:
+                for ref, tile, b in ((skip_ref, skip_tile, 0), (z_ref, z_tile, before_z)):
+                    plgpu.copy_gmem_to_smem(
+                        tokens(ref, first + item, start, 8, pl.ds(b, blocks)),
+                        tile.at[eight(item, row)],
+                        barrier.at[item],
+                    )
+
+        def scanned(index, start):
+            """Return both scans' outputs for eight tokens, added up."""
+            image, row, begin = work.place(index)
+            if work.transposed:
+                load, at = loaded(layouts.tokens), pl.ds(begin + start, 8)
+            else:
+                load, at = loaded(layouts.of_channels), row
+            sides = [[load(ref.at[image, at, b]) for ref in y_refs] for b in range(blocks)]
+            sums = [forward + backward for forward, backward in sides]
+            if not work.transposed:
+                sums = [spread(x, (8, BLOCK), 1, layouts.tokens) for x in sums]
+            return sums
+
+        def gate(item):
+            """Write g of a segment over its skips."""
+            index, shape = first + item, (8, BLOCK)
+            vector, load = loaded(layouts.of_channels), loaded(layouts.tokens)
+            y = [scanned(index, start) for start, _ in eights]
+            plgpu.barrier_wait(barrier.at[item])
+            for (start, row), scans in zip(eights, y, strict=True):
+                rows = eight(item, row)
+                # Twice what the LayerNorm reads; hence four times eps.
+                x = [
+                    2.0 * load(skip_tile.at[rows, :, b]).astype(jnp.float32) + of_scans
+                    for b, of_scans in enumerate(scans)
+                ]
+                plgpu.commit_smem()  # No warp reads these skips any more.
+                average = spread(mean(x), shape, 0, layouts.tokens)
+                x = [part - average for part in x]
+                deviation = lax.rsqrt(mean([part * part for part in x]) + 4 * eps)
+                deviation = spread(deviation, shape, 0, layouts.tokens)
                 for b in range(blocks):
-                    part = grid.part(xz_ref, image, line, start, segment, blocks + b)
-                    plgpu.copy_gmem_to_smem(part, z_tile.at[b, pl.ds(0, segment)], z_barrier)
+                    gamma, beta = (
+                        spread(vector(ref.at[b]), shape, 1, layouts.tokens)
+                        for ref in (scale_ref, shift_ref)
+                    )
+                    z = load(z_tile.at[rows, :, b]).astype(jnp.float32)
+                    gated = silu(z, layouts.tokens, interpret, dtype)
+                    value = ((x[b] * deviation * gamma + beta) * gated).astype(dtype)
+                    at = pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)
+                    store(g_tile.at[at], value)
+                    for ref in g_refs:
+                        store(tokens(ref, index, start, 8, b), value)
 
         def meet():
             plgpu.commit_smem()
             plgpu.barrier_arrive(both)
             plgpu.barrier_wait(both)
-
-        row = lambda ref: read_row(ref, layouts.channels)  # noqa: E731
-
-        def repeated(index):
-            """Average both scans' outputs for the segment's line."""
-            image, line, _ = work.place(lax.min(index, stop - 1))
-            sides = [[row(ref.at[image, line, b]) for ref in y_refs] for b in range(blocks)]
-            return [(forward + backward) * 0.5 for forward, backward in sides]
-
-        fetch_x(first)
-        fetch_z(first)
-
-        def mix(of_line):
-            """Write s of this warpgroup's half of the segment."""
-            begin = group * half
-            x_row = lambda t, b: row(x_tile.at[begin + t, b])  # noqa: E731
-            window = [[x_row(j, b) for j in range(2 * halo)] for b in range(blocks)]
-            for t in range(half):
-                for b in range(blocks):
-                    window[b].append(x_row(t + 2 * halo, b))
-                    s = of_line[b]
-                    for d in (0, 1):
-                        c = convolve(window[b], taps[b][d], bias[b][d], bool(d))
-                        s = s + skip[b][d] * silu(c, layouts.channels, interpret, xz.dtype)
-                    store(s_tile.at[b, begin + t], s)
-                    window[b].pop(0)
-
-        def finish(item):
-            """Write g of this warpgroup's 8 tokens of the segment."""
-            at, shape = pl.ds(group * (segment - 8), 8), (8, BLOCK)
-            load = lambda ref: plgpu.load(ref, layout=layouts.tokens, optimized=False)  # noqa: E731
-            vector = lambda ref: plgpu.load(ref, layout=layouts.of_channels, optimized=False)  # noqa: E731
-            s = [load(s_tile.at[b, at]) for b in range(blocks)]
-            average = spread(mean(s), shape, 0, layouts.tokens)
-            s = [part - average for part in s]
-            deviation = lax.rsqrt(mean([part * part for part in s]) + eps)
-            deviation = spread(deviation, shape, 0, layouts.tokens)
-            rows = pl.ds(item * ROWS + group * 8, 8)
-            for b in range(blocks):
-                gamma, beta = (
-                    spread(vector(ref.at[b]), shape, 1, layouts.tokens)
-                    for ref in (scale_ref, shift_ref)
-                )
-                z = load(z_tile.at[b, at]).astype(jnp.float32)
-                gate = silu(z, layouts.tokens, interpret, xz.dtype)
-                value = ((s[b] * deviation * gamma + beta) * gate).astype(xz.dtype)
-                store(g_tile.at[rows, pl.ds(b * BLOCK, BLOCK)], value)
-
-        def item_of(index, of_line):
-            plgpu.barrier_wait(x_barrier)
-            mix(of_line)
-            meet()
-            fetch_x(index + 1)
-            plgpu.barrier_wait(z_barrier)
-            finish(index - first)
-            of_line = repeated(index + 1)
-            meet()
-            fetch_z(index + 1)
-            return of_line
-
-        taps = [
-            [[row(k_ref.at[d, j, b]) for j in range(grid.taps)] for d in (0, 1)]
-            for b in range(blocks)
-        ]
-        bias = [[row(b_ref.at[d, b]) for d in (0, 1)] for b in range(blocks)]
-        skip = [[row(D_ref.at[d, b]) * 0.5 for d in (0, 1)] for b in range(blocks)]
-        lax.fori_loop(first, stop, item_of, repeated(first))
 
         def fetch_weight(part):
             stage = part % STAGES
@@ -312,7 +298,7 @@ def back_project(
             )
 
         def multiply(accumulator):
-            """Write this warpgroup's columns of the product."""
+            """Write this warpgroup's columns of the product over g."""
             for part in range(parts):
                 stage = part % STAGES
                 plgpu.barrier_wait(w_barrier.at[group * STAGES + stage])
@@ -323,28 +309,19 @@ def back_project(
                     plgpu.commit_smem()  # No warp reads this part any more.
                     fetch_weight(part + STAGES)
             product = accumulator[...]
-            meet()  # Nobody reads W any more.
+            meet()  # Nobody reads g any more.
             store(product_tile.at[:, pl.ds(group * per_group, per_group)], product)
 
-        # Tokens of a segment and rows of the tile, four at a time.
-        fours = ((0, 0), (4, 4), (segment - 8, 8), (segment - 4, 12))
-
-        def tokens(ref, index, start, c, size=4):
-            image, line, begin = work.place(index)
-            return grid.part(ref, image, line, begin + start, size, c)
-
-        load = lambda ref: plgpu.load(ref, layout=layouts.outputs, optimized=False)  # noqa: E731
-
         def read_residual(index):
-            index = lax.min(index, stop - 1)
+            index, load = lax.min(index, stop - 1), loaded(layouts.outputs)
             return [
-                [load(tokens(residual_ref, index, start, c)) for c in range(columns)]
+                [load(tokens(residual_ref, index, start, 4, c)) for c in range(columns)]
                 for start, _ in fours
             ]
 
-        def add(index, item, residual):
+        def add(item, residual):
             """Write the sums and the normalised tokens of a segment."""
-            vector = lambda ref: plgpu.load(ref, layout=layouts.of_columns, optimized=False)  # noqa: E731
+            index, load, vector = first + item, loaded(layouts.outputs), loaded(layouts.of_columns)
             gains = [
                 spread(vector(gain_ref.at[c]), (4, COLUMNS), 1, layouts.outputs)
                 for c in range(columns)
@@ -361,39 +338,39 @@ def back_project(
                 scaling = lax.rsqrt(mean([part * part for part in new]) + norm_eps)
                 scaling = spread(scaling, (4, COLUMNS), 0, layouts.outputs)
                 for c, part in enumerate(new):
-                    store(tokens(sum_ref, index, start, c), part)
-                    store(
-                        tokens(normed_ref, index, start, c),
-                        (part * scaling * gains[c]).astype(xz.dtype),
-                    )
-            for ref in g_refs:  # Swizzled tiles are read by eights.
-                for start, row in fours[::2]:
-                    for b in range(blocks):
-                        g = g_tile.at[pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)]
-                        g = plgpu.load(g, layout=layouts.tokens, optimized=False)
-                        store(tokens(ref, index, start, b, 8), g)
+                    store(tokens(sum_ref, index, start, 4, c), part)
+                    normed = (part * scaling * gains[c]).astype(dtype)
+                    store(tokens(normed_ref, index, start, 4, c), normed)
 
+        def there(item, run, *arguments):
+            """Run something if the thread block has the segment."""
+            pl.when(first + item < stop)(functools.partial(run, item, *arguments))
+
+        for item in items:
+            there(item, fetch)
+        for item in items:
+            there(item, gate)
+        meet()  # z is read, and g written.
         for part in range(min(STAGES, parts)):
             fetch_weight(part)
-        items = [group * (PER_TILE // WARPGROUPS) + i for i in range(PER_TILE // WARPGROUPS)]
         residuals = [read_residual(first + item) for item in items]
         pl.run_scoped(multiply, plgpu.ACC((TILE, per_group), jnp.float32))
         meet()
         for item, residual in zip(items, residuals, strict=True):
-            write = functools.partial(add, first + item, item, residual)
-            pl.when(first + item < stop)(write)
+            there(item, add, residual)
 
+    dtype = skip.dtype
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
-    g_type = jax.ShapeDtypeStruct((*xz.shape[:3], blocks, BLOCK), xz.dtype)
+    g_type = jax.ShapeDtypeStruct((*skip.shape[:3], blocks, BLOCK), skip.dtype)
     new, normed, *g = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct(old.shape, jnp.float32),
-            jax.ShapeDtypeStruct(old.shape, xz.dtype),
+            jax.ShapeDtypeStruct(old.shape, skip.dtype),
             *[g_type] * with_g,
         ],
-        scratch_types=work.scratch(xz.dtype),
+        scratch_types=work.scratch(skip.dtype, interpret),
         interpret=interpret_params(interpret, WARPGROUPS),
         kernel_name="mixer_back_project",
         grid=(work.thread_blocks,),
@@ -401,8 +378,8 @@ def back_project(
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
     )(
-        *map(blocked, (xz, *y)), old, *map(blocked, (kernels, biases, D, scale, shift)),
+        *map(blocked, (skip, z, *y)), old, *map(blocked, (scale, shift)),
         weight, by_columns(gain), *(() if keep is None else (keep,)),
     )  # fmt: skip
-    g = [x.reshape(*xz.shape[:3], grid.width) for x in g]
+    g = [x.reshape(skip.shape) for x in g]
     return new.reshape(residual.shape), normed.reshape(residual.shape), *g

@@ -1,13 +1,16 @@
-"""Compute in_proj, both causal convolutions, SiLU and the pooling of a mixer as one Mosaic GPU kernel.
+"""Compute in_proj, both causal convolutions, SiLU, the pooling and the skips of a mixer as one Mosaic GPU kernel.
 
     x, z = h W
-    u_d  = mean over each line of silu(conv_d(x)),   d = forward, backward
+    c_d  = silu(conv_d(x)),   d = forward, backward
+    u_d  = mean of c_d over each line
+    skip = (D_f c_f + D_b c_b)/2
 
-The kernel writes x and z and the pooled tokens, and does not read x again. A thread block owns `COLUMNS` channels of x
-and as many of z for several images, one after another, so that its part of W stays in shared memory. Two kinds of
-warpgroups work at the same time. The first kind multiplies tiles of `TILE` tokens by W. It writes x and z to memory,
-and x also to shared memory, where an image lies in the order in which its tokens are stored. The second kind convolves
-and pools the image before. Lines may be rows or columns of the grid, since shared memory can be read in any order.
+The kernel writes z, the skips and the pooled tokens. It writes x only where a gradient will read it. A thread block
+owns `COLUMNS` channels of x and as many of z for several images, one after another, so that its part of W stays in
+shared memory. Two kinds of warpgroups work at the same time. The first kind multiplies tiles of `TILE` tokens by W. It
+writes z to memory and x to shared memory, where an image lies in the order in which its tokens are stored. The second
+kind convolves and pools the image before, and writes the skips. Lines may be rows or columns of the grid, since shared
+memory can be read in any order.
 
 Copies of swizzled tiles begin and end at multiples of eight rows of memory. So the tiles of an image cover the eights
 that hold it, and may have tokens of its neighbours.
@@ -47,6 +50,7 @@ LONGEST = 32  # tokens of a line, because its convolutions are written out
 IMAGES = 2  # in shared memory: one is written and one is pooled
 MULTIPLIERS = 2  # warpgroups that multiply
 CONVOLVERS = 1  # warpgroups that convolve
+TOGETHER = 2  # tokens of a line whose convolutions do not wait for each other
 OVERHEAD = 2 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
 
@@ -61,6 +65,7 @@ class Work(Lines):
     inputs: int
     width: int
     taps: int
+    with_x: bool = False
     processors: int = PROCESSORS
     per_position: int = 1
 
@@ -98,11 +103,25 @@ class Work(Lines):
         return pl.cdiv(self.before + self.size, TILE)
 
     @property
+    def halves(self) -> int:
+        """Results of the product that leave: x and z, or z."""
+        return 2 if self.with_x else 1
+
+    @property
+    def slots(self) -> int:
+        """Parts of tokens on their way to a multiplying warpgroup: those of two tiles if they fit, or of one."""
+        fit = self._bytes(2 * self.parts) + OVERHEAD <= SHARED_MEMORY
+        return 2 * self.parts if fit and not self.tiles % (2 * MULTIPLIERS) else self.parts
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of a thread block's tiles."""
+        return self._bytes(self.slots)
+
+    def _bytes(self, slots: int) -> int:
         weights = self.inputs * 2 * COLUMNS
-        tokens = MULTIPLIERS * TILE * self.inputs
-        results = MULTIPLIERS * TILE * 2 * COLUMNS
+        tokens = MULTIPLIERS * TILE * slots * PART
+        results = MULTIPLIERS * TILE * self.halves * COLUMNS
         images = IMAGES * self.image_rows * (COLUMNS + PADDING)
         return 2 * (weights + tokens + results + images)
 
@@ -153,11 +172,11 @@ class Work(Lines):
         several = MULTIPLIERS
         return [
             plgpu.SMEM((self.parts, 2 * COLUMNS, PART), dtype, transforms=swizzled),  # W
-            plgpu.SMEM((several, self.parts, TILE, PART), dtype, transforms=swizzled),  # tokens
-            plgpu.SMEM((several, 2, TILE, COLUMNS), dtype, transforms=swizzled),  # x and z
+            plgpu.SMEM((several, self.slots, TILE, PART), dtype, transforms=swizzled),  # tokens
+            plgpu.SMEM((several, self.halves, TILE, COLUMNS), dtype, transforms=swizzled),  # x, z
             plgpu.SMEM((IMAGES, self.image_rows, COLUMNS + PADDING), dtype),  # x of images
             plgpu.Barrier(num_arrivals=2 * self.parts),  # W is there
-            plgpu.Barrier(num_arrivals=1, num_barriers=several * self.parts),  # tokens are
+            plgpu.Barrier(num_arrivals=1, num_barriers=several * self.slots),  # tokens are
             plgpu.Barrier(num_arrivals=several, num_barriers=IMAGES),  # an image is
             plgpu.Barrier(num_arrivals=CONVOLVERS, num_barriers=IMAGES),  # it is pooled
         ]
@@ -177,27 +196,28 @@ class Layouts:
 
 
 @functools.partial(jax.jit, static_argnames=("work", "scale", "interpret"))
-def project_front(h, weight, kernels, biases, work: Work, *, scale: float, interpret: bool):
-    """Project tokens, convolve and pool.
+def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, interpret: bool):
+    """Project tokens, convolve, pool, and add up the skips.
 
     Args:
         h: ``b l d`` in half precision, in stored order.
         weight: of in_proj, transposed, ``2e d`` in h's dtype.
         kernels: ``2 k e`` float32: taps of the forward convolution, then of the backward one.
-        biases: ``2 e`` float32.
-        work: the sizes.
+        biases, D: ``2 e`` float32.
+        work: the sizes, and whether x is wanted.
         scale: factor of the mean.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        x and z in one array, ``b l 2e`` in h's dtype, and the pooled tokens of both directions, ``2 b lines e``
-        float32.
+        z, ``b l e`` in h's dtype, or x and z in one array; the skips, ``b l e`` in h's dtype; and the pooled tokens
+        of both directions, ``2 b lines e`` float32.
     """
     layouts = Layouts()
-    parts, halo = work.parts, work.halo
+    parts, slots, halves, halo = work.parts, work.slots, work.halves, work.halo
     quads = pl.cdiv(work.lines, LINES)
 
-    def body(h_ref, weight_ref, kernels_ref, biases_ref, xz_ref, pooled_ref, *scratch):
+    def body(h_ref, weight_ref, kernels_ref, biases_ref, D_ref, *refs):
+        out_ref, skip_ref, pooled_ref, *scratch = refs
         w_tile, h_tile, out_tile, x_tile, w_barrier, h_barrier, full, free = scratch
         group, block = lax.axis_index("group"), lax.axis_index("block")
         warpgroup = lax.axis_index("warpgroup")
@@ -223,7 +243,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                     )
 
         def multiply(here):
-            """Fill one image after another in shared memory and in xz."""
+            """Fill one image after another in shared memory and in `out_ref`."""
             tiles = work.tiles_of(here)
 
             per_item = len(tiles) * parts
@@ -238,23 +258,24 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                 start = lax.min(begin + tile * TILE, end - TILE)
                 plgpu.copy_gmem_to_smem(
                     h_ref.at[pl.ds(start, TILE), pl.ds(part * PART, PART)],
-                    h_tile.at[here, part],
-                    h_barrier.at[here * parts + part],
+                    h_tile.at[here, step % slots],
+                    h_barrier.at[here * slots + step % slots],
                 )
 
             def product(item, tile, accumulator):
                 for part in range(parts):
                     step = (tile - tiles[0]) * parts + part
-                    plgpu.barrier_wait(h_barrier.at[here * parts + part])
+                    plgpu.barrier_wait(h_barrier.at[here * slots + step % slots])
                     weights = w_tile.at[part].transpose((1, 0))
-                    plgpu.wgmma(accumulator, h_tile.at[here, part], weights)
-                    if part:
+                    plgpu.wgmma(accumulator, h_tile.at[here, step % slots], weights)
+                    if part and slots == parts:
                         plgpu.wgmma_wait(1)
                         plgpu.commit_smem()  # No warp reads the part before this one any more.
-                        fetch(item, step - 1 + parts)
+                        fetch(item, step - 1 + slots)
                 plgpu.wgmma_wait(0)
                 plgpu.commit_smem()
-                fetch(item, step + parts)
+                for unread in range(step if slots == parts else step + 1 - parts, step + 1):
+                    fetch(item, unread + slots)
                 return accumulator[...].astype(h.dtype)
 
             def tile_of(item, buffer, tile):
@@ -268,8 +289,8 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                     pl.when(item >= IMAGES)(lambda: plgpu.barrier_wait(free.at[buffer]))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 x, z = xz[:, :COLUMNS], xz[:, COLUMNS:]
-                out_tile[here, 0] = x
-                out_tile[here, 1] = z
+                for half, values in enumerate((x, z)[-halves:]):
+                    out_tile[here, half] = values
                 rows = pl.ds(halo + start - begin, TILE)
                 store(x_tile.at[buffer, rows, pl.ds(0, COLUMNS)], x)
                 plgpu.commit_smem()
@@ -277,10 +298,10 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                     plgpu.barrier_arrive(full.at[buffer])
 
                 def write(old):
-                    for half in range(2):
+                    for half in range(halves):
                         plgpu.copy_smem_to_gmem(
                             out_tile.at[here, half, pl.ds(old, TILE - old)],
-                            xz_ref.at[
+                            out_ref.at[
                                 pl.ds(start + old, TILE - old),
                                 pl.ds(half * work.width + group * COLUMNS, COLUMNS),
                             ],
@@ -299,7 +320,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
 
             if here == 0:
                 fetch_weight()
-            for step in range(parts):
+            for step in range(slots):
                 fetch(jnp.int32(0), step)
             plgpu.barrier_wait(w_barrier)
             lax.fori_loop(0, items, item_of, ())
@@ -311,7 +332,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                     pl.when(buffer < items)(functools.partial(plgpu.barrier_wait, free.at[buffer]))
 
         def pool():
-            """Convolve and pool one image after another."""
+            """Convolve and pool one image after another, and write the skips."""
             here = warpgroup - MULTIPLIERS
 
             def vector(ref):
@@ -322,6 +343,7 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                 [vector(kernels_ref.at[d, j, channels]) for j in range(work.taps)] for d in range(2)
             ]
             bias = [vector(biases_ref.at[d, channels]) for d in range(2)]
+            skips = [vector(D_ref.at[d, channels]) for d in range(2)]
             number = plgpu.broadcasted_iota(jnp.int32, (LINES, COLUMNS), 0, layout=layouts.tokens)
             zero = plgpu.layout_cast(
                 jnp.broadcast_to(jnp.float32(0.0), (LINES, COLUMNS)), layouts.tokens
@@ -353,26 +375,38 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
                             lines_on, at = divmod(t, work.tokens)
                             row = offset + halo + at * work.columns + first + lines_on
                             ref = x_tile.at[buffer, pl.ds(row, LINES), pl.ds(0, COLUMNS)]
-                            value = plgpu.load(ref, layout=layouts.tokens, optimized=False)
-                        else:
-                            value = strided(buffer, offset, first, t + halo)
-                        return value.astype(jnp.float32)
+                            return plgpu.load(ref, layout=layouts.tokens, optimized=False)
+                        return strided(buffer, offset, first, t + halo)
 
-                    def before(t):
-                        return jnp.where(number + first == 0, zero, token(t))
+                    # All at once, because loads from shared memory do not pass the writes of the skips.
+                    loaded = [token(t) for t in range(-halo, work.tokens + halo)]
 
-                    def after(t):
-                        return jnp.where(number + first == work.lines - 1, zero, token(t))
+                    def window(t):
+                        """Return the tokens from `halo` before token t to `halo` behind it."""
+                        values = []
+                        for at in range(t - halo, t + halo + 1):
+                            value = loaded[at + halo].astype(jnp.float32)
+                            if at < 0:
+                                value = jnp.where(number + first == 0, zero, value)
+                            if at >= work.tokens:
+                                value = jnp.where(number + first == work.lines - 1, zero, value)
+                            values.append(value)
+                        return values
 
-                    window = [before(t) for t in range(-halo, 0)]
-                    window += [token(t) for t in range(halo)]
                     sums = [zero, zero]
-                    for t in range(halo, work.tokens + halo):
-                        window.append(token(t) if t < work.tokens else after(t))
-                        for d in range(2):
-                            half = convolve(window, taps[d], bias[d], bool(d))
-                            sums[d] = sums[d] + (lax.tanh(half) * half + half)
-                        window.pop(0)
+                    for begin in range(0, work.tokens, TOGETHER):
+                        steps = range(begin, min(begin + TOGETHER, work.tokens))
+                        halved = [
+                            [convolve(window(t), taps[d], bias[d], bool(d)) for d in range(2)]
+                            for t in steps
+                        ]
+                        mixed = [[lax.tanh(half) * half + half for half in both] for both in halved]
+                        for at, both in zip(steps, mixed, strict=True):
+                            sums = [old + c for old, c in zip(sums, both, strict=True)]
+                            skip = (skips[0] * both[0] + skips[1] * both[1]).astype(h.dtype)
+                            lines = pl.ds(first, LINES)
+                            spot = (at, lines) if work.transposed else (lines, at)
+                            store(skip_ref.at[image, *spot, channels], skip)
                     for d in range(2):
                         store(
                             pooled_ref.at[d, image, pl.ds(first, LINES), channels],
@@ -392,10 +426,11 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
             pl.when(warpgroup == here)(functools.partial(multiply, here))
         pl.when(warpgroup >= MULTIPLIERS)(pool)
 
-    xz, pooled = gpu_kernel(
+    out, skip, pooled = gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((work.batch * work.size, 2 * work.width), h.dtype),
+            jax.ShapeDtypeStruct((work.batch * work.size, halves * work.width), h.dtype),
+            jax.ShapeDtypeStruct((work.batch, work.rows, work.columns, work.width), h.dtype),
             jax.ShapeDtypeStruct((2, work.batch, work.lines, work.width), jnp.float32),
         ],
         scratch_types=work.scratch(h.dtype),
@@ -405,5 +440,6 @@ def project_front(h, weight, kernels, biases, work: Work, *, scale: float, inter
         grid_names=("group", "block"),
         num_threads=MULTIPLIERS + CONVOLVERS,
         thread_name="warpgroup",
-    )(h.reshape(-1, work.inputs), weight, kernels, biases)
-    return xz.reshape(work.batch, work.size, -1), pooled
+    )(h.reshape(-1, work.inputs), weight, kernels, biases, D)
+    by_image = lambda x: x.reshape(work.batch, work.size, -1)  # noqa: E731
+    return by_image(out), by_image(skip), pooled

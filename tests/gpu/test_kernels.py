@@ -227,10 +227,12 @@ PROJECT_FRONTS = [
 
 @pytest.mark.parametrize("case", PROJECT_FRONTS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_project_front(seed, case, transposed):
+@pytest.mark.parametrize("with_x", [False, True])
+def test_project_front(seed, case, transposed, with_x):
     b, rows, columns, inputs, width, *taps = case.values()
     args = project_front.draw(np.random.default_rng(seed), b, rows * columns, inputs, width, *taps)
-    work = project_front.work_of(b, rows, columns, transposed, inputs, width, *taps)
+    sizes = (b, rows, columns, transposed, inputs, width, *taps)
+    work = project_front.work_of(*sizes, with_x=with_x)
     assert work.unsupported() is None
     run = lambda args: project_front.run(args, work, 1.5, False)  # noqa: E731
     compiled = jax.jit(run).lower(args).compile()
@@ -239,9 +241,9 @@ def test_project_front(seed, case, transposed):
     jax.block_until_ready([jnp.full(poison, jnp.nan, "bfloat16") for _ in range(8)])
     first = jax.device_get(compiled(args))
     with jax.default_device(jax.devices("cpu")[0]):
-        wanted = project_front.wanted_of(jax.device_get(args), rows, columns, transposed, 1.5)
-    errors = relative_errors(first, wanted)
-    assert errors[0] < project_front.BOUND and errors[1] < 1e-3
+        xz, *wanted = project_front.wanted_of(jax.device_get(args), rows, columns, transposed, 1.5)
+    errors = relative_errors(first, (xz if with_x else xz[..., width:], *wanted))
+    assert max(errors) < project_front.BOUND and errors[2] < 1e-3
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
 
 

@@ -33,17 +33,18 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
     forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
     text = lower_for_h100(forward, params, images)
-    # With a batch of 128, in_proj is in the first kernel; out_proj, the residual sum and the next norm are in the last.
-    joined = batch == 128
+    # Where tokens come in eights, in_proj is in the first kernel; out_proj, the residual sum and the next norm are in
+    # the last one.
+    eights = batch == 128
     for kernel in (
-        "mixer_project_front" if joined else "mixer_front",
+        "mixer_project_front" if eights else "mixer_front",
         "projected_scan",
-        "mixer_back_project" if joined else "mixer_back",
+        "mixer_back_project",
     ):
         assert launches(text, kernel) == depth
     assert launches(text, "selective_scan") == 0
-    # Of each mixer in_proj and out_proj; patches; head.
-    assert text.count("stablehlo.dot_general") == (0 if joined else 2) * depth + 2
+    # Of each mixer in_proj; patches; head.
+    assert text.count("stablehlo.dot_general") == (0 if eights else depth) + 2
 
 
 @pytest.mark.parametrize(

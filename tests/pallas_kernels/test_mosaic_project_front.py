@@ -28,25 +28,25 @@ FULL = {
 
 
 def draw(rng, b, size, inputs, width, taps=4):
-    """Tokens, in_proj's kernel transposed, and both convolutions."""
+    """Tokens, in_proj's kernel transposed, both convolutions and their skips."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     tokens = normal(b, size, inputs).astype("bfloat16")
     weight = (normal(2 * width, inputs) / inputs**0.5).astype("bfloat16")
-    return tokens, weight, normal(2, taps, width) / 2, normal(2, width)
+    return tokens, weight, normal(2, taps, width) / 2, normal(2, width), normal(2, width)
 
 
 def wanted_of(args, rows, columns, transposed, scale):
-    """xz in float64, and the pooled tokens of x as the kernel rounds it."""
+    """xz in float64, and the skips and pooled tokens of x as the kernel rounds it."""
     from pallas_kernels.mixer_core import Directions, xla
     from pallas_kernels.mixer_core.types import CoreOptions
 
     with x64():
-        tokens, weight, kernels, biases = (jnp.asarray(np.asarray(x, np.float64)) for x in args)
+        tokens, weight, *directions = (jnp.asarray(np.asarray(x, np.float64)) for x in args)
         xz = tokens @ weight.T
         x = jnp.split(xz, 2, axis=-1)[0].astype("bfloat16").astype("float64")
         options = CoreOptions(rows, columns, transposed, scale, 1e-5)
-        u, _, _ = xla.front(x, Directions(kernels, biases, jnp.zeros_like(biases)), (), options)
-        return jax.device_get((xz, u))
+        u, skip, _ = xla.front(x, Directions(*directions), (), options)
+        return jax.device_get((xz, skip, u))
 
 
 def work_of(b, rows, columns, transposed, inputs, width, taps=4, **more):
@@ -62,22 +62,22 @@ def run(args, work, scale, interpret):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("transposed", [False, True])
-def test_kernel(seed, transposed):
+@pytest.mark.parametrize(("transposed", "with_x"), [(False, True), (True, False)])
+def test_kernel(seed, transposed, with_x):
     """One thread block, so that images follow each other; eight rows that two images share; an incomplete last tile."""
     rng = np.random.default_rng(seed)
-    lines, tokens, b = int(rng.integers(9, 12)), 14, 4
+    lines, tokens, b = int(rng.integers(9, 15)), 14, 4
     rows, columns = (tokens, lines) if transposed else (lines, tokens)
-    work = work_of(b, rows, columns, transposed, 64, 64, processors=1)
+    work = work_of(b, rows, columns, transposed, 64, 64, processors=1, with_x=with_x)
     assert work.unsupported() is None and work.tiles * 64 > rows * columns
     print(work)
     args = draw(rng, b, rows * columns, 64, 64)
     with abstract_h100(), interpreted():
         program = jax.jit(lambda args: run(args, work, 1.5, True)).trace(args).lower().compile()
         got = jax.device_get(program(args))
-    wanted = wanted_of(args, rows, columns, transposed, 1.5)
-    assert max(relative_errors(got, wanted)) < BOUND
-    assert relative_errors(got[1], wanted[1])[0] < 1e-3  # x may be rounded to its neighbour
+    xz, *wanted = wanted_of(args, rows, columns, transposed, 1.5)
+    assert max(relative_errors(got, (xz if with_x else xz[..., 64:], *wanted))) < BOUND
+    assert relative_errors(got[2], wanted[1])[0] < 1e-3  # x may be rounded to its neighbour
 
 
 def draw_block(rng, case):
