@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if show_traceback:
             raise
-        _complain(str(error))
+        _complain(_lost_process(error) or str(error))
         return _failed(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         if show_traceback:
@@ -119,12 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _cause_outside(error: Exception) -> str | None:
     """Describe an error of the operating system, want of memory or a lost process. None for others: faults of ours."""
-    if "fastvim_jax.distributed" in sys.modules:
-        from fastvim_jax.distributed import lost_process
-
-        lost = lost_process(error)
-        if lost is not None:
-            return lost
+    lost = _lost_process(error)
+    if lost is not None:
+        return lost
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -136,6 +133,14 @@ def _cause_outside(error: Exception) -> str | None:
             "smaller images or a smaller model. --traceback shows where."
         )
     return None
+
+
+def _lost_process(error: Exception) -> str | None:
+    if "fastvim_jax.distributed" not in sys.modules:  # No command of several processes.
+        return None
+    from fastvim_jax.distributed import lost_process
+
+    return lost_process(error)
 
 
 class _StoppedEarly(BaseException):

@@ -95,16 +95,24 @@ def fail_at_once(status: int) -> None:
 
 
 def lost_process(error: Exception) -> str | None:
-    """Say that another process of this run has ended, if that is what the error of a collective operation tells."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+    """Say that another process of this run has ended, if `error` or what caused it tells this; return None for others.
+
+    The cause counts because a collective operation may fail while a checkpoint is read, which then looks damaged.
+    """
+    if jax.process_count() == 1:
         return None
-    if not _PEER_GONE.search(str(error)):
-        return None
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} lost another process of this run, and ends, too. The "
-        "output of the lost one says why it ended. The same command, given again to all of them, continues from the "
-        f"latest checkpoint.\n({str(error).splitlines()[0][:200]})"
-    )
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, jax.errors.JaxRuntimeError | ValueError) and _PEER_GONE.search(
+            str(each)
+        ):
+            return (
+                f"process {jax.process_index()} of {jax.process_count()} lost another process of this run, and ends, "
+                "too. The output of the lost one says why it ended. The same command, given again to all of them, "
+                f"continues from the latest checkpoint.\n({str(each).splitlines()[0][:200]})"
+            )
+        each = each.__cause__ or each.__context__
+    return None
 
 
 def all_gather_set(numbers: Iterable[int]) -> set[int]:
