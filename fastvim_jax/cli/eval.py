@@ -37,7 +37,10 @@ class Arguments:
     """Print JSON."""
 
 
-OTHER_TASKS = {"SegmentationConfig": "fastvim_jax.cli.eval_segmentation"}
+OTHER_TASKS = {
+    "DetectionConfig": "fastvim_jax.cli.eval_detection",
+    "SegmentationConfig": "fastvim_jax.cli.eval_segmentation",
+}
 """The module that evaluates runs of a task with scores of its own, by the name of its config's class."""
 
 

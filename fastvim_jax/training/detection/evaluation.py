@@ -88,25 +88,8 @@ def make_evaluator(
 
     def run(state: TrainState, step: int) -> Evaluation:
         weights = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
-        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in weights}
-        seen: list[int] = []
-        said = time.monotonic()
-        with contextlib.closing(place_ahead(batches, place)) as placed:
-            for batch in placed:
-                by_weights = {
-                    k: list(results(detect(p, batch), source)) for k, p in weights.items()
-                }
-                for kind, records in by_weights.items():
-                    found[kind] += [each for _, some in records for each in some]
-                seen += [index for index, _ in by_weights["raw"]]
-                if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
-                    said = time.monotonic()
-                    print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
+        found, seen = detect_all(detect, weights, batches, place, progress=progress)
         batches.rewind()
-        if not seen:
-            raise UserError(
-                "no image of the evaluation split could be read: check data.eval_split."
-            )
         scores: dict[str, Any] = {"count": len(seen)}
         for kind, detections in found.items():
             precisions = judge(source, detections, seen)
@@ -123,6 +106,47 @@ def make_evaluator(
         return Evaluation(scores, picture)
 
     return Evaluator(name, run, every_epochs=every_epochs)
+
+
+def detect_all(
+    detect: Detect,
+    weights: Mapping[str, Any],
+    batches: BatchIterator,
+    place: Callable[[Any], Batch],
+    *,
+    progress: bool,
+) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+    """Detect the objects of one pass over the data with each of some weights.
+
+    Args:
+        detect: from `make_detect`.
+        weights: parameters by name.
+        batches: one pass over the data.
+        place: puts a batch on the devices.
+        progress: say on standard error how far it is.
+
+    Returns:
+        Detections in COCO's format by the name of the weights, and the records that could be read.
+
+    Raises:
+        UserError: no image could be read.
+    """
+    source: Any = batches.source
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in weights}
+    seen: list[int] = []
+    said = time.monotonic()
+    with contextlib.closing(place_ahead(batches, place)) as placed:
+        for batch in placed:
+            for number, (kind, params) in enumerate(weights.items()):
+                for index, some in results(detect(params, batch), source):
+                    found[kind] += some
+                    seen += [] if number else [index]
+            if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():
+                said = time.monotonic()
+                print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
+    if not seen:
+        raise UserError("no image of the evaluation split could be read: check data.eval_split.")
+    return found, seen
 
 
 def results(detected: Any, source: CocoSource) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -197,6 +221,18 @@ def write_class_scores(
     path: Path, source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
 ) -> None:
     """Write box AP, mask AP and objects of every class as CSV; empty where a class has no object."""
+    rows = class_scores(source, detections, indices)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        for row in rows:
+            table.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def class_scores(
+    source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
+) -> list[dict[str, Any]]:
+    """Return `class`, `bbox_ap`, `segm_ap` (with masks) and `objects` of every class; an AP of None: no object."""
     ids = [source.image_ids[i] for i in indices]
     columns: Mapping[str, list[float]] = {
         f"{kind}_ap": class_precisions(
@@ -208,12 +244,14 @@ def write_class_scores(
     counts = np.zeros(len(source.class_names), int)
     for i in indices:
         np.add.at(counts, source.objects(i).labels, 1)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["class", *columns, "objects"])
-        for i, name in enumerate(source.class_names):
-            values = ("" if column[i] < 0 else f"{column[i]:.6f}" for column in columns.values())
-            table.writerow([name, *values, counts[i]])
+    return [
+        {
+            "class": name,
+            **{kind: None if aps[i] < 0 else aps[i] for kind, aps in columns.items()},
+            "objects": int(counts[i]),
+        }
+        for i, name in enumerate(source.class_names)
+    ]
 
 
 def worst(

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from fastvim_jax.cli.main import main
 from fastvim_jax.data.detection import open_coco
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.drawings import draw_files
@@ -103,6 +104,21 @@ def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
         )
     with Image.open(drawings[0].written[0]) as drawn, Image.open(files[0]) as image:
         assert drawn.size == image.size
+
+
+def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, capsys):
+    """The scores of the run's last evaluation; data of other categories are refused."""
+    folder, result = finished
+    assert main(["eval", str(folder), "--json", "--per-class"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    scores = found["scores"]
+    for name in ("count", "bbox_ap", "segm_ap", "segm_ap_small"):
+        key = name if name == "count" else f"raw_{name}"
+        assert scores[name] == result.metrics[key]
+    assert [row["class"] for row in scores["classes"]] == list(images[1])
+    if images[0] != scenes:
+        assert main(["eval", str(folder), "--path", str(scenes)]) == 1
+        assert "knows the 2 categories" in capsys.readouterr().err
 
 
 def test_a_config_survives_its_file(scenes):

@@ -1,0 +1,78 @@
+"""`fastvim eval RUN` of a detection run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastvim_jax.cli.usage import as_usage_error, parse
+
+_KINDS = {"bbox_ap": "box AP", "segm_ap": "mask AP"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The run to evaluate, and the data."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    weights: Literal["raw", "ema"] | None = None
+    """The trained weights or their average; by default the average, unless raw scored better in the run's log."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
+    split: str | None = None
+    """Split of the data; by default the one that the run was evaluated on."""
+    path: str | None = None
+    """The data set's folder; by default the run's."""
+    per_class: bool = False
+    """Also show the APs and the number of objects of each class."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate a detection run: AP of boxes and masks, by pycocotools."""
+    from fastvim_jax.distributed import initialize_distributed, is_first_process
+    from fastvim_jax.training.detection.run_scores import score_run
+    from fastvim_jax.training.run_folder import read_config
+
+    chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
+    initialize_distributed()
+    given = {"eval_split": chosen.split, "path": chosen.path}
+    with as_usage_error():
+        data: Any = dataclasses.replace(
+            read_config(chosen.run).data, **{k: v for k, v in given.items() if v is not None}
+        )
+    found = score_run(
+        chosen.run, data, weights=chosen.weights, step=chosen.step, progress=not chosen.json
+    )
+    if not is_first_process():
+        return 0
+    if chosen.json:
+        scores: dict[str, Any] = {"count": found.count, **found.scores}
+        scores |= {"classes": found.classes} if chosen.per_class else {}
+        whole = {"run": str(chosen.run), "step": found.step, "weights": found.weights}
+        whole |= {"split": data.eval_split, "scores": scores}
+        print(json.dumps(whole, indent=2, ensure_ascii=False))
+        return 0
+    what = f"{chosen.run} at step {found.step} ({found.weights} weights)"
+    print(f"{what}, on the {found.count} images of {data.eval_split}:")
+    for key, name in _KINDS.items():
+        if key in found.scores:
+            parts = {part: found.scores[f"{key}{part}"] for part in ("", "50", "75")}
+            sizes = {s: found.scores[f"{key}_{s}"] for s in ("small", "medium", "large")}
+            shown = ", ".join(f"{name}{part} {_share(value)}" for part, value in parts.items())
+            print(f"  {shown}; {', '.join(f'{s} {_share(value)}' for s, value in sizes.items())}")
+    for row in found.classes if chosen.per_class else ():
+        shares = " ".join(f"{_share(row[key]):>8}" for key in _KINDS if key in row)
+        print(f"  {shares} {row['objects']:>6}  {row['class']}")
+    return 0
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None or value < 0 else f"{value:.2%}"
