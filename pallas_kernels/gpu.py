@@ -25,7 +25,7 @@ _interpret = False
 
 
 def interpret(on: bool) -> None:
-    """Run the kernels in the CPU interpreter from the next trace on (for tests)."""
+    """Make the kernels run in the CPU interpreter from the next trace on, or stop that (for tests)."""
     global _interpret
     _interpret = on
 
@@ -40,7 +40,7 @@ _off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False
 
 @contextlib.contextmanager
 def kernels_off() -> Iterator[None]:
-    """Trace programs that hold no kernel, cuDNN's attention included, as FASTVIM_KERNELS=off does for a process."""
+    """Trace programs without kernels (cuDNN's attention included), as FASTVIM_KERNELS=off does for a process."""
     before = _off.set(True)
     try:
         yield
@@ -49,7 +49,7 @@ def kernels_off() -> Iterator[None]:
 
 
 def switched_off() -> str | None:
-    """Return what turned all kernels off, or None."""
+    """Return the reason why all kernels are turned off, or None if they are on."""
     if os.environ.get("FASTVIM_KERNELS") == "off":
         return "FASTVIM_KERNELS=off"
     return "the program is to be portable" if _off.get() else None
@@ -65,11 +65,11 @@ def choose(
 
     Args:
         implementation: kernels run only for "auto" and "pallas".
-        operation: its name, for messages.
+        operation: name of the operation, for messages.
         unsupported: returns why the kernels cannot take this call, or None. It is called, and may import the kernels,
             only where kernels can run.
-        trial: the kernels of this call. With "auto" they are compiled first on devices other than Hopper GPUs, where
-            nobody has tried them.
+        trial: the kernels of this call. On devices other than Hopper GPUs nobody has tried them, so with "auto" they
+            are first compiled there.
 
     Raises:
         NotImplementedError: the implementation is "pallas", and the kernels cannot run. With "auto" the reason is
@@ -93,10 +93,9 @@ def choose(
 def kernels_missing() -> str | None:
     """Return why programs traced now cannot hold Mosaic GPU kernels, or None if they can.
 
-    The environment variable FASTVIM_KERNELS=off turns all kernels off.
-
-    They can on NVIDIA's data centre GPUs from Hopper on, compute capabilities 9 and 10.  On a machine without one,
-    trace under `jax.sharding.use_abstract_mesh` with an abstract such device to lower for it.
+    The kernels run on NVIDIA's data centre GPUs from Hopper on (compute capabilities 9 and 10). To lower for such a GPU
+    on a machine without one, trace under `jax.sharding.use_abstract_mesh` with an abstract device. The environment
+    variable FASTVIM_KERNELS=off turns all kernels off.
     """
     off = switched_off()
     if off is not None:
@@ -123,9 +122,9 @@ def _after_ada(name: str) -> bool:
 
 
 def wgmma_missing() -> str | None:
-    """Return why kernels with Hopper's matrix instructions cannot run where `kernels_missing` is None, or None.
+    """Return why kernels with Hopper's matrix instructions (WGMMA) cannot run here, or None if they can.
 
-    Later generations do not have these instructions.
+    Ask only if `kernels_missing` is None. Later generations of GPUs do not have these instructions.
     """
     device = _abstract_gpu()
     if device is not None:
@@ -136,7 +135,7 @@ def wgmma_missing() -> str | None:
 
 
 def _tried() -> bool:
-    """Return whether programs are traced for Hopper GPUs, an abstract device or the interpreter."""
+    """Return whether no trial is needed: programs are traced for Hopper GPUs, an abstract device or the interpreter."""
     if interpreted() or _abstract_gpu() is not None:
         return True
     return _all_hopper()
@@ -175,12 +174,12 @@ def choose_triton(
 
     Args:
         implementation: the name that the caller gave.
-        operation: its name, for messages.
+        operation: name of the operation, for messages.
         unsupported: returns why the kernels cannot take this call, or None. It may import jax_triton.
 
     Raises:
         NotImplementedError: the implementation is "triton", and this machine cannot run it. A call that the kernels do
-            not cover is logged once instead.
+            not support only logs a warning, once.
     """
     if implementation == "triton":
         missing = triton_missing()
@@ -200,9 +199,9 @@ def choose_triton(
 
 
 def triton_missing() -> str | None:
-    """Return why programs traced now cannot hold Triton kernels, or None if they can. Import jax_triton if they can.
+    """Return why programs traced now cannot hold Triton kernels, or None if they can. Then jax_triton is imported.
 
-    They can on NVIDIA GPUs from Ampere on (compute capability 8.0), with the extra `triton` installed.
+    The kernels run on NVIDIA GPUs from Ampere on (compute capability 8.0), with the extra `triton` installed.
     FASTVIM_KERNELS=off turns these kernels off, too.
     """
     off = switched_off()
@@ -217,14 +216,14 @@ def triton_missing() -> str | None:
 
 
 def oldest_capability() -> float:
-    """Return the lowest compute capability of the local GPUs, such as 9.0; 0 without GPUs or with other makers'."""
+    """Return the lowest compute capability of the local GPUs, such as 9.0; 0 without GPUs or if one is not NVIDIA's."""
     return min(_capabilities(), default=0.0)
 
 
 def lowering_capability() -> float:
     """Return the compute capability of the GPUs that programs are traced for; 0 if there are none.
 
-    Without a GPU at hand it is that of an abstract device, by its generation: 8, 9 or more.
+    For an abstract device it is derived from the generation in its name: 9 (Hopper or later), 8 (Ampere, Ada) or 0.
     """
     device = _abstract_gpu()
     if device is None:

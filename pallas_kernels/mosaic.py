@@ -1,4 +1,4 @@
-"""What all Mosaic GPU kernels share: the device's sizes, register layouts, fast arithmetic, parameters."""
+"""Share among all Mosaic GPU kernels: sizes of the device, register layouts, fast arithmetic, compiler parameters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = math.log2(math.e)
 WARPS = 4  # warps of a warpgroup
 LANES = 32
-PROCESSORS = 132  # of an H100
-SHARED_MEMORY = 227 * 1024  # bytes that an H100's processor can give to blocks
+PROCESSORS = 132  # multiprocessors of an H100
+SHARED_MEMORY = 227 * 1024  # bytes that a multiprocessor of an H100 can give to thread blocks
 
 
 def tiled(tiles, warp_dims, lane_dims, vector_dim) -> tuple[Any, Any]:
-    """Build a register layout. Return it as Mosaic's own type and as the public one that kernels take."""
+    """Build a register layout. Return it as Mosaic's internal type and as the public type that kernels take."""
     layout = mgpu.TiledLayout(
         plgpu.Tiling(tiles), warp_dims, lane_dims, vector_dim, _check_canonical=False
     ).canonicalize()
@@ -40,7 +40,7 @@ def _public(layout: Any) -> Any:
 
 
 def _apply(instruction: str, x: jax.Array, layout: Any) -> jax.Array:
-    """Apply PTX from float32 register $1 to float32 register $0 to each value."""
+    """Apply a PTX instruction, which reads float32 register $1 and writes float32 register $0, to each value."""
 
     def one(value):
         return llvm.inline_asm(value.type, [value], instruction, "=f,f")
@@ -56,12 +56,12 @@ def _apply(instruction: str, x: jax.Array, layout: Any) -> jax.Array:
 
 
 def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """Compute 1 / x to about one rounding, in one instruction."""
+    """Compute 1 / x in one instruction, with an error of about one rounding."""
     return 1.0 / x if interpret else _apply("rcp.approx.ftz.f32 $0, $1;", x, layout)
 
 
 def tf32(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
-    """Round to the 10 bits of mantissa that TF32 products read; they would cut off the rest."""
+    """Round to the 10 bits of mantissa that TF32 products read. They would truncate the other bits."""
     if interpret:
         return lax.reduce_precision(x, 8, 10)
     # The result is an integer register to the assembler, so it passes as a float through a move.
@@ -76,10 +76,10 @@ def sigmoid(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
 
 
 def warp_index() -> jax.Array:
-    """Return the number of the warp in its warpgroup: a scalar that differs between the warps of one array.
+    """Return the index of this warp in its warpgroup. Unlike other scalars, it differs between warps.
 
-    A vector that is loaded from a place that depends on it, and then repeated along the axis that a layout spreads over
-    the warps, holds another row in each warp. The interpreter knows no warps.
+    So a load whose offset depends on it gives each warp another vector. If a layout spreads an axis over the warps, and
+    the vector is broadcast along this axis, each warp holds another row. The interpreter has no warps.
     """
 
     @plgpu.inline_mgpu(
@@ -96,8 +96,10 @@ def warp_index() -> jax.Array:
 
 
 def store(ref: Any, value: jax.Array) -> None:
-    """Write to shared or global memory in whatever pattern the layout gives."""
-    if hasattr(plgpu, "store"):  # from JAX 0.12 on; plain assignment then insists on good patterns
+    """Write to shared or global memory with any access pattern that the layout gives."""
+    if hasattr(
+        plgpu, "store"
+    ):  # from JAX 0.12 on, where plain assignment refuses inefficient patterns
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
@@ -118,8 +120,8 @@ def gpu_kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     With `jax_enable_x64`, loops would count in int64 and Mosaic's indices of thread blocks in int32.
 
     Args:
-        body: as `plgpu.kernel` takes it.
-        options: of `plgpu.kernel`; `compiler_params` are those above unless given.
+        body: function of the kernel's references, as for `plgpu.kernel`.
+        options: arguments of `plgpu.kernel`; `compiler_params` defaults to `compiler_params()`.
     """
 
     def narrow(*refs: Any) -> None:

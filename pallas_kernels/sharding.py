@@ -1,20 +1,18 @@
-"""Runs an operation on each device's share of its arrays under a sharded `jit`.
+"""Run an operation on each device's share of its arrays under a sharded `jit`.
 
 An operation names the dimensions of its arrays by letters, as in `"b l e"`, and says which letters may be split over
-devices. Everything else follows from the shardings of the arrays at hand: an array is divided along the letters that
-are split, whole otherwise (weights that were sharded are gathered), and a result without a letter that is split is
-a sum over the devices' shares. How the shardings are known, and the shares reached, depends on the mesh:
+devices. Everything else follows from the shardings of the arrays. An array is divided along the letters that are split,
+and is whole along the others (sharded weights are gathered). If a result lacks a letter that is split, it is summed
+over the devices' shares, in its own dtype. The mesh decides how the shardings are known:
 
-- Explicit axes (the default of `jax.make_mesh`): from the types of the arrays, by `jax.shard_map`.
-- Auto axes: only operations that hold kernels (`opaque`) need to be split here; XLA's partitioner splits everything
-  else by itself. Where the caller said over which axes of the ambient mesh batches are split (`batch_over`), by
-  `jax.shard_map`. Otherwise, or with no mesh in sight, as the partitioner finds them when it compiles, by
-  `custom_partitioning`; such a program holds a number of the process that made it, so that JAX's persistent
-  compilation cache never finds it again.
-- Manual axes (inside a `jax.shard_map` of the caller's, with check_vma or without): the arrays are shares already.
-
-Where the partitioner is asked, JAX cannot differentiate: have a custom_vjp around the operation and its gradient be
-another one. Sums over devices are made in the dtypes of the results.
+- Explicit axes (the default of `jax.make_mesh`): the types of the arrays hold them. `jax.shard_map` splits.
+- Auto axes: only operations that hold kernels (`opaque`) are split here. XLA's partitioner splits all others by itself.
+    - If the caller said over which axes of the ambient mesh batches are split (`batch_over`), `jax.shard_map` splits.
+    - Otherwise, or without a mesh, XLA's partitioner finds the shardings when it compiles, and `custom_partitioning`
+      splits. JAX cannot differentiate this: put a custom_vjp around the operation, and make its gradient a second
+      operation. Such a program contains a number of the process that made it, so that JAX's persistent compilation
+      cache never finds it again.
+- Manual axes (inside a `jax.shard_map` of the caller, with check_vma or without): the arrays are shares already.
 """
 
 from __future__ import annotations
@@ -36,22 +34,22 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gpu
 
-Dims = tuple[str, ...]  # of one array: its dimensions' letters
+Dims = tuple[str, ...]  # letters of one array's dimensions
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """How the whole is split: for each letter the mesh axes that divide it, and the sizes of all axes."""
+    """Say how whole arrays are split: the mesh axes that divide each letter, and the sizes of all mesh axes."""
 
     axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def parts(self, letter: str) -> int:
-        """Return the number of shares a letter is divided into."""
+        """Return the number of shares into which a letter is divided."""
         return math.prod(self.sizes[axis] for axis in self.axes.get(letter, ()))
 
     def index(self, letter: str) -> jax.Array | int:
-        """Return which of the shares is this device's; only where the operation runs."""
+        """Return the number of this device's share. Call it only inside of the operation."""
         axes = self.axes.get(letter, ())
         return lax.axis_index(axes) if axes else 0
 
@@ -62,9 +60,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """A function of a Shard and flat arrays to a tuple of arrays, and what its dimensions are.
+    """Hold a function from a Shard and flat arrays to a tuple of arrays, with the letters of their dimensions.
 
-    The arrays with every letter of `voters` decide which axes split a letter; weights do not.
+    Only arrays that have every letter of `voters` decide which mesh axes split a letter. So weights do not decide.
+    `split` and `tied` are as for `per_shard`.
     """
 
     function: Callable[..., tuple[jax.Array, ...]]
@@ -75,7 +74,7 @@ class _Operation:
     tied: Mapping[str, str]
 
     def shard(self, specs: Sequence[P | None], shapes: Sequence[tuple[int, ...]], sizes) -> Shard:
-        """Find which axes split what, given each operand's PartitionSpec."""
+        """Find which mesh axes split each letter, given each operand's PartitionSpec."""
         shard = Shard({}, dict(sizes))
         voting = [
             (dims, spec, shape)
@@ -108,7 +107,7 @@ class _Operation:
         return shard
 
     def run(self, shard: Shard, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Do one device's work."""
+        """Run the function on one device's shares, and sum results that lack a split letter over the devices."""
         tied = {t for t in self.tied if t in shard.axes}
 
         def summed(x, dims):
@@ -127,7 +126,7 @@ class _Operation:
     def under_shard_map(
         self, mesh, given: Sequence[P], arrays: Sequence[jax.Array]
     ) -> tuple[jax.Array, ...]:
-        """Run on a mesh that is known, with arrays that are split as `given` says."""
+        """Run on a known mesh, with arrays that are split as the PartitionSpecs `given` say."""
         shard = self.shard(given, [x.shape for x in arrays], mesh.shape)
         specs = tuple(shard.spec(dims) for dims in self.operands)
         return jax.shard_map(
@@ -144,7 +143,7 @@ class _Operation:
         )(*(_reshard(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)))
 
     def under_the_partitioner(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Partition by what XLA's partitioner finds; a program for one device stays as it is."""
+        """Run with the shardings that XLA's partitioner finds. A program for one device is not changed."""
 
         ambient = jax.sharding.get_abstract_mesh()
 
@@ -188,7 +187,7 @@ class _Operation:
         return run(*arrays)
 
     def vmapped(self, batched: Sequence[bool]) -> _Operation:
-        """Return the same with one more leading dimension, which may be split as well."""
+        """Return the operation with one more leading dimension (of `jax.vmap`), which may be split as well."""
         new = f"v{len(self.split)}"
         dims = lambda old, has: (new, *old) if has else old  # noqa: E731
         in_axes = tuple(0 if has else None for has in batched)
@@ -215,13 +214,13 @@ def per_shard(
     """Run `function` on every device's share of the arrays.
 
     Args:
-        function: takes a `Shard`, then pytrees of arrays; returns a pytree of arrays. Works on any share of
-            the letters in `split`, where a result without such a letter is the share's own sum.
-        operands: a tuple, for each argument its arrays' letters in the structure of the argument: `"b l e"`.
-        results: likewise for the result.
-        split: letters that may be divided over devices, separated by spaces. Axes that divide an earlier one
-            are not used for a later one; axes that do not divide a dimension evenly are not used.
-        tied: letters that go with one of `split`, where that divides them evenly.
+        function: takes a `Shard`, then pytrees of arrays, and returns a pytree of arrays. It must work on any share
+            along the letters in `split`. A result without such a letter must be the sum over the share.
+        operands: a pytree for each argument, with its arrays' letters, such as `"b l e"`, in place of the arrays.
+        results: the same for the result.
+        split: letters that may be divided over devices, separated by spaces. Mesh axes that divide a letter are not
+            used for later letters. Mesh axes that do not divide a dimension evenly are not used.
+        tied: letters that are split like another letter (a letter of `split`) if its axes divide them evenly.
         opaque: whether the function holds calls that XLA's partitioner cannot split by itself.
 
     Returns:
@@ -271,8 +270,8 @@ _batch_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("a
 def batch_over(*axes: str) -> Iterator[None]:
     """Split the batch of every operation traced inside over these Auto axes of the ambient mesh (`jax.set_mesh`).
 
-    The results are the same without; but then programs with kernels are compiled again by every process, because JAX's
-    persistent compilation cache cannot find those that XLA's partitioner has to split.
+    Results do not depend on it. Without it, every process compiles programs with kernels again, because JAX's
+    persistent compilation cache cannot find programs that XLA's partitioner splits.
     """
     before = _batch_axes.set(axes)
     try:
@@ -295,7 +294,7 @@ def _typed_mesh(arrays: Sequence[jax.Array]):
 
 
 def _decoded(arguments: Sequence[jax.ShapeDtypeStruct], ambient) -> tuple[Mesh, list[P]]:
-    """Return mesh and PartitionSpecs where the partitioner knows neither: no argument of the jit was sharded."""
+    """Return mesh and PartitionSpecs if the partitioner knows neither, because no argument of the jit was sharded."""
     devices = np.asarray(arguments[0].sharding._device_assignment)
     if ambient.empty:
         return Mesh(devices, ("devices",)), [P()] * len(arguments)

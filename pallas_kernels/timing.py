@@ -34,7 +34,7 @@ from jax import lax
 
 COLD_BYTES = 256e6  # bytes that calls read before the same inputs are read again
 MOST_SETS = 64  # sets of inputs; calls that read less than 4 MB would need more, and find some inputs in the cache
-LONG = 20.0  # milliseconds from which a call is timed by the clock alone: its launches no longer matter
+LONG = 20.0  # milliseconds; a longer call is timed by the clock alone, because its launches do not matter
 PATIENCE = 180.0  # seconds after which a timing no longer waits for others to finish compiling
 _started = time.monotonic()
 
@@ -58,21 +58,21 @@ CEILINGS = {
 
 
 def ceilings() -> Ceilings | None:
-    """Return the ceilings of the device at hand, where known."""
+    """Return the peak rates of the local device, or None if they are not known."""
     return CEILINGS.get(jax.devices()[0].device_kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Milliseconds per call.
+    """Hold times in milliseconds per call.
 
     Attributes:
         method: "profiler", "loop" (see the module) or "clock" (around queued calls).
         median, fastest, slowest: over calls, or over programs of many calls.
-        warm: the same inputs at every call; None where inputs are not rotated.
-        span: from the first kernel's start to the last one's end, gaps included, over the calls.
-        calls, input_sets: how many of each.
-        kernels: milliseconds per call by name, the longest first.
+        warm: median with the same inputs at every call; None if inputs are not rotated.
+        span: time from the first kernel's start to the last kernel's end, gaps included, divided by the calls.
+        calls, input_sets: number of calls, and of sets of inputs.
+        kernels: milliseconds per call by the kernel's name, the longest first.
     """
 
     method: str
@@ -87,10 +87,10 @@ class Time:
 
 
 class Program:
-    """A function compiled for the arguments given, arrays or their shapes, and what that took.
+    """Compile a function for the given arguments (arrays or their shapes), and record the time of it.
 
-    `hasty`: without trying products' block sizes on the device, for programs whose speed does not matter. A function
-    that is jitted already keeps its own options. `keywords` go to every call.
+    `hasty` turns off XLA's autotuning on the device, for programs whose speed does not matter. A function that is
+    jitted already keeps its own options. `keywords` go to every call.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Program:
         return self.compiled(*arguments, **self.keywords)
 
     def costs(self) -> Row:
-        """Return the seconds of tracing and compiling, and the bytes of arguments, results, temporaries, and in all."""
+        """Return the seconds of tracing and compiling, and the bytes of arguments, results, temporaries and peak."""
         memory: Any = self.compiled.memory_analysis()
         sizes = {
             name: int(getattr(memory, f"{key}_size_in_bytes", 0) or 0)
@@ -134,9 +134,9 @@ class Program:
 
 
 class Measured:
-    """`function(*make_arguments(seed))`, compiled, and run once unless that needs over `large` bytes.
+    """Compile `function(*make_arguments(seed))`, and run it once unless that needs over `large` bytes.
 
-    Holds no arrays: many measurements wait for their turn at once.
+    The object holds no arrays, because many measurements wait for their turn at the same time.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Measured:
         self.profiled = jax.default_backend() == "gpu"
         self.program = Program(function, *shapes)
         costs = self.program.costs()
-        # A single set that is larger than all caches is cold by itself. What the program does not read is no argument.
+        # A set that is larger than all caches is never cached. XLA's count leaves out arguments that are not read.
         enough = -int(-COLD_BYTES // max(1, costs["argument_bytes"]))
         self.count = min(MOST_SETS, enough) if self.profiled else 1
         self.loop = None if self.profiled else Program(repeated(function), shapes, jnp.int32(1))
@@ -163,11 +163,14 @@ class Measured:
         return jax.block_until_ready(self.program(*self.make_arguments(0)))
 
     def inputs(self) -> list[tuple]:
-        """Return the arguments that calls take by turns."""
+        """Return the sets of arguments that calls take in turn."""
         return [self.make_arguments(seed) for seed in range(max(1, self.count))]
 
     def time(self, *, calls: int = 20, seconds: float = 0.2, repeats: int = 5) -> Time:
-        """Time it: at least `calls` calls, each set of inputs once; `seconds` and `repeats` are for the clock's."""
+        """Time at least `calls` calls, and each set of inputs at least once.
+
+        `seconds` and `repeats` are for times by the clock: seconds of a run, and number of runs.
+        """
         sets = self.inputs()
         if self.loop is not None:
             return _loop_time(self.loop, sets[0], seconds, repeats)
@@ -180,7 +183,7 @@ class Measured:
         if len(sets) == 1:
             return profile(run, calls)
         calls = max(calls, len(sets))
-        # Both in one trace: starting and ending one takes longer than what is measured.
+        # Rotated and warm calls are in one trace, because starting and ending a trace takes longer than the calls.
         events = _profile(lambda i: run(i if i < calls else 0), 2 * calls)
         time, warm = (
             profiled_time(half, calls)
@@ -190,7 +193,7 @@ class Measured:
 
 
 def repeated(function: Callable[..., Any]) -> Callable[[tuple, jax.Array], jax.Array]:
-    """Build a program that calls the function n times, each call waiting for the result of the last."""
+    """Build a program that calls the function n times. Each call waits for the result of the call before."""
 
     def program(arguments, n):
         def body(_, total):
@@ -288,12 +291,12 @@ def device_events(step: Callable[[int], Any], calls: int) -> dict[str, list[Even
 
 
 def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:
-    """Find the times of `calls` equal calls from the events they left."""
+    """Compute the times of `calls` equal calls from their events."""
     if not events:
         raise RuntimeError("the profiler saw nothing on the device")
     events = sorted(events, key=lambda e: e[1])
     each = len(events) // calls
-    if len(events) % calls:  # copies may be counted apart: only the mean is sure
+    if len(events) % calls:  # some copies are events of their own, so only the mean is known
         totals = [sum(e[2] for e in events) / calls]
     else:
         totals = [sum(e[2] for e in events[i * each : (i + 1) * each]) for i in range(calls)]
@@ -314,7 +317,7 @@ def profiled_time(events: list[Event], calls: int, kernels: int = 12) -> Time:
 
 
 def relative_error(actual: Any, expected: Any, *, together: bool = False) -> float:
-    """Return the largest ‖actual - expected‖ / ‖expected‖ of all arrays, or with `together` that of one long vector.
+    """Return the largest ‖actual - expected‖ / ‖expected‖ of all arrays. With `together`, join them to one vector.
 
     The result is NaN if an entry is not finite.
     """
@@ -337,7 +340,7 @@ def relative_error(actual: Any, expected: Any, *, together: bool = False) -> flo
 
 
 def skipped(reason: str) -> Case:
-    """Record a measurement that cannot be made here."""
+    """Return a measurement that gives a row with the reason why it cannot be made here."""
     raise NotImplementedError(reason)
     yield
 
@@ -386,7 +389,7 @@ def _compiling() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timing() -> Iterator[bool]:
-    """Wait until it is this program's turn to be timed. Yield whether nobody else compiles at the same time."""
+    """Wait until it is this program's turn to be timed. Yield whether no other program is compiling."""
     name = os.environ["FASTVIM_BENCH_LOCK"]
     with open(f"{name}.timing", "w") as turn, open(f"{name}.compiling", "w") as others:
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -403,7 +406,7 @@ def _timing() -> Iterator[bool]:
 
 
 def circumstances(command: str) -> dict[str, str]:
-    """Return what a recorded number must say beside itself: device, versions, commit, date and command."""
+    """Return what a record must say beside its numbers: device, versions, commit, date and command."""
     device = jax.devices()[0]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
@@ -417,7 +420,7 @@ def circumstances(command: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout this file lies in, marked if it was changed since; "unknown" outside one."""
+    """Return the commit of the checkout that holds this file, marked if there are changes; "unknown" outside of one."""
     git = shutil.which("git")
     if git is None:
         return "unknown"

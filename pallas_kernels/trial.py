@@ -1,4 +1,4 @@
-"""Compile kernels once, before a program needs them, on devices that nobody has tried them on."""
+"""Compile kernels once, before a program needs them, on devices where nobody has tried them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _results: dict[Hashable, str | None] = {}
 
 
 class Trial(NamedTuple):
-    """What to compile: a function of float arrays, forward and backward.
+    """Describe what to compile: a function of arrays, forward and backward.
 
     Attributes:
-        run: maps the arrays to an array or a pytree of arrays, by kernels alone.
+        run: function from the arrays to an array or a pytree of arrays, which uses kernels alone.
         arrays: pytrees of arrays or tracers, of which only shapes and dtypes count.
-        key: tells the function from others of its operation.
+        key: tells this function from other functions of the same operation.
     """
 
     run: Callable[..., Any]
@@ -28,8 +28,8 @@ class Trial(NamedTuple):
 def compile_failure(operation: str, trial: Trial) -> str | None:
     """Return why the kernels of a call do not compile for the local device, or None if they do.
 
-    The answer is kept for the process. It is found with the shapes of the call, because whether a kernel compiles
-    depends on them; nothing runs.
+    They are compiled for the shapes of the call, because whether a kernel compiles depends on them. Nothing runs. The
+    answer is cached for the process.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trial.arrays)
     shapes = tuple((x.shape, x.dtype.name) for x in jax.tree.leaves(like))
@@ -67,7 +67,7 @@ def _failure(run: Callable[..., Any], arrays: tuple[Any, ...]) -> str | None:
 
 
 def _in_a_thread(function: Callable[[], str | None]) -> str | None:
-    """Call a function without the mesh and other contexts of the program being traced, which JAX keeps by thread."""
+    """Call a function in a new thread, so that it does not see the mesh and other contexts of the current trace."""
     results: list[str | None] = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()

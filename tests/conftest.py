@@ -1,4 +1,4 @@
-"""Settings of every test run; they must be made before JAX and the packages are first imported."""
+"""Set up every test run. The settings must be made before JAX and the packages are imported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-# Compiling is most of the suite's work, and without LLVM's optimisations it takes half the time (a small FastVim's
-# gradient: 13.1 s of processor time against 5.8 s; 2026-11-23, JAX 0.12.0, two cores).
+# Compiling is most of the suite's work, and without LLVM's optimisations it takes half the time (gradient of a small
+# FastVim: 5.8 s of processor time instead of 13.1 s; 2026-11-23, JAX 0.12.0, two cores).
 for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
-# The interpreter of GPU kernels blocks an XLA thread for each warpgroup and one more. XLA has one per core. On
-# two cores, kernels of two warpgroups waited for ever now and then, those of more always.
+# The interpreter of GPU kernels blocks one XLA thread per warpgroup, and one more. XLA has one thread per core. On two
+# cores, kernels of two warpgroups sometimes waited forever, and kernels of more warpgroups always.
 os.environ.setdefault("PJRT_NPROC", "8")
 
 # Drawn once by the first process; the parallel workers inherit it.
@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    """Say what a failure needs to be seen again."""
+    """Print the seed and versions that reproduce a failure."""
     return [
         f"seed: FASTVIM_TEST_SEED={RUN_SEED}, FASTVIM_TEST_DRAWS={DRAWS}",
         f"jax {jax.__version__}, numpy {np.__version__}",
@@ -62,31 +62,31 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Repeat a test that draws from `seed`, `rng` or `key` FASTVIM_TEST_DRAWS times, each time with another seed."""
+    """Run a test that uses `seed`, `rng` or `key` FASTVIM_TEST_DRAWS times, each time with another seed."""
     if DRAWS > 1 and "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(DRAWS), indirect=True, ids=lambda n: f"draw{n}")
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed of this test's own: another one each run, the same one under the same FASTVIM_TEST_SEED."""
+    """Return this test's own seed, which differs from run to run unless FASTVIM_TEST_SEED is set."""
     return zlib.crc32(f"{RUN_SEED} {request.node.nodeid}".encode())
 
 
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
-    """A NumPy generator drawing from this test's seed."""
+    """Return a NumPy generator with this test's seed."""
     return np.random.default_rng(seed)
 
 
 @pytest.fixture
 def key(seed: int) -> jax.Array:
-    """A JAX key made of this test's seed."""
+    """Return a JAX key with this test's seed."""
     return jax.random.key(seed)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what tests recorded with `record_property`, also when they ran in parallel workers."""
+    """Print what tests recorded with `record_property`, in parallel workers, too."""
     recorded: dict[str, list[Any]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:

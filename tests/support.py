@@ -1,4 +1,4 @@
-"""What several test files share: float64, the folders of golden numbers and data, and how arrays are compared."""
+"""Share among test files: float64, the folders of golden numbers and data, and comparisons of arrays."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from numpy.typing import ArrayLike
 
 ROOT = Path(__file__).resolve().parent.parent
-# How many times as much to draw as usual: random tests run so often, and hypothesis draws so many times its examples.
+# Factor on the number of random inputs: of repeats of tests that draw from `seed`, and of hypothesis's examples.
 DRAWS = int(os.environ.get("FASTVIM_TEST_DRAWS", "1"))
 
 
 def x64() -> contextlib.AbstractContextManager[None]:
-    """Double precision inside a `with` block only. Functions jitted outside are compiled again inside."""
+    """Turn on double precision inside a `with` block. Functions that were jitted outside are compiled again inside."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
     from jax.experimental import enable_x64  # JAX 0.10 has it only here
@@ -30,7 +30,7 @@ def x64() -> contextlib.AbstractContextManager[None]:
 
 
 def _shared(variable: str, name: str) -> Path | None:
-    """The folder that `variable` names, else `../shared/<name>`; None when it is not there."""
+    """Return the folder that the environment variable names, else `../shared/<name>`; None if it does not exist."""
     named = os.environ.get(variable)
     folder = Path(named) if named else ROOT.parent / "shared" / name
     if named and not folder.is_dir():
@@ -39,22 +39,22 @@ def _shared(variable: str, name: str) -> Path | None:
 
 
 def parity_dir() -> Path | None:
-    """The golden numbers: $FASTVIM_PARITY_DIR, default ../shared/parity, None when absent."""
+    """Find the golden numbers of models: $FASTVIM_PARITY_DIR, default ../shared/parity; None if they are absent."""
     return _shared("FASTVIM_PARITY_DIR", "parity")
 
 
 def dense_dir() -> Path | None:
-    """Find the golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense."""
+    """Find the golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense; None if absent."""
     return _shared("FASTVIM_DENSE_DIR", "dense")
 
 
 def data_dir() -> Path | None:
-    """The small real data sets: $FASTVIM_DATA_DIR, default ../shared/data, None when absent."""
+    """Find the small real data sets: $FASTVIM_DATA_DIR, default ../shared/data; None if they are absent."""
     return _shared("FASTVIM_DATA_DIR", "data")
 
 
 def relative_error(actual: ArrayLike, expected: ArrayLike, name: str = "array") -> float:
-    """Largest absolute difference over the largest entry of `expected` (the plain difference where that is all zeros).
+    """Return the largest absolute difference divided by the largest entry of `expected` (by 1 if all are zero).
 
     Raises:
         AssertionError: the shapes differ, or an entry of `actual` or `expected` is not finite.
@@ -84,7 +84,10 @@ def assert_close(
 
 
 def checked(config: Any, **changes: Any) -> Any:
-    """The config's own check of values set behind the constructor, whose annotations this test run checks first."""
+    """Return a copy of a config with changed values, which only the config's own checks have seen.
+
+    A constructor call would not reach them, because in tests beartype checks the constructor's annotations first.
+    """
     config = copy.copy(config)
     for name, value in changes.items():
         object.__setattr__(config, name, value)
@@ -93,7 +96,7 @@ def checked(config: Any, **changes: Any) -> Any:
 
 
 def assert_says_same(script: str, *arguments: Any, devices: int) -> None:
-    """Run a Python script on so many simulated devices, in a process of its own; it must end by printing "same"."""
+    """Run a Python script with `devices` simulated devices in a process of its own. It must print "same" and no more."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],

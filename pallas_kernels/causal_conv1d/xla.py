@@ -1,8 +1,8 @@
-"""The causal convolution as shifted multiply-adds, which XLA fuses into one pass.
+"""Compute the causal convolution as shifted multiply-adds, which XLA fuses into one pass.
 
-`lax.conv_general_dilated` with one group per channel is no alternative on CPUs: for x (64, 64, 128), width 4, float32,
-JAX 0.12.0 on an AMD EPYC, 2026-11-23, it takes 24 ms of processor time forward and 1370 ms with gradients, these
-shifts 0.55 and 3.2. A hand-written derivative that keeps only the inputs was no faster (3.5 ms).
+`lax.conv_general_dilated` with one group per channel is far slower on CPUs. For x (64, 64, 128), width 4, float32, it
+takes 24 ms of processor time forward and 1370 ms with gradients; these shifts take 0.55 and 3.2 ms (JAX 0.12.0 on an
+AMD EPYC, 2026-11-23). A hand-written derivative that keeps only the inputs was no faster (3.5 ms).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def conv(
     activation: str | None,
     reverse: bool,
 ) -> Float[Array, "b l e"]:
-    """See `reference.conv`. Reversed, the window looks ahead: padded at the end, taps in opposite order."""
+    """Compute what `reference.conv` defines. With `reverse`, the window looks ahead, taps in reverse order."""
     wide = wide_dtype(x, kernel)
-    # In a scan over blocks these are slices of the stacked parameters. XLA's CPU backend would fuse the slicing into
-    # this pass and then not vectorise it: FastVim-T at 224 px took 56 ms of one core's time for an image instead of 29
-    # (AVX-512 Xeon, float32, JAX 0.12.0, `benchmarks/peers/deit_cpu.py`).
+    # In a scan over blocks, kernel and bias are slices of stacked parameters. Without the barrier, XLA's CPU backend
+    # fuses the slicing into this pass and then does not vectorise it: FastVim-T at 224 px took 56 ms of one core's time
+    # per image instead of 29 (AVX-512 Xeon, float32, JAX 0.12.0, `benchmarks/peers/deit_cpu.py`).
     kernel, bias = lax.optimization_barrier((kernel, bias))
     width, length = kernel.shape[0], x.shape[1]
-    # Zeros at both ends, of which one is used: the two directions of a mixer then share one padded copy.
+    # Pad both ends although one is used, so that the two directions of a mixer share one padded copy.
     padded = jnp.pad(x, ((0, 0), (width - 1, width - 1), (0, 0)))
     y = None
     for j in range(width):

@@ -1,11 +1,21 @@
-"""The selective scan (Mamba's S6 recurrence), channels last.
+"""Compute the selective scan (Mamba's S6 recurrence), channels last.
 
-`api` is the public function, `bidirectional` that of both directions of a mixer at once, `projected` the same with
-the projections to Δ, B and C, `reference` the definition, `xla_sequential` and `xla_associative` the backends for any
-platform, `chunks` the chunk-by-chunk driver they share, `bidirectional_xla` both directions by these backends,
-`mosaic`, `mosaic_bidirectional` and `mosaic_projected` the GPU kernels of the three functions, `triton` and
-`triton_kernels` those for GPUs before Hopper, `vjp` the derivative rule, `sharded` the scan under a sharded `jit`,
-`implementations` the names and the rule behind `"auto"`, `arg_specs` the shapes that tests and bench use.
+Public functions, each in a file:
+
+- `api`: `selective_scan`, one direction.
+- `bidirectional`: `bidirectional_scan`, both directions of a mixer as one operation.
+- `projected`: `projected_scan`, both directions with their projections to Δ, B and C.
+
+Read on in this order:
+
+- `reference`: the definition.
+- `implementations`: the names of implementations, and the rule behind `"auto"`.
+- `vjp`: the derivative rule. `sharded`: the scan under a sharded `jit`.
+- `xla_sequential`, `xla_associative`: backends for any platform. `chunks`: the chunk-by-chunk driver that they share.
+  `bidirectional_xla`: both directions by these backends.
+- `mosaic`, `mosaic_bidirectional`, `mosaic_projected`: GPU kernels of the three functions (Hopper and later).
+- `triton`, `triton_kernels`: GPU kernels for GPUs before Hopper.
+- `arg_specs`: shapes that tests and benches use.
 """
 
 from pallas_kernels.selective_scan.api import selective_scan

@@ -1,4 +1,4 @@
-"""Measures what a mixer gains where the scans of its directions are one operation: one kernel each way, not two."""
+"""Measure what a mixer gains if both directions' scans are one operation, that is one kernel each way and not two."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
 
 SPECS = (ScanSpec(128, 14, 384, D=False), ScanSpec(1, 14, 384, D=False))
-"""FastVim at 224 pixels, a batch and one image."""
+"""Scans of FastVim-T at 224 pixels, of a batch and of one image."""
 
 
 def at_once(arrays: dict[str, Any], implementation: str = "auto", **options: Any) -> Any:
-    """Compute both outputs by one operation."""
+    """Compute both directions' outputs by one operation."""
     return bidirectional_scan(**arrays, **options, implementation=implementation)
 
 
 def one_by_one(arrays: dict[str, Any], implementation: str = "auto", **options: Any) -> Any:
-    """Compute both outputs by two scans."""
+    """Compute both directions' outputs by two scans."""
     options |= {"implementation": implementation}
     sides: list[dict[str, Any]] = [{k: x[d] for k, x in arrays.items()} for d in (0, 1)]
     return selective_scan(**sides[0], **options), selective_scan(
@@ -43,7 +43,7 @@ def cases(
     dtypes: Sequence[str] = ("float32",),
     gradients: Sequence[bool] = (False, True),
 ) -> list[tuple[timing.Row, timing.Case]]:
-    """List the measurements for `timing.run`; specs are of one direction. The implementation is "auto"."""
+    """List the measurements for `timing.run`. Specs describe one direction; the implementation is "auto"."""
     found: list[tuple[timing.Row, timing.Case]] = []
     for spec in specs:
         for dtype in dtypes:
@@ -67,7 +67,10 @@ def _arguments(spec: ScanSpec, dtype: str, seed: int) -> tuple[Any, Any]:
 
 
 def _function(way: str, spec: ScanSpec, gradient: bool, **options: Any) -> Callable[..., Any]:
-    """Compute outputs, and the gradients of all arrays from one of both outputs, as in a mixer."""
+    """Return a function of arrays and an output gradient: both outputs, and if asked for the gradients of all arrays.
+
+    Both directions have the same output gradient, as in a mixer, which averages their outputs.
+    """
 
     def run(arrays, out_bar):
         scans = lambda arrays: WAYS[way](arrays, delta_softplus=spec.delta_softplus, **options)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The scans of both directions of a mixer as one operation."""
+"""Define `bidirectional_scan`: the scans of both directions of a mixer as one operation."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def bidirectional_scan(
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
     """Compute two selective scans, the first visiting the steps forward, the second from last to first.
 
-    Equal to two calls of `selective_scan`, one with `reverse=True`, and differentiable likewise; on Hopper GPUs both
-    scans are one kernel (two where their time is cut into parts that run side by side), and so are their gradients.
-    Under a sharded `jit` every device scans its share of b and of e.
+    The result equals that of two calls of `selective_scan`, the second with `reverse=True`, and is differentiable like
+    them. On Hopper GPUs both scans are one kernel, or two if their time axis is cut into parts that run side by side.
+    The same holds for their gradients. Under a sharded `jit` every device scans its share of b and of e.
 
     Args:
         u: inputs of both directions, in stored order.
@@ -39,8 +39,8 @@ def bidirectional_scan(
         implementation: as in `selective_scan`.
 
     Returns:
-        y of the first and of the second direction, in u's dtype: two arrays, since what reads them takes them
-        as such and their gradients often are the same one.
+        y of the first and of the second direction, in u's dtype. They are two arrays, because callers read them
+        separately, and because their gradients often are one and the same array.
 
     Raises:
         ValueError: a shape, rank or dtype does not fit, or the implementation's name is unknown.
@@ -54,7 +54,7 @@ def bidirectional_scan(
     for name, x in arrays.items():
         if x is not None and (x.ndim < 1 or x.shape[0] != 2):
             raise ValueError(
-                f"bidirectional_scan: the first axis of {name} must be the two directions', got shape {x.shape}"
+                f"bidirectional_scan: the first axis of {name} must be the two directions (2), got shape {x.shape}"
             )
     if arrays["u"].ndim == 4 and arrays["u"].shape[1] == 0:
         nothing = jnp.zeros(arrays["u"].shape[1:], arrays["u"].dtype)

@@ -1,4 +1,4 @@
-"""Run both directions of a mixer by a backend that knows one direction: one after the other."""
+"""Run both directions of a mixer, one after the other, by a backend for one direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def of_direction(
 
 @dataclasses.dataclass(frozen=True)
 class Bidirectional:
-    """A backend of both directions, as `types.Backend` describes it."""
+    """Make a backend for both directions (see `types.Backend`) from a backend for one."""
 
     backend: Backend
 

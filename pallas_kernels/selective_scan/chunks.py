@@ -28,7 +28,7 @@ from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOpt
 
 @runtime_checkable
 class Core(Protocol):
-    """A backend: it computes t steps of  h <- exp(step A) h + v B,  s = sum over n of C h."""
+    """Describe a backend, which computes t steps of  h <- exp(step A) h + v B,  s = sum over n of C h."""
 
     def forward(
         self,
@@ -64,7 +64,7 @@ class Core(Protocol):
 
 
 class Steps(NamedTuple):
-    """The inputs with a time axis, in the caller's dtype, time-major: `t b g k` or `t b g n`."""
+    """Hold the inputs with a time axis, in the caller's dtype, time-major: `t b g k` or `t b g n`."""
 
     u: jax.Array
     delta: jax.Array
@@ -75,7 +75,7 @@ class Steps(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The inputs without a time axis, in float32 or wider: A `g n k`, D and delta_bias `g k`."""
+    """Hold the inputs without a time axis, in float32 or wider: A `g n k`, D and delta_bias `g k`."""
 
     A: jax.Array
     D: jax.Array | None
@@ -105,7 +105,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 class Layout(NamedTuple):
-    """How a scan is cut: `runs` runs of `group` chunks of `chunk` steps; the last run is padded."""
+    """Say how a scan is cut: into `runs` runs of `group` chunks of `chunk` steps; the last run is padded."""
 
     length: int
     chunk: int

@@ -19,18 +19,20 @@ from pallas_kernels.sharding import on_cuda, per_shard
 
 NAME = "projected_scan"
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
-RANK_MULTIPLE = 16  # the kernel's operands are tiles of 16 columns
+RANK_MULTIPLE = 16  # the rank of Δ is padded to a multiple of this, because the kernel reads tiles of 16 columns
 
 
 class ScanWeights(NamedTuple):
-    """Parameters of both directions' projections and scans in the layout that the kernel reads; see `scan_weights`.
+    """Hold both directions' parameters of projections and scan in the kernel's layout; see `scan_weights`.
 
-    The rank r is a multiple of 16, n is the number of states.
+    The rank r of Δ is a multiple of 16; n is the number of states.
     """
 
-    project: Float[Array, "... 2 c e"]  # rows of Δ's rank, then of B, then of C: c = r + 2n
-    step: Float[Array, "... 2 e r"]
-    bias: Float[Array, "... 2 e"]
+    project: Float[
+        Array, "... 2 c e"
+    ]  # x_proj: c = r + 2n rows, r for Δ, then n for B, then n for C
+    step: Float[Array, "... 2 e r"]  # dt_proj
+    bias: Float[Array, "... 2 e"]  # bias of Δ
     A: Float[Array, "... 2 e n"]
 
 
@@ -40,9 +42,9 @@ def scan_weights(
     bias: Float[Array, "... 2 e"],
     A: Float[Array, "... 2 e n"],
 ) -> ScanWeights:
-    """Transpose the projections' kernels, fill up the rank with zeros, and round the kernels to TF32.
+    """Transpose the projections' kernels, pad the rank with zeros, and round the kernels to TF32.
 
-    Do it once for all blocks of a model: it is work of its own for the GPU. No gradient flows through the result.
+    Call it once for all blocks of a model, because it launches kernels of its own. The result has no gradient.
     """
     rank, float32 = dt_proj.shape[-2], jnp.float32
     missing = -rank % RANK_MULTIPLE
@@ -72,12 +74,12 @@ def projected_scan(
 
         [p, B, C] = u · project^T;   Δ = softplus(p · step^T + bias);   y = scan(u, Δ, A, B, C)
 
-    On Hopper GPUs, and only there, one kernel computes this where `step_by_step` takes four or more. u, p and the
-    weights of the products are rounded to TF32, to nearest; sums, Δ, B, C and the states are float32. The kernel takes
-    float32 tokens of 16 states and at most 64 steps, whose channels are whole blocks of 128 and fit shared memory.
+    On Hopper GPUs, and only there, one kernel computes this; `step_by_step` takes four or more. u, p and the products'
+    weights are rounded to nearest in TF32; sums, Δ, B, C and the states are float32. The kernel takes float32 tokens,
+    16 states and at most 64 steps. The number of channels must be a multiple of 128 and fit shared memory.
 
-    Nothing of the kernel is differentiated: in the forward pass of a gradient, and wherever the kernel does not run,
-    `step_by_step` takes its place.
+    The kernel has no derivative. When a gradient is taken, and wherever the kernel does not run, `step_by_step` takes
+    its place.
 
     Args:
         u: inputs of both directions, in stored order; the second direction visits the steps from last to first.
@@ -100,7 +102,7 @@ def projected_scan(
         )
     u = as_floats(NAME, "u", u, "2 b l e")
     _check(u, weights)
-    # Say nothing where "auto" finds a reason: `step_by_step` has kernels of its own.
+    # If "auto" finds a reason against the kernel, no warning is logged, because `step_by_step` has kernels of its own.
     covered = implementation == "pallas" or projected_unsupported(u, weights) is None
     if not (covered and gpu.choose(implementation, NAME, lambda: _unsupported(u, weights))):
         return step_by_step(params, u)
@@ -122,7 +124,7 @@ def _check(u: jax.Array, weights: ScanWeights) -> None:
 
 
 def projected_unsupported(u: Any, weights: ScanWeights) -> str | None:
-    """Return why `projected_scan` of such arrays, or their shapes, does not run as one kernel here, or None."""
+    """Return why `projected_scan` of such arrays (or shapes) does not run as one kernel here, or None if it does."""
     return gpu.kernels_missing() or _unsupported(u, weights)
 
 

@@ -1,14 +1,13 @@
-"""The definition of the selective scan, one step after another, differentiated by JAX itself.
+"""Define the selective scan, one step after another, differentiated by JAX itself.
 
-For every batch entry, channel e (of group g) and state n, over the steps t in the order visited:
+For every batch entry, channel e (of group g) and state n, for the steps t in the order in which they are visited:
 
     step_t = softplus(delta_t + delta_bias)
     h_t    = exp(step_t A) h_{t-1} + step_t B_t u_t,     h_0 = initial_state or 0
     y_t    = (sum over n of C_t h_t  +  D u_t) SiLU(z_t)
 
-(Gu and Dao 2023, "Mamba", equations 2-4 with the simplified discretisation of its code; the softplus,
-bias, D and z parts only when asked for.) Slow, and it keeps every state for the gradient: use it to
-check the others.
+(Gu and Dao 2023, "Mamba", equations 2-4 with the simplified discretisation of its code. softplus, bias, D and z are
+optional.) It is slow, and it keeps every state for the gradient. Use it to check other implementations.
 """
 
 from __future__ import annotations

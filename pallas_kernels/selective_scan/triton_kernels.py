@@ -1,11 +1,12 @@
-"""The Triton kernels of the selective scan and of its gradients.
+"""Define the Triton kernels of the selective scan and of its gradients.
 
 One program scans one sequence over a block of channels. It walks along time in chunks of `CHUNK` steps. The state is
-`n e` in registers, and one thread holds all steps of its channels: a chunk of one state is a linear recurrence inside
-a thread, without any exchange. Only the sums over channels, the gradients of B and C, go across threads.
+`n e` in registers, and one thread holds all steps of its channels. So a chunk of one state is a linear recurrence
+inside a thread, without any exchange between threads. Only the sums over channels, for the gradients of B and C, go
+across threads.
 
 Layout: Triton spreads the last axis of a tile over threads first. Strides between steps are runtime numbers of unknown
-divisibility; otherwise Triton would give a thread four neighbouring channels, spread the steps over threads instead
+divisibility. With known ones, Triton would give a thread four neighbouring channels, spread the steps over threads
 and scan across them.
 
 Steps past the end of the sequence have step size 0: they leave the state and the gradients unchanged.
@@ -22,7 +23,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def _row(x, rows, i):
-    """Return row i of the tile x. Fill in -0.0, because LLVM drops `y + -0.0` and not `y + 0.0`."""
+    """Return row i of the tile x. The other rows add -0.0, because LLVM removes `y + -0.0` but not `y + 0.0`."""
     return tl.sum(tl.where(rows[:, None] == i, x, -0.0), axis=0)
 
 
@@ -31,8 +32,8 @@ def _row(x, rows, i):
 def _recurrence(a, b, h, rows, CHUNK: tl.constexpr, FROM_LAST: tl.constexpr, DECAYED: tl.constexpr):
     """Return all h <- a h + b of a chunk, `t e` (with DECAYED all a h instead), and the last h computed.
 
-    All comparisons are of constants once Triton has placed the rows in one thread, so that CHUNK multiply-adds remain.
-    (`tl.associative_scan` from the last row to the first exchanges them across threads.)
+    Once Triton has placed the rows in one thread, all comparisons are of constants, so that CHUNK multiply-adds remain.
+    (`tl.associative_scan` from the last row to the first would exchange rows between threads.)
     """
     x = b
     for i in tl.static_range(CHUNK):
@@ -55,7 +56,7 @@ def _load(pointer, mask):
 def _softplus(x):
     """Return softplus(x) to float32's accuracy, also where it is tiny."""
     small = tl.exp(-tl.abs(x))
-    rounded = 1.0 + small  # log(rounded) small / (rounded - 1) makes up for the rounding.
+    rounded = 1.0 + small  # log(rounded) * small / (rounded - 1) corrects for the rounding.
     log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * (small / (rounded - 1.0)))
     return tl.maximum(x, 0.0) + tl.where(small == 0.0, 0.0, log1p)
 
@@ -70,7 +71,7 @@ def _sigmoid(x):
 @triton.jit
 @no_type_check
 def _steps(raw, valid, SOFTPLUS: tl.constexpr):
-    """Return step sizes, 0 where a step is not `valid`."""
+    """Return the step sizes, 0 for steps that are not `valid`."""
     if SOFTPLUS:
         raw = _softplus(raw)
     return tl.where(valid, raw, 0.0)
@@ -89,9 +90,9 @@ def forward(
 ):  # fmt: skip
     """Scan one sequence over one block of channels.
 
-    u, delta, z, y are `b l e`, A, initial, last `(b) e n`, B and C `b l g n`, entering `b chunks e n`: the state that
-    enters each chunk. ROWS is STATES rounded up to a power of two. Without WRITE_Y only the last state is computed.
-    With ADJOINT the recurrence is that of the gradients, h <- exp(step A) (h + u B).
+    u, delta, z and y are `b l e`, A is `n e`, initial and last are `b e n`, B and C are `b l g n`. entering is
+    `b chunks e n`, the state that enters each chunk. ROWS is STATES rounded up to a power of two. Without WRITE_Y only
+    the last state is computed. With ADJOINT the recurrence is that of the gradients, h <- exp(step A) (h + u B).
     """
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -168,9 +169,9 @@ def backward(
     """Compute the gradients of one sequence over one block of channels, chunks in the opposite order.
 
     With g_t the gradient of h_t:  g_t = C_t s_t + exp(step_{t+1} A) g_{t+1},  where s is the gradient of the ungated
-    output and t + 1 is the step visited after t. The states of a chunk are computed again from `entering` (with KEPT;
-    otherwise the scan is one chunk and starts from `initial`). A_bar is `b e n`, D_bar and bias_bar are `b e`, B_bar
-    and C_bar `blocks b l n`: shares, which are summed outside.
+    output and t + 1 is the step visited after t. With KEPT the states of a chunk are computed again from `entering`;
+    otherwise the scan is one chunk and starts from `initial`. A_bar is `b e n`, D_bar and bias_bar are `b e`, B_bar and
+    C_bar are `blocks b l n`. These are partial sums, which the caller adds up over b or blocks.
     """
     sequence = tl.program_id(0).to(tl.int64)
     batch = tl.num_programs(0)
@@ -243,7 +244,7 @@ def backward(
             c_n = _load(C + of_step + n, exists)
             a = tl.exp(step * rate[None, :])
             b = v * b_n
-            # Not x - b: where nothing was before, as in a scan of one step, A's gradient is exactly 0.
+            # Not x - b, so that A's gradient is exactly 0 for the first step of a scan without an initial state.
             decayed, _ = _recurrence(a, b, before, within, CHUNK, REVERSE, True)
             x = decayed + b
             a = tl.exp(step_after * rate[None, :])

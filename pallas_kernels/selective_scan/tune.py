@@ -1,4 +1,4 @@
-"""Tries the kernels' block sizes on the GPU at hand and keeps what beats the rules: `fastvim bench scan --tune`."""
+"""Try the kernels' block sizes on the local GPU, and keep those that beat the rules: `fastvim bench scan --tune`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from pallas_kernels.selective_scan import bench, tuned
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from pallas_kernels.selective_scan.tuned import Blocks
 
-CHUNKS = {
-    False: (8, 16, 24, 32, 40),
-    True: (8, 16),
-}  # with a gradient, what its kernel holds in registers
-GAIN = 0.97  # of the rules' time: less is noise
+# Chunk lengths to try, without and with gradients. The gradients' kernel holds no longer chunk in registers.
+CHUNKS = {False: (8, 16, 24, 32, 40), True: (8, 16)}
+GAIN = 0.97  # blocks are kept if their time is below this share of the rules' time; smaller gains are noise
 
 
 def rule(spec: ScanSpec, gradient: bool) -> Blocks:
@@ -29,7 +27,7 @@ def rule(spec: ScanSpec, gradient: bool) -> Blocks:
 
 
 def candidates(spec: ScanSpec, gradient: bool) -> list[Blocks]:
-    """List what to try: the rules' choice first, then other tiles, widths and cuts of the time axis."""
+    """List the blocks to try: the rules' choice first, then other chunks, channels and splits of the time axis."""
     first = rule(spec, gradient)
     found = [first]
     for chunk in CHUNKS[gradient]:
@@ -84,7 +82,7 @@ def _case(spec: ScanSpec, gradient: bool, blocks: Blocks) -> timing.Case:
 
 
 def keep(rows: Sequence[timing.Row], file: Path, command: str) -> list[str]:
-    """Write the blocks that beat the rules' into `file`, beside those it holds of other shapes; return their names."""
+    """Write the blocks that beat the rules into `file`, which keeps blocks of other shapes. Return their names."""
     measured = [r for r in rows if "median" in r and r["correct"]]
     record = json.loads(file.read_text()) if file.exists() else {"blocks": {}}
     kept = []
@@ -107,7 +105,7 @@ def keep(rows: Sequence[timing.Row], file: Path, command: str) -> list[str]:
 
 
 def default_file() -> Path:
-    """Return where the kernels look for this device's blocks."""
+    """Return the file in which the kernels look for this device's blocks."""
     return tuned.file_of(jax.devices()[0].device_kind)
 
 

@@ -1,4 +1,4 @@
-"""The scan as `jax.lax.associative_scan` within runs of time: logarithmic depth, about twice the work.
+"""Scan by `jax.lax.associative_scan`, run by run of the time axis: logarithmic depth, about twice the work.
 
 The recurrence h <- a h + x composes as (a2, x2) after (a1, x1) = (a2 a1, a2 x1 + x2)  (Blelloch 1990).
 Nothing is divided, so a decay that underflows to zero is exact.
@@ -13,17 +13,17 @@ from jax import lax
 from pallas_kernels.selective_scan import chunks
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
 
-# States of one run, at most (unless one chunk has more): 64 MB in float32.
+# Largest number of states of one run, unless a single chunk has more: 64 MB in float32.
 RUN_STATES = 2**24
-# Sequences that a run is cut for where their number is symbolic, as in an exported program.
+# Batch size for which runs are cut if it is symbolic, as in an exported program.
 NOMINAL_BATCH = 32
 
 
 def _recurrence(a, x, h, reverse: bool, *, written_out: bool = True):
     """Compute all states `t b g n k` of h <- a h + x.
 
-    Not `written_out`, the scan's last levels are fused into what reads them, and computed again for each reader: on an
-    H100 up to twice as slow, except for the gradients' recurrence.
+    Unless `written_out`, XLA fuses the scan's last levels into the operations that read the states, and computes them
+    again for each. On an H100 this is up to twice as slow, except for the gradients' recurrence.
     """
 
     def after(first, second):
@@ -37,7 +37,7 @@ def _recurrence(a, x, h, reverse: bool, *, written_out: bool = True):
 
 
 def _shift(x, first, reverse: bool):
-    """Return the entry before each, in the order visited; `first` before the first."""
+    """Return the entry before each entry, in the order of visits. Before the first entry stands `first`."""
     if reverse:
         return jnp.concatenate([x[1:], first[None]])
     return jnp.concatenate([first[None], x[:-1]])

@@ -1,8 +1,8 @@
-"""The scan as `lax.scan`, one step after another: the least work, a loop of as many steps as tokens.
+"""Scan by `lax.scan`, one step after another: the least work, but a loop with as many steps as tokens.
 
-The sums are written as products of small matrices: XLA's CPU backend runs a sum over an axis that
-is not the last one, or over the last one, 3 to 50 times slower than the same sum as a `dot`. Likewise the
-loop is not unrolled: fused over several steps, it recomputes exponentials (2 to 8 times slower).
+Sums are written as products of small matrices, because XLA's CPU backend runs a sum over any axis 3 to 50 times slower
+than the same sum as a `dot`. The loop is not unrolled, because XLA would fuse several steps and recompute exponentials,
+which is 2 to 8 times slower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pallas_kernels.selective_scan import chunks
 def _dot(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     """Compute the einsum of a state and weights that lack some of its axes."""
     if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-        # A mesh with explicit axes: a sum over a sharded axis says by itself what it gives, a product does not.
+        # On a mesh with explicit axes, JAX derives the sharding of a sum over a sharded axis, but not of a product.
         operands, out = subscripts.split("->")
         of_x, of_weights = operands.split(",")
         missing = [i for i, letter in enumerate(of_x) if letter not in of_weights]

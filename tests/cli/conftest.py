@@ -1,4 +1,4 @@
-"""A run of a tiny model, trained once for all tests of the commands."""
+"""Train a run of a tiny model once for all tests of the commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_dir(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run trained by the command itself."""
+    """Train a run by `fastvim train`, and return its folder."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTVIM_COMPILATION_CACHE", "off")
@@ -53,7 +53,7 @@ def run_dir(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def digit_files(tmp_path: Path) -> list[Path]:
-    """Three held-out digits as image files."""
+    """Write three held-out digits as image files."""
     source = open_source("digits", "test")
     files = []
     for i in range(3):
@@ -67,7 +67,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def fastvim(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the command in this process: status, standard output, standard error."""
+    """Return a function that runs the command in this process: exit status, standard output, standard error."""
     monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
     monkeypatch.setenv("COLUMNS", "100")
 

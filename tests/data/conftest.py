@@ -1,4 +1,4 @@
-"""Images made here, and the real ones where they are."""
+"""Make random images for the data tests, and find the real ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 @pytest.fixture
 def image_tree(tmp_path: Path, rng: np.random.Generator) -> Path:
-    """Three classes, 23 + 7 + 0 training images of several sizes; the test split lacks the first class."""
+    """Write a folder of three classes, 23 + 7 + 0 training images of several sizes; "test" lacks the first class."""
     for split, counts in {"train": (23, 7, 0), "test": (0, 4, 2)}.items():
         for name, count in zip(("ant", "bee", "cat"), counts, strict=True):
             if split == "test" and count == 0:

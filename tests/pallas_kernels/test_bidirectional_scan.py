@@ -88,8 +88,11 @@ def test_it_is_two_scans(seed, implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": (3, 2, 5, 6)}, r"the first axis of u must be the two directions', got shape \(3, "),
-        ({"D": (6,)}, r"the first axis of D must be the two directions'"),
+        (
+            {"u": (3, 2, 5, 6)},
+            r"the first axis of u must be the two directions \(2\), got shape \(3, ",
+        ),
+        ({"D": (6,)}, r"the first axis of D must be the two directions"),
         (
             {"u": (2, 5, 6)},
             r"^bidirectional_scan, one direction's arrays: .*u must have 3 dimensions",
