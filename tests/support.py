@@ -44,7 +44,7 @@ def parity_dir() -> Path | None:
 
 
 def dense_dir() -> Path | None:
-    """Find the golden numbers of segmentation and detection: $FASTVIM_DENSE_DIR, default ../shared/dense; None if absent."""
+    """Find golden numbers of dense models: $FASTVIM_DENSE_DIR, default ../shared/dense, None if absent."""
     return _shared("FASTVIM_DENSE_DIR", "dense")
 
 
@@ -96,7 +96,7 @@ def checked(config: Any, **changes: Any) -> Any:
 
 
 def assert_says_same(script: str, *arguments: Any, devices: int) -> None:
-    """Run a Python script with `devices` simulated devices in a process of its own. It must print "same" and no more."""
+    """Run a Python script with `devices` simulated devices in its own process. It must print "same" and no more."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],

@@ -57,22 +57,23 @@ def already_written(out: Path) -> set[str]:
 
 
 def claim(out: Path, made_by: Mapping[str, Any]) -> None:
-    """Write beside `out` what makes its records, in `<out>.made_by.json`, or compare with what made those it holds.
+    """Write what makes the records of `out` to `<out>.made_by.json`, or compare with the note that is there.
 
-    Otherwise a file of one model would be continued, or taken as done, by another. A Parquet file is never continued.
+    Otherwise one model would continue the file of another model, or take its images as done. A Parquet file is never
+    continued, so it has no note.
 
     Args:
         out: the file, as `already_written` takes it.
         made_by: JSON-able values by name, for example a digest of the model.
 
     Raises:
-        UserError: the records that `out` holds were made by something else, or nobody knows by what.
+        UserError: something else made the records that `out` holds, the note is missing, or the folder cannot be made.
     """
     if out.suffix == ".parquet":
         return
     note = out.with_name(f"{out.name}.made_by.json")
     if not out.exists() or not out.stat().st_size:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
         note.write_text(json.dumps(made_by, indent=2) + "\n", "utf-8")
         return
     try:
@@ -106,12 +107,16 @@ def write_records(
     Raises:
         UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing.
     """
+    _make_folder(out)
+    write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
+    return write(records, out, columns)
+
+
+def _make_folder(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
-    write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
-    return write(records, out, columns)
 
 
 def _write_lines(
