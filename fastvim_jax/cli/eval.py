@@ -110,9 +110,10 @@ def _arguments(arguments: Sequence[str]) -> type:
     from fastvim_jax.data import ClassificationData
 
     kind: Any = Annotated[ClassificationData | None, tyro.conf.Suppress]
-    default = None
+    default: Any = None
     if arguments and not arguments[0].startswith("-") and Path(arguments[0]).is_dir():
-        kind, default = ClassificationData, _data(Path(arguments[0]))
+        default = _data(Path(arguments[0]))
+        kind = type(default)
     field = ("data", kind, dataclasses.field(default=default))
     return dataclasses.make_dataclass("Arguments", [field], bases=(Arguments,), frozen=True)
 

@@ -278,11 +278,18 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
     Columns without a plate count as one plate.
 
     Raises:
-        UserError: there is no well, or a plate has fewer than two rows of its control wells.
+        UserError: there is no well, a control is no well of the table, or a plate has fewer than two rows of its
+            control wells.
     """
     if "well" not in table.metadata:
         raise UserError(
             "controls are wells, but the table has no column well: name it in --pattern."
+        )
+    wells = sorted(set(table.metadata["well"]))
+    if unknown := [well for well in controls if well not in wells]:
+        raise UserError(
+            f"there is no row of the control {', '.join(unknown)}: wells are named {', '.join(wells[:5])}"
+            f"{', ...' if len(wells) > 5 else ''}.{suggest(unknown[0], wells)}"
         )
     plates = table.metadata.get("plate", [""] * len(table.features))
     features = np.empty_like(table.features)

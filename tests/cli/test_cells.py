@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData
+from fastvim_jax.errors import UserError
 from fastvim_jax.inference.embed import Embeddings, cut_tiles, normalise_to_controls
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig, train
@@ -127,6 +129,9 @@ def test_channels_are_scored_and_an_image_is_explained(
     )
     shown = capsys.readouterr().out
     assert "| x |  | x | 2 |" in shown and shown.count("\n") == 5 and plot.exists()
+    assert main(["eval", str(trained), "--data.eval-channels", "DNA", "Mito", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]["raw"]
+    assert f"| x |  | x | 2 | {100 * scores['top1']:.2f} | {scores['loss']:.4f} |" in shown
     image = tmp_path / "image.npy"
     np.save(image, np.zeros((9, 9, 3), np.uint8))
     assert main(["channels", str(trained), str(image), "--plot", str(plot)]) == 0
@@ -150,3 +155,5 @@ def test_controls_have_median_zero_and_deviation_one(rng: np.random.Generator) -
     assert np.allclose(np.median(control, axis=0), 0, atol=1e-5)
     assert np.allclose(control[:, :2].std(axis=0), 1, atol=0.25)
     assert not table.features[:, 2].any()
+    with pytest.raises(UserError, match=r"no row of the control A1: .* Did you mean 'A01'"):
+        normalise_to_controls(Embeddings({"well": wells}, features), ["A01", "A1"])
