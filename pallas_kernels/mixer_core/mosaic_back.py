@@ -21,17 +21,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.grid import Grid, largest_divisor
+from pallas_kernels.mixer_core.grid import Grid
 from pallas_kernels.mixer_core.mosaic_back_project import Layouts, spread
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, logistic, read_row, silu
 from pallas_kernels.mixer_core.mosaic_segments import Segments
 from pallas_kernels.mixer_core.types import CoreOptions, Norm
 from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store, warp_index
-
-TOGETHER = 2  # tokens of a warp
-WIDEST = (
-    1536  # channels of two tokens of a warp that fit its registers; of wider tokens it takes one
-)
 
 
 def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
@@ -65,7 +60,6 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
     (batch, length, width), dtype = skip.shape, skip.dtype
     count, blocks, real = batch * length, width // BLOCK, width - options.padding
     fours = count // WARPS
-    steps = largest_divisor(fours, TOGETHER if width <= WIDEST else 1)
     z_block = (z.shape[2] - width) // BLOCK
     layouts = Layouts()
 
@@ -89,19 +83,20 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
         def of_tokens(first):
             """Load the mean of both scans' outputs for four tokens, of which each warp has one."""
 
-            def row(token, c):
+            def rows(token):
                 image, steps = steps_of(sides[2:], token)
-                forward, backward = (
-                    load(ref.at[image, step, c], layouts.of_channels)
+                pairs = (
+                    [load(ref.at[image, step, c], layouts.of_channels) for c in range(blocks)]
                     for ref, step in zip(sides[:2], steps, strict=True)
                 )
-                return (forward + backward) * 0.5
+                return [
+                    (forward + backward) * 0.5 for forward, backward in zip(*pairs, strict=True)
+                ]
 
             if interpret:  # It runs all warps as one.
-                tokens = [first + warp for warp in range(WARPS)]
-                return [jnp.stack([row(token, c) for token in tokens]) for c in range(blocks)]
-            token = first + warp_index()
-            return [over(row(token, c), 1) for c in range(blocks)]
+                four = [rows(first + warp) for warp in range(WARPS)]
+                return [jnp.stack(parts) for parts in zip(*four, strict=True)]
+            return [over(part, 1) for part in rows(first + warp_index())]
 
         def average(parts):
             return over(jnp.sum(functools.reduce(jnp.add, parts), axis=1) * (1.0 / real), 0)
@@ -114,43 +109,40 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
                 last = jnp.where(channel < BLOCK - options.padding, last, 0.0)
             return [*s, last]
 
-        def normalised(s):
+        def centred(s):
+            """Return the tokens less their mean if the norm subtracts it, and what the norm multiplies them by."""
             if options.norm_kind == "none":
-                return s
+                return s, None
             if options.norm_kind == "layer":
                 s = deviations(s)
-            inverse = lax.rsqrt(average([part * part for part in s]) + options.eps)
-            return [
-                part * inverse * vector(scale_ref, c) + vector(shift_ref, c)
-                for c, part in enumerate(s)
-            ]
+            return s, lax.rsqrt(average([part * part for part in s]) + options.eps)
 
         def tokens(ref, at, offset=0):
             return [load(ref.at[at, offset + c], layouts.tokens) for c in range(blocks)]
 
-        def visit(starts):
-            """Compute four tokens from each of some starts on, whose loads are on their way at the same time."""
-            loaded = [
-                (tokens(skip_ref, pl.ds(start, WARPS)), tokens(z_ref, pl.ds(start, WARPS), z_block))
-                for start in starts
+        def four_tokens(start):
+            """Compute four tokens. All loads of skip and z are on their way at the same time."""
+            at = pl.ds(start, WARPS)
+            skips, gates = tokens(skip_ref, at), tokens(z_ref, at, z_block)
+            s = [
+                part + more.astype(jnp.float32)
+                for part, more in zip(of_tokens(start), skips, strict=True)
             ]
-            for start, (skips, gates) in zip(starts, loaded, strict=True):
-                s = [
-                    part + more.astype(jnp.float32)
-                    for part, more in zip(of_tokens(start), skips, strict=True)
-                ]
-                for c, (part, gate) in enumerate(zip(normalised(s), gates, strict=True)):
-                    gate = silu(gate.astype(jnp.float32), layouts.tokens, interpret, dtype)
-                    store(out_ref.at[pl.ds(start, WARPS), c], (part * gate).astype(dtype))
+            s, inverse = centred(s)
+            for c, (part, gate) in enumerate(zip(s, gates, strict=True)):
+                if inverse is not None:
+                    part = part * inverse * vector(scale_ref, c) + vector(shift_ref, c)
+                gate = silu(gate.astype(jnp.float32), layouts.tokens, interpret, dtype)
+                store(out_ref.at[at, c], (part * gate).astype(dtype))
 
         # From the last tokens to the first: the front wrote the last skips last, so the L2 cache may still have them.
         # And out_proj begins with the first tokens.
-        block = fours // steps - 1 - lax.axis_index("block")
-        visit([(block * steps + step) * WARPS for step in range(steps)])
+        block = fours - 1 - lax.axis_index("block")
+        four_tokens(block * WARPS)
         rest = count % WARPS
         if rest:  # Some of these tokens have been written already, by this thread block.
-            last = (block + 1) * (steps * WARPS) - WARPS + rest
-            pl.when(block == fours // steps - 1)(lambda: visit([last]))
+            last = block * WARPS + rest
+            pl.when(block == fours - 1)(lambda: four_tokens(last))
 
     flat = lambda x: blocked(x.reshape(count, -1))  # noqa: E731
     out = gpu_kernel(
@@ -158,7 +150,7 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
         out_type=jax.ShapeDtypeStruct((count, blocks, BLOCK), dtype),
         interpret=interpret_params(interpret),
         kernel_name="mixer_back",
-        grid=(fours // steps,),
+        grid=(fours,),
         grid_names=("block",),
     )(flat(z), flat(skip), *map(blocked, y), *ids, blocked(scale), blocked(shift))
     return out.reshape(skip.shape)
