@@ -67,7 +67,8 @@ def _find(name: str) -> Path:
         return experiments_folder() / f"{name}.py"
     short = [known for known in names if known.rsplit("/", 1)[-1] == name]
     hint = f" Did you mean {short[0]!r}?" if short else suggest(name, names)
-    raise UserError(f"unknown experiment {name!r}.{hint} Known are: {', '.join(names)}.")
+    known = "`fastvim train --help` lists all." if hint else f"Known are: {', '.join(names)}."
+    raise UserError(f"unknown experiment {name!r}.{hint} {known}")
 
 
 def _load(path: Path) -> object:
@@ -86,7 +87,8 @@ def _load(path: Path) -> object:
         raise UserError(f"{path} is not valid Python: {error.msg}{place}{line}") from error
     except Exception as error:
         # The last line of the file itself, not of what it called.
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        own = str(path.absolute())
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
         place = f"{path}, line {frames[-1].lineno}\n  {frames[-1].line}" if frames else str(path)
         raise UserError(f"{path} failed: {type(error).__name__}: {error}\n  {place}") from error
     return module

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -268,8 +269,9 @@ def test_a_file_of_ones_own(tmp_path):
         ("def f():\n    return 1 / 0\n\nf()", ["ZeroDivisionError", "line 2", "return 1 / 0"]),
     ],
 )
-def test_an_error_of_the_file_itself_is_said_with_its_place(tmp_path, text, said):
-    path = tmp_path / "mine.py"
+def test_an_error_of_the_file_itself_is_said_with_its_place(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    path = Path("mine.py")  # As people type it.
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_experiment(path)
