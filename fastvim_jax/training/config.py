@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -98,6 +98,9 @@ class RunConfig:
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
+
+    saves_model: ClassVar[bool] = True
+    """Whether the run's checkpoints hold the whole model, so that it can be loaded from the run folder."""
 
     model: Any
     """The model's config; a task's config names the classes that it takes."""

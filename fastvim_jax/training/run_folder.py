@@ -148,9 +148,15 @@ def load_run(
             training.
 
     Raises:
-        UserError: the folder is no run folder, or the checkpoint is missing, damaged or of another model.
+        UserError: the folder is no run folder, or that of a linear probe, or the checkpoint is missing, damaged or of
+            another model.
     """
     config = read_config(run_dir)
+    if not config.saves_model:
+        raise UserError(
+            f"{run_dir} is a linear probe, whose checkpoints hold the head and not the backbone ({config.init}): its "
+            "scores are in metrics.jsonl; fine-tune with --init for a classifier."
+        )
     class_names = read_class_names(run_dir)
     check_class_names(class_names, config.model, f" by {Path(run_dir) / CLASSES_FILE}")
     if weights not in ("raw", "ema", None):

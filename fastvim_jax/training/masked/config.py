@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, Rate
 from fastvim_jax.data.classification_config import ClassificationData
@@ -72,6 +72,8 @@ class ProbeConfig(RunConfig):
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
+
+    saves_model: ClassVar[bool] = False
 
     model: VisionMambaConfig | ViTConfig
     """The backbone as a classifier. model.num_classes must equal the number of classes in the data."""

@@ -144,6 +144,8 @@ def test_probe_with_cached_features_and_streamed(
     assert "computed once" in capsys.readouterr().err
     saved = json.loads((tmp_path / "cached" / "config.json").read_text())
     assert saved["model"]["pool_scale"] == 0.25
+    with pytest.raises(UserError, match="linear probe, whose checkpoints hold the head"):
+        load_run(tmp_path / "cached")
     streamed = probe_config(folder, epochs=2, cache_gigabytes=0.0)
     result = train(streamed, tmp_path / "streamed", progress=True)
     assert result.metrics["count"] == EVAL_IMAGES
