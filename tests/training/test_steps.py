@@ -1,5 +1,7 @@
 """The compiled steps: order of the updates, drop-path masks, donated buffers, exact counts."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 
 from fastvim_jax.layers.drop_path import draw_keep
 from fastvim_jax.models import build_model
+from fastvim_jax.training import steps
 from fastvim_jax.training.classification.evaluation import (
     evaluate,
     evaluate_weights,
@@ -258,3 +261,15 @@ def test_several_weights_in_one_pass(rng):
     assert scores["raw"]["loss"] != scores["ema"]["loss"]
     with pytest.raises(ValueError, match="no valid image to evaluate"):
         evaluate(Linear(), iter([{**batch, "valid": np.zeros(6, bool)}]))
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "left_out"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)]
+)
+def test_only_a_step_on_several_gpus_leaves_gradients_where_they_lie(platform, size, left_out):
+    devices = np.array([SimpleNamespace(platform=platform)] * size)
+    place = SimpleNamespace(mesh=SimpleNamespace(size=size, devices=devices))
+    options = steps._compiler_options(steps.TrainState(place, place, None, None))
+    assert options == ({"xla_disable_hlo_passes": "all-reduce-contiguous"} if left_out else None)
+    # The compiler knows the option: it raises for one that it does not know.
+    jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
