@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import queue
@@ -26,7 +27,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, UInt8
 
 from fastvim_jax.data.augment import eval_transform
-from fastvim_jax.data.batches import plain
+from fastvim_jax.data.batches import Stream, plain
 from fastvim_jax.data.classification import load_image
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import convert_image, decode_image
@@ -38,9 +39,9 @@ from fastvim_jax.errors import UserError
 
 AHEAD = 3
 """Batches that are decoded and copied to the devices at the same time, while the devices compute."""
-_WORTH_PROCESSES = (
-    5000  # files, which threads decode in about the time that processes take to start
-)
+_WORTH_PROCESSES = 5000
+"""Files that threads decode in about the time that processes take to start."""
+_log = logging.getLogger(__name__)
 
 Decoded = tuple[int, Array, dict[int, str]]
 """Index of a batch's first image; the padded batch on the devices; by place in the batch why an image is unreadable."""
@@ -61,7 +62,8 @@ def decoded_batches(
         data: size and crop.
         batch_size: images of a batch; the last one is padded with zeros.
         sharding: where a batch goes.
-        workers: processes that decode. They take paths only; any other image is left to threads.
+        workers: processes that decode. They take paths only; any other image is left to threads. Threads also decode
+            if shared memory has no room for the processes' batches.
 
     Raises:
         UserError: an array of another rank, dtype or number of channels.
@@ -70,8 +72,13 @@ def decoded_batches(
     paths = workers > 0 and all(isinstance(image, str | Path) for image in images)
     if paths:
         files = [str(image) for image in images]
-        yield from _by_processes(files, data, batch_size, sharding, workers)
-        return
+        try:
+            stream = _stream_of_processes(files, data, batch_size, min(workers, count))
+        except UserError as error:
+            _log.warning("Threads decode the images, without worker processes: %s", error)
+        else:
+            yield from _by_processes(stream, batch_size, sharding, count)
+            return
     with ThreadPoolExecutor(cores()) as decoders:
         build = _Builder(images, data, batch_size, sharding, decoders)
         yield from _ahead(build, count, threads=AHEAD)
@@ -227,18 +234,24 @@ class _DecodeBatch(grain.transforms.Map):
         }
 
 
-def _by_processes(
-    files: Sequence[str],
-    data: ClassificationData,
-    batch_size: int,
-    sharding: Sharding,
-    workers: int,
-) -> Iterator[Decoded]:
-    count = math.ceil(len(files) / batch_size)
+def _stream_of_processes(
+    files: Sequence[str], data: ClassificationData, batch_size: int, workers: int
+) -> Stream:
+    """Return a stream of decoded batches. Its processes start with the first one.
+
+    Raises:
+        UserError: shared memory is too small.
+    """
     decode = _DecodeBatch(Texts(files), data, batch_size, available_decoder(data))
+    batches = grain.MapDataset.source(range(math.ceil(len(files) / batch_size))).map(decode)
     size = batch_size * math.prod((*data.height_width, data.channels))
-    batches = grain.MapDataset.source(range(count)).map(decode)
-    running: Any = grain_stream(batches, min(workers, count), batch_bytes=size)(0)
+    return grain_stream(batches, workers, batch_bytes=size)
+
+
+def _by_processes(
+    stream: Stream, batch_size: int, sharding: Sharding, count: int
+) -> Iterator[Decoded]:
+    running: Any = stream(0)
     copies = _copies(sharding)
 
     def place(number: int) -> Decoded:

@@ -234,3 +234,17 @@ def test_batches_built_at_the_same_time_keep_their_order(classifier, rng):
     single = np.concatenate([cropped(image).logits for image in images])
     np.testing.assert_allclose(single, one_array, rtol=1e-5, atol=1e-6)
     assert len(np.unique(one_array[:, 0])) == len(images)
+
+
+def test_threads_decode_where_shared_memory_is_too_small(classifier, files, monkeypatch, caplog):
+    """As in a container with 64 MB: it is said, and no run ends for it."""
+
+    def full(*arguments, **options):
+        raise UserError("/dev/shm has 0 MiB free")
+
+    expected = classifier(files).logits
+    monkeypatch.setattr("fastvim_jax.inference.decoding.grain_stream", full)
+    by_processes = copy.copy(classifier)
+    by_processes.workers = 2
+    np.testing.assert_array_equal(by_processes(files).logits, expected)
+    assert "/dev/shm has 0 MiB free" in caplog.text
