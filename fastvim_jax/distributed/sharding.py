@@ -28,9 +28,9 @@ from fastvim_jax.distributed.mesh import DATA, FSDP
 BATCH = P((DATA, FSDP))
 Method = TypeVar("Method", bound=Callable[..., Any])
 SMALLEST = 2**14
-"""Parameters with fewer entries are replicated, as splitting them saves little memory and costs a message each. Each of 4
-devices keeps 0.28 of FastVim-S' state and 0.26 of FastVim-B's. With 2**16 it would be 0.36 of FastVim-S', whose blocks
-have many small parameters; with 2**12 a step would gather 50 more of them, several times."""
+"""Parameters with fewer entries are replicated, as splitting them saves little memory and costs a message each. Each
+of 4 devices keeps 0.28 of FastVim-S' state and 0.26 of FastVim-B's. With 2**16 it would be 0.36 of FastVim-S', whose
+blocks have many small parameters; with 2**12 a step would gather several times as many arrays."""
 
 
 def parameter_spec(shape: tuple[int, ...], fsdp: int) -> P:
