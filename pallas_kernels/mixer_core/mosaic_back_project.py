@@ -117,6 +117,17 @@ class Work:
     def thread_blocks(self) -> int:
         return pl.cdiv(self.segments + self.short * PER_TILE // 2, self.per_block)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of W is in shared memory from the start: where a processor has no second thread block."""
+        room = SHARED_MEMORY - OVERHEAD - self._g_bytes - self.per_block * ROWS * self.width * 2
+        return self.thread_blocks <= PROCESSORS and self.outputs * self.width * 2 <= room
+
+    @property
+    def stages(self) -> int:
+        """Parts of W on their way to a warpgroup."""
+        return self.width // PART if self.whole else STAGES
+
     def share(self, thread_block):
         """Return the first segment of a thread block and the segment behind its last one."""
         after = lax.max(thread_block - PROCESSORS, 0) if self.short else 0
@@ -148,9 +159,12 @@ class Work:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of a thread block's tiles."""
-        tile, product = TILE * self.width * 2, TILE * (self.outputs + PADDING) * 4
-        return max(tile, product) + max(tile, STAGES * self.outputs * PART * 2)
+        """Bytes of a thread block's tiles, with another one on the same processor."""
+        return self._g_bytes + max(TILE * self.width, STAGES * self.outputs * PART) * 2
+
+    @property
+    def _g_bytes(self) -> int:
+        return max(TILE * self.width * 2, TILE * (self.outputs + PADDING) * 4)
 
     def scratch(self, dtype, interpret: bool):
         """Return the shared memory and the barriers of a thread block.
@@ -163,12 +177,14 @@ class Work:
         by_eights = plgpu.SMEM((TILE // 8, 8, self.channel_blocks, BLOCK), dtype)
         g = plgpu.SMEM((TILE, self.width), dtype, transforms=swizzled)
         product = plgpu.SMEM((TILE, self.outputs + PADDING), jnp.float32)
-        weight = (WARPGROUPS, STAGES, self.outputs // WARPGROUPS, PART)
+        z = plgpu.SMEM((self.per_block * ROWS // 8, *by_eights.shape[1:]), dtype)
+        parts_of_weight = (WARPGROUPS, self.stages, self.outputs // WARPGROUPS, PART)
+        weight = plgpu.SMEM(parts_of_weight, dtype, transforms=swizzled)
         return [
             plgpu.RefUnion(*[by_eights] * (not interpret), g, product),
-            plgpu.RefUnion(by_eights, plgpu.SMEM(weight, dtype, transforms=swizzled)),  # z, W
+            (z, weight) if self.whole else plgpu.RefUnion(z, weight),
             plgpu.Barrier(num_arrivals=4, num_barriers=PER_TILE),  # skips and z of a segment
-            plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * STAGES),  # parts of W
+            plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * self.stages),  # parts of W
             plgpu.Barrier(num_arrivals=WARPGROUPS),  # both warpgroups
             *[by_eights] * interpret,
         ]
@@ -202,7 +218,7 @@ def back_project(
     layouts = Layouts()
     blocks, segment = work.channel_blocks, work.segment
     per_group = work.outputs // WARPGROUPS
-    parts, columns = work.width // PART, work.outputs // COLUMNS
+    parts, stages, columns = work.width // PART, work.stages, work.outputs // COLUMNS
     before_z = z.shape[-1] // BLOCK - blocks
     eights = ((0, 0), (segment - 8, 8))  # first token of the segment, row of the tile
     fours = ((0, 0), (4, 4), (segment - 8, 8), (segment - 4, 12))
@@ -290,24 +306,29 @@ def back_project(
             plgpu.barrier_wait(both)
 
         def fetch_weight(part):
-            stage = part % STAGES
+            stage = part % stages
             plgpu.copy_gmem_to_smem(
                 weight_ref.at[pl.ds(group * per_group, per_group), pl.ds(part * PART, PART)],
                 w_tile.at[group, stage],
-                w_barrier.at[group * STAGES + stage],
+                w_barrier.at[group * stages + stage],
             )
+
+        def fetch_weights():
+            for part in range(min(stages, parts)):
+                fetch_weight(part)
 
         def multiply(accumulator):
             """Write this warpgroup's columns of the product over g."""
             for part in range(parts):
-                stage = part % STAGES
-                plgpu.barrier_wait(w_barrier.at[group * STAGES + stage])
+                stage = part % stages
+                plgpu.barrier_wait(w_barrier.at[group * stages + stage])
                 weights = w_tile.at[group, stage].transpose((1, 0))
                 plgpu.wgmma(accumulator, g_tile.at[:, pl.ds(part * PART, PART)], weights)
-                plgpu.wgmma_wait(0)
-                if part + STAGES < parts:
+                if part + stages < parts:
+                    plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # No warp reads this part any more.
-                    fetch_weight(part + STAGES)
+                    fetch_weight(part + stages)
+            plgpu.wgmma_wait(0)
             product = accumulator[...]
             meet()  # Nobody reads g any more.
             store(product_tile.at[:, pl.ds(group * per_group, per_group)], product)
@@ -348,11 +369,13 @@ def back_project(
 
         for item in items:
             there(item, fetch)
+        if work.whole:
+            fetch_weights()
         for item in items:
             there(item, gate)
         meet()  # z is read, and g written.
-        for part in range(min(STAGES, parts)):
-            fetch_weight(part)
+        if not work.whole:
+            fetch_weights()
         residuals = [read_residual(first + item) for item in items]
         pl.run_scoped(multiply, plgpu.ACC((TILE, per_group), jnp.float32))
         meet()

@@ -50,7 +50,6 @@ LONGEST = 32  # tokens of a line, because its convolutions are written out
 IMAGES = 2  # in shared memory: one is written and one is pooled
 MULTIPLIERS = 2  # warpgroups that multiply
 CONVOLVERS = 1  # warpgroups that convolve
-TOGETHER = 2  # tokens of a line whose convolutions do not wait for each other
 OVERHEAD = 2 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
 
@@ -394,19 +393,15 @@ def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, in
                         return values
 
                     sums = [zero, zero]
-                    for begin in range(0, work.tokens, TOGETHER):
-                        steps = range(begin, min(begin + TOGETHER, work.tokens))
-                        halved = [
-                            [convolve(window(t), taps[d], bias[d], bool(d)) for d in range(2)]
-                            for t in steps
-                        ]
-                        mixed = [[lax.tanh(half) * half + half for half in both] for both in halved]
-                        for at, both in zip(steps, mixed, strict=True):
-                            sums = [old + c for old, c in zip(sums, both, strict=True)]
-                            skip = (skips[0] * both[0] + skips[1] * both[1]).astype(h.dtype)
-                            lines = pl.ds(first, LINES)
-                            spot = (at, lines) if work.transposed else (lines, at)
-                            store(skip_ref.at[image, *spot, channels], skip)
+                    for at in range(work.tokens):
+                        around = window(at)
+                        halved = [convolve(around, taps[d], bias[d], bool(d)) for d in range(2)]
+                        both = [lax.tanh(half) * half + half for half in halved]
+                        sums = [old + c for old, c in zip(sums, both, strict=True)]
+                        skip = (skips[0] * both[0] + skips[1] * both[1]).astype(h.dtype)
+                        lines = pl.ds(first, LINES)
+                        spot = (at, lines) if work.transposed else (lines, at)
+                        store(skip_ref.at[image, *spot, channels], skip)
                     for d in range(2):
                         store(
                             pooled_ref.at[d, image, pl.ds(first, LINES), channels],

@@ -64,11 +64,16 @@ def wanted_of(args, case):
 
 
 @needs_mosaic
-def test_kernel(seed):
-    """A tile that is not full, and tokens that a segment's 16 rows hold twice."""
+@pytest.mark.parametrize("processors", [132, 1])
+def test_kernel(seed, monkeypatch, processors):
+    """A tile that is not full, and tokens that a segment's 16 rows hold twice. With one processor, W comes in parts."""
+    from pallas_kernels.mixer_core import mosaic_back_project
+
+    monkeypatch.setattr(mosaic_back_project, "PROCESSORS", processors)
     rng = np.random.default_rng(seed)
     columns, transposed = int(rng.integers(8, 17)), bool(rng.integers(2))
-    case = {"b": 1, "rows": 5, "columns": columns, "e": 128, "transposed": transposed}
+    width = 128 if processors > 1 else 256  # so that there are more parts than on their way
+    case = {"b": 2, "rows": 5, "columns": columns, "e": width, "transposed": transposed}
     print(case)
     args, _ = draw(rng, **case)
     with abstract_h100(), interpreted():
