@@ -1,4 +1,4 @@
-"""`fastvim data check-coco PATH`: list what is wrong with images and objects in COCO's format."""
+"""`fastvim data check-coco PATH`: list problems of images and objects in COCO's format."""
 
 from __future__ import annotations
 

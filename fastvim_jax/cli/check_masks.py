@@ -1,4 +1,4 @@
-"""`fastvim data check-masks PATH`: list what is wrong with a folder of images and label maps."""
+"""`fastvim data check-masks PATH`: list problems of a folder of images and label maps."""
 
 from __future__ import annotations
 

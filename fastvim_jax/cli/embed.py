@@ -137,7 +137,7 @@ def _photographs(chosen: Arguments) -> int:
 
 
 def _written(table: Any, chosen: Arguments) -> int:
-    """Write the table and the plot, report what was left out, and return the exit status."""
+    """Write the table and the plot, report images that were left out, and return the exit status."""
     from fastvim_jax.inference.embed import draw_embeddings
 
     table.write(chosen.out)

@@ -1,4 +1,4 @@
-"""`fastvim quickstart-report RUN`: restore the run in a process of its own, and show what it learnt."""
+"""`fastvim quickstart-report RUN`: restore the run in a new process, and evaluate it."""
 
 from __future__ import annotations
 

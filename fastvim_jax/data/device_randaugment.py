@@ -175,6 +175,6 @@ def _smoothed(wide: Int32[Array, "b h w c"]) -> Int32[Array, "b h w c"]:
 
 
 def _number_in(names: tuple[str, ...], operation: Int[Array, " b"]) -> Int32[Array, " b"]:
-    """Translate numbers in `NAMES` to numbers in `names`; -1 for what is not there."""
+    """Translate indices into `NAMES` to indices into `names`, -1 for operations that are not in `names`."""
     numbers = [names.index(name) if name in names else -1 for name in NAMES]
     return jnp.asarray([*numbers, -1], jnp.int32)[operation]  # NOTHING is the last

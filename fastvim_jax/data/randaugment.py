@@ -132,13 +132,13 @@ def _posterize(image: Image.Image, level: float) -> Image.Image:
 
 
 def _solarize(image: Image.Image, level: float) -> Image.Image:
-    """Invert what is not below a threshold of 256 at level 0, of 0 at 10."""
+    """Invert pixels at or above a threshold, which falls from 256 at level 0 to 0 at level 10."""
     threshold = 256 - int(level / MAX_LEVEL * 256)
     return _pointwise(image, lambda values: np.where(values < threshold, values, 255 - values))
 
 
 def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    """Add up to 110 to what is below 128."""
+    """Add a number, up to 110 at level 10, to pixels below 128."""
     added = int(level / MAX_LEVEL * 110)
     return _pointwise(
         image, lambda values: np.where(values < 128, np.minimum(values + added, 255), values)

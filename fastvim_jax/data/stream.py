@@ -156,7 +156,7 @@ def _read_ahead(
         )
     from absl import flags
 
-    # grain's workers inherit absl's flags and refuse to start when nobody parsed them.
+    # grain's workers inherit absl's flags, and refuse to start if the flags were not parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     filed = grain.MapDataset.source(FiledSequence(batches))

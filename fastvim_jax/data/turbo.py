@@ -74,7 +74,7 @@ class TurboJpeg:
                 min_width=-(-self.width // reduction) if reduction > 1 else 0,
             )
         except ValueError:
-            # Pillow bears with what is harmless, and says what is not.
+            # Pillow ignores harmless damage, and its errors name the rest.
             image = decode_image(self._data, channels=3, name=self._name).crop(box)
             return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
         if reduction == 1:
@@ -175,7 +175,7 @@ def _plain_jpeg(data: bytes, name: str) -> TurboJpeg | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    # decode_image refuses what is too large, and takes turns where memory counts.
+    # decode_image refuses images that are too large, and decodes large ones one at a time to save memory.
     if colours not in _SIMPLE or height * width > LARGE:
         return None
     if _has_metadata(data):

@@ -190,7 +190,7 @@ class Classifier:
             weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
             step: for a run folder, the checkpoint's step, or `best`. By default the latest.
             revision: for a repository of the hub, its branch, tag or commit.
-            offline: for a repository of the hub, take what is in the cache and ask nobody.
+            offline: take a repository of the hub from the local cache, and do not use the network.
             **options: keyword arguments of `Classifier`.
 
         Raises:

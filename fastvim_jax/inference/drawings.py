@@ -45,7 +45,7 @@ def draws(run: Run) -> bool:
 
 
 def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
-    """Predict image files and draw what was found into the folder `out`; a file that is no image has its `error` set.
+    """Predict image files and write drawings to the folder `out`. A file that is no image has its `error` set.
 
     Args:
         run: a trained model whose task `draws`.
@@ -59,6 +59,6 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
 
 
 def output_names(files: Sequence[str | Path]) -> list[str]:
-    """Return a name for what is drawn of each file: its stem, numbered where stems repeat."""
+    """Return a name for each file's drawings: its stem, numbered where stems repeat."""
     stems = [Path(file).stem for file in files]
     return [f"{stem}_{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]

@@ -38,7 +38,7 @@ class Imported:
         folder: where it lies now.
         model: class, width and depth of the model, for people.
         report: what became of every weight.
-        notes: what was made of entries that the table does not name.
+        notes: one line for each change of entries that the table does not name.
         ignored: entries of the file that are no weights.
         assumed: fields of the config that the file does not tell, with the values taken.
         preprocessing: how images become the model's input, which the file does not tell either.
@@ -55,7 +55,7 @@ class Imported:
     next_command: str
 
     def in_words(self) -> str:
-        """Write the model, the table of weights, the entries that were not read, and what was assumed."""
+        """Write the model, the table of weights, the entries that were not read, and the assumptions."""
         lines = [self.model, self.report.in_words()]
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  not read: {entry}" for entry in self.ignored]
@@ -100,7 +100,7 @@ def import_weights(
         mean: of each channel, for pixels from 0 to 1; by default ImageNet's for three channels, JUMP-CP's for the
             eight of cell images, else 0.
         std: of each channel, likewise.
-        seed: of what is drawn at random.
+        seed: seed of parameters that are drawn at random.
 
     Raises:
         UserError: the file cannot be read, is of no known model or of another one than named; every entry that fits

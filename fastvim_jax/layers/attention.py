@@ -102,7 +102,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     known = all(isinstance(size, int) for size in q.shape) and q.shape[0] != 0
     if q.dtype != jnp.bfloat16 or not known or _cudnn_refusal(width) is not None:
         return _attend_in_xla(mode, tokens, q, k, v)
-    if tokens % 2:  # cuDNN's gradient wants an even number of tokens: add one that nobody reads.
+    if tokens % 2:  # cuDNN's gradient needs an even number of tokens: add one that is masked.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     return _attend_by_platform(mode, tokens, q, k, v)[:, :tokens]
 

@@ -102,7 +102,7 @@ def check_images(images: Any, channels: int, patch: tuple[int, int]) -> jax.Arra
         patch: height and width of a patch.
 
     Raises:
-        UserError: another rank, dtype, channel count or size; the message names what was expected and given.
+        UserError: rank, dtype, channel count or size do not fit. The message names the expected and the given one.
     """
     images = check_image_array(images)
     shape, given = images.shape, f"got {images.dtype} of shape {images.shape}"

@@ -106,7 +106,7 @@ def named_parameters(params: Any) -> dict[str, Any]:
 
 
 def check_numbers(arrays: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuse weights that no training gives: complex numbers, NaN, what is infinite in float32, and what is no number.
+    """Refuse weights that no training gives: complex numbers, NaN, numbers infinite in float32, and other types.
 
     Raises:
         UserError: naming the first entries at fault.

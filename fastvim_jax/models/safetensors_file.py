@@ -34,7 +34,7 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: str) -> None:
-    """Write arrays by name to a file of the usual mode, because the library makes one that nobody else can read."""
+    """Write arrays by name to a file with the usual permissions. The safetensors package would make it private."""
     from safetensors.numpy import save_file
 
     save_file(dict(arrays), path, metadata=metadata)

@@ -161,7 +161,7 @@ class UperNet(nnx.Module):
         Args:
             images: `b h w c`, normalised, any float dtype.
             train: normalise by the batch, update the running statistics and run the auxiliary head.
-            drawn: what is dropped, from `draw`.
+            drawn: masks of dropout and drop path, from `draw`.
         """
         maps = self.features(images, train=train, drop_path_keep=drawn.drop_path)
         main = self.decode_head(maps, train=train, keep=drawn.main)

@@ -317,7 +317,7 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for what is damaged.
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors for damage.
             first = str(error).strip().splitlines()[:1]
             raise self._damaged(step, f"{type(error).__name__}: {''.join(first)}") from error
 

@@ -45,7 +45,7 @@ class OptimizerConfig:
     epoch_cosine: a cosine over fractional epochs, counted from 0; warmup_linear: a straight line to 0; warmup_step: a
     tenth after each milestone; constant: the same rate in all steps, without warm-up."""
     milestones: tuple[float, ...] = (8 / 9, 26 / 27)
-    """Shares of the run after which the rate is a tenth of what it was (warmup_step)."""
+    """Shares of the run after each of which the learning rate falls to a tenth (warmup_step)."""
     warmup_epochs: NonNegativeFloat | None = None
     """Length of the linear warm-up in epochs; None: warmup_share of the run."""
     warmup_share: Rate = 0.05

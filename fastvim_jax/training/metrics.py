@@ -42,7 +42,7 @@ class Sink(Protocol):
         """Write the scalars of a step, by names such as `train/loss`."""
 
     def close(self) -> None:
-        """Write what is still pending, and close."""
+        """Write the pending records, and close."""
 
 
 class RunLog:

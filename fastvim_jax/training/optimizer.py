@@ -226,9 +226,9 @@ def adamw(
         params: the parameters to train; only their names and shapes are used.
         learning_rate: the schedule of the learning rate.
         weight_decay: decoupled decay, a number or a schedule.
-        groups: which recipe says what is decayed.
+        groups: recipe whose parameters are decayed.
         layer_decay: layer-wise factor, or None.
-        layer_rule: what it is applied to; see `layer_decay_factor`.
+        layer_rule: layers to which it is applied; see `layer_decay_factor`.
         beta1, beta2, eps: Adam's; ε is added outside the square root.
         clip_grad_norm: largest global gradient norm, or None.
     """

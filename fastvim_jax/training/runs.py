@@ -51,7 +51,7 @@ class TrainCall:
         progress: whether to show a progress bar.
         profile: steps to trace, or None.
         wandb: a project of Weights & Biases, or None.
-        opened: closes what is entered into it when the run ends, however it ends.
+        opened: exit stack; contexts that are entered into it are closed when the run ends, even by an error.
         started: `time.perf_counter()` at the call.
         stop: notes signals that ask the run to stop, from the first second on.
     """

@@ -64,7 +64,7 @@ def status(rows: Sequence[dict[str, Any]]) -> int:
     from fastvim_jax.bench.record import sound
 
     if all("skipped" in row for row in rows):
-        raise UserError("nothing of what was asked for runs here: see the reasons above.")
+        raise UserError("none of these measurements can run here: see the reasons above.")
     return 0 if sound(rows) else 1
 
 

@@ -46,7 +46,7 @@ class Report:
         records: records scanned.
         classes: number of classes.
         counts: records of each class, by label.
-        problems: what is wrong.
+        problems: texts that say what is wrong.
         duplicates: records whose image another record of the same label holds too (harmless, but counted).
         unread: files in an image folder's split that are no record: of an unknown extension, or of no class.
         digests: index of one record for every image met, by a digest of its bytes.

@@ -30,7 +30,7 @@ class MaskReport:
         images: images in which each class occurs.
         ignored: share of pixels that do not count, from 0 to 1.
         problems: what is wrong: kinds `missing`, `stray`, `unreadable`, `off by one`.
-        notes: what is unusual, but understood.
+        notes: texts about unusual things that are understood.
     """
 
     records: int

@@ -78,7 +78,7 @@ def _images_with_objects(
     training: bool,
     least_side: int,
 ) -> list[tuple[dict[str, Any], Objects]]:
-    """List the images to use with their objects, and count in `problems` what is left out."""
+    """List the images to use with their objects, and count those that are left out in `problems`."""
     by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         if annotation["image_id"] in by_image:

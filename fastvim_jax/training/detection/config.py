@@ -47,7 +47,7 @@ class DetectionConfig(RunConfig):
     ema_decay: float | None = None
     """Decay of the average of the weights that is evaluated beside them; None: no average, as in the recipe."""
     evaluate_train: bool = False
-    """Also evaluate the training split, to see whether a small set is learnt by heart."""
+    """Also evaluate the training split, to see whether the model memorises a small set."""
     pictures: NonNegativeInt = 4
     """Images drawn after each evaluation; 0: no picture."""
 

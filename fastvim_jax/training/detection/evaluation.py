@@ -285,7 +285,7 @@ def worst(
 def draw(
     source: CocoSource, index: int, detections: list[dict[str, Any]]
 ) -> tuple[str, tuple[np.ndarray, ...]]:
-    """Draw an image with its objects and with what was detected, under a title."""
+    """Draw an image twice, with its true objects and with the detected ones, under a title."""
     image, objects = load(source, index)
     of_image = [d for d in detections if d["image_id"] == source.image_ids[index]]
     shown = [d for d in of_image if d["score"] >= LEAST_SCORE]

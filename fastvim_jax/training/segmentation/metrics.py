@@ -66,7 +66,7 @@ def count_areas(
     """Count pixels of each class, int32 `classes`: intersection, predicted, labelled; to be jitted."""
     valid = (label != IGNORED).ravel()
     predicted, label = predicted.ravel().astype(jnp.int32), label.ravel().astype(jnp.int32)
-    nowhere = classes  # one bin more, for what does not count
+    nowhere = classes  # one more bin, for pixels that do not count
 
     def count(values: Array, counted: Array) -> Array:
         return jnp.bincount(jnp.where(counted, values, nowhere), length=classes + 1)[:classes]
