@@ -37,7 +37,7 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """List what is wrong with images and objects. The exit status is 1 if there is a problem."""
     chosen = parse(Arguments, "data check-coco", arguments, f"{run.__doc__}")
-    from fastvim_jax.cli.data import progress_bar
+    from fastvim_jax.cli.progress import progress_bar
     from fastvim_jax.data.detection import open_coco
     from fastvim_jax.data.detection_config import DetectionData
     from fastvim_jax.data.prepare.check_coco import check_coco

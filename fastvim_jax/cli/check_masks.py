@@ -46,7 +46,7 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """List what is wrong with images and label maps. The exit status is 1 if there is a problem."""
     chosen = parse(Arguments, "data check-masks", arguments, f"{run.__doc__}")
-    from fastvim_jax.cli.data import progress_bar
+    from fastvim_jax.cli.progress import progress_bar
     from fastvim_jax.data.prepare.check_masks import check_masks, count_problems
     from fastvim_jax.data.segmentation import open_masks
     from fastvim_jax.data.segmentation_config import SegmentationData

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from fastvim_jax.cli.progress import progress_bar
 from fastvim_jax.cli.usage import UsageError, as_usage_error, command, counted, parse
 from fastvim_jax.errors import suggest
 
@@ -282,25 +281,6 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
         any_label=True,
         follow_links=chosen.follow_links,
     )
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on standard error if it is a terminal, otherwise nothing."""
-    import rich.console
-    import rich.progress
-
-    console = rich.console.Console(file=sys.stderr)
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    hidden = quiet or not console.is_terminal
-    with rich.progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, int]]) -> Any:

@@ -16,9 +16,9 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from fastvim_jax import __version__
 from fastvim_jax.cli.usage import UsageError
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.version import __version__
 
 COMMANDS = {
     "models": "list the models: parameters, multiply-adds, scan steps",

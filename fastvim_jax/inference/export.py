@@ -24,7 +24,6 @@ from flax import nnx
 from jax import export
 from jaxtyping import Array
 
-from fastvim_jax import __version__
 from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.preprocessing import photographs_data
@@ -32,6 +31,7 @@ from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import Pretrained
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run
+from fastvim_jax.version import __version__
 from pallas_kernels import gpu
 
 FORMAT = 1

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastvim_jax import __version__
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.parameters import (
@@ -29,6 +28,7 @@ from fastvim_jax.models.parameters import (
 from fastvim_jax.models.registry import build_model, config_class
 from fastvim_jax.models.safetensors_file import read_safetensors, write_safetensors
 from fastvim_jax.serialise import from_dict, to_dict
+from fastvim_jax.version import __version__
 
 FORMAT = 1
 CONFIG_FILE = "config.json"
