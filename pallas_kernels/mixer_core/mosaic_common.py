@@ -111,7 +111,7 @@ class Convolutions:
 
 
 class Sums(NamedTuple):
-    """What the LayerNorm of a token, and its gradient, need of the channels: of some of them, or of all.
+    """What the gradient of a token's LayerNorm needs of the channels: of some of them, or of all.
 
     Deviations are from the mean of the same channels.
 
@@ -124,8 +124,8 @@ class Sums(NamedTuple):
 
     mean: jax.Array
     square: jax.Array
-    slope: jax.Array | None = None
-    product: jax.Array | None = None
+    slope: jax.Array
+    product: jax.Array
 
 
 def combined(parts: list[Sums]) -> Sums:
@@ -138,8 +138,6 @@ def combined(parts: list[Sums]) -> Sums:
     mean = average([part.mean for part in parts])
     offsets = [part.mean - mean for part in parts]
     square = average([p.square + o * o for p, o in zip(parts, offsets, strict=True)])
-    if parts[0].slope is None:
-        return Sums(mean, square)
     slope = average([part.slope for part in parts])
     product = average([p.product + p.slope * o for p, o in zip(parts, offsets, strict=True)])
     return Sums(mean, square, slope, product)
@@ -188,14 +186,11 @@ class TokenLayouts:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
         return total * (1.0 / self.real)
 
-    def sums(self, s: jax.Array, slope: jax.Array | None = None) -> Sums:
-        """Return what a LayerNorm needs of these channels; with `slope`, also what its gradient needs."""
+    def sums(self, s: jax.Array, slope: jax.Array) -> Sums:
+        """Return the sums over these channels, of s and the gradient of the normalised s."""
         mean = self.mean(s)
         s = s - self.over_channels(mean)
-        square = self.mean(s * s)
-        if slope is None:
-            return Sums(mean, square)
-        return Sums(mean, square, self.mean(slope), self.mean(slope * s))
+        return Sums(mean, self.mean(s * s), self.mean(slope), self.mean(slope * s))
 
     def normalise(
         self, s: jax.Array, eps: float, sums: Sums | None = None
