@@ -42,7 +42,7 @@ from fastvim_jax.models import build_model
 from tests.training.tiny import tiny_config, tiny_model
 sharding.SMALLEST = 4096  # so that a tiny model is spread, too
 config = tiny_config(
-    model=tiny_model(blocks="scan", embed_dim=64),
+    model=tiny_model(depth=2, blocks="scan", embed_dim=64),
     mesh=MeshConfig(data=int(sys.argv[1]), fsdp=int(sys.argv[2])),
 )
 options = dict(batch_size=128, mix_group=2, mixup=0.8, cutmix=1.0, random_erasing=0.25)

@@ -46,7 +46,7 @@ def write_images(root: Path) -> None:
 def recipe(folder: Path) -> TrainConfig:
     return TrainConfig(
         model=tiny_model(
-            image_size=16, channels=3, num_classes=CLASSES, blocks="scan", dtype="float64",
+            depth=2, image_size=16, channels=3, num_classes=CLASSES, blocks="scan", dtype="float64",
             param_dtype="float64",
         ),
         data=ClassificationData(

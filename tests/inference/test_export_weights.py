@@ -27,7 +27,11 @@ from tests.training.tiny import tiny_config, tiny_model
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    train(tiny_config(epochs=1, checkpoint_every_steps=11), folder, progress=False)
+    train(
+        tiny_config(model=tiny_model(depth=2), epochs=1, checkpoint_every_steps=11),
+        folder,
+        progress=False,
+    )
     return folder
 
 

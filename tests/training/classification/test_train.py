@@ -68,7 +68,7 @@ def test_the_log(finished):
     assert [line["step"] for line in norms] == [STEPS_PER_EPOCH, TOTAL]
     own = [value for name, value in norms[-1].items() if name.startswith("grad/")]
     assert math.hypot(*own) < 10 * lines[-1]["grad_norm"] and norms[-1]["update/head.bias"] > 0
-    assert {"param/blocks.1.mixer.in_proj.kernel", "param/pos_embed"} <= norms[0].keys()
+    assert {"param/blocks.0.mixer.in_proj.kernel", "param/pos_embed"} <= norms[0].keys()
     scores = read_metrics(folder, "eval")
     assert [line["step"] for line in scores] == [STEPS_PER_EPOCH, TOTAL]
     assert scores[-1] == result.metrics and scores[-1]["count"] == EVAL_IMAGES

@@ -113,7 +113,7 @@ def test_fine_tuning_takes_backbone_positions_and_scale(pretrained: Any, tmp_pat
     tuned = load_run(tmp_path / "tuned")
     assert tuned.config.model.pool_scale == 0.25
     report = json.loads((tmp_path / "tuned" / "init.json").read_text())["parameters"]
-    assert report["blocks.1.mixer.in_proj.kernel"] == report["pos_embed"] == "taken"
+    assert report["blocks.0.mixer.in_proj.kernel"] == report["pos_embed"] == "taken"
     assert report["head.kernel"].startswith("drawn")
     # The source is needed no more once the run has begun.
     gone = dataclasses.replace(config, init=str(tmp_path / "gone"))
@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_encoder(pretrained: Any) -> None:
     named = named_parameters(nnx.state(model))
     source = named_parameters(nnx.state(load_run(folder).model))  # the average of both
     np.testing.assert_array_equal(
-        named["blocks.1.mixer.forward.A_log"], source["encoder.blocks.1.mixer.forward.A_log"]
+        named["blocks.0.mixer.forward.A_log"], source["encoder.blocks.0.mixer.forward.A_log"]
     )
     np.testing.assert_allclose(named["pos_embed"][0], sincos_pos_embed(8, (4, 4)))
 

@@ -40,8 +40,8 @@ def draw_scenes(root: Path, rng: np.random.Generator, *, train: int = 4, held_ou
 
 def tiny_config(root: Path, **changes: Any) -> SegmentationConfig:
     backbone = VisionMambaConfig(
-        image_size=32, patch_size=8, embed_dim=8, depth=2, state_size=4, num_classes=0,
-        drop_path=0.1, out_indices=(0, 0, 1, 1), blocks="unroll",
+        image_size=32, patch_size=8, embed_dim=8, depth=1, state_size=4, num_classes=0,
+        drop_path=0.1, out_indices=(0, 0, 0, 0), blocks="unroll",
     )  # fmt: skip
     model = UperNetConfig(
         backbone, num_classes=3, channels=8, auxiliary_channels=4, pool_scales=(1, 2)
