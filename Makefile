@@ -55,7 +55,7 @@ REDUCED := tests/test_package.py tests/parity/test_fixtures.py $(addprefix tests
 
 test-reduced:
 	@scripts/setup.sh test
-	@FASTVIM_PARITY_DTYPES=float64 FASTVIM_PARITY_FIXTURES=representatives scripts/test.sh reduced -m "not slow" $(REDUCED)
+	@FASTVIM_TEST_ANNOTATIONS=off FASTVIM_PARITY_DTYPES=float64 FASTVIM_PARITY_FIXTURES=representatives scripts/test.sh reduced -m "not slow" $(REDUCED)
 	@EPOCHS=4 AT_LEAST=0.85 scripts/quickstart.sh
 
 lint:
