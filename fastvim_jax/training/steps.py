@@ -63,6 +63,8 @@ class Loss(NamedTuple):
     model_state: Any = None
 
 
+_LARGE = 2**18
+"""Entries from which on a kernel of its own for an array costs less than what it saves."""
 LossOf = Callable[..., jax.Array | Loss]
 """`loss_of(params, batch, drawn)`, or `loss_of(params, batch, drawn, model_state)`; see `make_train_step`."""
 Draw = Callable[[Any, jax.Array, Batch], Any]
@@ -176,6 +178,9 @@ def make_train_step(
         (loss, more), grads = value_and_grad(state.params, state.model_state, (batch, drawn))
         return (loss, *more), grads
 
+    def norms_of(tree: Any) -> jax.Array:
+        return on_every_device(parameter_norms(tree))
+
     def step(state: TrainState, batch: Batch, *, seed: jax.Array) -> tuple[TrainState, Metrics]:
         if augment is not None:
             batch = augment(augment_key(seed, state.step), batch)
@@ -183,17 +188,22 @@ def make_train_step(
         key = draw_key(seed, state.step)
         drawn = None if draw is None else draw(state.params, key, batch)
         (loss, more, model_state), grads = loss_and_gradient(state, batch, drawn)
-        ema = None if state.ema is None else update_ema(state.ema, state.params, ema_decay or 0.0)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = state.params
+        ema = None if state.ema is None else update_ema(state.ema, params, ema_decay or 0.0)
+        # Read large parameters before the update overwrites them; otherwise XLA copies them.
+        params_norms = norms_of(params)
+        params = _after((params_norms, ema), params)
+        # Join the blocks' gradients first: XLA joins them much more slowly where it fuses that with the update.
+        grads = _after((), grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
         new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=optax.apply_updates(params, updates),
             optimizer=optimizer_state,
             ema=ema,
             model_state=model_state,
         )
-        trees = {"grad": grads, "param": state.params, "update": updates}
-        norms = {kind: on_every_device(parameter_norms(tree)) for kind, tree in trees.items()}
+        norms = {"grad": norms_of(grads), "param": params_norms, "update": norms_of(updates)}
         metrics = {
             "loss": loss,
             **more,
@@ -211,6 +221,16 @@ def make_train_step(
     )
     # Pass the seed as an argument: as a constant, every seed would need its own compiled program.
     return partial(compiled, seed=np.uint32(seed))
+
+
+def _after(done: Any, tree: Any) -> Any:
+    """Return `tree`. What reads its large leaves runs after them and after `done`, in kernels of its own."""
+    leaves, structure = jax.tree.flatten(tree)
+    large = [i for i, leaf in enumerate(leaves) if leaf.size >= _LARGE]
+    held, _ = jax.lax.optimization_barrier(([leaves[i] for i in large], done))
+    for i, leaf in zip(large, held, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _compiler_options(shardings: TrainState | None) -> dict[str, str] | None:
