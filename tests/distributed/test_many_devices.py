@@ -134,7 +134,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(runs):
     """A run in two processes, and the one broken off on eight devices of one process taken up by two."""
-    together("runs.py", str(runs), "two:2x2", "moved=spread:2x2", "moved:score")
+    together("runs.py", str(runs), "two:4x1", "moved=spread:2x2", "moved:score")
     return runs
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_where_others_are(runs, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "moved"])
 def test_two_processes_give_the_same_run_and_count_exactly(two_processes, name):
-    """On 2 × 2 devices, whole and from a checkpoint of eight; what process 0 wrote is the whole run folder."""
+    """4 × 1 and 2 × 2 devices; what process 0 wrote is the whole run folder."""
     assert_same_log(two_processes / name, two_processes / "whole")
 
 
