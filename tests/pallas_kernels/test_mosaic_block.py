@@ -241,7 +241,7 @@ def test_what_one_kernel_does_not_cover_runs_joined_by_several(case):
         assert launches(text, f"mixer_{name}") == 1
     assert launches(text, "mixer_sum_norm") == (case["e"] == 768)  # 192 outputs are no whole 128
     assert launches(text, "mixer_back_project") == 0
-    with abstract_h100(), pytest.raises(NotImplementedError, match="do not"):
+    with abstract_h100(), pytest.raises(NotImplementedError, match="do not|position has"):
         jax.eval_shape(lambda args: block(args, "pallas", **case), abstract(case))
 
 
