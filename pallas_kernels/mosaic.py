@@ -97,9 +97,8 @@ def warp_index() -> jax.Array:
 
 def store(ref: Any, value: jax.Array) -> None:
     """Write to shared or global memory with any access pattern that the layout gives."""
-    if hasattr(
-        plgpu, "store"
-    ):  # from JAX 0.12 on, where plain assignment refuses inefficient patterns
+    if hasattr(plgpu, "store"):
+        # From JAX 0.12 on. Plain assignment refuses inefficient patterns there.
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value

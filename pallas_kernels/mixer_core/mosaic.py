@@ -94,9 +94,8 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         return math.ceil(blocks(per_block) / slots) * (per_block + START[kind])
 
     choices = [d * segments for d in range(1, options.lines + 1) if options.lines % d == 0]
-    if (
-        kind == "front"
-    ):  # Processors stay full until the end if there are more blocks than they hold at a time.
+    if kind == "front":
+        # Processors stay full until the end if there are more blocks than they hold at a time.
         enough = [n for n in choices if blocks(n) >= 1.5 * slots]
         per_block = max(enough, default=segments)
     else:
@@ -153,7 +152,7 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
     for kind in RESIDENT:
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
-    return mosaic_back.unsupported(xz.shape[0] * xz.shape[1])
+    return mosaic_back.unsupported(xz.shape[1])
 
 
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:

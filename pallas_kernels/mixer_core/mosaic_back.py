@@ -37,7 +37,7 @@ def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
 
 
 def unsupported(tokens: int) -> str | None:
-    """Return why `back` does not take so many tokens of a whole batch, or None."""
+    """Return why `back` does not take images of so many tokens, or None. A device's share may be one image."""
     return f"{tokens} tokens are fewer than {WARPS}" if tokens < WARPS else None
 
 
@@ -186,7 +186,7 @@ def back_gradients(
     """
     work = Segments(grid, interpret)
     layouts = work.layouts
-    exchange = work.exchange(4)
+    exchange = work.exchange()
     scratch = 6 + len(exchange)
 
     def body(*refs):

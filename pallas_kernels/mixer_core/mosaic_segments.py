@@ -91,11 +91,11 @@ class Segments:
     def barrier(self, num_arrivals: int):
         return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=self.groups)
 
-    def exchange(self, sums: int):
-        """Return shared memory for `sums` numbers a token of two segments, and the barrier where warpgroups meet."""
+    def exchange(self):
+        """Return shared memory for the `Sums` of the tokens of two segments, and the barrier where warpgroups meet."""
         if self.groups == 1:
             return []
-        shape = (2, sums, self.groups, self.padded)
+        shape = (2, len(Sums._fields), self.groups, self.padded)
         return [plgpu.SMEM(shape, jnp.float32), plgpu.Barrier(num_arrivals=self.groups)]
 
     def share(self, exchanged, item, of_rows):
@@ -119,8 +119,7 @@ class Segments:
 
         def publish(rows, _):
             for i, value in enumerate(of_rows(rows)):
-                if value is not None:
-                    store(tile.at[i, self.group, rows], value)
+                store(tile.at[i, self.group, rows], value)
             return ()
 
         self.each_token(publish)

@@ -76,11 +76,6 @@ def front(
     return _at(lines, (forward, backward)), skip, (forward, backward)
 
 
-def tokens_of_lines(x: jax.Array, directions: Directions, options: CoreOptions) -> list[jax.Array]:
-    """Return the tokens after convolution and SiLU, of each direction ``b lines positions per_position e``."""
-    return [_on_lines(c, options) for c in _convolved(x, directions, options)]
-
-
 def _mean(both: list[jax.Array], ids: RowIds, options: CoreOptions) -> jax.Array:
     if ids:
         sides = zip(both, ids, strict=True)

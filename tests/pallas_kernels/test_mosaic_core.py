@@ -52,7 +52,8 @@ def draw_apart(
         x, directions = np.split(np.asarray(args[0], np.float32), 2, axis=-1)[0], args[1]
         with x64():
             x, directions = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (x, directions))
-            lines = np.asarray(xla.tokens_of_lines(x, directions, options))
+            both = xla._convolved(x, directions, options)
+            lines = np.asarray([xla._on_lines(c, options) for c in both])
         second, first = np.moveaxis(np.partition(lines, (-2, -1), axis=3)[:, :, :, -2:], 3, 0)
         if np.min(first - second) > 5e-6:
             return args, out_bar
@@ -346,6 +347,19 @@ def test_an_empty_batch_is_left_to_xla():
     with abstract_h100():
         out = mixer_core(xz, *rest, middle=lambda _, u: (u[0], u[1]), rows=3, columns=4)
     assert out.shape == (0, 12, 128)
+
+
+@needs_mosaic
+def test_tiny_images_are_left_to_xla_in_a_batch_too():
+    """The kernel behind the scans takes four tokens at a time, and a device's share may be one image."""
+    from pallas_kernels.mixer_core import mosaic
+    from pallas_kernels.mixer_core.types import CoreOptions
+
+    for columns, refused in ((3, True), (4, False)):
+        (xz, directions, *_), _ = draw(np.random.default_rng(0), 8, 1, columns, 128)
+        options = CoreOptions(1, columns, False, 1.0, 1e-5, "mean")
+        reason = mosaic.unsupported(xz, directions.kernels, (), options)
+        assert ("tokens are fewer" in (reason or "")) == refused
 
 
 def test_bad_calls():

@@ -273,3 +273,15 @@ def test_only_a_step_on_several_gpus_leaves_gradients_where_they_lie(platform, s
     assert options == ({"xla_disable_hlo_passes": "all-reduce-contiguous"} if left_out else None)
     # The compiler knows the option: it raises for one that it does not know.
     jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+
+
+def test_only_large_parameters_wait_for_what_reads_them():
+    """Small ones stay free, so that XLA can read and write many by one kernel."""
+    tree = {"large": jnp.ones(steps._LARGE), "small": jnp.ones(3), "absent": None}
+    run = lambda read, tree: steps._after((read, None), tree)  # noqa: E731
+    (barrier,) = jax.make_jaxpr(run)(jnp.float32(0), tree).eqns
+    assert barrier.primitive.name == "optimization_barrier"
+    assert [v.aval.shape for v in barrier.invars] == [(steps._LARGE,), ()]
+    got = run(jnp.float32(0), tree)
+    assert got["absent"] is None
+    assert all(np.array_equal(got[name], tree[name]) for name in ("large", "small"))
