@@ -130,7 +130,7 @@ def _lines_core(
 
 
 def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
-    """Return whether one kernel can compute a block from the scans to the next block's RMSNorm, on this machine."""
+    """Return whether kernels can compute a block joined to the next block's RMSNorm, on this machine."""
     precision = config.precision
     if not isinstance(pooling, GridPooling | ChannelPooling):
         return False
@@ -280,7 +280,7 @@ def _ragged_core(
         eps=both.config.norm_eps,
         norm_kind=both.config.post_norm,
     )
-    if both.config.post_norm != "none":  # Round for the reason given in `_grid_core`.
+    if both.config.post_norm != "none":  # Round for the reason given in `_lines_core`.
         out = out.astype(both.config.precision.compute)
     return pooling.from_scan_order(out)
 
