@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import logging
 import math
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -133,6 +133,9 @@ class _Builder:
         self._decoder = available_decoder(data)
         self._copies = _copies(sharding)
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        # Two threads must not load one Pillow image at the same time, also for two batches.
+        pillow = (x for x in images if isinstance(x, PIL.Image.Image))
+        self._turns = {id(image): threading.Lock() for image in pillow}
 
     def __call__(self, number: int) -> Decoded:
         start = number * self._size
@@ -169,20 +172,15 @@ class _Builder:
         """Write the images' pixels into the batch, and say by place which cannot be read."""
         errors: dict[int, str] = {}
 
-        def fill(places: Sequence[Sequence[int]]) -> None:
-            for i in itertools.chain.from_iterable(places):
+        def fill(places: Sequence[int]) -> None:
+            for i in places:
                 try:
                     image = images[i]
                     batch[i] = image if self._ready(image) else self._pixels(image)
                 except DecodeError as error:
                     errors[i] = str(error)
 
-        # One thread takes all places of one Pillow image, because two must not load it at the same time.
-        groups: dict[tuple[bool, int], list[int]] = {}
-        for i, image in enumerate(images):
-            pillow = isinstance(image, PIL.Image.Image)
-            groups.setdefault((pillow, id(image) if pillow else i), []).append(i)
-        places = list(groups.values())
+        places = range(len(images))
         if all(map(self._ready, images)):
             fill(places)  # Copies take less time than handing them to other threads.
         else:
@@ -194,9 +192,10 @@ class _Builder:
             return load_image(image, self._data, decoder=self._decoder)
         if isinstance(image, PIL.Image.Image):
             # As a file's: upright, 8 bits, opaque.
-            opened = convert_image(
-                image, channels=self._data.channels, background=self._data.background
-            )
+            with self._turns[id(image)]:
+                opened = convert_image(
+                    image, channels=self._data.channels, background=self._data.background
+                )
         else:
             array = np.asarray(image)
             if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (1, 3):

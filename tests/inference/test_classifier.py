@@ -73,14 +73,16 @@ def test_paths_images_and_arrays_give_the_same(model, classifier, files):
 
 
 def test_one_pillow_image_may_stand_at_several_places(classifier, tmp_path, rng):
-    """Two threads that loaded it at the same time would read each other's parts of the file."""
+    """Two threads that loaded it at the same time, for one batch or two, would read each other's parts of the file."""
     file = tmp_path / "large.png"
     Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(file)
     expected = load_image(file, classifier.data)
     for _ in range(4):
-        ((_, batch, errors),) = classifier.decoded([Image.open(file)] * 4)
-        assert errors == {}
-        np.testing.assert_array_equal(batch, np.stack([expected] * 4))
+        batches = list(classifier.decoded([Image.open(file)] * 12))
+        assert [start for start, _, _ in batches] == [0, 4, 8]
+        for _, batch, errors in batches:
+            assert errors == {}
+            np.testing.assert_array_equal(batch, np.stack([expected] * 4))
 
 
 def test_one_image_and_none(model, classifier, files):
