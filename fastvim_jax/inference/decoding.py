@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.decode import convert_image, decode_image
 from fastvim_jax.data.listing import Texts
 from fastvim_jax.data.records import DecodeError
-from fastvim_jax.data.stream import grain_stream
+from fastvim_jax.data.stream import WorkersEnded, grain_stream
 from fastvim_jax.data.turbo import available_decoder
 from fastvim_jax.errors import UserError
 
@@ -41,6 +42,8 @@ AHEAD = 3
 """Batches that are decoded and copied to the devices at the same time, while the devices compute."""
 _WORTH_PROCESSES = 5000
 """Files that threads decode in about the time that processes take to start."""
+SHARED = "/dev/shm"
+"""Folder of shared memory on Linux."""
 _log = logging.getLogger(__name__)
 
 Decoded = tuple[int, Array, dict[int, str]]
@@ -63,7 +66,7 @@ def decoded_batches(
         batch_size: images of a batch; the last one is padded with zeros.
         sharding: where a batch goes.
         workers: processes that decode. They take paths only; any other image is left to threads. Threads also decode
-            if shared memory has no room for the processes' batches.
+            if shared memory is missing or has no room for the processes' batches.
 
     Raises:
         UserError: an array of another rank, dtype or number of channels.
@@ -239,8 +242,10 @@ def _stream_of_processes(
     """Return a stream of decoded batches. Its processes start with the first one.
 
     Raises:
-        UserError: shared memory is too small.
+        UserError: shared memory is missing, read-only or too small.
     """
+    if sys.platform == "linux" and not os.access(SHARED, os.W_OK):
+        raise UserError(f"{SHARED} is missing or read-only, and processes need shared memory.")
     decode = _DecodeBatch(Texts(files), data, batch_size, available_decoder(data))
     batches = grain.MapDataset.source(range(math.ceil(len(files) / batch_size))).map(decode)
     size = batch_size * math.prod((*data.height_width, data.channels))
@@ -254,7 +259,14 @@ def _by_processes(
     copies = _copies(sharding)
 
     def place(number: int) -> Decoded:
-        batch = next(running)
+        try:
+            batch = next(running)
+        except WorkersEnded as error:
+            raise WorkersEnded(
+                f"a process that decodes images ended ({error.__cause__}). Use fewer workers if memory is short, or "
+                'workers=0 for threads. A script that asks for workers must do so below `if __name__ == "__main__":`, '
+                "because every process imports it."
+            ) from error
         pixels = plain(batch)["image"]
         placed = jax.device_put(pixels if copies else np.array(pixels), sharding)
         if copies:

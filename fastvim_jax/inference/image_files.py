@@ -27,8 +27,8 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
             - `@list.txt`: a file with one file, folder or tar file per line.
 
     Raises:
-        UserError: a folder or a tar file holds no images, a tar file or a list cannot be read, a name is empty, or
-            nothing matches a pattern. A missing file is listed: the caller reports it when it reads the file.
+        UserError: a folder, a tar file or a list holds no images, a tar file or a list cannot be read, a name is empty,
+            or nothing matches a pattern. A missing file is listed: the caller reports it when it reads the file.
     """
     found: dict[str, None] = {}
     for name in map(str, names):
@@ -41,7 +41,9 @@ def _expand(name: str) -> list[str]:
         raise UserError("the name of an image file is empty.")
     path = Path(name)
     if name.startswith("@") and not path.exists():
-        return _listed(name[1:])
+        if not (listed := _listed(name[1:])):
+            raise UserError(f"the list of files {name[1:]} names no image file.")
+        return listed
     if path.is_dir():
         if not (files := _in_folder(path)):
             raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).")

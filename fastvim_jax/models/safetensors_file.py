@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,4 +41,5 @@ def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: 
     save_file(dict(arrays), path, metadata=metadata)
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with contextlib.suppress(OSError):  # Some network file systems keep no permissions.
+        path.chmod(0o666 & ~mask)

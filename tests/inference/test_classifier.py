@@ -19,6 +19,7 @@ from fastvim_jax import Classifier, UserError, save_pretrained
 from fastvim_jax.data import load_image
 from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.pretrained import Preprocessing
@@ -227,7 +228,7 @@ def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
 
 
 def test_batches_built_at_the_same_time_keep_their_order(classifier, rng):
-    """Buffers are used again for later batches, and one array needs no copy on the host."""
+    """One array needs no copy on the host; a list of arrays does."""
     cropped = copy.copy(classifier)
     cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     images = rng.integers(0, 256, (27, 8, 8, 3), np.uint8)
@@ -250,3 +251,50 @@ def test_threads_decode_where_shared_memory_is_too_small(classifier, files, monk
     by_processes.workers = 2
     np.testing.assert_array_equal(by_processes(files).logits, expected)
     assert "/dev/shm has 0 MiB free" in caplog.text
+
+
+def test_threads_decode_without_shared_memory(classifier, files, tmp_path, monkeypatch, caplog):
+    expected = classifier(files).logits
+    monkeypatch.setattr("fastvim_jax.inference.decoding.SHARED", str(tmp_path / "none"))
+    monkeypatch.setattr("sys.platform", "linux")
+    by_processes = copy.copy(classifier)
+    by_processes.workers = 2
+    np.testing.assert_array_equal(by_processes(files).logits, expected)
+    assert "is missing or read-only" in caplog.text
+
+
+def test_a_script_that_its_processes_cannot_import_is_told(classifier, files, monkeypatch):
+    """As one without `if __name__ == "__main__":`, which every process would begin again."""
+
+    def ended(first):
+        raise WorkersEnded("a data worker ended with exit code 1.")
+        yield
+
+    monkeypatch.setattr("fastvim_jax.inference.decoding.grain_stream", lambda *_, **__: ended)
+    by_processes = copy.copy(classifier)
+    by_processes.workers = 2
+    with pytest.raises(UserError, match="below `if __name__ == .*__main__"):
+        by_processes(files)
+
+
+def test_a_buffer_that_is_used_again_keeps_nothing(classifier, files, tmp_path, monkeypatch):
+    """As on a GPU, which copies a batch: places of bad files and of the padding are zero, not an earlier image."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    names = [*files, *files, bad, files[0], bad, files[1], files[2]]
+    expected = [(np.array(batch), errors) for _, batch, errors in classifier.decoded(names)]
+    place, placed = jax.device_put, []
+
+    def copied(batch, sharding):
+        placed.append(batch)
+        return place(batch.copy(), sharding)
+
+    monkeypatch.setattr("fastvim_jax.inference.decoding._copies", lambda sharding: True)
+    monkeypatch.setattr("fastvim_jax.inference.decoding.AHEAD", 1)
+    monkeypatch.setattr(jax, "device_put", copied)
+    found = [(np.array(batch), errors) for _, batch, errors in classifier.decoded(names)]
+    assert len(set(map(id, placed))) < len(placed) == len(expected) == 5
+    for (got, errors), (wanted, said) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+        assert errors == said
+    assert not found[3][0][[0, 2]].any() and not found[4][0][1:].any()
