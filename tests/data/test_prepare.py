@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.data import ClassificationData, DecodeError, make_train_iterator, open_source
+from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.prepare.check import check
+from fastvim_jax.data.prepare.encoding import encoded
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.layout import guess_source, list_splits
@@ -99,6 +101,23 @@ def test_large_images_are_reduced(tmp_path: Path, rng: np.random.Generator) -> N
     expected = Image.fromarray(np.rot90(smooth, -1)).resize((80, 60), Image.Resampling.BICUBIC)
     error = np.abs(np.asarray(images[0]).astype(float) - np.asarray(expected))
     assert error.mean() < 2 and error.max() < 25, (error.mean(), error.max())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("side", [9, 40])
+def test_a_photograph_with_a_second_page_stays_one(
+    mode: str, side: int, rng: np.random.Generator
+) -> None:
+    """Cameras write a thumbnail behind the photograph, and scanners the next sheet. Grey pages are channels."""
+    photo = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).convert(mode)
+    more = photo.resize((side, side))
+    tiff = encode(photo, "TIFF", save_all=True, append_images=[more])
+    stored = encoded(Record(tiff, 0, "photo.tif"), 20)
+    if (mode, side) == ("L", 40):
+        assert read_channels(stored, "stack").pixels.shape == (20, 20, 2)
+    else:
+        image = Image.open(io.BytesIO(stored))
+        assert (image.format, image.mode, image.size) == ("JPEG", mode, (20, 20))
 
 
 def test_pixel_arrays_are_kept_exactly(tmp_path: Path) -> None:

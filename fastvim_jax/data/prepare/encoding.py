@@ -74,10 +74,13 @@ def encoded(record: Record, max_size: int | None) -> bytes:
     header = open_header(image, record.name)
     if min(header.size) <= max_size:
         return image
-    if getattr(header, "n_frames", 1) > 1 and header.format == "TIFF":  # One page per channel.
+    grey = header.mode in GREY_MODES
+    # Grey pages are channels. A photograph may have a second page, too: a thumbnail, or the next sheet of a scan.
+    if grey and getattr(header, "n_frames", 1) > 1 and header.format == "TIFF":
         stack = read_channels(image, record.name)
-        return _as_ome(stack, max_size) if stack.names else _as_npy(stack.pixels, max_size)
-    channels = 1 if header.mode in GREY_MODES else 3
+        if stack.pixels.shape[-1] > 1:
+            return _as_ome(stack, max_size) if stack.names else _as_npy(stack.pixels, max_size)
+    channels = 1 if grey else 3
     pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
     return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
 
