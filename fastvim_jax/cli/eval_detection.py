@@ -5,49 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from fastvim_jax.cli.usage import as_usage_error, parse
+from fastvim_jax.cli.eval_options import EvalOptions
+from fastvim_jax.cli.usage import parse
 
 _KINDS = {"bbox_ap": "box AP", "segm_ap": "mask AP"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(EvalOptions):
     """The run to evaluate, and the data."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, unless raw scored better in the run's log."""
-    step: int | Literal["best"] | None = None
-    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
-    split: str | None = None
-    """Split of the data; by default the one that the run was evaluated on."""
-    path: str | None = None
-    """The data set's folder; by default the run's."""
-    per_class: bool = False
-    """Also show the APs and the number of objects of each class."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a detection run: AP of boxes and masks, by pycocotools."""
     from fastvim_jax.distributed import initialize_distributed, is_first_process
     from fastvim_jax.training.detection.run_scores import score_run
-    from fastvim_jax.training.run_folder import read_config
 
     chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
     initialize_distributed()
-    given = {"eval_split": chosen.split, "path": chosen.path}
-    with as_usage_error():
-        data: Any = dataclasses.replace(
-            read_config(chosen.run).data, **{k: v for k, v in given.items() if v is not None}
-        )
+    data = chosen.data()
     found = score_run(
         chosen.run, data, weights=chosen.weights, step=chosen.step, progress=not chosen.json
     )

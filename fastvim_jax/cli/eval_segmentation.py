@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
-from fastvim_jax.cli.usage import as_usage_error, parse
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The run to evaluate, and the data."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
-    step: int | Literal["best"] | None = None
-    """Which checkpoint: its step, or best for the one with the best score; by default the last."""
-    split: str | None = None
-    """Split of the data; by default the one that the run was evaluated on."""
-    path: str | None = None
-    """The data set's folder; by default the run's."""
-    per_class: bool = False
-    """Also show IoU and accuracy of each class."""
-    json: bool = False
-    """Print JSON."""
+from fastvim_jax.cli.eval_options import EvalOptions
+from fastvim_jax.cli.usage import parse
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a segmentation run by slide inference: mIoU, mAcc and aAcc over all pixels of all images."""
     from fastvim_jax.distributed import initialize_distributed, is_first_process
-    from fastvim_jax.training.run_folder import read_config
     from fastvim_jax.training.segmentation.run_scores import score_run
 
-    chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
+    chosen = parse(EvalOptions, "eval", arguments, f"{run.__doc__}")
     initialize_distributed()
-    given = {"eval_split": chosen.split, "path": chosen.path}
-    with as_usage_error():
-        data = dataclasses.replace(
-            read_config(chosen.run).data, **{k: v for k, v in given.items() if v is not None}
-        )
+    data = chosen.data()
     found = score_run(chosen.run, data, step=chosen.step, progress=not chosen.json)
     if not is_first_process():
         return 0
