@@ -19,12 +19,13 @@ from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.device_transforms import Augment, Preprocess
+from fastvim_jax.errors import UserError
 
 LabelledData = ClassificationData | CellsData
 
 
 def make_train_iterator(
-    config: LabelledData, *, seed: int, mesh: Mesh | None = None, **share: Any
+    config: DataConfig, *, seed: int, mesh: Mesh | None = None, **share: Any
 ) -> BatchIterator:
     """Return an endless iterator over training batches; see `make_train_iterator` of the config's own pipeline."""
     if isinstance(config, ClassificationData):
@@ -32,16 +33,17 @@ def make_train_iterator(
     return _pipeline(config).make_train_iterator(config, seed=seed, **share)
 
 
-def make_eval_iterator(config: LabelledData, **options: Any) -> BatchIterator:
+def make_eval_iterator(config: DataConfig, **options: Any) -> BatchIterator:
     """Return an iterator over one pass for evaluation; see `make_eval_iterator` of the config's own pipeline."""
     return _pipeline(config).make_eval_iterator(config, **options)
 
 
-def load_image(file: str | Path, config: LabelledData) -> np.ndarray:
+def load_image(file: str | Path, config: DataConfig) -> np.ndarray:
     """Read one image file the way evaluation does: uint8 `h w c`.
 
     Raises:
         DecodeError: when the file cannot be read or is no image.
+        UserError: when `config` is neither a ClassificationData nor a CellsData.
     """
     return _pipeline(config).load_image(file, config)
 
@@ -62,7 +64,12 @@ def make_augment(
     return device_transforms.make_augment(config, num_classes, label_smoothing=label_smoothing)
 
 
-def _pipeline(config: LabelledData) -> ModuleType:
+def _pipeline(config: DataConfig) -> ModuleType:
     from fastvim_jax.data import cells, classification
 
+    if not isinstance(config, LabelledData):
+        kind = type(config).__name__
+        raise UserError(
+            f"config must be a ClassificationData (pictures) or a CellsData (any channels), not {kind}."
+        )
     return cells if isinstance(config, CellsData) else classification

@@ -15,7 +15,9 @@ import pytest
 from fastvim_jax.data import (
     BatchIterator,
     ClassificationData,
+    DataConfig,
     DecodeError,
+    labelled,
     load_image,
     make_eval_iterator,
     make_train_iterator,
@@ -263,6 +265,17 @@ def test_load_image_is_what_evaluation_sees(image_tree: Path) -> None:
         load_image(image_tree / "nowhere.png", config)
     with pytest.raises(DecodeError, match=r"Is a directory"):
         load_image(image_tree, config)
+
+
+def test_a_config_of_no_pipeline_is_refused(image_tree: Path) -> None:
+    config = DataConfig(source="image_folder", path=str(image_tree))
+    for call in (
+        lambda: labelled.load_image(image_tree / "test" / "bee" / "00.png", config),
+        lambda: labelled.make_train_iterator(config, seed=0),
+        lambda: labelled.make_eval_iterator(config),
+    ):
+        with pytest.raises(UserError, match="must be a ClassificationData"):
+            call()
 
 
 def test_real_cifar(real_data: Path, seed: int) -> None:
