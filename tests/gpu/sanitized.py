@@ -1,13 +1,21 @@
-"""Every kernel once with its gradients, on shapes that fill no tile: `test_memory` runs it under compute-sanitizer."""
+"""Every kernel once with its gradients, on shapes that fill no tile: `test_memory` runs it under compute-sanitizer.
+
+`python -m tests.gpu.sanitized FIRST STEP` runs every STEP-th case from FIRST on.
+"""
 
 from __future__ import annotations
+
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tests.pallas_kernels import test_bidirectional_scan as pair
+from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
+from tests.pallas_kernels import test_mosaic_project_front as project_front
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
@@ -50,10 +58,28 @@ def cases(rng):
     for sizes in ((71, 13, 128), (2, 5, 256)):  # two images a thread block, and one
         run = lambda a, _: projected.run(a, "pallas")  # noqa: E731
         yield f"projected scan {sizes}", run, projected.draw(rng, *sizes), None
+    for case, by in (
+        (
+            {"b": 2, "rows": 13, "columns": 9, "e": 256},
+            "pallas",
+        ),  # the end of a block as one kernel
+        ({"b": 2, "rows": 4, "columns": 9, "e": 128, "transposed": True}, "pallas"),
+        ({"b": 8, "rows": 7, "columns": 7, "e": 640}, "auto"),  # as several kernels
+    ):
+        run = lambda a, g, c=case, by=by: block.value_and_gradients(a, g, by, c)  # noqa: E731
+        args, bars = block.draw(rng, **case)
+        yield f"block {case}", run, block.rounded(args), bars
+    for with_x in (False, True):
+        work = project_front.work_of(6, 14, 14, with_x, 64, 64, with_x=with_x)
+        run = lambda a, _, w=work: project_front.run(a, w, 1.5, False)  # noqa: E731
+        yield f"project_front {work}", run, project_front.draw(rng, 6, 196, 64, 64), None
 
 
 def main() -> None:
-    for name, run, args, cotangents in cases(np.random.default_rng(0)):
+    first, step = map(int, sys.argv[1:])
+    for name, run, args, cotangents in itertools.islice(
+        cases(np.random.default_rng(0)), first, None, step
+    ):
         compiled = jax.jit(run).lower(args, cotangents).compile()
         assert "mosaic_gpu" in compiled.as_text()
         jax.block_until_ready(compiled(args, cotangents))
