@@ -64,7 +64,7 @@ def cases(rng):
             "pallas",
         ),  # the end of a block as one kernel
         ({"b": 2, "rows": 4, "columns": 9, "e": 128, "transposed": True}, "pallas"),
-        ({"b": 8, "rows": 7, "columns": 7, "e": 640}, "auto"),  # as several kernels
+        ({"b": 152, "rows": 7, "columns": 7, "e": 256}, "auto"),  # as several kernels
     ):
         run = lambda a, g, c=case, by=by: block.value_and_gradients(a, g, by, c)  # noqa: E731
         args, bars = block.draw(rng, **case)
