@@ -8,12 +8,13 @@ export PYTHON GPU VENV WORKERS
 
 python = "$(VENV)/bin/python"
 
-.PHONY: help setup quickstart test test-slow test-reduced lint types format docs docs-check figures notebooks clean
+.PHONY: help setup quickstart test test-slow test-all test-reduced lint types format docs docs-check figures notebooks clean
 
 help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
 	@echo "make test         run the test suite (about 20 minutes on 2 cores)"
 	@echo "make test-slow    run the tests that take long each (about 16 minutes on 2 cores)"
+	@echo "make test-all     run both with every case; of some tests, the two above draw a third of the cases, others in each run"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
 	@echo "make docs         serve the documentation and the API reference at http://127.0.0.1:8000;  make docs-check  builds it strictly"
 	@echo "make figures      draw the figures of docs/ and write the model table;  make notebooks  runs notebooks/ and keeps the outputs"
@@ -37,6 +38,11 @@ test:
 test-slow:
 	@scripts/setup.sh test,docs,notebooks
 	@scripts/test.sh slow -m slow
+
+# Every case, also those of which the other targets draw a third.
+test-all:
+	@scripts/setup.sh test,docs,notebooks
+	@FASTVIM_TEST_CASES=all scripts/test.sh all
 
 # What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, kernels' XLA path, one golden model of each class,
 # one training of each task, checkpoints, several devices, export, a short quickstart. What depends on no version of JAX or Flax is not run

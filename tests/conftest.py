@@ -38,7 +38,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.support import DRAWS  # noqa: E402
+from tests.drawn_cases import draw_cases  # noqa: E402
+from tests.support import ALL_CASES, DRAWS  # noqa: E402
+
+LEFT_OUT = pytest.StashKey[tuple[int, int]]()  # drawn cases that were left out, of how many
 
 hypothesis.settings.register_profile(
     "fastvim",
@@ -56,6 +59,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(RUN_SEED)
 
 
+@pytest.hookimpl(trylast=True)  # behind -m and -k, so that something of every selection is left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases of tests marked `drawn` that this run's seed does not choose."""
+    kept, left_out = draw_cases(items, config.args, RUN_SEED)
+    marked = sum(item.get_closest_marker("drawn") is not None for item in items)
+    config.stash[LEFT_OUT] = (0, marked) if ALL_CASES else (len(left_out), marked)
+    if left_out and not ALL_CASES:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the controller of parallel workers, which collects nothing itself, how many cases were left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, (0, 0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take that count from a parallel worker. All workers collect the same."""
+    if "left_out" in getattr(node, "workeroutput", {}):
+        node.config.stash[LEFT_OUT] = tuple(node.workeroutput["left_out"])
+
+
 def pytest_collection_finish() -> None:
     """Let the collector pass over what was imported, and run less often: it took 4 % of test_models.py's time."""
     gc.collect()
@@ -65,8 +92,10 @@ def pytest_collection_finish() -> None:
 
 def pytest_report_header() -> list[str]:
     """Print the seed and versions that reproduce a failure."""
+    cases = "all" if ALL_CASES else "a third of the drawn ones; FASTVIM_TEST_CASES=all runs all"
     return [
         f"seed: FASTVIM_TEST_SEED={RUN_SEED}, FASTVIM_TEST_DRAWS={DRAWS}",
+        f"cases: {cases}",
         f"jax {jax.__version__}, numpy {np.__version__}",
     ]
 
@@ -95,8 +124,8 @@ def key(seed: int) -> jax.Array:
     return jax.random.key(seed)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what tests recorded with `record_property`, in parallel workers, too."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what tests recorded with `record_property`, in parallel workers, too, and count drawn cases."""
     recorded: dict[str, list[Any]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -104,6 +133,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                 for name, value in report.user_properties:
                     recorded.setdefault(name, []).append(value)
     lines = [str(line) for line in recorded.get("summary", [])]
+    left_out, marked = config.stash.get(LEFT_OUT, (0, 0))
+    if marked:
+        lines.append(f"drawn cases: {marked - left_out} of {marked} ran, {left_out} left out")
     if "parity" in recorded and importlib.util.find_spec("tests.parity.report"):
         from tests.parity.report import summary_lines
 

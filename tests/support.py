@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Factor on the number of random inputs: of repeats of tests that draw from `seed`, and of hypothesis's examples.
 DRAWS = int(os.environ.get("FASTVIM_TEST_DRAWS", "1"))
 
+# Whether every case of the tests marked `drawn`, and every dtype of the golden numbers, is run.
+CASES = os.environ.get("FASTVIM_TEST_CASES", "drawn")
+if CASES not in ("drawn", "all"):
+    raise ValueError(f"FASTVIM_TEST_CASES={CASES}: use all or drawn")
+ALL_CASES = CASES == "all"
+
 
 def x64() -> contextlib.AbstractContextManager[None]:
     """Turn on double precision inside a `with` block. Functions that were jitted outside are compiled again inside."""

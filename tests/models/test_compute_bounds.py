@@ -15,6 +15,7 @@ from tests.models.compute_bounds import KINDS, hold_to_bounds
 from tests.pallas_kernels.mosaic_support import abstract_h100, interpreted, needs_mosaic
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", ["fastvim", "vim"])
 def test_fused_cores_by_xla(
     kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -30,6 +31,7 @@ def _kernels() -> Iterator[None]:
         yield
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,6 +26,7 @@ def split(seed=0, **options):
     return nnx.split(create_model("fastvim_tiny_patch16_224", rngs=nnx.Rngs(seed), **options))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("batch", [1, 128])
 def test_one_kernel_scans_both_directions_of_a_block(batch):
     depth = 3
@@ -47,6 +48,7 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     assert text.count("stablehlo.dot_general") == (0 if eights else depth) + 2
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("options", "taken"),
     [({"dtype": "bfloat16", "activations": "compute"}, {16, 32}), ({}, {12, 16, 32})],
@@ -69,6 +71,7 @@ def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
     assert not re.search(r"\(tensor<2x3x14x384xf32>\) -> tensor<2x3x14x384xbf16>", text)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
 def test_what_kernels_return_is_not_written_into_stacks(name):
     """Else XLA runs each of them twice where `lax.scan` keeps their results: barriers after front, scan and back."""

@@ -40,6 +40,7 @@ from tests.pallas_kernels.sharded_support import (
 from tests.pallas_kernels.test_mosaic_scan import draw
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "ambient"])
 @pytest.mark.parametrize("pooled", [True, False])
@@ -74,6 +75,7 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize(
     ("mesh_is", "projected"), [("auto", True), ("explicit", False), ("callers", True)]
@@ -111,6 +113,7 @@ def test_mixer_block(seed, monkeypatch, mesh_is, projected):
     assert max(relative_errors(program(args, bars), wanted)) < 1e-2
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
 def test_projected_scan(seed, monkeypatch, mesh_is):
@@ -145,6 +148,7 @@ def test_ragged_core(seed, monkeypatch):
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_mosaic)])
 def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
     """With JAX's check of what varies over devices, which sums the weights' gradients too."""
@@ -168,6 +172,7 @@ def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
         assert kernels_in(text)
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_kernels_that_write_in_place_inside_a_shard_map_of_the_callers(
@@ -215,6 +220,7 @@ def test_kernels_for_several_gpus_with_explicit_axes(axes):
     assert "all_reduce" in text
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("pooled", [True, False])
 def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
@@ -239,6 +245,7 @@ def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
     assert "all_reduce" in text
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):

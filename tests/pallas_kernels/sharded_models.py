@@ -16,6 +16,7 @@ from tests.pallas_kernels.sharded_support import (
 )
 
 
+@pytest.mark.drawn("models")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("types", "blocks"),
@@ -31,6 +32,7 @@ def test_model(seed, monkeypatch, types, blocks):
     check_model(seed, types, "fastvim_tiny_patch16_224", blocks=blocks, remat="block")
 
 
+@pytest.mark.drawn("models")
 @pytest.mark.slow
 def test_vit(seed):
     check_model(seed, AxisType.Explicit, "vit_tiny_patch16_224", num_heads=4)

@@ -21,6 +21,7 @@ from tests.pallas_kernels.mosaic_support import (
 OPERATIONS = compositions.operations(128, batch=2)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "name",
     [
@@ -42,6 +43,7 @@ def test_by_xla(seed, name):
         assert max(relative_errors(got, wanted)) < 1e-5, composition
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)

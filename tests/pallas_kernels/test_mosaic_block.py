@@ -63,6 +63,7 @@ def wanted_of(args, case):
         return jax.device_get(block(wide, "xla", **case))
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("processors", [132, 1])
 def test_kernel(seed, monkeypatch, processors):
@@ -221,6 +222,7 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
         assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -265,6 +267,7 @@ def test_only_hopper_has_the_instructions(monkeypatch):
         assert ("matrix instructions" in (reason or "")) == missing, kind
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize("more", [{}, {"rows": 9, "columns": 2, "per_position": 4}])
 def test_derivative_rule(seed, more):

@@ -78,6 +78,7 @@ def test_random_rows(seed, monkeypatch):
     compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ def test_cases(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",

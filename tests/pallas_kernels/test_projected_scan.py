@@ -72,6 +72,7 @@ def shapes(b, l, e, rank=12):
     return jax.ShapeDtypeStruct((2, b, l, e), jnp.float32), args[1]
 
 
+@pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.parametrize(
     "cut",

@@ -24,6 +24,7 @@ def objective(arrays, options, implementation):
     return jnp.sum(jnp.sin(selective_scan(**arrays, **options, implementation=implementation)))
 
 
+@pytest.mark.drawn("composed")
 @pytest.mark.parametrize("implementation", XLA)
 def test_vmap_of_gradients(implementation: str, seed: int):
     spec = ScanSpec(2, 70, 3, states=4, z=True, reverse=True)
@@ -37,6 +38,7 @@ def test_vmap_of_gradients(implementation: str, seed: int):
             assert_close(stacked[name][i], expected[name], 5e-4, name)
 
 
+@pytest.mark.drawn("composed")
 @pytest.mark.parametrize("implementation", XLA)
 def test_blocks_under_scan_and_checkpoint(implementation: str, seed: int):
     """A scan over four layers with rematerialisation gives the gradients of a loop without."""
@@ -122,6 +124,7 @@ def test_wrong_dtype_and_names():
         selective_scan(**arrays, implementation="cuda")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("reason", [None, "it has 99 states"])
 def test_triton_by_name(seed, monkeypatch, caplog, reason):
     """What its kernels do not cover runs as the associative scan; a program for another platform as XLA's choice."""
@@ -150,6 +153,7 @@ def test_numpy_arrays_are_taken():
     np.testing.assert_array_equal(y, selective_scan(**arrays))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
 def test_in_pieces_it_is_one_scan(seed, implementation, reverse):

@@ -58,6 +58,7 @@ def check(arrays, options, implementation: str, dtype: str, seed: int) -> None:
         assert_close(gradients[name], bar, gradient, f"gradient of {name}")
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
 def test_oracle_gradients_are_the_slopes_of_the_oracle(spec: ScanSpec, seed: int):
     arrays, options = spec.arguments(seed)
@@ -115,6 +116,7 @@ def test_random_shapes_and_options(implementation: str, spec: ScanSpec, seed: in
     check(arrays, options, implementation, "float64", seed)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("length", "reverse"), [(128, False), (129, True), (200, True), (250, False), (321, True)]
 )
@@ -136,6 +138,7 @@ def test_reverse_is_forward_of_the_flipped(implementation: str, seed: int):
     assert relative_error(y, y_flipped) > 1e-2, "direction makes no difference"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("implementation", XLA)
 @pytest.mark.parametrize("raw", [-2e4, 60.0, 2e4])
 def test_extreme_steps(implementation: str, raw: float, seed: int):
@@ -145,6 +148,7 @@ def test_extreme_steps(implementation: str, raw: float, seed: int):
     check(arrays, options, implementation, "float32", seed)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation: str, seed: int):
     """The state stays float32: only the inputs, which the oracle sees too, and the output are rounded."""

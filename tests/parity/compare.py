@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tests.support import relative_error
+from tests.parity.known import KNOWN
+from tests.support import ALL_CASES, relative_error
 
-# Every fixture is compared in float64. One fixture of each class, another one each run, is compared in one of `OTHERS`
-# as well; the classes take turns, so each run sees all of them. Each is one more program to compile.
-# FASTVIM_PARITY_DTYPES=all compares every fixture in all; a list such as "float64", every fixture in those dtypes.
+# Every fixture is compared in float64. Fixtures of a third of the classes, other ones each run, are compared in one of
+# `OTHERS` as well; these take turns, so each run sees all of them. Each is one more program to compile.
+# A fixture that known.py does not name is compared in all, and with FASTVIM_PARITY_DTYPES=all (FASTVIM_TEST_CASES=all
+# means that, too) each is. A list such as "float64" compares every fixture in those dtypes.
 OTHERS = (("float32", "scan"), ("bfloat16", "scan"), ("float64", "unroll"))
-ASKED = os.environ.get("FASTVIM_PARITY_DTYPES", "")
+ASKED = os.environ.get("FASTVIM_PARITY_DTYPES", "all" if ALL_CASES else "")
 # (outputs, gradients), relative to the largest entry of each array.
 BOUNDS = {
     "float64": (1e-7, 1e-6),
@@ -105,15 +107,21 @@ class Comparison:
         return [f"{label}: {problem}" for problem in self.problems]
 
 
-def modes_of(turn: int | None) -> list[tuple[str, str]]:
+def in_all_modes(name: str) -> bool:
+    """Tell whether a fixture is compared in every dtype and mode, whatever a run draws."""
+    return ASKED == "all" or (not ASKED and name not in KNOWN)
+
+
+def modes_of(name: str, turn: int | None) -> list[tuple[str, str]]:
     """Return what to compare a fixture in: dtypes, and ways to run the blocks.
 
     Args:
-        turn: chooses one of `OTHERS` for the fixture that represents its class; None for all other fixtures.
+        name: of the fixture.
+        turn: chooses one of `OTHERS` for a fixture that was drawn; None for all other fixtures.
     """
     if ASKED and ASKED != "all":
         return [(dtype, "scan") for dtype in ASKED.split(",")]
-    if ASKED == "all":
+    if in_all_modes(name):
         return [("float64", "scan"), *OTHERS]
     others = [] if turn is None else [OTHERS[turn % len(OTHERS)]]
     return [("float64", "scan"), *others]

@@ -1,6 +1,7 @@
 """activations="compute" in bfloat16, held to its stated bounds on golden models that have mixers.
 
-Each run draws one model of each class and one of those with maxima; FASTVIM_PARITY_DTYPES=all takes every model.
+Each run draws one model of each class and one of those with maxima, and runs some of these and every model that
+known.py does not name. FASTVIM_PARITY_DTYPES=all takes every model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 
 from tests.parity.compare import ASKED, close
 from tests.parity.golden import draw_representatives, fixture_paths, kind_of, read
+from tests.parity.known import KNOWN
 from tests.parity.models import compare_model
 
 KINDS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone"}
@@ -22,16 +24,18 @@ PATHS = [path for path in fixture_paths() if kind_of(path) in KINDS]
 if ASKED != "all":
     seed = int(os.environ["FASTVIM_TEST_SEED"])
     drawn = draw_representatives(PATHS, seed) | {sorted(MAXIMA)[seed % len(MAXIMA)], QUICK}
-    PATHS = [path for path in PATHS if path.stem in drawn]
+    PATHS = [path for path in PATHS if path.stem in drawn or path.stem not in KNOWN]
+
+
+def marks(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    if path.stem == QUICK:
+        return ()
+    return (pytest.mark.slow, pytest.mark.drawn)[: 2 if path.stem in KNOWN else 1]
 
 
 @pytest.mark.skipif(not PATHS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem == QUICK else pytest.mark.slow)
-        for path in PATHS
-    ],
+    "path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in PATHS]
 )
 def test_within_stated_bounds(path: Path, record_property: Any) -> None:
     golden = read(path)

@@ -19,6 +19,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.drawn
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BOUNDS))
 def test_the_fast_mode_is_within_its_bounds(name: str, record_property: Any) -> None:
