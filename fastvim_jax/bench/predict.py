@@ -1,14 +1,15 @@
 """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
-There are two rows. `files` reads images from files. `memory` takes the same images, decoded and resized before, as one
-array, so that the host only copies them to the devices. All numbers are images per second of wall-clock time, medians
-over repeats.
+There are two rows. `memory` takes images, decoded and resized before, as one array, so that the host only copies them
+to the devices. `files` reads the same images from files; if processes decode, their start is included. All numbers are
+images per second of wall-clock time, medians over repeats.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,19 +60,22 @@ def rows(
     cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     model = _median(lambda: _model(classifier, kept, count // size), count, repeats)
     sources: dict[str, tuple[Classifier, Any]] = {
-        "files": (classifier, given),
         "memory": (cropped, np.resize(pixels, (count, *np.shape(pixels)[1:]))),
+        "files": (classifier, given),
     }
     for source, (chosen, items) in sources.items():
-        decoding = _median(lambda: _decode(chosen, items), count, repeats)  # noqa: B023
-        whole = _median(lambda: _whole(chosen, items), count, repeats)  # noqa: B023
+        workers = chosen.workers if source == "files" else 0
+        # Processes start anew each time, so a run of them warms nothing up.
+        measure = functools.partial(_median, count=count, repeats=repeats, warm=workers == 0)
+        decoding = measure(lambda: _decode(chosen, items))  # noqa: B023
+        whole = measure(lambda: _whole(chosen, items))  # noqa: B023
         yield {
             "model": name,
             "images_from": source,
             "batch": size,
             "images": count,
             "cores": cores(),
-            "workers": chosen.workers if source == "files" else 0,
+            "workers": workers,
             "decoding_per_s": decoding,
             "model_per_s": model,
             "whole_per_s": whole,
@@ -89,8 +93,9 @@ def limit(decoding: float, model: float, whole: float) -> str:
     return "decoding" if decoding < model else "model"
 
 
-def _median(run: Callable[[], None], count: int, repeats: int) -> float:
-    run()
+def _median(run: Callable[[], None], count: int, repeats: int, warm: bool = True) -> float:
+    if warm:
+        run()
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -38,7 +38,7 @@ def test_rates_from_files_and_from_memory_are_kept(tmp_path: Path, rng, capsys) 
     options = ["--batch-size", "2", "--images", "7", "--repeats", "1"]
     assert main([*command, *options, "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["images_from"] for row in rows] == ["files", "memory"]
+    assert [row["images_from"] for row in rows] == ["memory", "files"]
     for row in rows:
         assert row["images"] == 8  # whole batches
         assert row["of_model"] == pytest.approx(row["whole_per_s"] / row["model_per_s"])
