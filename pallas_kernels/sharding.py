@@ -333,6 +333,15 @@ def mark_varying(results: Any, arrays: Any) -> Any:
     return jax.tree.map(cast, results) if axes else results
 
 
+def cast_parameter(parameter: jax.Array, dtype: Any, tokens: jax.Array) -> jax.Array:
+    """Cast a parameter to the dtype in which it meets `tokens`.
+
+    Inside a `jax.shard_map` of the caller that splits the tokens, first mark the parameter as varying over the same
+    mesh axes. Otherwise JAX marks it after the cast, and sums its gradient over the devices in `dtype`.
+    """
+    return mark_varying(parameter, tokens).astype(dtype)
+
+
 def on_cuda(kernel: Callable, other: Callable, *arrays: Any) -> Any:
     """Apply `kernel` to arrays if the program is lowered for CUDA, otherwise `other`, which computes the same."""
     return lax.platform_dependent(

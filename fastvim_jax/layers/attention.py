@@ -13,7 +13,7 @@ from jax.nn.initializers import truncated_normal, zeros
 from jax.tree_util import Partial
 
 from fastvim_jax.layers.conv import DepthwiseConv
-from fastvim_jax.layers.linear import linear
+from fastvim_jax.layers.linear import linear, promote_parameters
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
@@ -34,6 +34,7 @@ def dense(
         dtype=precision.compute,
         param_dtype=precision.params,
         precision=precision.lax,
+        promote_dtype=promote_parameters,
         rngs=rngs,
     )
 

@@ -15,8 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer, ones, variance_scaling, zeros
 
+from fastvim_jax.layers.linear import promote_parameters
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import FeatureMap
+from pallas_kernels.sharding import cast_parameter
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -92,10 +94,10 @@ class UpConv(nnx.Module):
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """Return maps of twice the size in the compute dtype. One matrix product does it, as windows do not overlap."""
         p = self.precision
-        kernel = self.kernel[...].astype(p.compute)
+        kernel = cast_parameter(self.kernel[...], p.compute, x)
         y = jnp.einsum("bhwi,ipqo->bhpwqo", x.astype(p.compute), kernel, precision=p.lax)
         b, h, _, w, _, o = y.shape
-        return y.reshape(b, 2 * h, 2 * w, o) + self.bias[...].astype(y.dtype)
+        return y.reshape(b, 2 * h, 2 * w, o) + cast_parameter(self.bias[...], y.dtype, y)
 
 
 def convolution(
@@ -120,5 +122,6 @@ def convolution(
         dtype=precision.compute,
         param_dtype=precision.params,
         precision=precision.lax,
+        promote_dtype=promote_parameters,
         rngs=rngs,
     )

@@ -21,6 +21,7 @@ from fastvim_jax.layers.linear import product
 from fastvim_jax.layers.patch_embed import check_image_array
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Images
+from pallas_kernels.sharding import cast_parameter
 
 ChannelIds = Int[Array, "#b k"] | Int[np.ndarray, "#b k"]
 """Number of each of the input's k channels among the model's channels: for all images (b = 1), or for each image."""
@@ -80,7 +81,7 @@ class ChannelPatchEmbed(nnx.Module):
         projected = product(patches, kernel, self.precision.compute, self.precision.lax)
         embedding = jnp.take(self.channel_embed[...], jnp.asarray(ids), axis=0, mode="fill")
         offset = self.proj.bias[...] + embedding[:, None, None]
-        return projected + offset.astype(projected.dtype)
+        return projected + cast_parameter(offset, projected.dtype, projected)
 
 
 def cut_patches(

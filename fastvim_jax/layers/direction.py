@@ -25,6 +25,7 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import scan_weights
+from pallas_kernels.sharding import cast_parameter
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ScanDirection(nnx.Module):
             def multiply(x, kernel):
                 # x keeps its dtype: a kernel that rounds the few pooled tokens takes longer than a product in TF32.
                 mode = jax.lax.Precision.DEFAULT if narrow else precision.lax
-                return jnp.matmul(x, kernel.astype(x.dtype), precision=mode)
+                return jnp.matmul(x, cast_parameter(kernel, x.dtype, x), precision=mode)
         else:
 
             def multiply(x, kernel):

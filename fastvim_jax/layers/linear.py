@@ -8,6 +8,7 @@ of two bfloat16 numbers keeps 16 bits. It costs one more product in the forward 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.precision import Precision
 from pallas_kernels.derivatives import reverse_mode_only
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.sharding import cast_parameter, mark_varying
 
 
 def linear(
@@ -32,11 +34,23 @@ def linear(
         precision: Gives the dtype of the operands (`compute`) and XLA's precision for float32 products (`lax`).
     """
     if precision.activations == "compute":
-        operands = (a.astype(precision.compute) for a in (x, layer.kernel[...]))
-        y = jnp.matmul(*operands, precision=precision.lax)
+        kernel = cast_parameter(layer.kernel[...], precision.compute, x)
+        y = jnp.matmul(x.astype(precision.compute), kernel, precision=precision.lax)
     else:
         y = product(x, layer.kernel[...], precision.compute, precision.lax)
-    return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
+    return y if layer.bias is None else y + cast_parameter(layer.bias[...], y.dtype, y)
+
+
+def promote_parameters(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Cast a layer's input, the first of `arrays`, and its parameters to `dtype` through `cast_parameter`.
+
+    Pass it as `promote_dtype` to a layer of Flax that is called by itself, such as `nnx.Conv`.
+    """
+    del inexact
+    x, *parameters = arrays
+    return x.astype(dtype), *(
+        None if p is None else cast_parameter(p, dtype, x) for p in parameters
+    )
 
 
 def product(
@@ -52,7 +66,7 @@ def product(
     gradient wide instead, so both products would be wide and slow.
     """
     with reverse_mode_only("models", "fastvim_jax.jvp"):
-        return _product(x, kernel, operands, precision)
+        return _product(x, mark_varying(kernel, x), operands, precision)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -39,6 +39,7 @@ from fastvim_jax.layers.pooling import GridPooling, Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Keep, Tokens
 from pallas_kernels.mixer_core import Projection, Unprojected
+from pallas_kernels.sharding import cast_parameter
 from pallas_kernels.silu import silu
 
 
@@ -104,7 +105,9 @@ class Mixer(nnx.Module):
         gated = self.core(xz, pooling)
         # 6) Output projection.
         out = linear(self.out_proj, gated, precision)
-        return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
+        if self.layer_scale is None:
+            return out
+        return out * cast_parameter(self.layer_scale[...], out.dtype, out)
 
     def join(
         self,

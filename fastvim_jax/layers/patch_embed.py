@@ -15,6 +15,7 @@ from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.linear import product
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Grid, Images
+from pallas_kernels.sharding import cast_parameter
 
 
 class PatchProjection(nnx.Module):
@@ -78,7 +79,7 @@ class PatchEmbed(nnx.Module):
         """Project patch vectors to the model's width, float32 or wider."""
         kernel = rearrange(self.proj.kernel[...], "p q c d -> (p q c) d")
         projected = product(patches, kernel, self.precision.compute, self.precision.lax)
-        return projected + self.proj.bias[...].astype(projected.dtype)
+        return projected + cast_parameter(self.proj.bias[...], projected.dtype, projected)
 
 
 class GridSize(NamedTuple):

@@ -32,6 +32,7 @@ from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
 from pallas_kernels.mixer_core import Projection, Unprojected
+from pallas_kernels.sharding import cast_parameter
 
 
 class Block(nnx.Module):
@@ -64,13 +65,17 @@ class JoinedBlock(nnx.Module):
 
     Args:
         blocks: stacked blocks from `stack_blocks`; they are copied.
+        tokens: what the blocks will be applied to, for `cast_parameter`.
     """
 
-    def __init__(self, blocks: Any):
+    def __init__(self, blocks: Any, tokens: Tokens):
         copy = nnx.clone(blocks)
         self.mixer, self.norm_eps = copy.mixer, copy.norm.epsilon
         compute = copy.mixer.config.precision.compute
-        transposed = lambda kernel: jnp.swapaxes(kernel.astype(compute), -1, -2)  # noqa: E731
+
+        def transposed(kernel):
+            return jnp.swapaxes(cast_parameter(kernel, compute, tokens), -1, -2)
+
         scaled = copy.mixer.in_proj.kernel[...] * copy.norm.scale[...][..., None]
         self.in_weight = nnx.Param(transposed(scaled))  # `depth 2e d`
         self.out_weight = nnx.Param(transposed(copy.mixer.out_proj.kernel[...]))  # `depth d e`
@@ -168,7 +173,7 @@ class VisionMamba(Backbone):
         first = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), params))
         normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
         (residual, _), outputs = run_blocks(
-            JoinedBlock(blocks),
+            JoinedBlock(blocks, tokens),
             (tokens, normed),
             poolings,
             depth=config.depth,

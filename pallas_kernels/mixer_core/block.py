@@ -27,7 +27,7 @@ from pallas_kernels.mixer_core.api import (
 )
 from pallas_kernels.mixer_core.checks import check_arrays
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
-from pallas_kernels.sharding import on_cuda, per_shard
+from pallas_kernels.sharding import cast_parameter, on_cuda, per_shard
 
 
 class Projection(NamedTuple):
@@ -45,7 +45,8 @@ class Unprojected(NamedTuple):
 
     def projected(self) -> Float[Array, "b l e2"]:
         """Compute xz in the tokens' dtype."""
-        return jnp.matmul(self.tokens, self.weight.astype(self.tokens.dtype).T)
+        tokens = self.tokens
+        return jnp.matmul(tokens, cast_parameter(self.weight, tokens.dtype, tokens).T)
 
 
 def mixer_block(

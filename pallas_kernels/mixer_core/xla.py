@@ -14,6 +14,7 @@ from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core.narrow import on_channels
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
+from pallas_kernels.sharding import cast_parameter
 
 Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
 
@@ -247,7 +248,7 @@ def add_and_normalise(
 
 def project(g: jax.Array, weight: Float[Array, "o e"]) -> jax.Array:
     """Multiply with a weight that is stored transposed, in the dtype of g."""
-    return jnp.matmul(g, weight.astype(g.dtype).T)
+    return jnp.matmul(g, cast_parameter(weight, g.dtype, g).T)
 
 
 def rms_norm(total: jax.Array, gain: jax.Array, eps: float, dtype: Any) -> jax.Array:

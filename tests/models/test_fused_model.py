@@ -161,9 +161,9 @@ def test_which_calls_join_their_blocks(monkeypatch, options, call, joined):
     built = []
 
     class Watched(vision_mamba.JoinedBlock):
-        def __init__(self, blocks):
+        def __init__(self, blocks, tokens):
             built.append(blocks)
-            super().__init__(blocks)
+            super().__init__(blocks, tokens)
 
     monkeypatch.setattr(vision_mamba, "JoinedBlock", Watched)
     graphdef, params = split(**SMALL, **options)

@@ -83,8 +83,7 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
 def test_mixer_block(seed, monkeypatch, mesh_is, projected):
     """With in_proj or behind it. Callers: inside a shard_map of the caller's, with JAX's check of what varies.
 
-    Auto: images so large that at inference z takes the place of xz. Not for callers, where JAX adds up the gradients of
-    both projections' weights over devices in bfloat16, with an error that grows with the tokens.
+    Auto: images so large that at inference z takes the place of xz.
     """
     from pallas_kernels.mixer_core import mosaic
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,6 +60,31 @@ def test_model_inside_a_partly_manual_shard_map(seed):
     placed = put(params, jax.tree.map(lambda _: P(), params), mesh)
     images = jax.device_put(images, NamedSharding(mesh, P(("data", "fsdp"))))
     assert max(relative_errors(jax.jit(own)(placed, images), wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("activations", ["wide", "compute"])
+def test_weights_gradients_inside_a_shard_map_are_summed_in_float32(seed, activations):
+    """Whole numbers: exact in bfloat16 on one device; the sum over eight devices is not."""
+    from flax import nnx
+
+    from fastvim_jax.layers.linear import linear
+    from fastvim_jax.precision import Precision
+
+    precision = Precision("bfloat16", activations=activations)
+    graphdef, params = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(seed)))
+    rng = np.random.default_rng(seed)
+    x, y_bar = (rng.integers(1, 16, (8, size)) for size in (3, 5))
+
+    def loss(params, x, y_bar):
+        y = linear(nnx.merge(graphdef, params), x, precision)
+        return jnp.sum(y * y_bar.astype(y.dtype))
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P(), P("data"), P("data"))
+    run = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=P()))
+    got = run(params, *(jnp.asarray(a, jnp.float32) for a in (x, y_bar)))
+    np.testing.assert_array_equal(got.kernel, np.float64(x.T @ y_bar))
+    np.testing.assert_array_equal(got.bias, np.float64(y_bar.sum(0)))
 
 
 def check_model(seed, types, name, **options):

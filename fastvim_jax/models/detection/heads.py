@@ -10,6 +10,7 @@ from flax import nnx
 from jax.nn.initializers import he_normal, normal
 from jaxtyping import Array, Float
 
+from fastvim_jax.layers.linear import promote_parameters
 from fastvim_jax.models.detection.simple_fpn import ConvNorm, Upsample
 from fastvim_jax.precision import Precision
 
@@ -66,6 +67,7 @@ class BoxHead(nnx.Module):
                 dtype=dtype,
                 param_dtype=p.params,
                 precision=p.lax,
+                promote_dtype=promote_parameters,
                 rngs=rngs,
             )
 
@@ -111,6 +113,7 @@ class MaskHead(nnx.Module):
             dtype=p.compute,
             param_dtype=p.params,
             precision=p.lax,
+            promote_dtype=promote_parameters,
             rngs=rngs,
         )
 

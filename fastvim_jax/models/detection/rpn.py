@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float
 
+from fastvim_jax.layers.linear import promote_parameters
 from fastvim_jax.models.detection.anchors import inside, level_anchors, valid_anchors
 from fastvim_jax.models.detection.boxes import decode_deltas, encode_deltas, not_empty
 from fastvim_jax.models.detection.config import ProposalConfig
@@ -48,6 +49,7 @@ class RPNHead(nnx.Module):
                 dtype=p.compute,
                 param_dtype=p.params,
                 precision=p.lax,
+                promote_dtype=promote_parameters,
                 rngs=rngs,
             )
 

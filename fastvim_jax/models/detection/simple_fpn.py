@@ -8,9 +8,11 @@ from flax import nnx
 from jax.nn.initializers import he_normal, zeros
 from jaxtyping import Array, Float
 
+from fastvim_jax.layers.linear import promote_parameters
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Grid
+from pallas_kernels.sharding import cast_parameter
 
 
 class ConvNorm(nnx.Module):
@@ -28,6 +30,7 @@ class ConvNorm(nnx.Module):
             dtype=precision.compute,
             param_dtype=precision.params,
             precision=precision.lax,
+            promote_dtype=promote_parameters,
             rngs=rngs,
         )
         self.norm = make_norm("layer", out, eps=eps, precision=precision, rngs=rngs)
@@ -51,9 +54,9 @@ class Upsample(nnx.Module):
         """Double rows and columns; the result is in the compute dtype."""
         p = self.precision
         b, h, w, _ = x.shape
-        kernel = self.kernel[...].astype(p.compute)
+        kernel = cast_parameter(self.kernel[...], p.compute, x)
         y = jnp.einsum("bhwi,pqio->bhpwqo", x.astype(p.compute), kernel, precision=p.lax)
-        return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(y.dtype)
+        return y.reshape(b, 2 * h, 2 * w, -1) + cast_parameter(self.bias[...], y.dtype, y)
 
 
 class SimpleFPN(nnx.Module):

@@ -1,0 +1,118 @@
+"""Gradients of whole models inside a caller's `jax.shard_map`, traced for a mesh that is not there."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from fastvim_jax import create_model
+from fastvim_jax.models import build_model, cascade_mask_rcnn, model_config, upernet
+from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic
+
+JOINED = "joined"
+SMALL = {"embed_dim": 16, "depth": 2, "image_size": 16, "patch_size": 4, "dtype": "bfloat16"}
+
+
+def logits(model, images):
+    return [model(images)]
+
+
+def reconstruction(model, images):
+    return [model(images, noise=images[:, ::4, ::4, 0].reshape(len(images), -1)).predicted]
+
+
+def segmentation(model, images):
+    return [model(images).main]
+
+
+def detection(model, images):
+    levels = model.features(images)
+    scores, deltas = model.rpn(levels)
+    stage = model.stages[0]
+    boxes, masks = levels[0][:, :7, :7], levels[0][:, :14, :14]
+    return [*scores, *deltas, *stage.box_head(boxes), stage.mask_head(masks)]
+
+
+def segmenter():
+    backbone = model_config("fastvim_tiny_patch16_224", **SMALL | {"depth": 4})
+    config = upernet(backbone, image_size=16, num_classes=3, channels=8, pool_scales=(1, 2))
+    return build_model(config, rngs=nnx.Rngs(0))
+
+
+def detector():
+    backbone = model_config("fastvim_tiny_patch16_224", **SMALL | {"patch_size": 16})
+    config = cascade_mask_rcnn(backbone, num_classes=2, width=8, hidden=8)
+    return build_model(config, rngs=nnx.Rngs(0))
+
+
+def named(name, **options):
+    return lambda: create_model(name, rngs=nnx.Rngs(0), **(SMALL | options))
+
+
+CASES = {
+    "fastvim": (
+        named("fastvim_tiny_patch16_224", proj_bias=True, layer_scale=0.1, pooling="attention"),
+        logits,
+    ),
+    "fastvim-compute": (named("fastvim_tiny_patch16_224", activations="compute"), logits),
+    # As kernels for an H100 that need not be there: each block joined to the next block's norm.
+    JOINED: (
+        named("fastvim_tiny_patch16_224", activations="compute", embed_dim=64),
+        logits,
+    ),
+    "vit": (named("vit_tiny_patch16_224", num_heads=4), logits),
+    "channels": (named("fastchannelvim_tiny_patch8_224", channels=3), logits),
+    "masked": (
+        named("mae_fastvim_tiny_patch16_224", decoder_dim=8, decoder_depth=1),
+        reconstruction,
+    ),
+    "segmentation": (segmenter, segmentation),
+    "detection": (detector, detection),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [*(case for case in CASES if case != JOINED), pytest.param(JOINED, marks=needs_mosaic)]
+)
+def test_no_parameters_gradient_is_summed_over_devices_in_half_precision(case, monkeypatch):
+    device = abstract_device() if case == JOINED else None
+    if case == JOINED:  # of a batch that would not fill the GPU
+        from pallas_kernels.mixer_core import mosaic
+
+        monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
+    if case == "detection":  # JAX 0.11.2 has no rule for the exact one inside a shard_map
+        exact = jax.nn.gelu
+        monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x))
+    make, apply = CASES[case]
+    graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+    def loss(params, rest, images):
+        model = nnx.merge(graphdef, params, rest)
+        return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in apply(model, images))
+
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    specs = (P(), P(), P("data"))
+    gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=P())
+    size = 64 if case == "detection" else 16
+    images = jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32)
+    sums = list(summed(jax.make_jaxpr(gradient)(params, rest, images).jaxpr))
+    assert len(sums) >= len(jax.tree.leaves(params)) // 2
+    assert {x.dtype for x in sums} == {jnp.dtype("float32")}
+
+
+def summed(jaxpr):
+    """Yield the types of all arrays that a program sums over devices."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("psum"):
+            yield from (x.aval for x in equation.invars)
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(part):
+                yield from summed(getattr(part, "jaxpr", part))
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
