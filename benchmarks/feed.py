@@ -344,11 +344,12 @@ def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield every row of the benchmark."""
-    with Feeds(feeds_of(options)) as feeds:
-        for model in options.models:
-            yield from measure_model(model, feeds, options)
-    yield measure_augmentation(options)
+    """Yield every row of the benchmark; without models, the DataLoader's alone."""
+    if options.models:
+        with Feeds(feeds_of(options)) as feeds:
+            for model in options.models:
+                yield from measure_model(model, feeds, options)
+        yield measure_augmentation(options)
     if not options.no_torch:
         yield measure_torch(options)
 
@@ -363,7 +364,8 @@ def report(files: Sequence[Path]) -> str:
         workers = next(row["workers"] for row in record["rows"] if "workers" in row)
         models = dict.fromkeys(row["model"] for row in record["rows"] if row["model"])
         runs.append(
-            f"{' and '.join(models)} on {about['device']} with {workers} workers, {about.get('date', '')}, commit "
+            f"{' and '.join(models) or 'the DataLoader'} on {about['device']} with {workers} workers, "
+            f"{about.get('date', '')}, commit "
             f"{about.get('commit', '')}"
         )
     lines = [
