@@ -17,16 +17,16 @@ def draw_cases(
 ) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Split collected tests into those to run and those to leave out, in their order.
 
-    Of each group a third is run, rounded up. A group is the cases of one test, or all tests of a file whose mark names
-    the same group: `@pytest.mark.drawn("shapes")`. Tests without the mark are run, and so is what `arguments`, the
+    Of each group a third is run, rounded up. A group is the cases of one test, or all tests whose marks name the same
+    group: `@pytest.mark.drawn("core shapes")`. Tests without the mark are run, and so is what `arguments`, the
     command line's, ask for by node id ("file.py::test" or "file.py::test[case]").
     """
     asked = [_parts(argument) for argument in arguments if "::" in argument]
-    groups: dict[tuple[Path, str], list[pytest.Item]] = {}
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         if (mark := item.get_closest_marker("drawn")) and not _is_asked(item, asked):
             name = mark.args[0] if mark.args else item.nodeid.partition("[")[0]
-            groups.setdefault((item.path, name), []).append(item)
+            groups.setdefault(name, []).append(item)
     left_out: set[pytest.Item] = set()
     for group in groups.values():
         in_turn = sorted(group, key=lambda item: zlib.crc32(f"{seed} {item.nodeid}".encode()))

@@ -49,7 +49,7 @@ def model_of(parts: list[str]) -> VisionMambaConfig | ViTConfig:
         "patch_size": 4,
         "num_classes": CLASSES,
         "embed_dim": 16,
-        "depth": 4,
+        "depth": 2,
         "drop_path": 0.4,
         "dtype": parts[0],
         "param_dtype": parts[0],

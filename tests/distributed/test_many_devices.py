@@ -25,12 +25,17 @@ from tests.support import ROOT
 from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH
 
 HERE = Path(__file__).parent
-# Each compiles a training step: every option stands once, on a mesh of its own.
-MESHES = (
-    "float64-2x1-accumulate2", "float64-2x2-unroll", "float64-8x1", "float64-1x8-remat",
-    "float64-2x4-accumulate4",
-)  # fmt: skip
-SINGLE = ("float32-2x4-accumulate4",)
+# Each compiles a training step: every option stands once, on a mesh of its own. Beside it, the largest share of the
+# state that a device may hold, and the most entries that are gathered at once: the largest parameter has 16 × 64, and
+# the activations of a batch have 32 × 16 × 16 and more.
+MESHES = {
+    "float64-2x1-accumulate2": (1.0, 0),
+    "float64-2x2-unroll": (0.7, 16 * 64),
+    "float64-8x1": (1.0, 0),
+    "float64-1x8-remat": (0.22, 16 * 64),
+    "float64-2x4-accumulate4": (0.35, 16 * 64),
+}
+SINGLE = "float32-2x4-accumulate4"
 QUICK = ("float32-2x4-accumulate2-vit", "float32-1x1-vit")
 
 
@@ -85,56 +90,56 @@ def test_eight_devices_and_one_give_the_same_curve(tmp_path):
     assert one[-1] < one[0] - 0.01
 
 
+def cases_of(request, test: str) -> list[str]:
+    """Return the names that a test of this session is run with, so that a fixture makes no more than these."""
+    run = (item for item in request.session.items if item.nodeid.partition("[")[0].endswith(test))
+    return [item.callspec.params["name"] for item in run]
+
+
 @pytest.fixture(scope="module")
-def float64(tmp_path_factory):
-    return curves(tmp_path_factory.mktemp("curves"), "float64-1x1", *MESHES)
+def float64(request, tmp_path_factory):
+    meshes = cases_of(request, "::test_the_mesh_does_not_change_the_curve")
+    return curves(tmp_path_factory.mktemp("curves"), "float64-1x1", *meshes)
 
 
 @pytest.mark.slow
+@pytest.mark.drawn("curves on meshes")
 @pytest.mark.parametrize("name", MESHES)
 def test_the_mesh_does_not_change_the_curve(float64, name):
+    """FSDP spreads the state, and gathers nothing but single parameters."""
     losses, *_ = float64["float64-1x1"]
-    np.testing.assert_allclose(float64[name][0], losses, rtol=1e-9)
+    curve, share, gathered = float64[name]
+    np.testing.assert_allclose(curve, losses, rtol=1e-9)
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.01
+    largest_share, most = MESHES[name]
+    assert share == 1.0 if largest_share == 1.0 else share < largest_share
+    assert gathered <= most and (gathered > 0) == (most > 0)
 
 
 @pytest.mark.slow
-def test_fsdp_spreads_the_state(float64):
-    shares = {name: float64[name][1] for name in MESHES}
-    assert shares["float64-8x1"] == 1.0
-    assert shares["float64-2x4-accumulate4"] < 0.35 and shares["float64-1x8-remat"] < 0.22
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["float64-1x8-remat", "float64-2x2-unroll"])
-def test_nothing_but_single_parameters_is_gathered(float64, name):
-    """The largest parameter has 16 × 64 entries; the activations of a batch have 32 × 16 × 16 and more."""
-    assert 0 < float64[name][2] <= 16 * 64
-    assert float64["float64-8x1"][2] == 0
-
-
-@pytest.mark.slow
+@pytest.mark.drawn("curves on meshes")
 def test_the_mesh_does_not_change_the_curve_in_float32(tmp_path):
-    results = curves(tmp_path, "float32-1x1", *SINGLE)
-    for name in SINGLE:
-        np.testing.assert_allclose(
-            results[name][0], results["float32-1x1"][0], rtol=1e-5, err_msg=name
-        )
+    results = curves(tmp_path, "float32-1x1", SINGLE)
+    np.testing.assert_allclose(results[SINGLE][0], results["float32-1x1"][0], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """A run on one device, and one broken off on eight and taken up on others; see runs.py."""
     folder = tmp_path_factory.mktemp("runs")
-    jobs = ("whole:1x1", "spread:1x8:15", "one=spread:1x1", "four=spread:2x2", "whole:score")
+    resumed = {"one": "one=spread:1x1", "four": "four=spread:2x2"}
+    names = cases_of(request, "::test_a_checkpoint_of_eight_devices_goes_on_where_others_are")
+    jobs = ("whole:1x1", "spread:1x8:15", *(resumed[name] for name in names), "whole:score")
     finish(launch("runs.py", str(folder), *jobs, devices=8))
     return folder
 
 
 @pytest.fixture(scope="module")
-def two_processes(runs):
+def two_processes(request, runs):
     """A run in two processes, and the one broken off on eight devices of one process taken up by two."""
-    together("runs.py", str(runs), "two:4x1", "moved=spread:2x2", "moved:score")
+    names = cases_of(request, "::test_two_processes_give_the_same_run_and_count_exactly")
+    begun = ["two:4x1"] if "two" in names else []
+    together("runs.py", str(runs), *begun, "moved=spread:2x2", "moved:score")
     return runs
 
 
@@ -156,12 +161,14 @@ def assert_same_log(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["one", "four"])
 def test_a_checkpoint_of_eight_devices_goes_on_where_others_are(runs, name):
     assert_same_log(runs / name, runs / "whole")
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["two", "moved"])
 def test_two_processes_give_the_same_run_and_count_exactly(two_processes, name):
     """4 × 1 and 2 × 2 devices; what process 0 wrote is the whole run folder."""
@@ -184,6 +191,7 @@ def test_two_processes_score_a_run_as_one_does(two_processes):
 
 
 @pytest.mark.slow
+@pytest.mark.drawn("shares of processes")
 def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
     """Each process keeps and gathers its own devices' shares; no image passes between them."""
     finish(launch("shares.py", str(tmp_path / "one.npz"), str(seed), devices=4))
@@ -192,6 +200,7 @@ def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.drawn("shares of processes")
 def test_pixel_shards_are_cropped_alike_in_two_processes(tmp_path, seed):
     """Each process reads its own devices' rows; no image passes between them."""
     digits = open_source("digits", "train[:40]")

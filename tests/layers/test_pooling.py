@@ -44,6 +44,7 @@ class RowsOf:
         return jnp.take_along_axis(y, self.ids[..., None], axis=1)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(("mode", "depth"), [("scan", 4), ("unroll", 2)])
 def test_a_pooling_may_hold_traced_arrays(key, mode, depth):
     """Under jit, vmap, the loop over blocks and recomputed blocks, with gradients, as the fixed grid gives."""

@@ -213,7 +213,7 @@ def compare(
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=8 * DRAWS, **EXAMPLES)
+@settings(max_examples=4 * DRAWS, **EXAMPLES)
 @given(config=mamba_configs(), seed=SEEDS)
 def test_any_vision_mamba_equals_the_oracle(config: VisionMambaConfig, seed: int) -> None:
     note(f"{config}")
@@ -221,7 +221,7 @@ def test_any_vision_mamba_equals_the_oracle(config: VisionMambaConfig, seed: int
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention", "none"])
-@settings(max_examples=2 * DRAWS, **EXAMPLES)
+@settings(max_examples=DRAWS, **EXAMPLES)
 @given(data=st.data(), seed=SEEDS)
 def test_every_pooling_with_a_class_token_equals_the_oracle(
     pooling: str, data: st.DataObject, seed: int
@@ -231,7 +231,7 @@ def test_every_pooling_with_a_class_token_equals_the_oracle(
     compare(config, vision_mamba, (config.depth,), seed)
 
 
-@settings(max_examples=6 * DRAWS, **EXAMPLES)
+@settings(max_examples=3 * DRAWS, **EXAMPLES)
 @given(config=vit_configs(), seed=SEEDS)
 def test_any_vit_equals_the_oracle(config: ViTConfig, seed: int) -> None:
     compare(config, vit, (config.depth, 2), seed)

@@ -109,6 +109,7 @@ def test_parameter_counts(name):
 
 # The other sizes of a family differ in nothing but numbers, and all are cut to the same small ones here.
 # Masked autoencoders are called with noise: see test_mae.py.
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "name", [name for name in list_models("*_tiny_*") if not name.startswith("mae_")]
 )
@@ -134,6 +135,7 @@ def in_both_modes(run, config, params, images, **kwargs):
     return (run(c, params, images, **kwargs) for c in (config, unrolled))
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("options", MAMBA_OPTIONS, ids=str)
 def test_every_option_runs_and_scan_equals_unroll(options, key):
     config = small(VisionMambaConfig(), drop_path=0.3, **options)
@@ -144,6 +146,7 @@ def test_every_option_runs_and_scan_equals_unroll(options, key):
     assert_close(scanned, unrolled, 2e-2 if config.dtype == "bfloat16" else 1e-5)
 
 
+@pytest.mark.drawn("modes agree")
 @pytest.mark.parametrize(
     "options", [{}, {"pooling": "attention", "class_token": "middle"}], ids=str
 )
@@ -163,6 +166,7 @@ def test_gradients_agree_between_modes(options, key):
             assert_close(a, b, 2e-5, name)
 
 
+@pytest.mark.drawn("modes agree")
 @pytest.mark.parametrize(("pooling", "remat"), [("none", "dots"), ("mean", "block")])
 def test_vit_options_agree_between_modes(pooling, remat, key):
     config = small(ViTConfig(), pooling=pooling, conv_width=4, drop_path=0.2, remat=remat)
@@ -173,6 +177,7 @@ def test_vit_options_agree_between_modes(pooling, remat, key):
         assert_close(a, b, 2e-5)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     "name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224", "vit_tiny_patch16_224"]
 )
@@ -184,6 +189,7 @@ def test_any_size_at_call_time(name, key):
         assert run(model, jax.random.normal(key, (2, *size, 3))).shape == (2, 7)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("order", ["row", "column"])
 @pytest.mark.parametrize("class_token", ["none", "middle"])
 def test_dense_features_are_images_of_the_block_outputs(order, class_token, key):

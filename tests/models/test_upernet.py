@@ -34,6 +34,7 @@ def small(backbone: str, **options):
     )  # fmt: skip
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("backbone", "neck", "finest"),
     [

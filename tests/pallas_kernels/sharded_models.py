@@ -17,7 +17,7 @@ from tests.pallas_kernels.sharded_support import (
 )
 
 
-@pytest.mark.drawn("models")
+@pytest.mark.drawn("sharded models")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("types", "blocks"),
@@ -33,7 +33,7 @@ def test_model(seed, monkeypatch, types, blocks):
     check_model(seed, types, "fastvim_tiny_patch16_224", blocks=blocks, remat="block")
 
 
-@pytest.mark.drawn("models")
+@pytest.mark.drawn("sharded models")
 @pytest.mark.slow
 def test_vit(seed):
     check_model(seed, AxisType.Explicit, "vit_tiny_patch16_224", num_heads=4)

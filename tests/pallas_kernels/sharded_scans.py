@@ -99,7 +99,7 @@ def test_both_directions(seed, monkeypatch, types):
     assert max(relative_errors(run(args), wanted)) < BOUND
 
 
-@pytest.mark.drawn("more")
+@pytest.mark.drawn("more sharded scans")
 @pytest.mark.slow
 def test_scan_in_bfloat16(seed, monkeypatch):
     asked(monkeypatch)
@@ -113,13 +113,13 @@ def test_the_partitioner_splits_xla_scans_by_itself(seed, place):
     check_scan(seed, AxisType.Auto, place)
 
 
-@pytest.mark.drawn("more")
+@pytest.mark.drawn("more sharded scans")
 @pytest.mark.slow
 def test_associative_scan(seed):
     check_scan(seed, AxisType.Explicit, "channels 4 ways, 2 groups", 9, "xla_associative")
 
 
-@pytest.mark.drawn("composed")
+@pytest.mark.drawn("sharded scan composed")
 def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
     """No argument is sharded when the program starts."""
     asked(monkeypatch)
@@ -138,7 +138,7 @@ def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
         np.testing.assert_allclose(run(args), wanted, rtol=1e-5)
 
 
-@pytest.mark.drawn("composed")
+@pytest.mark.drawn("sharded scan composed")
 def test_vmap(seed, monkeypatch):
     """The mapped axis is split too."""
     asked(monkeypatch)
@@ -159,7 +159,7 @@ def test_vmap(seed, monkeypatch):
     assert max(relative_errors(run(stacked, shared), wanted)) < BOUND
 
 
-@pytest.mark.drawn("composed")
+@pytest.mark.drawn("sharded scan composed")
 def test_blocks_under_scan_with_remat_and_donation(seed, monkeypatch):
     asked(monkeypatch)
     args = draw(np.random.default_rng(seed), 8, 9, 48, 2)

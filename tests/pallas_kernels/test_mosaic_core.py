@@ -89,7 +89,7 @@ def test_random_grid(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_two_warpgroups_share_a_token(seed, monkeypatch):
     """Each has half of the channels; the mean and deviation are of all. A thread block reuses the memory for sums."""
@@ -104,7 +104,7 @@ def test_two_warpgroups_share_a_token(seed, monkeypatch):
     compare(rng, 3e-6, b=2, rows=3, columns=4, e=512)
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_segments_that_overlap(seed):
     """Lines that cut into no equal segments: what is computed twice is added once, and written twice in order."""
@@ -123,7 +123,7 @@ def test_segments_that_overlap(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_several_tokens_at_a_position(seed):
     """Several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
@@ -146,7 +146,7 @@ def test_several_tokens_at_a_position(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method, per_position=per_position)
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_lines_of_several_segments(seed, monkeypatch):
     """The gradients go on from segment to segment and from line to line, here through all of a batch's image."""
@@ -166,7 +166,7 @@ def test_lines_of_several_segments(seed, monkeypatch):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_channels_of_no_whole_block(seed):
     """They are filled up with zeros, which count in no norm."""
@@ -175,7 +175,7 @@ def test_channels_of_no_whole_block(seed):
     compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 @pytest.mark.parametrize("norm_kind", ["rms", "none"])
 def test_other_norms(seed, norm_kind):
@@ -243,7 +243,7 @@ def check_maxima(seed):
         assert np.all((place >= 0) & (place < 34))
 
 
-@pytest.mark.drawn("shapes")
+@pytest.mark.drawn("core shapes")
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_cases(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("lowered")
+@pytest.mark.drawn("core lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -285,7 +285,7 @@ def test_lowers_for_an_h100(case, transposed, method):
     check_lowering(case, transposed, method)
 
 
-@pytest.mark.drawn("lowered")
+@pytest.mark.drawn("core lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("case", "transposed", "method"),

@@ -24,7 +24,7 @@ def objective(arrays, options, implementation):
     return jnp.sum(jnp.sin(selective_scan(**arrays, **options, implementation=implementation)))
 
 
-@pytest.mark.drawn("composed")
+@pytest.mark.drawn("XLA scan composed")
 @pytest.mark.parametrize("implementation", XLA)
 def test_vmap_of_gradients(implementation: str, seed: int):
     spec = ScanSpec(2, 70, 3, states=4, z=True, reverse=True)
@@ -38,7 +38,7 @@ def test_vmap_of_gradients(implementation: str, seed: int):
             assert_close(stacked[name][i], expected[name], 5e-4, name)
 
 
-@pytest.mark.drawn("composed")
+@pytest.mark.drawn("XLA scan composed")
 @pytest.mark.parametrize("implementation", XLA)
 def test_blocks_under_scan_and_checkpoint(implementation: str, seed: int):
     """A scan over four layers with rematerialisation gives the gradients of a loop without."""
