@@ -108,15 +108,17 @@ def masked(rows: list[Row]) -> Iterator[str]:
             f"Required: FastMaskVim at least {PEER_RATIO} times as fast as the compiled PyTorch ViT-B. It is "
             f"{ratio:.2f} times as fast as the fastest of these; met: {yes(ratio >= PEER_RATIO)}.\n"
         )
-    yield "Forward pass of the encoder over the quarter of the patches that is kept, against all patches.\n"
-    yield table(
-        ("model", "images/s", "device ms", "all patches, device ms", "ratio", f"met (at most {ENCODER_RATIO})"),
-        [
-            (row["model"], f"{row['images_per_s']:,.0f}", f"{row['device_ms']:.2f}",
-             f"{row['unmasked']['device_ms']:.2f}", f"{row['ratio']:.3f}", yes(row["ratio"] <= ENCODER_RATIO))
-            for row in found if row["row"] == "encoder"
-        ],
-    )  # fmt: skip
+    encoders = [row for row in found if row["row"] == "encoder"]
+    if encoders:
+        yield "Forward pass of the encoder over the quarter of the patches that is kept, against all patches.\n"
+        yield table(
+            ("model", "images/s", "device ms", "all patches, device ms", "ratio", f"met (at most {ENCODER_RATIO})"),
+            [
+                (row["model"], f"{row['images_per_s']:,.0f}", f"{row['device_ms']:.2f}",
+                 f"{row['unmasked']['device_ms']:.2f}", f"{row['ratio']:.3f}", yes(row["ratio"] <= ENCODER_RATIO))
+                for row in encoders
+            ],
+        )  # fmt: skip
     yield source(found + peers)
 
 
