@@ -254,6 +254,10 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
     batch = row["batch"] * devices
     recipe = "recipe" in row
     program = _program(config, batch, recipe, mesh)
+    reference = _compiled_reference(row, config, batch)
+    # Nothing is allocated before it is this step's turn, because other programs wait on the same GPUs.
+    yield None
+
     before = _bytes_in_use()
     state = jax.block_until_ready(_placed_state(config, recipe, mesh))
     memory = {
@@ -261,11 +265,8 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
         "state_bytes_in_use": _bytes_in_use() - before,
     }
     batches = [_batch(config, batch, seed, recipe) for seed in range(2)]
-    options = reference_options(row["model"])
-    # The reference runs on one device.
     first = jax.device_put((state.params, batches[0]), jax.local_devices()[0])
-    reference = _reference(config, options, recipe)
-    loss, gradient = timing.Program(reference, *first, hasty=True)(*first)
+    loss, gradient = reference(*first)
     batches = batches if mesh is None else [place_batch(mesh, each) for each in batches]
     del first
     held, metrics = program(state, batches[0])
@@ -278,7 +279,6 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
     }
     del gradient, moment, state
     losses = [metrics["loss"]]
-    yield None
 
     def one(i):
         nonlocal held
@@ -307,6 +307,17 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
         and errors["gradient_error"] <= GRADIENT_TOLERANCES[precision],
         **program.costs(),
     }  # fmt: skip
+
+
+def _compiled_reference(row: timing.Row, config: Config, batch: int) -> timing.Program:
+    """Compile the reference of the first step's loss and gradient. It runs on one device."""
+    recipe = "recipe" in row
+    shapes = jax.eval_shape(
+        lambda: (_state(config, recipe).params, _batch(config, batch, 0, recipe))
+    )
+    return timing.Program(
+        _reference(config, reference_options(row["model"]), recipe), *shapes, hasty=True
+    )
 
 
 def _bytes_in_use() -> int:

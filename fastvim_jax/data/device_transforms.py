@@ -35,7 +35,7 @@ ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
 """Smallest and largest ratio of the erased box's height to its width."""
 _ATTEMPTS = 10
-"""Boxes that are drawn; the first that fits is erased."""
+"""Candidates that are drawn, of boxes to erase and of shares to mix by; the first acceptable one is taken."""
 
 
 def make_preprocess(config: DataConfig) -> Preprocess:
@@ -237,11 +237,35 @@ def mix_weights(
     else:
         cut = jnp.asarray(bool(cutmix))
     alpha = jnp.where(cut, cutmix, mixup)
-    share = jax.random.beta(share_key, alpha, alpha)
+    share = symmetric_beta(share_key, alpha)
     share = jnp.where(jax.random.bernoulli(on_key, probability), share, 1.0)
     outside = ~cutmix_box(box_key, size, share)
     weight = jnp.where(cut, outside.astype(jnp.float32), share)
     return weight, jnp.where(cut, outside.sum() / outside.size, share)
+
+
+def symmetric_beta(key: Key[Array, ""], alpha: Float[Array, ""]) -> Float[Array, ""]:
+    """Draw a number from Beta(α, α), α > 0, without a loop.
+
+    `jax.random.beta` draws again until a draw is accepted. In a step on several GPUs each of its rounds makes all GPUs
+    and the host wait for each other. Here `_ATTEMPTS` candidates are drawn at once and the first accepted one is
+    taken; each is refused with a probability below 5 %, so that none is left in less than one of 10¹³ draws.
+
+    Marsaglia and Tsang 2000: of a standard normal x and v = (1 + x / √(9d))³, d·v is a draw from Gamma(d + 1/3) if
+    log u < x²/2 + d - d·v + d·log v. If G is from Gamma(α + 1), then G·u^(1/α) is from Gamma(α). The ratio of one of
+    two such draws to their sum is from Beta(α, α).
+    """
+    normal_key, accept_key, power_key = jax.random.split(key, 3)
+    d = alpha + (1 - 1 / 3)
+    x = jax.random.normal(normal_key, (2, _ATTEMPTS))
+    v = jnp.maximum(1 + x / jnp.sqrt(9 * d), 0.0) ** 3
+    log_v = jnp.log(v)  # minus infinity, never accepted, where v is 0
+    log_u = jnp.log1p(-jax.random.uniform(accept_key, (2, _ATTEMPTS)))
+    accepted = log_u < x**2 / 2 + d - d * v + d * log_v
+    first = jnp.argmax(accepted, axis=1)
+    log_gamma = jnp.take_along_axis(log_v, first[:, None], axis=1)[:, 0]
+    log_gamma += jnp.log1p(-jax.random.uniform(power_key, (2,))) / alpha
+    return jax.nn.sigmoid(log_gamma[0] - log_gamma[1])
 
 
 def cutmix_box(
