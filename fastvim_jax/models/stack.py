@@ -16,6 +16,7 @@ from flax import nnx
 
 from fastvim_jax.distributed.sharding import gather
 from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.models.parts import run_in_parts
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -83,11 +84,16 @@ def run_blocks(
         if periods > 1:
             end = start + periods * period
 
-            def body(residual, xs):
+            def one_period(xs, residual):
                 for j in range(period):
                     params, keep_i = jax.tree.map(lambda leaf: leaf[j], xs)  # noqa: B023
                     residual, _ = apply((start + j) % period, params, keep_i, residual)
-                return residual, None
+                return residual
+
+            def body(residual, xs):
+                if keep is not None or not isinstance(residual, jax.Array):
+                    return one_period(xs, residual), None
+                return run_in_parts(one_period, xs, residual, poolings), None
 
             xs = jax.tree.map(
                 lambda leaf: leaf[start:end].reshape(periods, period, *leaf.shape[1:]),
