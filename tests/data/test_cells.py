@@ -142,6 +142,19 @@ def test_names_in_another_order_than_the_shards_are_refused(
     assert "give these names, in this order" in capsys.readouterr().err
 
 
+def test_shards_of_versions_that_did_not_name_channels_are_kept_and_named(rng, tmp_path) -> None:
+    images = Images(8, rng)
+    prepare(images, tmp_path, "train", shard_records=4)
+    assert "channel_names" not in json.loads((tmp_path / "train.json").read_text())
+    images.channel_names = ("d", "a", "b", "c")
+    assert prepare(images, tmp_path, "train", shard_records=4).kept == 2
+    source = open_source("array_record", "train", path=str(tmp_path))
+    assert source.channel_names == images.channel_names
+    images.channel_names = ("a", "d", "b", "c")
+    with pytest.raises(UserError, match="prepared with other channel_names"):
+        prepare(images, tmp_path, "train", shard_records=4)
+
+
 def test_small_images_are_padded_and_large_ones_cut(rng: np.random.Generator) -> None:
     pixels = rng.integers(1, 256, (5, 9, 3)).astype(np.uint8)
     centre = cells.cut(pixels, (7, 6))

@@ -258,6 +258,10 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or found.get("format") not in SOURCES_BY_FORMAT:
         raise UserError(f"{str(file)!r} exists and is no manifest of ours: choose another folder.")
+    if "channel_names" in fresh:
+        # Manifests of earlier versions do not name the channels. Their shards are judged by the records alone, whose
+        # fingerprints depend on the order of the channels.
+        found.setdefault("channel_names", fresh["channel_names"])
     keys = ("format", "source_records", "class_names", "channel_names", "settings", "origin")
     changed = [key for key in keys if found.get(key) != fresh.get(key)]
     if changed:
