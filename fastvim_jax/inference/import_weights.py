@@ -40,7 +40,8 @@ class Imported:
         report: what became of every weight.
         notes: one line for each change of entries that the table does not name.
         ignored: entries of the file that are no weights.
-        assumed: fields of the config that the file does not tell, with the values taken.
+        assumed: fields of the config that neither the file nor an option tells, with the values taken.
+        named: the model's name that these values are taken from; None if they are the usual ones of such weights.
         preprocessing: how images become the model's input, which the file does not tell either.
         next_command: the command line that uses such a model.
     """
@@ -51,6 +52,7 @@ class Imported:
     notes: tuple[str, ...]
     ignored: tuple[str, ...]
     assumed: dict[str, Any]
+    named: str | None
     preprocessing: Preprocessing
     next_command: str
 
@@ -61,7 +63,10 @@ class Imported:
         lines += [f"  not read: {entry}" for entry in self.ignored]
         values = ", ".join(f"{name}={value}" for name, value in self.assumed.items())
         if values:
-            lines.append(f"Names and shapes do not tell: {values} (--option NAME=VALUE).")
+            taken = f"taken from {self.named}" if self.named else "taken as usual"
+            lines.append(
+                f"Names and shapes do not tell: {values} ({taken}; change it by --option NAME=VALUE)."
+            )
         if "pool_scale" in self.assumed:
             lines.append(
                 "  After masked pre-training, FastVim is fine-tuned with --option pool_scale=0.25 "
@@ -145,8 +150,7 @@ def import_weights(
         },
     )
     how = "named" if name is not None else "recognised from names and shapes"
-    assumed = {} if name is not None else assumptions(changed)
-    assumed = {field: value for field, value in assumed.items() if field not in options}
+    assumed = {f: value for f, value in assumptions(changed).items() if f not in options}
     words = f"{_in_words(config)} ({how})"
     uses = f"predict {folder} PHOTO"
     if masked:
@@ -156,7 +160,7 @@ def import_weights(
     elif not changed.num_classes:
         uses = f"embed {folder} PHOTO --out features.csv"
     return Imported(
-        Path(folder), words, report, found.notes, found.ignored, assumed, preprocessing, uses
+        Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, uses
     )
 
 

@@ -67,8 +67,8 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
     if "decoder_embed.weight" not in arrays:
         return replace_options(plain(**fields), **options)
     width = arrays["decoder_embed.weight"].shape[0]
-    # Masked autoencoders have 16 decoder heads at every width.
-    known = 16 if width % 16 == 0 else max(1, width // 32)
+    # Published masked autoencoders have 16 decoder heads at every width.
+    known = _heads(width, 16 if width % 16 == 0 else width // 32)
     heads: dict[str, Any] = {} if plain is VisionMambaConfig else {"decoder_heads": known}
     fields["head_pool"] = "token" if plain is ViTConfig else "mean"
     masked = MaskedAutoencoderConfig(
@@ -153,11 +153,16 @@ def _vision_transformer(arrays: Arrays) -> dict[str, Any]:
     width = found["embed_dim"]
     return found | {
         # Heads are 64 wide up to ViT-L; huge, giant and gigantic ViTs have 16 wider ones.
-        "num_heads": max(1, width // 64) if width <= 1024 else 16,
+        "num_heads": _heads(width, width // 64 if width <= 1024 else 16),
         "mlp_ratio": arrays["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in arrays,
         "head_pool": "mean" if "fc_norm.weight" in arrays else "token",
     }
+
+
+def _heads(width: int, most: int) -> int:
+    """Return the largest number of heads that divides a width, at most `most`; 1 at least."""
+    return next((heads for heads in range(most, 1, -1) if width % heads == 0), 1)
 
 
 def _common(arrays: Arrays, blocks: str) -> dict[str, Any]:

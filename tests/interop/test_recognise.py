@@ -9,6 +9,7 @@ from flax import nnx
 
 from fastvim_jax import UserError
 from fastvim_jax.interop import recognise, to_torch_names
+from fastvim_jax.interop.recognise import assumptions
 from fastvim_jax.models import build_model, list_models, model_config
 
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 3}
@@ -66,6 +67,22 @@ def test_heads_that_shapes_do_not_tell_are_those_of_the_published_models():
     for name in ("mae_vit_tiny_patch16_224", "mae_vit_base_patch16_224"):
         config = model_config(name, depth=1, decoder_depth=1)
         assert recognise(shapes_of(config)).decoder_heads == config.decoder_heads == 16
+
+
+def test_heads_given_as_options_are_taken_whatever_the_usual_number_is():
+    """Also where the usual number, 3 for both widths, would not divide the width."""
+    small = {"image_size": 8, "patch_size": 4, "depth": 1, "decoder_depth": 1}
+    heads = {"num_heads": 4, "decoder_heads": 5}
+    config = model_config(
+        "mae_vit_tiny_patch16_224", **small, embed_dim=200, decoder_dim=100, **heads
+    )
+    arrays = shapes_of(config)
+    found = recognise(arrays, **heads)
+    assert (found.encoder.num_heads, found.decoder_heads) == (4, 5)
+    assert recognise(arrays, num_heads=4).decoder_heads == 2
+    assert assumptions(recognise(arrays)) == {
+        "num_heads": 2, "decoder_heads": 2, "mask_ratio": config.mask_ratio,
+    }  # fmt: skip
 
 
 def test_options_override_and_other_weights_are_refused():
