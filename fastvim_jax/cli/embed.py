@@ -55,8 +55,8 @@ class Arguments:
     """Compute dtype for photographs, with the model's own activations. By default the model's own dtype; on a GPU
     bfloat16, and for Mamba models activations="compute"."""
     workers: int | None = None
-    """Processes that decode photographs; 0: threads of this process. By default one a core for 5,000 files or more, and
-    threads for fewer."""
+    """Processes that decode photographs; 0: threads of this process. By default one per core, at most 16, for 5,000
+    files or more, and threads for fewer."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -37,8 +37,8 @@ class Arguments:
     """Compute dtype of classifiers, with the model's own activations. By default the model's own dtype; on a GPU
     bfloat16, and for Mamba models activations="compute"."""
     workers: int | None = None
-    """Processes that decode images of classifiers; 0: threads of this process. By default one a core for 5,000 files or
-    more, and threads for fewer."""
+    """Processes that decode images of classifiers; 0: threads of this process. By default one per core, at most 16, for
+    5,000 files or more, and threads for fewer."""
     json: bool = False
     """Print JSON: one object per file."""
     out: Path | None = None

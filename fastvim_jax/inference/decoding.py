@@ -41,6 +41,8 @@ AHEAD = 3
 """Batches that are decoded and copied to the devices at the same time, while the devices compute."""
 _WORTH_PROCESSES = 5000
 """Files that threads decode in about the time that processes take to start."""
+_MOST_PROCESSES = 16
+"""Processes at most, unless more are asked for: as many as were measured. Each loads Python and its libraries again."""
 SHARED = "/dev/shm"
 """Folder of shared memory on Linux."""
 _log = logging.getLogger(__name__)
@@ -94,10 +96,10 @@ def cores() -> int:
 
 
 def decoding_workers(files: int, asked: int | None = None) -> int:
-    """Return how many processes should decode: those asked for, or one a core if the files are worth their start."""
+    """Return how many processes should decode: those asked for, or one per core if the files are worth their start."""
     if asked is not None:
         return asked
-    return cores() if files >= _WORTH_PROCESSES else 0
+    return min(cores(), _MOST_PROCESSES) if files >= _WORTH_PROCESSES else 0
 
 
 def _ahead(build: Callable[[int], Decoded], count: int, threads: int) -> Iterator[Decoded]:

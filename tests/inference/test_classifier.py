@@ -20,6 +20,7 @@ from fastvim_jax.data import load_image
 from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.stream import WorkersEnded
+from fastvim_jax.inference.decoding import decoding_workers
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.pretrained import Preprocessing
@@ -298,3 +299,14 @@ def test_a_buffer_that_is_used_again_keeps_nothing(classifier, files, tmp_path, 
         np.testing.assert_array_equal(got, wanted)
         assert errors == said
     assert not found[3][0][[0, 2]].any() and not found[4][0][1:].any()
+
+
+@pytest.mark.parametrize(
+    ("found", "files", "expected"), [(2, 4999, 0), (2, 5000, 2), (192, 10**6, 16)]
+)
+def test_processes_decode_many_files_but_not_one_on_every_core_of_a_server(
+    monkeypatch, found, files, expected
+):
+    monkeypatch.setattr("fastvim_jax.inference.decoding.cores", lambda: found)
+    assert decoding_workers(files) == expected
+    assert decoding_workers(files, 40) == 40
