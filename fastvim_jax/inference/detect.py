@@ -32,7 +32,7 @@ _NAMED = 5
 def make_detector(run: Run) -> DetectOne:
     """Return a function from RGB pixels of any size to detections, highest score first.
 
-    A detection is a dictionary of `category_id` (the label, from 0), `bbox` [x, y, width, height] in pixels of the
+    A detection is a dictionary of `category_id` (see `category_ids`), `bbox` [x, y, width, height] in pixels of the
     image, `score` and, if the detector has masks, `segmentation` (RLE). The model is compiled once for all image sizes.
 
     Args:
@@ -42,7 +42,7 @@ def make_detector(run: Run) -> DetectOne:
     assert isinstance(config, DetectionConfig)
     graphdef, state = nnx.split(run.model)
     preprocess = make_preprocess(config.data)
-    labels = tuple(range(config.model.num_classes))
+    ids = category_ids(run)
 
     @jax.jit
     def found_in(state: Any, images: jax.Array, scale: jax.Array) -> Any:
@@ -52,18 +52,24 @@ def make_detector(run: Run) -> DetectOne:
         fitted, scale = fit_image(image, config.data)
         found = jax.device_get(found_in(state, fitted[None], scale[None]))
         one = jax.tree.map(lambda x: x[0], found)
-        return as_coco(one, image.shape[0], image.shape[1], labels)
+        return as_coco(one, image.shape[0], image.shape[1], ids)
 
     return detect
+
+
+def category_ids(run: Run) -> tuple[int, ...]:
+    """Return the data set's id of each class. Runs that did not record them number the classes from 0."""
+    return run.class_ids or tuple(range(len(run.class_names)))
 
 
 def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
     """Detect objects in files, draw NAME_detections.png for each file, and write all objects to detections.json.
 
-    The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`.
+    The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`
+    and the category ids of the data set that the run was trained on.
     """
     detect = make_detector(run)
-    names = dict(enumerate(run.class_names))
+    names = dict(zip(category_ids(run), run.class_names, strict=True))
     drawings: list[Drawing] = []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

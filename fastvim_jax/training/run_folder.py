@@ -1,6 +1,7 @@
 """Write and read run folders, which hold all that evaluation, prediction and a resumed run need.
 
 config.json        the run's config, model included       classes.json      class names, in order (none: [])
+class_ids.json     ids of the classes in the data set, in order; only if it numbers them itself, as COCO does
 environment.json   versions, devices, git commit of each start
 init.json          which parameters were loaded from `config.init`; only if the run started from other weights
 checkpoints/ checksums/                                    metrics.jsonl tensorboard/
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 CLASSES_FILE = "classes.json"
+CLASS_IDS_FILE = "class_ids.json"
 ENVIRONMENT_FILE = "environment.json"
 INIT_FILE = "init.json"
 CHECKPOINTS = "checkpoints"
@@ -92,6 +94,7 @@ class Run:
         class_names: names of the classes, in order of their numbers; empty if the task has no classes.
         step: the checkpoint's step.
         weights: `raw` or `ema`.
+        class_ids: ids of the classes in the data set that the run was trained on; None if it does not number them.
     """
 
     model: nnx.Module
@@ -99,6 +102,7 @@ class Run:
     class_names: tuple[str, ...]
     step: int
     weights: str
+    class_ids: tuple[int, ...] | None = None
 
     def preprocess(self, images: Any) -> jax.Array:
         """Turn image files or pixels into the model's input, exactly as the run's evaluation does.
@@ -136,6 +140,7 @@ def load_run(
     weights: str | None = None,
     step: int | Literal["best"] | None = None,
     place: jax.sharding.Sharding | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Run:
     """Load a trained model. Nothing but its run folder is needed.
 
@@ -146,6 +151,8 @@ def load_run(
         step: number of a checkpoint, or `best` for the one with the best score in the log; by default the latest.
         place: sharding of the weights, by default this process's first device. It need not match the mesh of the
             training.
+        class_names: those of the data. They take the place of class names that cannot be read in the run folder, as
+            they do when the run is resumed; by default such a folder is refused.
 
     Raises:
         UserError: the folder is no run folder, or that of a linear probe, or the checkpoint is missing, damaged or of
@@ -157,7 +164,7 @@ def load_run(
             f"{run_dir} is a linear probe, whose checkpoints hold the head and not the backbone ({config.init}): its "
             "scores are in metrics.jsonl; fine-tune with --init for a classifier."
         )
-    class_names = read_class_names(run_dir)
+    class_names = _names_of_run(run_dir, class_names)
     check_class_names(class_names, config.model, f" by {Path(run_dir) / CLASSES_FILE}")
     if weights not in ("raw", "ema", None):
         raise UserError(f"weights={weights!r}: use 'raw' or 'ema'.")
@@ -181,12 +188,16 @@ def load_run(
     finally:
         checkpoints.close()
     model = nnx.merge(graphdef, params, model_state)
-    return Run(model, config, class_names, meta["step"], weights)
+    ids = _read_class_ids(run_dir, len(class_names))
+    return Run(model, config, class_names, meta["step"], weights, ids)
 
 
 @contextlib.contextmanager
 def start_run(
-    run_dir: Path | str, config: RunConfig, class_names: Sequence[str] | None
+    run_dir: Path | str,
+    config: RunConfig,
+    class_names: Sequence[str] | None,
+    class_ids: Sequence[int] | None = None,
 ) -> Iterator[Path]:
     """Make the run folder, or check that an existing one is of the same run. Lock the folder and record this start.
 
@@ -205,7 +216,7 @@ def start_run(
                 folder.mkdir(parents=True, exist_ok=True)
                 _refuse_other_files(folder)
                 held.enter_context(locked(folder))
-                _record_start(folder, config, class_names)
+                _record_start(folder, config, class_names, class_ids)
 
         on_first_process(begin)
         yield folder
@@ -220,7 +231,11 @@ def _refuse_other_files(folder: Path) -> None:
         return
     ours = {
         LOCK_FILE,
-        *(name + end for name in (CONFIG_FILE, CLASSES_FILE) for end in ("", ".tmp")),
+        *(
+            name + end
+            for name in (CONFIG_FILE, CLASSES_FILE, CLASS_IDS_FILE)
+            for end in ("", ".tmp")
+        ),
     }
     if any(path.name not in ours for path in folder.iterdir()):
         raise UserError(
@@ -228,7 +243,12 @@ def _refuse_other_files(folder: Path) -> None:
         )
 
 
-def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | None) -> None:
+def _record_start(
+    folder: Path,
+    config: RunConfig,
+    class_names: Sequence[str] | None,
+    class_ids: Sequence[int] | None,
+) -> None:
     # A run without a checkpoint may start again with another config, because it has nothing to resume.
     if (folder / CONFIG_FILE).is_file() and _has_checkpoint(folder):
         _refuse_other_run(folder, config)
@@ -239,6 +259,8 @@ def _record_start(folder: Path, config: RunConfig, class_names: Sequence[str] | 
             )
     names = json.dumps(list(class_names or ()), indent=1, ensure_ascii=False)
     replace_file(folder / CLASSES_FILE, names)
+    if class_ids is not None:
+        replace_file(folder / CLASS_IDS_FILE, json.dumps(list(class_ids)))
     replace_file(folder / CONFIG_FILE, config.to_json())
     starts = [*_earlier_starts(folder / ENVIRONMENT_FILE), environment()]
     replace_file(folder / ENVIRONMENT_FILE, json.dumps({"starts": starts}, indent=1))
@@ -301,6 +323,32 @@ def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
         return tuple(names)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the class names in {path}: {error}") from error
+
+
+def _names_of_run(run_dir: Path | str, of_data: Sequence[str] | None) -> tuple[str, ...]:
+    """Read the class names; if they cannot be read, return those of the data, if there are any, and warn."""
+    try:
+        return read_class_names(run_dir)
+    except UserError as error:
+        if of_data is None:
+            raise
+        _log.warning("%s. The names of the data are taken instead.", error)
+        return tuple(of_data)
+
+
+def _read_class_ids(run_dir: Path | str, classes: int) -> tuple[int, ...] | None:
+    """Read the ids of the classes; None, with a warning if there is a file, where they cannot be read."""
+    path = Path(run_dir) / CLASS_IDS_FILE
+    if not path.is_file():
+        return None
+    try:
+        ids = parse_json(path.read_text())
+        if not isinstance(ids, list) or [type(i) for i in ids] != [int] * classes:
+            raise ValueError(f"it is no list of {classes} whole numbers")
+        return tuple(ids)
+    except (OSError, ValueError) as error:
+        _log.warning("cannot read the ids of the classes in %s: %s", path, error)
+        return None
 
 
 def environment() -> dict[str, Any]:

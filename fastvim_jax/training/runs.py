@@ -134,7 +134,10 @@ def _with_decoder(config: Any, run_dir: Path) -> Any:
 
 
 def open_run(
-    call: TrainCall, config: RunConfig, class_names: Sequence[str] | None = None
+    call: TrainCall,
+    config: RunConfig,
+    class_names: Sequence[str] | None = None,
+    class_ids: Sequence[int] | None = None,
 ) -> OpenRun:
     """Create the run folder, or check that an existing one holds the same run, and lock it until the call ends.
 
@@ -142,12 +145,13 @@ def open_run(
         call: what `train` was called with.
         config: the run.
         class_names: names of the classes by number, where the task has classes.
+        class_ids: ids of the classes in the data set, where it numbers them itself.
 
     Raises:
         UserError: see `run_folder.start_run`.
     """
     enter = call.opened.enter_context
-    folder = enter(start_run(call.run_dir, config, class_names))
+    folder = enter(start_run(call.run_dir, config, class_names, class_ids))
     checkpoints = enter(
         Checkpoints(
             folder / CHECKPOINTS,

@@ -188,6 +188,21 @@ def test_a_folder_without_classes_is_refused(fastvim: Cli, run_dir: Path, tmp_pa
     assert status == 1 and "class names" in err
 
 
+@pytest.mark.parametrize("damage", [b"", None])
+def test_evaluation_takes_unreadable_class_names_from_the_data(
+    fastvim: Cli, run_dir: Path, tmp_path: Path, damage: bytes | None, caplog
+) -> None:
+    """As training does when it resumes, but the folder stays as it is."""
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    (copy / "classes.json").unlink()
+    if damage is not None:
+        (copy / "classes.json").write_bytes(damage)
+    status, out, _ = fastvim("eval", copy, "--split", "test[:60]", "--per-class", "--json")
+    assert status == 0 and '"9"' in out
+    assert "The names of the data are taken" in caplog.text
+    assert (copy / "classes.json").exists() == (damage is not None)
+
+
 def test_compiled_programs_are_kept(run_dir: Path, digit_files: list[Path], tmp_path: Path) -> None:
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -81,30 +82,28 @@ def score_run(
     wanted = [weights] if weights != "all" else ["raw", "ema"]
     if weights == "all" and read_config(run_dir).ema_decay is None:
         wanted = ["raw"]
-    run = load_run(run_dir, weights=wanted[0], step=step, place=place)
-    others = (load_run(run_dir, weights=w, step=run.step, place=place) for w in wanted[1:])
-    runs = {each.weights: each for each in (run, *others)}
     batches = make_eval_iterator(
         data,
         batch_size=round_up(data.eval_batch_size or data.batch_size, mesh),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    names = batches.source.class_names
-    if len(names) != len(run.class_names):
-        raise UserError(
-            f"The data have {len(names)} classes, the run {len(run.class_names)}: choose data of the run's classes, "
-            "or name them by data.class_list."
+    with contextlib.closing(batches):
+        names = batches.source.class_names
+        load = partial(load_run, run_dir, place=place, class_names=names)
+        run = load(weights=wanted[0], step=step)
+        runs = {run.weights: run} | {w: load(weights=w, step=run.step) for w in wanted[1:]}
+        if len(names) != len(run.class_names):
+            raise UserError(
+                f"The data have {len(names)} classes, the run {len(run.class_names)}: choose data of the run's "
+                "classes, or name them by data.class_list."
+            )
+        graphdef = nnx.graphdef(run.model)
+        eval_step = on_mesh(
+            mesh, make_eval_step(graphdef, preprocess=make_preprocess(data), per_class=per_class)
         )
-    graphdef = nnx.graphdef(run.model)
-    eval_step = on_mesh(
-        mesh, make_eval_step(graphdef, preprocess=make_preprocess(data), per_class=per_class)
-    )
-    params = {name: nnx.state(each.model) for name, each in runs.items()}
-    try:
+        params = {name: nnx.state(each.model) for name, each in runs.items()}
         scores = evaluate_weights(eval_step, params, map(partial(place_batch, mesh), batches))
-    finally:
-        batches.close()
     pairs = enumerate(zip(run.class_names, names, strict=True))
     other = next(((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs), None)
     return RunScores(run.step, run.class_names, scores, other)

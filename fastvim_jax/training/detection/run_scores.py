@@ -81,7 +81,13 @@ def score_run(
     )
     with contextlib.closing(batches):
         source: Any = batches.source
-        run = load_run(run_dir, weights=weights, step=step, place=replicated(mesh))
+        run = load_run(
+            run_dir,
+            weights=weights,
+            step=step,
+            place=replicated(mesh),
+            class_names=source.class_names,
+        )
         if run.class_names != source.class_names:
             raise UserError(
                 f"{run_dir} knows the {len(run.class_names)} categories {', '.join(run.class_names[:5])}, ..., but the "

@@ -62,11 +62,12 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
     }
     for each in eval_batches.values():
         call.opened.callback(each.close)
-    class_names = batches.source.class_names
+    source: Any = batches.source  # a CocoSource
+    class_names = source.class_names
     _check_classes(config, class_names, eval_batches["eval"].source.class_names)
 
     # Run folder
-    run = open_run(call, config, class_names)
+    run = open_run(call, config, class_names, source.category_ids)
 
     # Model
     def build() -> nnx.Module:

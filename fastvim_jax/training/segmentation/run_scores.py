@@ -68,7 +68,8 @@ def score_run(
             f"{len(images.source.class_names)}."
         )
     mesh = make_mesh(MeshConfig())
-    run = load_run(run_dir, step=step, place=replicated(mesh))
+    names = images.source.class_names
+    run = load_run(run_dir, step=step, place=replicated(mesh), class_names=names)
     graphdef, *states = nnx.split(run.model, nnx.Param, nnx.BatchStat)
     predict = partial(make_predict(graphdef, config, mesh), states[0], states[1])
     slide = slide_of(config, round_up(config.eval_windows, mesh))

@@ -14,6 +14,7 @@ from PIL import Image
 from fastvim_jax.cli.main import main
 from fastvim_jax.data.detection import open_coco
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.detect import category_ids
 from fastvim_jax.inference.drawings import draw_files
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import parameter_infos
@@ -91,7 +92,12 @@ def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
     assert [drawing.error is None for drawing in drawings] == [True, True, False]
     content = json.loads((tmp_path / "out/detections.json").read_text())
     assert [image["id"] for image in content["images"]] == [1, 2]
-    assert [c["name"] for c in content["categories"]] == list(images[1])
+    source = open_coco(run.config.data, "train2017")
+    ids = dict(zip(source.category_ids, images[1], strict=True))
+    assert {c["id"]: c["name"] for c in content["categories"]} == ids
+    assert {found["category_id"] for found in content["annotations"]} <= set(ids)
+    (shutil.copytree(finished[0], tmp_path / "run") / "class_ids.json").write_text("[3]")
+    assert category_ids(load_run(tmp_path / "run")) == tuple(range(len(ids)))
     assert content["annotations"] and len(drawings[0].found) <= run.config.model.detections
     for found in content["annotations"]:
         image = content["images"][found["image_id"] - 1]
