@@ -62,7 +62,7 @@ Experiments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or continue an unfinished run of it."""
-    from fastvim_jax.distributed import initialize_distributed, is_first_process
+    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
     from fastvim_jax.training import (
         STOPPED_STATUS,
         ProfileSteps,
@@ -84,7 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     with as_usage_error():
         profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
-    initialize_distributed(chosen.coordinator, chosen.processes, chosen.process)
+    launch = initialize_distributed(chosen.coordinator, chosen.processes, chosen.process)
+    watch = start_watch(launch)
     try:
         result = train(
             chosen.config,
@@ -94,11 +95,13 @@ def run(arguments: Sequence[str]) -> int:
             wandb=chosen.wandb,
         )
     except Stopped as stopped:
+        watch.leave()
         if is_first_process():
             print(
                 f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr
             )
         return STOPPED_STATUS
+    watch.leave()
     if not is_first_process():
         return 0
     print(f"Finished at step {result.step} after {result.seconds:.0f} s: {result.headline}.")

@@ -20,10 +20,12 @@ from fastvim_jax.distributed.sharding import (
     with_auto_axes,
 )
 from fastvim_jax.distributed.start import Launch, detect, initialize_distributed
+from fastvim_jax.distributed.watch import Watch, start_watch
 
 __all__ = [
     "Launch",
     "MeshConfig",
+    "Watch",
     "all_gather_set",
     "arrays_of_first_process",
     "barrier",
@@ -42,6 +44,7 @@ __all__ = [
     "replicated",
     "round_up",
     "split_batch",
+    "start_watch",
     "state_shardings",
     "with_auto_axes",
 ]

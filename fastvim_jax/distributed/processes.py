@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fastvim_jax.distributed.watch import lost_message
 from fastvim_jax.errors import UserError
 
 _MESSAGE = 4096  # bytes
@@ -106,11 +107,8 @@ def lost_process(error: Exception) -> str | None:
         if isinstance(each, jax.errors.JaxRuntimeError | ValueError) and _PEER_GONE.search(
             str(each)
         ):
-            return (
-                f"process {jax.process_index()} of {jax.process_count()} lost another process of this run, and ends, "
-                "too. The output of the lost one says why it ended. The same command, given again to all of them, "
-                f"continues from the latest checkpoint.\n({str(each).splitlines()[0][:200]})"
-            )
+            message = lost_message(jax.process_index(), jax.process_count())
+            return f"{message}\n({str(each).splitlines()[0][:200]})"
         each = each.__cause__ or each.__context__
     return None
 

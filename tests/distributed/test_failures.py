@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.distributed import lost_process
+from fastvim_jax.distributed import Watch, lost_process
 from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
@@ -59,30 +65,23 @@ def test_a_corrupt_record_in_one_process_ends_both(tmp_path, rng):
 
 
 LOST = """
-import os, sys
-import jax
-from fastvim_jax.distributed import all_gather_set, initialize_distributed, lost_process
-initialize_distributed(sys.argv[1], 2, int(sys.argv[2]))
-all_gather_set({1})
-if sys.argv[2] == "1":
-    os._exit(9)
-try:
-    for _ in range(1000):
-        all_gather_set({1})
-except Exception as error:
-    print(lost_process(error))
-    sys.stdout.flush()
-os._exit(3)
+import sys, time
+from fastvim_jax.distributed import initialize_distributed, start_watch
+start_watch(initialize_distributed(sys.argv[1], 3, int(sys.argv[2])))
+print("up", flush=True)
+time.sleep(300)
 """
 
 
 @pytest.mark.slow
-def test_the_death_of_a_process_is_told_by_the_others():
+def test_the_others_tell_that_a_process_was_killed(rng):
+    """The death of process 0 is the hardest to tell, because JAX aborts the others at once."""
+    at = int(rng.integers(3))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    first, second = (
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", LOST, address, str(i)],
             env=environment,
@@ -90,15 +89,71 @@ def test_the_death_of_a_process_is_told_by_the_others():
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for i in range(2)
-    )
+        for i in range(3)
+    ]
     try:
-        said = first.communicate(timeout=200)[0]
+        for process in processes:
+            assert any(line == "up\n" for line in process.stdout)
+        processes[at].kill()
+        processes.pop(at).communicate()
+        said = [process.communicate(timeout=25)[0] for process in processes]
     finally:
-        first.kill()
-        second.kill()
-        second.communicate()
-    assert first.returncode == 3 and "lost another process of this run" in said, said
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [75, 75], "\n".join(said)
+    assert all("lost another process of this run" in text for text in said), "\n".join(said)
+
+
+@pytest.fixture
+def watches() -> Iterator[tuple[list[Watch], queue.Queue[int]]]:
+    """Connected watches of four processes, and a queue of those that are told of a loss."""
+    told: queue.Queue[int] = queue.Queue()
+    watches = [Watch(functools.partial(told.put, i), grace=0.05) for i in range(4)]
+    listener, token = socket.create_server(("127.0.0.1", 0)), os.urandom(16)
+    address = listener.getsockname()
+    works = [threading.Thread(target=watches[0].serve, args=(listener, token, 3))]
+    works += [
+        threading.Thread(target=w.listen, args=(w.join(address, token),)) for w in watches[1:]
+    ]
+    for work in works:
+        work.start()
+    # A stranger is not taken for a process.
+    with socket.create_connection(address) as stranger:
+        stranger.sendall(os.urandom(16))
+    until = time.monotonic() + 10
+    while len(watches[0]._connections) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    yield watches, told
+    for watch in watches:
+        watch.leave()
+        cut(watch)
+    for work in works:
+        work.join(10)
+
+
+def cut(watch: Watch) -> None:
+    """Shut down the connections of a process, as the system does when it ends."""
+    for connection in tuple(watch._connections):
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_the_loss_of_a_process_is_told_to_all_others(watches, lost):
+    processes, told = watches
+    processes[lost]._left = True  # It has ended: it is not told.
+    cut(processes[lost])
+    assert {told.get(timeout=10) for _ in range(3)} == {0, 1, 2, 3} - {lost}
+
+
+def test_a_goodbye_is_no_loss(watches):
+    processes, told = watches
+    for watch in reversed(processes):
+        watch.leave()
+        cut(watch)
+    with pytest.raises(queue.Empty):
+        told.get(timeout=0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Notice at once that another process of the run has ended, and end this one with a message.
+
+Otherwise GPUs would wait in a reduction for a process that was killed, until JAX misses its heartbeats and aborts the
+others with a C++ stack. Here every process keeps a TCP connection to process 0 open. The system closes the connections
+of a process when it ends, however it ends. Process 0 then tells all others. `Watch.leave` says goodbye first, so that
+the end of a run is no loss.
+
+A host that loses its power closes nothing: JAX's heartbeats notice that (`start._LOST_AFTER`). So nothing is said if a
+connection cannot be made, for example because of a firewall.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fastvim_jax.distributed.start import Launch
+
+LOST_STATUS = 75
+"""Exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, as after a signal. Try again."""
+_TOKEN = 16  # bytes
+_CONNECT = 5.0  # seconds
+_GRACE = 3.0
+"""Seconds in which this process may still end by an error of its own, whose message says more."""
+_GOODBYE, _LOST = b"b", b"l"
+
+
+class Watch:
+    """Watch over the other processes of a run; see the module.
+
+    Args:
+        lost: called in a thread when another process has ended without goodbye.
+        grace: seconds between the loss and the call. Process 0 waits twice as long, because its own end makes JAX abort
+            the others. If process 0 is lost, nobody waits.
+    """
+
+    def __init__(self, lost: Callable[[], None], grace: float = _GRACE) -> None:
+        self._lost = lost
+        self._grace = grace
+        self._left = False
+        self._connections: set[socket.socket] = set()
+
+    def leave(self) -> None:
+        """Say goodbye, so that the others do not take the end of this process for a loss."""
+        self._left = True
+        for each in tuple(self._connections):
+            _send(each, _GOODBYE)
+
+    def join(self, address: tuple[str, int], token: bytes) -> socket.socket:
+        """Connect to process 0."""
+        connection = socket.create_connection(address, timeout=_CONNECT)
+        connection.settimeout(None)
+        self._connections.add(connection)
+        _send(connection, token)
+        return connection
+
+    def listen(self, connection: socket.socket) -> None:
+        """Wait until process 0 tells of a lost process, or is lost itself."""
+        with connection:
+            said = _receive(connection)
+            if said != _GOODBYE:
+                self._end(self._grace if said == _LOST else 0.0)
+
+    def serve(self, listener: socket.socket, token: bytes, others: int) -> None:
+        """Accept the connections of the others, as process 0. When one closes without goodbye, tell the rest.
+
+        Returns after all `others` have said goodbye.
+        """
+        with contextlib.ExitStack() as opened:
+            waiting = opened.enter_context(selectors.DefaultSelector())
+            waiting.register(opened.enter_context(listener), selectors.EVENT_READ)
+            while others:
+                for key, _ in waiting.select():
+                    if key.fileobj is listener:
+                        accepted = opened.enter_context(listener.accept()[0])
+                        waiting.register(accepted, selectors.EVENT_READ)
+                        continue
+                    connection: socket.socket = key.fileobj  # type: ignore[assignment]
+                    said = _receive(connection)
+                    known = connection in self._connections
+                    if not known and said == token:
+                        self._connections.add(connection)
+                        continue
+                    waiting.unregister(connection)
+                    connection.close()
+                    if not known:  # no process of this run
+                        continue
+                    self._connections.discard(connection)
+                    others -= 1
+                    if said != _GOODBYE:
+                        for other in tuple(self._connections):
+                            _send(other, _LOST)
+                        self._end(2 * self._grace)
+                        return
+
+    def _end(self, grace: float) -> None:
+        time.sleep(grace)
+        if not self._left:
+            self._lost()
+
+
+def start_watch(launch: Launch | None) -> Watch:
+    """Watch over the other processes from now on. All processes must call this, each with its `launch`.
+
+    If another one is lost, this one prints that and ends at once with `LOST_STATUS`. It saves nothing, because its
+    devices may wait forever. The caller says `leave` when its run has ended well.
+    """
+    if launch is None:
+        return Watch(lambda: None)
+    message = f"fastvim: {lost_message(launch.process, launch.processes)}"
+
+    def end_process() -> None:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(LOST_STATUS)
+
+    watch = Watch(end_process)
+    token, port = secrets.token_bytes(_TOKEN), 0
+    if launch.process == 0:
+        listener = _listener(launch.processes)
+        port = listener.getsockname()[1]
+    told = np.frombuffer(token + port.to_bytes(4, "big"), np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
+    token, port = told[:_TOKEN].tobytes(), int.from_bytes(told[_TOKEN:].tobytes(), "big")
+    if launch.process == 0:
+        work = functools.partial(watch.serve, listener, token, launch.processes - 1)
+    else:
+        host = launch.coordinator.rpartition(":")[0].strip("[]")
+        try:
+            work = functools.partial(watch.listen, watch.join((host, port), token))
+        except OSError:
+            return watch
+    threading.Thread(target=work, daemon=True).start()
+    return watch
+
+
+def lost_message(process: int, processes: int) -> str:
+    """Say that another process of this run has ended, and what to do."""
+    return (
+        f"process {process} of {processes} lost another process of this run, and ends, too. The output of the lost one "
+        "says why it ended. The same command, given again to all of them, continues from the latest checkpoint."
+    )
+
+
+def _listener(backlog: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        family: socket.AddressFamily = socket.AF_INET6
+        return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _send(connection: socket.socket, said: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(said)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    """Return what the other side said, or nothing if it has ended."""
+    try:
+        return connection.recv(_TOKEN)
+    except OSError:
+        return b""
