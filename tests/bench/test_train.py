@@ -113,7 +113,7 @@ def test_more_devices_than_there_are_are_refused():
 @pytest.mark.slow
 def test_several_devices_compute_the_gradient_of_one():
     """The batch of a row is that of a device; the state of each holds half of what is split."""
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     code = f"""
 import json
 from fastvim_jax.bench import train

@@ -142,7 +142,8 @@ classifier = Classifier.load({str(tmp_path / "model")!r}, batch_size=3).compile(
 assert len(jax.local_devices()) == 2 and classifier.batch_size == 4
 np.save({str(tmp_path / "logits.npy")!r}, classifier({[str(f) for f in files]!r}).logits)
 """
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    two = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={**os.environ, **two})
     one = Classifier(model, PREPROCESSING, batch_size=4)(files)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), one.logits, rtol=2e-4, atol=2e-5)

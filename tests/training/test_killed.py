@@ -16,9 +16,9 @@ from tests.support import ROOT
 from tests.training.compare_runs import assert_same_run, steps_of
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
-KILLS = int(os.environ.get("FASTVIM_TEST_KILLS", "4"))  # a start costs 5 seconds of processor time
+KILLS = int(os.environ.get("FASTVIM_TEST_KILLS", "3"))  # a start costs 5 seconds of processor time
 CONFIG = tiny_config(
-    model=tiny_model(depth=1), epochs=16, evaluate_every_epochs=2, checkpoint_every_steps=3
+    model=tiny_model(depth=1), epochs=16, evaluate_every_epochs=2, checkpoint_every_steps=6
 )
 TOTAL = CONFIG.epochs * STEPS_PER_EPOCH
 TIMEOUT = 300
