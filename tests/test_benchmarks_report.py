@@ -256,7 +256,10 @@ def without_mode(text):
     rows = [
         line
         for line in text.splitlines()
-        if line.startswith("|") and MODEL.search(line) and "mixer core" not in line
+        if line.startswith("|")
+        and MODEL.search(line)
+        and "mixer core" not in line
+        and "timm" not in line
     ]
     prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
     speeds = [part.strip() for part in prose.split("\n\n") if re.search(r"\d images/s", part)]

@@ -119,7 +119,9 @@ def _decode(classifier: Classifier, items: Any) -> None:
 
 
 def _whole(classifier: Classifier, items: Any) -> None:
-    classifier(items)
+    """Bring every batch's outputs to the host, as `fastvim predict` does."""
+    for _ in classifier.each_batch(items):
+        pass
 
 
 COLUMNS: Columns = (

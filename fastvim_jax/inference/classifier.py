@@ -251,7 +251,7 @@ class Classifier:
         listed = _listed(images)
         found = tuple(np.empty((len(listed), *shape), np.float32) for shape in self._shapes)
         errors: dict[int, str] = {}
-        for start, outputs, problems in self._outputs(listed):
+        for start, outputs, problems in self.each_batch(listed):
             for whole, part in zip(found, outputs, strict=True):
                 whole[start : start + len(part)] = part
             errors |= {start + i: problem for i, problem in problems.items()}
@@ -263,7 +263,7 @@ class Classifier:
         Yields:
             For each file, in order: its name, its row in the result of its batch, and that result.
         """
-        for start, outputs, errors in self._outputs([str(file) for file in files]):
+        for start, outputs, errors in self.each_batch([str(file) for file in files]):
             result = _result(tuple(map(np.array, outputs)) if errors else outputs, errors)
             for i in range(len(result.logits)):
                 yield str(files[start + i]), i, result
@@ -288,8 +288,13 @@ class Classifier:
         outputs: tuple[Array, ...] = self._run(self._params, batch)
         return outputs
 
-    def _outputs(self, images: Any) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
-        """Yield (index of the first image, outputs, errors) of each batch; the devices work on later ones meanwhile."""
+    def each_batch(
+        self, images: Any
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
+        """Yield (index of the first image, outputs, errors) of each batch; the devices work on later ones meanwhile.
+
+        The outputs are those of `forward`, as NumPy arrays without the padding's rows.
+        """
         waiting: collections.deque[tuple[int, Any, dict[int, str]]] = collections.deque()
 
         def fetch() -> tuple[int, tuple[np.ndarray, ...], dict[int, str]]:

@@ -45,6 +45,10 @@ def test_rates_from_files_and_from_memory_are_kept(tmp_path: Path, rng, capsys) 
         rates = (row["decoding_per_s"], row["model_per_s"], row["whole_per_s"])
         assert row["limit"] == limit(*rates)
 
+    assert main([*command, *options, "--workers", "0"]) == 0
+    assert main([*command, *options, "--workers", "-1"]) != 0
+    assert "--workers must not be negative" in capsys.readouterr().err
+
     (tmp_path / "0.png").write_bytes(b"no image")
     assert main([*command, *options]) != 0
     assert "0.png" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastvim_jax.errors import UserError
 
@@ -25,13 +25,18 @@ def flag(name: str) -> str:
 class Options:
     """Refuse numbers below one, and empty lists where at least one value is needed."""
 
+    zero: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be 0."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             many = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(n, int) and not isinstance(n, bool) and n < 1 for n in many):
+            least = 0 if field.name in self.zero else 1
+            if any(isinstance(n, int) and not isinstance(n, bool) and n < least for n in many):
+                needed = "be positive" if least else "not be negative"
                 raise UserError(
-                    f"{flag(field.name)} must be positive, got {' '.join(map(str, many))}."
+                    f"{flag(field.name)} must {needed}, got {' '.join(map(str, many))}."
                 )
             if field.default and value == ():
                 raise UserError(f"{flag(field.name)} needs at least one value.")

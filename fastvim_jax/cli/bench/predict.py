@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -18,9 +18,11 @@ from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 class Predict(Options):
     """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
-    Images come from the files, then from memory, already decoded. The column `of model` is the speed of both together
-    as a share of the model's speed alone.
+    Images come from memory, already decoded, and then from the files. The column `of model` is the speed of both
+    together as a share of the model's speed alone.
     """
+
+    zero: ClassVar = ("workers",)
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
