@@ -7,7 +7,9 @@ holds `train(config, call) -> RunResult`, which ends in `loop.run_loop`. A new t
 from __future__ import annotations
 
 import importlib
+import json
 from types import ModuleType
+from typing import Any
 
 from fastvim_jax import serialise
 from fastvim_jax.errors import UserError, suggest
@@ -39,18 +41,37 @@ def folder_of(config: RunConfig) -> str:
 
 
 def config_from_json(text: str) -> RunConfig:
-    """Read the config of a run of any task, as `RunConfig.to_json` wrote it.
+    """Read the config of a run of any task, as `RunConfig.to_json` of this version or an earlier one wrote it.
 
     Raises:
         UserError: the text is no JSON, names no task's config, or a field is unknown, missing or mistyped.
     """
     try:
-        name = str(parse_json(text)["class"])
+        values = parse_json(text)
+        name = str(values["class"])
+        text = json.dumps(_as_written_today(values))
     except (ValueError, TypeError, KeyError):
         name = "TrainConfig"  # Reading the text as one says what is wrong.
     module = importlib.import_module(f"{_folder(name)}.config")
     config: RunConfig = serialise.from_json(getattr(module, name), text)
     return config
+
+
+def _as_written_today(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename what earlier versions called otherwise.
+
+    Classification's data were of class DataConfig. They had a `mix_mode`, which was "batch", in place of `mix_group`:
+    whole batches were mixed.
+    """
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("class") != "DataConfig":
+        return values
+    data = {**data, "class": "ClassificationData"}
+    if data.get("mix_mode") == "batch":
+        del data["mix_mode"]
+        if data.get("mixup") or data.get("cutmix"):
+            data["mix_group"] = max(128, data["batch_size"])
+    return {**values, "data": data}
 
 
 def _folder(name: str) -> str:

@@ -98,3 +98,24 @@ def test_a_damaged_config_is_named(folder, damage):
     (folder / "config.json").write_bytes(damage)
     with pytest.raises(UserError, match=r"config\.json cannot be used: "):
         read_config(folder)
+
+
+def test_a_config_of_an_earlier_version_is_read(folder):
+    """Data were of class DataConfig, and mixed over whole batches."""
+    path = folder / "config.json"
+    data = {"mixup": 0.8, "batch_size": 1024}
+    path.write_text(
+        dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **data)).to_json()
+    )
+    wanted = json.loads(path.read_text())
+    old = json.loads(path.read_text())
+    old["data"] |= {"class": "DataConfig", "mix_mode": "batch"}
+    for new in ("mix_group", "background", "augment_on", "follow_links"):
+        del old["data"][new]
+    path.write_text(json.dumps(old))
+    wanted["data"]["mix_group"] = 1024
+    assert json.loads(read_config(folder).to_json()) == wanted
+    old["data"]["mix_mode"] = "image"
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="mix_mode"):
+        read_config(folder)
