@@ -90,7 +90,7 @@ class Program:
     """Compile a function for the given arguments (arrays or their shapes), and record the time of it.
 
     `hasty` turns off XLA's autotuning on the device, for programs whose speed does not matter. A function that is
-    jitted already keeps its own options. `keywords` go to every call.
+    jitted already keeps its own options, beside `compiler_options`. `keywords` go to every call.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Program:
         donate: Sequence[int] = (),
         hasty: bool = False,
         keywords: Mapping[str, Any] = {},
+        compiler_options: Mapping[str, Any] | None = None,
     ):
         start = time.perf_counter()
         jitted: Any = function
@@ -109,7 +110,8 @@ class Program:
         self.keywords = keywords
         traced = time.perf_counter()
         self.lowered = lowered
-        self.compiled = lowered.compile({"xla_gpu_autotune_level": 0} if hasty else None)
+        quick = {"xla_gpu_autotune_level": 0} if hasty else {}
+        self.compiled = lowered.compile({**quick, **(compiler_options or {})} or None)
         self.trace_seconds = traced - start
         self.compile_seconds = time.perf_counter() - traced
 
@@ -145,16 +147,23 @@ class Measured:
         make_arguments: Callable[[int], tuple],
         *,
         large: float = 2e9,
+        compiler_options: Mapping[str, Any] | None = None,
     ):
         shapes = jax.eval_shape(lambda: make_arguments(0))
         self.make_arguments = make_arguments
         self.profiled = jax.default_backend() == "gpu"
-        self.program = Program(function, *shapes)
+        self.program = Program(function, *shapes, compiler_options=compiler_options)
         costs = self.program.costs()
         # A set that is larger than all caches is never cached. XLA's count leaves out arguments that are not read.
         enough = -int(-COLD_BYTES // max(1, costs["argument_bytes"]))
         self.count = min(MOST_SETS, enough) if self.profiled else 1
-        self.loop = None if self.profiled else Program(repeated(function), shapes, jnp.int32(1))
+        self.loop = (
+            None
+            if self.profiled
+            else Program(
+                repeated(function), shapes, jnp.int32(1), compiler_options=compiler_options
+            )
+        )
         if costs["peak_bytes"] < large:
             self.result()
 

@@ -3,10 +3,11 @@
     python benchmarks/peers/deit_cpu.py --torch PYTHON --json FILE
 
 PYTHON is an interpreter that imports torch and timm (by default this one). Images have 224 px, float32; weights are
-random. Each model has a process that is pinned to the first `--cores` cores. The two take turns, so that other work on
-the machine disturbs both alike. `cpu` is the processor time of a call in milliseconds, which other programs disturb
+random. Each program has a process that is pinned to the first `--cores` cores. They take turns, so that other work on
+the machine disturbs all alike. `cpu` is the processor time of a call in milliseconds, which other programs disturb
 less than `wall`, the wall-clock time. Both are given as smallest, median and largest; `ratio` is DeiT's time divided by
-FastVim's.
+FastVim's. `fastvim` is compiled by a plain `jax.jit`, `fastvim_options` with the compiler options that `Classifier`,
+`fastvim predict` and `fastvim bench model` pass.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ from typing import Any
 SIZE = 224
 CALLS = {1: 8, 16: 2}
 """Calls per round, by batch size."""
+FASTVIM = ("fastvim", "fastvim_options")
 
 
-def make_fastvim(batch: int) -> Any:
+def make_fastvim(batch: int, *, options: bool) -> Any:
     """Return a function that calls FastVim-T, jitted, with the defaults of `create_model`."""
     import jax
     from flax import nnx
 
     from fastvim_jax import create_model
+    from fastvim_jax.models.compiling import forward_options
 
-    graphdef, params = nnx.split(create_model("fastvim_tiny_patch16_224", rngs=0))
-    run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    model = create_model("fastvim_tiny_patch16_224", rngs=0)
+    graphdef, params = nnx.split(model)
+    chosen = forward_options(model.config.precision.compute) if options else None
+    run = jax.jit(
+        lambda params, images: nnx.merge(graphdef, params)(images), compiler_options=chosen
+    )
     images = jax.random.normal(jax.random.key(0), (batch, SIZE, SIZE, 3))
     return lambda: run(params, images).block_until_ready()
 
@@ -62,7 +69,11 @@ def work(name: str, cores: int) -> None:
     for line in sys.stdin:
         batch = int(line)
         if batch not in calls:
-            calls[batch] = make_fastvim(batch) if name == "fastvim" else make_deit(batch, cores)
+            calls[batch] = (
+                make_deit(batch, cores)
+                if name == "deit"
+                else make_fastvim(batch, options=name == "fastvim_options")
+            )
             for _ in range(2):
                 calls[batch]()
         times = []
@@ -99,7 +110,7 @@ def ask(worker: subprocess.Popen, batch: int) -> list[list[float]]:
 
 
 def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> dict[str, Any]:
-    """Let both models take turns, and summarise their times."""
+    """Let the models take turns, and summarise their times."""
     times: dict[str, list[list[float]]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
@@ -110,8 +121,10 @@ def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> di
             values = [each[i] for each in found]
             spread = [min(values), statistics.median(values), max(values)]
             row[f"{name}_{kind}_ms"] = [round(value, 2) for value in spread]
-        best, median = (row[f"deit_{kind}_ms"][j] / row[f"fastvim_{kind}_ms"][j] for j in (0, 1))
-        row[f"ratio_{kind}"] = {"of_fastest": round(best, 3), "of_medians": round(median, 3)}
+        for name in FASTVIM:
+            best, median = (row[f"deit_{kind}_ms"][j] / row[f"{name}_{kind}_ms"][j] for j in (0, 1))
+            ratio = {"of_fastest": round(best, 3), "of_medians": round(median, 3)}
+            row[f"{name}_ratio_{kind}"] = ratio
     return row
 
 
@@ -131,7 +144,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", choices=("fastvim", "deit"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", choices=(*FASTVIM, "deit"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
         return work(chosen.work, chosen.cores)
@@ -140,7 +153,7 @@ def main() -> None:
     circumstances = timing.circumstances("benchmarks/peers/deit_cpu.py")
     about = {"processor": processor(), "cores": chosen.cores, "load_before": os.getloadavg()}
     circumstances |= about
-    pythons = {"fastvim": sys.executable, "deit": chosen.torch}
+    pythons = dict.fromkeys(FASTVIM, sys.executable) | {"deit": chosen.torch}
     workers = {name: start(python, name, chosen.cores) for name, python in pythons.items()}
     rows = []
     try:

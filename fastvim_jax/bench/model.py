@@ -17,6 +17,7 @@ from flax import nnx
 from fastvim_jax.analysis.flops import gmacs
 from fastvim_jax.bench.record import Columns
 from fastvim_jax.models import ViTConfig, build_model, model_config
+from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
 from pallas_kernels import timing
 
@@ -108,7 +109,9 @@ def _case(
         weights = jax.tree.map(jnp.copy, once) if seed else once
         return weights, jax.random.normal(jax.random.key(seed), shape)
 
-    measured = timing.Measured(forward(graphdef), arguments)
+    measured = timing.Measured(
+        forward(graphdef), arguments, compiler_options=forward_options(config.precision.compute)
+    )
     images = arguments(0)[1][:CHECKED]
     reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
     wanted = reference(params, images)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
+from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.pretrained import (
     Preprocessing,
@@ -149,7 +151,7 @@ class Classifier:
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
         preprocess = make_preprocess(self.data)
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=forward_options(config.precision.compute))
         def run(params: Any, images: Array) -> tuple[Array, ...]:
             model = nnx.merge(graphdef, params)
             tokens = model.forward_features(preprocess(images))

@@ -20,7 +20,7 @@ def test_weights_take_turns_with_the_images(monkeypatch: pytest.MonkeyPatch) -> 
     """Otherwise a small model's weights stay in the cache from call to call, and batch 1 seems too fast."""
     made: list[Any] = []
 
-    def measured(function: Any, arguments: Any) -> None:
+    def measured(function: Any, arguments: Any, **options: Any) -> None:
         made.extend(arguments(seed) for seed in range(3))
         raise Taken
 
