@@ -115,6 +115,7 @@ def test_the_receptive_field_is_the_central_difference_of_the_centre_token() -> 
     assert_close(field, expected, 1e-6)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_the_selection_is_what_the_scan_is_given(
     pooling: str, monkeypatch: pytest.MonkeyPatch

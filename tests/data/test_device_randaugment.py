@@ -83,6 +83,7 @@ def test_noise_equalizes_and_flat_images_stay(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(nothing, images)
 
 
+@pytest.mark.drawn("augmentation in parts")
 def test_chunks_change_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     images = jnp.asarray(smooth_images(rng, 12))
     numbers = jnp.asarray(rng.integers(0, 15, (12, 1)), jnp.int32)

@@ -346,6 +346,7 @@ print("same")
 """
 
 
+@pytest.mark.drawn("augmentation in parts")
 def test_sharding_the_batch_changes_nothing(seed):
     """Four devices hold a quarter each of a batch that one device holds whole."""
     assert_says_same(SHARDED, seed, devices=4)

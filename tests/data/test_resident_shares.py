@@ -160,6 +160,7 @@ print("same")
 """
 
 
+@pytest.mark.drawn("augmentation in parts")
 def test_the_devices_do_not_change_the_batches(seed: int) -> None:
     """One, four and two by two devices; what the iterator gathers is not copied again."""
     assert_says_same(SHARDED, seed, devices=4)

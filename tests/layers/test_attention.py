@@ -126,6 +126,7 @@ def test_an_abstract_gpu_counts(monkeypatch):
         assert attention._cudnn_refusal(64) is None
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("tokens", [6, 7])
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_values_and_gradients_beside_a_gpu(monkeypatch, hopper, rng, platform, tokens):

@@ -91,11 +91,12 @@ def test_directions_are_laid_together_once_for_all_blocks():
     assert concatenations(3) == concatenations(2) + 1  # of each block B and C
 
 
+@pytest.mark.drawn("fused models")
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
         pytest.param({}, 1e-5, id="float32"),
-        pytest.param({"dtype": "bfloat16"}, 2e-2, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, 2e-2, id="bfloat16"),
     ],
 )
 def test_fused_equals_plain(seed, options, bound):
@@ -120,6 +121,7 @@ SMALL = {"depth": 2, "embed_dim": 64, "image_size": 48, "patch_size": 4, "num_cl
 COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
 
 
+@pytest.mark.drawn("fused models")
 def test_joined_blocks_equal_plain_ones(seed):
     """Traced for an H100 and run on this CPU, where XLA takes the kernels' place, derivative rules included.
 

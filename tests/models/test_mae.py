@@ -134,6 +134,7 @@ def test_what_the_backbone_of_a_classifier_gets(key):
             assert not np.any(named["pos_embed"][0, index]) and np.any(named["pos_embed"][0, 1])
 
 
+@pytest.mark.drawn("fused masked models")
 @needs_mosaic
 def test_kernels_that_a_block_launches_on_hopper():
     """One ragged front, scan and back a block, transposed blocks included; the decoder's are the unpooled ones."""
@@ -146,6 +147,7 @@ def test_kernels_that_a_block_launches_on_hopper():
     assert launches(text, "mixer_ragged_front") == launches(text, "mixer_back") == 2
 
 
+@pytest.mark.drawn("fused masked models")
 def test_the_fused_core_is_the_same_function(key, monkeypatch):
     """On this CPU the fused core's stages are XLA's; gradients included."""
     noise, images = jax.random.uniform(key, (2, 16)), jax.random.normal(key, (2, 8, 8, 3))

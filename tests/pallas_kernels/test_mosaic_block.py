@@ -97,6 +97,7 @@ def test_every_segment_has_one_thread_block(seed):
         assert np.all((stop - first >= 1) & (stop - first <= 4))
 
 
+@pytest.mark.drawn("block lowered")
 @needs_mosaic
 def test_lowers_for_an_h100():
     """FastVim-T's blocks, in both orders."""
@@ -192,6 +193,7 @@ def test_sum_norm(seed, drops):
     assert max(relative_errors(normed, wanted[1])) < BOUND
 
 
+@pytest.mark.drawn("block lowered")
 @needs_mosaic
 def test_gradients_lower_for_an_h100():
     case = {**FULL, "e": 128}
@@ -290,6 +292,7 @@ def test_derivative_rule(seed, more):
     assert max(relative_errors(got, wanted)) < 2e-2
 
 
+@pytest.mark.drawn("block lowered")
 @needs_mosaic
 def test_lowers_under_vmap():
     case = {**FULL, "e": 128}

@@ -76,6 +76,7 @@ def test_oracle_gradients_are_the_slopes_of_the_oracle(spec: ScanSpec, seed: int
     assert slope == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("implementation", XLA)
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)

@@ -170,7 +170,7 @@ def test_a_config_builds_what_it_says(fastvim, rng):
 
 @pytest.mark.slow
 def test_scanned_and_unrolled_models_take_the_same_steps(rng):
-    config = tiny_model(depth=4, pooling="mean")
+    config = tiny_model(depth=2, pooling="mean", pool_axes="columns")  # two rounds of the scan
     batches = [tiny_batch(rng) for _ in range(3)]
     with x64():
         ends = {}
@@ -200,5 +200,5 @@ def test_scanned_and_unrolled_models_take_the_same_steps(rng):
         for scanned, unrolled in zip(ends["scan"], ends["unroll"], strict=True):
             for name, value in scanned.items():
                 assert_close(value, unrolled[name], 1e-7, name)
-        moved = ends["scan"][0]["blocks.3.mixer.in_proj.kernel"]
-        assert np.abs(moved - start["blocks.3.mixer.in_proj.kernel"]).max() > 1e-4
+        moved = ends["scan"][0]["blocks.1.mixer.in_proj.kernel"]
+        assert np.abs(moved - start["blocks.1.mixer.in_proj.kernel"]).max() > 1e-4
