@@ -1,11 +1,19 @@
-"""The fused core of a mixer: convolution, pooling, skip, LayerNorm and gate around the scan.
+"""Compute the fused core of a mixer: convolution, pooling, skip, norm and gate around the scan.
 
-`api` is the public function of mixers that pool and its derivative rule, `xla` the definition and the path of other
-platforms, `mosaic` the Mosaic GPU kernels behind the same interface (`mosaic_front`, `mosaic_back`,
-`mosaic_front_gradients`, cut into blocks by `grid`; `mosaic_ragged_front` where tokens are missing).
-`block` adds in_proj (`mosaic_project_front`) and the output projection, the residual sum and the next block's norm
-(`mosaic_back_project`). `sequence`, `sequence_xla` and `mosaic_sequence` are the same as `api`, `xla` and `mosaic` for
-mixers that pool nothing.
+Read in this order:
+
+- `types`, then `xla`: defines what is computed. Platforms without kernels run it.
+- `api`: `mixer_core`, the public function of mixers that pool, and its derivative rule.
+- `mosaic`: runs the Mosaic GPU kernels behind the interface of `xla`. `grid` describes how they cut the tokens.
+  Forward: `mosaic_front` (`mosaic_ragged_front` where tokens are missing) and `mosaic_back`. Backward: `back_gradients`
+  in `mosaic_back` (its work on a segment is `mosaic_segments`), and `mosaic_rolling_gradients` or
+  `mosaic_front_gradients`. `mosaic_common` holds what they share.
+- `block`: `mixer_block` adds in_proj (`mosaic_project_front`), out_proj, the residual sum and the next block's norm
+  (`mosaic_back_project`; `mosaic_sum_norm` and `mosaic_norm_gradient` for sum and norm alone).
+- `sequence`, `sequence_xla`, `mosaic_sequence...`: the same as `api`, `xla` and `mosaic` for mixers that pool nothing.
+
+Letters: b images, l tokens, s steps of the scan, e inner width, w = 2e, k taps of a convolution, d the two directions.
+`x_bar`, in the kernels also dx, is the gradient of the loss with respect to x. s is also the norm's input.
 """
 
 from pallas_kernels.mixer_core.api import mixer_core

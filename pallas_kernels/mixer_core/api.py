@@ -61,15 +61,15 @@ def mixer_core(
 
     Here d is one of the two directions. The convolution of the second direction looks ahead. A line is a row of the
     grid, or a column if `transposed`. A position of the grid may hold several tokens (`per_position`, for instance one
-    for each channel of a patch), visited one after the other. A line is then pooled to as many tokens: number k is
-    pooled from the tokens number k of all its positions.
+    for each channel of a patch), visited one after the other. A line is then pooled to `per_position` tokens: the k-th
+    of them from the k-th token of each position.
 
     The GPU kernels (Hopper and newer) read x and z once. The kernel before `middle` writes the mean of both D_d c_d, in
-    xz's dtype, for the kernel behind it; c and the repeated y never exist in memory.
+    xz's dtype, and the kernel after `middle` reads it. c and the repeated y are never written to memory.
 
-    Reverse-mode differentiation works; where kernels run, only once. Saved for the gradient are xz and arrays of the
-    size of u. With "max", one of these (int32) holds the place of the first maximum in each line, because only this
-    token gets the gradient. A NaN in a line makes its maximum NaN.
+    Reverse-mode differentiation works; where kernels run, only once. The forward pass saves xz and arrays of the size
+    of u for the gradient. With "max", one of these (int32) holds the place of the first maximum in each line, because
+    only this token gets the gradient. A NaN in a line makes its maximum NaN.
 
     In a ragged grid, tokens are missing, different ones in each sample. xz holds the tokens that exist, and `row_ids`
     the row of each. u_d is the sum over the tokens of a row divided by the length of a *whole* row, and 0 for a row
@@ -180,8 +180,7 @@ def _check_ragged(xz, row_ids, method: str, regular: bool) -> None:
         raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
 
 
-# Dimensions of the operands and results of every stage. Devices split b and nothing else. Here w is the width 2e of xz,
-# d the two directions, k the taps of a convolution, and s the steps of the scan.
+# Dimensions of the operands and results of every stage (letters: see the package). Devices split b and nothing else.
 _XZ, _TOKENS, POOLED = "b l w", "b l e", ("b s e", "b s e")
 _BOTH = "d b s e"
 # `_of_share` replaces these: places of the maxima in their lines, and row ids; both are empty where a call has none.
@@ -296,7 +295,7 @@ def _backward(stages, middle, options, residuals, out_bar):
 
 
 class Saved(NamedTuple):
-    """What the forward pass of a core keeps for the gradient.
+    """Hold what the forward pass of a core keeps for the gradient.
 
     Attributes:
         xz: input of the core.

@@ -31,14 +31,14 @@ from pallas_kernels.sharding import cast_parameter, on_cuda, per_shard
 
 
 class Projection(NamedTuple):
-    """Parameters after the mixer's core: its output projection, transposed, and the scale of the next RMSNorm."""
+    """Hold the parameters after the mixer's core: out_proj's kernel, transposed, and the scale of the next RMSNorm."""
 
     weight: Float[Array, "o e"]
     gain: Float[Array, " o"]
 
 
 class Unprojected(NamedTuple):
-    """What xz is the product of: the mixer's tokens and in_proj's kernel, transposed. in_proj has no bias."""
+    """Hold the factors of xz: the mixer's tokens, and in_proj's kernel, transposed. in_proj has no bias."""
 
     tokens: Float[Array, "b l i"]
     weight: Float[Array, "e2 i"]
@@ -75,14 +75,14 @@ def mixer_block(
         residual = residual + keep · g · weight^T
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
-    On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
-    exist in memory, except that the forward pass of a gradient keeps g. One more kernel computes the gradient of
+    On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs. It never writes the
+    product to memory, and g only in the forward pass of a gradient. One more kernel computes the gradient of
     residual sum and norm. The kernels run where `block_unsupported` returns None. What the first kernel does not cover,
     such as more than 384 channels, is computed by `mixer_core`, a product, and a kernel for residual sum and norm (by
     XLA if the residual's channels are no multiple of 128). Everywhere else `mixer_core` and XLA compute the same step
     by step. A product by XLA is rounded to xz's dtype before it is added; the first kernel does not round it.
 
-    Given what xz is the product of, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
+    Given `Unprojected`, one more kernel computes xz and the pooled tokens together on Hopper GPUs, where
     `project_front_unsupported` returns None for a device's share of the batch.
 
     Args:

@@ -11,7 +11,7 @@ from pallas_kernels.mixer_core.types import NORM_KINDS
 
 
 def expect_norm_kind(operation: str, kind: str) -> None:
-    """Raise ValueError if there is no such norm."""
+    """Raise ValueError if `kind` is not one of `NORM_KINDS`."""
     if kind not in NORM_KINDS:
         raise ValueError(f"{operation}: norm_kind must be one of {NORM_KINDS}; got {kind!r}")
 

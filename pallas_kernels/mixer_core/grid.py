@@ -69,10 +69,10 @@ class Grid(Lines):
         return jnp.minimum(start, self.tokens - self.segment) if self.overlaps else start
 
     def counts(self, part: Any, t: Any) -> Any:
-        """Return whether token number ``t`` of a line's segment number ``part`` is not in the next one, too.
+        """Return whether token number ``t`` of a line's segment number ``part`` is counted in this segment.
 
-        Of two segments that overlap the last one counts. The halo behind the other one may reach past the line's end,
-        where it holds zeros and not the next line.
+        Where two segments overlap, only the last one counts the tokens. The halo behind the other one may reach past
+        the line's end, where it holds zeros instead of the next line.
         """
         overlap = self.tokens - self.segment - part * self.segment
         return t < lax.select(part == self.segments - 1, jnp.int32(self.segment), overlap)

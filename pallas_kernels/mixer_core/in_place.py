@@ -1,4 +1,4 @@
-"""Kernels that write one half of an array whose other half is there already."""
+"""Wrap kernels that write one half of an array whose other half is written already."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 def in_place(run: Callable[..., jax.Array], shares: jax.ShapeDtypeStruct) -> Callable[..., Any]:
     """Wrap a kernel ``run(array's reference, *others) → shares`` as ``(array, *others) → (array, shares)``.
 
-    The array stays in its buffer where nothing else needs that. Under `jax.vmap` examples run one after the other.
+    The array stays in its buffer if nothing else needs its old values. Under `jax.vmap` examples run one by one.
     """
 
     @jax.custom_batching.custom_vmap
@@ -24,12 +24,12 @@ def in_place(run: Callable[..., jax.Array], shares: jax.ShapeDtypeStruct) -> Cal
             array_ref, shares_ref = refs
             shares_ref[...] = run(array_ref, *others)
 
-        # Pallas takes no reference whose type says over which devices it varies. Results of reshapes don't say it here,
-        # as those of `plgpu.kernel` don't; the caller adds it again (`sharding.mark_varying`).
+        # Pallas refuses references whose type says over which mesh axes they vary. Without the check, neither reshapes
+        # nor `plgpu.kernel` record that, and the caller adds it again (`sharding.mark_varying`).
         with config._check_vma(False):
             array = array.reshape(-1).reshape(array.shape)
-            # XLA fuses slices and updates of stacks into the calls that read and write them, also where that separates
-            # the array from the place it is to be written to; the barriers keep this call's own buffer.
+            # The barriers give this call a buffer of its own. Otherwise XLA fuses slices and updates of stacks into it,
+            # even if the array then no longer lies where the kernel is to write.
             arrays = (lax.optimization_barrier(array), jnp.zeros(shares.shape, shares.dtype))
             return lax.optimization_barrier(pl.run_state(write)(arrays))
 

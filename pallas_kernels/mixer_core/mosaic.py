@@ -38,7 +38,7 @@ RESIDENT = {"front": 8, "front_gradients": 4, "back_gradients": 8}
 
 
 def _bytes(kind: str, segment: int, taps: int, width: int, size: int, warpgroups: int = 1) -> int:
-    """Return the bytes of shared memory that a block needs; of several warpgroups, also for sums and barriers."""
+    """Return the bytes of shared memory that a block needs; with several warpgroups, sums and barriers included."""
     halo = segment + 2 * (taps - 1)
     padded = math.ceil(segment / 4) * 4
     if kind == "front":
@@ -158,8 +158,8 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
     """Return why a block does not run joined to the next block's norm, although the other kernels do, or None.
 
-    One kernel that does all behind the scans pays at every batch size; if "pallas" was asked for by name, it must do
-    it. Where it takes several kernels, a batch that leaves processors idle is a reason.
+    One kernel for everything after the scans is faster at every batch size. If "pallas" was asked for by name
+    (`by_name`), the block needs this kernel. Otherwise several kernels will do, unless the batch leaves processors idle.
     """
     if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
         return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"

@@ -4,8 +4,8 @@
     r = residual + g W
     h = r / sqrt(mean(r²) + eps) · gain
 
-The front wrote the skips; `mosaic_back` computes the first line by itself. g W never exists in global memory, and g
-only where it is kept for the gradient of W. A thread block computes 64 rows of the product: `PER_TILE` segments of rows
+The front wrote the skips; `mosaic_back` computes the first line alone. g W is never written to global memory, and g
+only if it is kept for the gradient of W. A thread block computes 64 rows of the product: `PER_TILE` segments of rows
 of the grid, 16 rows of the tile each. A segment shorter than 16 tokens has its middle tokens twice. Its two warpgroups
 share the segments, then the columns of the product, then the segments again. g takes the place of the skips in shared
 memory, parts of W that of z, and the product that of g.

@@ -45,7 +45,7 @@ def norm_gradient(residual_bar, normed_bar, residual, gain, keep, *, eps: float,
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The sum in float32; and times `keep`, rounded to the dtype of `normed_bar`.
+        The sum in float32; and the sum times `keep`, rounded to the dtype of `normed_bar`.
     """
     shape, width = residual.shape, residual.shape[-1]
     count, columns = residual.size // width, width // COLUMNS

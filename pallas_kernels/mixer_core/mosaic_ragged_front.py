@@ -1,8 +1,8 @@
-"""Front of the mixer over a ragged grid: convolutions, SiLU, each row's sum and the skips, as one Mosaic GPU kernel.
+"""Compute convolutions, SiLU, row sums and skips of a ragged grid as one Mosaic GPU kernel.
 
-As in `mosaic_front` a thread owns a channel and walks the tokens. Where the next token is of another row, which differs
-between the directions, it writes what it has added up. Few samples are cut into runs of tokens, each with sums of its
-own.
+As in `mosaic_front`, a thread owns a channel and walks the tokens. When the next token is in another row, it writes the
+sum of the row that ends. The directions have rows of their own. If there are few samples, each is cut into runs of
+tokens, and every run has sums of its own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ def front(x, ids, kernels, biases, D, grid: Grid, *, rows: int, share: float, in
 
     Args:
         x: ``b lines tokens ≥e``, the tokens on any grid that holds them; channels beyond e are not read.
-        ids: forward and backward, the tokens' rows, ``b tokens`` int32, falling nowhere.
+        ids: row of each token for the forward and the backward direction, ``b tokens`` int32, never decreasing.
         kernels: ``2 k e``, biases and D ``2 e``, float32, forward then backward.
-        share: factor on the sums.
+        grid: how the tokens are cut.
+        rows: rows of the ragged grid.
+        share: factor of the sums.
+        interpret: run in Pallas' interpreter.
 
     Returns:
-        ``2 b rows e`` float32, zeros for rows without tokens; and the skips, ``b lines tokens e`` in x's dtype.
+        Row sums ``2 b rows e`` float32, zero for rows without tokens; and the skips, ``b lines tokens e`` in x's dtype.
     """
     layout = row_layout(CHANNELS)
     items, length = grid.per_block, grid.lines * grid.tokens

@@ -30,7 +30,7 @@ SLOTS = 3  # segments in shared memory: two that are read and one on its way
 
 
 class Pooled(NamedTuple):
-    """Gradients of a line's pooled tokens, of each direction, times the share of a token.
+    """Hold the gradients of a line's pooled tokens, of each direction, times the share of a token.
 
     Attributes:
         bars: one vector of channels for each direction.

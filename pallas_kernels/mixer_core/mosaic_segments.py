@@ -1,7 +1,7 @@
-"""The work on a segment of a line that the kernels behind the scans share: copies, s, and sums over the channels.
+"""Work on a segment of a line in `mosaic_back.back_gradients`: copy it, compute s, and sum over the channels.
 
-A warpgroup owns some channels, whose parameters its registers hold. Up to four of them work side by side on tokens of
-more than 384 channels. All that they exchange are sums over their channels (`Sums`), in shared memory.
+A warpgroup owns some channels, and its registers hold their parameters. On tokens of more than 384 channels up to four
+warpgroups work side by side. They exchange only sums over their channels (`Sums`), in shared memory.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def warpgroups(width: int, padding: int = 0, norm_kind: str = "layer") -> int:
 
 
 class Segments:
-    """The work on a segment that both kernels share: copy it in, compute s, copy results out.
+    """Copy segments in, compute s, and copy results out.
 
-    All tiles have one part for each warpgroup. The body of a kernel works on its own parts: `mine`.
+    All tiles have one part for each warpgroup. A warpgroup works on its own parts, which `mine` returns.
     """
 
     def __init__(self, grid: Grid, interpret: bool):
@@ -101,8 +101,8 @@ class Segments:
     def share(self, exchanged, item, of_rows):
         """Publish the `Sums` of a segment's tokens, and return a function of rows: the sums over all channels.
 
-        One meeting a segment is enough: who overwrites the sums of a segment has met the others at the next one, and
-        they were done with it by then.
+        One barrier per segment is enough, because there is shared memory for two segments. A warpgroup that overwrites
+        the sums of a segment has passed the barrier of the next one, and all others had read the old sums before it.
 
         Args:
             exchanged: what `exchange` asked for.

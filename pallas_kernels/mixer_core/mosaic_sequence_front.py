@@ -1,8 +1,8 @@
-"""Front of a mixer that pools nothing: convolutions with SiLU, and their gradients, as Mosaic GPU kernels.
+"""Compute convolutions with SiLU of a mixer that pools nothing, and their gradients, as Mosaic GPU kernels.
 
-As in `mosaic_front`, a thread owns a channel and walks the tokens with the window in registers, so that every
-token is read once for both directions. Sequences are cut into tiles, the last one ragged: what lies outside a
-sequence is read as zeros and never written. Zeros are what the convolutions want there, and as gradients add nothing.
+As in `mosaic_front`, a thread owns a channel and walks the tokens with the window in registers, so that every token is
+read once for both directions. Sequences are cut into tiles, of which the last may reach past the end. Tokens outside a
+sequence are read as zeros and never written: convolutions need zeros there, and zero gradients add nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """How sequences are cut.
+    """Describe how sequences are cut.
 
     Attributes:
         batch: sequences.
@@ -184,18 +184,18 @@ def front(xz, kernels, biases, cut: Sequences, *, interpret: bool):
 
 @functools.partial(jax.jit, static_argnames=("cut", "interpret"))
 def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, interpret: bool):
-    """Carry the gradients of both directions' tokens through SiLU and convolution, computed again, to x:
+    """Recompute SiLU and convolution, and carry the gradients of both directions' tokens through them to x:
 
         dp_d = dc_d silu'(p_d)
         dx_t = sum over taps j of  k_f[j] dp_f[t + K-1-j]  +  k_b[j] dp_b[t - (K-1-j)]
 
     Args:
-        c_bar: of both directions, ``2 b l e`` in xz's dtype.
-        xz_bar: ``b l 2e``, whose first half is written; the others as in `front`.
+        c_bar: gradients of both directions' tokens, ``2 b l e`` in xz's dtype.
+        xz_bar: ``b l 2e``; its first half is overwritten. All other arguments are those of `front`.
 
     Returns:
-        xz_bar, in its old place where nothing else needs that, and shares of the gradients of kernels and biases,
-        ``parts 2 (k + 1) e`` float32.
+        xz_bar, in the same buffer if nothing else needs the old values; and the gradients of kernels and biases,
+        ``parts 2 (k + 1) e`` float32, to be summed over the parts.
     """
     layout = row_layout(CHANNELS)
     segment, halo, taps = cut.segment, cut.halo, cut.taps

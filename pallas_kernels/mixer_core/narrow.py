@@ -1,4 +1,4 @@
-"""Widths that are no whole number of blocks of 128 channels: arrays get channels of zeros, which count in no norm."""
+"""Pad widths to whole blocks of 128 channels: arrays get channels of zeros, which count in no norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.mixer_core.types import Norm
 
 BLOCK = 128
-NARROWEST = 64  # Below, more than half of the work would be for nothing.
+NARROWEST = 64  # Below this width, the kernels would spend more than half of their work on zeros.
 
 
 def missing_channels(width: int) -> int:
@@ -40,7 +40,7 @@ def widen_call(xz: jax.Array, parameters: Any, norm: Norm, padding: int) -> tupl
 
 
 def on_channels(gate: Callable[..., jax.Array], padding: int) -> Callable[..., jax.Array]:
-    """Apply `gate(s, z, norm)` to the channels that there are, and add those of zeros again."""
+    """Return a function that applies `gate(s, z, norm)` to the real channels, and adds the channels of zeros again."""
 
     def run(s, z, norm):
         real = z.shape[-1] - padding
@@ -52,7 +52,7 @@ def on_channels(gate: Callable[..., jax.Array], padding: int) -> Callable[..., j
 
 @dataclasses.dataclass(frozen=True)
 class Narrowed:
-    """A core's `middle` on the channels that there are."""
+    """Apply a core's `middle` to the real channels only."""
 
     middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
     padding: int

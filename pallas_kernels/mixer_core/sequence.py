@@ -1,4 +1,4 @@
-"""The core of mixers that pool nothing: the public function, and its derivative rule."""
+"""Define `sequence_core`, the core of mixers that pool nothing: check its arguments, and differentiate it."""
 
 from __future__ import annotations
 
@@ -41,30 +41,31 @@ def sequence_core(
         y = middle(middle_params, c)                    the projections of c, the scans and their skips
         out = LayerNorm((y_f + y_b) / 2) · silu(z)
 
-    with d the two directions; the second one's window looks ahead. On Hopper GPUs what comes before and after the
-    scans is one pass over memory each, forward and backward. Differentiable (reverse mode, and once where
-    kernels run); kept for the gradient are xz, both y, and what `middle` keeps (its scans keep both c).
+    Here d is one of the two directions. The convolution of the second direction looks ahead. On Hopper GPUs one kernel
+    before and one after the scans read and write memory once, forward and backward. Reverse-mode differentiation works;
+    where kernels run, only once. The forward pass saves xz, both y, and what `middle` saves (its scans save both c).
 
-    Under a sharded `jit` every device works on its share of b; whatever else is split is gathered (the LayerNorm
-    needs all channels of a token).
+    Under a sharded `jit`, every device works on its share of b. Axes other than b are gathered, because the LayerNorm
+    needs all channels of a token.
 
     Args:
         xz: tokens in the order of the scan, x and z one after the other on the channel axis; bfloat16 to float64.
-        convolutions: last tap on the current token.
+        convolutions: of both directions. The last tap meets the current token.
         norm: LayerNorm over the channels.
-        middle_params: pytree handed to `middle`, differentiated.
-        middle: maps (middle_params, c), c of both directions `2 b l e` in xz's dtype, to (y_f, y_b), each `b l e`,
-            which are rounded to xz's dtype. Closes over no tracer.
+        middle_params: pytree passed to `middle`; gradients flow to it.
+        middle: function (middle_params, c) -> (y_f, y_b). c `2 b l e`, in xz's dtype, holds both directions; y_f and
+            y_b are `b l e` and are rounded to xz's dtype. The function must not close over tracers.
         eps: epsilon of the norm.
         norm_kind: "layer", "rms" or "none", see `mixer_core`.
-        implementation: "auto" (kernels where the program is lowered for a Hopper or newer GPU, else XLA), or by name.
+        implementation: "pallas" (kernels), "xla", or "auto": kernels if the program is lowered for a Hopper or newer
+            GPU, otherwise XLA.
 
     Returns:
-        `b l e` in xz's dtype.
+        The input of out_proj, `b l e` in xz's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
-        NotImplementedError: "pallas" asked for where it cannot run.
+        ValueError: shapes do not fit, or implementation is unknown.
+        NotImplementedError: implementation is "pallas", but the kernels cannot run here.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -100,7 +101,7 @@ def sequence_core(
 
 @dataclasses.dataclass(frozen=True)
 class _Rounded:
-    """`middle` with results in one dtype."""
+    """Apply `middle`, and round its results to one dtype."""
 
     middle: Callable
     dtype: Any
@@ -110,7 +111,7 @@ class _Rounded:
         return forward.astype(self.dtype), backward.astype(self.dtype)
 
 
-# Of every stage, the dimensions of what it takes and gives: devices share out b, and nothing else.
+# Dimensions of the operands and results of every stage. Devices split b and nothing else.
 _XZ, _TOKENS, _PAIR, _BOTH = "b l w", "b l e", ("b l e", "b l e"), "d b l e"
 _CONVOLUTIONS = Convolutions("d k e", "d e")  # type: ignore[arg-type]
 _NORM = Norm("e", "e")  # type: ignore[arg-type]

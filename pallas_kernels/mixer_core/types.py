@@ -24,7 +24,7 @@ NORM_KINDS = ("layer", "rms", "none")
 
 
 class Norm(NamedTuple):
-    """Parameters of the norm. An RMSNorm adds the shift, too; without a norm neither is read."""
+    """Parameters of the norm behind the scans. An RMSNorm adds the shift as well; without a norm neither is read."""
 
     scale: Float[Array, " e"]
     shift: Float[Array, " e"]
@@ -34,7 +34,7 @@ class Lines:
     """Describe the lines of a grid of tokens: a line is a row or, if transposed, a column.
 
     Each position of the grid holds `per_position` tokens next to each other, for instance one for each channel of a
-    patch. A line is pooled to as many tokens: number k is pooled from the tokens number k of all its positions.
+    patch. A line is pooled to `per_position` tokens. The k-th of them is pooled from the k-th token of each position.
     """
 
     rows: int

@@ -62,7 +62,8 @@ def front(
     """Apply convolution and SiLU to both directions.
 
     Returns:
-        The pooled lines; what the skips add to each token, in x's dtype; with "max", the place of each first maximum.
+        The pooled lines; the mean of both skips, in x's dtype; and, with "max", the place of each line's first maximum
+        (its index among the tokens of the line), otherwise ().
     """
     both = _convolved(x, directions, options)
     skip = skips(both, directions, options).astype(x.dtype)
@@ -273,7 +274,7 @@ def norm_gradient(
     """Add the gradient of `total` through its RMSNorm to `total_bar`.
 
     Returns:
-        The sum in the dtype of `total`; and times each image's factor, rounded to the dtype of `normed_bar`.
+        The sum, in the dtype of `total`; and the sum times each image's factor, rounded to the dtype of `normed_bar`.
     """
     _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps, normed_bar.dtype), total)
     (bar,) = pull(normed_bar)
