@@ -159,7 +159,8 @@ def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: b
     """Return why a block does not run joined to the next block's norm, although the other kernels do, or None.
 
     One kernel for everything after the scans is faster at every batch size. If "pallas" was asked for by name
-    (`by_name`), the block needs this kernel. Otherwise several kernels will do, unless the batch leaves processors idle.
+    (`by_name`), the block needs this kernel. Otherwise several kernels do as well, unless the batch leaves processors
+    idle.
     """
     if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
         return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
