@@ -254,8 +254,9 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
     batch = row["batch"] * devices
     recipe = "recipe" in row
     program = _program(config, batch, recipe, mesh)
-    reference = _compiled_reference(row, config, batch)
-    # Nothing is allocated before it is this step's turn, because other programs wait on the same GPUs.
+    # The reference runs on one device, some images at a time. All else is allocated only when it is this step's turn,
+    # because other programs wait on the same GPUs.
+    loss, gradient = _reference_result(row, config, batch)
     yield None
 
     before = _bytes_in_use()
@@ -265,10 +266,7 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
         "state_bytes_in_use": _bytes_in_use() - before,
     }
     batches = [_batch(config, batch, seed, recipe) for seed in range(2)]
-    first = jax.device_put((state.params, batches[0]), jax.local_devices()[0])
-    loss, gradient = reference(*first)
     batches = batches if mesh is None else [place_batch(mesh, each) for each in batches]
-    del first
     held, metrics = program(state, batches[0])
     # After one step, Adam's first moment is the gradient times 1 - beta1.
     moment = optax.tree.get(held.optimizer, "mu")
@@ -309,15 +307,12 @@ def _step(row: timing.Row, config: Config) -> timing.Case:
     }  # fmt: skip
 
 
-def _compiled_reference(row: timing.Row, config: Config, batch: int) -> timing.Program:
-    """Compile the reference of the first step's loss and gradient. It runs on one device."""
+def _reference_result(row: timing.Row, config: Config, batch: int) -> Any:
+    """Return the reference's loss and gradient of the first step."""
     recipe = "recipe" in row
-    shapes = jax.eval_shape(
-        lambda: (_state(config, recipe).params, _batch(config, batch, 0, recipe))
-    )
-    return timing.Program(
-        _reference(config, reference_options(row["model"]), recipe), *shapes, hasty=True
-    )
+    run = _reference(config, reference_options(row["model"]), recipe)
+    arguments = _state(config, recipe).params, _batch(config, batch, 0, recipe)
+    return jax.block_until_ready(timing.Program(run, *arguments, hasty=True)(*arguments))
 
 
 def _bytes_in_use() -> int:
