@@ -1,6 +1,13 @@
 """Use many devices and processes: start processes, build the mesh, place arrays on it, and agree among processes."""
 
-from fastvim_jax.distributed.mesh import MeshConfig, check_batch, make_mesh, on_mesh, round_up
+from fastvim_jax.distributed.mesh import (
+    MeshConfig,
+    Reduction,
+    check_batch,
+    make_mesh,
+    on_mesh,
+    round_up,
+)
 from fastvim_jax.distributed.processes import (
     all_gather_set,
     arrays_of_first_process,
@@ -25,6 +32,7 @@ from fastvim_jax.distributed.watch import Watch, start_watch
 __all__ = [
     "Launch",
     "MeshConfig",
+    "Reduction",
     "Watch",
     "all_gather_set",
     "arrays_of_first_process",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from pallas_kernels.sharding import batch_over
 
 DATA, FSDP = "data", "fsdp"
 
+Reduction = Literal["computed", "float32", "bfloat16"]
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -36,9 +37,17 @@ class MeshConfig:
     """Groups of devices; each group holds all parameters and its share of the batch. None: use all devices."""
     fsdp: PositiveInt = 1
     """Devices per group; a group's parameters, optimizer state and averaged weights are spread over them (FSDP)."""
+    reduction: Reduction = "computed"
+    """Dtype in which the devices' gradients are summed. computed: each in its own; float32; bfloat16: half the bytes,
+    rounded. The last two are for classification and masked pre-training with fsdp=1."""
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh.")
+        if self.reduction != "computed" and self.fsdp > 1:
+            raise UserError(
+                f"mesh.reduction={self.reduction!r} sums whole gradients, but mesh.fsdp={self.fsdp} spreads them over "
+                "devices: set mesh.fsdp=1, or leave mesh.reduction out."
+            )
 
 
 def make_mesh(

@@ -102,6 +102,9 @@ class RunConfig:
     saves_model: ClassVar[bool] = True
     """Whether the run's checkpoints hold the whole model, so that it can be loaded from the run folder."""
 
+    averages_images: ClassVar[bool] = False
+    """Whether the loss is a mean over images, so that `mesh.reduction` may average the gradients of parts."""
+
     model: Any
     """The model's config; a task's config names the classes that it takes."""
     data: Any
@@ -144,6 +147,11 @@ class RunConfig:
         check_fields(self)
         if self.init is None and (self.init_allow or self.init_weights):
             raise UserError("init_allow and init_weights say how to use init: set init as well.")
+        if self.mesh.reduction != "computed" and not self.averages_images:
+            raise UserError(
+                f"mesh.reduction={self.mesh.reduction!r} wants a loss that is a mean over images, which "
+                f"{type(self).__name__} has not: leave it out."
+            )
         warmup = self.optimizer.warmup(self.epochs)
         if self.optimizer.schedule != "constant" and warmup >= self.epochs:
             raise UserError(

@@ -7,7 +7,7 @@ scalars, which the loop fetches when it logs them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,12 @@ import optax
 from jax.sharding import Mesh
 
 from fastvim_jax.data.device_transforms import Augment
-from fastvim_jax.distributed import gather, on_every_device, split_batch, state_shardings
+from fastvim_jax.distributed import Reduction, gather, on_every_device, split_batch, state_shardings
 from fastvim_jax.models.parameters import map_parameters, stacked_key
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.parameter_norms import parameter_norms, whole_norm
+from fastvim_jax.training.reduction import averaged_gradient
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -130,6 +131,7 @@ def make_train_step(
     seed: int = 0,
     accumulate: int = 1,
     shardings: TrainState | None = None,
+    reduction: Reduction = "computed",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile `step(state, batch) -> (state, metrics)`, which makes one update. It donates the given state's buffers.
 
@@ -155,6 +157,8 @@ def make_train_step(
             sample gets the same draws with any number of parts, devices and processes. A `model_state` passes from
             part to part.
         shardings: shardings of the new state. None lets the compiler choose.
+        reduction: dtype in which the devices' gradients are summed; see `reduction`. Another one than "computed" wants
+            a mesh that shards no parameters, a loss that is a mean over images, and no `model_state`.
 
     Returns:
         The compiled step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
@@ -178,6 +182,15 @@ def make_train_step(
         (loss, more), grads = value_and_grad(state.params, state.model_state, (batch, drawn))
         return (loss, *more), grads
 
+    def reduced_loss_and_gradient(state: TrainState, batch: Batch, drawn: Any) -> Any:
+        if reduction == "computed":
+            return loss_and_gradient(state, batch, drawn)
+
+        def compute(params: Any, part: Any) -> Any:
+            return loss_and_gradient(replace(state, params=params), *part)
+
+        return averaged_gradient(compute, reduction)(state.params, (batch, drawn))
+
     def norms_of(tree: Any) -> jax.Array:
         return on_every_device(parameter_norms(tree))
 
@@ -187,7 +200,7 @@ def make_train_step(
         batch = split_batch(batch)
         key = draw_key(seed, state.step)
         drawn = None if draw is None else draw(state.params, key, batch)
-        (loss, more, model_state), grads = loss_and_gradient(state, batch, drawn)
+        (loss, more, model_state), grads = reduced_loss_and_gradient(state, batch, drawn)
         params = state.params
         ema = None if state.ema is None else update_ema(state.ema, params, ema_decay or 0.0)
         # Read large parameters before the update overwrites them; otherwise XLA copies them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fastvim_jax.config_checks import Rate
 from fastvim_jax.data.cells_config import CellsData
@@ -21,6 +22,8 @@ class TrainConfig(RunConfig):
     Raises:
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
+
+    averages_images: ClassVar[bool] = True
 
     model: VisionMambaConfig | ViTConfig | ChannelMambaConfig | ChannelViTConfig
     """The backbone and its head. model.num_classes must equal the number of classes in the data."""

@@ -109,6 +109,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
         seed=config.seed,
         accumulate=config.accumulate,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        reduction=config.mesh.reduction,
     )
 
     # Evaluation

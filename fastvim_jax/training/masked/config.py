@@ -39,6 +39,8 @@ class PretrainConfig(RunConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
+    averages_images: ClassVar[bool] = True
+
     model: MaskedAutoencoderConfig
     """Encoder, decoder and mask."""
     data: ClassificationData = field(default_factory=ClassificationData)

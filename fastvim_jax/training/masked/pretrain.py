@@ -113,6 +113,7 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
         seed=config.seed,
         accumulate=config.accumulate,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        reduction=config.mesh.reduction,
     )
 
     # Evaluation
