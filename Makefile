@@ -53,7 +53,7 @@ TASKS := masked/test_masked_training.py::test_the_loss_falls_and_the_run_is_draw
 	detection/test_train.py::test_a_run_ends_with_scores_a_picture_and_a_table
 REDUCED := tests/test_package.py tests/parity/test_fixtures.py $(addprefix tests/pallas_kernels/, \
 	test_selective_scan.py::test_reverse_is_forward_of_the_flipped test_selective_scan.py::test_reference_and_choice \
-	test_causal_conv1d.py::test_specs test_bidirectional_scan.py::test_it_is_two_scans[auto] test_compositions.py test_sharded.py) \
+	test_causal_conv1d.py::test_specs test_bidirectional_scan.py::test_bidirectional_scan_equals_two_scans[auto] test_compositions.py test_sharded.py) \
 	$(addprefix tests/training/, $(word $(shell echo $$(($(SEED) % 3 + 1))),$(TASKS)) $(addprefix classification/test_train.py::, \
 	test_the_run_folder_holds_everything test_a_resumed_run_equals_an_uninterrupted_one test_a_loaded_run_scores_what_the_log_says) \
 	$(addprefix test_checkpoints.py::, test_a_restored_state_has_the_same_bits test_weights_alone test_nothing_is_pickled \

@@ -21,7 +21,7 @@ PAGES = sorted(
 
 
 def run_page(name: str) -> dict:
-    """The names that the page's Python code leaves behind, run from top to bottom."""
+    """Return the names that the page's Python code leaves behind, run from top to bottom."""
     names: dict = {}
     text = (ROOT / "docs" / f"{name}.md").read_text()
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -40,12 +40,12 @@ def test_the_code_of_the_pooling_page_runs() -> None:
 
 
 def prose(page: Path) -> str:
-    """The page without its code blocks."""
+    """Return the page without its code blocks."""
     return re.sub(r"^( *)(`{3,})[^\n]*\n.*?^\1\2`* *$", "", page.read_text(), flags=re.M | re.S)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings: lower case, punctuation gone, spaces to hyphens."""
+    """Return the anchors that GitHub makes of a page's headings: lower case, punctuation gone, spaces to hyphens."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.*?) *$", prose(page), re.M):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)

@@ -94,7 +94,7 @@ ROOMS: dict[str, set[str]] = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module of both packages by its dotted name."""
+    """Return every module of both packages by its dotted name."""
     found = {}
     for package in ("fastvim_jax", "pallas_kernels"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -104,13 +104,13 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """The room that a module belongs to; the package's own face has none."""
+    """Return the room that a module belongs to; the package's own face has none."""
     package, *rest = module.split(".")
     return package if package == "pallas_kernels" else (rest or [""])[0]
 
 
 def imports(path: Path, known: set[str]) -> Iterator[str]:
-    """The project's modules that a file imports, inside functions too."""
+    """Yield the project's modules that a file imports, inside functions too."""
 
     def visit(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -148,7 +148,7 @@ def test_arrows_point_down_only() -> None:
 
 
 def task(module: str) -> str | None:
-    """The task whose folder in training/ a module belongs to; None for what the tasks share."""
+    """Return the task whose folder in training/ a module belongs to; None for what the tasks share."""
     parts = module.split(".")
     if parts[:2] != ["fastvim_jax", "training"] or len(parts) < 3:
         return None
@@ -249,7 +249,7 @@ def test_a_wrong_shape_raises_inside_a_module() -> None:
 
 
 def project() -> dict:
-    """The [project] table of pyproject.toml."""
+    """Return the [project] table of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -259,7 +259,7 @@ def test_version_is_the_installed_one() -> None:
 
 
 def allowed(requirements: list[str], name: str, version: str, python: str) -> bool:
-    """Whether `version` of `name` may be installed on `python`."""
+    """Return whether `version` of `name` may be installed on `python`."""
     applying = [
         requirement
         for requirement in map(Requirement, requirements)

@@ -24,7 +24,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def interpreter(path: Path, answer: str, status: int = 0) -> Path:
-    """A stand-in for a Python interpreter that answers the probe with `answer` and its own path."""
+    """Return a stand-in for a Python interpreter that answers the probe with `answer` and its own path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\necho "{answer} $0"\nexit {status}\n')
     path.chmod(0o755)
@@ -82,7 +82,7 @@ def test_set_up_refuses_what_cannot_work(
 
 
 def report(path: Path, **counts: int) -> str:
-    """A JUnit file with these counts."""
+    """Return a JUnit file with these counts."""
     attributes = " ".join(f'{name}="{value}"' for name, value in counts.items())
     path.write_text(f"<testsuites><testsuite {attributes}></testsuite></testsuites>")
     return str(path)
@@ -121,7 +121,7 @@ def test_the_quickstart_learns_and_draws_its_picture(tmp_path: Path) -> None:
 
 
 def record(tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The recording of benchmarks, by a stand-in for Python that fails at scan_pair."""
+    """Return the recording of benchmarks, by a stand-in for Python that fails at scan_pair."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *scan_pair.json) exit 3 ;; esac\n')
     python.chmod(0o755)

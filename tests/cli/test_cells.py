@@ -53,7 +53,7 @@ def plate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(plate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on the plate's shards."""
+    """Return a run on the plate's shards."""
     shards, run = plate.parent / "shards", tmp_path_factory.mktemp("run") / "run"
     prepare = ["data", "prepare", str(plate), "--out", str(shards), "--split", "all"]
     stats = ["data", "stats", str(shards), "--split", "all", "--channels", "Mito", "ER", "DNA"]

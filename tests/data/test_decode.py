@@ -111,7 +111,7 @@ def test_damage_is_named(rng: np.random.Generator) -> None:
 
 
 def _jpeg_with(block: bytes, *, before: int = 0) -> bytes:
-    """A JPEG whose EXIF block stands behind `before` comment segments of 60,000 bytes."""
+    """Return a JPEG whose EXIF block stands behind `before` comment segments of 60,000 bytes."""
     data = encode(Image.fromarray(np.rot90(_corners())), "JPEG", quality=95, subsampling=0)
     exif = b"Exif\0\0" + block
     comments = b"".join(

@@ -77,7 +77,7 @@ def test_flip_mirrors_with_its_probability(rng, key):
 
 
 def _erased_box(rng, height, width):
-    """The definition, one box at a time."""
+    """Compute the definition, one box at a time."""
     for _ in range(10):
         area = rng.uniform(0.02, 1 / 3) * height * width
         ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -149,7 +149,7 @@ def test_an_images_fate_depends_on_its_position_alone(rng, key):
 
 
 def _cutmix_box(rng, height, width, share):
-    """The definition: where the box begins and ends."""
+    """Compute by the definition where the box begins and ends."""
     side = np.sqrt(1 - share)
     cut_h, cut_w = int(height * side), int(width * side)
     cy, cx = rng.integers(height), rng.integers(width)

@@ -47,7 +47,7 @@ def test_wells_are_named_one_way() -> None:
 
 @pytest.fixture
 def tables(tmp_path: Path) -> Path:
-    """A plate of four wells: a control, two genes, and one whose reagent is not in the metadata."""
+    """Return a plate of four wells: a control, two genes, and one whose reagent is not in the metadata."""
     stem = tmp_path / "JUMP-Target-1_compound"
     Path(f"{stem}_platemap.tsv").write_text(
         "well_position\tbroad_sample\nA01\t\nA02\tB\nA03\tA\nA04\tunknown\n"
@@ -85,7 +85,7 @@ def test_a_parquet_index_is_split_the_same_way_every_time(
 
 
 def write_gallery(folder: Path, rng: np.random.Generator) -> None:
-    """A load_data CSV and its TIFFs: one site per well, of which two are damaged or lack a channel."""
+    """Return a load_data CSV and its TIFFs: one site per well, of which two are damaged or lack a channel."""
     tifffile = pytest.importorskip("tifffile")
     rows = []
     for site, well in enumerate(["A01", "A02", "A03", "A01"]):

@@ -26,7 +26,7 @@ from fastvim_jax.errors import UserError
 
 @pytest.fixture
 def shards(image_tree: Path, tmp_path: Path) -> Path:
-    """The image tree, one image of it greyscale and one wide, at most 16 pixels on the shorter side."""
+    """Return the image tree, one image of it greyscale and one wide, at most 16 pixels on the shorter side."""
     train = image_tree / "train" / "ant"
     Image.open(train / "02.png").convert("L").save(train / "02.png")
     Image.open(train / "04.png").resize((90, 30)).save(train / "04.png")

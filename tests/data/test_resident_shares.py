@@ -36,7 +36,7 @@ def _take(iterator, count):
 
 
 def _identified(batches):
-    """The indices of the digits in each batch, by their pixels; all digits of the training split differ."""
+    """Return the indices of the digits in each batch, by their pixels; all digits of the training split differ."""
     source = open_source("digits", "train")
     known = {source[i].image.tobytes(): i for i in range(len(source))}
     assert len(known) == len(source)

@@ -48,7 +48,7 @@ assert "tensorflow" not in sys.modules
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
-    """A TFDS folder holding tiny_pets 1.0.0, and the bytes of its nine images."""
+    """Return a TFDS folder holding tiny_pets 1.0.0, and the bytes of its nine images."""
     rng = np.random.default_rng()
     files, folder = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("tfds")
     images = []

@@ -13,7 +13,7 @@ from fastvim_jax.data.augment import train_transform
 
 
 def _coordinates(height: int, width: int) -> Image.Image:
-    """An image that tells where each pixel came from: red is 2x, green 2y, blue 255."""
+    """Return an image that tells where each pixel came from: red is 2x, green 2y, blue 255."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([2 * x, 2 * y, np.full_like(x, 255)], -1).astype(np.uint8))
 

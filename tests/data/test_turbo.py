@@ -42,7 +42,7 @@ def _pillow(data: bytes) -> Image.Image:
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    """A picture with edges and gradients, all of it well within 8 bits."""
+    """Return a picture with edges and gradients, all of it well within 8 bits."""
     coarse = rng.integers(40, 216, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
@@ -74,7 +74,7 @@ def test_real_pixels_are_pillow_s(real_data: Path) -> None:
 
 
 def _errors(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """How far crop and resize are from Pillow's, in levels of 0 to 255."""
+    """Return how far crop and resize are from Pillow's, in levels of 0 to 255."""
     ours = np.asarray(_turbo(data).crop_resized(box, size)).astype(float)
     theirs = _pillow(data).crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.abs(ours - np.asarray(theirs))

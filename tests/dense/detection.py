@@ -56,12 +56,12 @@ def precision(dtype: Any) -> Precision:
 
 
 def image(x: np.ndarray, dtype: Any) -> jax.Array:
-    """From (..., c, h, w) to (..., h, w, c)."""
+    """Transpose (..., c, h, w) to (..., h, w, c)."""
     return jnp.asarray(np.moveaxis(x, -3, -1), dtype)
 
 
 def loaded(build: Callable[[], nnx.Module], state: dict[str, np.ndarray]) -> nnx.Module:
-    """A module whose every parameter comes from the fixture."""
+    """Return a module whose every parameter comes from the fixture."""
     model = nnx.eval_shape(build)
     from_torch_state_dict(model, state)
     return model
@@ -326,7 +326,7 @@ def check_postprocess(comparison: Comparison, golden: Golden, dtype: Any) -> Non
 
 
 def small_backbone(**options: Any) -> Any:
-    """A FastVim so small that it costs nothing to describe."""
+    """Return a FastVim so small that it costs nothing to describe."""
     from fastvim_jax.models.config import VisionMambaConfig
 
     return VisionMambaConfig(

@@ -65,7 +65,7 @@ def proposal_config(
 
 
 def padded_objects(golden: Golden, boxes: str, dtype: Any, extra: int = 1) -> Objects:
-    """The two images' ground truth, padded beyond the larger number of objects."""
+    """Return the two images' ground truth, padded beyond the larger number of objects."""
     arrays = [golden.inputs[f"{boxes}{i}"] for i in range(2)]
     room = max(map(len, arrays)) + extra
     fill = lambda x: np.concatenate([x, np.zeros((room - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
@@ -281,7 +281,7 @@ def check_box_head(comparison: Comparison, golden: Golden, dtype: Any) -> None:
 
 
 def padded_samples(golden: Golden, rows: list, count: int, classes: int, dtype: Any) -> Sampled:
-    """What the fixture says was sampled, two images of `count` slots."""
+    """Return what the fixture says was sampled, two images of `count` slots."""
     boxes, targets = np.zeros((2, 2, count, 4))
     labels = np.full((2, count), classes)
     positive, valid, is_object = np.zeros((3, 2, count), bool)

@@ -161,7 +161,7 @@ def check_training_of_samples(golden: Golden) -> Comparison:
 
 
 def targets_of(model: CascadeRCNN, golden: Golden, dtype: Any) -> AnchorTargets:
-    """The anchors' targets as the detector finds them, sampling what the reference sampled."""
+    """Return the anchors' targets as the detector finds them, sampling what the reference sampled."""
     objects = padded_objects(golden, "gt_bboxes", dtype)
     padded = tuple(golden.meta["pad_shape"])
     grids = [(-(-padded[0] // s), -(-padded[1] // s)) for s in model.config.strides]

@@ -366,7 +366,7 @@ def check_multilevel_neck(golden: Golden) -> list[Comparison]:
 
 
 def check_crop(golden: Golden) -> list[Comparison]:
-    """The offsets are given; those that are taken must be the reference's."""
+    """Check that the offsets taken, of those given, are the reference's."""
     comparison = Comparison(golden.name, golden.kind, "float64")
     size = tuple(golden.meta["crop_size"])
     draws = iter(golden.inputs["draws"].tolist())

@@ -94,7 +94,7 @@ def by_hand(config: TrainConfig) -> dict[str, Any]:
     first = second = jax.tree.map(jnp.zeros_like, params)
 
     def is_decayed(path: Any, leaf: jax.Array) -> bool:
-        """A stack of blocks counts as the parameters of one block."""
+        """Return whether a parameter is decayed. A stack of blocks counts as the parameters of one block."""
         keys = [str(getattr(key, "key", key)) for key in path]
         return leaf.ndim - ("blocks" in keys) > 1 and "bias" not in keys
 

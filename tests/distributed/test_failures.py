@@ -147,7 +147,7 @@ def test_the_loss_of_a_process_is_told_to_all_others(watches, lost):
     assert {told.get(timeout=10) for _ in range(3)} == {0, 1, 2, 3} - {lost}
 
 
-def test_a_goodbye_is_no_loss(watches):
+def test_a_process_that_says_goodbye_is_not_taken_for_lost(watches):
     processes, told = watches
     for watch in reversed(processes):
         watch.leave()

@@ -57,7 +57,7 @@ def run(script: Path, folder: Path, **variables: str) -> tuple[int, list[str], s
 
 
 def taken(arguments: list[str]):
-    """What `fastvim` reads from these arguments."""
+    """Return what `fastvim` reads from these arguments."""
     command, name, *rest = arguments
     assert command == "train"
     return parse(_arguments(load_experiment(name), Path("runs")), "train", rest, "")
@@ -92,7 +92,7 @@ def test_a_job_that_saved_and_stopped_goes_back_into_the_queue(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["slurm_per_gpu.sh", "slurm_per_node.sh"])
-def test_a_job_that_failed_does_not(name, tmp_path):
+def test_a_job_that_failed_does_not_go_back_into_the_queue(name, tmp_path):
     status, _, asked = run(FOLDER / name, tmp_path, STATUS="1")
     assert status == 1 and "scontrol" not in asked
 

@@ -125,7 +125,7 @@ def test_the_mesh_does_not_change_the_curve_in_float32(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """A run on one device, and one broken off on eight and taken up on others; see runs.py."""
+    """Return a run on one device, and one broken off on eight and taken up on others; see runs.py."""
     folder = tmp_path_factory.mktemp("runs")
     resumed = {"one": "one=spread:1x1", "four": "four=spread:2x2"}
     names = cases_of(request, "::test_a_checkpoint_of_eight_devices_goes_on_where_others_are")
@@ -136,7 +136,7 @@ def runs(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(request, runs):
-    """A run in two processes, and the one broken off on eight devices of one process taken up by two."""
+    """Return a run in two processes, and the one broken off on eight devices of one process taken up by two."""
     names = cases_of(request, "::test_two_processes_give_the_same_run_and_count_exactly")
     begun = ["two:4x1"] if "two" in names else []
     together("runs.py", str(runs), *begun, "moved=spread:2x2", "moved:score")

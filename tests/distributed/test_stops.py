@@ -18,7 +18,7 @@ from tests.training.tiny import STEPS_PER_EPOCH
 
 
 def stop_steps(*arguments: str) -> list[int]:
-    """The steps after which two processes stopped."""
+    """Return the steps after which two processes stopped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -57,7 +57,7 @@ def test_both_directions(seed, case):
 
 
 @pytest.mark.parametrize("batch", [1, 128])
-def test_it_is_two_scans(seed, batch):
+def test_bidirectional_scan_equals_two_scans(seed, batch):
     """Each direction's code is that of a launch of its own."""
     rng = np.random.default_rng(seed)
     args = pair.draw(rng, batch, 14, 384, 16)

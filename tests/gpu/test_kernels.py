@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def on_cpu_in_float64(function, *args):
-    """The reference's values."""
+    """Return the reference's values."""
     with jax.default_device(jax.devices("cpu")[0]), x64():
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), args)
         return jax.device_get(function(*wide))
@@ -308,7 +308,7 @@ def test_sequence(seed, case):
 
 
 def written_in_place(rng, operation):
-    """An operation whose gradient writes into an array in place, its arguments, and the gradient of its output."""
+    """Return an operation whose gradient writes into an array in place, its arguments, and its output's gradient."""
     if operation == "sequence":
         return lambda a, g: sequence.value_and_gradients(a, g, "auto"), *sequence.draw(
             rng, 3, 21, 128
@@ -344,7 +344,7 @@ def test_in_place_in_a_loop(seed, operation):
     assert max(relative_errors(jax.tree.map(lambda x: x[0], both), wanted)) < 1e-5
 
 
-def test_maxima(seed):
+def test_the_first_maximum_is_taken(seed):
     core.check_maxima(seed)
 
 

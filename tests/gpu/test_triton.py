@@ -38,7 +38,7 @@ SCANS = [
 
 
 def compiled(function, *args):
-    """The program, which holds a Triton kernel."""
+    """Return the program, which holds a Triton kernel."""
     program = jax.jit(function).lower(*args).compile()
     assert "triton_kernel_call" in program.as_text()
     return program

@@ -33,7 +33,7 @@ def no_cache(monkeypatch):
 
 
 def bomb(side):
-    """A PNG file of a few kilobytes that says it has side x side pixels."""
+    """Return a PNG file of a few kilobytes that says it has side x side pixels."""
 
     def chunk(kind, data):
         return (

@@ -24,7 +24,7 @@ KINDS = {
 
 
 def tiny(name):
-    """The preset `name` at a size that takes no time: three blocks on a grid of two by two."""
+    """Return the preset `name` at a size that takes no time: three blocks on a grid of two by two."""
     config = model_config(name)
     inner = getattr(config, "encoder", config)
     small = {"image_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 64}
@@ -36,7 +36,7 @@ def tiny(name):
 
 
 def drawn(config, rng):
-    """A model whose parameters are drawn by NumPy, so that nothing is compiled."""
+    """Return a model whose parameters are drawn by NumPy, so that nothing is compiled."""
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
     nnx.update(model, jax.tree.map(draw, nnx.state(model)))
@@ -72,7 +72,7 @@ def test_every_preset_goes_to_the_authors_names_and_back(family, rng):
 
 
 def same_unseen(config, found):
-    """What no weight depends on, as the recognised config has it."""
+    """Return what no weight depends on, as the recognised config has it."""
     if isinstance(config, MaskedAutoencoderConfig):
         encoder = dataclasses.replace(config.encoder, **same_unseen(config.encoder, found.encoder))
         return {"encoder": encoder, "decoder_heads": found.decoder_heads}
@@ -80,7 +80,7 @@ def same_unseen(config, found):
 
 
 def hints(kind, kwargs):
-    """What a user has to say beside a golden file, where it is not what `recognise` assumes."""
+    """Return what a user has to say beside a golden file, where it is not what `recognise` assumes."""
     named = {"image_size", "num_heads", "decoder_heads", "stride"}
     if kind.endswith("MAE"):
         encoder, own = masked_fields(kind, kwargs)

@@ -62,7 +62,7 @@ def sizes(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def mamba_configs(draw: st.DrawFn, **fixed: Any) -> VisionMambaConfig:
-    """A FastVim or Vim with any of the options."""
+    """Return a FastVim or Vim with any of the options."""
     fields = draw(sizes())
     fields |= {
         "embed_dim": draw(st.integers(2, 7)),
@@ -96,7 +96,7 @@ def mamba_configs(draw: st.DrawFn, **fixed: Any) -> VisionMambaConfig:
 
 @st.composite
 def vit_configs(draw: st.DrawFn) -> ViTConfig:
-    """A ViT, plain or with pooled attention, with and without the convolution before it."""
+    """Return a ViT, plain or with pooled attention, with and without the convolution before it."""
     heads = draw(st.integers(1, 3))
     fields = draw(sizes()) | {
         "num_heads": heads,
@@ -128,7 +128,7 @@ def random_parameters(
 
 
 def other_size(config: Any, rng: np.random.Generator) -> tuple[int, int]:
-    """The size the model was built for, or another one that needs its positions resampled."""
+    """Return the size the model was built for, or another one that needs its positions resampled."""
     if rng.integers(2):
         return config.image_size
     return tuple(int(rng.integers(p, 4 * p + 1)) for p in config.patch_size)

@@ -65,7 +65,7 @@ else:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A server that holds the one repository owner/name, with a tag v1, and the paths that it was asked for."""
+    """Yield a server that holds the one repository owner/name, with a tag v1, and the paths that it was asked for."""
     folder = tmp_path / "model"
     model = build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(3))
     save_pretrained(model, folder, class_names=("a", "b"))

@@ -36,7 +36,7 @@ GRID = (3, 5)
 
 
 def tiny(family: str, **options: Any) -> MaskedAutoencoder:
-    """A small model of a family, with random values where fresh ones are all equal."""
+    """Return a small model of a family, with random values where fresh ones are all equal."""
     heads = {"num_heads": 2, "decoder_heads": 3} if family == "vit" else {"state_size": 4}
     name = f"mae_{family}_tiny_patch16_224"
     return create_model(name, rngs=nnx.Rngs(0), **{**SMALL, **heads, **options})

@@ -78,7 +78,7 @@ MAMBA_OPTIONS = [
 
 
 def small(config, **options):
-    """The same architecture, small enough for a test; depth 5 leaves a remainder of the period."""
+    """Return the same architecture, small enough for a test; depth 5 leaves a remainder of the period."""
     sizes = {"image_size": (24, 16), "patch_size": 4, "embed_dim": 16, "depth": 5, "num_classes": 7}
     if isinstance(config, ViTConfig):
         sizes["num_heads"] = 4
@@ -86,13 +86,13 @@ def small(config, **options):
 
 
 def forward(config, params, images, **kwargs):
-    """The model's jitted output."""
+    """Return the model's jitted output."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     return jax.jit(lambda p: nnx.merge(graphdef, p)(images, **kwargs))(params)
 
 
 def loss_and_gradient(config, params, images, **kwargs):
-    """A jitted scalar of the model's output, and its gradient."""
+    """Return a jitted scalar of the model's output, and its gradient."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
 
     def loss(params):

@@ -54,7 +54,7 @@ def coordinates(config: SimpleNamespace, grid: tuple[int, int], count: int) -> l
 def block_steps(
     config: SimpleNamespace, block: int, places: list[dict[str, int]]
 ) -> tuple[Array, Steps]:
-    """The order in which a block reads the tokens, and its scan steps over that order."""
+    """Return the order in which a block reads the tokens, and its scan steps over that order."""
     if config.pooling == "none":
         return np.arange(len(places)), every_token(len(places))
     if config.pool_axes == "two_axes":
@@ -139,7 +139,7 @@ def channel_mamba(
 
 
 def stretched(table: Array, grid: tuple[int, int]) -> Array:
-    """A (rows, columns, d) position table as ChannelViT samples it: the target side counts as 0.1 patches longer.
+    """Sample a (rows, columns, d) position table as ChannelViT does: the target side counts as 0.1 patches longer.
 
     Output position i reads the table at (i + 0.5) · side / (n + 0.1) - 0.5, bicubic with clamped borders.
     """

@@ -58,7 +58,7 @@ def ragged_branch(
     rows: int,
     columns: int,
 ) -> Array:
-    """One direction of one image over (l, e), already in that direction's order; `ids` says what row each reads."""
+    """Run one direction of one image over (l, e), in that direction's order; `ids` says what row each token reads."""
     whole = branch(
         params,
         SimpleNamespace(**vars(config) | {"pooling": "none"}),
@@ -108,7 +108,7 @@ def encode_image(
     ids: list[int],
     grid: tuple[int, int],
 ) -> Array:
-    """The latent (k, d) of one image's kept tokens, which carry their positions; a class token is part of it."""
+    """Return the latent (k, d) of one image's kept tokens, which carry their positions; a class token is part of it."""
     pooled = config.pooling != "none"
     if not pooled and config.class_token != "none":
         at = {"head": 0, "middle": len(ids) // 2}[config.class_token]

@@ -19,7 +19,7 @@ from tests.oracle.pooling import Steps, pool, reversed_steps, unpool
 def branch(
     params: dict[str, Array], config: SimpleNamespace, x: Array, steps: Steps, class_at: int | None
 ) -> dict[str, Array]:
-    """One direction over tokens already in that direction's order.
+    """Run one direction over tokens already in that direction's order.
 
     Returns every inner value by name: conv (b l e), u, delta (before its bias), y_scan (b s e), B, C (b s n), and
     the branch's result y (b l e).
@@ -84,7 +84,7 @@ def mixer(
 
 
 def subset(params: dict[str, Array], prefix: str) -> dict[str, Array]:
-    """The entries under one prefix, with the prefix taken off."""
+    """Return the entries under one prefix, with the prefix taken off."""
     return {
         name[len(prefix) + 1 :]: value
         for name, value in params.items()

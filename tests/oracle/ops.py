@@ -28,7 +28,7 @@ def softplus(x: Array) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """The exact form, x * Phi(x), with Phi the normal distribution function."""
+    """Compute the exact form, x * Phi(x), with Phi the normal distribution function."""
     return x * 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
 
 
@@ -57,7 +57,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def norm(kind: str, params: dict[str, Array], name: str, x: Array, eps: float) -> Array:
-    """The norm of one of the two kinds, "rms" (scale only) or "layer" (scale and bias)."""
+    """Apply the norm of one of the two kinds, "rms" (scale only) or "layer" (scale and bias)."""
     if kind == "rms":
         return rms_norm(x, params[f"{name}.scale"], eps)
     return layer_norm(x, params[f"{name}.scale"], params[f"{name}.bias"], eps)

@@ -15,12 +15,12 @@ Steps = list[list[int]]
 
 
 def every_token(length: int) -> Steps:
-    """No pooling: as many steps as tokens."""
+    """Pool nothing: as many steps as tokens."""
     return [[t] for t in range(length)]
 
 
 def rows_of(grid: tuple[int, int], class_at: int | None = None) -> Steps:
-    """One step per row of a row-major grid; `class_at` is the class token's position among all tokens."""
+    """Return one step per row of a row-major grid; `class_at` is the class token's position among all tokens."""
     rows, columns = grid
     patches = [t for t in range(rows * columns + (class_at is not None)) if t != class_at]
     steps = [patches[r * columns : (r + 1) * columns] for r in range(rows)]
@@ -30,7 +30,7 @@ def rows_of(grid: tuple[int, int], class_at: int | None = None) -> Steps:
 
 
 def reversed_steps(steps: Steps) -> Steps:
-    """The same steps seen from the end of the sequence: positions and order both turn round."""
+    """Return the same steps seen from the end of the sequence: positions and order both turn round."""
     last = sum(len(step) for step in steps) - 1
     return [[last - t for t in step[::-1]] for step in steps[::-1]]
 
@@ -74,7 +74,7 @@ def unpool(pooled: Array, steps: Steps) -> Array:
 
 
 def transpose_order(grid: tuple[int, int], class_at: int | None = None) -> Array:
-    """The order in which a row-major grid's tokens are read column by column; a class token keeps its position.
+    """Return the order in which a row-major grid's tokens are read column by column; a class token keeps its position.
 
     `tokens[:, order]` is the transposed sequence, `tokens[:, np.argsort(order)]` undoes it.
     """

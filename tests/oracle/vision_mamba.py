@@ -20,7 +20,7 @@ from tests.oracle.pooling import Steps, every_token, rows_of, transpose_order
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A size as (height, width)."""
+    """Return a size as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -48,7 +48,7 @@ def patch_embed(params: dict[str, Array], images: Array, patch: tuple[int, int])
 def position_table(
     table: Array, built: tuple[int, int], here: tuple[int, int], class_at: int | None
 ) -> Array:
-    """The position embedding (1, l, d) of the grid it was built for, resampled to the grid at hand.
+    """Return the position embedding (1, l, d) of the grid it was built for, resampled to the grid at hand.
 
     Both grids are in the order in which the model flattens; a class token's entry stays as it is.
     """
@@ -66,7 +66,7 @@ def position_table(
 
 
 def class_index(grid: tuple[int, int], where: str) -> int | None:
-    """Where the class token goes among the tokens of a grid: first, or at index L // 2."""
+    """Return where the class token goes among the tokens of a grid: first, or at index L // 2."""
     return {"none": None, "head": 0, "middle": grid[0] * grid[1] // 2}[where]
 
 
@@ -91,7 +91,7 @@ def embed(
 
 
 def is_transposed(config: SimpleNamespace, block: int) -> bool:
-    """Whether a block sees the transposed grid: odd blocks of alternating models, all blocks that pool over rows.
+    """Return whether a block sees the transposed grid: odd blocks if models alternate, all blocks that pool over rows.
 
     Rows and columns are those of the grid as it is flattened, so a column-major model swaps their roles.
     """
@@ -101,7 +101,7 @@ def is_transposed(config: SimpleNamespace, block: int) -> bool:
 def block_layout(
     config: SimpleNamespace, block: int, grid: tuple[int, int], class_at: int | None
 ) -> tuple[Array, Steps]:
-    """The order in which a block reads the tokens, and its scan steps over that order."""
+    """Return the order in which a block reads the tokens, and its scan steps over that order."""
     length = grid[0] * grid[1] + (class_at is not None)
     if config.pooling == "none":
         return np.arange(length), every_token(length)
@@ -111,7 +111,7 @@ def block_layout(
 
 
 def drop_path_rates(config: SimpleNamespace) -> Array:
-    """The rate of each block's output, rising linearly from 0 to `drop_path`."""
+    """Return the rate of each block's output, rising linearly from 0 to `drop_path`."""
     return np.linspace(0.0, config.drop_path, config.depth)
 
 
@@ -122,7 +122,7 @@ def run_blocks(
     grid: tuple[int, int],
     drop_path_keep: Array | None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """All blocks. Returns the final residual sum, and (residual, hidden) of every block in the stream's order."""
+    """Run all blocks. Return the final residual sum, and (residual, hidden) of every block in the stream's order."""
     class_at = class_index(grid, config.class_token)
     rates = drop_path_rates(config)
     residual, trace = tokens, []

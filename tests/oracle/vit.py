@@ -36,7 +36,7 @@ def attention(params: dict[str, Array], x: Array, heads: int) -> Array:
 
 
 def convolve(params: dict[str, Array], config: SimpleNamespace, x: Array) -> Array:
-    """The depthwise causal convolution with SiLU, where the model has one."""
+    """Apply the depthwise causal convolution with SiLU, where the model has one."""
     if not config.conv_width:
         return x
     return silu(causal_conv1d(x, params["conv.kernel"], params.get("conv.bias")))
@@ -55,7 +55,7 @@ def pooled_attention(
 
 
 def vit_block(params: dict[str, Array], config: SimpleNamespace, x: Array) -> Array:
-    """One block without pooling: (b, l, d) -> (b, l, d)."""
+    """Run one block without pooling: (b, l, d) -> (b, l, d)."""
     eps, inner = config.norm_eps, subset(params, "attn")
     normed = layer_norm(x, params["norm1.scale"], params["norm1.bias"], eps)
     x = x + linear(inner, "proj", attention(inner, normed, config.num_heads))

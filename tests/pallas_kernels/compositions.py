@@ -167,7 +167,7 @@ def vmapped_twice(case: Case, implementation: str, leaves):
 
 
 def in_a_map(case: Case, implementation: str, leaves):
-    """One example after the other."""
+    """Run one example after the other."""
     one = lambda mapped: case.value_and_gradients(  # noqa: E731
         implementation, _merged(case, leaves, mapped)
     )
@@ -175,7 +175,7 @@ def in_a_map(case: Case, implementation: str, leaves):
 
 
 def rematerialised_in_a_scan(case: Case, implementation: str, leaves):
-    """One after the other, the way forward run again for the gradients."""
+    """Run examples one after the other, and the forward pass again for the gradients."""
 
     def step(carry, mapped):
         leaves_of_it = _merged(case, leaves, mapped)
@@ -185,7 +185,7 @@ def rematerialised_in_a_scan(case: Case, implementation: str, leaves):
 
 
 def vmapped_in_a_shard_map(case: Case, implementation: str, leaves):
-    """Every device maps over examples of its own."""
+    """Let every device map over examples of its own."""
     count = max(n for n in (1, 2, 4) if n <= jax.device_count())
     mesh = jax.make_mesh(
         (count,), ("examples",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]

@@ -18,7 +18,7 @@ needs_mosaic = pytest.mark.skipif(
 
 
 def abstract_device():
-    """An H100 that need not be there."""
+    """Return an H100 that need not be there."""
     from jax._src.mesh import AbstractDevice
 
     return AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -31,13 +31,13 @@ def abstract_h100():
 
 
 def lower_for_h100(function, *args) -> str:
-    """The program's text as lowered for CUDA."""
+    """Return the program's text as lowered for CUDA."""
     with abstract_h100():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def launches(text: str, kernel: str) -> int:
-    """How often a lowered program starts a kernel; equal calls of a jitted function are lowered to one function."""
+    """Count how often a lowered program starts a kernel; equal calls of a jitted function become one function."""
     parts = re.split(r"(?m)^\s*func\.func ", text)[1:]
     functions = {re.search(r"@([\w.]+)\(", part)[1]: part for part in parts}
 

@@ -113,7 +113,7 @@ def conv_gradients(
 
 
 def finite_difference(f, arrays: Arrays, bars: Arrays, seed: int) -> tuple[float, float]:
-    """The slope of f along a random direction: by central differences, and by `bars`."""
+    """Return the slope of f along a random direction: by central differences, and by `bars`."""
     r = np.random.default_rng(seed)
     direction = {k: r.normal(size=x.shape) for k, x in arrays.items()}
     eps = 1e-5

@@ -32,7 +32,7 @@ def put(arrays, specs, mesh):
 
 
 def compiled(function, *args, **options):
-    """The program, and how many numbers each of its all-gathers makes."""
+    """Return the program, and how many numbers each of its all-gathers makes."""
     program = jax.jit(function, **options).lower(*args).compile()
     shapes = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", program.as_text())
     return program, [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
@@ -55,7 +55,7 @@ def scan_specs(args, batch, channels, weights):
 
 
 def asked(monkeypatch):
-    """As if the XLA scans held kernels."""
+    """Treat the XLA scans as if they held kernels."""
     monkeypatch.setattr(implementations, "Sharded", lambda backend, opaque: Sharded(backend, True))
 
 
@@ -68,6 +68,6 @@ def shapes_on(mesh, arrays, specs):
 
 
 def kernels_in(text: str) -> list[str]:
-    """The types of the calls of Mosaic kernels in a lowered program."""
+    """Return the types of the calls of Mosaic kernels in a lowered program."""
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     return [line.rpartition(" : ")[2] for line in calls]

@@ -57,7 +57,7 @@ def values_and_gradients(args, cotangents, implementation, **options):
 
 
 def one_by_one(args, cotangents, implementation, **options):
-    """The same by two scans."""
+    """Compute the same by two scans."""
 
     def run(args):
         sides = ({name: x[d] for name, x in args.items()} for d in (0, 1))
@@ -73,7 +73,7 @@ def one_by_one(args, cotangents, implementation, **options):
 @pytest.mark.parametrize(
     "implementation", [i for i in IMPLEMENTATIONS if i not in ("pallas", "triton")]
 )
-def test_it_is_two_scans(seed, implementation):
+def test_bidirectional_scan_equals_two_scans(seed, implementation):
     rng = np.random.default_rng(seed)
     groups = (None, 1, 2)[rng.integers(3)]
     args = draw(rng, 2, 70, 6, 3, groups)
@@ -192,7 +192,7 @@ def test_two_channels_a_lane(seed, monkeypatch):
 
 
 def kernels_in(text: str) -> list[int]:
-    """How often a program launches each of the scan's kernels."""
+    """Return how often a program launches each of the scan's kernels."""
     return [launches(text, kernel) for kernel in (*KERNELS, "selective_scan_split_ends")]
 
 
@@ -205,7 +205,7 @@ def kernels_in(text: str) -> list[int]:
         {"b": 2, "l": 128, "e": 1536, "n": 16, "dtype": "bfloat16"},
     ],
 )
-def test_one_kernel_each_way_for_an_h100(case):
+def test_lowers_to_one_kernel_forward_and_one_backward(case):
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **case))
     cotangents = (jax.ShapeDtypeStruct(args["u"].shape[1:], args["u"].dtype),) * 2
     text = lower_for_h100(lambda a, c: values_and_gradients(a, c, "auto"), args, cotangents)
@@ -228,7 +228,7 @@ def loss(args, implementation="auto"):
 
 
 def on_h100_and_cpu(function, *args, **options):
-    """The program's text for CUDA, which must hold both kernels, and itself compiled for this CPU."""
+    """Return the program's text for CUDA, which must hold both kernels, and itself compiled for this CPU."""
     with abstract_h100():
         traced = jax.jit(function, **options).trace(*args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

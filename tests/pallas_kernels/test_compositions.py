@@ -31,7 +31,7 @@ OPERATIONS = compositions.operations(128, batch=2)
         for name in OPERATIONS
     ],
 )
-def test_by_xla(seed, name):
+def test_xla_under_transformations(seed, name):
     case = compositions.draw(np.random.default_rng(seed), OPERATIONS[name])
     wanted = case.wanted()
 

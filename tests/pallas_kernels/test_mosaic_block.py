@@ -40,7 +40,7 @@ def draw(rng, b, rows, columns, e, taps=4, per_position=1, **options):
 
 
 def abstract(case):
-    """The shapes of the arguments."""
+    """Return the shapes of the arguments."""
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **{**case, "b": 1})[0])
     size = lambda x: (case["b"], *x.shape[1:]) if x.ndim == 3 and x.shape[0] == 1 else x.shape  # noqa: E731
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(size(x), x.dtype), args)
@@ -53,7 +53,7 @@ def block(args, implementation, rows, columns, **options):
 
 
 def wanted_of(args, case):
-    """The kernel rounds the weight; everything else that it reads, the reference gets as it is."""
+    """Return the reference's results. The kernel rounds the weight, and so does the reference, nothing else."""
     *rest, projection, params = args
     rounded = Projection(projection.weight.astype("bfloat16"), projection.gain)
     with x64():
@@ -115,7 +115,7 @@ def value_and_gradients(args, bars, implementation, case):
 
 
 def rounded(args):
-    """The arguments with the projection's weight as the kernel reads it."""
+    """Return the arguments with the projection's weight as the kernel reads it."""
     *rest, projection, params = args
     weight = projection.weight.astype("bfloat16").astype("float32")
     return (*rest, projection._replace(weight=weight), params)

@@ -34,7 +34,7 @@ KERNELS = (
 
 
 def middle(params, u):
-    """Both directions' scans; steps, B and C stand in for projections of u."""
+    """Run both directions' scans; steps, B and C stand in for projections of u."""
 
     def scan(side, p, reverse):
         B, C = jnp.sin(side[..., :4]), jnp.cos(side[..., 4:8])
@@ -59,7 +59,7 @@ def draw(seed, batch=2):
 
 
 def on_h100_and_cpu(function, *args, **options):
-    """The program's text as lowered for CUDA, which must hold every kernel, and itself as compiled for this CPU."""
+    """Return the program's text for CUDA, which must hold every kernel, and itself as compiled for this CPU."""
     with abstract_h100():
         traced = jax.jit(function, **options).trace(*args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -40,7 +40,7 @@ def draw(rng, b, rows, columns, e, taps=4, dtype="float32", per_position=1):
 def draw_apart(
     rng, rows, columns, transposed=False, method="mean", norm_kind="layer", per_position=1, **case
 ):
-    """The same, and no line's largest two tokens so close that float32 may take the other one for the maximum."""
+    """Draw the same, and no line's largest two tokens so close that float32 may take the other one for the maximum."""
     from pallas_kernels.mixer_core import xla
     from pallas_kernels.mixer_core.types import CoreOptions
 
@@ -212,14 +212,14 @@ def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
 
 
 @needs_mosaic
-def test_maxima(seed):
+def test_the_first_maximum_is_taken(seed):
 
     with abstract_h100(), interpreted():
         check_maxima(seed)
 
 
 def check_maxima(seed):
-    """The first of equal ones in the order of visits, and none that hides a NaN; lines in two segments."""
+    """Check that the first of equal maxima is taken, and that none hides a NaN; lines in two segments."""
     from pallas_kernels.mixer_core import mosaic, xla
     from pallas_kernels.mixer_core.types import CoreOptions
 

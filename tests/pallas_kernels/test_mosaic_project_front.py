@@ -90,7 +90,7 @@ def draw_block(rng, case):
 
 
 def abstract(case):
-    """The shapes of the arguments."""
+    """Return the shapes of the arguments."""
     args = jax.eval_shape(lambda: draw_block(np.random.default_rng(0), {**case, "b": 1})[0])
     size = lambda x: (case["b"], *x.shape[1:]) if x.ndim == 3 and x.shape[0] == 1 else x.shape  # noqa: E731
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(size(x), x.dtype), args)

@@ -187,7 +187,7 @@ def test_how_many_sequences_a_block_visits(seed):
 
 
 def padded(b, length, e, keep):
-    """The plan of a scan of no values, and the shape of u as its kernels see it."""
+    """Return the plan of a scan of no values, and the shape of u as its kernels see it."""
     from pallas_kernels.selective_scan import mosaic
     from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
 

@@ -156,7 +156,7 @@ def test_numpy_arrays_are_taken():
 @pytest.mark.drawn
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
-def test_in_pieces_it_is_one_scan(seed, implementation, reverse):
+def test_scans_of_consecutive_pieces_equal_one_scan(seed, implementation, reverse):
     """The last state of a piece is the next one's initial state; gradients go through it to the first piece."""
     arrays, _ = ScanSpec(2, 70, 4, states=3).arguments(seed)
     normal = np.random.default_rng(seed).standard_normal

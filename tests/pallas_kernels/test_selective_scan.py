@@ -173,7 +173,7 @@ def test_bfloat16(implementation: str, seed: int):
         assert_close(gradients[name].astype(jnp.float32), bar, 1e-2, name)
 
 
-def test_one_group_is_no_group(seed: int):
+def test_one_group_equals_no_groups(seed: int):
     arrays, _ = ScanSpec(2, 5, 4, states=3).arguments(seed)
     grouped = {k: x[:, :, None] if k in "BC" else x for k, x in arrays.items()}
     np.testing.assert_array_equal(selective_scan(**arrays), selective_scan(**grouped))

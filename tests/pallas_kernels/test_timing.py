@@ -66,7 +66,7 @@ def test_a_steady_clock_leaves_out_the_first_calls(monkeypatch):
     assert len(calls) == estimate + warm_up + timed
 
 
-def test_what_waits_for_its_turn_holds_no_arrays():
+def test_programs_that_wait_to_be_timed_hold_no_arrays():
     """A lot of programs would fill the device's memory."""
     before = {id(x) for x in jax.live_arrays()}
     measured = timing.Measured(lambda x: x * 2, lambda seed: (jnp.full(1000, seed + 1.0),))
@@ -88,7 +88,7 @@ def named(log, **errors):
     return [({"name": n}, case(log, n, errors.get(n))) for n in "abc"]
 
 
-def test_alone_each_is_timed_after_it_compiled(monkeypatch):
+def test_each_program_is_timed_after_it_compiled(monkeypatch):
     monkeypatch.delenv("FASTVIM_BENCH_LOCK", raising=False)
     log = []
     rows = list(timing.run(named(log, b=ValueError("too\nlong"), c=NotImplementedError("no GPU"))))

@@ -19,7 +19,7 @@ GRID = {"rows": 3, "columns": 4}
 
 @pytest.fixture
 def blackwell(monkeypatch):
-    """A device that nobody has tried; on this CPU no Mosaic kernel compiles."""
+    """Return a device that nobody has tried; on this CPU no Mosaic kernel compiles."""
     monkeypatch.setattr(gpu, "_capabilities", lambda: (10.0,))
     monkeypatch.setattr(gpu, "_no_device", lambda: None)
     monkeypatch.setattr(trial, "_results", {})
@@ -27,7 +27,7 @@ def blackwell(monkeypatch):
 
 
 def operations(rng):
-    """Each operation as a function of its implementation, and its arrays."""
+    """Return each operation as a function of its implementation, and its arrays."""
     (xz, directions, norm, params), _ = core.draw(rng, 1, 3, 4, 128)
     convolutions = Convolutions(directions.kernels, directions.biases)
     middle = lambda _, c: (c[0], c[1])  # noqa: E731

@@ -17,12 +17,12 @@ class UnknownArgumentError(AssertionError):
 
 
 def field(name: str) -> Callable[[Any], Fields]:
-    """The argument is a field under another (or the same) name."""
+    """Take the argument for a field under another (or the same) name."""
     return lambda value: {name: value}
 
 
 def choice(name: str, **values: Any) -> Callable[[Any], Fields]:
-    """The argument is a field whose values have other names."""
+    """Take the argument for a field whose values have other names."""
 
     def translate(value: Any) -> Fields:
         key = str(value)
@@ -36,7 +36,7 @@ def choice(name: str, **values: Any) -> Callable[[Any], Fields]:
 
 
 def no_effect(*allowed: Any) -> Callable[[Any], Fields]:
-    """The argument changes how the reference computes, not what; other values would change the function."""
+    """Ignore an argument that changes how the reference computes, not what; other values would change the function."""
 
     def check(value: Any) -> Fields:
         if value not in allowed:
@@ -49,7 +49,7 @@ def no_effect(*allowed: Any) -> Callable[[Any], Fields]:
 
 
 def size(value: Any) -> Fields:
-    """An image size: a number, or one or two in a list."""
+    """Return an image size: a number, or one or two in a list."""
     sides = (value, value) if isinstance(value, int) else tuple(value)
     return {"image_size": sides * 2 if len(sides) == 1 else sides}
 
@@ -66,7 +66,7 @@ SSM: dict[str, Callable[[Any], Fields]] = {
 
 
 def ssm(value: dict[str, Any] | None) -> Fields:
-    """The nested dictionary of mixer sizes."""
+    """Return the nested dictionary of mixer sizes."""
     return translate(value or {}, SSM)
 
 
@@ -151,7 +151,7 @@ VIT: dict[str, Callable[[Any], Fields]] = {
 
 
 def translate(kwargs: dict[str, Any], table: dict[str, Callable[[Any], Fields]]) -> Fields:
-    """Every argument through the table, or `UnknownArgumentError` naming the one that has no entry."""
+    """Translate every argument through the table; raise `UnknownArgumentError` for one that has no entry."""
     fields: Fields = {}
     for name, value in kwargs.items():
         if name not in table:
@@ -215,22 +215,22 @@ def channel_vim_fields(kwargs: dict[str, Any]) -> Fields:
 
 
 def channel_embed_fields(kwargs: dict[str, Any]) -> Fields:
-    """The patch embedding alone, as a model's fields."""
+    """Return the patch embedding alone, as a model's fields."""
     return translate(kwargs, MAMBA_MODEL | CHANNEL_MODEL)
 
 
 def vit_fields(kwargs: dict[str, Any]) -> Fields:
-    """The ViT's arguments as fields of `ViTConfig`; without a class count it has no head."""
+    """Return the ViT's arguments as fields of `ViTConfig`; without a class count it has no head."""
     return {"num_classes": 0, "head_pool": "token", **translate(kwargs, VIT)}
 
 
 def mixer_fields(kwargs: dict[str, Any]) -> Fields:
-    """One FastVim mixer's arguments, with its token grid under `grid`."""
+    """Return one FastVim mixer's arguments, with its token grid under `grid`."""
     return {"pooling": "mean", **translate(kwargs, FASTVIM_MIXER)}
 
 
 def model_fields(kind: str, kwargs: dict[str, Any]) -> Fields:
-    """The config fields of any covered model class."""
+    """Return the config fields of any covered model class."""
     if kind == "ViT":
         return vit_fields(kwargs)
     if kind in ("FastVim", "FastVimTrainSteps"):
@@ -255,7 +255,7 @@ def model_fields(kind: str, kwargs: dict[str, Any]) -> Fields:
 
 
 def masked_fields(kind: str, kwargs: dict[str, Any]) -> tuple[Fields, Fields]:
-    """A masked autoencoder's arguments: its encoder's config fields, and its own (with `norm_pix_loss`)."""
+    """Return a masked autoencoder's arguments: its encoder's config fields, and its own (with `norm_pix_loss`)."""
     own = translate({k: v for k, v in kwargs.items() if k in MASKED}, MASKED)
     rest = {k: v for k, v in kwargs.items() if k not in MASKED}
     if kind == "ViTMAE":
@@ -269,7 +269,7 @@ def masked_fields(kind: str, kwargs: dict[str, Any]) -> tuple[Fields, Fields]:
 
 
 def backbone(fields: Fields) -> Fields:
-    """A dense-feature backbone keeps no classifier, whatever class count its constructor was given."""
+    """Leave out the classifier: a dense-feature backbone has none, whatever class count its constructor was given."""
     if not fields.get("out_indices"):
         raise UnknownArgumentError("a backbone without out_indices")
     return {**fields, "num_classes": 0}

@@ -59,7 +59,7 @@ class Comparison:
         self._compare("grad", name, actual, expected, BOUNDS[self.dtype][1])
 
     def zero_grad(self, name: str, actual: ArrayLike) -> None:
-        """A parameter that the outputs do not depend on has a gradient of exactly zero."""
+        """Check that a parameter that the outputs do not depend on has a gradient of exactly zero."""
         if np.any(np.asarray(actual) != 0):
             self.problems.append(
                 f"gradient of {name}: not zero, although the outputs do not depend on it"
@@ -84,13 +84,13 @@ class Comparison:
             )
 
     def worst(self, what: str) -> tuple[float, str]:
-        """The largest error of the outputs or of the gradients, and whose it is."""
+        """Return the largest error of the outputs or of the gradients, and whose it is."""
         errors = self.errors[what]
         name = max(errors, key=errors.__getitem__, default="")
         return errors.get(name, 0.0), name
 
     def record(self) -> dict[str, Any]:
-        """What the summary needs, in plain types."""
+        """Return what the summary needs, in plain types."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -102,7 +102,7 @@ class Comparison:
         }
 
     def lines(self) -> list[str]:
-        """One line per problem."""
+        """Return one line per problem."""
         label = " ".join(part for part in (self.name, self.dtype, self.mode) if part)
         return [f"{label}: {problem}" for problem in self.problems]
 

@@ -29,7 +29,7 @@ Arrays = dict[str, Any]
 
 
 def selective_scan_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
-    """The scan; fixtures keep time last, and groups before states."""
+    """Return the scan; fixtures keep time last, and groups before states."""
     x = {k: jnp.moveaxis(v, -1, 1) if v.ndim >= 3 else v for k, v in inputs.items()}
     y, state = selective_scan(**x, **kwargs, return_last_state=True)
     return {"y": jnp.swapaxes(y, 1, 2), "last_state": state}
@@ -43,7 +43,7 @@ def causal_conv_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
 
 
 def add_norm_outputs(kind: str) -> Callable[[Arrays, Arrays], Arrays]:
-    """The sum with the residual, and the model's norm of it."""
+    """Return the sum with the residual, and the model's norm of it."""
 
     def outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
         total = inputs["x"] + inputs["residual"]
@@ -59,7 +59,7 @@ def add_norm_outputs(kind: str) -> Callable[[Arrays, Arrays], Arrays]:
 
 
 def loss_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
-    """The three classification losses."""
+    """Return the three classification losses."""
     logits, labels = inputs["logits"], inputs["labels"]
     return {
         "soft_target_ce": soft_target_cross_entropy(logits, inputs["soft_targets"]),
@@ -80,7 +80,7 @@ def pos_embed_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
 
 
 def ema_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
-    """The average after each of the given weights, the first of which it starts from."""
+    """Return the average after each of the given weights, the first of which it starts from."""
     average = init_ema(inputs["weights"][0])
     averages = [average]
     for weights in inputs["weights"][1:]:
@@ -103,7 +103,7 @@ FUNCTIONS: dict[str, Callable[[Arrays, Arrays], Arrays]] = {
 
 
 def compare_function(golden: Golden, dtype: str) -> Comparison:
-    """One function in one dtype, with the gradients of all its float inputs."""
+    """Compare one function in one dtype, with the gradients of all its float inputs."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     if dtype == "float64":
         with x64():
@@ -148,7 +148,7 @@ def evaluate_function(comparison: Comparison, golden: Golden, dtype: Any) -> Non
 
 
 def compare_sincos(golden: Golden) -> Comparison:
-    """The fixed tables, float32 by definition; a width of zero rows first makes room for a class token."""
+    """Compare the fixed tables, float32 by definition; a width of zero rows first makes room for a class token."""
     comparison = Comparison(golden.name, golden.kind, "float32")
     for name, expected in golden.outputs.items():
         width, grid, *class_row = name.split("_")

@@ -27,7 +27,7 @@ TABLES = frozenset({"param_groups", "architectures", "init_stats"})
 
 
 def folder() -> Path | None:
-    """The folder of golden files, or None where there is none; a folder asked for by name must exist."""
+    """Return the folder of golden files, or None where there is none; a folder asked for by name must exist."""
     named = os.environ.get("FASTVIM_PARITY_DIR")
     path = Path(named).expanduser() if named else ROOT.parent / "shared" / "parity"
     if path.is_dir():
@@ -38,13 +38,13 @@ def folder() -> Path | None:
 
 
 def fixture_paths() -> list[Path]:
-    """Every fixture of the folder, by name."""
+    """Return every fixture of the folder, by name."""
     path = folder()
     return sorted(path.glob("*.npz")) if path else []
 
 
 def table_paths() -> list[Path]:
-    """Every JSON table of the folder except its index."""
+    """Return every JSON table of the folder except its index."""
     path = folder()
     return sorted(p for p in path.glob("*.json") if p.stem != "index") if path else []
 
@@ -63,17 +63,17 @@ class Golden:
 
     @property
     def kind(self) -> str:
-        """The class the fixture was made with."""
+        """Return the class the fixture was made with."""
         return self.meta["class"]
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The constructor arguments, as the authors name them."""
+        """Return the constructor arguments, as the authors name them."""
         return self.meta.get("kwargs", {})
 
     @property
     def quirk(self) -> bool:
-        """Whether the fixture documents a code path that no released recipe uses."""
+        """Return whether the fixture documents a code path that no released recipe uses."""
         return bool(self.meta.get("quirk", False))
 
     def parameter_grads(self) -> dict[str, np.ndarray]:
@@ -129,7 +129,7 @@ def draw_representatives(paths: list[Path], seed: int) -> set[str]:
 
 
 def expected_grads(golden: Golden) -> set[str]:
-    """The parameters whose gradients the fixture says it stores, so that a missing array is noticed.
+    """Return the parameters whose gradients the fixture says it stores, so that a missing array is noticed.
 
     `grads_stored` is a sentence ("all trainable parameters and inputs", "inputs, and parameters whose name starts
     with one of: a, b") or a list of names.

@@ -28,7 +28,7 @@ INDICES = ("mask", "ids_restore", "ids_keep")
 
 
 def load_masked(golden: Golden, dtype: str) -> tuple[MaskedAutoencoder, bool]:
-    """The model that a fixture describes, with its weights, and whether its loss normalises patches."""
+    """Return the model that a fixture describes, with its weights, and whether its loss normalises patches."""
     encoder, own = masked_fields(golden.kind, golden.kwargs)
     normalise = own.pop("norm_pix_loss")
     config_class = ViTConfig if golden.kind == "ViTMAE" else VisionMambaConfig
@@ -43,7 +43,7 @@ def load_masked(golden: Golden, dtype: str) -> tuple[MaskedAutoencoder, bool]:
 
 
 def compare_masked(golden: Golden, dtype: str) -> Comparison:
-    """One masked autoencoder in one dtype."""
+    """Compare one masked autoencoder in one dtype."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     if unknown := set(golden.inputs) - {"x", "noise"}:
         comparison.missing(f"a use for the inputs {sorted(unknown)}")
@@ -108,7 +108,7 @@ FIXED = frozenset({"pos_embed", "decoder_pos_embed"})
 
 
 def row_means_outputs(divisor: str) -> Any:
-    """The pooled rows of a sequence, and of a reversed one under the same rows, as the backward direction has them."""
+    """Return the pooled rows of a sequence, and of a reversed one under the same rows (the backward direction)."""
 
     def outputs(inputs: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         rows = kwargs["rows"]
@@ -190,7 +190,7 @@ def evaluate_pixel_loss(comparison: Comparison, golden: Golden, dtype: Any) -> N
 
 
 def compare_probe_head(golden: Golden, dtype: str) -> Comparison:
-    """The probe's head over training batches, then on the first in evaluation, and its running statistics."""
+    """Compare the probe's head over training batches, then on the first in evaluation, and its running statistics."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     if dtype == "float64":
         with x64():

@@ -38,7 +38,7 @@ CONFIGS = {
 
 
 def precision_fields(dtype: str) -> dict[str, str]:
-    """The dtype policy of one run: float64 throughout, or float32 parameters under the compute dtype."""
+    """Return the dtype policy of one run: float64 throughout, or float32 parameters under the compute dtype."""
     params = "float64" if dtype == "float64" else "float32"
     policy = {"dtype": dtype, "param_dtype": params, "matmul_precision": "highest"}
     if dtype.startswith("bfloat16 compute"):
@@ -47,7 +47,7 @@ def precision_fields(dtype: str) -> dict[str, str]:
 
 
 def load_model(golden: Golden, dtype: str, blocks: str, **options: Any) -> nnx.Module:
-    """The model that a fixture describes, with its weights."""
+    """Return the model that a fixture describes, with its weights."""
     fields = model_fields(golden.kind, golden.kwargs)
     config = CONFIGS.get(golden.kind, VisionMambaConfig)(
         **fields, **precision_fields(dtype), blocks=blocks, **options
@@ -59,7 +59,7 @@ def load_model(golden: Golden, dtype: str, blocks: str, **options: Any) -> nnx.M
 
 
 def compare_model(golden: Golden, dtype: str, blocks: str = "scan", **options: Any) -> Comparison:
-    """One model in one dtype and mode of execution; `options` are further fields of its config."""
+    """Compare one model in one dtype and mode of execution; `options` are further fields of its config."""
     state, grads = resolve_aliases(golden.state), resolve_aliases(golden.grads)
     golden = dataclasses.replace(golden, state=state, grads=grads)
     comparison = Comparison(golden.name, golden.kind, dtype, blocks)
@@ -124,7 +124,7 @@ def evaluate_model(
 def model_outputs(
     model: nnx.Module, images: jax.Array, keep: jax.Array | None, golden: Golden
 ) -> dict[str, jax.Array]:
-    """The model's results under the names of the fixture."""
+    """Return the model's results under the names of the fixture."""
     images, ids = channels_of(golden, images)
     named = {} if ids is None else {"channel_ids": ids}
     if model.config.out_indices:
@@ -139,7 +139,7 @@ def model_outputs(
 
 
 def block_outputs(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-    """The residual stream that each block works on, and its mixer's output."""
+    """Return the residual stream that each block works on, and its mixer's output."""
     outputs = {}
     for i, (residual, hidden) in enumerate(model.intermediates(images)):
         outputs |= {f"block{i}_residual": residual, f"block{i}_hidden": hidden}
@@ -152,7 +152,7 @@ def compare_parameter_grads(
     grads: dict[str, jax.Array],
     fixed: frozenset[str] = frozenset(),
 ) -> None:
-    """Every gradient stored, every gradient the fixture says it stores, and zeros where it says zero.
+    """Compare every gradient stored, every gradient the fixture says it stores, and zeros where it says zero.
 
     `fixed` names entries of the state that are no parameters.
     """
@@ -171,7 +171,7 @@ def compare_parameter_grads(
 
 
 def compare_mixer(golden: Golden, dtype: str) -> Comparison:
-    """One FastVim mixer: its output, its gradients and the values inside both branches."""
+    """Compare one FastVim mixer: its output, its gradients and the values inside both branches."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     if dtype == "float64":
         with x64():
@@ -215,7 +215,7 @@ def evaluate_mixer(comparison: Comparison, golden: Golden, dtype: str) -> None:
 
 
 def mixer_of(golden: Golden, dtype: str) -> tuple[MixerConfig, GridPooling]:
-    """The mixer's config and pooling from the authors' arguments."""
+    """Return the mixer's config and pooling from the authors' arguments."""
     fields = mixer_fields(golden.kwargs)
     pooling = GridPooling(
         *fields.pop("grid"), method=fields.pop("pooling"), scale=fields.pop("pool_scale", 1.0)
@@ -226,7 +226,7 @@ def mixer_of(golden: Golden, dtype: str) -> tuple[MixerConfig, GridPooling]:
 
 
 def inner_values(mixer: Mixer, hidden: jax.Array, pooling: GridPooling) -> dict[str, jax.Array]:
-    """The values inside both branches, channels first and the backward ones last token first, as stored."""
+    """Return the values inside both branches, channels first and the backward ones last token first, as stored."""
     x, _ = jnp.split(linear(mixer.in_proj, hidden, mixer.config.precision), 2, axis=-1)
     x = pooling.to_scan_order(x)
     values = {}

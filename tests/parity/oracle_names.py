@@ -20,12 +20,12 @@ LEAF = {"weight": "kernel", "bias": "bias"}
 
 
 def oracle_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every entry of a FastVim, Vim or ViT state dict under the oracle's name and layout, in float64."""
+    """Return every entry of a FastVim, Vim or ViT state dict under the oracle's name and layout, in float64."""
     return dict(convert(name, np.asarray(value, np.float64)) for name, value in state.items())
 
 
 def masked_parameters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every entry of a masked autoencoder's state dict under the oracle's name, without the fixed tables."""
+    """Return every entry of a masked autoencoder's state dict under the oracle's name, without the fixed tables."""
     params = {}
     for name, value in state.items():
         if name.endswith("pos_embed"):
@@ -59,7 +59,7 @@ DECODER = {
 
 
 def convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """One entry. Kernels turn from (out, in) to (in, out), convolutions put their channels last."""
+    """Convert one entry. Kernels turn from (out, in) to (in, out), convolutions put their channels last."""
     if name in ("pos_embed", "cls_token"):
         return TOP[name], value
     if match := re.fullmatch(r"outnorm_(\d+)\.(weight|bias)", name):
@@ -91,7 +91,7 @@ def convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def convert_mixer(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """One entry of a mixer; names with `_b` belong to the backward branch."""
+    """Convert one entry of a mixer; names with `_b` belong to the backward branch."""
     stem, _, leaf = name.rpartition(".")
     if name == "gamma":
         return "layer_scale", value

@@ -43,7 +43,7 @@ def summary_lines(records: list[Any]) -> list[str]:
 
 
 def by_class(compared: list[Any]) -> list[str]:
-    """One line per class: fixtures, and the worst output / gradient error of each dtype."""
+    """Return one line per class: fixtures, and the worst output / gradient error of each dtype."""
     groups: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for record in compared:
         groups[record["kind"]][record["dtype"]].append(record)

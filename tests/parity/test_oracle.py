@@ -57,7 +57,7 @@ def double(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def model_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """What the oracle says of a whole model."""
+    """Return what the oracle says of a whole model."""
     fields = model_fields(golden.kind, golden.kwargs)
     params, inputs = oracle_parameters(golden.state), double(golden.inputs)
     images, keep = inputs["x"].transpose(0, 2, 3, 1), inputs.get("drop_path_keep")
@@ -79,7 +79,7 @@ def model_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def channel_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """What the oracle says of a channel model, with the channels that the fixture keeps and names."""
+    """Return what the oracle says of a channel model, with the channels that the fixture keeps and names."""
     fields = model_fields(golden.kind, golden.kwargs)
     params, inputs = oracle_parameters(golden.state), double(golden.inputs)
     images, ids = channels_of(golden, inputs["x"].transpose(0, 2, 3, 1))
@@ -99,7 +99,7 @@ def channel_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def channel_embed_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """The patch embedding alone, with the channels that each sample names."""
+    """Return the patch embedding alone, with the channels that each sample names."""
     fields = model_fields(golden.kind, golden.kwargs)
     params = oracle_parameters({f"patch_embed.{k}": v for k, v in golden.state.items()})
     images, ids = channels_of(golden, double(golden.inputs)["x"].transpose(0, 2, 3, 1))
@@ -113,7 +113,7 @@ def channel_embed_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def mixer_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """One mixer with the inner values of both branches, laid out as in the fixture."""
+    """Return one mixer with the inner values of both branches, laid out as in the fixture."""
     fields = mixer_fields(golden.kwargs)
     params = dict(convert_mixer(k, np.asarray(v, np.float64)) for k, v in golden.state.items())
     config = SimpleNamespace(**{**MAMBA_DEFAULTS, **fields})
@@ -136,7 +136,7 @@ def mixer_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def function_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """The functions that the oracle has."""
+    """Return the functions that the oracle has."""
     x = double(golden.inputs)
     if golden.kind == "selective_scan":
         last_axis = lambda a: np.moveaxis(a, -1, 1)  # noqa: E731
@@ -158,7 +158,7 @@ def function_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def resized(table: np.ndarray, spec: np.ndarray) -> np.ndarray:
-    """One case of the resizing fixture: a column-major table is resized transposed, as its notes say."""
+    """Return one case of the resizing fixture: a column-major table is resized transposed, as its notes say."""
     source, target, column_major = tuple(spec[:2]), tuple(spec[2:4]), bool(spec[4])
     grid = table.reshape(*source, -1)
     if column_major:
@@ -185,7 +185,7 @@ def sincos_specs(golden: Golden) -> dict[str, dict]:
 
 
 def masked_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """What the oracle says of a masked autoencoder."""
+    """Return what the oracle says of a masked autoencoder."""
     encoder, own = masked_fields(golden.kind, golden.kwargs)
     normalise, is_vit = own.pop("norm_pix_loss"), golden.kind == "ViTMAE"
     defaults = VIT_DEFAULTS if is_vit else MAMBA_DEFAULTS
@@ -221,7 +221,7 @@ def probe_head_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def masked_function_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """The functions around masked autoencoders."""
+    """Return the functions around masked autoencoders."""
     x = double(golden.inputs)
     if golden.kind == "mae_pixel_loss":
         images, side = x["x"].transpose(0, 2, 3, 1), golden.kwargs["patch_size"]

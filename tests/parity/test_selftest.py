@@ -16,12 +16,12 @@ ARRAYS = {"outputs": "out", "grads": "in_proj.weight"}
 
 
 def mixers() -> list[Golden]:
-    """The smallest fixture with outputs and gradients, if there are golden numbers."""
+    """Return the smallest fixture with outputs and gradients, if there are golden numbers."""
     return [read(path) for path in fixture_paths() if kind_of(path) == "FastVimMixer"][:1]
 
 
 def moved(golden: Golden, part: str, seed: int) -> Golden:
-    """The fixture with one entry of one array moved by 1e-3 of the array's largest."""
+    """Return the fixture with one entry of one array moved by 1e-3 of the array's largest."""
     name = ARRAYS[part]
     array = getattr(golden, part)[name].astype(np.float64)
     array.flat[np.random.default_rng(seed).integers(array.size)] += 1e-3 * np.abs(array).max()

@@ -51,7 +51,7 @@ MASKED_PRESETS = {"FastMaskVimMAE": "mae_fastvim", "VimMAE": "mae_vim"}
 
 
 def config_of(family: str, kwargs: dict[str, Any]) -> VisionMambaConfig | MaskedAutoencoderConfig:
-    """The config of a model from the authors' arguments."""
+    """Return the config of a model from the authors' arguments."""
     if family in MASKED_PRESETS:
         encoder, own = masked_fields(family, kwargs)
         del own["norm_pix_loss"]
@@ -64,12 +64,12 @@ def config_of(family: str, kwargs: dict[str, Any]) -> VisionMambaConfig | Masked
 
 
 def abstract(config: VisionMambaConfig | MaskedAutoencoderConfig) -> nnx.Module:
-    """The model's names and shapes without its values."""
+    """Return the model's names and shapes without its values."""
     return nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
 
 def torch_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The authors' names and shapes of a model's parameters."""
+    """Return the authors' names and shapes of a model's parameters."""
     named = jax.eval_shape(lambda params: to_torch_names(model, params), nnx.state(model))
     return {name: tuple(value.shape) for name, value in named.items()}
 
@@ -131,7 +131,7 @@ def optimizer_groups(
 
 
 def small(family: str, depth: int) -> VisionMambaConfig | MaskedAutoencoderConfig:
-    """A model with every name of its family; widths do not matter here."""
+    """Return a model with every name of its family; widths do not matter here."""
     if "channel" in family:
         token = {"pooling": "none", "class_token": "middle"} if family == "channelvim" else {}
         return ChannelMambaConfig(image_size=32, embed_dim=8, depth=depth, num_classes=3, **token)
@@ -183,7 +183,7 @@ def compare_param_groups(table: dict[str, Any]) -> tuple[list[Comparison], list[
 def compare_layer_summary(
     comparison: Comparison, name: str, ours: dict[str, tuple[float, bool]], expected: dict[str, Any]
 ) -> None:
-    """The short form: one factor per layer, and (factor, decay) or a factor for what lies outside the layers."""
+    """Compare the short form: one factor per layer, and (factor, decay) or a factor for all outside the layers."""
     names = {"embed": "pos_embed", "head": "head.weight"}
     for key, value in expected.items():
         if key == "layers":

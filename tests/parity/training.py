@@ -53,7 +53,7 @@ def learning_rate(spec: Spec) -> tuple[Schedule, int]:
 
 
 def weight_decay(spec: Spec) -> tuple[Schedule, int]:
-    """The cells' rising weight decay."""
+    """Return the cells' rising weight decay."""
     total = spec["scheduling_epochs"] * steps_per_epoch(spec)
     schedule = warmup_cosine(
         peak=spec["weight_decay"], final=spec["weight_decay_end"], total_steps=total
@@ -87,7 +87,7 @@ KINDS: dict[str, Callable[[Spec], tuple[Schedule, int]]] = {
 
 
 def compare_schedules(golden: Golden) -> Comparison:
-    """Every output array by its own spec, at the steps that go with it, in NumPy's float64."""
+    """Compare every output array by its own spec, at the steps that go with it, in NumPy's float64."""
     comparison = Comparison(golden.name, golden.kind, "float64")
     specs = golden.meta["specs"]
     values = {name: scheduled(name, golden) for name in specs}
@@ -108,7 +108,7 @@ def compare_schedules(golden: Golden) -> Comparison:
 
 
 def scheduled(name: str, golden: Golden) -> np.ndarray:
-    """The values of one spec at all its steps, or at those the fixture lists."""
+    """Return the values of one spec at all its steps, or at those the fixture lists."""
     specs = golden.meta["specs"]
     # A weight-decay spec may leave its length to the learning rate of the same run.
     spec = specs.get(name.replace("_wd_", "_lr_"), {}) | specs[name]
@@ -126,7 +126,7 @@ def scheduled(name: str, golden: Golden) -> np.ndarray:
 def compare_group_scales(
     comparison: Comparison, name: str, spec: Spec, expected: np.ndarray
 ) -> None:
-    """Every group's factor is a layer's, and every layer has its group."""
+    """Compare every group's factor is a layer's, and every layer has its group."""
     depth, decay = spec["depth"], spec["layer_decay"]
     ours = {layer_decay_factor(layer, depth, decay) for layer in range(depth + 2)}
     comparison.output(name, sorted(ours), np.unique(expected))

@@ -14,7 +14,7 @@ ITEMS = ("params", "ema", "optimizer")
 
 
 def read_checkpoint(folder: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """All arrays of a checkpoint as they are on disk, without the trainer's code. Not every run keeps an average."""
+    """Read all arrays of a checkpoint from disk, without the trainer's code. Not every run keeps an average."""
     parts = [(folder / "checkpoints" / str(step) / item).absolute() for item in ITEMS]
     with ocp.StandardCheckpointer() as reader:
         return {part.name: reader.restore(part) for part in parts if part.exists()}

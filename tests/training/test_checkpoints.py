@@ -53,7 +53,7 @@ def assert_same_bits(a, b):
 
 @pytest.fixture
 def run(tmp_path, rng):
-    """A run folder with checkpoints at 10 and 20, and the states they hold."""
+    """Return a run folder with checkpoints at 10 and 20, and the states they hold."""
     store = Checkpoints(tmp_path / "checkpoints")
     states = {step: make_state(rng, step=step) for step in (10, 20)}
     for step, state in states.items():

@@ -25,7 +25,7 @@ def take_step(clock, move, *, data=0.1, dispatch=0.2, device=0.6, rest=0.1):
     clock.step()
 
 
-def test_a_lap_tells_what_the_steps_alone_took(move):
+def test_a_lap_counts_the_time_of_steps_alone(move):
     clock = Clock(32, image_flops=1e9, peak_flops=64e9)
     take_step(clock, move, dispatch=30.0)  # compiles
     clock.first_step()

@@ -128,7 +128,7 @@ def test_every_ablation_is_held_to_its_base():
 
 
 def _reduced(config):
-    """The same config, small: 2 blocks, 12 wide, 3 x 3 patches of 4 pixels, 6 classes, a batch of 4."""
+    """Shrink the config: 2 blocks, 12 wide, 3 x 3 patches of 4 pixels, 6 classes, a batch of 4."""
     model = {"embed_dim": 12, "depth": 2, "num_classes": 6, "image_size": 12, "patch_size": 4}
     if isinstance(config.model, ViTConfig):
         model["num_heads"] = 3
@@ -147,7 +147,7 @@ def _augment(data, label_smoothing):
 
 @functools.cache
 def _step(model, label_smoothing, ema_decay):
-    """The step of a model, compiled once for all that train it, and the state it starts from."""
+    """Return the step of a model, compiled once for all that train it, and the state it starts from."""
     graphdef, params = nnx.split(build_model(model, rngs=nnx.Rngs(0)))
     optimizer = optax.adamw(1e-3)
     step = make_train_step(

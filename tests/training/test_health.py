@@ -21,7 +21,7 @@ def record(step=20, **changes):
     return {"step": step, **values, **changes}
 
 
-def test_a_window_means_what_it_took_in():
+def test_a_window_averages_its_records():
     window = Window(tiny_config(), [record(1, loss=4.0)])
     for step in (2, 3, 4, 5, 6, 7, 8):
         window.add(step, metrics(loss=2.0))
@@ -72,7 +72,7 @@ def test_likely_causes(at_fault, before, config, cause):
     assert cause in likely_cause(at_fault, before, config)
 
 
-def test_a_first_update_that_overflows_is_no_loss_that_does():
+def test_an_overflow_of_the_first_update_is_told_from_one_of_the_loss():
     finite = likely_cause(record(1, update_norm=np.inf), [], tiny_config())
     assert "the loss is finite but its update overflowed" in finite
     assert "the first loss is already not finite" in likely_cause(

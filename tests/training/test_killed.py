@@ -100,11 +100,11 @@ class Killer:
         self.next.communicate()
 
     def reached(self) -> int:
-        """The last finished checkpoint's step."""
+        """Return the last finished checkpoint's step."""
         return max(steps_of(self.folder), default=0) if self._names() else 0
 
     def _is_saving(self) -> int:
-        """The step of the checkpoint that is being written; 0: none is."""
+        """Return the step of the checkpoint that is being written; 0: none is."""
         return max((int(name.split(".")[0]) for name in self._names() if "tmp" in name), default=0)
 
     def _names(self) -> list[str]:

@@ -133,7 +133,7 @@ def test_a_terminal_shows_the_bar_and_every_line(tmp_path):
     assert b"5/5" in shown and b"loss 0.25" in shown
 
 
-def test_no_folder_no_records(tmp_path):
+def test_a_missing_folder_has_no_records(tmp_path):
     assert read_metrics(tmp_path / "nothing") == []
 
 

@@ -21,7 +21,7 @@ def test_what_is_no_range(text):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """The calls to JAX's profiler, which is one for the whole process."""
+    """Return the calls to JAX's profiler, which is one for the whole process."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))

@@ -263,7 +263,7 @@ def test_a_run_starts_from_another(source_run, tmp_path):
         train(dataclasses.replace(config, init_weights=None), source_run, progress=False)
 
 
-def test_how_to_use_no_source_is_refused():
+def test_init_options_without_init_are_refused():
     with pytest.raises(UserError, match="say how to use init"):
         tiny_config(init_allow=("head.*",))
 

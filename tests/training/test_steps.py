@@ -54,12 +54,12 @@ def split(module):
 
 
 def draw(params, key, batch):
-    """A key for every image."""
+    """Return a key for every image."""
     return jax.random.split(key, len(batch["label"]))
 
 
 def loss_with(graphdef, smoothing=0.0):
-    """The classifier's loss, of a model that takes one key."""
+    """Return the classifier's loss, of a model that takes one key."""
 
     def loss_of(params, batch, drawn):
         key = None if drawn is None else drawn[0]

@@ -45,7 +45,7 @@ def signals_not_ignored():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of one piece; a signal in its last step comes too late to change anything."""
+    """Return a run of one piece; a signal in its last step comes too late to change anything."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         signalled(patch, signal.SIGTERM, at_step=TOTAL)

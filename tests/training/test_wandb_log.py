@@ -39,7 +39,7 @@ def log_something(folder, start):
         log.write("train", start + 1, {"epoch": 0.5, "loss": 2.0})
 
 
-def test_it_gets_all_numbers_and_a_resumed_run_goes_on(wandb, tmp_path):
+def test_wandb_gets_all_numbers_and_a_resumed_run_continues_its_run(wandb, tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()
     for start in (0, 4):

@@ -35,7 +35,7 @@ TOTAL = 2 * STEPS_PER_EPOCH
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted run and what `train` returned."""
+    """Return an uninterrupted run and what `train` returned."""
     folder = tmp_path_factory.mktemp("runs") / "finished run"
     return folder, train(CONFIG, folder, progress=False)
 
@@ -103,7 +103,7 @@ def test_raw_and_average_differ_and_steps_can_be_chosen(finished):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """A run stopped after step 7, past the checkpoint of step 4 and within a window of the log."""
+    """Return a run stopped after step 7, past the checkpoint of step 4 and within a window of the log."""
     folder = tmp_path_factory.mktemp("runs") / "interrupted"
     with pytest.MonkeyPatch.context() as patch:
         advance, count = RunLog.advance, iter(range(1, TOTAL + 1))

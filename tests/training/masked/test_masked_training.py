@@ -61,7 +61,7 @@ def probe_config(source: Any, **changes: Any) -> ProbeConfig:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An uninterrupted run and its result."""
+    """Return an uninterrupted run and its result."""
     folder = tmp_path_factory.mktemp("masked") / "run"
     return folder, train(CONFIG, folder, progress=False)
 

@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(scenes):
-    """The tiny run, on the real ADE20K samples where they are; four steps on either."""
+    """Return the tiny run, on the real ADE20K samples where they are; four steps on either."""
     drawn = tiny_config(scenes)
     if data_dir() is None:
         return drawn
