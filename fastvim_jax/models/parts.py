@@ -37,7 +37,8 @@ def run_in_parts(
     """
     if not all(isinstance(p, GridPooling | ChannelPooling | NoPooling) for p in poolings):
         return run(params, tokens)
-    size = images_at_once(tokens)
+    # A program that is exported for any batch has a symbolic size, which no number divides.
+    size = images_at_once(tokens) if isinstance(tokens.shape[0], int) else tokens.shape[0]
     if size == tokens.shape[0]:
         return run(params, tokens)
 
@@ -63,11 +64,12 @@ def images_at_once(tokens: Tokens) -> int:
     """
     batch = tokens.shape[0]
     sharded = any(axis is not None for axis in jax.typeof(tokens).sharding.spec)
-    cores = 0 if sharded or not isinstance(batch, int) else _cores()
+    if sharded or batch == 0 or not (cores := _cores()):
+        return batch
     # The output of in_proj, and the hidden layer of a ViT's MLP, are four times as wide as the tokens.
-    image = 4 * tokens[0].size * tokens.dtype.itemsize if batch else 0
-    limit = max(1, cores * CACHE // max(1, image)) if cores else batch
-    return max((n for n in range(1, batch + 1) if batch % n == 0 and n <= limit), default=batch)
+    image = 4 * tokens[0].size * tokens.dtype.itemsize
+    limit = max(1, cores * CACHE // max(1, image))
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
 
 
 def _cores() -> int:

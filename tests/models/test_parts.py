@@ -82,6 +82,19 @@ def test_parts_are_equal_and_fit_the_caches(monkeypatch, batch, cores, size):
     assert parts.images_at_once(jnp.zeros((batch, 196, 192))) == size
 
 
+@pytest.mark.parametrize("name", ["fastvim", "vim", "vit"])
+def test_a_symbolic_batch_is_one_part(one_core, name):
+    """As in a program that a user exports with `jax.export`."""
+    heads = {"num_heads": 2} if name == "vit" else {}
+    model = create_model(f"{name}_tiny_patch16_224", rngs=0, **SMALL | {"depth": 2}, **heads)
+    graphdef, params = nnx.split(model)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
+    program = jax.export.export(jax.jit(lambda images: nnx.merge(graphdef, params)(images)))(images)
+    assert program.out_avals[0].shape == (batch, 3)
+    assert program.call(jnp.ones((3, 8, 8, 3))).shape == (3, 3)
+
+
 def test_programs_for_other_devices_have_no_parts(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
