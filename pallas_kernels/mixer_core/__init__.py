@@ -5,9 +5,9 @@ Read in this order:
 - `types`, then `xla`: defines what is computed. Platforms without kernels run it.
 - `api`: `mixer_core`, the public function of mixers that pool, and its derivative rule.
 - `mosaic`: runs the Mosaic GPU kernels behind the interface of `xla`. `grid` describes how they cut the tokens.
-  Forward: `mosaic_front` (`mosaic_ragged_front` where tokens are missing) and `mosaic_back`. Backward: `back_gradients`
-  in `mosaic_back` (its work on a segment is `mosaic_segments`), and `mosaic_rolling_gradients` or
-  `mosaic_front_gradients`. `mosaic_common` holds what they share.
+  Forward: `mosaic_front` (`mosaic_ragged_front` where tokens are missing) and `mosaic_back`. Backward:
+  `mosaic_back_gradients`, and `mosaic_rolling_gradients` or `mosaic_front_gradients`. `mosaic_common` holds what they
+  share.
 - `block`: `mixer_block` adds in_proj (`mosaic_project_front`), out_proj, the residual sum and the next block's norm
   (`mosaic_back_project`; `mosaic_sum_norm` and `mosaic_norm_gradient` for sum and norm alone).
 - `sequence`, `sequence_xla`, `mosaic_sequence...`: the same as `api`, `xla` and `mosaic` for mixers that pool nothing.

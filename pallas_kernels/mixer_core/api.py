@@ -67,9 +67,9 @@ def mixer_core(
     The GPU kernels (Hopper and newer) read x and z once. The kernel before `middle` writes the mean of both D_d c_d, in
     xz's dtype, and the kernel after `middle` reads it. c and the repeated y are never written to memory.
 
-    Reverse-mode differentiation works; where kernels run, only once. The forward pass saves xz and arrays of the size
-    of u for the gradient. With "max", one of these (int32) holds the place of the first maximum in each line, because
-    only this token gets the gradient. A NaN in a line makes its maximum NaN.
+    Reverse-mode differentiation works; where kernels run, only once. For the gradient the forward pass saves xz, the
+    mean of both D_d c_d, and arrays of the size of u. With "max", one of these (int32) holds the place of the first
+    maximum in each line, because only this token gets the gradient. A NaN in a line makes its maximum NaN.
 
     In a ragged grid, tokens are missing, different ones in each sample. xz holds the tokens that exist, and `row_ids`
     the row of each. u_d is the sum over the tokens of a row divided by the length of a *whole* row, and 0 for a row
@@ -191,8 +191,12 @@ _DIMS: dict[str, tuple[Any, Any]] = {
     "front": ((_XZ, DIRECTIONS, _IDS), (_BOTH, _TOKENS, _PLACES)),
     "back": ((_XZ, _TOKENS, POOLED, NORM, _IDS), _TOKENS),
     "back_gradients": (
-        (_XZ, POOLED, DIRECTIONS, NORM, _TOKENS, _IDS),
+        (_XZ, _TOKENS, POOLED, NORM, _TOKENS, _IDS),
         (_TOKENS, _XZ, POOLED, NORM),
+    ),
+    "back_gradients_with_g": (
+        (_XZ, _TOKENS, POOLED, NORM, _TOKENS, _IDS),
+        (_TOKENS, _XZ, POOLED, NORM, _TOKENS),
     ),
     "front_gradients": (
         (_XZ, _TOKENS, _XZ, _BOTH, _PLACES, DIRECTIONS, _IDS),
@@ -231,7 +235,7 @@ def _xla_front(xz, directions, ids, options):
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The four stages as attributes: `front`, `back`, `back_gradients` and `front_gradients`.
+    """The four stages as attributes: `front`, `back`, `back_gradients` (or `..._with_g`) and `front_gradients`.
 
     Each is a function that runs kernels if the program is lowered for CUDA, otherwise XLA. With `always` it holds
     kernels only, because "pallas" was asked for by name.
@@ -285,12 +289,12 @@ def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
     u, skip, places = stages.front(xz, directions, ids, options)
     y, pull = jax.vjp(middle, middle_params, u)
     out = stages.back(xz, skip, y, norm, ids, options)
-    return out, (xz, y, places, pull, ids, directions, norm)
+    return out, (xz, skip, y, places, pull, ids, directions, norm)
 
 
 def _backward(stages, middle, options, residuals, out_bar):
     *saved, ids, directions, norm = residuals
-    gradients = core_gradients(stages, options, Saved(*saved), directions, norm, ids, out_bar)
+    *gradients, _ = core_gradients(stages, options, Saved(*saved), directions, norm, ids, out_bar)
     return *gradients, jax.tree.map(lambda _: None, ids)
 
 
@@ -299,12 +303,14 @@ class Saved(NamedTuple):
 
     Attributes:
         xz: input of the core.
+        skip: mean of both directions' skips.
         y: what `middle` returned.
         places: see `xla.front`.
         pull: transpose of `middle`, from `jax.vjp`.
     """
 
     xz: jax.Array
+    skip: jax.Array
     y: tuple[jax.Array, jax.Array]
     places: Any
     pull: Any
@@ -318,23 +324,27 @@ def core_gradients(
     norm: Norm,
     ids: tuple[jax.Array, ...],
     out_bar: jax.Array,
-) -> tuple[jax.Array, Directions, Norm, Any]:
-    """Return the gradients of xz, directions, norm and `middle`'s parameters, given the output's."""
-    xz, y, places, pull = saved
+    *,
+    with_g: bool = False,
+) -> tuple[jax.Array, Directions, Norm, Any, jax.Array | None]:
+    """Return the gradients of xz, directions, norm and `middle`'s parameters, given the output's.
+
+    The last result is the output once more if `with_g`, else None.
+    """
+    xz, skip, y, places, pull = saved
     weights = [directions, norm]
     # s, whose gradient is s_bar, is what the LayerNorm reads.
     # Cast the parameters, so that their gradients are summed over devices in float32 or wider.
     directions, norm = jax.tree.map(lambda w: w.astype(wide_dtype(w.dtype)), weights)
-    s_bar, xz_bar, y_bar, norm_bar = stages.back_gradients(
-        xz, y, directions, norm, out_bar, ids, options
-    )
+    back = stages.back_gradients_with_g if with_g else stages.back_gradients
+    s_bar, xz_bar, y_bar, norm_bar, *g = back(xz, skip, y, norm, out_bar, ids, options)
     y_bar = tuple(bar.astype(side.dtype) for bar, side in zip(y_bar, y, strict=True))
     middle_bar, u_bar = pull(y_bar)
     xz_bar, directions_bar = stages.front_gradients(
         xz, s_bar, xz_bar, u_bar, places, directions, ids, options
     )
     directions_bar, norm_bar = match_types([directions_bar, norm_bar], weights)
-    return match_types(xz_bar, xz), directions_bar, norm_bar, middle_bar
+    return match_types(xz_bar, xz), directions_bar, norm_bar, middle_bar, g[0] if g else None
 
 
 _core.defvjp(_forward, _backward)

@@ -75,8 +75,8 @@ def mixer_block(
         residual = residual + keep · g · weight^T
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
-    On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs. It never writes the
-    product to memory, and g only in the forward pass of a gradient. One more kernel computes the gradient of
+    On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
+    exist in memory; the kernel of the core's gradients computes g once more. One more kernel computes the gradient of
     residual sum and norm. The kernels run where `block_unsupported` returns None. What the first kernel does not cover,
     such as more than 384 channels, is computed by `mixer_core`, a product, and a kernel for residual sum and norm (by
     XLA if the residual's channels are no multiple of 128). Everywhere else `mixer_core` and XLA compute the same step
@@ -234,32 +234,28 @@ def _forward(call, given, residual, directions, norm, projection, keep, middle_p
     xz, skip, u, places = _front(call, given, directions)
     y, pull = jax.vjp(call.middle, middle_params, u)
     weights = (norm, projection, keep)
-    total, normed, g = _project(call, xz, skip, y, residual, *weights, with_g=True)
+    total, normed = _project(call, xz, skip, y, residual, *weights)
     unprojected = given if isinstance(given, Unprojected) else None
-    return (total, normed), (
-        unprojected,
-        Saved(xz, y, places, pull),
-        total,
-        g,
-        directions,
-        *weights,
-    )
+    core = Saved(xz, skip, y, places, pull)
+    return (total, normed), (unprojected, core, total, directions, *weights)
 
 
 def _backward(call, saved, bars):
-    unprojected, core, total, g, directions, norm, projection, keep = saved
+    unprojected, core, total, directions, norm, projection, keep = saved
     total_bar, normed_bar = bars
-    gain = projection.gain
+    weight, gain = projection
     # 1) The residual sum and the RMSNorm. `residual_bar` is the gradient of both terms of the sum.
     residual_bar, update_bar = _norm_gradient(call, total_bar, normed_bar, total, gain, keep)
-    normalise = lambda gain: xla.rms_norm(total, gain, call.norm_eps, g.dtype)  # noqa: E731
+    normalise = lambda gain: xla.rms_norm(total, gain, call.norm_eps, core.skip.dtype)  # noqa: E731
     (gain_bar,) = jax.vjp(normalise, gain)[1](normed_bar)  # Dead code where the gain is constant.
-    # 2) The output projection.
-    _, pull_update = jax.vjp(xla.project, g, projection.weight)
-    g_bar, weight_bar = pull_update(update_bar)
-    # 3) The core.
-    core_bars = core_gradients(call.stages, call.options, core, directions, norm, (), g_bar)
+    # 2) The output projection's input g.
+    (g_bar,) = jax.linear_transpose(lambda g: xla.project(g, weight), core.skip)(update_bar)
+    # 3) The core, which computes g once more: to keep both g and the skips would take memory.
+    *core_bars, g = core_gradients(
+        call.stages, call.options, core, directions, norm, (), g_bar, with_g=True
+    )
     xz_bar, directions_bar, norm_bar, middle_bar = core_bars
+    (weight_bar,) = jax.linear_transpose(lambda weight: xla.project(g, weight), weight)(update_bar)
     # 4) The input projection.
     if unprojected is not None:
         _, pull_xz = jax.vjp(Unprojected.projected, unprojected)
@@ -305,20 +301,19 @@ def _xla_project_front(tokens, weight, directions, options, with_x):
     return xz if with_x else z, skip, u
 
 
-def _project(call: _Call, xz, skip, y, residual, norm, projection, keep, *, with_g: bool = False):
-    """Return the residual stream and its normalised tokens, by the kernel or by XLA; if asked for, also g."""
+def _project(call: _Call, xz, skip, y, residual, norm, projection, keep):
+    """Return the residual stream and its normalised tokens, by the kernel or by XLA."""
     from pallas_kernels.mixer_core import mosaic
 
-    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps, "with_g": with_g}
+    static: dict[str, Any] = {"options": call.options, "norm_eps": call.norm_eps}
     kernel: Callable = functools.partial(mosaic.back_project, **static)
     other: Callable = functools.partial(_xla_project, **static)
     tokens = "b l o"
     projected = Projection("o e", "o")  # type: ignore[arg-type]
     kept = None if keep is None else "b"
     operands = ("b l w", "b l e", POOLED, tokens, NORM, projected, kept)
-    results = (tokens, tokens, "b l e") if with_g else (tokens, tokens)
     arrays = (xz, skip, y, residual, norm, projection, keep)
-    return _on_shares(call, kernel, other, operands, results, arrays)
+    return _on_shares(call, kernel, other, operands, (tokens, tokens), arrays)
 
 
 def _norm_gradient(call: _Call, total_bar, normed_bar, total, gain, keep):
@@ -343,9 +338,8 @@ def _on_shares(call: _Call, kernel: Callable, other: Callable, operands, results
     return per_shard(on_share, operands, results, split="b", opaque=True)(*arrays)
 
 
-def _xla_project(xz, skip, y, residual, norm, projection, keep, options, norm_eps, with_g):
+def _xla_project(xz, skip, y, residual, norm, projection, keep, options, norm_eps):
     z = xz[..., -skip.shape[-1] :]
     g = xla.gate(xla.mix(skip, y, (), options), z, norm, options)
-    more = (g,) if with_g else ()
     weight, gain = projection
-    return *xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps), *more
+    return xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps)

@@ -31,8 +31,6 @@ class Grid(Lines):
         taps: width of the causal convolution.
         segment: tokens of a segment, at most those of a line; a multiple of ``per_position``.
         per_block: segments that one GPU block visits. The front's blocks visit whole lines.
-        padding: channels at the end that are zeros and count in no norm.
-        norm_kind: norm behind the scans: "layer", "rms" or "none".
         per_position: tokens of a position. If ``transposed`` and more than 1, at least ``taps - 1``.
     """
 
@@ -44,8 +42,6 @@ class Grid(Lines):
     taps: int
     segment: int
     per_block: int
-    padding: int = 0
-    norm_kind: str = "layer"
     per_position: int = 1
 
     @property

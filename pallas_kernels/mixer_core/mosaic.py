@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import (
     mosaic_back,
+    mosaic_back_gradients,
     mosaic_back_project,
     mosaic_front,
     mosaic_front_gradients,
@@ -23,34 +24,29 @@ from pallas_kernels.mixer_core import (
     mosaic_project_front,
     mosaic_ragged_front,
     mosaic_rolling_gradients,
-    mosaic_segments,
     mosaic_sum_norm,
     xla,
 )
 from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
+from pallas_kernels.mixer_core.mosaic_common import summed
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
 # Cost of starting a block of the gradients, in segments.
-START = {"front_gradients": 1.5, "back_gradients": 1.5}
+START = {"front_gradients": 1.5}
 # Warpgroups that a processor's registers hold.
-RESIDENT = {"front": 8, "front_gradients": 4, "back_gradients": 8}
+RESIDENT = {"front": 8, "front_gradients": 4}
 
 
-def _bytes(kind: str, segment: int, taps: int, width: int, size: int, warpgroups: int = 1) -> int:
-    """Return the bytes of shared memory that a block needs; with several warpgroups, sums and barriers included."""
+def _bytes(kind: str, segment: int, taps: int, size: int) -> int:
+    """Return the bytes of shared memory that a block needs."""
     halo = segment + 2 * (taps - 1)
-    padded = math.ceil(segment / 4) * 4
-    if kind == "front":
-        return 2 * (halo + segment) * 128 * size
-    if kind == "front_gradients":
-        return (4 * halo + segment) * 128 * size
-    exchanged = 32 * warpgroups * padded + 3 * 1024 if warpgroups > 1 else 0
-    return width * (size * (halo + 2 * padded) + 4 * padded) + exchanged
+    tokens = 2 * (halo + segment) if kind == "front" else 4 * halo + segment
+    return tokens * 128 * size
 
 
 def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
-    """Choose the segments and lines per block for one of the three kernels that visit lines; None if none fits.
+    """Choose the segments and lines per block for `front` or its gradients; None if none fits.
 
     Of the segments that divide a line and leave room for two blocks per processor, take the longest, because halos
     are read twice. If no segment of at least 4 tokens divides the line, take the one that reads the fewest tokens. The
@@ -59,14 +55,12 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
     """
     batch, _, width = xz.shape
     width //= 2
-    size, warpgroups = xz.dtype.itemsize, 1
-    if kind == "back_gradients":
-        warpgroups = mosaic_segments.warpgroups(width, options.padding, options.norm_kind)
+    size = xz.dtype.itemsize
     fitting = [
         s
         for s in range(options.per_position, min(options.tokens, 32) + 1, options.per_position)
         if s >= taps - 1  # a halo reaches no further than the next segment
-        and _bytes(kind, s, taps, width, size, warpgroups)
+        and _bytes(kind, s, taps, size)
         <= (SHARED_MEMORY if s <= max(8, options.per_position) else 110 * 1024)
     ]
     # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
@@ -81,10 +75,10 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         segment = min(fitting, key=lambda s: (reads(s), -s), default=0)
     if not segment:
         return None
-    held = SHARED_MEMORY // (_bytes(kind, segment, taps, width, size, warpgroups) + 1024)
-    resident = min(RESIDENT[kind] // warpgroups, held)
+    held = SHARED_MEMORY // (_bytes(kind, segment, taps, size) + 1024)
+    resident = min(RESIDENT[kind], held)
     slots = PROCESSORS * resident
-    others = batch * (width // 128 if kind.startswith("front") else 1)
+    others = batch * (width // 128)
     segments = math.ceil(options.tokens / segment)
 
     def blocks(per_block):
@@ -109,8 +103,6 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         taps=taps,
         segment=segment,
         per_block=per_block,
-        padding=options.padding,
-        norm_kind=options.norm_kind,
         per_position=options.per_position,
     )
 
@@ -152,7 +144,7 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
     for kind in RESIDENT:
         if cut(kind, xz, taps, options) is None:
             return f"lines of {options.tokens} tokens of {width} channels do not cut into segments"
-    return mosaic_back.unsupported(xz.shape[1])
+    return mosaic_back.unsupported(xz.shape[1]) or mosaic_back_gradients.unsupported(width)
 
 
 def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: bool) -> str | None:
@@ -295,9 +287,8 @@ def back_project(
     keep,
     options: CoreOptions,
     norm_eps,
-    with_g,
 ) -> tuple[jax.Array, ...]:
-    """Compute everything behind the scans: see `block.mixer_block`. If asked for, also return out_proj's input g.
+    """Compute everything behind the scans: see `block.mixer_block`.
 
     Use `back`, a product, and a kernel for residual sum and norm where one kernel cannot. Only that one kernel takes z
     in the place of xz.
@@ -305,13 +296,12 @@ def back_project(
     outputs, width = residual.shape[-1], skip.shape[-1]
     if back_project_unsupported(width, outputs, options) is not None:
         g = back(xz, skip, y, norm, (), options)
-        more = (g,) if with_g else ()
-        return *_add_and_normalise(g, residual, projection, keep, norm_eps), *more
+        return _add_and_normalise(g, residual, projection, keep, norm_eps)
     out = mosaic_back_project.back_project(
         *(_on_grid(x, options) for x in (skip, xz)), _float32(y), _on_grid(residual, options),
         *_float32(norm), projection.weight.astype(skip.dtype), projection.gain.astype(jnp.float32),
         keep, _back_project_work(skip.shape[0], width, outputs, options),
-        eps=options.eps, norm_eps=norm_eps, with_g=with_g, interpret=gpu.interpreted(),
+        eps=options.eps, norm_eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return tuple(map(_flat, gpu.run_once(out)))
 
@@ -341,25 +331,27 @@ def norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps):
     return gpu.run_once(out)
 
 
-def back_gradients(
-    xz, y, directions: Directions, norm: Norm, out_bar, ids: RowIds, options: CoreOptions
-):
+def back_gradients(xz, skip, y, norm: Norm, out_bar, ids: RowIds, options: CoreOptions):
     """See `xla.back_gradients`."""
-    taps = directions.kernels.shape[1]
-    visited = _visited(xz, taps, ids, options)
-    grid = cut("back_gradients", xz, taps, visited)
-    directions32, norm32 = _float32((directions, norm))
-    s_bar, xz_bar, y_bar, norm_bar = mosaic_back.back_gradients(
-        _on_grid(xz, visited), _float32(y), ids, *directions32, *norm32, _on_grid(out_bar, visited), grid,
-        eps=options.eps, interpret=gpu.interpreted(),
+    return _back_gradients(xz, skip, y, norm, out_bar, ids, options, with_g=False)[:-1]
+
+
+def back_gradients_with_g(xz, skip, y, norm: Norm, out_bar, ids: RowIds, options: CoreOptions):
+    """See `xla.back_gradients_with_g`."""
+    return _back_gradients(xz, skip, y, norm, out_bar, ids, options, with_g=True)
+
+
+def _back_gradients(xz, skip, y, norm, out_bar, ids, options, *, with_g):
+    s_bar, xz_bar, y_bar, norm_bar, g = mosaic_back_gradients.back_gradients(
+        xz, skip, _float32(y), ids, *_float32(norm), out_bar, _visited(xz, 1, ids, options),
+        with_g=with_g, interpret=gpu.interpreted(),
     )  # fmt: skip
-    norm_bar = mosaic_back.summed(norm_bar, norm, options.norm_kind)
-    s_bar = _flat(s_bar)
+    norm_bar = summed(norm_bar, norm, options.norm_kind)
     y_bars = (y_bar, y_bar)
     if ids:
         forward, backward = (xla.row_sums(s_bar, of_row, options.rows) / 2 for of_row in ids)
         y_bars = (forward, backward)
-    return s_bar, _flat(xz_bar), y_bars, norm_bar
+    return s_bar, xz_bar, y_bars, norm_bar, g
 
 
 def front_gradients(

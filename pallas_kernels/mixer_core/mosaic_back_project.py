@@ -4,11 +4,11 @@
     r = residual + g W
     h = r / sqrt(mean(r²) + eps) · gain
 
-The front wrote the skips; `mosaic_back` computes the first line alone. g W is never written to global memory, and g
-only if it is kept for the gradient of W. A thread block computes 64 rows of the product: `PER_TILE` segments of rows
-of the grid, 16 rows of the tile each. A segment shorter than 16 tokens has its middle tokens twice. Its two warpgroups
-share the segments, then the columns of the product, then the segments again. g takes the place of the skips in shared
-memory, parts of W that of z, and the product that of g.
+The front wrote the skips; `mosaic_back` computes the first line by itself. Neither g nor g W exists in global memory.
+A thread block computes 64 rows of the product: `PER_TILE` segments of rows of the grid, 16 rows of the tile each. A
+segment shorter than 16 tokens has its middle tokens twice. Its two warpgroups share the segments, then the columns of
+the product, then the segments again. g takes the place of the skips in shared memory, parts of W that of z, and the
+product that of g.
 """
 
 from __future__ import annotations
@@ -190,10 +190,10 @@ class Work:
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("work", "eps", "norm_eps", "with_g", "interpret"))
+@functools.partial(jax.jit, static_argnames=("work", "eps", "norm_eps", "interpret"))
 def back_project(
     skip, z, y, residual, scale, shift, weight, gain, keep, work: Work,
-    *, eps: float, norm_eps: float, with_g: bool = False, interpret: bool,
+    *, eps: float, norm_eps: float, interpret: bool,
 ):  # fmt: skip
     """Apply the back of the mixer, project, add to the residual stream, and normalise the sum.
 
@@ -208,12 +208,10 @@ def back_project(
         keep: factors of each image's product, ``b`` float32; or None.
         work: the sizes.
         eps, norm_eps: epsilons of LayerNorm and RMSNorm.
-        with_g: return g as well.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The new residual stream, as `residual`; the normalised tokens, ``b rows columns d`` in skip's dtype; and if
-        asked for g, ``b rows columns e``.
+        The new residual stream, as `residual`; and the normalised tokens, ``b rows columns d`` in skip's dtype.
     """
     layouts = Layouts()
     blocks, segment = work.channel_blocks, work.segment
@@ -228,7 +226,7 @@ def back_project(
         skip_ref, z_ref, *y_refs, residual_ref, scale_ref, shift_ref, weight_ref = refs[:8]
         gain_ref, *others = refs[8:ends]
         keep_ref = others.pop(0) if keep is not None else None
-        sum_ref, normed_ref, *g_refs = others
+        sum_ref, normed_ref = others
         (*shared, g_tile, product_tile), (z_tile, w_tile), *scratch = refs[ends:]
         barrier, w_barrier, both, *apart = scratch
         (skip_tile,) = shared + apart
@@ -275,7 +273,7 @@ def back_project(
             vector, load = loaded(layouts.of_channels), loaded(layouts.tokens)
             y = [scanned(index, start) for start, _ in eights]
             plgpu.barrier_wait(barrier.at[item])
-            for (start, row), scans in zip(eights, y, strict=True):
+            for (_, row), scans in zip(eights, y, strict=True):
                 rows = eight(item, row)
                 # Twice what the LayerNorm reads; hence four times eps.
                 x = [
@@ -297,8 +295,6 @@ def back_project(
                     value = ((x[b] * deviation * gamma + beta) * gated).astype(dtype)
                     at = pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)
                     store(g_tile.at[at], value)
-                    for ref in g_refs:
-                        store(tokens(ref, index, start, 8, b), value)
 
         def meet():
             plgpu.commit_smem()
@@ -385,13 +381,11 @@ def back_project(
     dtype = skip.dtype
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
-    g_type = jax.ShapeDtypeStruct((*skip.shape[:3], blocks, BLOCK), skip.dtype)
-    new, normed, *g = gpu_kernel(
+    new, normed = gpu_kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct(old.shape, jnp.float32),
             jax.ShapeDtypeStruct(old.shape, skip.dtype),
-            *[g_type] * with_g,
         ],
         scratch_types=work.scratch(skip.dtype, interpret),
         interpret=interpret_params(interpret, WARPGROUPS),
@@ -404,5 +398,4 @@ def back_project(
         *map(blocked, (skip, z, *y)), old, *map(blocked, (scale, shift)),
         weight, by_columns(gain), *(() if keep is None else (keep,)),
     )  # fmt: skip
-    g = [x.reshape(skip.shape) for x in g]
-    return new.reshape(residual.shape), normed.reshape(residual.shape), *g
+    return new.reshape(residual.shape), normed.reshape(residual.shape)

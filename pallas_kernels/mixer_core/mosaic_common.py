@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mixer_core.types import Norm
 from pallas_kernels.mosaic import LOG2E, WARPS, reciprocal, reduced, tiled
 
 CHANNELS = 128  # Channels of a block of 128 threads that own one channel each.
@@ -110,39 +108,6 @@ class Convolutions:
         return (self.D[0] * both[0] + self.D[1] * both[1]).astype(self.dtype)
 
 
-class Sums(NamedTuple):
-    """What the gradient of a token's LayerNorm needs of the channels: of some of them, or of all.
-
-    Deviations are from the mean of the same channels.
-
-    Attributes:
-        mean: of s.
-        square: mean of the squared deviations of s.
-        slope: mean of the gradient of the normalised s.
-        product: mean of that gradient times the deviations of s.
-    """
-
-    mean: jax.Array
-    square: jax.Array
-    slope: jax.Array
-    product: jax.Array
-
-
-def combined(parts: list[Sums]) -> Sums:
-    """Combine the sums of parts of equally many channels."""
-    share = 1.0 / len(parts)
-
-    def average(values):
-        return functools.reduce(jnp.add, values) * share
-
-    mean = average([part.mean for part in parts])
-    offsets = [part.mean - mean for part in parts]
-    square = average([p.square + o * o for p, o in zip(parts, offsets, strict=True)])
-    slope = average([part.slope for part in parts])
-    product = average([p.product + p.slope * o for p, o in zip(parts, offsets, strict=True)])
-    return Sums(mean, square, slope, product)
-
-
 class TokenLayouts:
     """Define how the registers of a warpgroup hold whole tokens, so that a norm over channels stays in few warps.
 
@@ -186,27 +151,10 @@ class TokenLayouts:
             total = jnp.sum(jnp.sum(x, axis=2), axis=1)
         return total * (1.0 / self.real)
 
-    def sums(self, s: jax.Array, slope: jax.Array) -> Sums:
-        """Return the sums over these channels, of s and the gradient of the normalised s."""
-        mean = self.mean(s)
-        s = s - self.over_channels(mean)
-        return Sums(mean, self.mean(s * s), self.mean(slope), self.mean(slope * s))
-
-    def normalise(
-        self, s: jax.Array, eps: float, sums: Sums | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the normalised tokens, and what they were multiplied by (None without a norm).
-
-        Args:
-            s: tokens.
-            eps: epsilon of the norm.
-            sums: over all channels, for a LayerNorm of tokens of which `s` holds some channels.
-        """
+    def normalise(self, s: jax.Array, eps: float) -> tuple[jax.Array, jax.Array | None]:
+        """Return the normalised tokens, and what they were multiplied by (None without a norm)."""
         if self.norm_kind == "none":
             return s, None
-        if sums is not None:
-            inverse = self.over_channels(lax.rsqrt(sums.square + eps))
-            return (s - self.over_channels(sums.mean)) * inverse, inverse
         if self.norm_kind == "layer":
             s = self.real_channels(s - self.over_channels(self.mean(s)))
         inverse = self.over_channels(lax.rsqrt(self.mean(s * s) + eps))
@@ -222,7 +170,6 @@ class TokenLayouts:
         s: jax.Array,
         scale: jax.Array,
         inverse: jax.Array | None,
-        sums: Sums | None = None,
     ) -> jax.Array:
         """Return the gradient of the tokens before the norm.
 
@@ -230,14 +177,10 @@ class TokenLayouts:
             g: gradient behind scale and shift.
             s, inverse: what `normalise` returned.
             scale: of the norm, for all tokens.
-            sums: as for `normalise`.
         """
         if inverse is None:
             return g
         g = g * scale
-        if sums is not None:
-            g = g - self.over_channels(sums.slope)
-            return (g - s * inverse * self.over_channels(sums.product)) * inverse
         if self.norm_kind == "layer":
             g = self.real_channels(g - self.over_channels(self.mean(g)))
         return (g - s * self.over_channels(self.mean(g * s))) * inverse
@@ -255,6 +198,13 @@ class TokenLayouts:
 def owned_blocks(blocks: int) -> int:
     """Return how many of the ``blocks`` of channels the threads own at a time: 3, 2 or 1, whichever divides them."""
     return next(n for n in (3, 2, 1) if blocks % n == 0)
+
+
+def summed(parts: jax.Array, norm: Norm, norm_kind: str) -> Norm:
+    """Add up the parts of the gradients of a norm's parameters, which are zero if there is no norm."""
+    if norm_kind == "none":
+        return jax.tree.map(jnp.zeros_like, norm)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), Norm(*parts.sum(1)), norm)
 
 
 def blocked(x: jax.Array) -> jax.Array:

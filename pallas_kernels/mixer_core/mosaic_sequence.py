@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu
 from pallas_kernels.mixer_core import mosaic_sequence_back, mosaic_sequence_front
-from pallas_kernels.mixer_core.mosaic_back import summed
-from pallas_kernels.mixer_core.mosaic_common import BLOCK, CHANNELS, TokenLayouts
+from pallas_kernels.mixer_core.mosaic_common import BLOCK, CHANNELS, TokenLayouts, summed
 from pallas_kernels.mixer_core.mosaic_sequence_back import Rows
 from pallas_kernels.mixer_core.mosaic_sequence_front import Sequences
 from pallas_kernels.mixer_core.sequence_xla import Convolutions, Pair

@@ -182,8 +182,8 @@ def back(
 
 def back_gradients(
     xz: jax.Array,
+    skip: jax.Array,
     y: tuple[jax.Array, jax.Array],
-    directions: Directions,
     norm: Norm,
     out_bar: jax.Array,
     ids: RowIds,
@@ -194,8 +194,8 @@ def back_gradients(
     The gradient of z is the second half of an array like xz, whose first half is zero: `front_gradients` writes the
     gradient of x there, so no later pass has to join the two. Gradients of s and xz have xz's dtype.
     """
-    x, z = jnp.split(xz, 2, axis=-1)
-    s = mix(skips(_convolved(x, directions, options), directions, options), y, ids, options)
+    z = jnp.split(xz, 2, axis=-1)[1]
+    s = mix(skip, y, ids, options)
     _, pull = jax.vjp(lambda s, z, norm: gate(s, z, norm, options), s, z, norm)
     s_bar, z_bar, norm_bar = pull(out_bar)
     if ids:
@@ -205,6 +205,14 @@ def back_gradients(
         forward = backward = _steps(visited.sum(2)) / 2
     xz_bar = jnp.pad(z_bar, ((0, 0), (0, 0), (z.shape[-1], 0)))
     return s_bar.astype(xz.dtype), xz_bar, (forward, backward), norm_bar
+
+
+def back_gradients_with_g(
+    xz, skip, y, norm, out_bar, ids: RowIds, options: CoreOptions
+) -> tuple[Any, ...]:
+    """Compute `back_gradients`, and `back` once more."""
+    g = back(xz, skip, y, norm, ids, options)
+    return *back_gradients(xz, skip, y, norm, out_bar, ids, options), g
 
 
 def front_gradients(
