@@ -19,6 +19,7 @@ SHORTER = {
     "fine_tune": [("epochs=6)", "epochs=2)"), ("epochs=12,", "epochs=2,")],
     "masked": [("steps = 300", "steps = 40")],
     "pooling": [("steps=150", "steps=20")],
+    "scans": [("[16, 256, 1024]", "[16, 64]")],
     "tour": [("range(200)", "range(25)")],
 }
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

@@ -135,6 +135,7 @@ def test_what_does_not_run_fused(key, monkeypatch):
     assert unsupported(MixerConfig(64), attention) == "pooling by attention"
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("pooling", "dtype"),
     [(GRID, jnp.bfloat16), (MAXIMA, jnp.float32), (NoPooling(12), jnp.float32)],

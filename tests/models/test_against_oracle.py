@@ -213,13 +213,14 @@ def compare(
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=4 * DRAWS, **EXAMPLES)
+@settings(max_examples=3 * DRAWS, **EXAMPLES)
 @given(config=mamba_configs(), seed=SEEDS)
 def test_any_vision_mamba_equals_the_oracle(config: VisionMambaConfig, seed: int) -> None:
     note(f"{config}")
     compare(config, vision_mamba, (config.depth,), seed)
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention", "none"])
 @settings(max_examples=DRAWS, **EXAMPLES)
 @given(data=st.data(), seed=SEEDS)
@@ -231,7 +232,7 @@ def test_every_pooling_with_a_class_token_equals_the_oracle(
     compare(config, vision_mamba, (config.depth,), seed)
 
 
-@settings(max_examples=3 * DRAWS, **EXAMPLES)
+@settings(max_examples=2 * DRAWS, **EXAMPLES)
 @given(config=vit_configs(), seed=SEEDS)
 def test_any_vit_equals_the_oracle(config: ViTConfig, seed: int) -> None:
     compare(config, vit, (config.depth, 2), seed)

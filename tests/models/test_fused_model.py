@@ -142,6 +142,7 @@ def test_joined_blocks_equal_plain_ones(seed):
     assert max(relative_errors(got, wanted)) < 2e-2
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("options", "call", "joined"),
     [

@@ -311,6 +311,7 @@ def check_lowering(case, transposed, method):
         assert launches(text, kernel) == 1
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_xla_equals_the_equations(seed, method):
     """The definition itself against a loop over tokens."""
