@@ -119,7 +119,7 @@ _NORM = Norm("e", "e")  # type: ignore[arg-type]
 
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """The four stages, on each device's share of the batch; kernels run "always", "on CUDA" or "never"."""
+    """Run the four stages on each device's share of the batch; kernels run "always", "on CUDA" or "never"."""
 
     kernels: str
     eps: float
