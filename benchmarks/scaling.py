@@ -13,7 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "scaling.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+MARKS = "<!-- generated: begin{} -->", "<!-- generated: end{} -->"
 
 IMAGES, EVALUATED, EPOCHS = 1_281_167, 50_000, 300
 BATCH = 128  # images per GPU
@@ -109,12 +109,33 @@ def tables() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reduction_table() -> str:
+    """Return the table of loss curves with gradients summed in float32 and in bfloat16."""
+    rows = load("cpu/reduction")["rows"]
+    shown = [step for i, step in enumerate(rows[0]["step"]) if i % 5 == 4]
+    lines = [
+        f"| seed, sums | {' | '.join(f'step {step}' for step in shown)} | test loss | test top-1, % |",
+        "|---|" + "--:|" * (len(shown) + 2),
+    ]
+    for row in rows:
+        losses = [f"{row['loss'][row['step'].index(step)]:.4f}" for step in shown]
+        lines.append(
+            f"| {row['seed']}, {row['reduction']} | {' | '.join(losses)} | {row['eval_loss']:.4f} | "
+            f"{100 * row['eval_top1']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Put the tables into the page."""
     page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables()}{END}{after}")
+    parts = {"": tables(), " reduction": reduction_table()}
+    for name, table in parts.items():
+        begin, end = (mark.format(name) for mark in MARKS)
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n{table}{end}{after}"
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":
