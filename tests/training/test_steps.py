@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from fastvim_jax import UserError
 from fastvim_jax.layers.drop_path import draw_keep
 from fastvim_jax.models import build_model
 from fastvim_jax.training import steps
@@ -219,6 +220,19 @@ def test_padding_is_never_counted(rng, batch_size):
     assert scores["top5"] == hits[:, :5].sum() / 45
     likelihood = jax.nn.log_softmax(jnp.asarray(logits))[np.arange(45), labels]
     assert scores["loss"] == pytest.approx(-float(likelihood.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_of_no_class_is_never_scored(rng, label):
+    batch = {**tiny_batch(rng), "valid": np.ones(6, bool)}
+    batch["label"] = batch["label"].copy()
+    batch["label"][2] = label
+    with pytest.raises(UserError, match="1 of 6 images have a label that is none of the model's"):
+        evaluate(Linear(), [batch])
+    batch["valid"][2] = False
+    assert evaluate(Linear(), [batch])["count"] == 5
+    with pytest.raises(UserError, match="`valid` must be bool and .* got int32"):
+        evaluate(Linear(), [{**batch, "valid": 5 * batch["valid"].astype(np.int32)}])
 
 
 def test_counts_by_class_are_those_of_a_loop(rng):

@@ -53,7 +53,7 @@ def evaluate(
         the images by true class (row) and predicted class (column), without images whose logits hold a NaN.
 
     Raises:
-        UserError: there is no image to count.
+        UserError: there is no image to count, a label is none of the model's classes, or `valid` is not bool.
     """
     graphdef, params = nnx.split(model)
     eval_step = make_eval_step(graphdef, preprocess=preprocess_of(batches), per_class=per_class)
@@ -137,9 +137,10 @@ def make_eval_step(
     - `valid` `b`: False for padding;
     - `channel_ids` `b k`, only if the images hold some of the model's channels only.
 
-    The counts are sums over the valid images: `count`, `top1`, `top5` (int32) and `loss` (cross entropy, float32 or
-    wider). With `per_class` there are also `class_count` `classes` and `confusion` `classes classes` (int32; rows are
-    labels, columns predictions; images whose logits hold a NaN are left out).
+    The counts are sums over the valid images: `count`, `top1`, `top5` (int32), `loss` (cross entropy, float32 or
+    wider) and `no_class` (int32), the images whose label is none of the model's classes. With `per_class` there are also
+    `class_count` `classes` and `confusion` `classes classes` (int32; rows are labels, columns predictions; images whose
+    logits hold a NaN are left out).
     """
 
     @jax.jit
@@ -149,6 +150,10 @@ def make_eval_step(
         logits = model(**channel_inputs(model, require_normalised(images), batch))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         label, valid = batch["label"], batch["valid"]
+        if valid.dtype != bool or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise UserError(
+                f"`valid` must be bool and `label` integers; got {valid.dtype} and {label.dtype}."
+            )
         rank = label_rank(logits, label)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         counts = {
@@ -156,6 +161,7 @@ def make_eval_step(
             "top1": (valid & (rank < 1)).sum(dtype=jnp.int32),
             "top5": (valid & (rank < 5)).sum(dtype=jnp.int32),
             "loss": jnp.where(valid, loss, 0.0).sum(),
+            "no_class": (valid & ((label < 0) | (label >= logits.shape[-1]))).sum(dtype=jnp.int32),
         }
         if per_class:
             classes = logits.shape[-1]
@@ -179,6 +185,11 @@ def _add(totals: dict[str, Metrics], counts: dict[str, Metrics]) -> None:
 def _shares(total: Metrics) -> ClassificationScores:
     if not total.get("count"):
         raise UserError("there is no valid image to evaluate: check data.eval_split and data.path.")
+    if wrong := total["no_class"]:
+        raise UserError(
+            f"{wrong} of {total['count']} images have a label that is none of the model's classes (0 to classes - 1)."
+            " Leave them out, or set `valid` to False for them."
+        )
     count = total["count"]
     shares = {key: total[key] / count for key in ("top1", "top5", "loss")}
     by_class: ClassificationScores = {
