@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -32,6 +33,8 @@ from fastvim_jax.training.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
 LINE_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -81,14 +84,16 @@ class RunLog:
             if damaged:
                 copy = self._path.with_name(METRICS_FILE + ".damaged")
                 shutil.copyfile(self._path, copy)
-                self.say(
-                    f"{damaged} lines of {METRICS_FILE} cannot be read and are left out; {copy} keeps the file "
-                    "as it was."
+                _log.warning(
+                    "%d lines of %s cannot be read and are left out; %s keeps the file as it was.",
+                    damaged,
+                    METRICS_FILE,
+                    copy,
                 )
             kept = [record for record in records if record["step"] <= step]
             if step and not kept:
-                self.say(
-                    f"{METRICS_FILE} holds nothing of steps 1 to {step}: its curves begin later."
+                _log.warning(
+                    "%s holds nothing of steps 1 to %d: its curves begin later.", METRICS_FILE, step
                 )
             replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = self._path.open("a")

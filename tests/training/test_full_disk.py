@@ -17,7 +17,7 @@ import pytest
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import load_run, read_metrics, train
-from fastvim_jax.training.disk import explain_write_errors, why_not_written
+from fastvim_jax.training.disk import explain_write_errors, replace_file, why_not_written
 from fastvim_jax.training.metrics import RunLog
 from tests.support import ROOT
 from tests.training.compare_runs import steps_of
@@ -136,3 +136,22 @@ def test_a_folder_that_cannot_be_made_is_no_traceback(tmp_path):
         train(CONFIG, tmp_path / "file" / "run", progress=False)
     with explain_write_errors(tmp_path):
         pass
+
+
+def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    """Otherwise a power cut leaves an empty file under the name."""
+    path, synced = tmp_path / "config.json", []
+    path.write_text("old")
+    replace = os.replace
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+
+    def replace_synced(source, target):
+        assert synced == [3] and path.read_text() == "old"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace_synced)
+    replace_file(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["config.json"]

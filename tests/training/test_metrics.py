@@ -58,7 +58,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_line_costs_itself_alone(tmp_path, damage, capsys):
+def test_a_damaged_line_costs_itself_alone(tmp_path, damage, caplog):
     write_run(tmp_path, [3, 6])
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
@@ -68,14 +68,14 @@ def test_a_damaged_line_costs_itself_alone(tmp_path, damage, capsys):
     with RunLog(tmp_path, step=6, total_steps=20) as log:
         log.write("train", 9, {"epoch": 0.9, "loss": 1 / 9})
     assert [r["step"] for r in read_metrics(tmp_path)] == [3, 6, 6, 9]
-    assert "1 lines of metrics.jsonl cannot be read" in capsys.readouterr().err
+    assert "1 lines of metrics.jsonl cannot be read" in caplog.text
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
 
 
-def test_a_log_with_a_hole_says_so(tmp_path, capsys):
-    with RunLog(tmp_path, step=6, total_steps=20):
+def test_a_log_with_a_hole_says_so(tmp_path, caplog):
+    with RunLog(tmp_path, step=6, total_steps=20, progress=False):
         pass
-    assert "holds nothing of steps 1 to 6" in capsys.readouterr().err
+    assert "holds nothing of steps 1 to 6" in caplog.text
 
 
 LOGGING = """

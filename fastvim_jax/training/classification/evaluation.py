@@ -138,9 +138,9 @@ def make_eval_step(
     - `channel_ids` `b k`, only if the images hold some of the model's channels only.
 
     The counts are sums over the valid images: `count`, `top1`, `top5` (int32), `loss` (cross entropy, float32 or
-    wider) and `no_class` (int32), the images whose label is none of the model's classes. With `per_class` there are also
-    `class_count` `classes` and `confusion` `classes classes` (int32; rows are labels, columns predictions; images whose
-    logits hold a NaN are left out).
+    wider) and `no_class` (int32), the images whose label is none of the model's classes. With `per_class` there are
+    also `class_count` `classes` and `confusion` `classes classes` (int32; rows are labels, columns predictions; images
+    whose logits hold a NaN are left out).
     """
 
     @jax.jit

@@ -136,6 +136,21 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("left", [None, b"", b"{\n\xff\n"])
+def test_a_finished_run_without_its_log_is_evaluated_again(finished, tmp_path, caplog, left):
+    folder, result = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "metrics.jsonl").unlink()
+    if left is not None:
+        (run / "metrics.jsonl").write_bytes(left)
+    again = train(CONFIG, run, progress=False)
+    assert again.metrics["raw_top1"] == result.metrics["raw_top1"]
+    assert f"holds nothing of steps 1 to {TOTAL}" in caplog.text
+    (line,) = read_metrics(run, "eval")
+    assert line["step"] == TOTAL
+
+
 def test_another_run_in_the_folder_is_refused_by_field(finished):
     folder, _ = finished
     other = dataclasses.replace(
