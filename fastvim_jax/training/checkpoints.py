@@ -33,6 +33,7 @@ from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
+from fastvim_jax.training.late_results import drop_late_results
 from fastvim_jax.training.steps import TrainState
 
 FORMAT = 1
@@ -119,6 +120,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only, **({} if read_only else writing)
         )
+        if not read_only:
+            drop_late_results()
         self._read_only = read_only
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._clean_up()

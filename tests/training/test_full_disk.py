@@ -75,7 +75,8 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_the_last_one_stands(tm
         text=True,
     )
     assert ended.returncode == 1, ended.stderr
-    assert "CheckpointError" not in ended.stderr  # as a traceback of ours would say
+    # Neither ours nor the checkpoint library's, whose other files report to an event loop that has ended.
+    assert "Traceback" not in ended.stderr and "Error" not in ended.stderr, ended.stderr
     assert "The checkpoint of step 8 could not be written: a file would exceed" in ended.stderr
     assert f"Last good checkpoint: step 4 in {folder / 'checkpoints' / '4'}" in ended.stderr
     assert "give the same command again" in ended.stderr
