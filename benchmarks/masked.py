@@ -259,6 +259,18 @@ def _readings(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"- With all labels, pre-training for 40 epochs brings {mean['full40'] - mean['full_scratch']:+.2f} points "
             f"(seeds: {seeds['full40']} and {seeds['full_scratch']})."
         )
+    for name, other, what in (
+        ("full40_unscaled", "full40", "With all labels, without the scaling factor"),
+        (
+            "tiny",
+            "tiny_scratch",
+            "On Tiny-ImageNet, pre-training for 200 epochs against training from scratch",
+        ),
+    ):
+        if {name, other} <= mean.keys():
+            points.append(
+                f"- {what}: {mean[name] - mean[other]:+.2f} points (seeds: {seeds[name]} and {seeds[other]})."
+            )
     if not points and "probe40_unscaled" not in mean:
         return []
     lines = [
