@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
+from fastvim_jax.config_checks import PositiveInt, Probability
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources import data_folder
@@ -43,7 +43,7 @@ class CellsData(DataConfig):
     """Where records come from: array_record (what `fastvim data prepare` writes), jump_cp (a Parquet index),
     channel_files (one file per channel; `path` is a naming pattern), or another source of `DataConfig` whose images
     have the right number of channels."""
-    channels: int = 8
+    channels: PositiveInt = 8
     """Channels of every image."""
     channel_names: tuple[str, ...] = CHANNEL_ORDER
     """Their names in order, by which subsets are chosen; (): "0", "1", ..."""
@@ -58,37 +58,29 @@ class CellsData(DataConfig):
     """Channels that evaluation sees, by name; (): all."""
     crop: Literal["random", "centre"] = "random"
     """Where training images are cut to the input's size; smaller ones are padded with zeros on all sides."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of one of: horizontal flip, vertical flip, a turn by 90, 180 or 270 degrees."""
-    defocus: float = 0.5
+    defocus: Probability = 0.5
     """Probability that an image is convolved with a disk of `defocus_radius`."""
-    defocus_radius: tuple[int, int] = (1, 3)
+    defocus_radius: tuple[PositiveInt, PositiveInt] = (1, 3)
     """Smallest and largest radius of the disk in pixels."""
-    dropout: float = 0.5
+    dropout: Probability = 0.5
     """Probability that `dropout_holes` of an image are set to 0 in all channels."""
-    dropout_holes: int = 10
+    dropout_holes: PositiveInt = 10
     """Largest number of holes; 1 to this many are drawn."""
-    dropout_size: int = 10
+    dropout_size: PositiveInt = 10
     """Largest height and width of a hole in pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._one_of("channel_sampling", ("none", "sorted", "unsorted"))
-        self._one_of("crop", ("random", "centre"))
         count, distinct = len(self.channel_names), len(set(self.channel_names))
         ok = count in (0, self.channels) and distinct == count
         self._require(ok, "channel_names", f"{self.channels} different names, or ()")
         unknown = [name for name in self.eval_channels if name not in self.names]
         ok = not unknown and len(set(self.eval_channels)) == len(self.eval_channels)
         self._require(ok, "eval_channels", f"different ones of {', '.join(self.names)}")
-        for name in ("flip", "defocus", "dropout"):
-            value = getattr(self, name)
-            ok = math.isfinite(value) and 0 <= value <= 1
-            self._require(ok, name, "a probability from 0 to 1")
         low, high = self.defocus_radius
-        self._require(1 <= low <= high, "defocus_radius", "two whole numbers from 1, in order")
-        self._whole("dropout_holes", 1)
-        self._whole("dropout_size", 1)
+        self._require(low <= high, "defocus_radius", "smallest and largest, in this order")
         height, width = self.height_width
         square = height == width or self.flip == 0
         self._require(square, "image_size", "square, or flip=0: a turned image must keep its shape")

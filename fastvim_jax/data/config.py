@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
-from fastvim_jax.config_checks import MOST, NonNegativeInt, PositiveInt, check_fields
+from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, check_fields
 from fastvim_jax.data.sources import SOURCES
 from fastvim_jax.errors import UserError, suggest
 
@@ -88,7 +88,7 @@ class DataConfig:
 
     def _check_statistics(self) -> None:
         for name in ("mean", "std"):
-            expected = f"{self.channels} numbers, one per channel"
+            expected = f"{self.channels} numbers, one for each of data.channels"
             self._require(len(getattr(self, name)) == self.channels, name, expected)
 
     def resolved(self) -> Any:
@@ -105,12 +105,3 @@ class DataConfig:
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        self._require(least <= value <= MOST, name, f"a whole number of at least {least}")
-
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        hint = suggest(str(value), choices)
-        self._require(value in choices, name, f"one of {', '.join(choices)}" + hint.rstrip("."))

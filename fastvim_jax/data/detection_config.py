@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Interval
+
+from fastvim_jax.config_checks import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
 
@@ -25,9 +33,9 @@ class DetectionData(DataConfig):
     """Split to train on: the value of {split} in `annotations` and `images`."""
     eval_split: str = "val2017"
     """Split to evaluate on: the value of {split} in `annotations` and `images`."""
-    image_size: int | tuple[int, int] = 1024
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 1024
     """Height and width in pixels to which images are padded, at the bottom and right (one number: square)."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per training step, over all processes."""
     annotations: str = ANNOTATIONS
     """The JSON file of annotations, relative to data.path."""
@@ -35,25 +43,19 @@ class DetectionData(DataConfig):
     """The folder of the images, relative to data.path."""
     masks: bool = True
     """Load masks. Boxes are then computed from the cropped masks; without masks they are clipped to the crop."""
-    scale: tuple[float, float] = (0.1, 2.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
     """In training, images are resized, aspect ratio kept, to fit image_size times a factor drawn uniformly from this
     range."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip in training."""
-    pad_value: int = 114
+    pad_value: Annotated[int, Interval(ge=0, le=255)] = 114
     """Grey level of padding, from 0 to 255, before normalisation."""
-    max_objects: int = 100
+    max_objects: PositiveInt = 100
     """Largest number of objects of a training image. If there are more, the largest are kept."""
-    least_side: int = 32
+    least_side: NonNegativeInt = 32
     """Training images with a side shorter than this many pixels are left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
-        self._require(
-            0 < self.scale[0] <= self.scale[1], "scale", "lowest and highest positive factor"
-        )
-        self._require(0 <= self.pad_value <= 255, "pad_value", "a level from 0 to 255")
-        self._require(0 <= self.flip <= 1, "flip", "a probability from 0 to 1")
-        self._whole("max_objects", 1)
-        self._whole("least_side", 0)
+        self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from fastvim_jax.config_checks import NonNegativeInt, PositiveInt
+from annotated_types import Interval
+
+from fastvim_jax.config_checks import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 
@@ -42,11 +49,11 @@ class SegmentationData(DataConfig):
     """Label in the files for pixels that do not count."""
     fit: tuple[PositiveInt, PositiveInt] = (2048, 512)
     """Largest longer and shorter side, in pixels. Images are resized to fit both, with their aspect ratio kept."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """In training, both sides of `fit` are multiplied by a factor drawn uniformly from this range."""
-    max_share: float = 0.75
+    max_share: Annotated[float, Interval(gt=0, le=1)] = 0.75
     """In training, a crop is drawn again, up to ten times, while one class fills more than this share; 1: never."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip in training."""
     photometric: bool = True
     """Distort brightness, contrast, saturation and hue in training."""
@@ -59,13 +66,8 @@ class SegmentationData(DataConfig):
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
         self._require(self.classes <= 255, "classes", "at most 255")
-        for name in ("fit", "scale"):
-            pair = getattr(self, name)
-            self._require(len(pair) == 2 and min(pair) > 0, name, "two positive numbers")
         self._require(self.fit[0] >= self.fit[1], "fit", "the longer side first")
         self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")
-        self._require(0 < self.max_share <= 1, "max_share", "a share from 0 (excluded) to 1")
-        self._require(0 <= self.flip <= 1, "flip", "a probability from 0 to 1")
         fits = all(1 <= s <= c for s, c in zip(self.stride, self.height_width, strict=True))
         self._require(fits, "eval_stride", f"from 1 to image_size {self.image_size}")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
+from fastvim_jax.config_checks import PositiveInt, check_fields
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.layers.masking import kept_count
-from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
+from fastvim_jax.models.config import Depth, VisionMambaConfig, ViTConfig, Width
 from fastvim_jax.precision import Precision
 
 
@@ -22,13 +25,13 @@ class MaskedAutoencoderConfig:
 
     encoder: VisionMambaConfig | ViTConfig
     """The backbone, without a head (num_classes=0). pooling="mean" or "max": FastMaskVim; "none": Vim."""
-    mask_ratio: float = 0.75
+    mask_ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.75
     """Share of the patches that random masks remove; int(patches * (1 - mask_ratio)) are kept."""
-    decoder_dim: int = 512
+    decoder_dim: Width = 512
     """Width of the decoder."""
-    decoder_depth: int = 2
+    decoder_depth: Depth = 2
     """Blocks of the decoder."""
-    decoder_heads: int = 16
+    decoder_heads: PositiveInt = 16
     """Attention heads of a ViT's decoder; must divide decoder_dim. Unused with a Mamba encoder."""
     divisor: Literal["row_length", "count"] = "row_length"
     """What a pooled row's sum is divided by. row_length: the columns of the whole grid. count: the number of the row's
@@ -38,19 +41,9 @@ class MaskedAutoencoderConfig:
     consistent: each token keeps its own row."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         encoder = self.encoder
         kept_count(encoder.grid[0] * encoder.grid[1], self.mask_ratio)
-        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)!r} must be a positive integer.")
-        for name, choices in (
-            ("divisor", ("row_length", "count")),
-            ("reversal", ("released", "consistent")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}."
-                )
         wanted: dict[str, Any] = {"num_classes": 0, "out_indices": (), "drop_path": 0.0}
         if isinstance(encoder, ViTConfig):
             wanted |= {"pooling": "none", "head_pool": "token"}
@@ -71,10 +64,13 @@ class MaskedAutoencoderConfig:
                 raise UserError(
                     f"encoder.{name}={getattr(encoder, name)!r}: a masked autoencoder's encoder has {name}={value!r}."
                 )
-        for width in (encoder.embed_dim, self.decoder_dim):
+        for name, width in (
+            ("encoder.embed_dim", encoder.embed_dim),
+            ("decoder_dim", self.decoder_dim),
+        ):
             if width % 4:
                 raise UserError(
-                    f"widths must be multiples of 4 for the sin-cos table, not {width}."
+                    f"{name}={width} must be a multiple of 4: positions are sines and cosines of both axes."
                 )
         for size, patch in zip(encoder.image_size, encoder.patch, strict=True):  # type: ignore[arg-type]
             if size % patch:

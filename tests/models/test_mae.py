@@ -203,8 +203,8 @@ def test_bad_masks_are_refused(key):
     ("options", "message"),
     [
         ({"divisor": "rows"}, "divisor='rows'"),
-        ({"decoder_dim": 0}, "decoder_dim=0 must be a positive integer"),
-        ({"decoder_dim": 10}, "multiples of 4"),
+        ({"decoder_dim": 0}, "decoder_dim=0 must be at least 1"),
+        ({"decoder_dim": 10}, "decoder_dim=10 must be a multiple of 4"),
         ({"encoder": VisionMambaConfig()}, "encoder.num_classes=1000"),
         ({"encoder": VisionMambaConfig(num_classes=0, drop_path=0.1)}, "encoder.drop_path=0.1"),
         ({"encoder": VisionMambaConfig(num_classes=0, pooling="attention")}, "no masked form"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastvim_jax.config_checks import NonNegativeInt
+from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.detection.config import DetectorConfig
@@ -42,9 +42,9 @@ class DetectionConfig(RunConfig):
     """If init names a masked run and model.backbone.pool_scale is 1, set it to 1 - mask_ratio."""
     optimizer: OptimizerConfig = field(default=COCO_OPTIMIZER)
     """AdamW, its groups and its schedules."""
-    epochs: int = 100
+    epochs: PositiveInt = 100
     """Passes over the training images; 100 of COCO are 184,375 steps of 64 images."""
-    ema_decay: float | None = None
+    ema_decay: Rate | None = None
     """Decay of the average of the weights that is evaluated beside them; None: no average, as in the recipe."""
     evaluate_train: bool = False
     """Also evaluate the training split, to see whether the model memorises a small set."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, Rate
+from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, PositiveInt, Rate
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import MaskedAutoencoderConfig, VisionMambaConfig, ViTConfig
@@ -47,9 +47,9 @@ class PretrainConfig(RunConfig):
     """Where the images come from, and how they are cropped, flipped and batched."""
     optimizer: OptimizerConfig = field(default=PRETRAINING)
     """AdamW, its groups and its schedules."""
-    epochs: int = 1600
+    epochs: PositiveInt = 1600
     """Passes over the training images."""
-    ema_decay: float | None = None
+    ema_decay: Rate | None = None
     """Decay of an average of the weights; None: no average."""
     normalise_pixels: bool = True
     """Predict each patch normalised by its own mean and deviation (norm-pixel loss). Otherwise predict the pixels."""
@@ -89,9 +89,9 @@ class ProbeConfig(RunConfig):
     """SGD with momentum (the paper), or LARS (the original recipe of masked autoencoders)."""
     momentum: Rate = 0.9
     """Momentum of SGD or LARS."""
-    epochs: int = 90
+    epochs: PositiveInt = 90
     """Passes over the training images."""
-    ema_decay: float | None = None
+    ema_decay: Rate | None = None
     """Must be None: the head is not averaged."""
     cache_gigabytes: NonNegativeFloat = 8.0
     """Largest memory for cached features. If they need more, every epoch computes them anew from augmented images."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, PositiveInt
+from fastvim_jax.config_checks import NonNegativeFloat, NonNegativeInt, PositiveInt, Rate
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import UperNetConfig
@@ -39,9 +39,9 @@ class SegmentationConfig(RunConfig):
     """If init names a masked run and model.backbone.pool_scale is 1, set it to 1 - mask_ratio."""
     optimizer: OptimizerConfig = field(default=ADE20K_OPTIMIZER)
     """AdamW, its groups and its schedules."""
-    epochs: int = 127
+    epochs: PositiveInt = 127
     """Passes over the training images; 127 of ADE20K are 160,000 steps."""
-    ema_decay: float | None = None
+    ema_decay: Rate | None = None
     """Must be None: running statistics of batch norms belong to the trained weights, not to an average."""
     auxiliary_weight: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's loss."""
