@@ -56,7 +56,7 @@ def arrow(
 
 
 def label(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
-    """Centred text."""
+    """Write centred text."""
     axes.text(
         x, y, text, **({"ha": "center", "va": "center", "color": INK, "fontsize": 10} | style)
     )
@@ -85,7 +85,7 @@ def step(axes: Axes, x: float, text: str) -> None:
 
 
 def draw_rows(axes: Axes, x: float) -> None:
-    """Even blocks: each row's mean is a step, and its result goes back to the whole row."""
+    """Draw even blocks: each row's mean is a step, and its result goes back to the whole row."""
     grid(axes, x, ROWS, "row")
     step(axes, x + COLUMNS + 0.25, "pool")
     middle = x + COLUMNS + 2.4
@@ -98,7 +98,7 @@ def draw_rows(axes: Axes, x: float) -> None:
 
 
 def draw_columns(axes: Axes, x: float) -> None:
-    """Odd blocks: the same along the other axis."""
+    """Draw odd blocks: the same along the other axis."""
     grid(axes, x, ROWS, "column")
     step(axes, x + COLUMNS + 0.25, "pool")
     middle = x + COLUMNS + 1.9

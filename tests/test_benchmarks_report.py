@@ -226,7 +226,10 @@ TIMED = re.compile(
 
 
 def test_experiments_cite_the_newest_record(report):
-    """Times of steps in docstrings, and the hours that 300 epochs of ImageNet then take."""
+    """Compare times of steps in docstrings with the newest record.
+
+    The hours that 300 epochs of ImageNet then take are compared, too.
+    """
     rows = report.load(ROOT / "benchmarks" / "results" / "h100")
     found = 0
     for file in sorted((ROOT / "experiments").rglob("*.py")):
@@ -267,7 +270,7 @@ def without_mode(text):
 
 
 def test_every_bf16_row_names_its_mode():
-    """No speed stands without its mode, because "compute" has wider error bounds than "wide"."""
+    """Find no speed without its mode, because "compute" has wider error bounds than "wide"."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
     found = {
         p.name: rows
@@ -305,7 +308,10 @@ def recorded_speeds():
 
 
 def test_speeds_in_prose_stand_in_a_record():
-    """Of pages, docstrings and comments; a number that was measured before the newest record is found, too."""
+    """Find speeds of pages, docstrings and comments in a record.
+
+    A number that was measured before the newest record is found, too.
+    """
     code = [
         f
         for folder in ("fastvim_jax", "pallas_kernels", "experiments")

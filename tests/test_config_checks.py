@@ -133,7 +133,7 @@ def test_every_class_of_config_is_tried():
 
 @pytest.mark.parametrize("config", FIT.values(), ids=lambda c: type(c).__name__)
 def test_odd_values_of_every_field_are_taken_or_refused_by_name(config):
-    """Nothing else is raised, and what is taken has the annotated type."""
+    """Take or refuse odd values by name. Nothing else is raised, and what is taken has the annotated type."""
     for field in dataclasses.fields(config):
         kept = getattr(config, field.name)
         taken = []

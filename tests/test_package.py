@@ -329,7 +329,10 @@ OPENINGS = set(
 
 
 def test_docstrings_of_functions_open_with_a_verb() -> None:
-    """Below one in twenty opens with an article or a relative word; ruff's D401 refuses the most of them already."""
+    """Count docstrings that open with an article or a relative word: fewer than one in twenty.
+
+    ruff's D401 refuses most of them already.
+    """
     functions, others = 0, []
     for room in ("fastvim_jax", "pallas_kernels", "benchmarks", "scripts"):
         for path in sorted((ROOT / room).rglob("*.py")):

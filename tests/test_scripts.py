@@ -108,7 +108,7 @@ def test_counts_add_up_and_failures_or_missing_runs_fail(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_quickstart_learns_and_draws_its_picture(tmp_path: Path) -> None:
-    """A tenth of its epochs; `make quickstart` trains them all, and fails below 97 %."""
+    """Run a tenth of the quickstart's epochs; `make quickstart` trains them all, and fails below 97 %."""
     folder = tmp_path / "a run"
     # As a user has it: not with the settings that make the tests compile fast.
     settings = {"RUN": str(folder), "VENV": str(Path(sys.executable).parents[1]), "XLA_FLAGS": ""}

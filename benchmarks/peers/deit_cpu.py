@@ -63,7 +63,7 @@ def make_deit(batch: int, cores: int) -> Any:
 
 
 def work(name: str, cores: int) -> None:
-    """For each line on standard input, a batch size, print the (processor, wall-clock) milliseconds of each call."""
+    """Read a batch size per line of standard input, and print (processor, wall-clock) milliseconds of each call."""
     os.sched_setaffinity(0, range(cores))
     calls: dict[int, Any] = {}
     for line in sys.stdin:

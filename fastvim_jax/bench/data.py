@@ -180,7 +180,10 @@ def _our_batches(source: Source, config: ClassificationData) -> Iterator[Any]:
 def _time_batches(
     running: Sequence[Iterator[Any]], config: ClassificationData, seconds: float
 ) -> list[float]:
-    """Milliseconds per image of each: of processor time without workers, else of the clock, one after the other."""
+    """Measure the milliseconds per image of each iterator, one after the other.
+
+    With workers they are wall-clock time, otherwise processor time.
+    """
     if config.workers:
         best = []
         for batches in running:

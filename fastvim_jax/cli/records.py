@@ -52,7 +52,7 @@ def write_results(
 
 
 def complain(record: Any) -> bool:
-    """If there is no result for a file, print why."""
+    """Print why a file has no result, if it has none."""
     if record.error is not None:
         print(f"fastvim: {record.error}", file=sys.stderr)
     return record.error is not None

@@ -27,7 +27,10 @@ print(coverage.fallback_table(coverage.preset_coverage(list_models())))
 
 @needs_mosaic
 def test_the_page_lists_the_fallbacks_of_all_presets():
-    """In a process of its own, where no annotation is checked: there it takes a third of the time."""
+    """Compare the page with the table, which a process of its own computes.
+
+    There no annotation is checked, which takes a third of the time.
+    """
     run = subprocess.run([sys.executable, "-c", TABLE], capture_output=True, text=True, check=True)
     assert run.stdout.count("fastvim_base_patch16_224") == 2
     assert run.stdout in PAGE.read_text(), f"docs/gpus.md should hold:\n{run.stdout}"
@@ -51,7 +54,7 @@ def test_options_that_fall_back(options, reason):
 @needs_mosaic
 @pytest.mark.parametrize(("size", "fused"), [(64, True), (592, True), (32, False)])
 def test_it_is_what_a_model_does(size, fused):
-    """A model lowered for an H100 holds the fused kernels exactly where the table says so."""
+    """Find the fused kernels in a model lowered for an H100 exactly where the table says so."""
     name, options = "fastvim_tiny_patch16_224", {"depth": 2, "embed_dim": 64}
     config = model_config(name, **options)
     assert (coverage.coverage(config, [size]).fused == (size,)) == fused

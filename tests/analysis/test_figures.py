@@ -231,7 +231,7 @@ def test_the_command(tmp_path: Path, records: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_alternation_reaches_both_axes() -> None:
-    """Pooling along one axis alone leaves the other one narrow; in turns, both widen."""
+    """Compare pooling along one axis, which leaves the other one narrow, with alternation, which widens both."""
     after = (2,)
     spread = {}
     for kind in ("alternating", "only columns", "only rows"):

@@ -53,7 +53,7 @@ def test_parameters_are_counted_without_allocating(name: str, expected: int) -> 
 
 
 def _contractions(jaxpr: jax.extend.core.Jaxpr) -> int:
-    """Multiply-adds of all matrix products in a program, loops unrolled by their length."""
+    """Count the multiply-adds of all matrix products in a program, loops unrolled by their length."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -162,7 +162,7 @@ def test_activations_of_a_mamba_are_the_results_of_its_program(
 
 
 def _results(jaxpr: jax.extend.core.Jaxpr) -> int:
-    """Entries of the results of all matrix products in a program without loops."""
+    """Count the entries of the results of all matrix products in a program without loops."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

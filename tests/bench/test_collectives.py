@@ -67,7 +67,10 @@ def test_loops_tuples_and_asynchronous_forms_are_counted() -> None:
 @pytest.mark.drawn
 @pytest.mark.parametrize("mesh", ["64x1", "8x8"])
 def test_sixty_four_devices_exchange_gradients_and_no_images(mesh: str) -> None:
-    """Data parallel: one sum of all gradients and some scalars. With fsdp the parameters are gathered as well."""
+    """Find one sum of all gradients and some scalars in a data-parallel step.
+
+    With fsdp the parameters are gathered as well.
+    """
     flags = "--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", SIMULATED, *mesh.split("x")],

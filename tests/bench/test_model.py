@@ -17,7 +17,10 @@ class Taken(Exception):
 
 
 def test_weights_take_turns_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a small model's weights stay in the cache from call to call, and batch 1 seems too fast."""
+    """Check that weights take turns with the images.
+
+    Otherwise a small model's weights stay in the cache from call to call, and batch 1 seems too fast.
+    """
     made: list[Any] = []
 
     def measured(function: Any, arguments: Any, **options: Any) -> None:

@@ -117,7 +117,10 @@ def test_more_devices_than_there_are_are_refused():
 @pytest.mark.drawn("bench train")
 @pytest.mark.slow
 def test_several_devices_compute_the_gradient_of_one():
-    """The batch of a row is that of a device; the state of each holds half of what is split."""
+    """Compare steps on two devices with one.
+
+    A row states the batch of a device; with fsdp each device holds half of the split state.
+    """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     code = f"""
 import json
@@ -145,7 +148,10 @@ print(json.dumps([[row[name] for name in ("correct", "devices", "state_bytes")] 
 
 
 def test_what_waits_is_told_from_what_computes():
-    """Two steps of one GPU: computing 0 to 4 and 6 to 8, reducing 3 to 5, nothing 5 to 6."""
+    """Separate waiting from computing in two steps of one GPU.
+
+    It computes from 0 to 4 and from 6 to 8, reduces from 3 to 5, and does nothing from 5 to 6.
+    """
     events = [
         ("gemm", 0.0, 3e6),
         ("add", 2e6, 2e6),

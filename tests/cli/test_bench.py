@@ -27,7 +27,7 @@ MODEL = {"model", "pixels", "batch", "precision", "dtype", "blocks", "images_per
 
 
 def bench(fastvim, tmp_path, *arguments):
-    """Rows of a run, which must agree with what is promised of every record."""
+    """Run a benchmark, check its record for what every record must hold, and return its rows."""
     file = tmp_path / "rows" / "rows.json"
     status, out, err = fastvim("bench", *arguments, "--json", file)
     assert status == 0, out + err
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
 
 
 def test_a_record_outlives_a_run_that_measures_nothing(tmp_path, monkeypatch):
-    """And a link stays a link; what is no file is written as it is."""
+    """Keep the earlier record, and keep a link a link. A path that is not a regular file is written directly."""
     kept, link = tmp_path / "kept.json", tmp_path / "link.json"
     kept.write_text("old")
     link.symlink_to(kept)

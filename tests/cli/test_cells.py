@@ -24,7 +24,7 @@ PATTERN = "Images/{plate}_{well}_s{site}_{channel}.tiff"
 
 @pytest.fixture(scope="module")
 def plate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three wells of two classes, four sites each, three channels; one channel of one site is cut short."""
+    """Write three wells of two classes, four sites each, three channels; one channel of one site is cut short."""
     folder = tmp_path_factory.mktemp("plate")
     rng = np.random.default_rng()
     stem = folder / "JUMP-Target-1_compound"

@@ -124,7 +124,7 @@ def test_eval_by_class(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
-    """The first 60 held-out digits as files of any size; greyscale, 16 bits and with colours."""
+    """Evaluate a run on the first 60 held-out digits as files of any size: greyscale, 16 bits and with colours."""
     source = open_source("digits", "test")
     for i in range(60):
         folder = tmp_path / "held out" / str(source[i].target)

@@ -16,7 +16,7 @@ from tests.cli.conftest import Cli
 
 @pytest.fixture
 def pets(tmp_path: Path, rng: np.random.Generator) -> Path:
-    """Two classes of three training images and a validation image each."""
+    """Write two classes of three training images and a validation image each."""
     root = tmp_path / "pets"
     for split, count in (("train", 3), ("val", 1)):
         for name in ("cat", "dog"):

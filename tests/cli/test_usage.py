@@ -192,7 +192,7 @@ def test_a_folder_without_classes_is_refused(fastvim: Cli, run_dir: Path, tmp_pa
 def test_evaluation_takes_unreadable_class_names_from_the_data(
     fastvim: Cli, run_dir: Path, tmp_path: Path, damage: bytes | None, caplog
 ) -> None:
-    """As training does when it resumes, but the folder stays as it is."""
+    """Take the names from the data, as training does when it resumes, but leave the folder as it is."""
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     (copy / "classes.json").unlink()
     if damage is not None:

@@ -36,7 +36,7 @@ def _commands() -> list[list[str]]:
 
 @pytest.fixture
 def my_images(tmp_path: Path, rng: np.random.Generator) -> Path:
-    """Squares, discs and stripes: 12 of each to train on, 4 to evaluate, JPEG and PNG of several sizes."""
+    """Draw squares, discs and stripes: 12 of each to train on, 4 to evaluate, JPEG and PNG of several sizes."""
     for split, count in (("train", 12), ("val", 4)):
         for kind in ("disc", "square", "stripes"):
             folder = tmp_path / "my_images" / split / kind
@@ -103,7 +103,7 @@ def test_wrong_class_counts_and_folders_are_answered(
 def test_a_new_set_of_classes_starts_from_another_model_s_weights(
     fastvim: Cli, my_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five classes there, three here; then the run is used from another folder, and on a folder of images."""
+    """Start a run with three classes from one with five, then use it from another folder, and on a folder of images."""
     monkeypatch.chdir(my_images)
     config = load_experiment("your_images/fastvim").model
     small = dataclasses.replace(config, image_size=32, embed_dim=16, depth=2, num_classes=5)

@@ -98,7 +98,7 @@ def test_evaluation_takes_a_subset_by_name_in_the_order_named(config: CellsData)
 def test_channels_come_in_the_order_of_their_names_or_are_refused(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    """OME-TIFFs whose names stand in another order than the config's: read, counted and reduced by name."""
+    """Read, count and reduce OME-TIFFs by channel name where their names stand in another order than the config's."""
     tifffile = pytest.importorskip("tifffile")
     pixels = rng.integers(0, 256, (2, 12, 12), np.uint8) // np.array([[[1]], [[9]]], np.uint8)
     folder = tmp_path / "train" / "x"

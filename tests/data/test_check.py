@@ -63,7 +63,7 @@ def test_labels_outside_the_classes_are_listed(tmp_path: Path, rng: np.random.Ge
 
 
 def test_images_that_all_look_the_same_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Drawings whose shapes stand in the colour of transparent pixels only, for example."""
+    """Name images that all look the same, such as drawings whose shapes stand in the transparency only."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i in range(3):
         layered = np.full((12, 12, 4), 255, np.uint8)

@@ -21,7 +21,7 @@ _ROTATE_90_CLOCKWISE = 6
 
 
 def _corners(size: int = 32) -> np.ndarray:
-    """Four flat quarters: red, green / blue, white; JPEG keeps their middles."""
+    """Draw four flat quarters, red, green / blue, white; JPEG keeps their middles."""
     pixels = np.zeros((size, size, 3), np.uint8)
     half = size // 2
     pixels[:half, :half] = (255, 0, 0)

@@ -26,7 +26,7 @@ from fastvim_jax.errors import UserError
 
 @pytest.fixture
 def config(image_tree: Path, tmp_path: Path) -> ClassificationData:
-    """Shards of the image tree: noise of several sizes, and one grey, one wide and one tall image."""
+    """Write shards of the image tree: noise of several sizes, and one grey, one wide and one tall image."""
     train = image_tree / "train" / "ant"
     Image.open(train / "02.png").convert("L").save(train / "02.png")
     Image.open(train / "04.png").resize((90, 30)).save(train / "04.png")
@@ -52,7 +52,10 @@ def _assert_same(ours: list[dict], theirs: list[dict]) -> None:
 
 
 def test_crops_are_pillows(rng: np.random.Generator) -> None:
-    """Boxes smaller and larger than the result, grey and colour: off where a half is rounded, by two at most."""
+    """Compare crops of boxes smaller and larger than the result, grey and colour, with Pillow's.
+
+    They differ where a half is rounded, by two levels at most.
+    """
     size, most = (12, 18), (48, 64)
     crops, table, start = [], [], 5  # the buffer begins with other bytes
     parts = [rng.integers(0, 256, start, dtype=np.uint8)]
@@ -78,7 +81,10 @@ def test_crops_are_pillows(rng: np.random.Generator) -> None:
 def test_batches_are_the_hosts(
     config: ClassificationData, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same records, labels and draws; pixels differ where Pillow resizes columns first, or clips in between."""
+    """Compare batches with the host's: the same records, labels and draws.
+
+    Pixels differ where Pillow resizes columns first, or clips in between.
+    """
     ours = _taken(config, seed, 7)
     monkeypatch.setattr(pipeline, "crops_on_device", lambda _: False)
     host = _taken(dataclasses.replace(config, decoder="pillow"), seed, 7)
@@ -114,7 +120,7 @@ def test_workers_processes_and_restarts_change_nothing(
 
 
 def test_a_label_of_no_class_is_replaced(config: ClassificationData, seed: int) -> None:
-    """As an undecodable record is: counted, and another drawn in its place."""
+    """Replace a record without a valid label, as an undecodable one is: count it, and draw another in its place."""
     file = Path(config.path) / "train.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps({**manifest, "class_names": ["ant"]}))

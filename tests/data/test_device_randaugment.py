@@ -22,7 +22,7 @@ apply_operation = jax.jit(device.apply_operation)
 
 
 def smooth_images(rng: np.random.Generator, count: int, channels: int = 3) -> np.ndarray:
-    """Photograph-like images, each with its own range of values."""
+    """Draw photograph-like images, each with its own range of values."""
     coarse = rng.integers(0, 256, (count, 5, 6, channels)).astype(np.uint8)
     low, high = rng.integers(0, 60, count), rng.integers(160, 256, count)
     out = np.empty((count, *SIZE, channels), np.uint8)
@@ -118,7 +118,10 @@ DIGITS = ClassificationData(
     "options", [{"rand_augment": 9.0}, {"colour_jitter": 0.3}], ids=["rand_augment", "jitter"]
 )
 def test_either_place_gives_the_same_epoch(seed: int, options: dict) -> None:
-    """The same draws: nearly all images agree to a level or two; thresholds magnify rounding in the others."""
+    """Compare an epoch augmented on the device with one augmented on the host, under the same draws.
+
+    Nearly all images agree to a level or two; thresholds magnify rounding in the others.
+    """
     host = dataclasses.replace(DIGITS, **options)
     near = []
     iterators = [

@@ -19,7 +19,10 @@ UNLIKELY = 1e-5  # a run in a hundred thousand may fail by chance
 
 
 def test_crops_are_pillows(rng: np.random.Generator) -> None:
-    """Boxes smaller and larger than the result, one pixel, the whole: off where a half is rounded, by two at most."""
+    """Compare crops with Pillow's: boxes smaller and larger than the result, one pixel, the whole image.
+
+    They differ where a half is rounded, by two levels at most.
+    """
     images = rng.integers(0, 256, (24, 40, 52, 3), dtype=np.uint8)
     images[:8] = np.asarray(images[:8] > 128) * 255  # what overshoots is clipped in between
     for i in range(16, 24):  # nothing overshoots

@@ -33,7 +33,7 @@ def _many(draw, key, count):
 
 
 def _corners(mask):
-    """Top, left, height and width of a box; None where the mask is empty or no box."""
+    """Return top, left, height and width of a box; None where the mask is empty or no box."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
@@ -247,7 +247,7 @@ def test_expected_target_is_half_of_each(key):
 @pytest.mark.drawn
 @pytest.mark.parametrize(("count", "group"), [(12, 4), (11, 4), (5, 8), (9, 4)])
 def test_groups_are_mixed_each_by_its_own_draw(count, group, rng, key):
-    """Every image is mixed with its mirror image in its group, and a group's draw does not depend on the others."""
+    """Mix every image with its mirror image in its group. A group's draw does not depend on the other groups."""
     images = jnp.asarray(rng.standard_normal((count, 6, 6, 1)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 5, count), jnp.int32)
     config = dataclasses.replace(CONFIG, mixup=1.0, mix_group=group)
@@ -348,5 +348,5 @@ print("same")
 
 @pytest.mark.drawn("augmentation in parts")
 def test_sharding_the_batch_changes_nothing(seed):
-    """Four devices hold a quarter each of a batch that one device holds whole."""
+    """Compare four devices, which hold a quarter each of a batch, with one device that holds it whole."""
     assert_says_same(SHARDED, seed, devices=4)

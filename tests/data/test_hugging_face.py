@@ -57,7 +57,7 @@ def _write(
 
 @pytest.fixture
 def hub(tmp_path: Path, rng: np.random.Generator) -> tuple[Path, list[bytes], list[int]]:
-    """Three training shards of 5, 1 and 3 images in row groups of 2, and a test shard."""
+    """Write three training shards of 5, 1 and 3 images in row groups of 2, and a test shard."""
     images, labels = [], []
     for number, count in enumerate((5, 1, 3)):
         part = [

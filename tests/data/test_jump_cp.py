@@ -145,7 +145,10 @@ def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> 
 
 
 def test_illumination_that_is_not_there_is_told(tables: Path, rng: np.random.Generator) -> None:
-    """A channel without a function is left as it is, a damaged or lost one counts, and without any there is a note."""
+    """Leave a channel without an illumination function as it is, and refuse a damaged or lost one.
+
+    If no function is there at all, a note says so.
+    """
     for name in ("dna", "er"):
         np.save(tables / f"{name}.npy", rng.integers(10000, 20000, (8, 8)).astype(np.uint16))
     header = "Metadata_Well,FileName_OrigDNA,FileName_OrigER,FileName_IllumDNA,FileName_IllumER"
@@ -169,7 +172,7 @@ def test_illumination_that_is_not_there_is_told(tables: Path, rng: np.random.Gen
 
 
 def test_fields_of_two_plates_are_told_apart_by_their_folders(tables: Path) -> None:
-    """Microscopes name the fields of every plate alike."""
+    """Tell fields of two plates apart by their folders, because microscopes name the fields of every plate alike."""
     for number, plate in enumerate(("P1", "P2")):
         (tables / plate / "Images").mkdir(parents=True)
         np.save(tables / plate / "Images" / "r1c1.npy", np.full((4, 4), 257 * number, np.uint16))

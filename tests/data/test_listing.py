@@ -71,7 +71,7 @@ def pack_shards(folder: Path, rng: np.random.Generator) -> None:
 def test_one_process_lists_for_the_others(
     kind: str, image_tree: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second source is opened as in another process: with the first one's listing, and without reading a name."""
+    """Open a second source as another process does: with the first one's listing, and without reading a name."""
     pack_shards(image_tree, rng)
     made: list[Any] = []
 
@@ -186,7 +186,7 @@ if sys.argv[1] == "killed":
 
 
 def test_files_go_with_their_process(tmp_path: Path) -> None:
-    """At its end, or when the next process makes such a file."""
+    """Delete a process's listing files at its end, or when the next process makes such a file."""
     for how, left in (("ended", 0), ("killed", 1), ("ended", 0)):
         environment = os.environ | {"TMPDIR": str(tmp_path)}
         subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=ROOT, env=environment)

@@ -63,7 +63,10 @@ def test_records_are_the_decoded_images(image_tree: Path, shards: Path) -> None:
 def test_batches_are_those_of_the_same_images_in_files(
     image_tree: Path, tmp_path: Path, seed: int
 ) -> None:
-    """Images that `prepare` need not reduce: the same crops, in processes and threads, up to the resizer's rounding."""
+    """Compare batches with those of the same images in files, which `prepare` need not reduce.
+
+    In processes and threads the crops are the same, up to the resizer's rounding.
+    """
     tree = open_source("image_folder", "train", path=str(image_tree))
     for split in ("train", "test"):
         tree = open_source("image_folder", split, path=str(image_tree))

@@ -75,7 +75,7 @@ def test_the_position_counts_the_batches_taken(seed):
 
 
 def test_batches_are_made_while_the_last_one_is_worked_on(seed):
-    """The next batches are placed without being asked for, and no more than two wait for their turn."""
+    """Place the next batches without being asked for them. No more than two wait for their turn."""
     placed = threading.Semaphore(0)
     count = 0
 
@@ -120,7 +120,10 @@ def test_an_error_comes_with_the_batch_it_belongs_to(image_tree: Path, seed: int
 
 
 def test_workers_memory_is_lent_until_it_is_placed(seed, monkeypatch):
-    """On a GPU the shared memory itself goes to the device; here `place` copies as the device would."""
+    """Hold a worker's shared memory until its batch is placed.
+
+    On a GPU the shared memory itself goes to the device; here `place` copies as the device would.
+    """
     monkeypatch.setattr(stream, "_SMALL", 0)  # these batches are small
     config = dataclasses.replace(DIGITS, workers=1)
     expected = _take(make_train_iterator(DIGITS, seed=seed), 4)

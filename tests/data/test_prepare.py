@@ -108,7 +108,10 @@ def test_large_images_are_reduced(tmp_path: Path, rng: np.random.Generator) -> N
 def test_a_photograph_with_a_second_page_stays_one(
     mode: str, side: int, rng: np.random.Generator
 ) -> None:
-    """Cameras write a thumbnail behind the photograph, and scanners the next sheet. Grey pages are channels."""
+    """Keep a photograph with a second page one image: cameras write a thumbnail there, scanners the next sheet.
+
+    Grey pages are channels.
+    """
     photo = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).convert(mode)
     more = photo.resize((side, side))
     tiff = encode(photo, "TIFF", save_all=True, append_images=[more])

@@ -47,7 +47,7 @@ def _assert_same(ours, theirs):
 
 
 def _same_images_as_the_pipeline(config, seed):
-    """Whole epochs of both, unaugmented: the same labelled images."""
+    """Compare whole epochs of both iterators, unaugmented: they hold the same labelled images."""
     resident = make_train_iterator(dataclasses.replace(config, resident=True), seed=seed)
     plain = dataclasses.replace(config, crop="resize", flip=0.0, resident=False)
     grain = make_train_iterator(plain, seed=seed)

@@ -80,7 +80,7 @@ def test_a_restart_continues(seed: int) -> None:
 def test_crops_and_operations_of_resident_squares(
     image_tree: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images of any proportions are kept as squares; the whole of an image comes back in its own."""
+    """Keep images of any proportions as squares; a crop of the whole image has the image's own proportions."""
     config = ClassificationData(
         source="image_folder", path=str(image_tree), image_size=(12, 16), batch_size=10,
         resident=True, resident_size=24, augment_on="device", rand_augment=9.0, max_corrupt=1,
@@ -162,12 +162,15 @@ print("same")
 
 @pytest.mark.drawn("augmentation in parts")
 def test_the_devices_do_not_change_the_batches(seed: int) -> None:
-    """One, four and two by two devices; what the iterator gathers is not copied again."""
+    """Compare batches on one, four and two by two devices; what the iterator gathers is not copied again."""
     assert_says_same(SHARDED, seed, devices=4)
 
 
 def test_dealing_and_shuffling_draw_from_streams_of_their_own(seed: int) -> None:
-    """No number is split into two words, so that no two of these are one stream."""
+    """Draw from distinct streams for dealing and shuffling.
+
+    No number is split into two words, so that no two keys are one stream.
+    """
     keys = [(seed, resident_shares._DEAL)]
     keys += [
         (seed, resident_shares._SHUFFLE, epoch, share) for epoch in range(3) for share in range(3)

@@ -112,7 +112,7 @@ def test_workers_of_an_evaluation_stay_for_the_next(root):
 
 
 def test_patterns_span_folders(root):
-    """As in Cityscapes: one folder per city, and endings that differ."""
+    """List files by patterns that span folders, as in Cityscapes: one folder per city, and endings that differ."""
     for split in ("training",):
         (root / "left" / split / "city").mkdir(parents=True)
         (root / "fine" / split / "city").mkdir(parents=True)
@@ -146,7 +146,10 @@ def test_labels_of_one_shift():
 
 
 def test_a_class_list_that_counts_from_one_makes_zero_unlabelled(root, capsys):
-    """As ADE20K's: nothing else tells, where no image has the last class."""
+    """Take zero as unlabelled if the class list counts from one, as ADE20K's does.
+
+    Nothing else tells where no image has the last class.
+    """
     (root / "classes.txt").unlink()
     (root / "objectInfo150.csv").write_text("Idx,Name\n1,wall;side\n2,box\n3,sky\n4,bar\n")
     with pytest.raises(UserError, match="taken for the class after its own"):
@@ -232,7 +235,7 @@ def test_the_command_line_knows_the_layout(root, capsys):
 
 
 def test_geometry_moves_image_mask_and_boxes_alike(rng):
-    """A box drawn into the image and the mask is where the boxes say after every move."""
+    """Find a box drawn into image and mask where the boxes say, after every move."""
     image = np.zeros((20, 30, 3), np.uint8)
     image[4:12, 6:18] = 200
     scene = Scene(image, (image[..., 0] > 0).astype(np.uint8), np.asarray([[6.0, 4, 18, 12]]))

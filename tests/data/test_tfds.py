@@ -114,7 +114,10 @@ def test_it_feeds_the_pipeline_in_workers(pets: tuple[Path, list[bytes]]) -> Non
 def test_tfrecord_is_answered_with_the_command(
     pets: tuple[Path, list[bytes]], tmp_path: Path
 ) -> None:
-    """Writing TFRecord needs TensorFlow, so the note of the format is changed instead."""
+    """Refuse TFRecord with the command that converts it.
+
+    Writing TFRecord needs TensorFlow, so the test changes the format's note instead.
+    """
     copy = shutil.copytree(pets[0] / "tiny_pets", tmp_path / "tiny_pets")
     info = copy / "1.0.0" / "dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))

@@ -103,7 +103,7 @@ def test_resampling_is_pillow_s(real_data: Path, rng: np.random.Generator) -> No
 
 
 def test_a_box_keeps_its_place(rng: np.random.Generator) -> None:
-    """Odd boxes of odd images, through every reduction: a shift of a pixel would show on a ramp."""
+    """Reduce odd boxes of odd images by every factor and keep their place: a shift of a pixel would show on a ramp."""
     height, width = 701, 803
     y, x = np.mgrid[:height, :width]
     ramp = np.stack([x * 255 / width, y * 255 / height, np.full_like(x, 90)], -1)
@@ -125,7 +125,10 @@ def test_a_box_keeps_its_place(rng: np.random.Generator) -> None:
 def test_reduced_decoding_is_exact_enough(
     real_data: Path, rng: np.random.Generator, record_property: Any
 ) -> None:
-    """Less than half of what bilinear instead of bicubic would change."""
+    """Compare reduced with whole decoding.
+
+    The error is less than half of what bilinear instead of bicubic would change.
+    """
     errors, bilinear = [], []
     for data in _photos(real_data):
         whole = _pillow(data)

@@ -30,7 +30,7 @@ def _shard(file: Path, members: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path, rng: np.random.Generator) -> tuple[Path, list[bytes], list[int]]:
-    """Three training shards of 5, 1 and 3 images, and a test shard."""
+    """Write three training shards of 5, 1 and 3 images, and a test shard."""
     images, labels = [], []
     for number, count in enumerate((5, 1, 3)):
         members: dict[str, bytes] = {}

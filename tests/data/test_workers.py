@@ -125,7 +125,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
 def test_shared_memory_is_enough_for_all_streams(free: dict[str, int]) -> None:
-    """Two workers with one or two batches waiting in each hold 6 or 8 MiB."""
+    """Refuse streams that need more shared memory than is free.
+
+    Two workers with one or two batches waiting in each hold 6 or 8 MiB.
+    """
     one = grain.MapDataset.source([0])
     make = functools.partial(grain_stream, one, 2, batch_bytes=2**20)
     free["bytes"] = 5 * 2**20
@@ -152,7 +155,10 @@ def test_shared_memory_is_enough_for_all_streams(free: dict[str, int]) -> None:
 
 
 def test_a_worker_killed_while_it_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much work it was to be given: a pipe holds 64 kB, and nobody empties it any more."""
+    """Report a worker killed while it starts, however much work it was to be given.
+
+    A pipe holds 64 kB, and nobody empties it any more.
+    """
     from multiprocessing import util
 
     spawn = util.spawnv_passfds

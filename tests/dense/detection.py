@@ -68,7 +68,7 @@ def loaded(build: Callable[[], nnx.Module], state: dict[str, np.ndarray]) -> nnx
 
 
 def same(comparison: Comparison, name: str, actual: Any, expected: np.ndarray) -> None:
-    """Two selections or labels are the same."""
+    """Record a problem unless two selections or labels are the same."""
     if not np.array_equal(np.asarray(actual), expected):
         comparison.problems.append(f"{name} differs: {actual} instead of {expected}")
 
@@ -148,7 +148,7 @@ def check_nms(comparison: Comparison, golden: Golden, dtype: Any) -> None:
 
 
 def priorities(candidates: np.ndarray, needed: int, perms: list[np.ndarray]) -> np.ndarray:
-    """Numbers that make `thin` take candidates in the order of the next stored permutation."""
+    """Return numbers that make `thin` take candidates in the order of the next stored permutation."""
     order = np.full(len(candidates), np.inf)
     if candidates.sum() > needed:
         perm = perms.pop(0)
@@ -206,7 +206,7 @@ def check_assignment(comparison: Comparison, golden: Golden, dtype: Any) -> None
 
 
 def pooled(golden: Golden, maps: list[jax.Array], boxes: jax.Array, **options: Any) -> jax.Array:
-    """RoIAlign of boxes that name their image, `n c p q`."""
+    """Return RoIAlign of boxes that name their image, `n c p q`."""
     image_of = np.asarray(golden.inputs["rois"][:, 0], int)
     per_image = jax.vmap(lambda maps: roi_align(maps, boxes, **options))(maps)
     return per_image[image_of, np.arange(len(image_of))].transpose(0, 3, 1, 2)

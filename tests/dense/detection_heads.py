@@ -172,7 +172,7 @@ def check_rpn(comparison: Comparison, golden: Golden, dtype: Any) -> None:
 
 
 def anchor_order(anchors, size, objects: Objects, i: int, config, perms: list) -> np.ndarray:
-    """Priorities of one image's anchors that follow the stored permutations."""
+    """Return priorities of one image's anchors that follow the stored permutations."""
     from fastvim_jax.models.detection.anchors import inside
     from fastvim_jax.models.detection.matching import assign
 

@@ -98,7 +98,7 @@ def load_detector(golden: Golden, state: dict, dtype: Any) -> CascadeRCNN:
 
 
 def stored_draws(golden: Golden, config: DetectorConfig, objects: Objects, dtype: Any) -> Draws:
-    """Priorities that pick what the reference picked, if it is among the candidates and there are as many."""
+    """Return priorities that pick what the reference picked, if it is among the candidates and there are as many."""
     sampled = stored_levels(golden, "label_weights") > 0
     anchors = np.repeat(~sampled[:, None], 2, 1)
     room, batch = objects.boxes.shape[1], 2

@@ -35,13 +35,13 @@ def dtypes_of(golden: Golden) -> tuple[str, ...]:
 
 
 def fixtures() -> dict[Path, str]:
-    """Class of every fixture, by path; empty where there are no golden numbers."""
+    """Return the class of every fixture, by path; empty where there are no golden numbers."""
     folder = dense_dir()
     return {path: _class_of(path) for path in sorted(folder.glob("*.npz"))} if folder else {}
 
 
 def table(name: str) -> dict | None:
-    """Content of the JSON table `name`, or None where it is absent."""
+    """Read the JSON table `name`; return None where it is absent."""
     folder = dense_dir()
     path = folder / name if folder else None
     return json.loads(path.read_text()) if path and path.exists() else None

@@ -32,12 +32,12 @@ from tests.support import x64
 
 
 def last(x: np.ndarray) -> np.ndarray:
-    """Channels-first arrays `b c h w` as `b h w c`; others as they are."""
+    """Turn channels-first arrays `b c h w` into `b h w c`, and leave others as they are."""
     return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
 
 
 def first(x: Any) -> Any:
-    """Channels-last arrays `b h w c` as `b c h w`; others as they are."""
+    """Turn channels-last arrays `b h w c` into `b c h w`, and leave others as they are."""
     return x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
 
 
@@ -199,7 +199,10 @@ def check_model(golden: Golden) -> list[Comparison]:
 
 
 def check_slide(golden: Golden) -> list[Comparison]:
-    """Windows as in the fixture; classes also with canvas and result rounded up, which must change nothing."""
+    """Compare windows and classes with the fixture's.
+
+    The classes are also predicted with canvas and result rounded up, which must change nothing.
+    """
     settings = golden.kwargs["test_cfg"]
     crop, stride = tuple(settings["crop_size"]), tuple(settings["stride"])
     size, mirrored = tuple(golden.meta["ori_shape"]), golden.meta["flip"]

@@ -80,7 +80,7 @@ def test_no_detection_scores_zero() -> None:
 
 
 def test_a_masks_area_is_its_own_and_not_its_boxs() -> None:
-    """A wrong mask of few pixels in a large box counts among the small objects."""
+    """Count a wrong mask of few pixels in a large box among the small objects."""
     shape = np.zeros((2, 100, 100), bool)
     shape[0, :10, :10] = True
     shape[1, 50:90, 50] = shape[1, 50, 50:90] = True  # An L of 79 pixels in a box of 1,600.

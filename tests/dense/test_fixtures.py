@@ -44,7 +44,10 @@ def test_every_class_has_one_checker() -> None:
 
 @pytest.mark.skipif(not FIXTURES, reason="no golden numbers here: set FASTVIM_DENSE_DIR")
 def test_every_golden_file_is_compared() -> None:
-    """If this fails, write a checker for the new files' class, or name it in ELSEWHERE with the module that has one."""
+    """Check that every golden file is compared.
+
+    If this fails, write a checker for the new files' class, or name it in ELSEWHERE with the module that has one.
+    """
     assert not {p.name: kind for p, kind in FIXTURES.items() if kind not in {*CHECKERS, *ELSEWHERE}}
     for kind, module in ELSEWHERE.items():
         assert f'kind == "{kind}"' in (Path(__file__).parent / module).read_text()

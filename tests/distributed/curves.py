@@ -62,7 +62,7 @@ def model_of(parts: list[str]) -> VisionMambaConfig | ViTConfig:
 
 
 def batches(step: int) -> dict[str, np.ndarray]:
-    """This process's share of a global batch that depends on the step alone."""
+    """Return this process's share of a global batch that depends on the step alone."""
     label = np.random.default_rng(step).integers(0, CLASSES, BATCH).astype(np.int32)
     classes = np.random.default_rng(99).integers(0, 256, (CLASSES, 16, 16, 3), np.uint8)
     batch = {"image": classes[label], "label": label}
@@ -72,13 +72,13 @@ def batches(step: int) -> dict[str, np.ndarray]:
 
 
 def largest_gather(program: str) -> int:
-    """Entries of the largest array in double precision that a compiled program gathers."""
+    """Count the entries of the largest array in double precision that a compiled program gathers."""
     shapes = re.findall(r"= f64\[([\d,]*)\]\S* all-gather\(", program)
     return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
 def curve(name: str) -> tuple[list[float], float, int]:
-    """Losses, the share of the state that the first device holds, and the largest gather of a step."""
+    """Return losses, the share of the state that the first device holds, and the largest gather of a step."""
     parts = name.split("-")
     data, fsdp = map(int, parts[1].split("x"))
     accumulate = next((int(p.removeprefix("accumulate")) for p in parts if "acc" in p), 1)

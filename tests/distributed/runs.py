@@ -62,7 +62,7 @@ def score(folder: Path) -> None:
 
 
 def agree() -> None:
-    """Processes fail together, and count together."""
+    """Check that processes fail together and count together."""
 
     def refuse() -> None:
         raise UserError("the folder is full: make room")

@@ -24,7 +24,7 @@ from tests.training.segmentation.tiny import draw_scenes, tiny_config
 
 
 def head_step(devices: int) -> dict[str, np.ndarray]:
-    """Loss, gradients and running statistics of one step in float64 on a mesh of this many devices."""
+    """Return loss, gradients and running statistics of one step in float64 on a mesh of this many devices."""
     mesh = make_mesh(MeshConfig(data=devices))
     rng = np.random.default_rng(5)
     batch = {

@@ -75,7 +75,10 @@ time.sleep(300)
 
 @pytest.mark.slow
 def test_the_others_tell_that_a_process_was_killed(rng):
-    """The death of process 0 is the hardest to tell, because JAX aborts the others at once."""
+    """Tell the other processes that one was killed.
+
+    The death of process 0 is the hardest, because JAX aborts the others at once.
+    """
     at = int(rng.integers(3))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,7 +110,7 @@ def test_the_others_tell_that_a_process_was_killed(rng):
 
 @pytest.fixture
 def watches() -> Iterator[tuple[list[Watch], queue.Queue[int]]]:
-    """Connected watches of four processes, and a queue of those that are told of a loss."""
+    """Connect watches of four processes, and yield them with a queue of those that are told of a loss."""
     told: queue.Queue[int] = queue.Queue()
     watches = [Watch(functools.partial(told.put, i), grace=0.05) for i in range(4)]
     listener, token = socket.create_server(("127.0.0.1", 0)), os.urandom(16)

@@ -32,7 +32,7 @@ exit "${STATUS:-0}"
 
 
 def run(script: Path, folder: Path, **variables: str) -> tuple[int, list[str], str]:
-    """Status, the arguments that fastvim got, and what launchers and the scheduler were asked."""
+    """Run a launch script; return its status, fastvim's arguments, and what launchers and the scheduler were asked."""
     for name, text in {
         "srun": LAUNCHER,
         "mpirun": LAUNCHER,

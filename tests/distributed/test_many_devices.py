@@ -82,7 +82,10 @@ def together(program: str, *arguments: str) -> None:
 
 
 def test_eight_devices_and_one_give_the_same_curve(tmp_path):
-    """The quick one: data × fsdp and accumulation at once, drop path and all augmentation on."""
+    """Compare eight devices with one, quickly.
+
+    Data × fsdp and accumulation at once, drop path and all augmentation on.
+    """
     results = curves(tmp_path, *QUICK)
     (eight, share, _), (one, whole, _) = (results[name] for name in QUICK)
     np.testing.assert_allclose(eight, one, rtol=1e-5)
@@ -106,7 +109,7 @@ def float64(request, tmp_path_factory):
 @pytest.mark.drawn("curves on meshes")
 @pytest.mark.parametrize("name", MESHES)
 def test_the_mesh_does_not_change_the_curve(float64, name):
-    """FSDP spreads the state, and gathers nothing but single parameters."""
+    """Compare loss curves of several meshes. FSDP spreads the state, and gathers nothing but single parameters."""
     losses, *_ = float64["float64-1x1"]
     curve, share, gathered = float64[name]
     np.testing.assert_allclose(curve, losses, rtol=1e-9)
@@ -171,13 +174,13 @@ def test_a_checkpoint_of_eight_devices_goes_on_where_others_are(runs, name):
 @pytest.mark.drawn
 @pytest.mark.parametrize("name", ["two", "moved"])
 def test_two_processes_give_the_same_run_and_count_exactly(two_processes, name):
-    """4 × 1 and 2 × 2 devices; what process 0 wrote is the whole run folder."""
+    """Compare two processes on 4 × 1 and 2 × 2 devices with one; what process 0 wrote is the whole run folder."""
     assert_same_log(two_processes / name, two_processes / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_score_a_run_as_one_does(two_processes):
-    """All weights, by class; the folder was written on other devices."""
+    """Evaluate in two processes as in one: all weights, by class. The folder was written on other devices."""
     mine, theirs = (
         json.loads((two_processes / name / "scores.json").read_text())
         for name in ("moved", "whole")
@@ -193,7 +196,10 @@ def test_two_processes_score_a_run_as_one_does(two_processes):
 @pytest.mark.slow
 @pytest.mark.drawn("shares of processes")
 def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
-    """Each process keeps and gathers its own devices' shares; no image passes between them."""
+    """Compare a resident set in shares.
+
+    Each process keeps and gathers its own devices' shares, and none sends an image.
+    """
     finish(launch("shares.py", str(tmp_path / "one.npz"), str(seed), devices=4))
     together("shares.py", str(tmp_path / "two.npz"), str(seed))
     _assert_close(tmp_path)
@@ -202,7 +208,7 @@ def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.drawn("shares of processes")
 def test_pixel_shards_are_cropped_alike_in_two_processes(tmp_path, seed):
-    """Each process reads its own devices' rows; no image passes between them."""
+    """Compare crops of pixel shards: each process reads its own devices' rows, and none sends an image."""
     digits = open_source("digits", "train[:40]")
     prepare(digits, tmp_path / "pixels", "train", pixels=8)
     more = (str(seed), str(tmp_path / "pixels"))

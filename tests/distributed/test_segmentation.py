@@ -10,7 +10,10 @@ from tests.distributed.test_many_devices import finish, launch
 
 
 def test_a_step_of_the_head_is_the_same_on_two_devices(tmp_path):
-    """The images differ in scale, so that statistics of one device's images alone would be others."""
+    """Compare a step on two devices with one.
+
+    The images differ in scale, so that statistics of one device's images alone would differ.
+    """
     finish(launch("segmentation.py", "head", str(tmp_path / "out.npz"), devices=2))
     with np.load(tmp_path / "out.npz") as found:
         names = [name[2:] for name in found.files if name.startswith("1:")]

@@ -23,7 +23,7 @@ from tests.pallas_kernels import test_projected_scan as projected
 
 
 def cases(rng):
-    """Name, function and its two arguments."""
+    """Yield name, function and its two arguments."""
     for shape in ((2, 37, 24, 7), (1, 2100, 72, 16), (2, 2100, 64, 16)):  # as it is; time is split
         args = scan.draw(rng, *shape)
         b, _, e, n = shape

@@ -58,7 +58,7 @@ def test_both_directions(seed, case):
 
 @pytest.mark.parametrize("batch", [1, 128])
 def test_bidirectional_scan_equals_two_scans(seed, batch):
-    """Each direction's code is that of a launch of its own."""
+    """Compare with two scans: each direction runs the code of a launch of its own."""
     rng = np.random.default_rng(seed)
     args = pair.draw(rng, batch, 14, 384, 16)
     cotangents = pair.of_output(rng, args)
@@ -70,7 +70,7 @@ def test_bidirectional_scan_equals_two_scans(seed, batch):
 
 
 def test_the_gradient_of_a_shared_output(seed):
-    """As in a mixer, where both outputs' gradients are one array."""
+    """Compute gradients of a shared output, as in a mixer, where both outputs' gradients are one array."""
     rng = np.random.default_rng(seed)
     args = pair.draw(rng, 4, 14, 384, 16)
 

@@ -324,7 +324,7 @@ def both_ways_round(x):
 
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_in_place_under_vmap(seed, operation):
-    """Ragged tiles of one example leave the next one alone."""
+    """Leave the next example alone where the tiles of one are ragged."""
     run, (xz, *weights), out_bar = written_in_place(np.random.default_rng(seed), operation)
     one = lambda xz, g: run((xz, *weights), g)  # noqa: E731
     both = jax.jit(jax.vmap(one))(both_ways_round(xz), both_ways_round(out_bar))
@@ -335,7 +335,7 @@ def test_in_place_under_vmap(seed, operation):
 
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_in_place_in_a_loop(seed, operation):
-    """What a kernel writes in place reaches the stack."""
+    """Read what a kernel writes in place back from the loop's stack."""
     run, (xz, *weights), out_bar = written_in_place(np.random.default_rng(seed), operation)
     one = lambda a: run((a[0], *weights), a[1])  # noqa: E731
     loop = jax.jit(lambda xz, g: jax.lax.map(one, (xz, g)))
@@ -388,7 +388,7 @@ def test_vmap_remat_and_export(seed):
 
 
 def test_donation(seed):
-    """The output takes the place of u."""
+    """Check that the output takes the place of u, which is donated."""
     args = scan.draw(np.random.default_rng(seed), 2, 300, 64, 16)
     u = args.pop("u")
     step = lambda u, others: u + 0.5 * selective_scan(u, **others)  # noqa: E731
@@ -401,7 +401,7 @@ def test_donation(seed):
 
 
 def placed(arrays, whole, types, devices):
-    """Arrays on a mesh of these devices, split along the axis of this size where it is the first one."""
+    """Place arrays on a mesh of these devices; split axis 0 where its size is `whole`."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(types,), devices=devices)
     sharding = lambda x: NamedSharding(mesh, P("data") if x.shape[0] == whole else P())  # noqa: E731
     return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), arrays)
@@ -411,7 +411,7 @@ def placed(arrays, whole, types, devices):
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_sharded(seed, operation, types, devices):
-    """The kernels run on every device's share of a batch, and give what one device gives without a mesh."""
+    """Compare kernels on every device's share of a batch with one device without a mesh."""
     if devices > jax.device_count():
         pytest.skip(f"there are {jax.device_count()} GPUs")
     batch, rng = 16, np.random.default_rng(seed)
@@ -439,7 +439,10 @@ def test_sharded(seed, operation, types, devices):
 
 @pytest.mark.parametrize(("pooling", "period"), [("mean", 2), ("none", 1)])
 def test_a_stack_of_blocks_runs_each_kernel_once(pooling, period):
-    """XLA may run one twice, once for `lax.scan`'s stack of what is kept and once for the next operation."""
+    """Count each kernel once.
+
+    XLA may run one twice, once for `lax.scan`'s stack of residuals and once for the next operation.
+    """
     model = create_model(
         "fastvim_tiny_patch16_224", num_classes=10, depth=4, embed_dim=64, image_size=64,
         patch_size=8, pooling=pooling, blocks="scan", rngs=nnx.Rngs(0),
@@ -455,7 +458,7 @@ def test_a_stack_of_blocks_runs_each_kernel_once(pooling, period):
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "none"])
 def test_200_steps_in_bfloat16_stay_finite(seed, pooling):
-    """A small FastVim learns one batch by heart, through every kernel and donated buffers."""
+    """Let a small FastVim learn one batch by heart, through every kernel and donated buffers."""
     model = create_model(
         "fastvim_tiny_patch16_224", num_classes=10, dtype="bfloat16", depth=4, embed_dim=64,
         image_size=64, patch_size=8, pooling=pooling, rngs=nnx.Rngs(seed),

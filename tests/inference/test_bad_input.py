@@ -140,7 +140,10 @@ def test_arrays_and_images_of_mixed_channel_counts(saved, rng):
 
 
 def test_opened_images_are_read_as_their_files_are(saved, tmp_path, rng):
-    """Deep, transparent and turned ones too: the pixels do not depend on who opens the file."""
+    """Compare opened images with their files: who opens a file changes no pixel.
+
+    Deep, transparent and turned images are among them.
+    """
     classifier = Classifier.load(saved, batch_size=2)
     rgb = rng.integers(0, 256, (9, 12, 3), np.uint8)
     turned = Image.Exif()

@@ -75,7 +75,10 @@ def test_paths_images_and_arrays_give_the_same(model, classifier, files):
 
 
 def test_one_pillow_image_may_stand_at_several_places(classifier, tmp_path, rng):
-    """Two threads that loaded it at the same time, for one batch or two, would read each other's parts of the file."""
+    """Decode one Pillow image at several places.
+
+    Two threads that loaded it at the same time, for one batch or two, would read each other's parts of the file.
+    """
     file = tmp_path / "large.png"
     Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(file)
     expected = load_image(file, classifier.data)
@@ -116,7 +119,7 @@ def test_features_and_class_maps_of_every_patch(model, files):
 
 @pytest.mark.parametrize("order", ["row", "column"])
 def test_a_patch_s_features_lie_where_the_patch_is(order):
-    """A grid of two rows and three columns; the class token is left out."""
+    """Place a patch's features in a grid of two rows and three columns; the class token is left out."""
     model = build_model(
         VisionMambaConfig(**{**SIZES, "image_size": (8, 12)}, pooling="none", class_token="middle", token_order=order),
         rngs=nnx.Rngs(1),
@@ -133,7 +136,7 @@ def test_a_patch_s_features_lie_where_the_patch_is(order):
 
 
 def test_two_devices_share_a_batch(model, files, tmp_path):
-    """In another process, which has two simulated devices: its numbers are those of one device."""
+    """Compare two simulated devices, in another process, with one device."""
     save_pretrained(model, tmp_path / "model", preprocessing=PREPROCESSING)
     script = f"""
 import jax, numpy as np
@@ -150,7 +153,10 @@ np.save({str(tmp_path / "logits.npy")!r}, classifier({[str(f) for f in files]!r}
 
 
 def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(model, monkeypatch):
-    """Which model is built; a stand-in for the device tells its platform alone."""
+    """Choose bfloat16 on a GPU only.
+
+    The test sees which model is built; a stand-in for the device tells its platform alone.
+    """
     built = []
     monkeypatch.setattr(
         "fastvim_jax.inference.classifier.build_model",
@@ -216,7 +222,7 @@ def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
 
 
 def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
-    """With workers: the same pixels and messages, in the same order."""
+    """Compare workers with threads: the same pixels and messages, in the same order."""
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"no image")
     names = [*files, damaged, *files]
@@ -230,7 +236,7 @@ def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
 
 
 def test_batches_built_at_the_same_time_keep_their_order(classifier, rng):
-    """One array needs no copy on the host; a list of arrays does."""
+    """Keep the order of batches built at the same time. One array needs no copy on the host; a list of arrays does."""
     cropped = copy.copy(classifier)
     cropped.data = dataclasses.replace(classifier.data, eval_crop=1.0)
     images = rng.integers(0, 256, (27, 8, 8, 3), np.uint8)
@@ -242,7 +248,10 @@ def test_batches_built_at_the_same_time_keep_their_order(classifier, rng):
 
 
 def test_threads_decode_where_shared_memory_is_too_small(classifier, files, monkeypatch, caplog):
-    """As in a container with 64 MB: it is said, and no run ends for it."""
+    """Fall back to threads where shared memory is too small, as in a container with 64 MB.
+
+    A warning says so, and no run ends for it.
+    """
 
     def full(*arguments, **options):
         raise UserError("/dev/shm has 0 MiB free")
@@ -266,7 +275,7 @@ def test_threads_decode_without_shared_memory(classifier, files, tmp_path, monke
 
 
 def test_a_script_that_its_processes_cannot_import_is_told(classifier, files, monkeypatch):
-    """As one without `if __name__ == "__main__":`, which every process would begin again."""
+    """Refuse a script without `if __name__ == "__main__":`, which every process would begin again."""
 
     def ended(first):
         raise WorkersEnded("a data worker ended with exit code 1.")
@@ -280,7 +289,10 @@ def test_a_script_that_its_processes_cannot_import_is_told(classifier, files, mo
 
 
 def test_a_buffer_that_is_used_again_keeps_nothing(classifier, files, tmp_path, monkeypatch):
-    """As on a GPU, which copies a batch: places of bad files and of the padding are zero, not an earlier image."""
+    """Clear a reused buffer: places of bad files and of the padding are zero, not an earlier image.
+
+    The test copies each batch, as a GPU does.
+    """
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     names = [*files, *files, bad, files[0], bad, files[1], files[2]]

@@ -211,7 +211,7 @@ def test_options_without_a_value(capsys, tmp_path):
 
 @pytest.mark.drawn
 def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, rng, capsys):
-    """Folders, lists and patterns of images; an interrupted command goes on; bad files are counted."""
+    """Import folders, lists and patterns of images; an interrupted command goes on; bad files are counted."""
     file, _ = checkpoint
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)

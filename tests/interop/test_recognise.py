@@ -16,7 +16,7 @@ SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 3}
 
 
 def shapes_of(config):
-    """Names and shapes without computing a weight."""
+    """Return names and shapes without computing a weight."""
 
     def names():
         model = build_model(config, rngs=nnx.Rngs(0))
@@ -70,7 +70,7 @@ def test_heads_that_shapes_do_not_tell_are_those_of_the_published_models():
 
 
 def test_heads_given_as_options_are_taken_whatever_the_usual_number_is():
-    """Also where the usual number, 3 for both widths, would not divide the width."""
+    """Take the given number of heads also where the usual number, 3 for both widths, would not divide the width."""
     small = {"image_size": 8, "patch_size": 4, "depth": 1, "decoder_depth": 1}
     heads = {"num_heads": 4, "decoder_heads": 5}
     config = model_config(

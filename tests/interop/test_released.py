@@ -56,7 +56,7 @@ FAMILIES = ["_".join(f) for f in FAMILIES] + sorted(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_preset_goes_to_the_authors_names_and_back(family, rng):
-    """The presets of a family differ in sizes alone, which are made equal here: one model each is left."""
+    """Export and import one model of each family in tiny form, because a family's presets differ in sizes alone."""
     configs = {tiny(name) for name in list_models() if name.startswith(f"{family}_")}
     for config in configs:
         model = drawn(config, rng)
@@ -99,7 +99,7 @@ def golden_of_each_kind():
 
 @pytest.mark.skipif(not fixture_paths(), reason="no golden files: set FASTVIM_PARITY_DIR")
 def test_the_authors_state_dicts_come_back_with_every_bit():
-    """A golden state dict of each class: all its names are written again, with the numbers it has."""
+    """Write all names of a golden state dict of each class again, with the numbers it has."""
     paths = golden_of_each_kind()
     assert paths.keys() == KINDS
     for kind, path in paths.items():

@@ -92,7 +92,7 @@ def test_other_modules_are_refused():
 
 
 def test_a_prefix_of_all_names_is_named_and_the_list_is_short():
-    """As `torch.nn.parallel.DistributedDataParallel` saves weights."""
+    """Name a prefix of all names, as `torch.nn.parallel.DistributedDataParallel` saves weights."""
     model = build_model(CONFIGS[0], rngs=nnx.Rngs(0))
     given = {f"module.{name}": array for name, array in to_torch_state_dict(model).items()}
     with pytest.raises(UserError, match=r"All given names begin with 'module\.'") as caught:

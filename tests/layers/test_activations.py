@@ -45,7 +45,7 @@ def test_a_model_stays_close_to_float32(seed, name):
 
 @pytest.mark.parametrize(("activations", "terms"), [("compute", 1), ("wide", 2)])
 def test_images_are_rounded_once(seed, activations, terms):
-    """Patches enter their product as one array of 8 bits of mantissa, or as two."""
+    """Find the patches in the product as one array of 8 bits of mantissa, or as two."""
     precision = Precision("bfloat16", activations=activations)
     embed = PatchEmbed((4, 4), 3, 16, precision=precision, rngs=nnx.Rngs(seed))
     images = jax.random.normal(jax.random.key(seed), (2, 8, 8, 3))

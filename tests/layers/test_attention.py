@@ -78,7 +78,7 @@ def test_what_cudnn_refuses_is_said_once(monkeypatch, caplog, hopper):
 
 @pytest.mark.parametrize("tokens", [6, 7])
 def test_the_platform_is_known_when_a_program_is_lowered(hopper, tokens):
-    """Traced once, a program holds cuDNN's kernels if lowered for CUDA, and XLA's operations for the CPU."""
+    """Lower one traced program twice: for CUDA it holds cuDNN's kernels, for the CPU XLA's operations."""
     q = tokens_of((2, tokens, 3, 16))
     for run, arrays, calls in ((attend, (q, q, q), 1), (gradients, (q, q, q, q), 2)):
         traced = jax.jit(run).trace(*arrays)
@@ -104,7 +104,7 @@ def test_export_for_either_platform(hopper):
 
 
 def test_a_portable_program_holds_no_kernel(hopper):
-    """JAX cannot lower cuDNN's call for two platforms at once."""
+    """Leave cuDNN out of a portable program, because JAX cannot lower its call for two platforms at once."""
     q = tokens_of((2, 6, 3, 16))
     with gpu.kernels_off():
         both = export.export(jax.jit(lambda *a: attend(*a)), platforms=["cpu", "cuda"])(q, q, q)
@@ -119,7 +119,7 @@ def test_a_batch_of_any_size_is_left_to_xla(hopper):
 
 @needs_mosaic
 def test_an_abstract_gpu_counts(monkeypatch):
-    """Without a GPU the platform's name says too little: which one it is decides."""
+    """Accept an abstract GPU. Without a GPU the platform's name says too little: which GPU it is decides."""
     with_cudnn(monkeypatch)
     assert attention._cudnn_refusal(64) == gpu.NO_GPU
     with abstract_h100():
@@ -130,7 +130,7 @@ def test_an_abstract_gpu_counts(monkeypatch):
 @pytest.mark.parametrize("tokens", [6, 7])
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_values_and_gradients_beside_a_gpu(monkeypatch, hopper, rng, platform, tokens):
-    """Both branches against float64; an operation of XLA's stands in for cuDNN's."""
+    """Compare both branches with float64; an operation of XLA's stands in for cuDNN's."""
     if platform == "cuda":
         in_xla = lambda tokens, *qkv: attention._attend_in_xla("default", tokens, *qkv)  # noqa: E731
         monkeypatch.setattr(attention, "_attend_on_gpu", in_xla)

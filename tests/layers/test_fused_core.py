@@ -48,7 +48,7 @@ def value_and_gradients(graphdef, pooling):
     ids=["pooled", "unpooled", "unpooled, narrow"],
 )
 def test_same_function(key, rng, monkeypatch, poolings, precision):
-    """On this CPU the fused core's stages are XLA's, derivative rule included."""
+    """Compare the fused core, whose stages are XLA's on this CPU, with the plain mixer, derivative rule included."""
     pooling = poolings[rng.integers(len(poolings))]
     mixer = Mixer(MixerConfig(64, precision=precision), rngs=nnx.Rngs(key))
     graphdef, params = nnx.split(mixer)
@@ -64,7 +64,7 @@ def test_same_function(key, rng, monkeypatch, poolings, precision):
 @pytest.mark.drawn
 @pytest.mark.parametrize("pool_axes", ["alternate", "two_axes"])
 def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
-    """All of a cycle's poolings: of tokens in stored order, of columns in place, and of tokens brought into order."""
+    """Run all poolings of a cycle: of tokens in stored order, of columns in place, and of tokens brought into order."""
     channels, method = int(rng.integers(2, 4)), str(rng.choice(["mean", "max"]))
     poolings = channel_poolings(
         (3, 2), channels, scan_order="channel", pool_axes=pool_axes, method=method, scale=0.5
@@ -86,7 +86,7 @@ def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
 
 @pytest.mark.slow
 def test_unpooled_through_every_kernel(key, monkeypatch):
-    """In the interpreter, scans included."""
+    """Run the unpooled mixer through every kernel in the interpreter, scans included."""
 
     graphdef, params = nnx.split(Mixer(MixerConfig(64, state_size=4), rngs=nnx.Rngs(key)))
     h = jax.random.normal(key, (1, 9, 64))
@@ -111,7 +111,10 @@ def test_unpooled_through_every_kernel(key, monkeypatch):
     ids=["pooled", "unpooled"],
 )
 def test_options_that_are_data(key, rng, monkeypatch, pooling, options):
-    """The skip of pooled tokens moves into the scans; a missing bias is one of zeros, as is a norm's shift."""
+    """Compare options that become data: the skip of pooled tokens moves into the scans.
+
+    A missing bias is a bias of zeros, and so is a norm's missing shift.
+    """
     mixer = Mixer(MixerConfig(64, **options), rngs=nnx.Rngs(key))
     for side in (mixer.forward, mixer.backward):
         side.D[...] = jnp.asarray(rng.standard_normal(128), jnp.float32)
@@ -159,7 +162,10 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     ],
 )
 def test_joined_directions_fill_up_the_rank(key, width, precision, columns, rows):
-    """To rows of whole 16 bytes, read whole by narrow products; what the directions select and its gradients stay."""
+    """Fill the rank up to rows of whole 16 bytes, which narrow products read whole.
+
+    The directions' selected B, C and Δ and their gradients stay the same.
+    """
     config = MixerConfig(width, precision=precision)
     mixers = nnx.vmap(lambda key: Mixer(config, rngs=nnx.Rngs(key)))(jax.random.split(key, 3))
     graphdef, params = nnx.split(mixers)

@@ -15,7 +15,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, a kernel that bfloat16 holds exactly, and weights of the result."""
+    """Draw tokens, a kernel that bfloat16 holds exactly, and weights of the result."""
     x = rng.standard_normal((2, 9, 24)).astype(np.float32)
     kernel = np.asarray(jnp.asarray(rng.standard_normal((24, 7)), jnp.bfloat16), np.float32)
     return x, kernel, rng.standard_normal((2, 9, 7)).astype(np.float32)

@@ -47,7 +47,10 @@ class RowsOf:
 @pytest.mark.drawn
 @pytest.mark.parametrize(("mode", "depth"), [("scan", 4), ("unroll", 2)])
 def test_a_pooling_may_hold_traced_arrays(key, mode, depth):
-    """Under jit, vmap, the loop over blocks and recomputed blocks, with gradients, as the fixed grid gives."""
+    """Compare a pooling of traced arrays with the fixed grid.
+
+    It runs under jit, vmap, the loop over blocks and recomputed blocks, with gradients.
+    """
     config = VisionMambaConfig(embed_dim=8, depth=depth, num_classes=0, pos_embed=False)
     graphdef, params = nnx.split(
         stack_blocks(lambda rngs: Block(config, rngs=rngs), depth, nnx.Rngs(key))
@@ -80,7 +83,7 @@ def test_a_pooling_may_hold_traced_arrays(key, mode, depth):
 
 
 def test_a_pooling_is_told_the_direction(key):
-    """With the backward direction pairing tokens with other rows than the forward one."""
+    """Tell a pooling the direction: here the backward one pairs tokens with other rows than the forward one."""
     asked = []
 
     class Told(GridPooling):

@@ -26,7 +26,7 @@ def test_gradients_are_those_of_a_sum(rng, dtype, tolerance):
 
 
 def test_no_reduction_over_the_batch_is_left():
-    """One would make XLA lay the tokens out with the batch innermost."""
+    """Find no reduction over the batch. It would make XLA lay the tokens out with the batch innermost."""
     tokens, table = jnp.ones((16, 9, 8)), jnp.ones((1, 9, 8))
     step = jax.jit(jax.grad(lambda table: jnp.sum(jnp.sin(add_table(tokens, table)))))
     lowered = step.lower(table).as_text()

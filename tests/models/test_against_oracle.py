@@ -36,7 +36,7 @@ EXAMPLES = {"phases": (Phase.explicit, Phase.generate), "deadline": None}
 
 @st.composite
 def sizes(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields that both kinds of model share: the image, the patches, the widths and how blocks are run."""
+    """Return fields that both kinds of model share: image, patches, widths and how blocks are run."""
     patch = draw(st.sampled_from([1, 2, (2, 3), (3, 1)]))
     height, width = (patch, patch) if isinstance(patch, int) else patch
     grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -113,7 +113,7 @@ def vit_configs(draw: st.DrawFn) -> ViTConfig:
 def random_parameters(
     shapes: dict[str, tuple[int, ...]], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Weights of ordinary size under every name; nothing is zero or one, so that nothing is left untested."""
+    """Draw weights of ordinary size under every name; nothing is zero or one, so that nothing is left untested."""
     params = {}
     for name, shape in shapes.items():
         draw = rng.standard_normal(shape)

@@ -119,7 +119,7 @@ def test_channel_vit_equals_the_oracle(rng: np.random.Generator) -> None:
 def test_dense_features_are_means_over_the_channels_of_a_patch(
     config: Any, rng: np.random.Generator
 ) -> None:
-    """For any subset of channels; each token's place is the oracle's."""
+    """Compare dense features with means over any subset of channels of a patch; each token's place is the oracle's."""
     with x64():
         model = build_model(config, rngs=nnx.Rngs(0))
         model.out_norms[0].scale[...] = jnp.asarray(rng.normal(size=4))

@@ -20,7 +20,7 @@ from tests.pallas_kernels.mosaic_support import abstract_h100, interpreted, need
 def test_fused_cores_by_xla(
     kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The core rounds where the kernels do; its stages are XLA's on this CPU."""
+    """Bound the error of the fused core, which rounds where the kernels do; its stages are XLA's on this CPU."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     hold_to_bounds(kind, rng, depth=2)
 
@@ -38,7 +38,7 @@ def _kernels() -> Iterator[None]:
 def test_fused_kernels_in_the_interpreter(
     kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scans included; two blocks, so that both poolings occur."""
+    """Bound the error of the fused kernels, scans included; two blocks, so that both poolings occur."""
     for name, core in (("mixer_core", mixer_core), ("sequence_core", sequence_core)):
         by_name = functools.partial(core, implementation="pallas")
         monkeypatch.setattr(f"fastvim_jax.layers.fused_core.{name}", by_name)

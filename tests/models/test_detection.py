@@ -20,7 +20,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 def extreme_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Boxes inside the image of every size and aspect ratio, some as wide as the image and a pixel high."""
+    """Draw boxes inside the image of every size and aspect ratio, some as wide as the image and a pixel high."""
     sides = np.exp(rng.uniform(np.log(0.5), np.log(SIZE), (count, 2)))
     sides[: count // 4, 0] = SIZE
     sides[0] = SIZE  # the one level that draws reach in most runs only

@@ -55,7 +55,7 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     ids=["bfloat16", "float32"],
 )
 def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
-    """B and C, written as one array, and the steps' rank where dt_proj does not read all columns.
+    """Slice B and C as one array, and the steps' rank where dt_proj does not read all columns.
 
     Where one kernel does not do all of it, as in training.
     """
@@ -74,7 +74,10 @@ def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
 @pytest.mark.drawn
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
 def test_what_kernels_return_is_not_written_into_stacks(name):
-    """Else XLA runs each of them twice where `lax.scan` keeps their results: barriers after front, scan and back."""
+    """Count barriers after front, scan and back.
+
+    Without them XLA runs each kernel twice where `lax.scan` keeps its results.
+    """
     graphdef, params = nnx.split(create_model(name, rngs=nnx.Rngs(0), depth=1))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     text = lower_for_h100(lambda p, x: nnx.merge(graphdef, p)(x), params, images)
@@ -100,7 +103,10 @@ def test_directions_are_laid_together_once_for_all_blocks():
     ],
 )
 def test_fused_equals_plain(seed, options, bound):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place, derivative rules included."""
+    """Compare with the plain model. The program is traced for an H100 and run on this CPU.
+
+    XLA takes the kernels' place, derivative rules included.
+    """
     graphdef, params = split(
         seed, depth=2, embed_dim=64, image_size=48, patch_size=16, num_classes=7, **options
     )
@@ -123,7 +129,9 @@ COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
 
 @pytest.mark.drawn("fused models")
 def test_joined_blocks_equal_plain_ones(seed):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place, derivative rules included.
+    """Compare with plain blocks. The program is traced for an H100 and run on this CPU.
+
+    XLA takes the kernels' place, derivative rules included.
 
     With drop path, which drops half of the second block's outputs.
     """

@@ -43,7 +43,7 @@ def tiny(family: str, **options: Any) -> MaskedAutoencoder:
 
 
 def draw_masks(rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Masks with unequal counts, one with an empty row."""
+    """Draw masks with unequal counts, one with an empty row."""
     removed = rng.random((batch, *GRID)) < 0.5
     removed[:, 1, 2] = False
     removed[0] = True
@@ -61,7 +61,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "options", "padded"), CASES, ids=str)
 def test_equals_the_oracle_under_given_masks(family, options, padded, rng):
-    """A mask for every image; with padding, images that keep different numbers of patches."""
+    """Compare with the oracle under a mask for every image; with padding, images keep different numbers of patches."""
     removed = draw_masks(rng, 3)
     if not padded:  # as many everywhere
         removed = np.stack([rng.permuted(removed[0].ravel()).reshape(GRID) for _ in range(3)])
@@ -118,7 +118,7 @@ def test_another_size_and_ratio_at_call_time(key):
 
 
 def test_what_the_backbone_of_a_classifier_gets(key):
-    """The encoder's parameters by the classifier's names, and the fixed table with a row for the class token."""
+    """Take the encoder's parameters by the classifier's names, and the fixed table with a row for the class token."""
     for family, token in (("fastvim", {}), ("vim", {"class_token": "middle"}), ("vit", {})):
         named = backbone_parameters(tiny(family))
         options = {k: v for k, v in SMALL.items() if not k.startswith("decoder")}
@@ -137,7 +137,10 @@ def test_what_the_backbone_of_a_classifier_gets(key):
 @pytest.mark.drawn("fused masked models")
 @needs_mosaic
 def test_kernels_that_a_block_launches_on_hopper():
-    """One ragged front, scan and back a block, transposed blocks included; the decoder's are the unpooled ones."""
+    """Count one ragged front, scan and back a block, transposed blocks included.
+
+    The decoder's are the unpooled ones.
+    """
     options = {"depth": 2, "blocks": "unroll", "dtype": "bfloat16", "activations": "compute"}
     model = create_model("mae_fastvim_tiny_patch16_224", rngs=nnx.Rngs(0), **options)
     graphdef, params = nnx.split(model)
@@ -149,7 +152,7 @@ def test_kernels_that_a_block_launches_on_hopper():
 
 @pytest.mark.drawn("fused masked models")
 def test_the_fused_core_is_the_same_function(key, monkeypatch):
-    """On this CPU the fused core's stages are XLA's; gradients included."""
+    """Compare the fused core, whose stages are XLA's on this CPU, with the plain one, gradients included."""
     noise, images = jax.random.uniform(key, (2, 16)), jax.random.normal(key, (2, 8, 8, 3))
     model = tiny("fastvim", image_size=8, patch_size=2, channels=3, mask_ratio=0.5, embed_dim=64)
     graphdef, params = nnx.split(model)
@@ -227,7 +230,7 @@ def test_options_reach_the_encoder_or_are_suggested():
 
 
 def test_masks_of_a_batch_are_the_noise_of_each_image(rng):
-    """The kept count, sorted positions, and a permutation that restores them."""
+    """Compare each image's mask with its noise: kept count, sorted positions, and a permutation back."""
     noise = rng.random((4, 15)).astype(np.float32)
     masking = random_masking(jnp.asarray(noise), 4)
     for b in range(4):

@@ -130,7 +130,7 @@ def test_no_model_is_missing_from_the_counts():
 
 
 def in_both_modes(run, config, params, images, **kwargs):
-    """`run` of the scanned configuration and of the unrolled, rematerialised one."""
+    """Call `run` with the scanned configuration and with the unrolled, rematerialised one."""
     unrolled = dataclasses.replace(config, blocks="unroll", remat="block")
     return (run(c, params, images, **kwargs) for c in (config, unrolled))
 

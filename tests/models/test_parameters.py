@@ -99,7 +99,7 @@ def test_weights_rounded_once_give_the_same_model(seed, name):
 
 
 def test_gradients_of_blocks_written_out_are_put_together_without_sums(key):
-    """One array from those of all blocks, and no additions of padded ones."""
+    """Stack the gradients of all blocks into one array, and add no padded ones."""
     model = create_model(
         "fastvim_tiny_patch16_224", depth=3, embed_dim=16, image_size=32, num_classes=4,
         conv_width=0, blocks="unroll", rngs=nnx.Rngs(key),

@@ -84,7 +84,7 @@ def test_parts_are_equal_and_fit_the_caches(monkeypatch, batch, cores, size):
 
 @pytest.mark.parametrize("name", ["fastvim", "vim", "vit"])
 def test_a_symbolic_batch_is_one_part(one_core, name):
-    """As in a program that a user exports with `jax.export`."""
+    """Keep a symbolic batch in one part, as in a program that a user exports with `jax.export`."""
     heads = {"num_heads": 2} if name == "vit" else {}
     model = create_model(f"{name}_tiny_patch16_224", rngs=0, **SMALL | {"depth": 2}, **heads)
     graphdef, params = nnx.split(model)

@@ -45,7 +45,7 @@ def small(backbone: str, **options):
     ],
 )
 def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
-    """Crops of another size and shape than the position embeddings' run as they are."""
+    """Run crops of another size and shape than the position embeddings' with any backbone and neck."""
     model = build_model(small(backbone, neck=neck), rngs=nnx.Rngs(0))
     images = jnp.asarray(rng.normal(size=(2, 40, 24, 3)), jnp.float32)
     logits = jax.jit(lambda model, x: model(x, train=True))(model, images)

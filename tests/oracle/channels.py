@@ -25,7 +25,10 @@ def embed_channels(
     patch: tuple[int, int],
     stride: tuple[int, int],
 ) -> Array:
-    """(b, h, w, k) -> (b, rows, columns, k, d), one product per patch and channel; ids (b, k) name the channels."""
+    """Embed (b, h, w, k) -> (b, rows, columns, k, d): one product per patch and channel.
+
+    Ids (b, k) name the channels.
+    """
     batch, height, width, count = images.shape
     rows, columns = (height - patch[0]) // stride[0] + 1, (width - patch[1]) // stride[1] + 1
     kernel = params["patch_embed.proj.kernel"][:, :, 0]
@@ -41,7 +44,7 @@ def embed_channels(
 
 
 def coordinates(config: SimpleNamespace, grid: tuple[int, int], count: int) -> list[dict[str, int]]:
-    """Row, column and channel of every token in the order in which the model stores them."""
+    """Return row, column and channel of every token in the order in which the model stores them."""
     lengths = {"row": grid[0], "column": grid[1], "channel": count}
     axes = ("row", "column", "channel")
     if config.scan_order == "spatial":
@@ -80,7 +83,7 @@ def channel_mamba(
     channel_ids: Array | None = None,
     drop_path_keep: Array | None = None,
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Logits (b, classes), or features (b, d) without a head; and (residual, hidden) of every block."""
+    """Return logits (b, classes), or features (b, d) without a head; and (residual, hidden) of every block."""
     patch = pair(config.patch_size)
     stride = patch if config.stride is None else pair(config.stride)
     count = images.shape[-1]
@@ -165,7 +168,10 @@ def channel_vit(
     channel_ids: Array | None = None,
     drop_path_keep: Array | None = None,
 ) -> Array:
-    """ChannelViT: logits or features (b, d) of the class token, which stands first; tokens channel by channel."""
+    """Compute ChannelViT's logits, or features (b, d) of the class token.
+
+    The class token stands first, then the tokens channel by channel.
+    """
     patch, eps, count = pair(config.patch_size), config.norm_eps, images.shape[-1]
     ids = np.arange(count)[None] if channel_ids is None else channel_ids
     tokens = embed_channels(params, images, ids, patch, patch).transpose(0, 3, 1, 2, 4)

@@ -20,7 +20,7 @@ from tests.oracle.vit import vit_block
 def random_masking(
     noise: Array, kept: int, by_position: bool = True
 ) -> tuple[list[list[int]], Array, Array]:
-    """Kept ids of every image, ids_restore and the mask (1 = removed)."""
+    """Return kept ids of every image, ids_restore and the mask (1 = removed)."""
     keep, restore, mask = [], np.zeros(noise.shape, int), np.ones(noise.shape)
     for b, row in enumerate(noise):
         ranked = [int(i) for i in np.argsort(row, kind="stable")]
@@ -36,7 +36,7 @@ def random_masking(
 def row_sums(
     tokens: Array, ids: list[int], rows: int, columns: int, method: str, divisor: str
 ) -> Array:
-    """(l, e) -> (rows, e): each row's tokens, pooled; rows without any are zero."""
+    """Pool each row's tokens, (l, e) -> (rows, e); rows without any are zero."""
     pooled = np.zeros((rows, tokens.shape[1]))
     for r in range(rows):
         members = tokens[[t for t, row in enumerate(ids) if row == r]]
@@ -88,7 +88,7 @@ def ragged_mixer(
     ids: list[int],
     grid: tuple[int, int],
 ) -> Array:
-    """(l, d) -> (l, d) of one image whose tokens lie at the ascending positions `ids` of the grid."""
+    """Mix (l, d) -> (l, d) of one image whose tokens lie at the ascending positions `ids` of the grid."""
     rows, columns = grid
     of_row = [i // columns for i in ids]
     x, z = np.split(linear(params, "in_proj", hidden), 2, axis=-1)
@@ -136,7 +136,7 @@ def masked_autoencoder(
     images: Array,
     keep: list[list[int]],
 ) -> tuple[Array, list[Array]]:
-    """Predicted patches (b, l, p q c) and the latents of every image.
+    """Return predicted patches (b, l, p q c) and the latents of every image.
 
     `config` has the encoder's fields and `decoder_dim`, `decoder_depth`, `decoder_heads`, `divisor`, `reversal`,
     `vit`; `keep` the positions of every image's kept patches.
@@ -195,7 +195,7 @@ def masked_autoencoder(
 
 
 def patchify(images: Array, patch: tuple[int, int]) -> Array:
-    """(b, h, w, c) -> (b, l, p q c), patches row by row, channel fastest."""
+    """Reshape (b, h, w, c) -> (b, l, p q c), patches row by row, channel fastest."""
     p, q = patch
     rows, columns = images.shape[1] // p, images.shape[2] // q
     patches = [
@@ -209,7 +209,7 @@ def patchify(images: Array, patch: tuple[int, int]) -> Array:
 def pixel_loss(
     images: Array, predicted: Array, mask: Array, patch: tuple[int, int], normalise: bool
 ) -> float:
-    """Mean squared error over the removed patches (mask 1)."""
+    """Compute the mean squared error over the removed patches (mask 1)."""
     target = patchify(images, patch)
     if normalise:
         deviation = np.sqrt(target.var(axis=-1, ddof=1, keepdims=True) + 1e-6)

@@ -63,7 +63,10 @@ def mixer(
     steps: Steps,
     class_at: int | None = None,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """(b, l, d) -> (b, l, d), and the inner values of both branches (the backward ones in reversed order)."""
+    """Mix (b, l, d) -> (b, l, d).
+
+    Also return the inner values of both branches, the backward ones in reversed order.
+    """
     x, z = np.split(linear(params, "in_proj", hidden), 2, axis=-1)
     length = x.shape[1]
     forward = branch(subset(params, "forward"), config, x, steps, class_at)

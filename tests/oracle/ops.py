@@ -13,17 +13,17 @@ Array = np.ndarray
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), without overflow on either side."""
+    """Compute 1 / (1 + exp(-x)), without overflow on either side."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
 def silu(x: Array) -> Array:
-    """x * sigmoid(x)."""
+    """Compute x * sigmoid(x)."""
     return x * sigmoid(x)
 
 
 def softplus(x: Array) -> Array:
-    """log(1 + exp(x))."""
+    """Compute log(1 + exp(x))."""
     return np.logaddexp(0.0, x)
 
 
@@ -33,26 +33,26 @@ def gelu(x: Array) -> Array:
 
 
 def softmax(x: Array, axis: int = -1) -> Array:
-    """exp(x) / sum(exp(x)) along one axis."""
+    """Compute exp(x) / sum(exp(x)) along one axis."""
     weights = np.exp(x - x.max(axis=axis, keepdims=True))
     return weights / weights.sum(axis=axis, keepdims=True)
 
 
 def linear(params: dict[str, Array], name: str, x: Array) -> Array:
-    """x @ kernel (+ bias, where the dictionary holds one); kernels are (in, out)."""
+    """Compute x @ kernel (+ bias, where the dictionary holds one); kernels are (in, out)."""
     y = x @ params[f"{name}.kernel"]
     bias = params.get(f"{name}.bias")
     return y if bias is None else y + bias
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, with the biased variance."""
+    """Compute (x - mean) / sqrt(variance + eps) * scale + bias over the last axis, with the biased variance."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * scale + bias
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+    """Compute x / sqrt(mean(x^2) + eps) * scale over the last axis."""
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * scale
 
 
@@ -64,7 +64,7 @@ def norm(kind: str, params: dict[str, Array], name: str, x: Array, eps: float) -
 
 
 def causal_conv1d(x: Array, kernel: Array, bias: Array | None) -> Array:
-    """Depthwise convolution looking backwards: y_t = bias + sum_j kernel_j x_{t-(k-1)+j}.
+    """Convolve every channel backwards in time: y_t = bias + sum_j kernel_j x_{t-(k-1)+j}.
 
     x is (b, l, e), kernel (k, e); tokens before the first are zero, the last tap sits on the current token.
     """
@@ -90,7 +90,7 @@ def selective_scan(
     delta_bias: Array | None = None,
     delta_softplus: bool = True,
 ) -> tuple[Array, Array]:
-    """state_t = exp(step_t A) state_{t-1} + step_t B_t u_t;  y_t = (state_t . C_t + D u_t) * silu(z_t).
+    """Compute state_t = exp(step_t A) state_{t-1} + step_t B_t u_t;  y_t = (state_t . C_t + D u_t) * silu(z_t).
 
     u, delta, z are (b, l, e); A (e, n); B, C (b, l, n), or (b, l, g, n) where consecutive blocks of e / g channels
     share a group; D, delta_bias (e,). Returns y (b, l, e) and the state after the last step (b, e, n).
@@ -116,7 +116,7 @@ def selective_scan(
 
 
 def cubic(distance: float, a: float = -0.75) -> float:
-    """Keys' cubic convolution kernel."""
+    """Evaluate Keys' cubic convolution kernel."""
     s = abs(distance)
     if s <= 1.0:
         return (a + 2.0) * s**3 - (a + 3.0) * s**2 + 1.0
@@ -126,7 +126,7 @@ def cubic(distance: float, a: float = -0.75) -> float:
 
 
 def cubic_matrix(source: int, target: int) -> Array:
-    """(target, source) weights: half-pixel centres, border taps clamped, no antialiasing."""
+    """Return (target, source) weights: half-pixel centres, border taps clamped, no antialiasing."""
     weights = np.zeros((target, source))
     for i in range(target):
         centre = (i + 0.5) * source / target - 0.5
@@ -137,7 +137,7 @@ def cubic_matrix(source: int, target: int) -> Array:
 
 
 def resize_bicubic(table: Array, target: tuple[int, int]) -> Array:
-    """(rows, columns, d) resampled to `target` rows and columns."""
+    """Resample (rows, columns, d) to `target` rows and columns."""
     down = cubic_matrix(table.shape[0], target[0])
     across = cubic_matrix(table.shape[1], target[1])
     return np.einsum("ij,jkd,lk->ild", down, table, across)
@@ -146,7 +146,9 @@ def resize_bicubic(table: Array, target: tuple[int, int]) -> Array:
 def sincos_table(
     grid: tuple[int, int], width: int, *, class_token: bool = False, dtype: type = np.float32
 ) -> Array:
-    """Fixed table (rows * columns, width): half the channels for the column, half for the row; sines, then cosines.
+    """Compute the fixed table (rows * columns, width).
+
+    Half of the channels stand for the column, half for the row; sines come first, then cosines.
 
     Evaluated in float32, as the released weights saw it, or for ViT in float64 (`dtype`), and rounded to float32.
     With a class token a row of zeros comes first.

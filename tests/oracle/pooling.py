@@ -44,7 +44,7 @@ def pool(
     scale: float = 1.0,
     scores: Array | None = None,
 ) -> Array:
-    """(b, l, e) -> (b, s, e): mean (times `scale`), maximum, or softmax-weighted sum of each step's tokens.
+    """Pool (b, l, e) -> (b, s, e): mean (times `scale`), maximum, or softmax-weighted sum of each step's tokens.
 
     `scores` (b, l, 1) are the logits of attention pooling. The class token passes through untouched.
     """
@@ -66,7 +66,7 @@ def pool(
 
 
 def unpool(pooled: Array, steps: Steps) -> Array:
-    """(b, s, e) -> (b, l, e): every token reads the value of its step."""
+    """Unpool (b, s, e) -> (b, l, e): every token reads the value of its step."""
     tokens = np.zeros((pooled.shape[0], sum(len(step) for step in steps), pooled.shape[2]))
     for s, step in enumerate(steps):
         tokens[:, step] = pooled[:, s : s + 1]

@@ -25,12 +25,12 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_grid(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the patches that cover an image, the last ones padded."""
+    """Count rows and columns of the patches that cover an image, the last ones padded."""
     return -(-size[0] // patch[0]), -(-size[1] // patch[1])
 
 
 def patch_embed(params: dict[str, Array], images: Array, patch: tuple[int, int]) -> Array:
-    """(b, h, w, c) -> (b, rows, columns, d): one product per patch, zeros padded at the bottom and right."""
+    """Embed (b, h, w, c) -> (b, rows, columns, d): one product per patch, zeros padded at the bottom and right."""
     batch, height, width, _ = images.shape
     rows, columns = patch_grid((height, width), patch)
     padding = ((0, 0), (0, rows * patch[0] - height), (0, columns * patch[1] - width), (0, 0))
@@ -73,7 +73,7 @@ def class_index(grid: tuple[int, int], where: str) -> int | None:
 def embed(
     params: dict[str, Array], config: SimpleNamespace, images: Array
 ) -> tuple[Array, tuple[int, int]]:
-    """Tokens (b, l, d) with class token and positions, and the grid in the order of flattening."""
+    """Return tokens (b, l, d) with class token and positions, and the grid in the order of flattening."""
     patch = pair(config.patch_size)
     tokens = patch_embed(params, images, patch)
     built = patch_grid(pair(config.image_size), patch)
@@ -148,7 +148,7 @@ def dense_features(
     trace: list[tuple[Array, Array]],
     grid: tuple[int, int],
 ) -> tuple[Array, ...]:
-    """Normed mixer outputs of the chosen blocks as (b, rows, columns, d), class token left out."""
+    """Return normed mixer outputs of the chosen blocks as (b, rows, columns, d), class token left out."""
     features = []
     class_at = class_index(grid, config.class_token)
     for j, i in enumerate(config.out_indices):
@@ -172,7 +172,10 @@ def vision_mamba(
     drop_path_keep: Array | None = None,
     features_only: bool = False,
 ) -> Array | tuple[Array, ...]:
-    """Logits (b, classes) or (b, l, classes); pooled features without a head; dense features with `out_indices`."""
+    """Return logits (b, classes) or (b, l, classes).
+
+    Without a head they are pooled features, with `out_indices` dense features.
+    """
     tokens, grid = embed(params, config, images)
     residual, trace = run_blocks(params, config, tokens, grid, drop_path_keep)
     if config.out_indices:

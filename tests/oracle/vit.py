@@ -27,7 +27,7 @@ from tests.oracle.vision_mamba import (
 
 
 def attention(params: dict[str, Array], x: Array, heads: int) -> Array:
-    """Multi-head attention of (b, l, d) with itself, before the output projection."""
+    """Compute multi-head attention of (b, l, d) with itself, before the output projection."""
     batch, length, width = x.shape
     qkv = linear(params, "qkv", x).reshape(batch, length, 3, heads, width // heads)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -45,7 +45,7 @@ def convolve(params: dict[str, Array], config: SimpleNamespace, x: Array) -> Arr
 def pooled_attention(
     params: dict[str, Array], config: SimpleNamespace, x: Array, block: int, grid: tuple[int, int]
 ) -> Array:
-    """Attention over the rows of the grid, or of the transposed grid, with the class token first."""
+    """Compute attention over the rows of the grid, or of the transposed grid, with the class token first."""
     transposed = is_transposed(config, block)
     order = transpose_order(grid, 0) if transposed else np.arange(x.shape[1])
     steps = rows_of(grid[::-1] if transposed else grid, 0)
@@ -70,7 +70,7 @@ def vit(
     *,
     drop_path_keep: Array | None = None,
 ) -> Array:
-    """Logits (b, classes), or the features (b, d) when the model has no head.
+    """Return logits (b, classes), or the features (b, d) when the model has no head.
 
     `drop_path_keep` (depth, 2, b) holds one mask for the attention and one for the MLP of each block.
     """

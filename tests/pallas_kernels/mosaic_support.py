@@ -25,7 +25,7 @@ def abstract_device():
 
 
 def abstract_h100():
-    """Context in which programs are traced for an H100."""
+    """Trace programs inside this context for an H100."""
     mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=abstract_device())
     return jax.sharding.use_abstract_mesh(mesh)
 
@@ -73,7 +73,7 @@ def interpreted():
 
 
 def relative_errors(got, wanted) -> list[float]:
-    """‖got - wanted‖ / ‖wanted‖ of every array; NaN, unwritten or missing values are errors of infinity.
+    """Return ‖got - wanted‖ / ‖wanted‖ of every array; NaN, unwritten or missing values are errors of infinity.
 
     Where all of `wanted` is 0, as A's gradient of a single step is, so has `got` to be.
     """

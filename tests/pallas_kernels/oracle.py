@@ -16,7 +16,7 @@ def flipped(arrays: Arrays, names: tuple[str, ...]) -> Arrays:
 
 
 def scan(arrays: Arrays, *, delta_softplus: bool, reverse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """y and the last state."""
+    """Return y and the last state."""
     given = flipped(arrays, SEQUENCES) if reverse else arrays
     y, last_state = ops.selective_scan(**given, delta_softplus=delta_softplus)
     return (y[:, ::-1] if reverse else y), last_state
@@ -25,7 +25,7 @@ def scan(arrays: Arrays, *, delta_softplus: bool, reverse: bool) -> tuple[np.nda
 def scan_gradients(
     arrays: Arrays, y_bar: np.ndarray, last_bar: np.ndarray, *, delta_softplus: bool, reverse: bool
 ) -> Arrays:
-    """Gradients of sum(y * y_bar) + sum(last_state * last_bar)."""
+    """Return gradients of sum(y * y_bar) + sum(last_state * last_bar)."""
     if reverse:
         forward = flipped(arrays, SEQUENCES)
         bars = scan_gradients(
@@ -88,7 +88,7 @@ def conv(arrays: Arrays, *, activation: str | None, reverse: bool) -> np.ndarray
 def conv_gradients(
     arrays: Arrays, y_bar: np.ndarray, *, activation: str | None, reverse: bool
 ) -> Arrays:
-    """Gradients of sum(y * y_bar)."""
+    """Return gradients of sum(y * y_bar)."""
     if reverse:
         bars = conv_gradients(
             flipped(arrays, ("x",)), y_bar[:, ::-1], activation=activation, reverse=False

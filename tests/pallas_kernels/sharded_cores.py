@@ -45,7 +45,10 @@ from tests.pallas_kernels.test_mosaic_scan import draw
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "ambient"])
 @pytest.mark.parametrize("pooled", [True, False])
 def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
-    """Ambient: Auto axes, with the batch's known when the program is traced."""
+    """Compare a sharded core with an unsharded one.
+
+    "ambient" has Auto axes; the batch's axes are known when the program is traced.
+    """
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     rng = np.random.default_rng(seed)
     if pooled:
@@ -81,7 +84,9 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
     ("mesh_is", "projected"), [("auto", True), ("explicit", False), ("callers", True)]
 )
 def test_mixer_block(seed, monkeypatch, mesh_is, projected):
-    """With in_proj or behind it. Callers: inside a shard_map of the caller's, with JAX's check of what varies.
+    """Compare a sharded block with an unsharded one, with in_proj or behind it.
+
+    "callers" runs inside a shard_map of the caller's, with JAX's check of what varies over devices.
 
     Auto: images so large that at inference z takes the place of xz.
     """
@@ -132,7 +137,7 @@ def test_projected_scan(seed, monkeypatch, mesh_is):
 
 @needs_mosaic
 def test_ragged_core(seed, monkeypatch):
-    """The rows of the tokens are split with them."""
+    """Split the rows of the tokens together with the tokens."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     rng = np.random.default_rng(seed)
     types = (AxisType.Auto, AxisType.Explicit)[rng.integers(2)]
@@ -150,7 +155,10 @@ def test_ragged_core(seed, monkeypatch):
 @pytest.mark.drawn
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_mosaic)])
 def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
-    """With JAX's check of what varies over devices, which sums the weights' gradients too."""
+    """Run inside a caller's shard_map, with JAX's check of what varies over devices.
+
+    That check sums the weights' gradients, too.
+    """
     if kernels:
         monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     args = draw(np.random.default_rng(seed), 8, 70, 32, 4)
@@ -204,7 +212,7 @@ def test_kernels_that_write_in_place_inside_a_shard_map_of_the_callers(
     "axes", [("data", "model"), pytest.param(("batch", "block"), marks=pytest.mark.slow)]
 )
 def test_kernels_for_several_gpus_with_explicit_axes(axes):
-    """Mesh axes may have the names of the kernels' own."""
+    """Lower for several GPUs. Mesh axes may have the names of the kernels' own."""
     mesh = jax.sharding.AbstractMesh(
         (4, 2), axes, (AxisType.Explicit,) * 2, abstract_device=abstract_device()
     )
@@ -248,7 +256,10 @@ def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
 @needs_mosaic
 @pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):
-    """The partitioner asks, gets kernels for the shares, and only then finds that a CPU cannot run them."""
+    """Lower for several GPUs: the partitioner asks and gets kernels for the shares.
+
+    Only then does it find that a CPU cannot run them.
+    """
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     seen = []
     run = sharding._Operation.run

@@ -28,7 +28,7 @@ from tests.pallas_kernels.sharded_support import (
     ],
 )
 def test_model(seed, monkeypatch, types, blocks):
-    """A FastVim with every parameter split over half the mesh."""
+    """Run a FastVim with every parameter split over half the mesh."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     check_model(seed, types, "fastvim_tiny_patch16_224", blocks=blocks, remat="block")
 
@@ -40,7 +40,7 @@ def test_vit(seed):
 
 
 def test_model_inside_a_partly_manual_shard_map(seed):
-    """Axes that are still Explicit there become Auto; the caller's own stay Manual."""
+    """Turn axes that are still Explicit inside the shard_map into Auto; the caller's own stay Manual."""
     from flax import nnx
 
     from fastvim_jax.models import create_model
@@ -64,7 +64,7 @@ def test_model_inside_a_partly_manual_shard_map(seed):
 
 @pytest.mark.parametrize("activations", ["wide", "compute"])
 def test_weights_gradients_inside_a_shard_map_are_summed_in_float32(seed, activations):
-    """Whole numbers: exact in bfloat16 on one device; the sum over eight devices is not."""
+    """Sum whole numbers: they are exact in bfloat16 on one device; their sum over eight devices is not."""
     from flax import nnx
 
     from fastvim_jax.layers.linear import linear
@@ -88,7 +88,7 @@ def test_weights_gradients_inside_a_shard_map_are_summed_in_float32(seed, activa
 
 
 def check_model(seed, types, name, **options):
-    """Training and evaluation, against one device; gradients lie like parameters, features like images."""
+    """Compare training and evaluation with one device; gradients lie like parameters, features like images."""
     from flax import nnx
 
     from fastvim_jax.models import create_model

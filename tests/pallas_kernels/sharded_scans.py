@@ -81,7 +81,7 @@ def test_scan(seed, monkeypatch, types, place):
 
 @TYPES
 def test_both_directions(seed, monkeypatch, types):
-    """Each device scans its sequences and channels of both."""
+    """Scan each device's sequences and channels in both directions."""
     asked(monkeypatch)
     rng = np.random.default_rng(seed)
     args = pair.draw(rng, 8, 9, 48, 2, int(rng.integers(1, 3)))
@@ -121,7 +121,7 @@ def test_associative_scan(seed):
 
 @pytest.mark.drawn("sharded scan composed")
 def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
-    """No argument is sharded when the program starts."""
+    """Read the sharding from the ambient mesh: no argument is sharded when the program starts."""
     asked(monkeypatch)
     args = draw(np.random.default_rng(seed), 8, 9, 48, 2)
     wanted = objective(args, implementation="xla_sequential")
@@ -140,7 +140,7 @@ def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
 
 @pytest.mark.drawn("sharded scan composed")
 def test_vmap(seed, monkeypatch):
-    """The mapped axis is split too."""
+    """Split the mapped axis, too."""
     asked(monkeypatch)
     rng = np.random.default_rng(seed)
     args = draw(rng, 4, 9, 48, 2)

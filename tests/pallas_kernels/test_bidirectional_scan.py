@@ -32,7 +32,7 @@ KERNELS = ("selective_scan", "selective_scan_gradients")
 
 
 def draw(rng, b, l, e, n, g=None, dtype="float32"):
-    """Arguments by their names."""
+    """Draw arguments, by their names."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape)), jnp.float32)  # noqa: E731
     streamed = lambda *shape: normal(*shape).astype(dtype)  # noqa: E731
     of_step = (b, l, n) if g is None else (b, l, g, n)
@@ -44,7 +44,7 @@ def draw(rng, b, l, e, n, g=None, dtype="float32"):
 
 
 def of_output(rng, args):
-    """Gradients of both outputs."""
+    """Draw the gradients of both outputs."""
     draw = lambda: jnp.asarray(rng.standard_normal(args["u"].shape[1:]), args["u"].dtype)  # noqa: E731
     return draw(), draw()
 
@@ -120,7 +120,7 @@ def test_names():
 
 
 def compare(rng, bound, *, drop=(), delta_softplus=True, **case):
-    """Kernels in the interpreter against the reference in float64."""
+    """Compare kernels in the interpreter with the reference in float64."""
 
     args = {k: x for k, x in draw(rng, **case).items() if k not in drop}
     options = {"delta_softplus": delta_softplus}
@@ -164,7 +164,7 @@ def test_options(seed, case):
 @pytest.mark.drawn("pair shapes")
 @needs_mosaic
 def test_time_cut_into_splits(seed):
-    """Carried states of both directions, forward and backward; the last tile is ragged."""
+    """Carry states of both directions, forward and backward; the last tile is ragged."""
     with tuned.forced(tuned.Blocks(chunk=8, channels=32, splits=2)):
         compare(np.random.default_rng(seed), 3e-6, b=1, l=19, e=32, n=3)
 
@@ -172,7 +172,7 @@ def test_time_cut_into_splits(seed):
 @pytest.mark.drawn("pair shapes")
 @needs_mosaic
 def test_blocks_of_several_sequences(seed, monkeypatch):
-    """All of a block's are of one direction."""
+    """Scan several sequences in a block. All sequences of one block have the same direction."""
     from pallas_kernels.selective_scan import mosaic
 
     monkeypatch.setattr(mosaic, "_sequences", lambda *_: 2)
@@ -184,7 +184,7 @@ def test_blocks_of_several_sequences(seed, monkeypatch):
 @needs_mosaic
 @pytest.mark.slow
 def test_two_channels_a_lane(seed, monkeypatch):
-    """Blocks of 64 channels, as large batches have them."""
+    """Scan blocks of 64 channels, as large batches have them."""
     from pallas_kernels.selective_scan import mosaic
 
     monkeypatch.setattr(mosaic, "_two_channels_a_lane", lambda inputs: True)
@@ -215,7 +215,7 @@ def test_lowers_to_one_kernel_forward_and_one_backward(case):
 @pytest.mark.drawn("pair lowered")
 @needs_mosaic
 def test_long_scans_have_one_kernel_more_each_way():
-    """What finds the splits' ends."""
+    """Count one more kernel each way for long scans: it finds the states at the splits' ends."""
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), 1, 4096, 384, 16))
     text = lower_for_h100(lambda a: jax.value_and_grad(loss)(a), args)
     assert kernels_in(text) == [1, 1, 2]
@@ -238,7 +238,7 @@ def on_h100_and_cpu(function, *args, **options):
 
 @needs_mosaic
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
-    """Traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
+    """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
     args = draw(np.random.default_rng(seed), 2, 19, 40, 4)
     _, program = on_h100_and_cpu(jax.grad(loss), args)
     wanted = jax.grad(lambda a: loss(a, "reference"))(args)
@@ -302,7 +302,7 @@ def test_export_for_cuda():
 @pytest.mark.drawn("pair composed")
 @needs_mosaic
 def test_several_gpus_with_explicit_axes():
-    """Every device's kernels take its share of both directions."""
+    """Give every device's kernels its share of both directions."""
     mesh = jax.sharding.AbstractMesh(
         (4, 2), ("data", "model"), (AxisType.Explicit,) * 2, abstract_device=abstract_device()
     )

@@ -62,7 +62,7 @@ def test_kernels_in_the_interpreter(seed, name, composition):
     ("transposed", "per_position"), [(False, 1), (False, 3), (True, 1), (True, 4)]
 )
 def test_halo_asks_for_no_index_that_does_not_exist(seed, monkeypatch, transposed, per_position):
-    """Under vmap Mosaic joins axes that are indexed, so that a line past the last one is another image's.
+    """Ask for no index past the last line. Under vmap Mosaic joins indexed axes, so it would be another image's.
 
     In a scattered grid the line is sliced and the position indexed.
     """
@@ -128,7 +128,7 @@ def shapes_of_gradients(operation, floats, ids):
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "sequence"])
 def test_tokens_in_bfloat16_under_strict_promotion(seed, name):
-    """Sequence is left out: the stand-in for its scans mixes dtypes."""
+    """Compare dtypes of gradients and arguments. "sequence" is left out: the stand-in for its scans mixes dtypes."""
     floats, ids = OPERATIONS[name].draw(np.random.default_rng(seed))
     first = jax.tree.leaves(floats)[0]
     narrow = lambda x: x.astype(jnp.bfloat16) if x.shape == first.shape else x  # noqa: E731
@@ -140,7 +140,7 @@ def test_tokens_in_bfloat16_under_strict_promotion(seed, name):
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "core, max"])
 def test_an_empty_batch(seed, name):
-    """The maxima are left out, for how they are drawn."""
+    """Compare shapes of an empty batch's gradients. The maxima are left out, because of how they are drawn."""
     empty = compositions.operations(128, batch=0)[name]
     floats, ids = empty.draw(np.random.default_rng(seed))
     gradients = shapes_of_gradients(empty, floats, ids)

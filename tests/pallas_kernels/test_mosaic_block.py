@@ -26,7 +26,7 @@ FULL = {"b": 64, "rows": 17, "columns": 9}  # one segment per row: as many as "a
 
 
 def draw(rng, b, rows, columns, e, taps=4, per_position=1, **options):
-    """Arguments, and the gradients of both results."""
+    """Draw arguments, and the gradients of both results."""
     del options
     d = e // 2
     (xz, directions, norm, params), _ = core.draw(
@@ -67,7 +67,10 @@ def wanted_of(args, case):
 @needs_mosaic
 @pytest.mark.parametrize("processors", [132, 1])
 def test_kernel(seed, monkeypatch, processors):
-    """A tile that is not full, and tokens that a segment's 16 rows hold twice. With one processor, W comes in parts."""
+    """Compute an incomplete tile, and tokens that a segment's 16 rows hold twice.
+
+    With one processor, W comes in parts.
+    """
     from pallas_kernels.mixer_core import mosaic_back_project
 
     monkeypatch.setattr(mosaic_back_project, "PROCESSORS", processors)
@@ -85,7 +88,7 @@ def test_kernel(seed, monkeypatch, processors):
 
 @needs_mosaic
 def test_every_segment_has_one_thread_block(seed):
-    """Also where some thread blocks take one segment more than others."""
+    """Give every segment one thread block, also where some thread blocks take one segment more than others."""
     from pallas_kernels.mixer_core.mosaic_back_project import Work
 
     rng = np.random.default_rng(seed)
@@ -100,7 +103,7 @@ def test_every_segment_has_one_thread_block(seed):
 @pytest.mark.drawn("block lowered")
 @needs_mosaic
 def test_lowers_for_an_h100():
-    """FastVim-T's blocks, in both orders."""
+    """Lower FastVim-T's blocks, in both orders."""
     case = {"b": 128, "rows": 14, "columns": 14, "e": 384}
     args = abstract(case)
     orders = [False, True]
@@ -129,7 +132,7 @@ def wanted_gradients(args, bars, case):
 
 @needs_mosaic
 def test_gradients(seed):
-    """All kernels of a training step's block, with drop path, against float64."""
+    """Compare all kernels of a training step's block, with drop path, with float64."""
     rng = np.random.default_rng(seed)
     columns, transposed = int(rng.integers(8, 15)), bool(rng.integers(2))
     rows = 4 if transposed else 2
@@ -147,7 +150,7 @@ def test_gradients(seed):
 
 @needs_mosaic
 def test_norm_gradient(seed):
-    """One token a warp, or two."""
+    """Compare with float64, with one token a warp or two."""
     from pallas_kernels.mixer_core import xla
     from pallas_kernels.mixer_core.mosaic_norm_gradient import norm_gradient, unsupported
 
@@ -171,7 +174,7 @@ def test_norm_gradient(seed):
 @needs_mosaic
 @pytest.mark.parametrize("drops", [False, True])
 def test_sum_norm(seed, drops):
-    """Images of an odd number of tokens, so that the tokens of four warps are of two images."""
+    """Sum and normalise images of an odd number of tokens, so that the tokens of four warps are of two images."""
     from pallas_kernels.mixer_core import xla
     from pallas_kernels.mixer_core.mosaic_sum_norm import sum_norm
 
@@ -273,7 +276,7 @@ def test_only_hopper_has_the_instructions(monkeypatch):
 @needs_mosaic
 @pytest.mark.parametrize("more", [{}, {"rows": 9, "columns": 2, "per_position": 4}])
 def test_derivative_rule(seed, more):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
+    """Compare a program traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
     case = {**FULL, "e": 128, **more}
     args, bars = draw(np.random.default_rng(seed), **case)
 
@@ -302,7 +305,7 @@ def test_lowers_under_vmap():
 
 
 def test_equations(seed):
-    """The definition itself, in NumPy, behind the mixer's core."""
+    """Compare with the definition itself, in NumPy, behind the mixer's core."""
     from pallas_kernels.mixer_core import mixer_core
 
     case = {"b": 2, "rows": 3, "columns": 4, "e": 6}

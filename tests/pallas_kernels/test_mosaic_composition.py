@@ -128,7 +128,7 @@ def test_export_for_cuda(seed):
 @pytest.mark.drawn("scan composed")
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_of_one_device(types):
-    """What `tests/gpu` runs there: on one device the kernels are in the program with either kind of axes."""
+    """Lower what `tests/gpu` runs on one device: the kernels are in the program with either kind of axes."""
     args = jax.eval_shape(lambda: draw(0))
     if types == AxisType.Auto:  # asks for real devices when it is lowered
         mesh = jax.make_mesh((1,), ("data",), axis_types=(types,))

@@ -21,12 +21,12 @@ from tests.support import x64
 
 
 def middle(params, u):
-    """Stands in for projections and scans."""
+    """Stand in for projections and scans."""
     return tuple(jnp.tanh(side * p) for side, p in zip(u, params, strict=True))
 
 
 def draw(rng, b, rows, columns, e, taps=4, dtype="float32", per_position=1):
-    """Arguments, and the gradient of the output."""
+    """Draw arguments, and the gradient of the output."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     args = (
         normal(b, rows * columns * per_position, 2 * e).astype(dtype),
@@ -92,7 +92,7 @@ def test_random_grid(seed):
 @pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_tokens_of_many_channels(seed):
-    """Sums over the tokens of a line stay in shared memory instead of registers."""
+    """Keep sums over the tokens of a line in shared memory instead of registers."""
     from pallas_kernels.mixer_core.mosaic_back_gradients import HELD
 
     width = 128 * (HELD + 1)
@@ -102,7 +102,7 @@ def test_tokens_of_many_channels(seed):
 @pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_segments_that_overlap(seed):
-    """Lines that cut into no equal segments: what is computed twice is added once, and written twice in order."""
+    """Cut lines into overlapping segments: what is computed twice is added once, and written twice in order."""
     from pallas_kernels.mixer_core import mosaic
     from pallas_kernels.mixer_core.types import CoreOptions
 
@@ -121,7 +121,7 @@ def test_segments_that_overlap(seed):
 @pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_several_tokens_at_a_position(seed):
-    """Several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
+    """Compare several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
     from pallas_kernels.mixer_core import mosaic
     from pallas_kernels.mixer_core.types import CoreOptions
 
@@ -144,7 +144,7 @@ def test_several_tokens_at_a_position(seed):
 @pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_lines_of_several_segments(seed, monkeypatch):
-    """The gradients go on from segment to segment and from line to line, here through all of a batch's image."""
+    """Carry gradients from segment to segment and from line to line, here through every image of the batch."""
     from pallas_kernels.mixer_core import mosaic
     from pallas_kernels.mixer_core.types import CoreOptions
 
@@ -164,7 +164,7 @@ def test_lines_of_several_segments(seed, monkeypatch):
 @pytest.mark.drawn("core shapes")
 @needs_mosaic
 def test_channels_of_no_whole_block(seed):
-    """They are filled up with zeros, which count in no norm."""
+    """Fill channels up to a whole block with zeros, which count in no norm."""
     rng = np.random.default_rng(seed)
     case = {"b": 1, "rows": 2, "columns": 4, "e": int(rng.choice([64, 72, 192, 200]))}
     compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
@@ -183,7 +183,7 @@ def test_other_norms(seed, norm_kind):
 @pytest.mark.parametrize("norm_kind", ["layer", "rms", "none"])
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
-    """The stages of XLA that stand beside the kernels, on arrays that are filled up with zeros."""
+    """Compare XLA's stages, which stand beside the kernels, on arrays that are filled up with zeros."""
     (xz, directions, norm, params), out_bar = draw(rng, 2, 3, 4, 72)
 
     def run(args):
@@ -314,7 +314,7 @@ def check_lowering(case, transposed, method):
 @pytest.mark.drawn
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_xla_equals_the_equations(seed, method):
-    """The definition itself against a loop over tokens."""
+    """Compare the definition itself with a loop over tokens."""
     rng = np.random.default_rng(seed)
     rows, columns, e, taps = 3, 4, 5, 3
     (xz, d, norm, params), _ = draw(rng, 2, rows, columns, e, taps)
@@ -357,7 +357,10 @@ def test_an_empty_batch_is_left_to_xla():
 
 @needs_mosaic
 def test_tiny_images_are_left_to_xla_in_a_batch_too():
-    """The kernel behind the scans takes four tokens at a time, and a device's share may be one image."""
+    """Leave tiny images to XLA: the kernel behind the scans takes four tokens at a time.
+
+    A device's share may be one image.
+    """
     from pallas_kernels.mixer_core import mosaic
     from pallas_kernels.mixer_core.types import CoreOptions
 

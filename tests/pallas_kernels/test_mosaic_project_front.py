@@ -28,7 +28,7 @@ FULL = {
 
 
 def draw(rng, b, size, inputs, width, taps=4):
-    """Tokens, in_proj's kernel transposed, both convolutions and their skips."""
+    """Draw tokens, in_proj's kernel transposed, both convolutions and their skips."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     tokens = normal(b, size, inputs).astype("bfloat16")
     weight = (normal(2 * width, inputs) / inputs**0.5).astype("bfloat16")
@@ -36,7 +36,7 @@ def draw(rng, b, size, inputs, width, taps=4):
 
 
 def wanted_of(args, rows, columns, transposed, scale):
-    """xz in float64, and the skips and pooled tokens of x as the kernel rounds it."""
+    """Compute xz in float64, and the skips and pooled tokens of x as the kernel rounds it."""
     from pallas_kernels.mixer_core import Directions, xla
     from pallas_kernels.mixer_core.types import CoreOptions
 
@@ -65,7 +65,10 @@ def run(args, work, scale, interpret):
 @needs_mosaic
 @pytest.mark.parametrize(("transposed", "with_x"), [(False, True), (True, False)])
 def test_kernel(seed, transposed, with_x):
-    """One thread block, so that images follow each other; eight rows that two images share; an incomplete last tile."""
+    """Compare with float64: one thread block, so that images follow each other.
+
+    Two images share eight rows, and the last tile is incomplete.
+    """
     rng = np.random.default_rng(seed)
     lines, tokens, b = int(rng.integers(9, 15)), 14, 4
     rows, columns = (tokens, lines) if transposed else (lines, tokens)
@@ -82,7 +85,7 @@ def test_kernel(seed, transposed, with_x):
 
 
 def draw_block(rng, case):
-    """Arguments of `mixer_block`, and the gradients of its results."""
+    """Draw arguments of `mixer_block`, and the gradients of its results."""
     (_, *others), bars = block.draw(rng, **case)
     size, inputs = case["rows"] * case["columns"], case["e"] // 2
     tokens, weight, *_ = draw(rng, case["b"], size, inputs, case["e"])
@@ -109,7 +112,7 @@ def abstract(case):
     ],
 )
 def test_lowers_for_an_h100(change, kernel):
-    """FastVim-T's blocks; where one kernel cannot do it, a product and `front`."""
+    """Lower FastVim-T's blocks; where one kernel cannot do it, a product and `front`."""
     case = {"b": 128, "rows": 14, "columns": 14, "e": 384, **change}
     text = lower_for_h100(lambda args: block.block(args, "auto", **case), abstract(case))
     fronts = ("mixer_project_front", "mixer_front")
@@ -132,7 +135,7 @@ def test_lowers_under_vmap_and_scan():
 @needs_mosaic
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_gradients_lower_for_an_h100(method):
-    """The forward pass of a gradient has the same kernels; with "max" it also needs the places of the maxima."""
+    """Find the same kernels in the forward pass of a gradient; with "max" it also needs the places of the maxima."""
     case = {**FULL, "e": 128, "method": method}
     objective = lambda args: jnp.sum(block.block(args, "auto", **case)[0])  # noqa: E731
     text = lower_for_h100(jax.grad(objective), abstract(case))
@@ -143,7 +146,7 @@ def test_gradients_lower_for_an_h100(method):
 
 @needs_mosaic
 def test_derivative_rule(seed):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
+    """Compare a program traced for an H100 and run on this CPU, where XLA takes the kernels' place."""
     case = {**FULL, "e": 128}
     args, bars = draw_block(np.random.default_rng(seed), case)
 

@@ -24,14 +24,14 @@ from tests.support import assert_close, parity_dir, x64
 
 
 def draw_ids(rng, b, kept, rows, columns):
-    """Rows of some tokens of a grid, others in each sample, as the released masked models number them."""
+    """Draw rows of some tokens of a grid, others in each sample, as the released masked models number them."""
     kept_ids = [np.sort(rng.permutation(rows * columns)[:kept]) // columns for _ in range(b)]
     ids = np.asarray(kept_ids, np.int32).reshape(b, kept)
     return jnp.asarray(ids), jnp.asarray(rows - 1 - ids[:, ::-1])
 
 
 def draw(rng, b, kept, rows, columns, e, **more):
-    """Arguments with the rows last, and the gradient of the output."""
+    """Draw arguments with the rows last, and the gradient of the output."""
     args, out_bar = core.draw(rng, b, 1, kept, e, **more)
     return (*args, draw_ids(rng, b, kept, rows, columns)), out_bar
 
@@ -49,7 +49,7 @@ def value_and_gradients(args, out_bar, implementation, **options):
 
 
 def in_float64(tree):
-    """Floats alone: rows stay whole numbers."""
+    """Convert floats to float64; rows stay whole numbers."""
     wide = lambda x: jnp.asarray(x, None if x.dtype == jnp.int32 else jnp.float64)  # noqa: E731
     return jax.tree.map(wide, tree)
 
@@ -69,7 +69,7 @@ def compare(rng, bound, b, kept, rows, columns, e, **more):
 
 @needs_mosaic
 def test_random_rows(seed, monkeypatch):
-    """With sums by one block a sample, as in large batches, or by several."""
+    """Compare random rows, with sums by one block a sample, as in large batches, or by several."""
     from pallas_kernels.mixer_core import mosaic
 
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def test_lowers_for_an_h100(case):
 
 
 def test_xla_equals_the_equations(seed):
-    """Against loops over tokens that reverse them for the second direction, and not their rows."""
+    """Compare with loops over tokens that reverse them for the second direction, and not their rows."""
     rng = np.random.default_rng(seed)
     b, kept, rows, columns, e, taps = 2, 9, 5, 4, 3, 3
     (xz, d, norm, params, row_ids), _ = draw(rng, b, kept, rows, columns, e, taps=taps)
@@ -143,7 +143,7 @@ def test_xla_equals_the_equations(seed):
 
 
 def test_whole_rows_are_a_grid(seed):
-    """With all tokens there, in XLA's form with its derivative."""
+    """Compare rows with all their tokens with a grid, in XLA's form with its derivative."""
     args, out_bar = core.draw(np.random.default_rng(seed), 2, 3, 4, 8)
     ids = jnp.repeat(jnp.arange(3, dtype=jnp.int32), 4)[None].repeat(2, 0)
     options = {"rows": 3, "columns": 4, "scale": 0.25}
@@ -154,7 +154,7 @@ def test_whole_rows_are_a_grid(seed):
 
 @pytest.mark.parametrize("number", ["00", "01"])
 def test_golden_row_means(number):
-    """The authors' sums over kept tokens, of a sequence and of one reversed under the same rows."""
+    """Compare with the authors' sums over kept tokens, of a sequence and of one reversed under the same rows."""
     if parity_dir() is None:
         pytest.skip("the golden numbers are not here")
     golden = np.load(parity_dir() / f"masked_row_means_constant_{number}.npz")
@@ -183,7 +183,7 @@ def test_what_the_kernels_cannot_take_falls_back(seed, monkeypatch, caplog):
 
 
 def test_rows_outside_the_grid_are_its_first_and_last(seed):
-    """No row id makes a kernel address what is not its own."""
+    """Clip row ids outside the grid. No row id makes a kernel address what is not its own."""
     (xz, *rest, ids), _ = draw(np.random.default_rng(seed), 1, 6, 3, 3, 4)
     run = lambda ids: mixer_core(  # noqa: E731
         xz, *rest, row_ids=ids, middle=core.middle, rows=3, columns=3
@@ -194,7 +194,7 @@ def test_rows_outside_the_grid_are_its_first_and_last(seed):
 
 
 def test_more_rows_than_their_ids_can_count(seed):
-    """A bound put into so narrow a dtype would wrap around."""
+    """Count more rows than the ids' dtype can: a bound put into so narrow a dtype would wrap around."""
     rows = 300
     (xz, *rest, _), _ = draw(np.random.default_rng(seed), 1, 6, rows, 3, 4)
     run = lambda ids: mixer_core(  # noqa: E731

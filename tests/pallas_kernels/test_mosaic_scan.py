@@ -28,7 +28,7 @@ pytestmark = needs_mosaic
 
 
 def draw(rng, b, l, e, n, g=1, dtype="float32"):
-    """Arguments of a scan and their names."""
+    """Draw arguments of a scan, by their names."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     streamed = lambda *shape: normal(*shape).astype(dtype)  # noqa: E731
     return {
@@ -39,7 +39,7 @@ def draw(rng, b, l, e, n, g=1, dtype="float32"):
 
 
 def values_and_gradients(args, cotangents, implementation, **options):
-    """Output, last state and every gradient."""
+    """Return output, last state and every gradient."""
 
     def run(args):
         return selective_scan(
@@ -51,7 +51,7 @@ def values_and_gradients(args, cotangents, implementation, **options):
 
 
 def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options):
-    """Kernel in the interpreter against the reference in float64."""
+    """Compare the kernel in the interpreter with the reference in float64."""
 
     args = {k: v for k, v in draw(rng, b, l, e, n, g, dtype).items() if k not in drop}
     if not options.get("delta_softplus", True):  # steps are then the numbers themselves
@@ -97,7 +97,7 @@ def test_one_step_of_one_channel_and_state(seed):
 @pytest.mark.drawn("scan shapes")
 @pytest.mark.parametrize("dtype", ["u", "delta"])
 def test_arrays_of_two_dtypes(seed, dtype):
-    """What is in float32 keeps its gradients to float32's accuracy, beside tokens in bfloat16."""
+    """Keep float32's accuracy in the gradients of float32 arrays, beside tokens in bfloat16."""
 
     rng = np.random.default_rng(seed)
     args = draw(rng, 1, 11, 32, 4)
@@ -135,7 +135,7 @@ def test_options(seed, case):
 @pytest.mark.drawn("scan shapes")
 @pytest.mark.slow
 def test_time_cut_into_splits(seed, monkeypatch):
-    """Carried states, forward and backward, where one sequence is shared by several blocks."""
+    """Carry states, forward and backward, where one sequence is shared by several blocks."""
     from pallas_kernels.selective_scan import mosaic
 
     monkeypatch.setattr(mosaic, "ENOUGH_BLOCKS", 6)
@@ -149,7 +149,7 @@ def test_time_cut_into_splits(seed, monkeypatch):
 
 @pytest.mark.drawn("scan shapes")
 def test_states_carried_over_many_splits(seed, monkeypatch):
-    """More splits than are read together, and the last of them past the end."""
+    """Carry states over more splits than are read together, the last of them past the end."""
     from pallas_kernels.selective_scan import mosaic, mosaic_walk
 
     plan = mosaic.plan
@@ -161,7 +161,10 @@ def test_states_carried_over_many_splits(seed, monkeypatch):
 
 @pytest.mark.drawn("scan shapes")
 def test_blocks_of_several_sequences(seed, monkeypatch):
-    """Of one tile each, in turn by one block: nothing of the sequence before is left, and what is summed is summed."""
+    """Scan several sequences of one tile each, in turn by one block.
+
+    Nothing of the sequence before is left in the state, and sums over sequences are complete.
+    """
     from pallas_kernels.selective_scan import mosaic
 
     monkeypatch.setattr(mosaic, "_sequences", lambda *_: 3)
@@ -204,7 +207,10 @@ def padded(b, length, e, keep):
 
 
 def test_every_tile_lies_in_its_own_sequence(seed):
-    """Tiles as wide as the array are written whole, also those past the end: the interpreter would clip them."""
+    """Place every tile in its own sequence.
+
+    Tiles as wide as the array are written whole, also those past the end: the interpreter would clip them.
+    """
     rng = np.random.default_rng(seed)
     tops = {"b": 5, "length": 6000, "e": 71}
     random = [{name: int(rng.integers(1, top)) for name, top in tops.items()} for _ in range(30)]
@@ -229,7 +235,7 @@ def test_every_tile_lies_in_its_own_sequence(seed):
     ],
 )
 def test_lowers_for_an_h100(case):
-    """Forward and backward hold the kernels; a short scan is one kernel each way."""
+    """Find the kernels forward and backward; a short scan is one kernel each way."""
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), **case))
     shape = (case["b"], case["l"], case["e"])
     cotangents = (
@@ -242,7 +248,7 @@ def test_lowers_for_an_h100(case):
 
 
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
-    """Traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
+    """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
     rng = np.random.default_rng(seed)
     args = draw(rng, 1, 37, 40, 16)
     cotangents = (

@@ -21,12 +21,12 @@ from tests.support import x64
 
 
 def middle(params, c):
-    """Stands in for projections, scans and skips."""
+    """Stand in for projections, scans and skips."""
     return tuple(jnp.tanh(c * params[:, None, None]))
 
 
 def draw(rng, b, l, e, taps=4, dtype="float32"):
-    """Arguments, and the gradient of the output."""
+    """Draw arguments, and the gradient of the output."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     args = (
         normal(b, l, 2 * e).astype(dtype),
@@ -46,7 +46,7 @@ def value_and_gradients(args, out_bar, implementation, **options):
 
 
 def compare(monkeypatch, rng, bound, norm_kind="layer", **case):
-    """Blocks of up to three small tiles, which follow one another."""
+    """Compare blocks of up to three small tiles, which follow one another."""
     from pallas_kernels.mixer_core import mosaic_sequence
 
     monkeypatch.setattr(mosaic_sequence, "tiles_of_a_block", lambda *_, **__: 3)
@@ -90,7 +90,7 @@ def test_cases(seed, monkeypatch, case):
 
 
 def shapes(b, l, e, dtype="float32"):
-    """Arguments and the gradient of the output, without values."""
+    """Return shapes of arguments and of the gradient of the output, without values."""
     drawn = jax.eval_shape(lambda: draw(np.random.default_rng(0), 1, 1, e, dtype=dtype))
     big = lambda x: jax.ShapeDtypeStruct((b, l, x.shape[2]), x.dtype)  # noqa: E731
     return jax.tree.map(lambda x: big(x) if x.shape[:2] == (1, 1) else x, drawn)
@@ -150,7 +150,7 @@ def test_export_for_cuda(seed):
 
 
 def test_xla_equals_the_equations(seed):
-    """The definition itself against a loop over tokens."""
+    """Compare the definition itself with a loop over tokens."""
     rng = np.random.default_rng(seed)
     b, l, e, taps = 2, 6, 5, 3
     (xz, convolutions, norm, params), _ = draw(rng, b, l, e, taps)

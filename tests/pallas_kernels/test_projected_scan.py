@@ -26,7 +26,7 @@ STATES = 16
 
 
 def draw(rng, b, l, e, rank=12):
-    """Tokens and the original parameters: kernels of x_proj and dt_proj, bias and A."""
+    """Draw tokens and the original parameters: kernels of x_proj and dt_proj, bias and A."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     params = (
         normal(2, e, rank + 2 * STATES) / e**0.5,
@@ -84,7 +84,7 @@ def shapes(b, l, e, rank=12):
     ids=["two images", "an image a warpgroup", "split channels"],
 )
 def test_kernel(seed, monkeypatch, cut):
-    """Odd batches leave a thread block with one image; the rank is filled up."""
+    """Compare odd batches, which leave a thread block with one image; the rank is filled up."""
     from pallas_kernels.selective_scan import mosaic_projected
 
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def test_kernel(seed, monkeypatch, cut):
 
 
 def test_definition(seed):
-    """The equations that define the kernel are the step-by-step ones, but for the rounding.
+    """Compare the equations that define the kernel with the step-by-step ones: they differ by rounding only.
 
     FastVim-T's lengths and rank: of few tokens and channels one draw in twenty has an error beyond the bound.
     """
@@ -120,7 +120,7 @@ def test_definition(seed):
      (32, 32, 384, 12), (8, 64, 384, 12)],
 )  # fmt: skip
 def test_every_size_has_a_cut(batch, lines, width, rank):
-    """The models' sizes; each thread block's channels and images are some of the whole, and none is left out."""
+    """Cut the models' sizes: each thread block has some of the channels and images, and none is left out."""
     from pallas_kernels.selective_scan.mosaic_projected import choose_cut
 
     padded = -(-rank // 16) * 16
@@ -132,7 +132,7 @@ def test_every_size_has_a_cut(batch, lines, width, rank):
 
 @needs_mosaic
 def test_lowers_for_an_h100():
-    """Under vmap and inside a scan too; in the forward pass of a gradient the steps take its place."""
+    """Lower under vmap and inside a scan too; in the forward pass of a gradient the steps take its place."""
     args = shapes(4, 14, 384)
     assert launches(lower_for_h100(lambda a: run(a, "auto"), args), "projected_scan") == 1
     u, params = args
@@ -175,7 +175,7 @@ def test_what_is_left_to_the_steps(sizes, reason, monkeypatch):
 
 @needs_mosaic
 def test_derivative_rule(seed):
-    """Traced for an H100 and run on this CPU, where XLA takes the kernel's place."""
+    """Compare a program traced for an H100 and run on this CPU, where XLA takes the kernel's place."""
     args = draw(np.random.default_rng(seed), 3, 6, 128)
 
     def values_and_gradients(args, implementation):

@@ -41,7 +41,7 @@ def test_vmap_of_gradients(implementation: str, seed: int):
 @pytest.mark.drawn("XLA scan composed")
 @pytest.mark.parametrize("implementation", XLA)
 def test_blocks_under_scan_and_checkpoint(implementation: str, seed: int):
-    """A scan over four layers with rematerialisation gives the gradients of a loop without."""
+    """Compare a scan over four layers with rematerialisation with the gradients of a loop without."""
     arrays, options = ScanSpec(2, 12, 4, states=3).arguments(seed)
     u = arrays.pop("u")
     layers = jax.tree.map(lambda x: jnp.stack([x * s for s in (0.5, 0.8, 1.0, 1.1)]), arrays)
@@ -67,7 +67,10 @@ def test_blocks_under_scan_and_checkpoint(implementation: str, seed: int):
 
 @pytest.mark.parametrize("implementation", XLA[:2])
 def test_memory_is_far_below_all_states(implementation: str):
-    """Forward and backward of a long scan, compiled only: all states would be 1.6 GB, and autodiff keeps several."""
+    """Bound the memory of a long scan, forward and backward, compiled only.
+
+    All states would be 1.6 GB, and autodiff keeps several.
+    """
     spec = ScanSpec(4, 16384, 384)
     arrays = jax.eval_shape(lambda: spec.arguments(0)[0])
     compiled = jax.jit(jax.grad(lambda a: objective(a, {}, implementation))).lower(arrays).compile()
@@ -127,7 +130,10 @@ def test_wrong_dtype_and_names():
 @pytest.mark.drawn
 @pytest.mark.parametrize("reason", [None, "it has 99 states"])
 def test_triton_by_name(seed, monkeypatch, caplog, reason):
-    """What its kernels do not cover runs as the associative scan; a program for another platform as XLA's choice."""
+    """Run what Triton's kernels do not cover as the associative scan.
+
+    A program for another platform runs as XLA's choice.
+    """
     monkeypatch.setattr(gpu, "triton_missing", lambda: None)
     gpu.log_once.cache_clear()
     name = "pallas_kernels.selective_scan.triton"
@@ -157,7 +163,10 @@ def test_numpy_arrays_are_taken():
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
 def test_scans_of_consecutive_pieces_equal_one_scan(seed, implementation, reverse):
-    """The last state of a piece is the next one's initial state; gradients go through it to the first piece."""
+    """Compare with one scan: the last state of a piece is the next one's initial state.
+
+    Gradients go through it to the first piece.
+    """
     arrays, _ = ScanSpec(2, 70, 4, states=3).arguments(seed)
     normal = np.random.default_rng(seed).standard_normal
     arrays["initial_state"] = jnp.asarray(normal((2, 4, 3)), jnp.float32)

@@ -109,7 +109,7 @@ def test_without_kernels_there_is_nothing_to_tune(monkeypatch):
 
 
 def test_the_tuner_measures_every_candidate(monkeypatch):
-    """With the sequential scan in place of the kernels."""
+    """Measure every candidate, with the sequential scan in place of the kernels."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
     spec = ScanSpec(1, 9, 4, states=2, D=False)
     monkeypatch.setattr(tune, "candidates", lambda *_: [tune.rule(spec, False), Blocks(8, 32, 1)])

@@ -36,7 +36,7 @@ def value_and_gradients(arrays, y_bar, last_bar, options, implementation):
 
 
 def check(arrays, options, implementation: str, dtype: str, seed: int) -> None:
-    """Outputs, last state and all gradients, of arrays that float32 holds exactly."""
+    """Compare outputs, last state and all gradients, of arrays that float32 holds exactly."""
     r = np.random.default_rng(seed)
     exact = {k: np.asarray(x, np.float64) for k, x in arrays.items()}
     y, last = oracle.scan(exact, **options)
@@ -122,7 +122,7 @@ def test_random_shapes_and_options(implementation: str, spec: ScanSpec, seed: in
     ("length", "reverse"), [(128, False), (129, True), (200, True), (250, False), (321, True)]
 )
 def test_associative_runs_of_several_chunks(monkeypatch, length: int, reverse: bool, seed: int):
-    """Runs of two chunks: one run, two runs whose last is half empty, full, or padded, and three."""
+    """Scan runs of two chunks: one run, two runs whose last is half empty, full, or padded, and three."""
     spec = ScanSpec(2, length, 3, states=4, z=True, reverse=reverse)
     monkeypatch.setattr(xla_associative, "RUN_STATES", 2 * chunk_length(length) * 2 * 3 * 4)
     check(*spec.arguments(seed), "xla_associative", "float64", seed)
@@ -143,7 +143,7 @@ def test_reverse_is_forward_of_the_flipped(implementation: str, seed: int):
 @pytest.mark.parametrize("implementation", XLA)
 @pytest.mark.parametrize("raw", [-2e4, 60.0, 2e4])
 def test_extreme_steps(implementation: str, raw: float, seed: int):
-    """Steps that round to zero, and steps whose decay underflows: finite, and equal to the loop."""
+    """Compare steps that round to zero, and steps whose decay underflows: finite, and equal to the loop."""
     arrays, options = ScanSpec(2, 9, 4, states=3, z=True).arguments(seed)
     arrays["delta"] = arrays["delta"].at[:, ::3].set(raw)
     check(arrays, options, implementation, "float32", seed)
@@ -152,7 +152,7 @@ def test_extreme_steps(implementation: str, raw: float, seed: int):
 @pytest.mark.drawn
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation: str, seed: int):
-    """The state stays float32: only the inputs, which the oracle sees too, and the output are rounded."""
+    """Keep the state in float32: only the inputs, which the oracle sees too, and the output are rounded."""
     arrays, options = ScanSpec(2, 80, 6, z=True).arguments(seed, jnp.bfloat16)
     y, last = selective_scan(
         **arrays, **options, return_last_state=True, implementation=implementation

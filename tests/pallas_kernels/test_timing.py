@@ -51,7 +51,10 @@ def test_a_program_repeated_n_times_depends_on_n():
 
 
 def test_a_steady_clock_leaves_out_the_first_calls(monkeypatch):
-    """Of a program that is slow at first, as a GPU's is until its kernels are launched as a graph."""
+    """Leave out the first calls of a program that is slow at first.
+
+    A GPU's program is, until its kernels are launched as a graph.
+    """
     now, calls = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
@@ -67,7 +70,7 @@ def test_a_steady_clock_leaves_out_the_first_calls(monkeypatch):
 
 
 def test_programs_that_wait_to_be_timed_hold_no_arrays():
-    """A lot of programs would fill the device's memory."""
+    """Hold no arrays while programs wait: those of many programs would fill the device's memory."""
     before = {id(x) for x in jax.live_arrays()}
     measured = timing.Measured(lambda x: x * 2, lambda seed: (jnp.full(1000, seed + 1.0),))
     assert not [x for x in jax.live_arrays() if id(x) not in before and x.size == 1000]
@@ -127,7 +130,7 @@ def test_circumstances_name_the_commit_of_a_copy(monkeypatch):
 
 
 def test_cold_and_warm_calls_share_a_trace(monkeypatch):
-    """On a GPU; here the profiler is played."""
+    """Time cold and warm calls in one trace, as on a GPU. Here a stand-in plays the profiler."""
     asked = []
 
     def played(step, calls):

@@ -81,7 +81,10 @@ def test_it_compiles_once_for_each_shape(blackwell, monkeypatch):
 
 
 def test_what_it_compiles_is_forward_and_backward():
-    """Outside of the mesh and the arrays of the program that is being traced; integers have no gradient."""
+    """Compile forward and backward outside of the mesh and the arrays of the program that is being traced.
+
+    Integers have no gradient.
+    """
     seen = []
 
     @jax.custom_vjp

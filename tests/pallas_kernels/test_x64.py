@@ -36,7 +36,7 @@ def test_gradients_of_models_lower(name, kernels):
 
 @pytest.mark.drawn("x64")
 def test_gradients_lower_under_vmap():
-    """Mosaic's rule traces the bodies of kernels again."""
+    """Lower gradients under vmap, because Mosaic's rule traces the bodies of kernels again."""
     case = {**block.FULL, "e": 128}
 
     def gradient(args):

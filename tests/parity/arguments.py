@@ -166,7 +166,7 @@ def translate(kwargs: dict[str, Any], table: dict[str, Callable[[Any], Fields]])
 
 
 def fastvim_fields(kwargs: dict[str, Any]) -> Fields:
-    """FastVim's arguments as fields of `VisionMambaConfig`.
+    """Return FastVim's arguments as fields of `VisionMambaConfig`.
 
     The reference pools over the second axis of the grid as it is flattened, "columns" in either token order; turning
     every other block alternates between the two axes.
@@ -178,7 +178,7 @@ def fastvim_fields(kwargs: dict[str, Any]) -> Fields:
 
 
 def vim_fields(kwargs: dict[str, Any], *, class_token: bool) -> Fields:
-    """Vim's arguments; `class_token` is what the constructor does unless told."""
+    """Return Vim's arguments; `class_token` is what the constructor does unless told."""
     fields = {"pooling": "none", **translate(kwargs, VIM)}
     middle = fields.pop("middle", True)
     token = fields.pop("if_cls_token", class_token)
@@ -188,7 +188,7 @@ def vim_fields(kwargs: dict[str, Any], *, class_token: bool) -> Fields:
 
 
 def square_stride(fields: Fields) -> Fields:
-    """Patches of the covered models neither overlap nor leave gaps."""
+    """Return the stride of square patches, which neither overlap nor leave gaps in the covered models."""
     stride = fields.pop("stride", None)
     if stride not in (None, fields["patch_size"]):
         raise UnknownArgumentError(
@@ -198,7 +198,7 @@ def square_stride(fields: Fields) -> Fields:
 
 
 def fast_channel_vim_fields(kwargs: dict[str, Any], *, two_axes: bool) -> Fields:
-    """FastChannelVim's arguments; `two_axes` is the class that pools over two axes in a cycle of three blocks."""
+    """Return FastChannelVim's arguments. `two_axes`: the class that pools over two axes in a cycle of three blocks."""
     fields = {"pooling": "mean", **translate(kwargs, FASTVIM | CHANNEL_MODEL)}
     rotate = fields.pop("rotate", True)
     if two_axes and not rotate:
@@ -208,7 +208,7 @@ def fast_channel_vim_fields(kwargs: dict[str, Any], *, two_axes: bool) -> Fields
 
 
 def channel_vim_fields(kwargs: dict[str, Any]) -> Fields:
-    """ChannelVim's arguments; the class token stands in the middle unless told otherwise."""
+    """Return ChannelVim's arguments; the class token stands in the middle unless told otherwise."""
     fields = {"pooling": "none", "scan_order": "channel", **translate(kwargs, VIM | CHANNEL_MODEL)}
     middle, token = fields.pop("middle", True), fields.pop("if_cls_token", True)
     return {"class_token": ("middle" if middle else "head") if token else "none", **fields}

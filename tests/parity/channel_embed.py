@@ -25,7 +25,7 @@ PREFIX = "patch_embed."
 
 
 def compare_channel_embed(golden: Golden, dtype: str) -> Comparison:
-    """Tokens, gradients of the parameters and of the images."""
+    """Compare tokens, gradients of the parameters and of the images."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     with x64() if dtype == "float64" else contextlib.nullcontext():
         evaluate(comparison, golden, dtype)

@@ -14,7 +14,7 @@ CHANNEL_KINDS = (
 
 
 def channels_of(golden: Golden, images: Any) -> tuple[Any, np.ndarray | None]:
-    """Images `b h w k` of the channels that the step keeps, and their ids `b k`; None: the first k.
+    """Return images `b h w k` of the channels that the step keeps, and their ids `b k`; None: the first k.
 
     A fixture of channel sampling has its draw in `hcs_channels`: positions among the channels of the input. The ids of
     the input's channels are `channels` or `input_channel_order`; ChannelViT itself reads the first row for all samples.

@@ -66,7 +66,7 @@ class Comparison:
             )
 
     def missing(self, what: str) -> None:
-        """Something that had to be compared is not there."""
+        """Record that something that had to be compared is absent."""
         self.problems.append(f"missing: {what}")
 
     def _compare(

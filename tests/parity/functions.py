@@ -36,7 +36,7 @@ def selective_scan_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
 
 
 def causal_conv_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
-    """Convolution, bias and SiLU; fixtures keep time last."""
+    """Compute convolution, bias and SiLU; fixtures keep time last."""
     x, kernel = jnp.swapaxes(inputs["x"], 1, 2), inputs["weight"].T
     y = causal_conv1d(x, kernel, inputs.get("bias"), activation="silu", **kwargs)
     return {"y": jnp.swapaxes(y, 1, 2)}
@@ -69,7 +69,7 @@ def loss_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
 
 
 def pos_embed_outputs(inputs: Arrays, kwargs: Arrays) -> Arrays:
-    """Resized tables. A column-major table is resized along its own axes, so the target's sides are swapped."""
+    """Resize tables. A column-major table is resized along its own axes, so the target's sides are swapped."""
     outputs = {}
     for name, table in inputs.items():
         if not name.endswith("_spec"):

@@ -77,17 +77,17 @@ class Golden:
         return bool(self.meta.get("quirk", False))
 
     def parameter_grads(self) -> dict[str, np.ndarray]:
-        """Gradients of parameters, by the authors' name."""
+        """Return gradients of parameters, by the authors' name."""
         return {k: v for k, v in self.grads.items() if not k.startswith("input/")}
 
     def input_grads(self) -> dict[str, np.ndarray]:
-        """Gradients of inputs, by the input's name."""
+        """Return gradients of inputs, by the input's name."""
         return {
             k.removeprefix("input/"): v for k, v in self.grads.items() if k.startswith("input/")
         }
 
     def unused(self) -> list[str]:
-        """Parameters whose gradient is zero because the outputs do not depend on them."""
+        """List parameters whose gradient is zero because the outputs do not depend on them."""
         return list(self.meta.get("unused_parameters_zero_grad", []))
 
 

@@ -122,7 +122,7 @@ def row_means_outputs(divisor: str) -> Any:
 
 
 def compare_masking(golden: Golden) -> Comparison:
-    """Random masks under given noise, and the ids of a transposed grid; all exact."""
+    """Compare random masks under given noise, and the ids of a transposed grid; all exact."""
     comparison = Comparison(golden.name, golden.kind, "float64")
     with x64():
         noise, x = jnp.asarray(golden.inputs["noise"]), jnp.asarray(golden.inputs["x"])
@@ -146,7 +146,7 @@ def compare_masking(golden: Golden) -> Comparison:
 
 
 def compare_pixel_loss(golden: Golden, dtype: str) -> Comparison:
-    """Patch vectors, and both losses with their gradients."""
+    """Compare patch vectors, and both losses with their gradients."""
     comparison = Comparison(golden.name, golden.kind, dtype)
     if dtype == "float64":
         with x64():

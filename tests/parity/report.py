@@ -9,7 +9,7 @@ from tests.parity.compare import BOUNDS
 
 
 def summary_lines(records: list[Any]) -> list[str]:
-    """Lines of the terminal summary from what the tests recorded as "parity"."""
+    """Collect lines of the terminal summary from what the tests recorded as "parity"."""
     compared = [r for r in records if "dtype" in r and not r["kind"].endswith(".json")]
     tables = [r for r in records if "dtype" in r and r["kind"].endswith(".json")]
     lines = [line for r in records for line in r.get("lines", [])]

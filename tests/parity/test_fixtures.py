@@ -95,7 +95,7 @@ def test_golden_numbers(path: Path, record_property: Any) -> None:
 
 
 def test_every_golden_file_is_compared(record_property: Any) -> None:
-    """Except quirks of the reference, which are listed."""
+    """Check that every golden file is compared, except quirks of the reference, which are listed."""
     if folder() is None:
         line = "parity: nothing compared, there are no golden numbers (set FASTVIM_PARITY_DIR)"
         record_property("parity", {"lines": [line]})

@@ -171,7 +171,7 @@ def resized(table: np.ndarray, spec: np.ndarray) -> np.ndarray:
 
 
 def sincos_specs(golden: Golden) -> dict[str, dict]:
-    """Width, grid and class row of each table, out of its name."""
+    """Read width, grid and class row of each table out of its name."""
     specs = {}
     for name in golden.outputs:
         width, grid, *class_row = name.split("_")
@@ -208,7 +208,7 @@ def masked_outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def probe_head_outputs(golden: Golden) -> dict[str, np.ndarray]:
-    """Batch norm without parameters, by the batch and by its running statistics, and a linear layer."""
+    """Compute batch norm without parameters, by the batch and by its running statistics, and a linear layer."""
     weight, bias = (np.asarray(golden.state[k], np.float64) for k in ("1.weight", "1.bias"))
     batches = golden.inputs["x"].astype(np.float64)
     mean, variance, outputs = np.zeros(weight.shape[1]), np.ones(weight.shape[1]), {}

@@ -75,7 +75,7 @@ def torch_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def compare_architectures(table: dict[str, Any]) -> tuple[list[Comparison], list[str]]:
-    """Names, shapes and counts of every FastVim and Vim, and that the registry's models are these."""
+    """Compare names, shapes and counts of every FastVim and Vim; these are the registry's models."""
     comparisons, left_out = [], []
     for name, entry in table.items():
         if name == "_notes":
@@ -118,7 +118,7 @@ def compare_architectures(table: dict[str, Any]) -> tuple[list[Comparison], list
 def optimizer_groups(
     config: VisionMambaConfig | MaskedAutoencoderConfig, groups: str, decay: float = 1.0
 ) -> dict[str, tuple[float, bool]]:
-    """(learning-rate scale, decayed) of every parameter by the authors' name, through the training code's trees."""
+    """Return (learning-rate scale, decayed) of every parameter by the authors' name, from the training code's trees."""
     model = abstract(config)
     with x64():
         ones = map_parameters(lambda _, leaf: jnp.ones(leaf.shape, jnp.float64), nnx.state(model))
@@ -143,7 +143,7 @@ def small(family: str, depth: int) -> VisionMambaConfig | MaskedAutoencoderConfi
 
 
 def compare_param_groups(table: dict[str, Any]) -> tuple[list[Comparison], list[str]]:
-    """Layer-wise rates, decay groups and stochastic-depth rates."""
+    """Compare layer-wise rates, decay groups and stochastic-depth rates."""
     comparison = Comparison("param_groups.json", "param_groups.json", "float64")
     left_out = []
     for name, rates in table["drop_path"].items():
@@ -196,7 +196,7 @@ def compare_layer_summary(
 
 
 def compare_init_stats(table: dict[str, Any]) -> tuple[list[Comparison], list[str]]:
-    """Moments of fresh parameters, within six standard errors of the two samples."""
+    """Compare moments of fresh parameters, within six standard errors of the two samples."""
     comparisons, left_out = [], []
     for family, entry in table.items():
         if family == "_notes":
@@ -226,7 +226,7 @@ def compare_init_stats(table: dict[str, Any]) -> tuple[list[Comparison], list[st
 def compare_moments(
     comparison: Comparison, name: str, ours: np.ndarray, stats: dict[str, Any]
 ) -> None:
-    """Mean, standard deviation and range of one parameter; the table is rounded to six digits."""
+    """Compare mean, standard deviation and range of one parameter; the table is rounded to six digits."""
     count, std = stats["samples"], stats["std"]
     low, high = stats["min"], stats["max"]
     if abs(min(low, high, key=lambda v: -abs(v))) > 10 * std > 0:

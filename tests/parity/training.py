@@ -29,14 +29,14 @@ Spec = dict[str, Any]
 
 
 def steps_per_epoch(spec: Spec) -> int:
-    """Whole global batches in one epoch, however the spec counts them."""
+    """Count whole global batches in one epoch, however the spec counts them."""
     if "dataset" in spec:
         return spec["dataset"] // spec["batch_size"] // spec["world"]
     return spec["train_batches"] // spec["world"]
 
 
 def learning_rate(spec: Spec) -> tuple[Schedule, int]:
-    """Supervised and cell recipes: the schedule by step, and the number of steps."""
+    """Return the schedule by step and the number of steps of supervised and cell recipes."""
     per_epoch = steps_per_epoch(spec)
     total = spec["scheduling_epochs"] * per_epoch
     peak = scaled_learning_rate(
@@ -62,7 +62,7 @@ def weight_decay(spec: Spec) -> tuple[Schedule, int]:
 
 
 def by_epoch(spec: Spec) -> tuple[Schedule, int]:
-    """Pretraining, finetuning and linear-probe recipes: the schedule by batch, and the number of batches."""
+    """Return the schedule by batch and the number of batches of pretraining, finetuning and linear-probe recipes."""
     accumulation = spec.get("accum_iter", 1)
     batch = spec["batch_size"] * accumulation * spec["world"]
     schedule = epoch_cosine(
@@ -133,7 +133,7 @@ def compare_group_scales(
 
 
 def compare_train_steps(golden: Golden, blocks: str) -> Comparison:
-    """Five optimizer steps through the compiled train step, in float64."""
+    """Compare five optimizer steps through the compiled train step, in float64."""
     comparison = Comparison(golden.name, golden.kind, "float64", blocks)
     with x64():
         run_train_steps(comparison, golden, blocks)
@@ -141,7 +141,7 @@ def compare_train_steps(golden: Golden, blocks: str) -> Comparison:
 
 
 def run_train_steps(comparison: Comparison, golden: Golden, blocks: str) -> None:
-    """Losses and gradient norms of every step, then the weights and their averages after the last."""
+    """Return losses and gradient norms of every step, then the weights and their averages after the last."""
     recipe = golden.meta["optimizer"]
     if recipe["name"] != "AdamW":
         comparison.missing(f"the optimizer {recipe['name']}")

@@ -49,7 +49,7 @@ def test_part_i_holds_every_parts_th_image():
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_masks_drawn_beforehand_are_those_of_the_model(rng, key, rate):
-    """What a step in parts hands to the model, and what the model draws for a whole batch."""
+    """Compare what a step in parts hands to the model with what the model draws for a whole batch."""
     model = build_model(tiny_model(drop_path=rate), rngs=nnx.Rngs(0))
     images = jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32)
     masks = model.draw_drop_path(key, 6)

@@ -119,7 +119,7 @@ def test_only_the_latest_are_kept(tmp_path, rng):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Saves stop just before their folder gets its name, until this event is set."""
+    """Stop saves just before their folder gets its name, until this event is set."""
     go_on, complete = threading.Event(), Checkpoints._complete
 
     def wait(store):
@@ -132,7 +132,7 @@ def held(monkeypatch):
 
 
 def test_a_save_goes_on_in_the_background_with_the_bits_it_was_given(tmp_path, rng, held):
-    """The next steps take the state's buffers, as the train step does, while the save is under way."""
+    """Save in the background while the next steps take the state's buffers, as the train step does."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state):
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered(run, harm,
 # Orbax drops a coroutine of a read that failed, and Python notes it when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_is_seen_without_the_record_too(run, caplog):
-    """A lost record is said, and what Orbax cannot read is refused the same way."""
+    """Say that the record is lost, and refuse what Orbax cannot read the same way."""
     path, states = run
     (path / "checksums" / "20.json").unlink()
     assert_same_bits(reopen(path).restore_state(make_state()), states[20])
@@ -321,7 +321,7 @@ def test_a_path_that_the_library_takes_for_a_pattern_is_refused(tmp_path, name):
 # Orbax drops a coroutine of a read that failed, and Python notes it when it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_first_checkpoint_is_read_back(tmp_path, rng, monkeypatch):
-    """A run whose checkpoints cannot be restored ends at the first one."""
+    """Read the first checkpoint back. A run whose checkpoints cannot be restored ends at the first one."""
     complete = Checkpoints._complete
 
     def lose(store):

@@ -59,7 +59,7 @@ def test_the_latest_the_best_and_every_nth_are_kept():
 
 
 def test_a_run_keeps_its_best_checkpoint_and_is_used_by_it(tmp_path):
-    """The head is ruined by a rate that grows, so that the first evaluation is the best."""
+    """Keep the best checkpoint: a rate that grows ruins the head, so the first evaluation is the best."""
     optimizer = dataclasses.replace(
         CONFIG.optimizer, learning_rate=1e-2, final_learning_rate=0.5, warmup_epochs=0.0
     )

@@ -160,7 +160,7 @@ def _step(model, label_smoothing, ema_decay):
 
 
 def _losses(config, key):
-    """Losses of three steps on one batch."""
+    """Return the losses of three steps on one batch."""
     data = config.data
     rng = np.random.default_rng(0)
     batch = {
@@ -179,7 +179,10 @@ def _losses(config, key):
 
 
 def test_every_fifth_model_of_the_experiments_steps(key):
-    """Others each run, because each model is a program to compile; in one test, so that experiments share it."""
+    """Step every fifth model, others each run, because each model is a program to compile.
+
+    One test runs them all, so that experiments share a program.
+    """
     reduced = {name: _reduced(load_experiment(name)) for name in EXPERIMENTS}
     models = list(dict.fromkeys(config.model for config in reduced.values()))
     drawn = models[int(os.environ["FASTVIM_TEST_SEED"]) % 5 :: 5]
@@ -209,7 +212,7 @@ def test_every_experiment_has_its_schedule_and_optimizer(name):
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("imagenet/")])
 def test_the_imagenet_experiments_follow_the_recipe(name):
-    """The first column of the paper's recipes; DeiT has a learning rate and a drop path of its own."""
+    """Compare with the first column of the paper's recipes; DeiT has a learning rate and a drop path of its own."""
     config, deit = load_experiment(name), "/deit" in name
     depth = 12 if isinstance(config.model, ViTConfig) else 24
     width = {"tiny": 192, "small": 384, "base": 768}[name.split("_")[1]]

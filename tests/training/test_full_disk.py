@@ -140,7 +140,10 @@ def test_a_folder_that_cannot_be_made_is_no_traceback(tmp_path):
 
 
 def test_a_small_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
-    """Otherwise a power cut leaves an empty file under the name."""
+    """Write a small file to the disk before it replaces another.
+
+    Otherwise a power cut leaves an empty file under the name.
+    """
     path, synced = tmp_path / "config.json", []
     path.write_text("old")
     replace = os.replace

@@ -106,7 +106,10 @@ def write_in_a_process(folder, length, stderr):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_nobody_reading_the_output_ends_nothing(tmp_path, terminal):
-    """As in `fastvim train ... 2>&1 | head`, or when the terminal of a job in the background is closed."""
+    """Go on without a reader, as in `fastvim train ... 2>&1 | head`.
+
+    A job in the background loses its reader when its terminal is closed.
+    """
     reading, writing = os.openpty() if terminal else os.pipe()
     process = write_in_a_process(tmp_path, 100_000, writing)
     os.close(writing)

@@ -29,7 +29,7 @@ NOT_DECAYED = {"norm.scale", "post_norm.scale", "post_norm.bias", "D", "layer_sc
 
 
 def params_of(config):
-    """Parameters of the right names and shapes, all zero: what groups depend on, without drawing any."""
+    """Return parameters of the right names and shapes, all zero: groups depend on nothing else, so nothing is drawn."""
     shapes = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))[1]
     return jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), shapes)
 
@@ -107,7 +107,7 @@ def test_scales_of_stacked_leaves_are_vectors_over_depth(fastvim):
 
 
 def reference_adamw(flat, grads, rates, decays, groups, *, beta1, beta2, eps, clip):
-    """AdamW as PyTorch writes it: decay first, then the bias-corrected step; per parameter."""
+    """Step as PyTorch writes AdamW: decay first, then the bias-corrected step; per parameter."""
     flat = dict(flat)
     first = {n: np.zeros_like(p) for n, p in flat.items()}
     second = {n: np.zeros_like(p) for n, p in flat.items()}

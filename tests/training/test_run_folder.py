@@ -101,7 +101,7 @@ def test_a_damaged_config_is_named(folder, damage):
 
 
 def test_a_config_of_an_earlier_version_is_read(folder):
-    """Data were of class DataConfig, and mixed over whole batches."""
+    """Read an earlier config, whose data were of class DataConfig, and mixed over whole batches."""
     path = folder / "config.json"
     data = {"mixup": 0.8, "batch_size": 1024}
     path.write_text(

@@ -119,7 +119,7 @@ def test_a_backbone_leaves_a_larger_model_and_enters_one(arrays):
 
 
 def test_a_segmentor_gets_a_classifier_s_backbone_gives_it_back_and_changes_its_classes():
-    """With the models themselves: shapes alone, nothing is drawn."""
+    """Pass weights between the models themselves: shapes alone, nothing is drawn."""
     config = tiny_model(depth=4, image_size=16)
     dense = dataclasses.replace(config, image_size=8, num_classes=0, out_indices=(0, 1, 2, 3))
     segmentor = UperNetConfig(
@@ -232,7 +232,10 @@ def test_what_is_no_source_is_named(source, options, message):
 
 
 def test_a_run_starts_from_another(source_run, tmp_path):
-    """Its first step begins with the weights, the average too; the table is in the folder; it resumes by itself."""
+    """Start a run from another: its first step begins with those weights, the average too.
+
+    The table is in the folder, and the run resumes by itself.
+    """
     slow = {"learning_rate": 1e-9, "final_learning_rate": 0.0, "warmup_start": 0.0}
     config = tiny_config(
         model=MODEL,
@@ -280,7 +283,10 @@ def test_leaves_of_which_some_blocks_are_given_keep_the_others(source_run):
 
 
 def test_a_classifier_starts_from_a_masked_autoencoder_and_from_a_saved_model(tmp_path):
-    """The encoder enters, its fixed positions become the learned ones' first values, and the decoder is left."""
+    """Start a classifier: the encoder enters, and its fixed positions become the learned ones' first values.
+
+    The decoder is left out.
+    """
     classifier = build(seed=2)
     encoder = dataclasses.replace(MODEL, num_classes=0, drop_path=0.0)
     masked = build_model(

@@ -290,7 +290,7 @@ def test_only_a_step_on_several_gpus_leaves_gradients_where_they_lie(platform, s
 
 
 def test_only_large_parameters_wait_for_what_reads_them():
-    """Small ones stay free, so that XLA can read and write many by one kernel."""
+    """Leave small parameters free, so that XLA can read and write many by one kernel."""
     tree = {"large": jnp.ones(steps._LARGE), "small": jnp.ones(3), "absent": None}
     run = lambda read, tree: steps._after((read, None), tree)  # noqa: E731
     (barrier,) = jax.make_jaxpr(run)(jnp.float32(0), tree).eqns

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
-    """Between checkpoints, and within a window of the log."""
+    """Stop between checkpoints, and within a window of the log, and resume to the same bits."""
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
         signalled(patch, signal.SIGTERM, at_step=7)
@@ -70,7 +70,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path,
 def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
     finished, tmp_path, monkeypatch, capsys
 ):
-    """Where an epoch ends: the state is saved, and the evaluation made up for later."""
+    """Stop where an epoch ends: the state is saved, and the evaluation made up for later."""
     monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
     experiment, folder = tmp_path / "my experiment.py", tmp_path / "run"
     experiment.write_text(
@@ -90,7 +90,7 @@ def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
 
 
 def test_a_dead_data_worker_is_named_and_the_run_saved(tmp_path, monkeypatch):
-    """As when the kernel ends one because memory ran out."""
+    """Name a dead data worker and save the run, as when the kernel ends a worker because memory ran out."""
     take, count = DevicePrefetch.__next__, iter(range(1, TOTAL + 1))
 
     def end(batches):
@@ -128,7 +128,7 @@ def test_an_error_of_the_data_stays_one():
 
 
 def test_the_exit_code_of_a_worker_is_explained():
-    """Raised by the stream from what grain says; the pipeline's own errors pass."""
+    """Raise WorkersEnded for grain's message, with the exit code explained. The pipeline's own errors pass."""
 
     def ended(message):
         raise RuntimeError(message)

@@ -209,7 +209,7 @@ def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
 
 
 def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
-    """NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
+    """Stop at NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
     make = trainer.make_augment
 
     def poisoned(*args, **kwargs):

@@ -39,7 +39,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(scenes, tmp_path_factory):
-    """Real images, with a crowd, where there are any; else drawn ones. The data set's folder, and its classes."""
+    """Return the data set's folder and its classes: real images, with a crowd, where there are any; else drawn ones."""
     if data_dir() is None:
         return scenes, CLASSES
     root = tmp_path_factory.mktemp("images") / "coco"
@@ -76,7 +76,7 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(images, finished):
 
 
 def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(images, finished, tmp_path):
-    """Three of four steps are restored; that any interruption leaves such a folder is tested with the classifier."""
+    """Restore three of four steps; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
     train(tiny_config(images[0]), resumed, progress=False)
@@ -113,7 +113,7 @@ def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
 
 
 def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, capsys):
-    """The scores of the run's last evaluation; data of other categories are refused."""
+    """Compare with the scores of the run's last evaluation, and refuse data of other categories."""
     folder, result = finished
     assert main(["eval", str(folder), "--json", "--per-class"]) == 0
     found = json.loads(capsys.readouterr().out)

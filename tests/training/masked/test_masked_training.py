@@ -154,7 +154,10 @@ def test_probe_with_cached_features_and_streamed(
 
 @pytest.mark.parametrize("algorithm", ["sgd", "lars"])
 def test_two_steps_of_the_probes_optimizer(algorithm: str, rng: np.random.Generator) -> None:
-    """Momentum for both; LARS scales a matrix's step by 0.001 of its norm over the gradient's, a bias's not."""
+    """Compare two steps with momentum.
+
+    LARS scales a matrix's step by 0.001 of its norm over the gradient's, a bias's not.
+    """
     decay, rate = 0.1, 0.5
     settings = dataclasses.replace(PROBING, weight_decay=decay)
     config = probe_config("anywhere", algorithm=algorithm, optimizer=settings)

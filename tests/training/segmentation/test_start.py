@@ -50,7 +50,10 @@ def test_the_backbone_of_a_classifier_is_taken(tmp_path):
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_a_backbone_from_a_masked_run_gets_its_pooling_scale(task, tmp_path, monkeypatch):
-    """The rows that it was trained on lacked most of their tokens; see `training.pool_scale`."""
+    """Scale the pooling, because the rows that the backbone was trained on lacked most of their tokens.
+
+    See `training.pool_scale`.
+    """
     encoder = dataclasses.replace(CLASSIFIER, num_classes=0)
     masked = MaskedAutoencoderConfig(encoder=encoder, mask_ratio=0.6, decoder_dim=8)
     data = ClassificationData(image_size=32)
@@ -82,7 +85,7 @@ def test_a_backbone_from_a_masked_run_gets_its_pooling_scale(task, tmp_path, mon
 
 
 def test_a_checkpoint_of_mmseg_goes_in_and_out():
-    """Its batch norms count their batches, which nothing here reads."""
+    """Ignore the counts of batches that mmseg's batch norms keep, because nothing here reads them."""
     saved = to_torch_state_dict(segmentor(2))
     counted = saved | {
         name.replace("running_mean", "num_batches_tracked"): np.asarray(7)

@@ -64,7 +64,7 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(config, finished):
 
 
 def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(config, finished, tmp_path):
-    """That any interruption leaves such a folder is tested with the classifier."""
+    """Resume from an earlier checkpoint; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
     train(config, resumed, progress=False)
