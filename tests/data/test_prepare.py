@@ -345,6 +345,11 @@ def test_it_says_what_is_wrong(image_tree: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"file.* cannot be a folder for shards: it is a file"):
             prepare(tree, taken, "train")
     assert (tmp_path / "file").read_text() == "mine"
+    for name in ("\udcff", "a\0b"):  # a byte that is not UTF-8, as Python has it in a path
+        with pytest.raises(
+            UserError, match="cannot be a folder for shards: its name must be UTF-8"
+        ):
+            prepare(tree, tmp_path / name, "train")
     out = tmp_path / "out"
     prepare(tree, out, "train")
     with pytest.raises(

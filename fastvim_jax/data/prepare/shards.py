@@ -19,7 +19,7 @@ from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.prepare.encoding import JPEG_QUALITY, EncodedShard, PixelShard
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.writing import explain_shard_errors
-from fastvim_jax.data.records import DecodeError, Source, read_record
+from fastvim_jax.data.records import DecodeError, Source, printable, read_record
 from fastvim_jax.data.sources.array_record import FORMAT
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
 from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT
@@ -120,8 +120,13 @@ def prepare(
             f"prepare the whole, and take the part when training (--data.train-split {split!r})"
         )
         raise UserError(f"{split!r} is a part of a split, and no prepared split's name: {advice}.")
-    refuse_stray_labels(source)
     folder = Path(out)
+    # ArrayRecord's writer takes only UTF-8, and no system takes a null character.
+    if printable(str(folder)) != str(folder) or "\0" in str(folder):
+        raise UserError(
+            f"{str(folder)!r} cannot be a folder for shards: its name must be UTF-8 without null characters."
+        )
+    refuse_stray_labels(source)
     with explain_shard_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
