@@ -95,6 +95,9 @@ entry, and are held on every golden model ([docs/models.md](../docs/models.md)):
 - *compute*: bfloat16. Outputs within 1e-1, gradients within 3e-1. Models that take maxima have no bound on gradients.
   What was seen: [NOTES.md](NOTES.md#how-exact-compute-is).
 - *wide*: float32; ViT has no other mode. Outputs within 2e-2, gradients within 5e-2.
+
+The ViT of this package is a reference for accuracy. It is slower than timm's DeiT of the same size, so speeds of
+other models are divided by DeiT's, never by this ViT's.
 """,
     "train": """\
 Errors are relative errors of the first step's gradient, with all parameters as one vector; references and bf16 modes
