@@ -334,7 +334,15 @@ def test_docstrings_of_functions_open_with_a_verb() -> None:
     ruff's D401 refuses most of them already.
     """
     functions, others = 0, []
-    for room in ("fastvim_jax", "pallas_kernels", "benchmarks", "scripts", "experiments", "tests", "docs"):
+    for room in (
+        "fastvim_jax",
+        "pallas_kernels",
+        "benchmarks",
+        "scripts",
+        "experiments",
+        "tests",
+        "docs",
+    ):
         for path in sorted((ROOT / room).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.FunctionDef) or not (text := ast.get_docstring(node)):
