@@ -55,21 +55,25 @@ def make_preprocess(config: DataConfig) -> Preprocess | cells_device.ChannelPrep
     return device_transforms.make_preprocess(config)
 
 
-def make_augment(
-    config: LabelledData, num_classes: int, *, label_smoothing: float = 0.0
-) -> Augment:
+def make_augment(config: DataConfig, num_classes: int, *, label_smoothing: float = 0.0) -> Augment:
     """Return the map `augment(key, batch) -> batch` of a training batch; see the config's own `make_augment`."""
+    config = _labelled(config)
     if isinstance(config, CellsData):
         return cells_device.make_augment(config)
     return device_transforms.make_augment(config, num_classes, label_smoothing=label_smoothing)
 
 
+def _labelled(config: DataConfig) -> LabelledData:
+    """Return the config, once it is one of labelled images."""
+    if isinstance(config, LabelledData):
+        return config
+    kind = type(config).__name__
+    raise UserError(
+        f"config must be a ClassificationData (pictures) or a CellsData (any channels), not {kind}."
+    )
+
+
 def _pipeline(config: DataConfig) -> ModuleType:
     from fastvim_jax.data import cells, classification
 
-    if not isinstance(config, LabelledData):
-        kind = type(config).__name__
-        raise UserError(
-            f"config must be a ClassificationData (pictures) or a CellsData (any channels), not {kind}."
-        )
-    return cells if isinstance(config, CellsData) else classification
+    return cells if isinstance(_labelled(config), CellsData) else classification

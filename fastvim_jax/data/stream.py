@@ -75,8 +75,8 @@ def grain_stream(batches: grain.MapDataset, workers: int, *, batch_bytes: int = 
                 close()
             del running, close
             if workers:
-                # grain's semaphores lie in cycles. Freed by chance while other ones are made, they leak, and Python
-                # 3.12 warns of each.
+                # The workers' semaphores lie in cycles. Freed by chance while other ones are made, they leak, and
+                # Python 3.12 warns of each.
                 gc.collect()
 
     return stream

@@ -273,6 +273,7 @@ def test_a_config_of_no_pipeline_is_refused(image_tree: Path) -> None:
         lambda: labelled.load_image(image_tree / "test" / "bee" / "00.png", config),
         lambda: labelled.make_train_iterator(config, seed=0),
         lambda: labelled.make_eval_iterator(config),
+        lambda: labelled.make_augment(config, 3),
     ):
         with pytest.raises(UserError, match="must be a ClassificationData"):
             call()

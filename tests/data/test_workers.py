@@ -182,3 +182,20 @@ def test_a_worker_killed_while_it_starts_is_an_error(monkeypatch: pytest.MonkeyP
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_semaphores_of_closed_streams_do_not_pile_up():
+    """Count them without the collector, which would free them by chance while others are made: then they leak."""
+    from multiprocessing.synchronize import SemLock
+
+    numbers = grain.MapDataset.range(4).map(lambda i: {"x": np.asarray(i)})
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert [int(batch["x"]) for batch in grain_stream(numbers, 2)(0)] == [0, 1, 2, 3]
+            counts.append(sum(isinstance(each, SemLock) for each in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1]
