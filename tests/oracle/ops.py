@@ -102,7 +102,7 @@ def selective_scan(
         B, C = B[:, :, None, :], C[:, :, None, :]
     B = np.repeat(B, inner // B.shape[2], axis=2)
     C = np.repeat(C, inner // C.shape[2], axis=2)
-    state = np.zeros((batch, inner, A.shape[1]))
+    state = np.zeros((batch, inner, A.shape[1]), u.dtype)
     y = np.zeros_like(u)
     for t in range(length):
         decay = np.exp(step[:, t, :, None] * A)

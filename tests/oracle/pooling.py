@@ -67,7 +67,8 @@ def pool(
 
 def unpool(pooled: Array, steps: Steps) -> Array:
     """Unpool (b, s, e) -> (b, l, e): every token reads the value of its step."""
-    tokens = np.zeros((pooled.shape[0], sum(len(step) for step in steps), pooled.shape[2]))
+    shape = pooled.shape[0], sum(len(step) for step in steps), pooled.shape[2]
+    tokens = np.zeros(shape, pooled.dtype)
     for s, step in enumerate(steps):
         tokens[:, step] = pooled[:, s : s + 1]
     return tokens

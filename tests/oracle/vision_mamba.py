@@ -36,7 +36,7 @@ def patch_embed(params: dict[str, Array], images: Array, patch: tuple[int, int])
     padding = ((0, 0), (0, rows * patch[0] - height), (0, columns * patch[1] - width), (0, 0))
     padded = np.pad(images, padding)
     kernel = params["patch_embed.proj.kernel"]
-    tokens = np.zeros((batch, rows, columns, kernel.shape[-1]))
+    tokens = np.zeros((batch, rows, columns, kernel.shape[-1]), images.dtype)
     for r in range(rows):
         for c in range(columns):
             down, right = r * patch[0], c * patch[1]
