@@ -24,7 +24,7 @@ from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Inner, Pooled
 from pallas_kernels import selective_scan
-from pallas_kernels.selective_scan import scan_weights
+from pallas_kernels.selective_scan import RANK_MULTIPLE, instead, scan_weights
 from pallas_kernels.sharding import cast_parameter
 
 
@@ -124,8 +124,12 @@ class ScanDirection(nnx.Module):
         """Apply the convolution and SiLU to the tokens."""
         return jax.nn.silu(x) if self.conv is None else self.conv(x, reverse=self.reverse)
 
-    def select(self, u: Pooled) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def select(
+        self, u: Pooled, delta: Pooled | None = None, columns: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Project the scan's tokens u to Δ before its bias and softplus `b s e`, B `b s n` and C `b s n`.
+
+        Where Δ and x_proj's `columns` are known already, only gradients are computed; see `projected_scan`.
 
         Float32 or wider, except for unpooled tokens with activations="compute": Δ is as large as the tokens, so it
         stays in the compute dtype.
@@ -145,10 +149,12 @@ class ScanDirection(nnx.Module):
                 return product(x, kernel, precision.compute, precision.lax)
 
         projected = multiply(u, self.x_proj.kernel[...])
+        if columns is not None:
+            projected = instead(projected, columns)
         # `pad_rank` may have added rows of zeros to the kernel, up to the number of columns of `projected`.
-        delta = multiply(projected[..., : kernel.shape[0]], kernel)
+        step = multiply(projected[..., : kernel.shape[0]], kernel)
         B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
-        return delta, B, C
+        return step if delta is None else instead(step, delta), B, C
 
     def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
         """Scan u `b s e` and add the skip D · u if D `e` is given."""
@@ -202,11 +208,12 @@ def pad_rank(both: ScanDirection) -> ScanDirection:
     """Fill up the rank of Δ with zeros, so that x_proj writes rows of whole 16 bytes.
 
     cuBLAS is twice as fast with such rows: 44 columns of FastVim-T, 88 bytes in bf16, become 48. In half precision
-    dt_proj gets zeros for B and C as well and reads whole rows: the longer product costs less than a slice.
+    dt_proj gets zeros for B and C as well and reads whole rows: the longer product costs less than a slice. Beside
+    `scan_weights` (call `prepare_scan` first) the rank is that of these, because one kernel writes x_proj's columns.
     """
     out, step = both.x_proj.kernel[...], both.dt_proj.kernel[...]  # `... e r+2n`, `... r e`
     rank, size = step.shape[-2], both.config.precision.compute.itemsize
-    missing = -rank % (16 // size)
+    missing = -rank % (16 // size if both.scan_weights is None else RANK_MULTIPLE)
     zeros = jnp.zeros((*out.shape[:-1], missing), out.dtype)
     columns = jnp.concatenate([out[..., :rank], zeros, out[..., rank:]], axis=-1)
     below = columns.shape[-1] - rank if size < 4 else missing

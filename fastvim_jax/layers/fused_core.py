@@ -33,7 +33,13 @@ from pallas_kernels.mixer_core import (
     mixer_core,
     sequence_core,
 )
-from pallas_kernels.selective_scan import ScanWeights, bidirectional_scan, projected_scan
+from pallas_kernels.selective_scan import (
+    Known,
+    ScanWeights,
+    bidirectional_scan,
+    instead,
+    projected_scan,
+)
 
 
 class Core(NamedTuple):
@@ -340,16 +346,21 @@ def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]
     wide = config.precision.wide
     graphdef, params = nnx.split(both)
 
-    def inputs(params, u):
+    def inputs(params, u, *known):
         direction = nnx.merge(graphdef, params)
         A = -jnp.exp(direction.A_log[...].astype(wide))
         D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
-        return *direction.select(u), A, D, bias
+        return *direction.select(u, *known), A, D, bias
 
-    def scans(params, u):
+    def scans(params, u, known: Known | None = None):
         # All arrays have a leading axis of two, the directions.
-        delta, B, C, A, D, bias = jax.vmap(inputs)(params, u)
-        B, C = _written_at_once(jnp.stack([B, C]).astype(wide))
+        given = () if known is None else (known.delta, known.columns)
+        delta, B, C, A, D, bias = jax.vmap(inputs)(params, u, *given)
+        both_selected = jnp.stack([B, C]).astype(wide)
+        if known is None:
+            B, C = _written_at_once(both_selected)
+        else:
+            B, C = instead(both_selected, known.BC)
         return bidirectional_scan(
             u,
             delta,

@@ -21,12 +21,22 @@ Read on in this order:
 from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
 from pallas_kernels.selective_scan.implementations import IMPLEMENTATIONS
-from pallas_kernels.selective_scan.projected import ScanWeights, projected_scan, scan_weights
+from pallas_kernels.selective_scan.projected import (
+    RANK_MULTIPLE,
+    Known,
+    ScanWeights,
+    instead,
+    projected_scan,
+    scan_weights,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "RANK_MULTIPLE",
+    "Known",
     "ScanWeights",
     "bidirectional_scan",
+    "instead",
     "projected_scan",
     "scan_weights",
     "selective_scan",

@@ -9,8 +9,9 @@ A thread block scans some channels of one direction of a few images. It
 2. for 128 channels at a time, multiplies W_Δ with p and writes the step sizes to shared memory;
 3. walks over the steps of these channels, image by image. A lane owns a channel with all its states.
 
-One warpgroup does 1; all share 2 and 3. Δ, B and C never exist in global memory. The products are in TF32 with rounded
-operands; step sizes and states are float32.
+One warpgroup does 1; all share 2 and 3. The products are in TF32 with rounded operands; step sizes and states are
+float32. Δ, B and C never exist in global memory, unless a gradient will read them (`keep`): then the thread block also
+writes the columns of 1, B and C once more by themselves, and Δ before bias and softplus.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ MOST_CHANNELS = (
     768  # of 1,536, the separate kernels are faster: a thread block loads half a megabyte of W_x
 )
 UNROLL = 2  # steps per iteration of the walk's loop
+KEPT_ROWS = 8  # steps that a warpgroup writes at once of what a gradient reads
 START = 6000  # clocks of a thread block beside loads and exponentials, as measured
 OVERHEAD = 3 * 1024  # bytes of shared memory for barriers, alignment and the driver
 
@@ -237,11 +239,21 @@ def unsupported(u: Any, rank: int, states: int) -> str | None:
 
 def forward(u: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
     """See `projected.projected_scan`."""
+    first, second = _run(u, weights, keep=False)
+    return first, second
+
+
+def forward_keeping(u: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
+    """Return y of both directions and what a gradient reads; see `projected.xla_keeping`."""
+    *outputs, columns, bc = _run(u, weights, keep=True)
+    return *outputs, columns.reshape(*columns.shape[:3], -1), bc
+
+
+def _run(u: jax.Array, weights: Any, *, keep: bool) -> list[jax.Array]:
     _, batch, lines, width = u.shape
     cut = choose_cut(batch, lines, width, weights.step.shape[-1])
     assert cut is not None, "unsupported"
-    first, second = gpu.run_once(projected_scan(u, *weights, cut, interpret=gpu.interpreted()))
-    return first, second
+    return gpu.run_once(projected_scan(u, *weights, cut, keep=keep, interpret=gpu.interpreted()))
 
 
 class Layouts:
@@ -284,8 +296,8 @@ def _exchanged(ctx: Any, product: mgpu.FragmentedArray, shape, layout) -> mgpu.F
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "interpret"))
-def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
+@functools.partial(jax.jit, static_argnames=("cut", "keep", "interpret"))
+def projected_scan(u, project, step, bias, A, cut: Cut, *, keep: bool, interpret: bool):
     """Project the pooled tokens and scan them in both directions.
 
     Args:
@@ -295,10 +307,12 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         bias: ``2 e`` float32.
         A: ``2 e 16`` float32.
         cut: how the work is cut.
+        keep: also return what a gradient reads; for `KEPT_ROWS` lines and more.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        y of the first and of the second direction, ``b lines e`` float32 each.
+        y of the first and of the second direction, ``b lines e`` float32 each. With `keep`, also Δ before bias and
+        softplus ``2 b lines e``, the columns of the first product ``2 b lines c 16``, and B and C ``2 2 b lines 16``.
     """
     layouts, states = Layouts(cut.part), StateLayouts(1, STATES)
     images, rows, tokens, part = cut.images, cut.rows, cut.tokens, cut.part
@@ -307,7 +321,8 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
 
     def body(*refs):
         u_ref, project_ref, step_ref, bias_ref, a_ref, *y_refs = refs[:7]
-        u_tile, columns_tile, p_tile, step_tile, union, *barriers = refs[7:]
+        kept_refs, tiles = refs[7 : 7 + 3 * keep], refs[7 + 3 * keep :]
+        u_tile, columns_tile, p_tile, step_tile, union, *barriers = tiles
         (part_tile, tokens_tile), (sizes_tile,) = union
         u_barrier, part_barrier, step_barrier, ready = barriers
         group, direction = lax.axis_index("warpgroup"), lax.axis_index("direction")
@@ -399,19 +414,42 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
 
         plgpu.barrier_wait(ready)
 
+        def keep_columns(image):
+            """Write an image's columns of the first product to global memory, and B and C once more by themselves."""
+            _, columns_ref, bc_ref = kept_refs
+            b = cut.rank // STATES
+            starts = range(0, cut.lines - KEPT_ROWS, KEPT_ROWS)
+            for start in (*starts, cut.lines - KEPT_ROWS):  # The last two may overlap.
+                at, to = pl.ds(image * rows + start, KEPT_ROWS), pl.ds(start, KEPT_ROWS)
+                for j in range(cut.columns // STATES):
+                    values = load(columns_tile.at[at, j], layouts.rank)
+                    store(columns_ref.at[direction, first + image, to, j], values)
+                    if j >= b:
+                        store(bc_ref.at[j - b, direction, first + image, to], values)
+
+        if keep:
+            for image in range(images):
+                mine = jnp.logical_and(group == image % cut.warpgroups, first + image < cut.batch)
+                mine = jnp.logical_and(mine, lax.axis_index("split") == 0)
+                pl.when(mine)(functools.partial(keep_columns, image))
+
         def walk(plan, image, here, block, decays):
             """Scan a block of channels of an image and write y."""
             y_ref = y_refs[int(plan.reverse)]
             bc = cut.rank // STATES
+            bias_lane = reader.channel(bias_ref.at[direction, here]) if keep else None
 
             def turn(steps, carry):
                 (state,) = carry
-                shares = []
+                shares, raws = [], []
                 for t in steps:
                     row = image * rows + t
                     b = reader.coefficients(columns_tile.at[row, pl.ds(bc, 1)])
                     c = reader.coefficients(columns_tile.at[row, pl.ds(bc + 1, 1)])
                     size = reader.channel(sizes_tile.at[group, row, pl.ds(0, CHANNELS)])
+                    if keep:
+                        raws.append((t, size))
+                        size = softplus(size + bias_lane, states.channel, interpret)
                     x = reader.channel(u_tile.at[block, image, t])
                     factor = lax.exp2(reader.over_state(size) * decays)
                     state = factor * state + reader.over_state(x * size) * b
@@ -419,12 +457,14 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
                 # Write all results after all reads, because the compiler does not move a read before a write.
                 for t, share in shares:
                     store(y_ref.at[first + image, pl.ds(t, 1), here], share)
+                for t, raw in raws:
+                    store(kept_refs[0].at[direction, first + image, t, here], raw)
                 return (state,)
 
             in_turns(plan, turn, (reader.zeros(),))
 
-        def write_sizes(k, bias_vector):
-            """Write the step sizes of block number k to shared memory."""
+        def write_sizes(k, here):
+            """Write the step sizes of block number k to shared memory, or Δ before bias and softplus if it is kept."""
             plgpu.barrier_wait(step_barrier.at[group])
 
             def multiply(accumulator):
@@ -436,6 +476,10 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
             plgpu.commit_smem()  # No warp reads this part of W any more.
             fetch_step(k + 1)
             raw = exchanged(raw, (tokens, CHANNELS), layouts.steps, interpret)
+            if keep:
+                store(sizes_tile.at[group, :, pl.ds(0, CHANNELS)], raw)
+                return
+            bias_vector = load(bias_ref.at[direction, here], layouts.bias)
             bias_tile = lax.broadcast_in_dim(bias_vector, (tokens, CHANNELS), (1,))
             raw = raw + plgpu.layout_cast(bias_tile, layouts.steps)
             sizes = softplus(raw, layouts.steps, interpret)
@@ -444,7 +488,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         def scan_block(k, _):
             here, block = channels_of(k)
             decays = reader.decays(a_ref.at[direction, here])
-            write_sizes(k, load(bias_ref.at[direction, here], layouts.bias))
+            write_sizes(k, here)
             plgpu.commit_smem()
             for backward in (False, True):
                 plan = dataclasses.replace(cut.plan, reverse=backward)
@@ -460,10 +504,17 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, interpret: bool):
         mine = lax.div(cut.blocks - group + cut.warpgroups - 1, cut.warpgroups)
         lax.fori_loop(0, mine, scan_block, None)
 
-    y = jax.ShapeDtypeStruct(u.shape[1:], jnp.float32)
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    sequences, columns = (2, *u.shape[1:3]), cut.columns // STATES
+    y = float32(*u.shape[1:])
+    kept = [
+        float32(*u.shape),
+        float32(*sequences, columns, STATES),
+        float32(2, *sequences, STATES),
+    ]
     return gpu_kernel(
         body,
-        out_type=[y, y],
+        out_type=[y, y, *kept] if keep else [y, y],
         scratch_types=cut.scratch(),
         interpret=interpret_params(interpret, cut.warpgroups),
         kernel_name="projected_scan",

@@ -22,6 +22,24 @@ IMPLEMENTATIONS = ("auto", "pallas", "xla")
 RANK_MULTIPLE = 16  # the rank of Δ is padded to a multiple of this, because the kernel reads tiles of 16 columns
 
 
+class Known(NamedTuple):
+    """Hold results of the projections that the kernel computed, for the gradients of `step_by_step`."""
+
+    delta: Float[Array, "2 b l e"]  # before bias and softplus
+    columns: Float[Array, "2 b l c"]  # of x_proj: r for Δ, then n for B, then n for C
+    BC: Float[Array, "2 2 b l n"]  # B of both directions, then C
+
+
+@jax.custom_vjp
+def instead(computed: jax.Array, known: jax.Array) -> jax.Array:
+    """Return `known`, the value of `computed`, which then need not be computed. Gradients flow to `computed`."""
+    del computed
+    return known
+
+
+instead.defvjp(lambda _, known: (known, None), lambda _, gradient: (gradient, None))
+
+
 class ScanWeights(NamedTuple):
     """Hold both directions' parameters of projections and scan in the kernel's layout; see `scan_weights`.
 
@@ -67,7 +85,7 @@ def projected_scan(
     weights: ScanWeights,
     params: Any,
     *,
-    step_by_step: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    step_by_step: Callable[[Any, jax.Array, Known | None], tuple[jax.Array, jax.Array]],
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
     """Project the tokens u to Δ, B and C, and scan them in both directions.
@@ -78,15 +96,17 @@ def projected_scan(
     weights are rounded to nearest in TF32; sums, Δ, B, C and the states are float32. The kernel takes float32 tokens,
     16 states and at most 64 steps. The number of channels must be a multiple of 128 and fit shared memory.
 
-    The kernel has no derivative. When a gradient is taken, and wherever the kernel does not run, `step_by_step` takes
-    its place.
+    The gradient is that of `step_by_step`. In the forward pass of a gradient of 8 to 16 steps, the kernel also writes
+    Δ, B, C and the columns of x_proj, and `step_by_step` is differentiated around them. For other lengths, and wherever
+    the kernel does not run, `step_by_step` takes its place.
 
     Args:
         u: inputs of both directions, in stored order; the second direction visits the steps from last to first.
         weights: result of `scan_weights` for one block.
         params: pytree passed to `step_by_step`; gradients flow to it, not to `weights`.
-        step_by_step: function (params, u) -> (y_f, y_b) that computes the same from the original parameters. It must
-            not close over tracers.
+        step_by_step: function (params, u, known) -> (y_f, y_b) that computes the same from the original parameters.
+            It must put what `known` holds, if it is not None, in the place of its own results by `instead`; the number
+            of its columns must be that of `weights` then. It must not close over tracers.
         implementation: "pallas" (the kernel), "xla" (`step_by_step`), or "auto": the kernel where it can run.
 
     Returns:
@@ -105,7 +125,7 @@ def projected_scan(
     # If "auto" finds a reason against the kernel, no warning is logged, because `step_by_step` has kernels of its own.
     covered = implementation == "pallas" or projected_unsupported(u, weights) is None
     if not (covered and gpu.choose(implementation, NAME, lambda: _unsupported(u, weights))):
-        return step_by_step(params, u)
+        return step_by_step(params, u, None)
     with reverse_mode_only(NAME, "FASTVIM_KERNELS=off and fastvim_jax.jvp"):
         return _scan(step_by_step, implementation == "pallas", u, weights, params)
 
@@ -137,25 +157,40 @@ def _unsupported(u: Any, weights: ScanWeights) -> str | None:
     return mosaic_projected.unsupported(u, weights.step.shape[-1], weights.A.shape[-1])
 
 
+KEPT_STEPS = range(8, 17)
+"""Lengths of scans whose gradient needs no states of the forward pass, and of which the kernel writes what it needs."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(step_by_step, always: bool, u, weights: ScanWeights, params):
     """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
     from pallas_kernels.selective_scan import mosaic_projected
 
-    kernel: Callable = mosaic_projected.forward
+    return _on_shares(mosaic_projected.forward, xla, ("b l e", "b l e"), always, u, weights)
 
+
+def _on_shares(kernel, other, results, always: bool, u, weights: ScanWeights):
     def on_share(_, u, weights):
-        return kernel(u, weights) if always else on_cuda(kernel, xla, u, weights)
+        return kernel(u, weights) if always else on_cuda(kernel, other, u, weights)
 
     of_weights = ScanWeights("d c e", "d e r", "d e", "d e n")  # type: ignore[arg-type]
-    y = "b l e"
-    run = per_shard(on_share, ("d b l e", of_weights), (y, y), split="b", opaque=True)
+    run = per_shard(on_share, ("d b l e", of_weights), results, split="b", opaque=True)
     return run(u, weights)
 
 
 def _forward(step_by_step, always, u, weights, params):
-    del always, weights
-    return jax.vjp(step_by_step, params, u)
+    if u.shape[2] not in KEPT_STEPS:
+        return jax.vjp(lambda params, u: step_by_step(params, u, None), params, u)
+    from pallas_kernels.selective_scan import mosaic_projected
+
+    results = ("b l e", "b l e", "d b l e", "d b l c", "k d b l n")
+    *y, delta, columns, BC = _on_shares(
+        mosaic_projected.forward_keeping, xla_keeping, results, always, u, weights
+    )
+    known = Known(delta, columns, BC)
+    # Nobody reads the result, so that XLA removes what computes it.
+    _, pull = jax.vjp(lambda params, u: step_by_step(params, u, known), params, u)
+    return tuple(y), pull
 
 
 def _backward(step_by_step, always, pull, y_bar):
@@ -168,14 +203,19 @@ _scan.defvjp(_forward, _backward)
 
 def xla(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, jax.Array]:
     """Define what the kernel computes, rounding included, on any platform and in the dtype of u."""
+    first, second, *_ = xla_keeping(u, weights)
+    return first, second
+
+
+def xla_keeping(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, ...]:
+    """Return the results of `xla`, and the arrays of `Known`."""
     rank, states = weights.step.shape[-1], weights.A.shape[-1]
     multiply = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     projected = multiply("dble,dce->dblc", _tf32(u), weights.project)
     delta = multiply("dblr,der->dble", _tf32(projected[..., :rank]), weights.step)
     B, C = jnp.split(projected[..., rank:], [states], axis=-1)
-    return bidirectional_scan(
-        u, delta, weights.A, B, C, delta_bias=weights.bias, implementation="xla"
-    )
+    y = bidirectional_scan(u, delta, weights.A, B, C, delta_bias=weights.bias, implementation="xla")
+    return *y, delta, projected, jnp.stack([B, C])
 
 
 def _tf32(x: jax.Array) -> jax.Array:

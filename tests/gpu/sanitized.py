@@ -58,6 +58,9 @@ def cases(rng):
     for sizes in ((71, 13, 128), (2, 5, 256)):  # two images a thread block, and one
         run = lambda a, _: projected.run(a, "pallas")  # noqa: E731
         yield f"projected scan {sizes}", run, projected.draw(rng, *sizes), None
+        args = projected.draw(rng, *sizes)
+        run = lambda a, g: projected.gradients_of(a, "pallas", g)  # noqa: E731
+        yield f"gradients of projected scan {sizes}", run, args, (args[0][0], args[0][1])
     for case, by in (
         # The end of a block as one kernel. With 256 channels, loading it under the sanitizer took more than 50 s.
         ({"b": 2, "rows": 13, "columns": 9, "e": 128}, "pallas"),

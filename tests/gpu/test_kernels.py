@@ -120,6 +120,26 @@ def test_projected_scan(seed, case):
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
 
 
+@pytest.mark.parametrize("case", [c for c in PROJECTED if c[1] in (14, 7)])
+def test_gradients_of_projected_scan(seed, case):
+    """Compare outputs and gradients, of which the kernel writes what the gradient reads if there are 14 steps."""
+    rng = np.random.default_rng(seed)
+    args = projected.draw(rng, *case)
+    bars = tuple(jnp.asarray(rng.standard_normal(args[0].shape[1:]), jnp.float32) for _ in "fb")
+    run = lambda args, bars: projected.gradients_of(args, "pallas", bars)  # noqa: E731
+    compiled = jax.jit(run).lower(args, bars).compile()
+    # Leave NaN where the results will be.
+    jax.block_until_ready([jnp.full(args[0].shape, jnp.nan) for _ in range(8)])
+    first = jax.device_get(compiled(args, bars))
+    with jax.default_device(jax.devices("cpu")[0]):
+        drawn = jax.device_put((args, bars), jax.devices("cpu")[0])
+        wanted = projected.wanted_gradients_of(*drawn)
+    errors = relative_errors(first, wanted)
+    print(errors)
+    assert max(errors) < projected.GRADIENT_BOUND
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args, bars)))
+
+
 def test_projected_scan_under_vmap(seed):
     u, params = projected.draw(np.random.default_rng(seed), 3, 14, 384)
     run = lambda u: projected.run((u, params), "pallas")  # noqa: E731

@@ -122,17 +122,23 @@ def test_mixer_block(seed, monkeypatch, mesh_is, projected):
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
 def test_projected_scan(seed, monkeypatch, mesh_is):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
-    args = projected.draw(np.random.default_rng(seed), 8, 5, 128)
-    wanted = jax.jit(lambda a: projected.run(a, "xla"))(args)
+    rng = np.random.default_rng(seed)
+    steps = int(
+        rng.choice([5, 9])
+    )  # The gradient of 9 steps reads arrays that the forward pass kept.
+    args = projected.draw(rng, 8, steps, 128)
+    bars = args[0][0], args[0][1]
+    wanted = jax.jit(lambda *a: projected.gradients_of(a[0], "xla", a[1]))(args, bars)
     mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
     specs = (P(None, BATCH), jax.tree.map(lambda _: P(), args[1]))
-    run = lambda a: projected.run(a, "auto")  # noqa: E731
+    both = (P(BATCH), P(BATCH))
+    run = lambda args, bars: projected.gradients_of(args, "auto", bars)  # noqa: E731
     if mesh_is == "callers":
-        run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=(P(BATCH), P(BATCH)))
-    args = put(args, specs, mesh)
-    program, gathers = compiled(run, args)
+        run = jax.shard_map(run, mesh=mesh, in_specs=(specs, both), out_specs=(both, (specs,)))
+    args, bars = put((args, bars), (specs, both), mesh)
+    program, gathers = compiled(run, args, bars)
     assert not gathers
-    assert max(relative_errors(program(args), wanted)) < projected.BOUND
+    assert max(relative_errors(program(args, bars), wanted)) < projected.GRADIENT_BOUND
 
 
 @needs_mosaic
