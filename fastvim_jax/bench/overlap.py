@@ -47,3 +47,41 @@ def _covered(events: Iterable[Event]) -> float:
         total += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
     return total
+
+
+def gaps(
+    events: Sequence[Event], calls: int, *, shortest: float = 5e3, longest: int = 12
+) -> list[dict[str, Any]]:
+    """List where a GPU runs nothing, or nothing but a collective: between which kernels, and for how long.
+
+    Args:
+        events: kernels and copies of one GPU, sorted by start.
+        calls: number of steps in the events.
+        shortest: nanoseconds below which a gap does not count.
+        longest: number of pairs to return.
+
+    Returns:
+        By pair of kernels that compute, `after` and `before` the gap: milliseconds (`ms`) and gaps per step (`count`),
+        and what of the milliseconds a collective runs (`collective_ms`). The longest come first.
+    """
+    collectives = [e for e in events if _COLLECTIVE in e[0].lower()]
+    found: dict[tuple[str, str], list[float]] = {}
+    end, last = None, ""
+    for name, start, duration in events:
+        if _COLLECTIVE in name.lower():
+            continue
+        if end is not None and start - end >= shortest:
+            covered = sum(max(0.0, min(start, c[1] + c[2]) - max(end, c[1])) for c in collectives)
+            sums = found.setdefault((last, name), [0.0, 0.0, 0.0])
+            for i, value in enumerate((start - end, 1e6, covered)):
+                sums[i] += value / calls / 1e6
+        if end is None or start + duration > end:
+            end, last = start + duration, name
+    order = sorted(found.items(), key=lambda item: -item[1][0])[:longest]
+    return [
+        {
+            "after": after, "before": before,
+            "ms": round(ms, 4), "count": round(count, 2), "collective_ms": round(covered, 4),
+        }
+        for (after, before), (ms, count, covered) in order
+    ]  # fmt: skip

@@ -59,16 +59,16 @@ Setting = tuple[str, int, int, str]  # model's name, pixels, batch, precision
 
 
 def step_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
-    """List the timed steps for `timing.run`: forward, backward and AdamW. See `_configs` for `how`.
+    """List the timed steps for `timing.run`: forward, backward and AdamW. See `rows_and_configs` for `how`.
 
     The steps of masked autoencoders are those of masked pre-training.
     """
-    return [(row, _step(row, config)) for row, config in _configs(settings, **how)]
+    return [(row, _step(row, config)) for row, config in rows_and_configs(settings, **how)]
 
 
 def compile_cases(settings: Sequence[Setting], **how: Any) -> list[tuple[timing.Row, timing.Case]]:
     """List steps that are traced and compiled only. Nothing is allocated, so models may be larger than the memory."""
-    return [(row, _compile(row, config)) for row, config in _configs(settings, **how)]
+    return [(row, _compile(row, config)) for row, config in rows_and_configs(settings, **how)]
 
 
 def largest_batch_cases(
@@ -84,14 +84,14 @@ def largest_batch_cases(
         batches.setdefault((name, pixels, precision), []).append(batch)
     found = []
     for (name, pixels, precision), tried in batches.items():
-        ((row, config),) = _configs([(name, pixels, 0, precision)], **how)
+        ((row, config),) = rows_and_configs([(name, pixels, 0, precision)], **how)
         del row["batch"]
         case = _largest_batch(config, tried, "recipe" in row)
         found.append((row | {"largest_batch_of": tried}, case))
     return found
 
 
-def _configs(
+def rows_and_configs(
     settings: Sequence[Setting],
     *,
     activations: str = "compute",
@@ -155,7 +155,8 @@ def _data(config: Config) -> ClassificationData:
     return ClassificationData(image_size=_size_of(config), **options)
 
 
-def _batch(config: Config, batch: int, seed: int, recipe: bool) -> dict[str, jax.Array]:
+def make_batch(config: Config, batch: int, seed: int, recipe: bool) -> dict[str, jax.Array]:
+    """Draw a batch of random images and labels; with `recipe` uint8 images and what augmentation draws for them."""
     images, labels, draws, flips = jax.random.split(jax.random.key(seed), 4)
     shape = (batch, *_size_of(config), config.channels)
     if isinstance(config, MaskedAutoencoderConfig):
@@ -196,15 +197,17 @@ def _train_step(
     return make_train_step(loss_of, _optimizer(params), draw=draw, shardings=places, **more)
 
 
-def _mesh(row: timing.Row) -> Mesh | None:
+def mesh_of(row: timing.Row) -> Mesh | None:
     """Return the mesh of a row that measures several devices."""
     return make_mesh(MeshConfig(row["data"], row["fsdp"])) if "data" in row else None
 
 
-def _program(config: Config, batch: int, recipe: bool, mesh: Mesh | None = None) -> timing.Program:
+def step_program(
+    config: Config, batch: int, recipe: bool, mesh: Mesh | None = None
+) -> timing.Program:
     """Compile the step for `batch` images in all."""
     state, inputs = jax.eval_shape(
-        lambda: (_state(config, recipe), _batch(config, batch, 0, recipe))
+        lambda: (_state(config, recipe), make_batch(config, batch, 0, recipe))
     )
     if mesh is not None:
         state = state_shapes(mesh, lambda: _state(config, recipe))
@@ -223,7 +226,8 @@ def _program(config: Config, batch: int, recipe: bool, mesh: Mesh | None = None)
     return on_mesh(mesh, lambda: timing.Program(step.func, state, inputs, keywords=step.keywords))()
 
 
-def _placed_state(config: Config, recipe: bool, mesh: Mesh | None) -> TrainState:
+def placed_state(config: Config, recipe: bool, mesh: Mesh | None) -> TrainState:
+    """Build the state before the first step, on the devices of the mesh."""
     if mesh is None:
         return _state(config, recipe)
 
@@ -233,15 +237,15 @@ def _placed_state(config: Config, recipe: bool, mesh: Mesh | None) -> TrainState
     return build_state(begin, state_shapes(mesh, begin))
 
 
-def _bytes_on_a_device(tree: Any) -> int:
+def bytes_on_a_device(tree: Any) -> int:
     """Return the bytes that arrays take on their first device."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _compile(row: timing.Row, config: Config) -> timing.Case:
-    mesh = _mesh(row)
+    mesh = mesh_of(row)
     batch = row["batch"] * (1 if mesh is None else mesh.size)
-    program = _program(config, batch, "recipe" in row, mesh)
+    program = step_program(config, batch, "recipe" in row, mesh)
     costs = program.costs()
     lines = program.lowered.as_text().count("\n")
     yield None
@@ -249,23 +253,23 @@ def _compile(row: timing.Row, config: Config) -> timing.Case:
 
 
 def _step(row: timing.Row, config: Config) -> timing.Case:
-    mesh = _mesh(row)
+    mesh = mesh_of(row)
     devices = 1 if mesh is None else mesh.size
     batch = row["batch"] * devices
     recipe = "recipe" in row
-    program = _program(config, batch, recipe, mesh)
+    program = step_program(config, batch, recipe, mesh)
     # The reference runs on one device, some images at a time. All else is allocated only when it is this step's turn,
     # because other programs wait on the same GPUs.
     loss, gradient = _reference_result(row, config, batch)
     yield None
 
-    before = _bytes_in_use()
-    state = jax.block_until_ready(_placed_state(config, recipe, mesh))
+    before = bytes_in_use()
+    state = jax.block_until_ready(placed_state(config, recipe, mesh))
     memory = {
-        "state_bytes": _bytes_on_a_device(state),
-        "state_bytes_in_use": _bytes_in_use() - before,
+        "state_bytes": bytes_on_a_device(state),
+        "state_bytes_in_use": bytes_in_use() - before,
     }
-    batches = [_batch(config, batch, seed, recipe) for seed in range(2)]
+    batches = [make_batch(config, batch, seed, recipe) for seed in range(2)]
     batches = batches if mesh is None else [place_batch(mesh, each) for each in batches]
     held, metrics = program(state, batches[0])
     # After one step, Adam's first moment is the gradient times 1 - beta1.
@@ -311,11 +315,11 @@ def _reference_result(row: timing.Row, config: Config, batch: int) -> Any:
     """Return the reference's loss and gradient of the first step."""
     recipe = "recipe" in row
     run = _reference(config, reference_options(row["model"]), recipe)
-    arguments = _state(config, recipe).params, _batch(config, batch, 0, recipe)
+    arguments = _state(config, recipe).params, make_batch(config, batch, 0, recipe)
     return jax.block_until_ready(timing.Program(run, *arguments, hasty=True)(*arguments))
 
 
-def _bytes_in_use() -> int:
+def bytes_in_use() -> int:
     """Return the bytes in use on the first device, 0 where it counts none."""
     return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
 
@@ -362,7 +366,7 @@ def _largest_batch(config: Config, batches: Sequence[int], recipe: bool) -> timi
     fitting: dict[int, timing.Program] = {}
 
     def fits(batch: int) -> bool:
-        program = _program(config, batch, recipe)
+        program = step_program(config, batch, recipe)
         costs = program.costs()
         tried.append({"batch": batch, **costs})
         if limit is not None and costs["peak_bytes"] > limit:
@@ -377,7 +381,7 @@ def _largest_batch(config: Config, batches: Sequence[int], recipe: bool) -> timi
         any(map(fits, batches))
     yield None
     for batch, program in fitting.items():
-        state, inputs = _state(config, recipe), _batch(config, batch, 0, recipe)
+        state, inputs = _state(config, recipe), make_batch(config, batch, 0, recipe)
         start = time.perf_counter()
         state, metrics = program(state, inputs)
         loss = float(metrics["loss"])
