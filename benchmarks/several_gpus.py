@@ -4,7 +4,7 @@ Every program is a process of its own (`Worker`). All compile at the same time, 
 timed in turn, several rounds long, while all others wait: a GPU whose clock falls, or another program of the machine,
 then slows all programs alike. Profiles of the steps on several GPUs follow. The record is written after every result.
 
-On a machine with little memory or without GPUs: `--models` of a plan can be made small with `--small`.
+`--small` takes models of one block, to try the script on a CPU.
 """
 
 from __future__ import annotations
@@ -379,6 +379,8 @@ class Bench:
             if found is None:
                 continue
             i, answer = found
+            if i not in asked:  # the end of a program that was not ready in time
+                continue
             asked.discard(i)
             row = self._rows[i]
             if answer is None:
