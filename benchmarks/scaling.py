@@ -1,13 +1,15 @@
 """Write the tables of docs/scaling.md from recorded measurements: `python benchmarks/scaling.py`.
 
 Measured: images per second of a step of 128 images on one H100 (`results/h100/train_*.json`), images per second that a
-core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`). Assumed: the
-bandwidths below.
+core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`), steps on several
+GPUs (`results/h200/scaling_four/*.json`). Assumed: the bandwidths below.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +128,67 @@ def reduction_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def several_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of steps on one and on several GPUs, from the rows of `several_gpus.py`.
+
+    A step is compared with that of the same model and batch on one GPU, on the first GPU of the host.
+    """
+    lines = [
+        "| model, blocks | batch per GPU | mesh | ms | images/s per GPU | of one GPU's | computing, ms "
+        "| only reducing, ms | idle, ms | state on a GPU, MB | peak on a GPU, GB |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    timed = [row for row in rows if "ms" in row]
+    for row in timed:
+        if "after" in row:  # the other GPUs of the host
+            continue
+        kind = ("model", "batch", "blocks", "remat")
+        alone = [r for r in timed if r["mesh"] == "one" and all(r[k] == row[k] for k in kind)]
+        held = row["state_bytes_in_use"]
+        share, state = "–", f"{held / 1e6:,.0f}"
+        if row["mesh"] != "one" and alone:
+            share = f"**{alone[0]['ms'] / row['ms']:.3f}**"
+            state += f" ({held / alone[0]['state_bytes_in_use']:.2f})"
+        parts = [_mean_part(row, name) for name in ("computing", "only_collectives", "idle")]
+        lines.append(
+            f"| {_model_name(row['model'])}, {row['blocks']}{_remat(row)} | {row['batch']} | {row['mesh']} "
+            f"| {row['ms']:.2f} | {row['images_per_s_of_a_device']:,.0f} | {share} | {' | '.join(parts)} | {state} | "
+            f"{max(row['peak_bytes_in_use']) / 1e9:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _model_name(model: str) -> str:
+    return "FastVim-" + model.split("_")[1][0].upper()
+
+
+def _remat(row: dict[str, Any]) -> str:
+    return "" if row["remat"] == "none" else f", remat {row['remat']}"
+
+
+def _mean_part(row: dict[str, Any], name: str) -> str:
+    """Write the mean over GPUs of a part of the step's time, or – where no profile was made."""
+    found = [each[name] for each in row.get("overlap", {}).values()]
+    return f"{statistics.fmean(found):.2f}" if found else "–"
+
+
+def several_rows() -> list[dict[str, Any]]:
+    """Return the rows of all records of steps on several GPUs."""
+    files = sorted((HERE / "results" / "h200" / "scaling_four").glob("*.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    return [
+        row for record in records if record["bench"] == "several_gpus" for row in record["rows"]
+    ]
+
+
 def main() -> None:
     """Put the tables into the page."""
     page = PAGE.read_text()
-    parts = {"": tables(), " reduction": reduction_table()}
+    parts = {
+        "": tables(),
+        " reduction": reduction_table(),
+        " several": several_table(several_rows()),
+    }
     for name, table in parts.items():
         begin, end = (mark.format(name) for mark in MARKS)
         before, _, rest = page.partition(begin)

@@ -117,12 +117,15 @@ class Worker:
             text=True,
             env=environment,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
-        for line in self._process.stdout or ():
-            with contextlib.suppress(ValueError):
-                self._answers.put((self.number, json.loads(line)))
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self._answers.put((self.number, json.loads(line)))
         self._answers.put((self.number, None))
 
     def ask(self, command: str) -> None:
@@ -136,6 +139,10 @@ class Worker:
         """Kill the process."""
         self._process.kill()
         self._process.wait()
+        self._listener.join(5)
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
         self._log.close()
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from fastvim_jax.bench import train as benchmark
-from fastvim_jax.bench.overlap import overlap
+from fastvim_jax.bench.overlap import gaps, overlap
 from fastvim_jax.errors import UserError
 from pallas_kernels import timing
 from tests.support import ROOT
@@ -164,3 +164,18 @@ def test_what_waits_is_told_from_what_computes():
             "collective_calls": 0.5,
         }
     }  # fmt: skip
+
+
+def test_gaps_are_named_by_the_kernels_around_them():
+    """Find one gap per step of a millisecond, half of it under a collective; 4 µs between kernels do not count."""
+    step = [
+        ("gemm", 0.0, 3e6),
+        ("ncclDevKernel_AllReduce", 2e6, 1.5e6),
+        ("add", 4e6, 1e6),
+        ("norm", 5.004e6, 1e6),
+    ]
+    events = [(name, start + at, length) for at in (0.0, 6.004e6) for name, start, length in step]
+    found = gaps(events, 2)
+    assert found == [
+        {"after": "gemm", "before": "add", "ms": 1.0, "count": 1.0, "collective_ms": 0.5}
+    ]
