@@ -66,7 +66,6 @@ class Run:
         self.starts.append({"processes": count, "began": time.time()})
         self._processes = []
         for i in range(count):
-            log = (self._out / f"{self._name}_{at}_{i}.log").open("wb")
             environment = {
                 **os.environ, "RUN": str(self.folder), "FASTVIM": str(self._out / "fastvim"),
                 "PID_FILE": str(self._pid(i)),
@@ -84,9 +83,10 @@ class Run:
             ]
             with contextlib.suppress(FileNotFoundError):
                 self._pid(i).unlink()
-            self._processes.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            )
+            with (self._out / f"{self._name}_{at}_{i}.log").open("wb") as log:
+                self._processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                )
 
     def _pid(self, i: int) -> Path:
         return self._out / f"{self._name}_{i}.pid"

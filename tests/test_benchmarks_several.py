@@ -67,3 +67,62 @@ def test_programs_are_timed_in_rounds_and_failures_stop_only_their_own(
     assert len(table) == 4
     assert "| one | 11.00 | 11,636 | – | 9.00 | 0.25 | 0.75 | 400 | 2.0 |" in table[2]
     assert "| data 2 | 12.00 | 10,667 | **0.917** | 9.00 | 0.25 | 0.75 | 404 (1.01) |" in table[3]
+
+
+TRAINS = """
+import json, os, pathlib, signal, sys, time
+arguments = sys.argv[1:]
+assert arguments[arguments.index("--data.workers") + 1] == "40"
+folder = pathlib.Path(os.environ["RUN"])
+folder.mkdir(parents=True, exist_ok=True)
+count, process = (int(arguments[arguments.index(f"--{name}") + 1]) for name in ("processes", "process"))
+here = pathlib.Path(os.environ["PID_FILE"])
+here.write_text(str(os.getpid()))
+def note(*_):
+    (folder / "stop").touch()
+signal.signal(15, note)
+def others():
+    for i in range(count):
+        file = here.with_name(here.name.rpartition("_")[0] + f"_{i}.pid")
+        yield file.is_file() and pathlib.Path(f"/proc/{file.read_text() or 0}").exists()
+while not all(others()):
+    time.sleep(0.01)
+log = folder / "metrics.jsonl"
+while True:
+    if not all(others()):
+        print("lost another process of this run")
+        sys.exit(75)
+    steps = log.read_text().splitlines() if log.exists() else []
+    step = 8 * (len(steps) + 1)
+    if step > 256:
+        time.sleep(0.2)
+        sys.exit(0)
+    if (folder / "stop").exists():
+        time.sleep(0.2)
+        (folder / "stop").unlink(missing_ok=True)
+        sys.exit(75)
+    if process == 0:
+        with log.open("a") as file:
+            print(json.dumps({"kind": "train", "step": step, "loss": 1 / step}), file=file)
+    time.sleep(0.03)
+"""
+
+
+def test_stopped_and_killed_runs_go_on_with_other_numbers_of_processes(
+    programs, monkeypatch, tmp_path
+):
+    elastic = programs("elastic")
+    monkeypatch.setattr(elastic, "WRAPPER", TRAINS.replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr(
+        "sys.argv", ["elastic", "--out", str(tmp_path), "--processes", "3", "1", "2"]
+    )
+    monkeypatch.setenv("FASTVIM_DATA_DIR", "/data")
+    assert elastic.main() == 0
+    record = json.loads((tmp_path / "elastic.json").read_text())
+    assert [s["statuses"] for s in record["runs"]["moved"]] == [[75] * 3, [75], [0, 0]]
+    first, second = record["runs"]["killed"]
+    assert first["to"] == 1 and first["statuses"][0] == first["statuses"][2] == 75
+    assert "lost another process" in first["said"][0][-1]
+    assert second["statuses"] == [0, 0, 0]
+    for compared in record["against_whole"].values():
+        assert compared["lines"] == compared["equal"] == 32
