@@ -33,7 +33,6 @@ ROUNDS = 3
 SECONDS, REPEATS = 0.4, 5
 """Length of a timed run of steps, and number of runs in a round."""
 STEPS_OF_A_PROFILE = 5
-AFTER = "after"
 
 
 def _row(model: str, mesh: str = "one", *, gpus: str = "", **more: Any) -> dict[str, Any]:
@@ -67,7 +66,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         _row(B),
         _row(B, "data 4"),
         _row(B, "fsdp 4"),
-        *(_row(S, gpus=gpu, **{AFTER: 0}) for gpu in "123"),
+        *(_row(S, gpus=gpu, after=0) for gpu in "123"),
     ],
     "huge": [
         _row(H, batch=256, blocks="scan", remat="block", limit_bytes=80e9),
@@ -306,7 +305,7 @@ class Bench:
         try:
             self._compile()
             ready = [i for i, row in enumerate(self._rows) if "peak_bytes" in row]
-            main = [i for i in ready if AFTER not in self._rows[i]]
+            main = [i for i in ready if "after" not in self._rows[i]]
             for each in range(ROUNDS):
                 for i in main if each != 1 else ready:
                     self._measure(i, "time")
@@ -315,9 +314,9 @@ class Bench:
                         self._measure(i, "profile")
             for i in main[2:]:
                 self._measure(i, "profile")
-            alone = [i for i in ready if AFTER in self._rows[i]]
+            alone = [i for i in ready if "after" in self._rows[i]]
             if alone:
-                self._together([self._rows[alone[0]][AFTER], *alone])
+                self._together([self._rows[alone[0]]["after"], *alone])
         finally:
             for worker in self._workers.values():
                 worker.end()
@@ -332,7 +331,7 @@ class Bench:
     def _compile(self) -> None:
         """Start all programs, and wait until they are ready, or until half of the time is over and some are."""
         for i, row in enumerate(self._rows):
-            if AFTER not in row:
+            if "after" not in row:
                 self._start(i)
         waiting, limit = set(range(len(self._rows))), time.monotonic() + 0.6 * self._left()
         while waiting and self._left() > 0:
@@ -345,13 +344,13 @@ class Bench:
             waiting.discard(i)
             if answer is None:
                 self._rows[i]["failed"] = "ended before it was ready"
-                waiting -= {j for j, row in enumerate(self._rows) if row.get(AFTER) == i}
+                waiting -= {j for j, row in enumerate(self._rows) if row.get("after") == i}
             else:
                 ready = answer["ready"]
                 self._circumstances = ready.pop("circumstances")
                 self._rows[i] |= ready
                 for j, row in enumerate(self._rows):
-                    if row.get(AFTER) == i:
+                    if row.get("after") == i:
                         self._start(j)
             print(
                 f"{self._name(i)}: {'failed' if answer is None else 'ready'}, {self._left():.0f} s left",
