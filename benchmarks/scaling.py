@@ -184,11 +184,9 @@ def several_rows() -> list[dict[str, Any]]:
 def main() -> None:
     """Put the tables into the page."""
     page = PAGE.read_text()
-    parts = {
-        "": tables(),
-        " reduction": reduction_table(),
-        " several": several_table(several_rows()),
-    }
+    parts = {"": tables(), " reduction": reduction_table()}
+    if rows := several_rows():
+        parts[" several"] = several_table(rows)
     for name, table in parts.items():
         begin, end = (mark.format(name) for mark in MARKS)
         before, _, rest = page.partition(begin)

@@ -328,3 +328,32 @@ def test_the_page_of_speeds_says_what_is_met(programs):
     assert "At 1024 px and batch 4 it is 2.00 times as fast; met: yes." in page
     assert "33% of the sum of all parts" in page and "met: yes." in page
     assert "| torchvision | 1024 | 1 | whole |" in page
+
+
+def test_trials_for_cifar_read_no_test_image(programs, monkeypatch):
+    """Every trial's command is valid, and trains and evaluates on disjoint parts of the training images."""
+    from fastvim_jax.cli import train as command
+
+    class Started(Exception):
+        pass
+
+    def start(config, *_, **__):
+        raise Started(config)
+
+    monkeypatch.setattr("fastvim_jax.training.train", start)
+    trials = programs("cifar_trials")
+    for job, (epochs, *_) in zip(trials.JOBS, trials.TRIALS.values(), strict=True):
+        with pytest.raises(Started) as started:
+            command.run(job.command[3:])
+        (config,) = started.value.args
+        assert (config.data.train_split, config.data.eval_split) == ("train[5000:]", "train[:5000]")
+        assert config.epochs == epochs and config.data.resident
+    record = {"epochs": 56, "log": [{"loss": 1.25}], "seconds": 330.0}
+    found = {
+        name: [{**record, "evaluation": {"ema_top1": top1}}]
+        for name, top1 in (("light", 0.9), ("half", 0.91))
+    }
+    assert [line.split(" | ")[2] for line in trials.table(found).splitlines()[2:]] == [
+        "91.00",
+        "90.00",
+    ]
