@@ -42,7 +42,10 @@ bfloat16 unless a row says otherwise. Mamba models have `activations="compute"` 
 [docs/models.md](../docs/models.md)); ViTs have no such option and keep activations in float32 ("wide").
 
 - **images/s**: from wall-clock time over queued calls; for dense models from device time.
-- **device ms**: sum of the kernels' durations in one call.
+- **device ms**: sum of the kernels' durations in one call. The column **ms** of dense models is that, too, for calls of
+  up to 20 ms; for longer ones, training steps and PyTorch it is wall-clock time.
+- **GB**: memory of a program's arguments with weights, results and temporaries; of PyTorch, its largest allocation.
+- **clock ms**: wall-clock time of a call, over queued calls.
 - **beside compilers**: *yes* = other programs were compiling on the same machine, and some ran on its GPU. Wall-clock
   times are then longer, and device times spread more.
 - **met**: whether the value required of this project is reached.
@@ -218,10 +221,12 @@ def dense(rows: list[Row]) -> Iterator[str]:
             continue
         yield f"## {title}: what was recorded so far\n"
         yield table(
-            ("backbone", "pixels", "batch", "part", "blocks", "images/s", "ms", "beside compilers"),
+            ("backbone", "pixels", "batch", "part", "blocks", "images/s", "ms", "clock ms", "TFLOP/s",
+             "GB", "beside compilers"),
             [
                 (row["model"], str(row["pixels"]), str(row["batch"]), row.get("part", "whole"), row.get("blocks", ""),
-                 f"{row['images_per_s']:,.1f}", f"{row['ms']:.2f}", noisy(row))
+                 f"{row['images_per_s']:,.1f}", f"{row['ms']:.2f}", number(row, "clock_ms", 2), rate(row),
+                 memory(row), noisy(row))
                 for row in found
             ],
         )  # fmt: skip
@@ -246,23 +251,51 @@ def segmentation_required(found: list[Row]) -> Iterator[str]:
 
 
 def detection_required(found: list[Row]) -> Iterator[str]:
-    """Yield a sentence for each detector: the share of heads and post-processing in the sum of its parts' times."""
+    """Yield a sentence for each detector: the share of heads and post-processing in the sum of its parts' times.
+
+    Heads and post-processing do not depend on the backbone, so a detector whose own are not recorded takes those of
+    another one at the same image size and batch.
+    """
     parts = ("rpn", "proposals", "boxes", "detections", "masks")
-    times: dict[tuple[str, int, int], dict[str, float]] = {}
+    times: dict[tuple[str, int, int], dict[str, Row]] = {}
+    shared: dict[tuple[int, int], dict[str, Row]] = {}
     for row in found:
         if "part" in row:
-            times.setdefault((row["model"], row["pixels"], row["batch"]), {})[row["part"]] = row[
-                "ms"
-            ]
-    for (name, pixels, batch), each in times.items():
+            times.setdefault((row["model"], row["pixels"], row["batch"]), {})[row["part"]] = row
+            if row["part"] in parts:
+                shared.setdefault((row["pixels"], row["batch"]), {}).setdefault(row["part"], row)
+    for (name, pixels, batch), own in times.items():
+        each = shared.get((pixels, batch), {}) | own
         if {*parts, "backbone", "neck"} <= each.keys():
-            whole = sum(each[part] for part in (*parts, "backbone", "neck"))
-            share = sum(each[part] for part in parts) / whole
+            for_all = (*parts, "backbone", "neck")
+            share = sum(each[part]["ms"] for part in parts) / sum(
+                each[part]["ms"] for part in for_all
+            )
+            counted = ""
+            if all("gmacs" in each[part] for part in for_all):
+                macs = sum(each[part]["gmacs"] for part in parts)
+                whole = sum(each[part]["gmacs"] for part in for_all)
+                counted = f"; of the multiply-adds they have {macs / whole:.0%} ({macs:,.0f} of {whole:,.0f} billion)"
             yield (
                 f"Required: heads and post-processing at most {HEADS_SHARE:.0%} of detection. {name}, {pixels} px, "
-                f"batch {batch}: {share:.0%} of the sum of all parts ({', '.join(parts)}); "
+                f"batch {batch}: {share:.0%} of the sum of all parts ({', '.join(parts)}){counted}; "
                 f"met: {yes(share <= HEADS_SHARE)}.\n"
             )
+
+
+def number(row: Row, key: str, digits: int) -> str:
+    """Return a number for a table, or a dash if the row has none."""
+    return f"{row[key]:,.{digits}f}" if key in row else "–"
+
+
+def memory(row: Row) -> str:
+    """Return the memory of a row's program in GB, or a dash if it is not recorded."""
+    return f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "–"
+
+
+def rate(row: Row) -> str:
+    """Return the rate of a row's products, or a dash for a part without products."""
+    return f"{row['TFLOP_per_s']:,.0f}" if row.get("TFLOP_per_s") else "–"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,9 @@ def command_line(
         "--share", type=float, default=1.0, help="part of a GPU per run; 0.25: four at a time"
     )
     running.add_argument("--seconds", type=float, default=540.0)
+    running.add_argument(
+        "--only", nargs="+", default=["*"], help="patterns of job names: 'scenes_*'"
+    )
     collecting = commands.add_parser("collect", help="keep finished runs")
     collecting.add_argument("runs", type=Path)
     collecting.add_argument("--commit", required=True, help="commit of the code that ran")
@@ -295,6 +299,7 @@ def command_line(
     else:
         if prepare is not None:
             prepare(chosen.runs)
+        jobs = [job for job in jobs if any(fnmatchcase(job.name, name) for name in chosen.only)]
         run(jobs, chosen.runs, chosen.devices.split(","), chosen.seconds, chosen.share)
     return 0
 

@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class Program:
     """Compile a function for the given arguments (arrays or their shapes), and record the time of it.
 
     `hasty` turns off XLA's autotuning on the device, for programs whose speed does not matter. A function that is
-    jitted already keeps its own options, beside `compiler_options`. `keywords` go to every call.
+    jitted already keeps its own options, beside `compiler_options`. `keywords` go to every call. With `pool` (threads),
+    the function is lowered here and compiled there: who reads `compiled` waits for it.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Program:
         hasty: bool = False,
         keywords: Mapping[str, Any] = {},
         compiler_options: Mapping[str, Any] | None = None,
+        pool: Executor | None = None,
     ):
         start = time.perf_counter()
         jitted: Any = function
@@ -108,12 +111,30 @@ class Program:
             jitted = jax.jit(function, donate_argnums=tuple(donate))
         lowered = jitted.lower(*arguments, **keywords)
         self.keywords = keywords
-        traced = time.perf_counter()
+        self.trace_seconds = time.perf_counter() - start
         self.lowered = lowered
         quick = {"xla_gpu_autotune_level": 0} if hasty else {}
-        self.compiled = lowered.compile({**quick, **(compiler_options or {})} or None)
-        self.trace_seconds = traced - start
-        self.compile_seconds = time.perf_counter() - traced
+
+        def compile_now() -> tuple[Any, float]:
+            start = time.perf_counter()
+            compiled = lowered.compile({**quick, **(compiler_options or {})} or None)
+            return compiled, time.perf_counter() - start
+
+        if pool is not None:
+            self._compiled = pool.submit(compile_now)
+        else:
+            self._compiled = Future()
+            self._compiled.set_result(compile_now())
+
+    @property
+    def compiled(self) -> Any:
+        """The compiled program."""
+        return self._compiled.result()[0]
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that compiling took."""
+        return self._compiled.result()[1]
 
     def __call__(self, *arguments: Any) -> Any:
         return self.compiled(*arguments, **self.keywords)
@@ -138,7 +159,9 @@ class Program:
 class Measured:
     """Compile `function(*make_arguments(seed))`, and run it once unless that needs over `large` bytes.
 
-    The object holds no arrays, because many measurements wait for their turn at the same time.
+    The object holds no arrays, because many measurements wait for their turn at the same time. With `pool`, the
+    function is compiled in its threads and not run. If `shapes` (those of the arguments) are given, `make_arguments` is
+    not called here, so that it may run other programs.
     """
 
     def __init__(
@@ -147,25 +170,30 @@ class Measured:
         make_arguments: Callable[[int], tuple],
         *,
         large: float = 2e9,
+        shapes: tuple | None = None,
         compiler_options: Mapping[str, Any] | None = None,
+        pool: Executor | None = None,
     ):
-        shapes = jax.eval_shape(lambda: make_arguments(0))
+        if shapes is None:
+            shapes = jax.eval_shape(lambda: make_arguments(0))
         self.make_arguments = make_arguments
         self.profiled = jax.default_backend() == "gpu"
-        self.program = Program(function, *shapes, compiler_options=compiler_options)
-        costs = self.program.costs()
-        # A set that is larger than all caches is never cached. XLA's count leaves out arguments that are not read.
-        enough = -int(-COLD_BYTES // max(1, costs["argument_bytes"]))
-        self.count = min(MOST_SETS, enough) if self.profiled else 1
+        how: dict[str, Any] = {"compiler_options": compiler_options, "pool": pool}
+        self.program = Program(function, *shapes, **how)
         self.loop = (
-            None
-            if self.profiled
-            else Program(
-                repeated(function), shapes, jnp.int32(1), compiler_options=compiler_options
-            )
+            None if self.profiled else Program(repeated(function), shapes, jnp.int32(1), **how)
         )
-        if costs["peak_bytes"] < large:
+        if pool is None and self.program.costs()["peak_bytes"] < large:
             self.result()
+
+    @property
+    def count(self) -> int:
+        """Number of sets of arguments that calls take in turn."""
+        if not self.profiled:
+            return 1
+        # A set that is larger than all caches is never cached. XLA's count leaves out arguments that are not read.
+        read = max(1, self.program.costs()["argument_bytes"])
+        return min(MOST_SETS, -int(-COLD_BYTES // read))
 
     def result(self) -> Any:
         """Compute the result for the arguments of seed 0."""

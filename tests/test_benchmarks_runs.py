@@ -219,6 +219,19 @@ def test_the_page_of_dense_runs_says_what_is_met(programs):
     assert "| vit | nothing | 20.0 | 80.0 | 60 | 1.0 |" in page
     assert "| vit | CIFAR-10 (71.0 %) | 40.0 | 90.0 |" in page
     assert "Not run: scenes with fastvim, vim." in page
+    assert "FastVim ahead of Vim, from" not in page  # Neither has run.
+    for name, scores in (("fastvim", (0.5, 0.6, 0.55)), ("fastvim_started", (0.61, 0.7, 0.8))):
+        runs[f"scenes_{name}"] = [
+            record(f"scenes_{name}_s{i}", raw_miou=score, raw_aacc=0.8)
+            for i, score in enumerate(scores)
+        ]
+    runs["scenes_vim"] = [record("scenes_vim_s0", raw_miou=0.3, raw_aacc=0.8)]
+    more = dense.page(runs)
+    answer = "raises FastVim's mIoU: **yes** (+15.3 points; by seed 61.0, 70.0, 80.0 against 50.0,"
+    assert answer in more
+    assert "FastVim ahead of Vim, from nothing: **open, for it needs 3 seeds a side**" in more
+    runs["scenes_fastvim_started"][0]["evaluation"]["raw_miou"] = 0.59
+    assert "raises FastVim's mIoU: **not decided by these seeds**" in dense.page(runs)
     stopped = record("coco_s0", raw_bbox_ap=0.873, raw_segm_ap=0.8) | {"evaluated_at_epoch": 30.0}
     assert "Not finished" not in dense.page(runs, [stopped])  # It has finished since.
     del runs["coco"]
@@ -305,8 +318,20 @@ def test_the_page_of_speeds_says_what_is_met(programs):
         speed_row("segment", model="fastvim_tiny", part="whole", images_per_s=1.0, ms=3.0, **wide),
         speed_row("segment", model="vit_tiny", part="whole", images_per_s=1.0, ms=6.0, **wide),
         *(
-            speed_row("detect", model="fastvim_tiny", part=part, images_per_s=1.0, ms=ms, **wide)
+            speed_row(
+                "detect",
+                model="fastvim_tiny",
+                part=part,
+                images_per_s=1.0,
+                ms=ms,
+                gmacs=ms**2,
+                **wide,
+            )
             for part, ms in parts.items()
+        ),
+        *(
+            speed_row("detect", model="fastvim_base", part=part, images_per_s=1.0, ms=ms, **wide)
+            for part, ms in (("backbone", 2), ("neck", 2))
         ),
         speed_row("detect", model="torchvision", pixels=1024, batch=1, images_per_s=1.0, ms=9.0),
     ]
@@ -326,7 +351,10 @@ def test_the_page_of_speeds_says_what_is_met(programs):
         "9,000,000" in second and "the fastest of these" not in second
     )  # It has no peer on that card.
     assert "At 1024 px and batch 4 it is 2.00 times as fast; met: yes." in page
-    assert "33% of the sum of all parts" in page and "met: yes." in page
+    assert "fastvim_tiny, 1024 px, batch 4: 33% of the sum of all parts" in page
+    assert "of the multiply-adds they have 9% (4 of 38 billion); met: yes." in page
+    # The base model's heads are those of the tiny one.
+    assert "fastvim_base, 1024 px, batch 4: 50% of the sum" in page and "masks); met: no." in page
     assert "| torchvision | 1024 | 1 | whole |" in page
 
 

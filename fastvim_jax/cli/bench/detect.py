@@ -38,8 +38,9 @@ class Detect(Options):
     """By default unroll on a GPU, scan elsewhere; scan compiles in a fraction of the time."""
     depth: int | None = None
     """Number of blocks, to measure a part of a model."""
-    peer: bool = False
-    """Also measure torchvision's Mask R-CNN (ResNet-50 FPN v2) at these pixels and batches, on a GPU."""
+    peer: tuple[Literal["eager", "parts", "whole"], ...] = ()
+    """Measure torchvision's Mask R-CNN (ResNet-50 FPN v2) instead, at these pixels and batches, on a GPU: eager, with
+    its backbone and heads compiled, or compiled as a whole."""
     json: Path | None = None
     """Write all rows to this file, with device, versions and commit."""
 
@@ -60,15 +61,16 @@ def detect(arguments: Sequence[str]) -> int:
     ]
     how: dict[str, Any] = {} if chosen.depth is None else {"depth": chosen.depth}
     with as_usage_error():
-        cases = bench.cases(
-            settings,
-            detector={"width": chosen.width},
-            blocks=chosen.blocks or ("unroll" if gpu else "scan"),
-            **how,
-        )
         if chosen.peer:
             from fastvim_jax.bench import torchvision_peer
 
             places = dict.fromkeys((pixels, batch) for _, pixels, batch, _, _ in settings)
-            cases += torchvision_peer.cases(list(places))
+            cases = torchvision_peer.cases(list(places), chosen.peer)
+        else:
+            cases = bench.cases(
+                settings,
+                detector={"width": chosen.width},
+                blocks=chosen.blocks or ("unroll" if gpu else "scan"),
+                **how,
+            )
     return status(measure("detect", cases, bench.COLUMNS, arguments, chosen.json))

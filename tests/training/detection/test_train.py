@@ -127,6 +127,27 @@ def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, caps
         assert "knows the 2 categories" in capsys.readouterr().err
 
 
+def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
+    """Train a Faster R-CNN: one stage and no masks, from data without masks."""
+    config = tiny_config(images[0], epochs=1)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, masks=False),
+        data=dataclasses.replace(config.data, masks=False),
+    )
+    result = train(config, tmp_path / "run", progress=False)
+    records = read_metrics(tmp_path / "run", "train")
+    assert len(records) == result.step == 2
+    parts = ("rpn_cls_loss", "rpn_box_loss", "s0_cls_loss", "s0_box_loss")
+    for record in records:
+        assert {key for key in record if key.endswith("_loss")} == set(parts)
+        assert record["loss"] == pytest.approx(sum(record[part] for part in parts), rel=1e-5)
+        assert record["s0_cls_loss"] > 0 and np.isfinite(record["loss"])
+    assert result.metrics["count"] == 3 and 0 <= result.metrics["raw_bbox_ap"] <= 1
+    assert not any("segm" in key for key in result.metrics)
+    assert (tmp_path / "run" / "eval_detections.png").is_file()
+
+
 def test_a_config_survives_its_file(scenes):
     config = tiny_config(scenes)
     assert config_from_json(config.to_json()) == config
