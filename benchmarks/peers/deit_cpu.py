@@ -3,7 +3,8 @@
     python benchmarks/peers/deit_cpu.py --torch PYTHON --json FILE
 
 PYTHON is an interpreter that imports torch and timm (by default this one). Images have 224 px, float32; weights are
-random. Each program has a process that is pinned to the first `--cores` cores. They take turns, so that other work on
+random. Each program has a process that is pinned to the same processors: the first `--cores` of those that this program
+may use (`taskset -c 4,5 python ...` chooses others), one for each physical core where Linux tells them. They take turns, so that other work on
 the machine disturbs all alike. `cpu` is the processor time of a call in milliseconds, which other programs disturb
 less than `wall`, the wall-clock time. Both are given as smallest, median and largest; `ratio` is DeiT's time divided by
 FastVim's. `fastvim` is compiled by a plain `jax.jit`, `fastvim_options` with the compiler options that `Classifier`,
@@ -64,7 +65,7 @@ def make_deit(batch: int, cores: int) -> Any:
 
 def work(name: str, cores: int) -> None:
     """Read a batch size per line of standard input, and print (processor, wall-clock) milliseconds of each call."""
-    os.sched_setaffinity(0, range(cores))
+    os.sched_setaffinity(0, processors(cores))
     calls: dict[int, Any] = {}
     for line in sys.stdin:
         batch = int(line)
@@ -82,6 +83,17 @@ def work(name: str, cores: int) -> None:
             calls[batch]()
             times.append((1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)))
         print(json.dumps(times), flush=True)
+
+
+def processors(cores: int) -> list[int]:
+    """List the first processors that this program may use, one for each physical core, or neighbours if that is unknown."""
+    allowed = sorted(os.sched_getaffinity(0))
+    first: dict[str, int] = {}
+    for number in allowed:
+        file = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        first.setdefault(file.read_text() if file.exists() else str(number), number)
+    found = list(first.values())
+    return (found if len(found) >= cores else allowed)[:cores]
 
 
 def start(python: str, name: str, cores: int) -> subprocess.Popen:
@@ -128,6 +140,13 @@ def compare(workers: dict[str, subprocess.Popen], batch: int, rounds: int) -> di
     return row
 
 
+def versions(python: str) -> dict[str, str]:
+    """Return the versions of an interpreter, of its torch and of its timm."""
+    code = "import platform, torch, timm; print(platform.python_version(), torch.__version__, timm.__version__)"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return dict(zip(("python", "torch", "timm"), found.stdout.split(), strict=True))
+
+
 def processor() -> str:
     """Return the processor's name, and whether it has AVX-512."""
     text = Path("/proc/cpuinfo").read_text()
@@ -151,8 +170,13 @@ def main() -> None:
     from pallas_kernels import timing
 
     circumstances = timing.circumstances("benchmarks/peers/deit_cpu.py")
-    about = {"processor": processor(), "cores": chosen.cores, "load_before": os.getloadavg()}
-    circumstances |= about
+    circumstances |= {
+        "processor": processor(),
+        "cores": chosen.cores,
+        "processors": processors(chosen.cores),
+        "peer": versions(chosen.torch),
+        "load_before": os.getloadavg(),
+    }
     pythons = dict.fromkeys(FASTVIM, sys.executable) | {"deit": chosen.torch}
     workers = {name: start(python, name, chosen.cores) for name, python in pythons.items()}
     rows = []
@@ -160,14 +184,14 @@ def main() -> None:
         for batch in CALLS:
             rows.append(compare(workers, batch, chosen.rounds))
             print(json.dumps(rows[-1], indent=1), flush=True)
+            if chosen.json:
+                circumstances["load_after"] = os.getloadavg()
+                record = {"bench": "deit_cpu", "circumstances": circumstances, "rows": rows}
+                chosen.json.write_text(json.dumps(record, indent=1) + "\n")
     finally:
         for worker in workers.values():
             worker.terminate()
             worker.wait()
-    circumstances["load_after"] = os.getloadavg()
-    record = {"bench": "deit_cpu", "circumstances": circumstances, "rows": rows}
-    if chosen.json:
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _photographs(chosen: Arguments) -> int:
         weights=chosen.weights,
         batch_size=size,
         dtype=chosen.dtype,
-        embeddings_only=True,
+        outputs=("embeddings",),
         workers=decoding_workers(len(files), chosen.workers),
     )
     make = functools.partial(iter_features, classifier)

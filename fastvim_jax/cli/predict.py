@@ -71,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     options: dict[str, Any] = {
         "batch_size": min(chosen.batch_size, len(files)),
         "dtype": chosen.dtype,
+        "outputs": ("probabilities",),
         "workers": decoding_workers(len(files), chosen.workers),
     }
     if is_pretrained(chosen.run):

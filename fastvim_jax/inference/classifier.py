@@ -49,6 +49,10 @@ Images = Any
 _AHEAD = (
     2  # Batches that the devices may have to compute while the results of earlier ones are fetched.
 )
+OUTPUTS = ("logits", "probabilities", "embeddings")
+"""What a classifier returns by default."""
+MAPS = ("features", "class_maps")
+"""What a classifier returns of every patch when asked."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Result:
     """The model's outputs for n images, in the order given. Rows of images that could not be read are NaN.
 
     Attributes:
-        logits: `n classes`, float32.
-        probabilities: `n classes`, float32.
-        embeddings: `n d`, float32: the pooled features that the head reads.
+        logits: `n classes`, float32; `n 0` if the classifier's `outputs` do not name them.
+        probabilities: `n classes`, float32, or `n 0`.
+        embeddings: `n d`, float32, or `n 0`: the pooled features that the head reads.
         errors: for each image that could not be read, by its index, the reason.
         features: `n rows columns d`, float32: the features of every patch, after the final norm; None unless the
-            classifier was built with maps=True.
+            classifier's `outputs` name them.
         class_maps: `n rows columns classes`, float32: the head's logits for every patch, or None.
     """
 
@@ -87,16 +91,18 @@ class Classifier:
         dtype: compute dtype, "float32" or "bfloat16", with the model's own activations. By default the model's own
             dtype; on a GPU bfloat16, and for a Mamba model activations="compute". docs/models.md says how exact this
             is; any `dtype` given switches it off.
-        maps: return features and class logits of every patch as well.
-        embeddings_only: leave the head out. Logits and probabilities then have no columns, class_maps is None, and
+        outputs: which arrays of `Result` to compute and to copy from the devices: "logits", "probabilities",
+            "embeddings", "features", "class_maps". With "embeddings" and "features" alone the head is left out, and
             the model may be one without classes.
+        blocks: "scan" or "unroll", as in the model's config; by default the model's own. Unrolled blocks take longer to
+            compile and less time to run: docs/inference.md.
         workers: processes that decode when all images of a call are paths; 0: threads, which take up to four cores'
             worth. Processes start at every call, within seconds, so they pay off for thousands of files. A script that
             asks for them needs `if __name__ == "__main__":`.
 
     Raises:
-        UserError: a model without classes (unless `embeddings_only`) or of feature maps, a model of images with other
-            than one or three channels, or a batch size below 1.
+        UserError: a model without classes (if an output needs the head) or of feature maps, a model of images with
+            other than one or three channels, unknown outputs, or a batch size below 1.
     """
 
     def __init__(
@@ -107,17 +113,20 @@ class Classifier:
         *,
         batch_size: int = 32,
         dtype: Literal["float32", "bfloat16"] | None = None,
-        maps: bool = False,
-        embeddings_only: bool = False,
+        outputs: Sequence[str] = OUTPUTS,
+        blocks: Literal["scan", "unroll"] | None = None,
         workers: int = 0,
     ) -> None:
         config: Any = model.config  # type: ignore[attr-defined]
         if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
-        if not config.num_classes and not embeddings_only:
+        unknown = [name for name in outputs if name not in OUTPUTS + MAPS]
+        if unknown or not outputs:
+            raise UserError(f"outputs={outputs!r}: choose from {', '.join(OUTPUTS + MAPS)}.")
+        if not config.num_classes and not set(outputs) <= {"embeddings", "features"}:
             raise UserError(
                 f"a {type(model).__name__} without classes classifies nothing; `fastvim embed` writes its features "
-                "(embeddings_only=True)."
+                '(outputs=["embeddings"]).'
             )
         if config.channels not in (1, 3) or isinstance(
             config, ChannelMambaConfig | ChannelViTConfig
@@ -136,6 +145,8 @@ class Classifier:
                 config = dataclasses.replace(config, activations="compute")
         if dtype is not None:
             config = dataclasses.replace(config, dtype=dtype)
+        if blocks is not None:
+            config = dataclasses.replace(config, blocks=blocks)
         if workers < 0:
             raise UserError(f"workers={workers} must be at least 0.")
         self.workers = workers
@@ -148,31 +159,35 @@ class Classifier:
         if dtype == "bfloat16":  # Otherwise the model rounds its weights at every call.
             params = round_products(params, config.precision.compute)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        # Calls pass a list of arrays, because JAX would flatten the model's state by Python code at every call.
+        self._leaves, structure = jax.tree.flatten(self._params)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
         preprocess = make_preprocess(self.data)
 
         @partial(jax.jit, compiler_options=forward_options(config.precision.compute))
-        def run(params: Any, images: Array) -> tuple[Array, ...]:
-            model = nnx.merge(graphdef, params)
+        def run(leaves: list[Array], images: Array) -> dict[str, Array]:
+            model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
             tokens = model.forward_features(preprocess(images))
-            embeddings = model.forward_head(tokens, pre_logits=True)
-            if embeddings_only:
-                logits = jnp.zeros((len(images), 0))
-            else:
-                logits = model.forward_head(tokens).astype(jnp.float32)
-            outputs = [logits, jax.nn.softmax(logits), embeddings]
-            if maps:
-                features = model.feature_maps(tokens, self.data.height_width)
-                outputs += [features] if embeddings_only else [features, model.class_maps(features)]
-            return tuple(each.astype(jnp.float32) for each in outputs)
+            found: dict[str, Array] = {}
+            if not {"logits", "probabilities"}.isdisjoint(outputs):
+                found["logits"] = model.forward_head(tokens).astype(jnp.float32)
+                found["probabilities"] = jax.nn.softmax(found["logits"])
+            if "embeddings" in outputs:
+                found["embeddings"] = model.forward_head(tokens, pre_logits=True)
+            if not set(MAPS).isdisjoint(outputs):
+                found["features"] = model.feature_maps(tokens, self.data.height_width)
+            if "class_maps" in outputs:
+                found["class_maps"] = model.class_maps(found["features"])
+            return {name: found[name].astype(jnp.float32) for name in outputs}
 
         self._described = repr((config, self.data, self.class_names))
         self._run: Any = run
         # Shapes of one image's outputs, for calls without images.
         shape = (self._batch, *self.data.height_width, self.data.channels)
         self._input = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
-        outputs = jax.eval_shape(run, self._params, self._input)
-        self._shapes = [each.shape[1:] for each in outputs]
+        shapes = jax.eval_shape(run, self._leaves, self._input)
+        self._shapes = {name: each.shape[1:] for name, each in shapes.items()}
+        self._width = config.embed_dim
 
     @classmethod
     def load(
@@ -224,7 +239,7 @@ class Classifier:
     @property
     def num_features(self) -> int:
         """Width of the embeddings."""
-        return self._shapes[2][0]
+        return self._width
 
     def fingerprint(self) -> str:
         """Digest weights, config, preprocessing and class names: two classifiers that differ have two digests."""
@@ -237,7 +252,7 @@ class Classifier:
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""
         if hasattr(self._run, "lower"):
-            self._run = self._run.lower(self._params, self._input).compile()
+            self._run = self._run.lower(self._leaves, self._input).compile()
         return self
 
     def __call__(self, images: Images) -> Result:
@@ -251,11 +266,14 @@ class Classifier:
             UserError: an array of another rank, dtype or number of channels.
         """
         listed = _listed(images)
-        found = tuple(np.empty((len(listed), *shape), np.float32) for shape in self._shapes)
+        found = {
+            name: np.empty((len(listed), *shape), np.float32)
+            for name, shape in self._shapes.items()
+        }
         errors: dict[int, str] = {}
         for start, outputs, problems in self.each_batch(listed):
-            for whole, part in zip(found, outputs, strict=True):
-                whole[start : start + len(part)] = part
+            for name, part in outputs.items():
+                found[name][start : start + len(part)] = part
             errors |= {start + i: problem for i, problem in problems.items()}
         return _result(found, errors)
 
@@ -266,7 +284,9 @@ class Classifier:
             For each file, in order: its name, its row in the result of its batch, and that result.
         """
         for start, outputs, errors in self.each_batch([str(file) for file in files]):
-            result = _result(tuple(map(np.array, outputs)) if errors else outputs, errors)
+            if errors:  # Arrays from the devices are read-only.
+                outputs = {name: np.array(each) for name, each in outputs.items()}
+            result = _result(outputs, errors)
             for i in range(len(result.logits)):
                 yield str(files[start + i]), i, result
 
@@ -285,28 +305,29 @@ class Classifier:
             workers=self.workers,
         )
 
-    def forward(self, batch: Array) -> tuple[Array, ...]:
-        """Start the model on a batch of `decoded`; the outputs, on the devices, are those of `Result`."""
-        outputs: tuple[Array, ...] = self._run(self._params, batch)
+    def forward(self, batch: Array) -> dict[str, Array]:
+        """Start the model on a batch of `decoded`; return the outputs, on the devices, by their names in `Result`."""
+        outputs: dict[str, Array] = self._run(self._leaves, batch)
         return outputs
 
     def each_batch(
         self, images: Any
-    ) -> Iterator[tuple[int, tuple[np.ndarray, ...], dict[int, str]]]:
+    ) -> Iterator[tuple[int, dict[str, np.ndarray], dict[int, str]]]:
         """Yield (index of the first image, outputs, errors) of each batch; the devices work on later ones meanwhile.
 
         The outputs are those of `forward`, as NumPy arrays without the padding's rows.
         """
         waiting: collections.deque[tuple[int, Any, dict[int, str]]] = collections.deque()
 
-        def fetch() -> tuple[int, tuple[np.ndarray, ...], dict[int, str]]:
+        def fetch() -> tuple[int, dict[str, np.ndarray], dict[int, str]]:
             start, outputs, problems = waiting.popleft()
             count = min(self._batch, len(images) - start)
-            return start, tuple(np.asarray(each)[:count] for each in outputs), problems
+            arrays = {name: np.asarray(each)[:count] for name, each in outputs.items()}
+            return start, arrays, problems
 
         for start, batch, problems in self.decoded(images):
             outputs = self.forward(batch)
-            for each in outputs:
+            for each in outputs.values():
                 each.copy_to_host_async()
             waiting.append((start, outputs, problems))
             if len(waiting) > _AHEAD:
@@ -337,12 +358,11 @@ def _listed(images: Images) -> Any:
     )
 
 
-def _result(outputs: tuple[np.ndarray, ...], errors: dict[int, str]) -> Result:
-    """Name the outputs, with NaN for images that could not be read."""
-    if (
-        errors
-    ):  # Arrays from the devices are read-only, and without errors they are returned as they are.
-        for array in outputs:
+def _result(outputs: dict[str, np.ndarray], errors: dict[int, str]) -> Result:
+    """Name the outputs, with NaN for images that could not be read; those that were not asked for have no columns."""
+    if errors:
+        for array in outputs.values():
             array[list(errors)] = np.nan
-    logits, probabilities, embeddings, *maps = outputs
-    return Result(logits, probabilities, embeddings, errors, *maps)
+    count = len(next(iter(outputs.values())))
+    none = {name: np.empty((count, 0), np.float32) for name in OUTPUTS}
+    return Result(errors=errors, **(none | outputs))

@@ -20,6 +20,7 @@ from fastvim_jax.data import load_image
 from fastvim_jax.data.augment import eval_transform
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.stream import WorkersEnded
+from fastvim_jax.inference.classifier import MAPS, OUTPUTS
 from fastvim_jax.inference.decoding import decoding_workers
 from fastvim_jax.models import VisionMambaConfig, build_model
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
@@ -105,7 +106,9 @@ def test_one_program_serves_every_number_of_images(classifier, files):
 
 
 def test_features_and_class_maps_of_every_patch(model, files):
-    found = Classifier(model, PREPROCESSING, batch_size=2, maps=True)([*files[:2], "missing.png"])
+    found = Classifier(model, PREPROCESSING, batch_size=2, outputs=(*OUTPUTS, *MAPS))(
+        [*files[:2], "missing.png"]
+    )
     assert found.features.shape == (3, 2, 2, 8) and found.class_maps.shape == (3, 2, 2, 3)
     # FastVim's head reads the mean of the tokens, and is linear.
     np.testing.assert_allclose(
@@ -216,7 +219,7 @@ def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
         Classifier(plain, PREPROCESSING)
     params = {k: v for k, v in nnx.state(model).items() if k != "head"}
     nnx.update(plain, nnx.State(params))
-    found = Classifier(plain, PREPROCESSING, batch_size=4, embeddings_only=True)(files)
+    found = Classifier(plain, PREPROCESSING, batch_size=4, outputs=["embeddings"])(files)
     assert found.logits.shape == found.probabilities.shape == (len(files), 0)
     np.testing.assert_allclose(found.embeddings, classifier(files).embeddings, rtol=1e-5, atol=1e-6)
 
