@@ -4,11 +4,11 @@
 
 PYTHON is an interpreter that imports torch and timm (by default this one). Images have 224 px, float32; weights are
 random. Each program has a process that is pinned to the same processors: the first `--cores` of those that this program
-may use (`taskset -c 4,5 python ...` chooses others), one for each physical core where Linux tells them. They take turns, so that other work on
-the machine disturbs all alike. `cpu` is the processor time of a call in milliseconds, which other programs disturb
-less than `wall`, the wall-clock time. Both are given as smallest, median and largest; `ratio` is DeiT's time divided by
-FastVim's. `fastvim` is compiled by a plain `jax.jit`, `fastvim_options` with the compiler options that `Classifier`,
-`fastvim predict` and `fastvim bench model` pass.
+may use (`taskset -c 4,5 python ...` chooses others), one for each physical core where Linux tells them. They take
+turns, so that other work on the machine disturbs all alike. `cpu` is the processor time of a call in milliseconds,
+which other programs disturb less than `wall`, the wall-clock time. Both are given as smallest, median and largest;
+`ratio` is DeiT's time divided by FastVim's. `fastvim` is compiled by a plain `jax.jit`, `fastvim_options` with the
+compiler options that `Classifier`, `fastvim predict` and `fastvim bench model` pass.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def work(name: str, cores: int) -> None:
 
 
 def processors(cores: int) -> list[int]:
-    """List the first processors that this program may use, one for each physical core, or neighbours if that is unknown."""
+    """List the first processors that this program may use, one for each physical core where there are enough."""
     allowed = sorted(os.sched_getaffinity(0))
     first: dict[str, int] = {}
     for number in allowed:
@@ -100,7 +100,8 @@ def start(python: str, name: str, cores: int) -> subprocess.Popen:
     """Start a worker process that computes on `cores` threads."""
     root = str(Path(__file__).resolve().parents[2])
     command = [python, __file__, "--work", name, "--cores", str(cores)]
-    settings = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(cores)}
+    search = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"PYTHONPATH": search, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(cores)}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
