@@ -29,7 +29,7 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.decoding import decoded_batches
 from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
-from fastvim_jax.models import VisionMambaConfig, build_model
+from fastvim_jax.models import build_model
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -41,6 +41,7 @@ from fastvim_jax.models.pretrained import (
     is_pretrained,
     load_pretrained,
 )
+from fastvim_jax.models.registry import FAST
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run
 
@@ -141,15 +142,14 @@ class Classifier:
         devices = jax.local_devices()
         if dtype is None and platform_of(devices[0]) in ("gpu", "cuda"):
             dtype = "bfloat16"
-            if isinstance(config, VisionMambaConfig):
-                config = dataclasses.replace(config, activations="compute")
-        if dtype is not None:
-            config = dataclasses.replace(config, dtype=dtype)
-        if blocks is not None:
-            config = dataclasses.replace(config, blocks=blocks)
+            fast = {name: value for name, value in FAST.items() if hasattr(config, name)}
+            config = dataclasses.replace(config, **fast | {"blocks": config.blocks})
+        changed = {"dtype": dtype, "blocks": blocks}
+        config = dataclasses.replace(config, **{k: v for k, v in changed.items() if v is not None})
         if workers < 0:
             raise UserError(f"workers={workers} must be at least 0.")
         self.workers = workers
+        self.outputs = tuple(outputs)
         self.class_names = tuple(class_names)
         self.data = photographs_data(preprocessing, config.channels)
         mesh = Mesh(np.array(devices), ("data",))

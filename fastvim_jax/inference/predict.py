@@ -93,7 +93,8 @@ def predict_files(
         UserError: for a `top_k` or `batch_size` below 1, or a run that is no classifier of images.
     """
     if isinstance(source, Run):
-        source = Classifier.of_run(source, batch_size=min(batch_size, max(1, len(files))))
+        size = min(batch_size, max(1, len(files)))
+        source = Classifier.of_run(source, batch_size=size, outputs=["probabilities"])
     return list(iter_predictions(source, files, top_k=top_k))
 
 
@@ -108,10 +109,14 @@ def iter_predictions(
         top_k: see `predict_files`.
 
     Raises:
-        UserError: for a `top_k` below 1.
+        UserError: for a `top_k` below 1, or a classifier that does not compute probabilities.
     """
     if top_k < 1:
         raise UserError(f"top_k={top_k} must be at least 1.")
+    if "probabilities" not in classifier.outputs:
+        raise UserError(
+            f"predictions need probabilities, and outputs={classifier.outputs!r} names none."
+        )
     for file, i, result in classifier.each_file(files):
         if i in result.errors:
             yield Prediction(file, error=result.errors[i])

@@ -105,6 +105,19 @@ def test_one_program_serves_every_number_of_images(classifier, files):
         assert classifier(files[:count]).logits.shape == (count, 3)
 
 
+def test_only_what_is_asked_for_is_computed(model, classifier, files):
+    some = Classifier(model, PREPROCESSING, batch_size=4, outputs=["probabilities"])
+    found = some(files)
+    np.testing.assert_allclose(
+        found.probabilities, classifier(files).probabilities, rtol=1e-5, atol=1e-6
+    )
+    assert found.logits.shape == found.embeddings.shape == (len(files), 0)
+    assert list(some.forward(jnp.zeros((4, 8, 8, 3), jnp.uint8))) == ["probabilities"]
+    for outputs in (["logit"], []):
+        with pytest.raises(UserError, match="choose from logits, probabilities"):
+            Classifier(model, PREPROCESSING, outputs=outputs)
+
+
 def test_features_and_class_maps_of_every_patch(model, files):
     found = Classifier(model, PREPROCESSING, batch_size=2, outputs=(*OUTPUTS, *MAPS))(
         [*files[:2], "missing.png"]
@@ -172,6 +185,9 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(model, monkeypatch):
         Classifier(model, PREPROCESSING, dtype=dtype)
         assert built[-1].dtype == expected
         assert built[-1].activations == ("compute" if expected == "bfloat16" else "wide")
+        assert built[-1].blocks == model.config.blocks
+    Classifier(model, PREPROCESSING, blocks="unroll")
+    assert built[-1].blocks == "unroll"
 
 
 def test_pixels_of_the_model_s_size_are_taken_as_they_are(classifier, rng):
