@@ -97,10 +97,14 @@ def _case(
     plain = model_config(name, image_size=pixels, **options, **reference_options(name))
     plain_graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(plain, rngs=nnx.Rngs(0))))
 
-    def forward(graphdef):
-        return lambda params, images: nnx.merge(graphdef, params)(images)
-
     once = round_products(params, config.precision.compute) if precision == "bf16" else params
+    once, structure = jax.tree.flatten(once)
+
+    def forward(graphdef):
+        # Weights are a list, because JAX flattens a model's state by Python code at every call.
+        return lambda weights, images: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))(
+            images
+        )
 
     def arguments(seed):
         shape = (batch, pixels, pixels, config.channels)
@@ -113,8 +117,8 @@ def _case(
         forward(graphdef), arguments, compiler_options=forward_options(config.precision.compute)
     )
     images = arguments(0)[1][:CHECKED]
-    reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
-    wanted = reference(params, images)
+    reference = timing.Program(forward(plain_graphdef), jax.tree.leaves(params), images, hasty=True)
+    wanted = reference(jax.tree.leaves(params), images)
     error = timing.relative_error(measured.result()[:CHECKED], wanted)
     del images, wanted, reference
     yield None

@@ -89,14 +89,14 @@ class Classifier:
         preprocessing: size, crop and normalisation of the model's input.
         class_names: in the order of the logits; may be empty.
         batch_size: images per batch, rounded up to a multiple of the number of local devices.
-        dtype: compute dtype, "float32" or "bfloat16", with the model's own activations. By default the model's own
-            dtype; on a GPU bfloat16, and for a Mamba model activations="compute". docs/models.md says how exact this
-            is; any `dtype` given switches it off.
+        dtype: compute dtype, "float32" or "bfloat16", with the model's own activations and blocks. By default the
+            model's own; on a GPU the model's fast mode, as create_model(..., fast=True) builds it. docs/models.md says
+            how exact this is; any `dtype` given switches it off.
         outputs: which arrays of `Result` to compute and to copy from the devices: "logits", "probabilities",
             "embeddings", "features", "class_maps". With "embeddings" and "features" alone the head is left out, and
             the model may be one without classes.
-        blocks: "scan" or "unroll", as in the model's config; by default the model's own. Unrolled blocks take longer to
-            compile and less time to run: docs/inference.md.
+        blocks: "scan" or "unroll", as in the model's config; by default "unroll" in the fast mode, otherwise the
+            model's own. Unrolled blocks run faster on a GPU and take longer to trace.
         workers: processes that decode when all images of a call are paths; 0: threads, which take up to four cores'
             worth. Processes start at every call, within seconds, so they pay off for thousands of files. A script that
             asks for them needs `if __name__ == "__main__":`.
@@ -143,7 +143,7 @@ class Classifier:
         if dtype is None and platform_of(devices[0]) in ("gpu", "cuda"):
             dtype = "bfloat16"
             fast = {name: value for name, value in FAST.items() if hasattr(config, name)}
-            config = dataclasses.replace(config, **fast | {"blocks": config.blocks})
+            config = dataclasses.replace(config, **fast)
         changed = {"dtype": dtype, "blocks": blocks}
         config = dataclasses.replace(config, **{k: v for k, v in changed.items() if v is not None})
         if workers < 0:

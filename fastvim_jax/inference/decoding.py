@@ -85,7 +85,7 @@ def decoded_batches(
             return
     with ThreadPoolExecutor(cores()) as decoders:
         build = _Builder(images, data, batch_size, sharding, decoders)
-        if count == 1:  # Nothing can be built ahead, and a thread takes longer to start than one image to place.
+        if count == 1:  # Nothing can be built ahead, so no thread has to start.
             yield build(0)
         else:
             yield from _ahead(build, count, threads=AHEAD)

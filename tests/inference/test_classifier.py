@@ -185,9 +185,10 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(model, monkeypatch):
         Classifier(model, PREPROCESSING, dtype=dtype)
         assert built[-1].dtype == expected
         assert built[-1].activations == ("compute" if expected == "bfloat16" else "wide")
-        assert built[-1].blocks == model.config.blocks
-    Classifier(model, PREPROCESSING, blocks="unroll")
-    assert built[-1].blocks == "unroll"
+        assert built[-1].blocks == ("unroll" if expected == "bfloat16" else "scan")
+    monkeypatch.setattr("fastvim_jax.inference.classifier.platform_of", lambda _: "gpu")
+    Classifier(model, PREPROCESSING, blocks="scan")
+    assert (built[-1].dtype, built[-1].blocks) == ("bfloat16", "scan")
 
 
 def test_pixels_of_the_model_s_size_are_taken_as_they_are(classifier, rng):

@@ -61,7 +61,11 @@ def predict(arguments: Sequence[str]) -> int:
         images = chosen.images or (64 if gpu else 4) * size
         workers = decoding_workers(images, chosen.workers)
         classifier = Classifier.load(
-            chosen.run, batch_size=size, dtype=chosen.dtype, workers=workers
+            chosen.run,
+            batch_size=size,
+            dtype=chosen.dtype,
+            outputs=("probabilities",),
+            workers=workers,
         )
     name = Path(chosen.run).name or chosen.run
     rows = bench.rows(classifier, name, files, images=images, repeats=chosen.repeats)
