@@ -6,9 +6,11 @@ convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, lo
 float32 or more. `matmul_precision` says how float32 products are carried out on a GPU, whose default would be TF32:
 "highest" is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide
 results of the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the
-memory traffic; pooled tokens, steps, state, norms and residual stream stay wide, and with a half-precision `dtype` the
+memory traffic; pooled tokens, steps, state and norms stay wide, and with a half-precision `dtype` the
 few pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
-hardware's tanh, wrong by up to 2^-12. How far both are from exact values stands at `VisionMambaConfig.activations`.
+hardware's tanh, wrong by up to 2^-12. `residual_in_fp32` = False stores the residual stream in `dtype` between blocks:
+sums are still computed in `wide`, and rounded once. How far both are from exact values stands at
+`VisionMambaConfig.activations` and `BackboneConfig.residual_in_fp32`.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Precision:
     param_dtype: ParamDtypeName = "float32"
     matmul_precision: MatmulPrecision = "highest"
     activations: Activations = "wide"
+    residual_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,6 +69,11 @@ class Precision:
     def wide(self) -> jnp.dtype:
         """Dtype of everything else: float32, or the compute dtype where that is wider."""
         return jnp.dtype(jnp.float64 if self.dtype == "float64" else jnp.float32)
+
+    @property
+    def residual(self) -> jnp.dtype:
+        """Dtype in which the residual stream is stored between blocks."""
+        return self.wide if self.residual_in_fp32 else self.compute
 
     @property
     def lax(self) -> jax.lax.Precision:

@@ -33,15 +33,27 @@ TOLERANCES = {"f32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 CHECKED = 2
 
 
-def policy(name: str, precision: str, *, activations: str, blocks: str) -> dict[str, Any]:
-    """Return the model options behind "bf16", "tf32" and "f32" (products in full float32 precision)."""
+def policy(
+    name: str,
+    precision: str,
+    *,
+    activations: str,
+    blocks: str,
+    residual_in_fp32: bool | None = None,
+) -> dict[str, Any]:
+    """Return the model options behind "bf16", "tf32" and "f32" (products in full float32 precision).
+
+    In bf16, `residual_in_fp32` is by default as in the fast mode (False), unless activations are "wide".
+    """
     options: dict[str, Any] = {
         "bf16": {"dtype": "bfloat16"},
         "tf32": {"dtype": "float32", "matmul_precision": "tf32"},
         "f32": {"dtype": "float32", "matmul_precision": "highest"},
     }[precision]
-    if precision == "bf16" and not _is_vit(name):
-        options = options | {"activations": activations}
+    if precision == "bf16":
+        wide = activations == "wide" if residual_in_fp32 is None else residual_in_fp32
+        options |= {"residual_in_fp32": wide}
+        options |= {} if _is_vit(name) else {"activations": activations}
     return options | {"blocks": blocks}
 
 
@@ -66,21 +78,34 @@ def cases(
     *,
     activations: str = "compute",
     blocks: str = "unroll",
+    residual_in_fp32: bool | None = None,
     **options: Any,
 ) -> list[tuple[timing.Row, timing.Case]]:
     """List the measurements for `timing.run`.
+
+    Images are float32, except for bf16 models with activations "compute", whose images are bfloat16 as DeiT's are.
 
     Args:
         settings: (model's name, pixels, batch, precision) of each.
         activations: of models in bf16, "compute" or "wide"; see `fastvim_jax.precision`.
         blocks: "unroll" or "scan".
+        residual_in_fp32: of models in bf16; see `policy`.
         options: further fields of the models' configs.
     """
     found = []
     for name, pixels, batch, precision in settings:
-        chosen = policy(name, precision, activations=activations, blocks=blocks)
+        chosen = policy(
+            name,
+            precision,
+            activations=activations,
+            blocks=blocks,
+            residual_in_fp32=residual_in_fp32,
+        )
+        narrow = precision == "bf16" and activations == "compute"
+        images = "bfloat16" if narrow else "float32"
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
-        found.append((row, _case(name, pixels, batch, precision, chosen, options)))
+        row |= {"images": images}
+        found.append((row, _case(name, pixels, batch, precision, images, chosen, options)))
     return found
 
 
@@ -89,6 +114,7 @@ def _case(
     pixels: int,
     batch: int,
     precision: str,
+    images_dtype: str,
     chosen: dict[str, Any],
     options: dict[str, Any],
 ) -> timing.Case:
@@ -111,7 +137,7 @@ def _case(
         # Weights are rotated with the images: a small model's would stay in the cache from call to call, where another
         # program of a user's would have replaced them.
         weights = jax.tree.map(jnp.copy, once) if seed else once
-        return weights, jax.random.normal(jax.random.key(seed), shape)
+        return weights, jax.random.normal(jax.random.key(seed), shape, images_dtype)
 
     measured = timing.Measured(
         forward(graphdef), arguments, compiler_options=forward_options(config.precision.compute)

@@ -99,6 +99,7 @@ def rows_and_configs(
     recipe: bool = False,
     data: int = 1,
     fsdp: int = 1,
+    residual_in_fp32: bool | None = None,
     **options: Any,
 ) -> list[tuple[timing.Row, Config]]:
     """List rows and configs.
@@ -110,6 +111,7 @@ def rows_and_configs(
         recipe: take uint8 images, augment them, drop paths and average the weights, as the supervised recipe does.
         data: groups of devices, as in `MeshConfig`. The batch is that of one device.
         fsdp: devices of a group.
+        residual_in_fp32: of models in bf16; see `bench.model.policy`.
         options: further options of models.
 
     Raises:
@@ -125,7 +127,13 @@ def rows_and_configs(
         make_mesh(MeshConfig(data, fsdp))  # refuses more devices than there are
     found = []
     for name, pixels, batch, precision in settings:
-        chosen = policy(name, precision, activations=activations, blocks=blocks)
+        chosen = policy(
+            name,
+            precision,
+            activations=activations,
+            blocks=blocks,
+            residual_in_fp32=residual_in_fp32,
+        )
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
         row |= {"recipe": True} if recipe else {}
         row |= {"data": data, "fsdp": fsdp} if data * fsdp > 1 else {}

@@ -5,11 +5,29 @@ Callers cast the output to the compute dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from fastvim_jax.precision import Precision
+
+
+class RMSNorm(nnx.RMSNorm):
+    """An RMSNorm of inputs of any dtype, in its own dtype."""
+
+    def __call__(self, x: Any, **options: Any) -> Any:
+        """Widen x, so that the result is not rounded to its dtype, and normalise."""
+        return super().__call__(x.astype(self.dtype), **options)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """A LayerNorm of inputs of any dtype, in its own dtype."""
+
+    def __call__(self, x: Any, **options: Any) -> Any:
+        """Widen x, so that the result is not rounded to its dtype, and normalise."""
+        return super().__call__(x.astype(self.dtype), **options)
 
 
 def make_norm(
@@ -20,7 +38,7 @@ def make_norm(
     Statistics and output have the dtype `precision.wide`. The variance is computed in a second pass, from the centred
     input, because E[x²] - E[x]² loses digits by cancellation.
     """
-    norm = {"rms": nnx.RMSNorm, "layer": nnx.LayerNorm}[kind]
+    norm = {"rms": RMSNorm, "layer": LayerNorm}[kind]
     return norm(
         features,
         epsilon=eps,

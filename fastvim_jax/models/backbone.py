@@ -124,7 +124,7 @@ class Backbone(nnx.Module):
         """Run all blocks over tokens `b l d`, as `embed` makes them or any others.
 
         Args:
-            tokens: float32 or wider, in stored order.
+            tokens: floats in stored order; the residual stream holds them in the dtype that `residual_in_fp32` says.
             poolings: one period of the stack's poolings, for example `self.poolings(grid)`.
             key, drop_path_keep: as for a call of the model.
             output_blocks: indices of the blocks to return values of.
@@ -352,8 +352,9 @@ class Backbone(nnx.Module):
     ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
         masks = (config.depth, *self._mask_axes, tokens.shape[0])
-        keep = keep_factors(key, drop_path_keep, config.drop_path, masks, tokens.dtype)
-        return self._run_blocks(tokens, poolings, output_blocks, keep)
+        p = config.precision
+        keep = keep_factors(key, drop_path_keep, config.drop_path, masks, p.wide)
+        return self._run_blocks(tokens.astype(p.residual), poolings, output_blocks, keep)
 
     def _run_blocks(
         self,

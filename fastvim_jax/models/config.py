@@ -76,6 +76,9 @@ class BackboneConfig:
     """Dtype in which parameters are stored."""
     matmul_precision: MatmulPrecision = "highest"
     """How a GPU computes float32 matrix products: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    residual_in_fp32: bool = True
+    """Store the residual stream between blocks in float32 or wider. False: in `dtype`, which moves fewer bytes; every
+    sum is still computed in float32 and rounded once, and norms read the rounded sum. docs/models.md has the bounds."""
     blocks: BlockMode = "scan"
     """scan: compile one period of the stack of blocks and loop over it (compiles fast); unroll: compile every block
     (runs faster)."""
@@ -95,7 +98,12 @@ class BackboneConfig:
     @property
     def precision(self) -> Precision:
         """The dtype policy."""
-        return Precision(self.dtype, self.param_dtype, self.matmul_precision)
+        return Precision(
+            self.dtype,
+            self.param_dtype,
+            self.matmul_precision,
+            residual_in_fp32=self.residual_in_fp32,
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -173,7 +181,13 @@ class VisionMambaConfig(BackboneConfig):
     @property
     def precision(self) -> Precision:
         """The dtype policy."""
-        return Precision(self.dtype, self.param_dtype, self.matmul_precision, self.activations)
+        return Precision(
+            self.dtype,
+            self.param_dtype,
+            self.matmul_precision,
+            self.activations,
+            self.residual_in_fp32,
+        )
 
     @property
     def mixer(self) -> MixerConfig:

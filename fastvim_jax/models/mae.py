@@ -187,7 +187,7 @@ class MaskedAutoencoder(nnx.Module):
         poolings = (NoPooling(tokens.shape[1]),)
         tokens, _ = run_blocks(
             decoder.blocks if self._is_vit else prepare_blocks(decoder.blocks, poolings),
-            tokens,
+            tokens.astype(p.residual),
             poolings,
             depth=self.config.decoder_depth,
             keep=None,

@@ -22,7 +22,9 @@ from fastvim_jax.models.upernet import UperNet, UperNetConfig
 from fastvim_jax.models.vision_mamba import VisionMamba
 from fastvim_jax.models.vit import VisionTransformer
 
-FAST = {"dtype": "bfloat16", "activations": "compute", "blocks": "unroll"}
+FAST = {
+    "dtype": "bfloat16", "activations": "compute", "residual_in_fp32": False, "blocks": "unroll",
+}  # fmt: skip
 """Options that `create_model(..., fast=True)` sets, if the model has them."""
 MODEL_CLASSES: dict[type, type] = {
     VisionMambaConfig: VisionMamba,
@@ -121,9 +123,9 @@ def create_model(
         name: One of `list_models()`.
         num_classes: Classes of a classifier's head, by default 1000; 0 for no head.
         rngs: Source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
-        fast: Compute and store the mixers' activations in bfloat16, and compile every block, as in all recorded
-            benchmarks of this project. Parameters, sums, states, norms and logits stay float32. `docs/models.md` says
-            how much outputs and gradients then differ from the exact default. `options` take precedence.
+        fast: Compute and store the mixers' activations and the residual stream in bfloat16, and compile every block.
+            Parameters, sums, states, norms and logits stay float32. `docs/models.md` says how much outputs and
+            gradients then differ from the exact default. `options` take precedence.
         **options: Fields of the model's config to change; timm's `in_chans`, `img_size`, `drop_path_rate` and
             `global_pool` are understood. A masked autoencoder (`mae_...`) also takes its encoder's fields.
 

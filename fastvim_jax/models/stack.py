@@ -49,7 +49,7 @@ def run_blocks(
     Args:
         blocks: Module from `stack_blocks`; called as `block(residual, pooling, keep)`, returning the new residual
             and the block's output.
-        residual: `b l d`, float32 or wider; or any pytree that the blocks take and return in its place.
+        residual: `b l d`; or any pytree that the blocks take and return in its place.
         poolings: One period of poolings: block i uses `poolings[i % len(poolings)]`.
         depth: Number of blocks.
         keep: Drop-path factors with leading axis `depth`, or None.
@@ -124,8 +124,3 @@ def _unstack(tree: Any) -> list[Any]:
     leaves, structure = jax.tree.flatten(tree)
     blocks = zip(*map(jnp.unstack, leaves), strict=True)
     return [jax.tree.unflatten(structure, block) for block in blocks]
-
-
-def broadcast_keep(keep: jax.Array, like: jax.Array) -> jax.Array:
-    """Reshape per-sample factors `b` so that they multiply `like` (`b ...`)."""
-    return jnp.reshape(keep, (-1,) + (1,) * (like.ndim - 1))

@@ -1,6 +1,6 @@
 """Define FastVim and Vim: patch embedding, a stack of bidirectional scan mixers, a head. There is no MLP.
 
-residual = patches + position embedding                 float32, also after every sum below
+residual = patches + position embedding                 stored as `residual_in_fp32` says, also after every sum below
 residual = residual + drop_path(mixer(norm(residual)))  for every block
 logits   = head(pool(norm(residual)))
 
@@ -29,9 +29,9 @@ from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_wit
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
-from fastvim_jax.models.stack import broadcast_keep, run_blocks, stack_blocks
+from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
-from pallas_kernels.mixer_core import Projection, Unprojected
+from pallas_kernels.mixer_core import Projection, Unprojected, add_to_residual
 from pallas_kernels.sharding import cast_parameter
 
 
@@ -50,10 +50,7 @@ class Block(nnx.Module):
     ) -> tuple[Tokens, Tokens]:
         """Return the new residual stream and the mixer's own output, both `b l d`."""
         hidden = self.mixer(checkpointed_norm(self.norm, residual), pooling)
-        update = hidden.astype(residual.dtype)
-        if keep is not None:
-            update = update * broadcast_keep(keep, update)
-        return residual + update, hidden
+        return add_to_residual(residual, hidden, keep), hidden
 
 
 class JoinedBlock(nnx.Module):
@@ -87,7 +84,8 @@ class JoinedBlock(nnx.Module):
         """Map (residual stream, its normalised tokens) before the block to the same pair after it, all `b l d`."""
         residual, normed = stream
         unprojected = Unprojected(normed, self.in_weight[...])
-        projection = Projection(self.out_weight[...], jnp.ones(residual.shape[-1], residual.dtype))
+        wide = self.mixer.config.precision.wide
+        projection = Projection(self.out_weight[...], jnp.ones(residual.shape[-1], wide))
         eps = self.norm_eps
         return self.mixer.join(unprojected, residual, pooling, projection, eps, keep), None
 
@@ -230,7 +228,7 @@ class VisionMamba(Backbone):
         return max_by_argmax(logits, axis=1) if self._classifies_every_token("max") else logits
 
     def _after_block(self, before: Tokens, output: Tokens) -> Tokens:
-        return before + output.astype(before.dtype)
+        return add_to_residual(before, output)
 
     def _as_image(self, tokens: Tokens, grid: GridSize, norm: Any = None) -> Array:
         index = self._class_index(grid)

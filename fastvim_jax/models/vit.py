@@ -19,8 +19,9 @@ from fastvim_jax.layers.pos_embed import add_table, resize_with_class_row
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
-from fastvim_jax.models.stack import broadcast_keep, stack_blocks
+from fastvim_jax.models.stack import stack_blocks
 from fastvim_jax.typing import Images, Tokens
+from pallas_kernels.mixer_core import add_to_residual
 
 
 class ViTBlock(nnx.Module):
@@ -52,8 +53,8 @@ class ViTBlock(nnx.Module):
                 lambda x: self.mlp(checkpointed_norm(self.norm2, x).astype(self.dtype)),
             )
         ):
-            y = update(residual).astype(residual.dtype)
-            residual = residual + (y if keep is None else y * broadcast_keep(keep[branch], y))
+            factors = None if keep is None else keep[branch]
+            residual = add_to_residual(residual, update(residual), factors)
         return residual, residual
 
 

@@ -42,7 +42,7 @@ _TASK_PARTS = ("head.", "out_norms.", "fc_norm.")
 _FREE = frozenset(
     {
         "image_size", "num_classes", "drop_path", "out_indices", "dtype", "param_dtype", "matmul_precision", "blocks",
-        "remat", "activations", "scan_implementation",
+        "remat", "activations", "residual_in_fp32", "scan_implementation",
     }
 )  # fmt: skip
 

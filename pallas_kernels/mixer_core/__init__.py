@@ -26,6 +26,7 @@ from pallas_kernels.mixer_core.block import (
 from pallas_kernels.mixer_core.sequence import sequence_core
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Directions, Norm
+from pallas_kernels.mixer_core.xla import add_to_residual
 
 __all__ = [
     "Convolutions",
@@ -33,6 +34,7 @@ __all__ = [
     "Norm",
     "Projection",
     "Unprojected",
+    "add_to_residual",
     "block_unsupported",
     "mixer_block",
     "mixer_core",

@@ -72,7 +72,7 @@ def mixer_block(
     """Compute everything between in_proj of one block and in_proj of the next.
 
         g        = mixer_core(xz)
-        residual = residual + keep · g · weight^T
+        residual = residual + keep · g · weight^T                   rounded to the dtype of `residual`
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
     On Hopper GPUs, and only there, one kernel computes the three lines from the scans' outputs: g and the product never
@@ -87,7 +87,7 @@ def mixer_block(
 
     Args:
         xz: see `mixer_core`, or `Unprojected`.
-        residual: residual stream, float32 or wider.
+        residual: residual stream. Its sum is computed in float32 or wider, and the norm reads the rounded sum.
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
         keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
@@ -132,7 +132,7 @@ def mixer_block(
     call = _Call(middle, options, float(norm_eps), implementation)
     if keep is not None:
         expect_shape("mixer_block", "keep", keep, "b", xz.shape[:1], beside)
-        keep = lax.stop_gradient(keep.astype(residual.dtype))
+        keep = lax.stop_gradient(keep.astype(xla.at_least_float32(residual.dtype)))
     arrays = (residual, directions, norm, projection, keep, middle_params)
     by_name = implementation == "pallas"
 

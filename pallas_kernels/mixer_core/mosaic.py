@@ -154,8 +154,8 @@ def block_unsupported(xz, residual, kernels, options: CoreOptions, *, by_name: b
     (`by_name`), the block needs this kernel. Otherwise several kernels do as well, unless the batch leaves processors
     idle.
     """
-    if xz.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
-        return f"xz is {xz.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
+    if xz.dtype != jnp.bfloat16 or residual.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"xz is {xz.dtype}, not bfloat16, or the residual {residual.dtype} is wider than float32"
     several = back_project_unsupported(xz.shape[-1] // 2, residual.shape[-1], options)
     if by_name or several is None:
         return several

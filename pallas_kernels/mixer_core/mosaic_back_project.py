@@ -4,11 +4,11 @@
     r = residual + g W
     h = r / sqrt(mean(r²) + eps) · gain
 
-The front wrote the skips; `mosaic_back` computes the first line by itself. Neither g nor g W exists in global memory.
-A thread block computes 64 rows of the product: `PER_TILE` segments of rows of the grid, 16 rows of the tile each. A
-segment shorter than 16 tokens has its middle tokens twice. Its two warpgroups share the segments, then the columns of
-the product, then the segments again. g takes the place of the skips in shared memory, parts of W that of z, and the
-product that of g.
+r is float32 or bfloat16, and h is that of the rounded r. The front wrote the skips; `mosaic_back` computes the first
+line by itself. Neither g nor g W exists in global memory. A thread block computes 64 rows of the product: `PER_TILE`
+segments of rows of the grid, 16 rows of the tile each. A segment shorter than 16 tokens has its middle tokens twice.
+Its two warpgroups share the segments, then the columns of the product, then the segments again. g takes the place of
+the skips in shared memory, parts of W that of z, and the product that of g.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def mean(blocks: list[jax.Array]) -> jax.Array:
     """Average over the channels of tokens given as blocks of channels."""
     total = functools.reduce(jnp.add, blocks)
     return jnp.sum(total, axis=1) * (1.0 / (len(blocks) * blocks[0].shape[1]))
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """Round float32 numbers to those that `dtype` can hold."""
+    return x.astype(dtype).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +206,7 @@ def back_project(
         skip: ``b rows columns e`` in half precision.
         z: ``b rows columns e``; or x and z, ``b rows columns 2e``.
         y: scan outputs, forward and backward, ``b lines e`` float32 each.
-        residual: ``b rows columns d`` float32.
+        residual: ``b rows columns d`` float32 or bfloat16.
         scale, shift: parameters of the LayerNorm, ``e`` float32.
         weight: transpose of the projection, ``d e`` in skip's dtype.
         gain: of the RMSNorm, ``d`` float32.
@@ -351,11 +356,14 @@ def back_project(
                 if keep_ref is not None:
                     factor = keep_ref[work.place(index)[0]]
                     update = [part * factor for part in update]
-                new = [old + part for old, part in zip(values, update, strict=True)]
+                new = [
+                    rounded(old.astype(jnp.float32) + part, stream)
+                    for old, part in zip(values, update, strict=True)
+                ]
                 scaling = lax.rsqrt(mean([part * part for part in new]) + norm_eps)
                 scaling = spread(scaling, (4, COLUMNS), 0, layouts.outputs)
                 for c, part in enumerate(new):
-                    store(tokens(sum_ref, index, start, 4, c), part)
+                    store(tokens(sum_ref, index, start, 4, c), part.astype(stream))
                     normed = (part * scaling * gains[c]).astype(dtype)
                     store(tokens(normed_ref, index, start, 4, c), normed)
 
@@ -378,13 +386,13 @@ def back_project(
         for item, residual in zip(items, residuals, strict=True):
             there(item, add, residual)
 
-    dtype = skip.dtype
+    dtype, stream = skip.dtype, residual.dtype
     by_columns = lambda x: x.reshape(*x.shape[:-1], columns, COLUMNS)  # noqa: E731
     old = by_columns(residual)
     new, normed = gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct(old.shape, jnp.float32),
+            jax.ShapeDtypeStruct(old.shape, stream),
             jax.ShapeDtypeStruct(old.shape, skip.dtype),
         ],
         scratch_types=work.scratch(skip.dtype, interpret),

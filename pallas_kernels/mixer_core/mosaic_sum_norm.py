@@ -2,8 +2,9 @@
 
     r += keep · update,   n = r / sqrt(mean(r²) + eps) · gain
 
-The kernel reads r and the update once, and writes r and n once. A warp owns a token, and a lane owns four neighbouring
-channels of each 128. All loads of a warp's tokens are on their way at the same time.
+r is float32 or bfloat16, and n is that of the rounded r. The kernel reads r and the update once, and writes r and n
+once. A warp owns a token, and a lane owns four neighbouring channels of each 128. All loads of a warp's tokens are on
+their way at the same time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import largest_divisor
-from pallas_kernels.mixer_core.mosaic_back_project import Layouts, mean, spread
+from pallas_kernels.mixer_core.mosaic_back_project import Layouts, mean, rounded, spread
 from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, whole_tokens_unsupported
 from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store
 
@@ -36,14 +37,14 @@ def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
 
     Args:
         update: ``b l d`` in half precision.
-        residual: ``b l d`` float32.
+        residual: ``b l d`` float32 or bfloat16.
         gain: of the norm, ``d`` float32.
         keep: factors of each image's update, ``b`` float32; or None.
         eps: epsilon of the norm.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The sum in float32, and the normalised tokens in the dtype of `update`.
+        The sum in the dtype of `residual`, and the normalised tokens in the dtype of `update`.
     """
     shape, width = residual.shape, residual.shape[-1]
     count, blocks = residual.size // width, width // BLOCK
@@ -72,17 +73,20 @@ def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
             for ref in keep_refs:
                 factor = over(load(ref.at[at], layouts.of_tokens), 0)
                 updates = [x * factor for x in updates]
-            new = [r + x for r, x in zip(old, updates, strict=True)]
+            new = [
+                rounded(r.astype(jnp.float32) + x, residual.dtype)
+                for r, x in zip(old, updates, strict=True)
+            ]
             scaling = over(lax.rsqrt(mean([part * part for part in new]) + eps), 0)
             for c, part in enumerate(new):
-                store(sum_ref.at[at, c], part)
+                store(sum_ref.at[at, c], part.astype(residual.dtype))
                 store(normed_ref.at[at, c], (part * scaling * gains[c]).astype(update.dtype))
 
     flat = lambda x: blocked(x.reshape(-1, width))  # noqa: E731
     total, normed = gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((count, blocks, BLOCK), jnp.float32),
+            jax.ShapeDtypeStruct((count, blocks, BLOCK), residual.dtype),
             jax.ShapeDtypeStruct((count, blocks, BLOCK), update.dtype),
         ],
         interpret=interpret_params(interpret),

@@ -250,9 +250,32 @@ def add_and_normalise(
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Project g, add it to the residual stream, and normalise the sum; see `block.mixer_block`."""
-    update = project(g, weight).astype(residual.dtype)
-    total = residual + (update if keep is None else update * keep[:, None, None])
+    total = add_to_residual(residual, project(g, weight), keep)
     return total, rms_norm(total, gain, eps, g.dtype)
+
+
+def add_to_residual(
+    residual: Float[Array, "b l o"],
+    update: Float[Array, "b l o"],
+    keep: Float[Array, " b"] | None = None,
+) -> Float[Array, "b l o"]:
+    """Add an update, times one factor for each image, to the residual stream; round the sum to the stream's dtype."""
+    dtype = residual.dtype
+    wide = at_least_float32(dtype)
+    update = update.astype(wide)
+    if keep is not None:
+        update = update * keep.astype(wide)[:, None, None]
+    total = residual.astype(wide) + update
+    if dtype != wide:
+        # XLA would leave a conversion and its inverse out, and the norm would read another sum than the next block.
+        about = jnp.finfo(dtype)
+        total = jax.lax.reduce_precision(total, about.nexp, about.nmant)
+    return total.astype(dtype)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Return the dtype in which sums of numbers of `dtype` are computed."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def project(g: jax.Array, weight: Float[Array, "o e"]) -> jax.Array:
@@ -261,10 +284,11 @@ def project(g: jax.Array, weight: Float[Array, "o e"]) -> jax.Array:
 
 
 def rms_norm(total: jax.Array, gain: jax.Array, eps: float, dtype: Any) -> jax.Array:
-    """Apply an RMSNorm over the last axis in the dtype of `total`, and round to `dtype`; save `total` alone."""
+    """Apply an RMSNorm over the last axis in float32 or wider, and round to `dtype`; save `total` alone."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(total, gain):
+        total = total.astype(at_least_float32(total.dtype))
         factor = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
         return (total * (factor * gain.astype(total.dtype))).astype(dtype)
 
@@ -284,8 +308,9 @@ def norm_gradient(
     Returns:
         The sum, in the dtype of `total`; and the sum times each image's factor, rounded to the dtype of `normed_bar`.
     """
-    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps, normed_bar.dtype), total)
+    wide = total.astype(at_least_float32(total.dtype))
+    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps, normed_bar.dtype), wide)
     (bar,) = pull(normed_bar)
-    bar = total_bar + bar
+    bar = total_bar.astype(wide.dtype) + bar
     scaled = bar if keep is None else bar * keep[:, None, None]
-    return bar, scaled.astype(normed_bar.dtype)
+    return bar.astype(total.dtype), scaled.astype(normed_bar.dtype)

@@ -33,6 +33,8 @@ class Model(Options):
     """bf16; tf32: float32 with matrix products in TF32; f32: matrix products in full float32."""
     activations: Literal["compute", "wide"] = "compute"
     """For bf16, the models' option of that name. compute: results between products are bfloat16; wide: float32."""
+    residual_in_fp32: bool | None = None
+    """For bf16, the models' option of that name. By default False (as in the fast mode), with wide activations True."""
     blocks: Literal["unroll", "scan"] | None = None
     """unroll: compile every block; scan: compile one period of blocks. By default unroll on a GPU, scan elsewhere."""
     depth: int | None = None
@@ -107,4 +109,5 @@ def _settings(chosen: Model) -> list[tuple[str, int, int, str]]:
 def _how(chosen: Model) -> dict[str, Any]:
     blocks = chosen.blocks or ("unroll" if on_gpu() else "scan")
     depth = {} if chosen.depth is None else {"depth": chosen.depth}
-    return {"activations": chosen.activations, "blocks": blocks, **depth}
+    residual = {"residual_in_fp32": chosen.residual_in_fp32}
+    return {"activations": chosen.activations, "blocks": blocks, **residual, **depth}
