@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import card
+from targets import half_mode
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -134,8 +135,7 @@ def channels(rows: list[Row]) -> Iterator[str]:
     lines = []
     for row in found:
         name, precision = row["model"], row["precision"]
-        activations = row.get("activations") or "wide"
-        mode = f"{precision}, {activations}" if precision == "bf16" else precision
+        mode = f"{precision}, {half_mode(row)}" if precision == "bf16" else precision
         paper = PAPER_CHANNELS.get(name) if row["batch"] == 8 else None
         required = paper * CHANNEL_FACTOR[precision] if paper else None
         lines.append((

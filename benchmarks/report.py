@@ -89,12 +89,13 @@ Successive calls take different images, as many sets as fill 256 MB together wit
 median of 20. "same weights": the record's calls shared one copy of the weights, and single calls also the images. The
 50 MB of cache hold these if they are small (FastVim-T in bf16: 16 MB). Other records rotate copies of the weights, too.
 
-bf16 has two modes, by the dtype of the activations between matrix products. Bounds are shares of each array's largest
+bf16 has modes, by the dtype of the activations between matrix products. Bounds are shares of each array's largest
 entry, and are held on every golden model ([docs/models.md](../docs/models.md)):
 
 - *compute*: bfloat16. Outputs within 1e-1, gradients within 3e-1. Models that take maxima have no bound on gradients.
   What was seen: [NOTES.md](NOTES.md#how-exact-compute-is).
-- *wide*: float32; ViT has no other mode. Outputs within 2e-2, gradients within 5e-2.
+- *fast* (`fast=True`): *compute* with the residual stream in bfloat16, too. Images are bfloat16, as DeiT's are.
+- *wide*: float32. Outputs within 2e-2, gradients within 5e-2.
 
 The ViT of this package is a reference for accuracy. It is slower than timm's DeiT of the same size, so speeds of
 other models are divided by DeiT's, never by this ViT's.

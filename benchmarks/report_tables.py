@@ -18,6 +18,7 @@ from targets import (
     Row,
     device_images_per_s,
     find,
+    half_mode,
     way,
 )
 
@@ -229,8 +230,8 @@ def plot_models(rows: list[Row], name: str, file: Path) -> bool:
 
 
 def _mode(row: Row) -> str:
-    """Return a row's precision and, for bf16, its option `activations`."""
-    return row["precision"] + (f", {row['activations']}" if row["precision"] == "bf16" else "")
+    """Return a row's precision and, for bf16, its mode."""
+    return row["precision"] + (f", {half_mode(row)}" if row["precision"] == "bf16" else "")
 
 
 def recipe_section(rows: list[Row]) -> str:

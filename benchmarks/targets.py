@@ -131,6 +131,11 @@ def _images_per_s(row: Row) -> float:
     return row["images_per_s"]
 
 
+def half_mode(row: Row) -> str:
+    """Return the mode of a bf16 row: "fast", or its option `activations`; the page's legend explains them."""
+    return (row.get("activations") or "wide") if row.get("residual_in_fp32", True) else "fast"
+
+
 def device_images_per_s(row: Row) -> float:
     """Return images per second of device time, or of wall-clock time if no device time was recorded."""
     return 1e3 * row["batch"] / row["device_ms"] if "device_ms" in row else row["images_per_s"]

@@ -250,7 +250,7 @@ def test_experiments_cite_the_newest_record(report):
 
 
 HALF = re.compile(r"\b(bf16|bfloat16)\b", re.IGNORECASE)
-MODE = re.compile(r"compute|wide|fast=True")
+MODE = re.compile(r"compute|wide|fast=True|bf16, fast|step, fast|forward, fast")
 MODEL = re.compile(r"(vim|vit)_\w|Vi[mT]-[TSB]\b")  # Kernels have a dtype and no mode.
 
 

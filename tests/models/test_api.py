@@ -14,7 +14,9 @@ from fastvim_jax import UserError
 from fastvim_jax.models import create_model, model_config
 from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.rngs import as_rngs
+from fastvim_jax.serialise import from_dict, to_dict
 from pallas_kernels import gpu
+from pallas_kernels.mixer_core import add_to_residual
 from tests.support import assert_close
 
 SMALL = {"image_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 3}
@@ -171,9 +173,49 @@ def test_timm_s_options_are_understood_or_explained():
 def test_one_switch_for_speed():
     config = model_config(NAMES[0], fast=True)
     assert (config.dtype, config.activations, config.blocks) == ("bfloat16", "compute", "unroll")
+    assert not config.residual_in_fp32 and model_config(NAMES[0]).residual_in_fp32
     assert model_config(NAMES[0], fast=True, blocks="scan").blocks == "scan"
     vit = model_config(NAMES[2], fast=True)
-    assert (vit.dtype, vit.blocks) == ("bfloat16", "unroll")
+    assert (vit.dtype, vit.blocks, vit.residual_in_fp32) == ("bfloat16", "unroll", False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dtype_of_the_residual_stream(name, images):
+    """Trace blocks in a loop and one by one; masks of drop path are float32, and so are logits."""
+    for in_fp32, dtype in ((True, jnp.float32), (False, jnp.bfloat16)):
+        for options in ({"blocks": "scan", "remat": "block", "depth": 6}, {"blocks": "unroll"}):
+            model = small(
+                name, dtype="bfloat16", residual_in_fp32=in_fp32, drop_path=0.5, **options
+            )
+            blocks = jax.eval_shape(model.intermediates, images)
+            assert {residual.dtype for residual, _ in blocks} == {jnp.dtype(dtype)}
+            run = lambda x, model=model: model(x, key=jax.random.key(0))  # noqa: E731
+            assert jax.eval_shape(run, images).dtype == jnp.float32
+
+
+def test_a_config_of_before_the_field_stores_the_residual_stream_in_float32():
+    config = model_config(NAMES[0])
+    text = to_dict(config)
+    assert text.pop("residual_in_fp32")
+    assert from_dict(type(config), text) == config
+
+
+def test_sums_are_rounded_once(seed):
+    """Compare with the definition; the norm of a block reads the sum that the next block reads."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    residual, update = draw(2, 3, 4).astype(jnp.bfloat16), draw(2, 3, 4)
+    keep = jnp.asarray([0.0, 1.25])
+    found = jax.jit(add_to_residual)(residual, update, keep)
+    wanted = np.asarray(residual, np.float32) + np.asarray(update) * np.asarray(keep)[:, None, None]
+    np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+
+    @jax.jit
+    def read(residual, update):
+        return add_to_residual(residual, update).astype(jnp.float32)
+
+    total = np.asarray(read(residual, update))
+    np.testing.assert_array_equal(total, total.astype(jnp.bfloat16).astype(np.float32))
 
 
 def test_the_slow_default_is_told_once_on_a_gpu(images, monkeypatch, caplog):

@@ -30,7 +30,7 @@ def split(seed=0, **options):
 @pytest.mark.parametrize("batch", [1, 128])
 def test_one_kernel_scans_both_directions_of_a_block(batch):
     depth = 3
-    graphdef, params = split(depth=depth, blocks="unroll", dtype="bfloat16", activations="compute")
+    graphdef, params = split(depth=depth, fast=True)
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
     forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
     text = lower_for_h100(forward, params, images)
