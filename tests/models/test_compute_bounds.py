@@ -16,13 +16,14 @@ from tests.pallas_kernels.mosaic_support import abstract_h100, interpreted, need
 
 
 @pytest.mark.drawn
+@pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("kind", ["fastvim", "vim"])
 def test_fused_cores_by_xla(
-    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, in_fp32: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bound the error of the fused core, which rounds where the kernels do; its stages are XLA's on this CPU."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
-    hold_to_bounds(kind, rng, depth=2)
+    hold_to_bounds(kind, rng, depth=2, residual_in_fp32=in_fp32)
 
 
 @contextlib.contextmanager
@@ -34,13 +35,19 @@ def _kernels() -> Iterator[None]:
 @pytest.mark.drawn
 @needs_mosaic
 @pytest.mark.slow
+@pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_kernels_in_the_interpreter(
-    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, in_fp32: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bound the error of the fused kernels, scans included; two blocks, so that both poolings occur."""
     for name, core in (("mixer_core", mixer_core), ("sequence_core", sequence_core)):
         by_name = functools.partial(core, implementation="pallas")
         monkeypatch.setattr(f"fastvim_jax.layers.fused_core.{name}", by_name)
-    options = {"depth": 2, "state_size": 4, "scan_implementation": "pallas"}
+    options = {
+        "depth": 2,
+        "residual_in_fp32": in_fp32,
+        "state_size": 4,
+        "scan_implementation": "pallas",
+    }
     hold_to_bounds(kind, rng, _kernels, **options)

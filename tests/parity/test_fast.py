@@ -12,9 +12,9 @@ from tests.parity.models import compare_model
 
 # (outputs, gradients), relative to the largest entry of each array.
 BOUNDS = {
-    "fastvim_default": (2e-2, 1e-1),
-    "fastvim_max": (3e-2, 4e-1),
-    "vim_midcls": (6e-2, 3e-1),
+    "fastvim_default": (4e-2, 1e-1),
+    "fastvim_max": (3e-2, 8e-1),
+    "vim_midcls": (1e-1, 3e-1),
     "vit_cls": (2e-2, 5e-2),
 }
 
@@ -26,10 +26,11 @@ def test_the_fast_mode_is_within_its_bounds(name: str, record_property: Any) -> 
     root = folder()
     if root is None:
         pytest.skip("no golden numbers here: set FASTVIM_PARITY_DIR")
-    options = {} if name.startswith("vit") else {"activations": FAST["activations"]}
-    errors = compare_model(
-        read(root / f"{name}.npz"), FAST["dtype"], FAST["blocks"], **options
-    ).errors
+    options = {key: FAST[key] for key in ("activations", "residual_in_fp32")}
+    if name.startswith("vit"):
+        del options["activations"]
+    golden = read(root / f"{name}.npz")
+    errors = compare_model(golden, str(FAST["dtype"]), str(FAST["blocks"]), **options).errors
     outputs, gradients = (max(errors[kind].values()) for kind in ("output", "grad"))
     line = f"fast mode, {name}: outputs {outputs:.1e}, gradients {gradients:.1e}"
     record_property("summary", line)
