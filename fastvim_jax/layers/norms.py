@@ -17,17 +17,17 @@ from fastvim_jax.precision import Precision
 class RMSNorm(nnx.RMSNorm):
     """An RMSNorm of inputs of any dtype, in its own dtype."""
 
-    def __call__(self, x: Any, **options: Any) -> Any:
+    def __call__(self, x: Any, mask: Any = None) -> Any:
         """Widen x, so that the result is not rounded to its dtype, and normalise."""
-        return super().__call__(x.astype(self.dtype), **options)
+        return super().__call__(x.astype(self.dtype), mask=mask)
 
 
 class LayerNorm(nnx.LayerNorm):
     """A LayerNorm of inputs of any dtype, in its own dtype."""
 
-    def __call__(self, x: Any, **options: Any) -> Any:
+    def __call__(self, x: Any, mask: Any = None) -> Any:
         """Widen x, so that the result is not rounded to its dtype, and normalise."""
-        return super().__call__(x.astype(self.dtype), **options)
+        return super().__call__(x.astype(self.dtype), mask=mask)
 
 
 def make_norm(
