@@ -147,8 +147,9 @@ def page(runs: dict[str, list[dict[str, Any]]], unfinished: Sequence[dict[str, A
         ]
         parts += [BY_HEART, "\n".join(head + heart) + "\n"]
     parts += [_not_finished(record) for record in unfinished if record["job"] not in _jobs(runs)]
-    scenes = [line for name in BACKBONES for line in _scenes(name, runs)]
-    if scenes:
+    rows = [line for name in BACKBONES for line in _scenes(name, runs)]
+    parts.append(SCENES_HEAD)
+    if rows:
         head = [
             "| backbone | starts from | mIoU, % | pixels right, % | epochs | minutes | card |",
             "|---|---|--:|--:|--:|--:|---|",
@@ -160,7 +161,7 @@ def page(runs: dict[str, list[dict[str, Any]]], unfinished: Sequence[dict[str, A
             f"{TRAINING_SCENES:,} training scenes, {count} validation scenes. ±: standard deviation over the seeds; a "
             f"row without it has one seed.\n"
         )
-        parts += [SCENES_HEAD, "\n".join(head + scenes) + "\n", said]
+        parts += ["\n".join(head + rows) + "\n", said]
         parts += [answer for question in QUESTIONS if (answer := _answer(*question, runs))]
     missing = [name for name in BACKBONES if f"scenes_{name}" not in runs]
     if missing:

@@ -220,6 +220,7 @@ def test_the_page_of_dense_runs_says_what_is_met(programs):
     assert "| vit | CIFAR-10 (71.0 %) | 40.0 | 90.0 |" in page
     assert "Not run: scenes with fastvim, vim." in page
     assert "FastVim ahead of Vim, from" not in page  # Neither has run.
+    assert "Is FastVim ahead of Vim" in dense.page({})  # Questions come before answers.
     for name, scores in (("fastvim", (0.5, 0.6, 0.55)), ("fastvim_started", (0.61, 0.7, 0.8))):
         runs[f"scenes_{name}"] = [
             record(f"scenes_{name}_s{i}", raw_miou=score, raw_aacc=0.8)
@@ -346,7 +347,8 @@ def test_the_page_of_speeds_says_what_is_met(programs):
     ]
     both = family.page(rows + [row | {"images_per_s": 9e6} for row in faster])
     first, second = both.split("# One H100\n")[1].split("# One H200\n")
-    assert first.strip() == page.split("# One H100\n")[1].strip()
+    alone = page.split("# One H100\n")[1].split("# Counted")[0]
+    assert first.strip() == alone.strip()
     assert (
         "9,000,000" in second and "the fastest of these" not in second
     )  # It has no peer on that card.
@@ -356,6 +358,7 @@ def test_the_page_of_speeds_says_what_is_met(programs):
     # The base model's heads are those of the tiny one.
     assert "fastvim_base, 1024 px, batch 4: 50% of the sum" in page and "masks); met: no." in page
     assert "| torchvision | 1024 | 1 | whole |" in page
+    assert "| fastvim_base_patch16_224 | 353 | 72 | 103 | 387 | 159 | 60% | 2.8 |" in page
 
 
 def test_trials_for_cifar_read_no_test_image(programs, monkeypatch):
