@@ -10,24 +10,30 @@ the output projection, the residual sum and the next block's norm.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from fastvim_jax.layers.channel_pooling import ChannelLines, ChannelPooling
 from fastvim_jax.layers.direction import MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
+from fastvim_jax.typing import Tokens
 from pallas_kernels import gpu
+from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.mixer_core import (
     Convolutions,
     Directions,
     Norm,
     Projection,
     Unprojected,
+    add_norm,
+    add_norm_unsupported,
     block_unsupported,
     mixer_block,
     mixer_core,
@@ -40,6 +46,7 @@ from pallas_kernels.selective_scan import (
     instead,
     projected_scan,
 )
+from pallas_kernels.sharding import cast_parameter
 
 
 class Core(NamedTuple):
@@ -138,18 +145,19 @@ def _lines_core(
 def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
     """Return whether kernels can compute a block joined to the next block's RMSNorm, on this machine."""
     precision = config.precision
-    if not isinstance(pooling, GridPooling | ChannelPooling):
-        return False
-    lines = _lines(config, pooling)
     wanted = (
-        not lines.reorder
-        and runs_fused(config, pooling)
-        and precision.activations == "compute"
-        and config.post_norm == "layer"
+        precision.activations == "compute"
         and not config.proj_bias
         and config.layer_scale is None
+        and runs_fused(config, pooling)
     )
     if not wanted:
+        return False
+    if not isinstance(pooling, GridPooling | ChannelPooling):
+        update = jax.ShapeDtypeStruct(residual.shape, precision.compute)
+        return add_norm_unsupported(update, residual) is None
+    lines = _lines(config, pooling)
+    if lines.reorder or config.post_norm != "layer":
         return False
     taps = jax.ShapeDtypeStruct((2, config.conv_width, config.inner), precision.params)
     xz = jax.ShapeDtypeStruct((*residual.shape[:2], 2 * config.inner), precision.compute)
@@ -159,9 +167,9 @@ def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> b
 def joined_block(
     unprojected: Unprojected,
     residual: jax.Array,
-    pooling: GridPooling | ChannelPooling,
+    pooling: Pooling,
     both: ScanDirection,
-    post_norm: nnx.LayerNorm,
+    post_norm: Any,
     projection: Projection,
     norm_eps: float,
     keep: jax.Array | None,
@@ -179,6 +187,9 @@ def joined_block(
     Returns:
         The new residual stream, and its normalised tokens in the dtype of the tokens given.
     """
+    if not isinstance(pooling, GridPooling | ChannelPooling):
+        update = _update(unprojected, pooling, both, post_norm, projection.weight)
+        return add_norm(update, residual, projection.gain, norm_eps=norm_eps, keep=keep)
     lines = _lines(both.config, pooling)
     params, middle, directions = _pooled(both, lines, pooling.method)
     return mixer_block(
@@ -195,6 +206,51 @@ def joined_block(
         keep=keep,
         **_grid_options(lines, pooling.method),
     )
+
+
+def _update(
+    unprojected: Unprojected,
+    pooling: Pooling,
+    both: ScanDirection,
+    post_norm: Any,
+    weight: Float[Array, "o e"],
+) -> Tokens:
+    """Run a mixer with the transposed kernel of its out_proj. The result `b l o` has the tokens' dtype."""
+    if isinstance(pooling, RaggedPooling) and pooling.order is not None:
+        return _update_in_place(unprojected, pooling, both, post_norm, weight)
+    return _projected(unprojected, pooling, both, post_norm, weight)
+
+
+def _projected(unprojected, pooling, both, post_norm, weight):
+    g = fused_core(unprojected.projected(), pooling, both, post_norm)
+    dtype = unprojected.tokens.dtype
+    return jnp.matmul(g.astype(dtype), cast_parameter(weight, dtype, g).T)
+
+
+def _update_in_place(
+    unprojected: Unprojected, pooling: RaggedPooling, both: ScanDirection, post_norm: Any, weight
+) -> Tokens:
+    """Run `_update` of tokens that are visited in another order than the stored one, and leave them in their places.
+
+    For a gradient, move them where they are d wide. The kernels' own gradient would move them where they are 2e wide.
+    """
+    graphdef, params = nnx.split((both, post_norm))
+    names = ("row_ids", "reverse_ids", "order", "inverse")
+
+    def of(params, ids):
+        return dataclasses.replace(pooling, **ids), *nnx.merge(graphdef, params)
+
+    def run(unprojected, params, weight, ids):
+        return _projected(unprojected, *of(params, ids), weight)
+
+    def moved(unprojected, params, weight, ids):
+        pooling, both, post_norm = of(params, ids)
+        visited = unprojected._replace(tokens=pooling.to_scan_order(unprojected.tokens))
+        out = _projected(visited, pooling.as_stored(), both, post_norm, weight)
+        return pooling.from_scan_order(out)
+
+    ids = {name: getattr(pooling, name) for name in names}
+    return differentiated_as(moved, run, unprojected, params, weight, ids)
 
 
 def _lines(config: MixerConfig, pooling: GridPooling | ChannelPooling) -> ChannelLines:
@@ -273,8 +329,9 @@ def _ragged_core(
     xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     params, scans, directions = _pooled(both)
+    moves = pooling.order is not None
     out = mixer_core(
-        pooling.to_scan_order(xz),
+        xz,
         directions,
         _norm(post_norm, both),
         params,
@@ -282,13 +339,13 @@ def _ragged_core(
         rows=pooling.rows,
         columns=pooling.columns,
         row_ids=(pooling.row_ids, pooling.reverse_ids),
+        places=(pooling.order, pooling.inverse) if moves else None,
         scale=pooling.scale,
         eps=both.config.norm_eps,
         norm_kind=both.config.post_norm,
     )
-    if both.config.post_norm != "none":  # Round for the reason given in `_lines_core`.
-        out = out.astype(both.config.precision.compute)
-    return pooling.from_scan_order(out)
+    # Round for the reason given in `_lines_core`.
+    return out.astype(both.config.precision.compute) if both.config.post_norm != "none" else out
 
 
 CORES: dict[type, Core] = {

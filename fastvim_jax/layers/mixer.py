@@ -35,7 +35,7 @@ from fastvim_jax.layers.direction import (
 from fastvim_jax.layers.fused_core import fused_core, joined_block, runs_fused
 from fastvim_jax.layers.linear import linear
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
-from fastvim_jax.layers.pooling import GridPooling, Pooling
+from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Inner, Keep, Tokens
 from pallas_kernels.mixer_core import Projection, Unprojected
@@ -113,7 +113,7 @@ class Mixer(nnx.Module):
         self,
         unprojected: Unprojected,
         residual: Tokens,
-        pooling: GridPooling,
+        pooling: Pooling,
         projection: Projection,
         norm_eps: float,
         keep: Keep | None,
@@ -126,7 +126,7 @@ class Mixer(nnx.Module):
             The new residual stream, and its normalised tokens: the input of the next block's in_proj. Both are `b l d`.
         """
         both = self.both or stack_directions(self.forward, self.backward, axis=0)
-        norm: Any = self.post_norm  # a LayerNorm
+        norm = self.post_norm
         return joined_block(unprojected, residual, pooling, both, norm, projection, norm_eps, keep)
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from fastvim_jax.layers.masking import transpose_ids
 from fastvim_jax.typing import Inner, Pooled, Scores
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.moves import move_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,29 +145,6 @@ def ragged_pooling(
     return RaggedPooling(
         rows, columns, row_ids, reverse_ids, order, inverse, valid, method, divisor, scale
     )
-
-
-def gather_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Take the tokens of x `b l d` at `places` `b k` of each image."""
-    return jnp.take_along_axis(x, places[:, :, None], axis=1, mode="promise_in_bounds")
-
-
-@jax.custom_vjp
-def move_tokens(x: jax.Array, places: jax.Array, back: jax.Array) -> jax.Array:
-    """Take tokens as `gather_tokens` does, but compute the gradient by a gather, where JAX would use a scatter.
-
-    Args:
-        x: `b k d`.
-        places: index in x of each token of the result, `b l`.
-        back: index in the result of each token of x, whose gradient it gets, `b k`.
-    """
-    return gather_tokens(x, places)
-
-
-move_tokens.defvjp(
-    lambda x, places, back: (gather_tokens(x, places), back),
-    lambda back, gradient: (gather_tokens(gradient, back), None, None),
-)
 
 
 def _largest(x: Inner, member: Bool[Array, "b s l"]) -> Pooled:

@@ -32,7 +32,7 @@ from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.layers.patch_embed import check_images
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
-from fastvim_jax.layers.ragged_pooling import move_tokens, ragged_pooling
+from fastvim_jax.layers.ragged_pooling import ragged_pooling
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters
@@ -41,6 +41,7 @@ from fastvim_jax.models.vision_mamba import Block, VisionMamba
 from fastvim_jax.models.vit import VisionTransformer, ViTBlock
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Images, Tokens
+from pallas_kernels.moves import move_tokens
 
 
 class Reconstruction(NamedTuple):

@@ -23,11 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gpu
 from pallas_kernels.checks import expect_counts
+from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, Visit
+from pallas_kernels.moves import move_tokens
 from pallas_kernels.sharding import match_types, on_cuda, per_shard
 from pallas_kernels.trial import Trial
 
@@ -45,6 +47,7 @@ def mixer_core(
     rows: int,
     columns: int,
     row_ids: tuple[Int[Array, "b _"], Int[Array, "b _"]] | None = None,
+    places: tuple[Int[Array, "b _"], Int[Array, "b _"]] | None = None,
     transposed: bool = False,
     per_position: int = 1,
     method: str = "mean",
@@ -91,6 +94,9 @@ def mixer_core(
         row_ids: for a ragged grid, the row ids of the forward and the backward direction: from 0 to rows - 1, and never
             decreasing within a sample. A ragged grid must be pooled by "mean", must not be transposed, and has one
             token at a position.
+        places: for a ragged grid, the order in which its tokens are visited: the index in xz of each token that
+            `row_ids` names, a permutation in each sample, and the inverse permutation. None: as they lie in xz. The
+            kernels read and write every token at its place; for a gradient the tokens are moved.
         transposed: visit the positions column by column, so that lines are columns.
         per_position: tokens of a position, next to each other in xz.
         method: "mean" or "max", over a line.
@@ -117,7 +123,7 @@ def mixer_core(
     expect_norm_kind("mixer_core", norm_kind)
     xz = check_arrays("mixer_core", xz, directions[0], directions[1], norm, directions[2])
     if row_ids is not None:
-        _check_ragged(xz, row_ids, method, transposed or per_position > 1)
+        _check_ragged(xz, row_ids, places, method, transposed or per_position > 1)
     elif xz.shape[1] != rows * columns * per_position:
         size = " x ".join(
             map(str, (rows, columns, per_position) if per_position > 1 else (rows, columns))
@@ -141,6 +147,9 @@ def mixer_core(
     # Clip the ids to the grid, because the kernels use them as addresses.
     given = () if row_ids is None else row_ids
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
+    if places is not None:
+        there, back = (jnp.clip(x.astype(jnp.int32), 0, xz.shape[1] - 1) for x in places)
+        ids = Visit(*ids, there, back, *(jnp.take_along_axis(rows, back, axis=1) for rows in ids))
 
     def run(xz, directions, norm, ids):
         return _core(Stages(always=True), _unchanged, options, xz, directions, norm, (), ids)
@@ -156,7 +165,17 @@ def mixer_core(
         return _of_share("back", xla.back, options)(xz, skip, y, norm, ids)
     middle = Narrowed(middle, padding) if padding else middle
     xz, directions, norm = wide(xz, directions, norm)
-    return _core(stages, middle, options, xz, directions, norm, middle_params, ids)[..., :width]
+    core = functools.partial(_core, stages, middle, options)
+    if places is None:
+        return core(xz, directions, norm, middle_params, ids)[..., :width]
+
+    def moved(xz, directions, norm, middle_params, ids):
+        there, back = ids[2:4]
+        xz = move_tokens(xz, there, back)
+        out = core(xz, directions, norm, middle_params, Visit(*ids).rows)
+        return move_tokens(out, back, there)
+
+    return differentiated_as(moved, core, xz, directions, norm, middle_params, ids)[..., :width]
 
 
 def _unchanged(params: tuple[()], u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +184,7 @@ def _unchanged(params: tuple[()], u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[0], u[1]
 
 
-def _check_ragged(xz, row_ids, method: str, regular: bool) -> None:
+def _check_ragged(xz, row_ids, places, method: str, regular: bool) -> None:
     """Check the row ids. `regular` says whether the call asks for what only whole grids have."""
     if method != "mean" or regular:
         raise ValueError(
@@ -178,6 +197,10 @@ def _check_ragged(xz, row_ids, method: str, regular: bool) -> None:
     shapes = [ids.shape for ids in row_ids]
     if shapes != [xz.shape[:2]] * 2:
         raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
+    places = [] if places is None else places
+    if any(x.shape != xz.shape[:2] for x in places):
+        shapes = [x.shape for x in places]
+        raise ValueError(f"mixer_core: places {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
 
 
 # Dimensions of the operands and results of every stage (letters: see the package). Devices split b and nothing else.
@@ -220,7 +243,7 @@ def _of_share(
     def run(*arrays):
         known = {
             _PLACES: POOLED if options.method == "max" else (),
-            _IDS: ("b l", "b l") if arrays[-1] else (),
+            _IDS: ("b l",) * len(arrays[-1]),
         }
         operands, results = jax.tree.map(lambda dims: known.get(dims, dims), _DIMS[name])
         on_share = lambda _, *arrays: stage(*arrays, options)  # noqa: E731

@@ -27,9 +27,9 @@ from pallas_kernels.mixer_core import (
     mosaic_sum_norm,
     xla,
 )
-from pallas_kernels.mixer_core.grid import Grid, largest_divisor, lines_per_block
+from pallas_kernels.mixer_core.grid import Grid, largest_divisor
 from pallas_kernels.mixer_core.mosaic_common import summed
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds, Visit
 from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 
 # Cost of starting a block of the gradients, in segments.
@@ -134,6 +134,8 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
         return f"convolutions of width {taps} are not between 2 and 8"
     if 0 in xz.shape:
         return f"xz {xz.shape} is empty"
+    if ids and options.rows > mosaic_ragged_front.MOST_ROWS:
+        return f"a ragged grid of {options.rows} rows has more than {mosaic_ragged_front.MOST_ROWS}"
     options = _visited(xz, taps, ids, options)
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
@@ -229,19 +231,17 @@ def _float32(tree):
 
 def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions):
     """See `xla.front`; reads x out of xz in place."""
-    taps = directions.kernels.shape[1]
-    visited = _visited(xz, taps, ids, options)
-    grid = cut("front", xz, taps, visited)
     directions32 = _float32(directions)
     if ids:
-        per_block = lines_per_block(grid.lines, grid.batch * grid.width // 128, PROCESSORS)
+        visit = Visit(*ids)
+        batch, length, width = xz.shape
+        runs = mosaic_ragged_front.cut(batch, length, width // 2, PROCESSORS)
         u, skip = mosaic_ragged_front.front(
-            _on_grid(xz, visited), ids, *directions32,
-            dataclasses.replace(grid, per_block=per_block * grid.segments),
+            xz, visit.rows, visit.places, *directions32, runs,
             rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip
-        u, skip = gpu.run_once((u, skip))
-        return u, _flat(skip), ()
+        return *gpu.run_once((u, skip)), ()
+    grid = cut("front", xz, directions.kernels.shape[1], options)
     out = mosaic_front.front(
         _on_grid(xz, options), *directions32, grid,
         method=options.method, scale=options.scale, interpret=gpu.interpreted(),
@@ -252,6 +252,7 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
 
 def back(xz, skip, y, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
     """See `xla.back`."""
+    ids = Visit(*ids).stored_rows if ids else ()
     out = mosaic_back.back(
         xz, skip, _float32(y), ids, *_float32(norm), options, interpret=gpu.interpreted()
     )
@@ -307,13 +308,25 @@ def back_project(
 
 
 def _add_and_normalise(g, residual, projection, keep, norm_eps):
-    """See `xla.add_and_normalise`, which takes what the kernel does not."""
-    weight, gain = projection
+    """See `xla.add_and_normalise`."""
+    return add_norm(xla.project(g, projection.weight), residual, projection.gain, keep, norm_eps)
+
+
+def add_norm_unsupported(update, residual) -> str | None:
+    """Return why no kernel computes residual sum and norm of such arrays, or None. `add_norm` takes any share."""
+    if update.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
+        return f"the update is {update.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
+    batch, tokens, width = residual.shape
+    return mosaic_sum_norm.unsupported(batch * tokens, width)
+
+
+def add_norm(update, residual, gain, keep, norm_eps):
+    """See `xla.add_and_normalise_update`, which takes what the kernel does not."""
     tokens, width = residual.size // residual.shape[-1], residual.shape[-1]
     if mosaic_sum_norm.unsupported(tokens, width) is not None:
-        return xla.add_and_normalise(g, residual, weight, gain, keep, norm_eps)
+        return xla.add_and_normalise_update(update, residual, gain, keep, norm_eps)
     out = mosaic_sum_norm.sum_norm(
-        xla.project(g, weight), residual, gain.astype(jnp.float32), keep,
+        update, residual, gain.astype(jnp.float32), keep,
         eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)

@@ -45,9 +45,9 @@ def scaled_silu(x: jax.Array, layout, interpret: bool, dtype) -> jax.Array:
     return x * logistic(x, layout, interpret, dtype)
 
 
-def row_layout(*shape: int):
-    """Return the layout in which every thread owns one channel of each 128."""
-    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+def row_layout(*shape: int, owned: int = 1):
+    """Return the layout in which every thread owns `owned` neighbouring channels of each 128 · `owned`."""
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=owned)
 
 
 def read_row(ref, layout) -> jax.Array:
@@ -73,17 +73,18 @@ def convolve(window: list[jax.Array], kernel: list[jax.Array], bias: jax.Array, 
 
 
 class Convolutions:
-    """Both directions' convolutions with SiLU, and the mean of their skips, for threads that own one channel each.
+    """Both directions' convolutions with SiLU, and the mean of their skips, for threads that own channels.
 
     Args:
         kernels, biases, D: references to ``2 k e``, ``2 e`` and ``2 e`` float32.
         channels: the slice of channels.
         dtype: of the tokens.
         interpret: run in Pallas' interpreter.
+        layout: of the channels; by default a thread owns one.
     """
 
-    def __init__(self, kernels, biases, D, channels, dtype, interpret: bool):
-        self.layout, self.dtype, self.interpret = row_layout(CHANNELS), dtype, interpret
+    def __init__(self, kernels, biases, D, channels, dtype, interpret: bool, *, layout=None):
+        self.layout, self.dtype, self.interpret = layout or row_layout(CHANNELS), dtype, interpret
         row = lambda ref: read_row(ref, self.layout)  # noqa: E731
         scale = silu_scale(dtype)
         taps = range(kernels.shape[1])

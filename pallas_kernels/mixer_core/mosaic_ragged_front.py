@@ -1,13 +1,17 @@
 """Compute convolutions, SiLU, row sums and skips of a ragged grid as one Mosaic GPU kernel.
 
-As in `mosaic_front`, a thread owns a channel and walks the tokens. When the next token is in another row, it writes the
-sum of the row that ends. The directions have rows of their own. If there are few samples, each is cut into runs of
-tokens, and every run has sums of its own.
+A thread owns one or two channels and walks the tokens in the order in which the mixer visits them. This may be another
+order than the one in which they are stored, so a thread reads every token straight from its place in global memory, the
+next segment's tokens ahead of this one's work. When the next token is in another row, the thread writes the sum of the
+row that ends. The directions have rows of their own. If there are few samples, each is cut into runs of tokens, and
+every run has sums of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,112 +19,161 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixer_core.grid import Grid
-from pallas_kernels.mixer_core.mosaic_common import CHANNELS, Convolutions, read_row, row_layout
+from pallas_kernels.mixer_core.grid import lines_per_block
+from pallas_kernels.mixer_core.mosaic_common import CHANNELS, Convolutions, row_layout
 from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
+_BITS = 15  # of a row's number: both directions' rows fit one integer beside their flags
+MOST_ROWS = 1 << _BITS
+_ENDS = (1 << 30, -(1 << 31))  # flags of `_steps`, forward and backward
 
-@functools.partial(jax.jit, static_argnames=("grid", "rows", "share", "interpret"))
-def front(x, ids, kernels, biases, D, grid: Grid, *, rows: int, share: float, interpret: bool):
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Say how the tokens of a sample are cut among thread blocks and turns of a loop.
+
+    Attributes:
+        tokens: tokens of a thread block. They divide those of a sample.
+        segment: tokens of a turn.
+        channels: of a thread block; a thread owns one or two.
+    """
+
+    tokens: int
+    segment: int
+    channels: int
+
+    @property
+    def segments(self) -> int:
+        """Turns of a thread block."""
+        return math.ceil(self.tokens / self.segment)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last turn is a whole one."""
+        return self.tokens % self.segment == 0
+
+
+def cut(batch: int, length: int, width: int, enough: int) -> Runs:
+    """Choose runs that make `enough` thread blocks, and segments of 4 to 8 tokens of which few are past a run's end."""
+    channels = 2 * CHANNELS if width % (2 * CHANNELS) == 0 else CHANNELS
+    tokens = lines_per_block(length, batch * width // channels, enough)
+    segment = min(range(4, 9), key=lambda n: (math.ceil(tokens / n) * n, -n))
+    return Runs(tokens, min(segment, tokens), channels)
+
+
+@functools.partial(jax.jit, static_argnames=("runs", "rows", "share", "interpret"))
+def front(x, ids, places, kernels, biases, D, runs: Runs, *, rows: int, share: float, interpret):
     """Compute the row sums of both directions and the mean of their skips.
 
     Args:
-        x: ``b lines tokens ≥e``, the tokens on any grid that holds them; channels beyond e are not read.
-        ids: row of each token for the forward and the backward direction, ``b tokens`` int32, never decreasing.
+        x: ``b l ≥e``; channels beyond e are not read.
+        ids: row of each visited token for the forward and the backward direction, ``b l`` int32, never decreasing.
+        places: index in x of each visited token, ``b l`` int32, or None: tokens are visited as they are stored.
         kernels: ``2 k e``, biases and D ``2 e``, float32, forward then backward.
-        grid: how the tokens are cut.
-        rows: rows of the ragged grid.
+        runs: how the tokens are cut.
+        rows: rows of the ragged grid, at most `MOST_ROWS`.
         share: factor of the sums.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        Row sums ``2 b rows e`` float32, zero for rows without tokens; and the skips, ``b lines tokens e`` in x's dtype.
+        Row sums ``2 b rows e`` float32, zero for rows without tokens; and the skips, ``b l e`` in x's dtype and order.
     """
-    layout = row_layout(CHANNELS)
-    items, length = grid.per_block, grid.lines * grid.tokens
+    (batch, length, _), width, halo = x.shape, kernels.shape[2], kernels.shape[1] - 1
+    groups = length // runs.tokens
+    layout = row_layout(runs.channels, owned=runs.channels // CHANNELS)
 
-    def body(x_ref, *refs):
-        *ids_refs, kernels_ref, biases_ref, D_ref, u_ref, skip_ref, tiles, skip_tiles, barrier = (
-            refs
-        )
-        batch, group = lax.axis_index("batch"), lax.axis_index("group")
-        channels = pl.ds(lax.axis_index("block") * CHANNELS, CHANNELS)
+    def body(x_ref, steps_ref, *refs):
+        *places_refs, kernels_ref, biases_ref, D_ref, u_ref, skip_ref = refs
+        sample, group = lax.axis_index("batch"), lax.axis_index("group")
+        channels = pl.ds(lax.axis_index("block") * runs.channels, runs.channels)
+        first = group * runs.tokens
 
-        def fetch(item, slot):
-            line, _, start = grid.place(group, item)
-            grid.fetch_with_halo(
-                x_ref, tiles.at[slot], barrier.at[slot], batch, line, start, channels
+        def place(token):
+            return places_refs[0][sample, token] if places_refs else token
+
+        def fetch(token):
+            """Load a token, or zeros outside of the sample."""
+            inside = jnp.logical_and(token >= 0, token < length)
+            here = jnp.minimum(jnp.maximum(token, 0), length - 1)
+            value = plgpu.load(
+                x_ref.at[sample, place(here), channels], layout=layout, optimized=False
             )
+            return jnp.where(inside, value, jnp.zeros((), x.dtype))
 
-        for slot in range(min(2, items)):
-            fetch(jnp.int32(slot), slot)
-        row = lambda ref: read_row(ref, layout)  # noqa: E731
-        convolutions = Convolutions(kernels_ref, biases_ref, D_ref, channels, x.dtype, interpret)
-        zero = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), layout)
+        def wide(value):
+            return value.astype(jnp.float32)
 
-        def clear(index, _):
+        window = tuple(wide(fetch(first + t)) for t in range(-halo, halo))
+        ahead = tuple(fetch(first + halo + t) for t in range(runs.segment))
+        convolutions = Convolutions(
+            kernels_ref, biases_ref, D_ref, channels, x.dtype, interpret, layout=layout
+        )
+        zero = plgpu.layout_cast(jnp.zeros((runs.channels,), jnp.float32), layout)
+
+        def clear(row, _):
             for d in (0, 1):
-                store(u_ref.at[d, batch, group, index, channels], zero)
+                store(u_ref.at[d, sample, group, row, channels], zero)
             return ()
 
         lax.fori_loop(0, rows, clear, ())
 
-        def item_of(item, sums):
-            slot = lax.rem(item, 2)
-            line, part, start = grid.place(group, item)
-            first = line * grid.tokens + start
-            at = [jnp.minimum(first + t, length - 1) for t in range(grid.segment + 1)]
-            rows_of = [[ref[batch, token] for token in at] for ref in ids_refs]
-            plgpu.barrier_wait(barrier.at[slot])
-            grid.wait_for_tile()
-            window = [row(tiles.at[slot, j]) for j in range(2 * grid.halo)]
-            sums = list(sums)
-            for t in range(grid.segment):
-                window.append(row(tiles.at[slot, t + 2 * grid.halo]))
+        def turn(number, carry):
+            window, now, sums = map(list, carry)
+            start = first + number * runs.segment
+            at = [jnp.minimum(start + t, length - 1) for t in range(runs.segment)]
+            steps = [steps_ref[sample, token] for token in at]
+            stored = [place(token) for token in at]
+            ahead = tuple(fetch(start + runs.segment + halo + t) for t in range(runs.segment))
+
+            for t in range(runs.segment):
+                window.append(wide(now[t]))
                 both = convolutions.of(window)
-                store(skip_tiles.at[slot, t], convolutions.skip(both))
+                skip = convolutions.skip(both)
+                write = lambda t=t, skip=skip: store(  # noqa: E731
+                    skip_ref.at[sample, stored[t], channels], skip
+                )
+                exists = None if runs.whole else number * runs.segment + t < runs.tokens
+                if exists is None:
+                    write()
+                else:
+                    pl.when(exists)(write)
                 for d, c in enumerate(both):
-                    here = rows_of[d][t]
-                    ends = here != rows_of[d][t + 1]
-                    if t == grid.segment - 1:
-                        ends = jnp.logical_or(ends, item == items - 1)
-                    if grid.overlaps:
-                        c = jnp.where(grid.counts(part, t), c, 0.0)
-                        ends = jnp.logical_and(ends, grid.counts(part, t))
+                    ends = (steps[t] & _ENDS[d]) != 0
+                    if exists is not None:
+                        ends = jnp.logical_and(ends, exists)
+                    row = (steps[t] >> (_BITS * d)) & (MOST_ROWS - 1)
                     sums[d] = sums[d] + c
 
                     @pl.when(ends)
-                    def _(d=d, here=here, total=sums[d] * share):
-                        store(u_ref.at[d, batch, group, here, channels], total)
+                    def _(row=row, d=d, total=sums[d] * share):
+                        store(u_ref.at[d, sample, group, row, channels], total)
 
                     sums[d] = jnp.where(ends, 0.0, sums[d])
                 window.pop(0)
-            plgpu.commit_smem()
-            grid.send(skip_tiles.at[slot], skip_ref, batch, line, start, channels)
+            return tuple(window), ahead, tuple(sums)
 
-            @pl.when(item + 2 < items)
-            def _():
-                fetch(item + 2, slot)
-
-            return tuple(sums)
-
-        lax.fori_loop(0, items, item_of, (zero, zero))
-        plgpu.wait_smem_to_gmem(0)
+        lax.fori_loop(0, runs.segments, turn, (window, ahead, (zero, zero)))
 
     u, skips = gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((2, grid.batch, grid.groups, rows, grid.width), jnp.float32),
-            jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
-        ],
-        scratch_types=[
-            plgpu.SMEM((2, grid.segment + 2 * grid.halo, CHANNELS), x.dtype),
-            plgpu.SMEM((2, grid.segment, CHANNELS), x.dtype),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            jax.ShapeDtypeStruct((2, batch, groups, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, width), x.dtype),
         ],
         interpret=interpret_params(interpret),
         kernel_name="mixer_ragged_front",
-        grid=(grid.width // CHANNELS, grid.groups, grid.batch),
+        grid=(width // runs.channels, groups, batch),
         grid_names=("block", "group", "batch"),
-    )(x, *ids, kernels, biases, D)
-    return u.sum(2) if grid.groups > 1 else u[:, :, 0], skips
+    )(x, _steps(ids, runs), *(() if places is None else (places,)), kernels, biases, D)
+    return u.sum(2) if groups > 1 else u[:, :, 0], skips
+
+
+def _steps(ids, runs: Runs) -> jax.Array:
+    """Pack each token's rows of both directions, and whether the token is the last of its row in its run."""
+    last = (jnp.arange(ids[0].shape[1]) + 1) % runs.tokens == 0
+    packed = jnp.zeros_like(ids[0])
+    for d, of_row in enumerate(ids):
+        following = jnp.concatenate([of_row[:, 1:], of_row[:, -1:]], axis=1)
+        ends = jnp.logical_or(of_row != following, last)
+        packed = packed | (of_row << (_BITS * d)) | jnp.where(ends, jnp.int32(_ENDS[d]), 0)
+    return packed

@@ -7,9 +7,37 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-RowIds = (
-    tuple[Int[Array, "b l"], Int[Array, "b l"]] | tuple[()]
-)  # of a ragged grid's tokens, else ()
+RowIds = tuple[Int[Array, "b l"], ...]  # the arrays of a ragged grid's `Visit`, else ()
+
+
+class Visit(NamedTuple):
+    """Say in which row of a ragged grid each token is, and in which order the tokens are visited.
+
+    Attributes:
+        forward, backward: row of each visited token, for either direction, never decreasing.
+        places: index of each visited token among the stored ones; None if both orders are the same.
+        inverse: index of each stored token among the visited ones.
+        stored_forward, stored_backward: row of each stored token, if the orders differ.
+    """
+
+    forward: Int[Array, "b l"]
+    backward: Int[Array, "b l"]
+    places: Int[Array, "b l"] | None = None
+    inverse: Int[Array, "b l"] | None = None
+    stored_forward: Int[Array, "b l"] | None = None
+    stored_backward: Int[Array, "b l"] | None = None
+
+    @property
+    def rows(self) -> RowIds:
+        """Rows of the visited tokens."""
+        return self.forward, self.backward
+
+    @property
+    def stored_rows(self) -> RowIds:
+        """Rows of the stored tokens."""
+        if self.stored_forward is None or self.stored_backward is None:
+            return self.rows
+        return self.stored_forward, self.stored_backward
 
 
 class Directions(NamedTuple):

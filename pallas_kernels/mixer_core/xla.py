@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.causal_conv1d import xla as conv1d
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core.narrow import on_channels
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, RowIds, Visit
+from pallas_kernels.moves import gather_tokens
 from pallas_kernels.sharding import cast_parameter
 
 Places = tuple[Int[Array, "b s e"], Int[Array, "b s e"]] | tuple[()]  # forward, backward
@@ -65,6 +66,10 @@ def front(
         The pooled lines; the mean of both skips, in x's dtype; and, with "max", the place of each line's first maximum
         (its index among the tokens of the line), otherwise ().
     """
+    if ids and Visit(*ids).places is not None:
+        visit = Visit(*ids)
+        u, skip, none = front(gather_tokens(x, visit.places), directions, visit.rows, options)
+        return u, gather_tokens(skip, visit.inverse), none
     both = _convolved(x, directions, options)
     skip = skips(both, directions, options).astype(x.dtype)
     if options.method == "mean":
@@ -134,7 +139,7 @@ def mix(
     if ids:
         forward, backward = (
             jnp.take_along_axis(side, of_row[:, :, None], axis=1)
-            for side, of_row in zip(y, ids, strict=True)
+            for side, of_row in zip(y, Visit(*ids).stored_rows, strict=True)
         )
         total = forward + backward
     else:
@@ -250,8 +255,19 @@ def add_and_normalise(
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Project g, add it to the residual stream, and normalise the sum; see `block.mixer_block`."""
-    total = add_to_residual(residual, project(g, weight), keep)
-    return total, rms_norm(total, gain, eps, g.dtype)
+    return add_and_normalise_update(project(g, weight), residual, gain, keep, eps)
+
+
+def add_and_normalise_update(
+    update: jax.Array,
+    residual: jax.Array,
+    gain: jax.Array,
+    keep: jax.Array | None,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Add an update to the residual stream, and normalise the sum; see `add_norm.add_norm`."""
+    total = add_to_residual(residual, update, keep)
+    return total, rms_norm(total, gain, eps, update.dtype)
 
 
 def add_to_residual(

@@ -1,0 +1,106 @@
+"""Define `add_norm`: the residual sum of a block and the next block's RMSNorm, behind any mixer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels import gpu
+from pallas_kernels.mixer_core import xla
+from pallas_kernels.sharding import on_cuda, per_shard
+
+
+def add_norm(
+    update: Float[Array, "b l o"],
+    residual: Float[Array, "b l o"],
+    gain: Float[Array, " o"],
+    *,
+    norm_eps: float = 1e-6,
+    keep: Float[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
+    """Add a block's output to the residual stream, and normalise the sum for the next block.
+
+        residual = residual + keep · update
+        normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
+
+    `mixer_block` ends in the same way. One kernel computes both lines, and one their gradient, if the program is
+    lowered for a Hopper or newer GPU and `add_norm_unsupported` returns None; otherwise XLA.
+
+    Args:
+        update: out_proj's result, in half precision.
+        residual: residual stream, float32.
+        gain: scale of the RMSNorm.
+        norm_eps: epsilon of the RMSNorm.
+        keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
+
+    Returns:
+        The new residual stream, and its normalised tokens in the dtype of `update`.
+    """
+    if keep is not None:
+        keep = lax.stop_gradient(keep.astype(residual.dtype))
+    kernels = add_norm_unsupported(update, residual) is None
+    return _add_norm(kernels, float(norm_eps), update, residual, gain, keep)
+
+
+def add_norm_unsupported(update: Any, residual: Any) -> str | None:
+    """Return why no kernel computes `add_norm` of such arrays here, or None. Of arrays only the types matter."""
+    missing = gpu.kernels_missing()
+    if missing is not None:
+        return missing
+    from pallas_kernels.mixer_core import mosaic
+
+    return mosaic.add_norm_unsupported(update, residual)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _add_norm(kernels, eps, update, residual, gain, keep):
+    from pallas_kernels.mixer_core import mosaic
+
+    def other(*arrays):
+        return xla.add_and_normalise_update(*arrays, eps)
+
+    def run(_, *arrays):
+        if not kernels:
+            return other(*arrays)
+        return on_cuda(lambda *arrays: mosaic.add_norm(*arrays, eps), other, *arrays)
+
+    tokens = "b l o"
+    operands = (tokens, tokens, "o", None if keep is None else "b")
+    each = per_shard(run, operands, (tokens, tokens), split="b", opaque=kernels)
+    return each(update, residual, gain, keep)
+
+
+def _forward(kernels, eps, update, residual, gain, keep):
+    total, normed = _add_norm(kernels, eps, update, residual, gain, keep)
+    return (total, normed), (total, gain, keep)
+
+
+def _backward(kernels, eps, saved, bars):
+    from pallas_kernels.mixer_core import mosaic
+
+    total, gain, keep = saved
+    total_bar, normed_bar = bars
+
+    def run(_, *arrays):
+        def other(*arrays):
+            return xla.norm_gradient(*arrays, eps)
+
+        if not kernels:
+            return other(*arrays)
+        return on_cuda(lambda *arrays: mosaic.norm_gradient(*arrays, eps), other, *arrays)
+
+    tokens = "b l o"
+    operands = (*[tokens] * 3, "o", None if keep is None else "b")
+    each = per_shard(run, operands, (tokens, tokens), split="b", opaque=kernels)
+    residual_bar, update_bar = each(total_bar, normed_bar, total, gain, keep)
+    normalise = lambda gain: xla.rms_norm(total, gain, eps, normed_bar.dtype)  # noqa: E731
+    (gain_bar,) = jax.vjp(normalise, gain)[1](normed_bar)  # Dead code where the gain is constant.
+    keep_bar = None if keep is None else jax.numpy.zeros_like(keep)
+    return update_bar, residual_bar, gain_bar, keep_bar
+
+
+_add_norm.defvjp(_forward, _backward)
