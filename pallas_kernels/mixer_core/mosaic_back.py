@@ -67,11 +67,15 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
         over = lambda x, axis: spread(x, (WARPS, BLOCK), axis, layouts.tokens)  # noqa: E731
         vector = lambda ref, c: over(load(ref.at[c], layouts.of_channels), 1)  # noqa: E731
 
-        def of_tokens(first):
-            """Load the mean of both scans' outputs for four tokens, of which each warp has one."""
+        def warps_of(first):
+            """Find image and steps of four tokens, of which each warp has one."""
+            warps = range(WARPS) if interpret else [warp_index()]  # The interpreter runs all warps as one.
+            return [steps_of(sides[2:], first + warp) for warp in warps]
 
-            def rows(token):
-                image, steps = steps_of(sides[2:], token)
+        def of_tokens(found):
+            """Load the mean of both scans' outputs for four tokens."""
+
+            def rows(image, steps):
                 pairs = (
                     [load(ref.at[image, step, c], layouts.of_channels) for c in range(blocks)]
                     for ref, step in zip(sides[:2], steps, strict=True)
@@ -80,10 +84,10 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
                     (forward + backward) * 0.5 for forward, backward in zip(*pairs, strict=True)
                 ]
 
-            if interpret:  # It runs all warps as one.
-                four = [rows(first + warp) for warp in range(WARPS)]
+            if interpret:
+                four = [rows(*of_warp) for of_warp in found]
                 return [jnp.stack(parts) for parts in zip(*four, strict=True)]
-            return [over(part, 1) for part in rows(first + warp_index())]
+            return [over(part, 1) for part in rows(*found[0])]
 
         def average(parts):
             return over(jnp.sum(functools.reduce(jnp.add, parts), axis=1) * (1.0 / real), 0)
@@ -110,10 +114,11 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
         def four_tokens(start):
             """Compute four tokens. All loads of skip and z are on their way at the same time."""
             at = pl.ds(start, WARPS)
+            found = warps_of(start)  # First, because the loads of y wait for a ragged grid's row ids.
             skips, gates = tokens(skip_ref, at), tokens(z_ref, at, z_block)
             s = [
                 part + more.astype(jnp.float32)
-                for part, more in zip(of_tokens(start), skips, strict=True)
+                for part, more in zip(of_tokens(found), skips, strict=True)
             ]
             s, inverse = centred(s)
             for c, (part, gate) in enumerate(zip(s, gates, strict=True)):
