@@ -69,7 +69,9 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
 
         def warps_of(first):
             """Find image and steps of four tokens, of which each warp has one."""
-            warps = range(WARPS) if interpret else [warp_index()]  # The interpreter runs all warps as one.
+            warps = (
+                range(WARPS) if interpret else [warp_index()]
+            )  # The interpreter runs all warps as one.
             return [steps_of(sides[2:], first + warp) for warp in warps]
 
         def of_tokens(found):
@@ -114,7 +116,9 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
         def four_tokens(start):
             """Compute four tokens. All loads of skip and z are on their way at the same time."""
             at = pl.ds(start, WARPS)
-            found = warps_of(start)  # First, because the loads of y wait for a ragged grid's row ids.
+            found = warps_of(
+                start
+            )  # First, because the loads of y wait for a ragged grid's row ids.
             skips, gates = tokens(skip_ref, at), tokens(z_ref, at, z_block)
             s = [
                 part + more.astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,15 @@ from fastvim_jax.models.mae import backbone_parameters
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.training.masked.loss import pixel_loss
 from pallas_kernels import gpu
+from pallas_kernels.mixer_core import add_norm
 from tests.oracle.masked import masked_autoencoder
-from tests.pallas_kernels.mosaic_support import launches, lower_for_h100, needs_mosaic
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    launches,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
 from tests.support import assert_close, checked, x64
 
 # A grid of 3 x 5 patches of 2 x 3 pixels and two channels.
@@ -151,6 +159,28 @@ def test_kernels_that_a_block_launches_on_hopper():
 
 
 @pytest.mark.drawn("fused masked models")
+@needs_mosaic
+def test_what_a_block_of_the_encoder_launches_on_hopper():
+    """Count, besides the mixer's kernels, one for residual sum and norm. No tokens are moved within a block."""
+
+    def program(depth):
+        options = {"depth": depth, "dtype": "bfloat16", "activations": "compute"}
+        model = create_model(
+            "mae_fastvim_small_patch16_224", rngs=nnx.Rngs(0), blocks="unroll", **options
+        )
+        graphdef, params = nnx.split(model)
+        run = lambda p, x, n: nnx.merge(graphdef, p)(x, noise=n).latent  # noqa: E731
+        images = jax.ShapeDtypeStruct((4, 224, 224, 3), jnp.float32)
+        return lower_for_h100(run, params, images, jax.ShapeDtypeStruct((4, 196), jnp.float32))
+
+    two, four = program(2), program(4)
+    for kernel in ("ragged_front", "back", "sum_norm"):
+        assert launches(four, f"mixer_{kernel}") == 4
+    moved = lambda text: len(re.findall(r"stablehlo.gather.*-> tensor<4x49x\d+x", text))  # noqa: E731
+    assert moved(two) == moved(four)
+
+
+@pytest.mark.drawn("fused masked models")
 def test_the_fused_core_is_the_same_function(key, monkeypatch):
     """Compare the fused core, whose stages are XLA's on this CPU, with the plain one, gradients included."""
     noise, images = jax.random.uniform(key, (2, 16)), jax.random.normal(key, (2, 8, 8, 3))
@@ -166,6 +196,36 @@ def test_the_fused_core_is_the_same_function(key, monkeypatch):
     got = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
     for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         assert_close(a, b, 2e-5)
+
+
+@pytest.mark.drawn("fused masked models")
+@needs_mosaic
+@pytest.mark.parametrize("family", ["fastvim", "vim"])
+def test_joined_blocks_are_the_same_function(key, monkeypatch, family):
+    """Compare blocks that end with the next block's norm with plain ones, gradients included.
+
+    The program is traced for an H100 and run on this CPU, where XLA takes the kernels' place. Without a gradient, the
+    tokens of a transposed block are visited where they lie; for a gradient they are moved.
+    """
+    options = {"image_size": 8, "patch_size": 2, "channels": 3, "mask_ratio": 0.5, "embed_dim": 128}
+    options |= {"dtype": "bfloat16", "activations": "compute", "blocks": "unroll"}
+    graphdef, params = nnx.split(tiny(family, **options))
+    noise, images = jax.random.uniform(key, (4, 16)), jax.random.normal(key, (4, 8, 8, 3))
+
+    def run(params):
+        encode = lambda p: nnx.merge(graphdef, p)(images, noise=noise).latent  # noqa: E731
+        latent, pull = jax.vjp(encode, params)
+        return encode(params), latent, pull(jnp.cos(latent))[0]
+
+    ends = []
+    watched = lambda *args, **options: ends.append(args) or add_norm(*args, **options)  # noqa: E731
+    monkeypatch.setattr("fastvim_jax.layers.fused_core.add_norm", watched)
+    with abstract_h100():
+        traced = jax.jit(run).trace(params)
+    assert len(ends) == 2 * 2  # blocks, with and without a gradient
+    got = traced.lower().compile()(params)
+    wanted = jax.jit(lambda p: run(p))(params)
+    assert max(relative_errors(got, wanted)) < 3e-2
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, 0.999])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -34,6 +35,12 @@ def draw(rng, b, kept, rows, columns, e, **more):
     """Draw arguments with the rows last, and the gradient of the output."""
     args, out_bar = core.draw(rng, b, 1, kept, e, **more)
     return (*args, draw_ids(rng, b, kept, rows, columns)), out_bar
+
+
+def draw_places(rng, b, kept):
+    """Draw an order of visit for each sample. Return it with its inverse."""
+    order = np.stack([rng.permutation(kept) for _ in range(b)]).astype(np.int32)
+    return jnp.asarray(order), jnp.asarray(np.argsort(order, axis=1))
 
 
 def value_and_gradients(args, out_bar, implementation, **options):
@@ -76,6 +83,56 @@ def test_random_rows(seed, monkeypatch):
     monkeypatch.setattr(mosaic, "PROCESSORS", int(rng.choice([1, 132])))
     rows, columns = (int(x) for x in rng.integers(7, 9, 2))
     compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
+
+
+@pytest.mark.drawn
+@needs_mosaic
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"b": 2, "kept": 13, "rows": 4, "columns": 5, "e": 256, "dtype": "bfloat16"},
+        {"b": 1, "kept": 12, "rows": 4, "columns": 5, "e": 128},
+    ],
+)
+def test_tokens_are_visited_at_their_places(seed, case):
+    """Compare with tokens that are moved into the order of visit, and back.
+
+    Forward by the kernels in the interpreter. With gradients, which move the tokens, as traced for an H100 and run by
+    XLA on this CPU.
+    """
+    rng = np.random.default_rng(seed)
+    options = {"rows": case["rows"], "columns": case["columns"], "middle": core.middle}
+    (xz, *args, ids), out_bar = draw(rng, **case)
+    places = draw_places(rng, case["b"], case["kept"])
+
+    def visited(xz, *args):
+        return mixer_core(xz, *args, row_ids=ids, places=places, **options)
+
+    def moved(xz, *args):
+        there, back = (of_token[:, :, None] for of_token in places)
+        xz = jnp.take_along_axis(xz, there, axis=1)
+        out = mixer_core(xz, *args, row_ids=ids, implementation="xla", **options)
+        return jnp.take_along_axis(out, back, axis=1)
+
+    def differentiated(run):
+        def both(*args):
+            out, pull = jax.vjp(run, *args)
+            return out, pull(out_bar)
+
+        return both
+
+    def traced(run):
+        return jax.jit(run).trace(xz, *args).lower().compile()(xz, *args)
+
+    bound = 1e-2 if "dtype" in case else 3e-6
+    by_name = functools.partial(mixer_core, implementation="pallas", places=places, row_ids=ids)
+    with abstract_h100(), interpreted():
+        got = traced(lambda *args: by_name(*args, **options))
+    wanted = differentiated(moved)(xz, *args)
+    assert max(relative_errors(got, wanted[0])) < bound
+    with abstract_h100():
+        got = traced(differentiated(visited))
+    assert max(relative_errors(got, wanted)) < bound
 
 
 @pytest.mark.drawn
@@ -212,3 +269,5 @@ def test_bad_calls():
             mixer_core(xz, *rest, row_ids=ids, **options, **call)
     with pytest.raises(ValueError, match="row_ids .* must fit"):
         mixer_core(xz[:, :5], *rest, row_ids=ids, **call)
+    with pytest.raises(ValueError, match="places .* must fit"):
+        mixer_core(xz, *rest, row_ids=ids, places=(ids[0], ids[0][:, :5]), **call)
