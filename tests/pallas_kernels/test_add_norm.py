@@ -1,4 +1,4 @@
-"""`add_norm`, the residual sum and norm behind any mixer: against plain JAX, with gradients, and lowered for an H100."""
+"""`add_norm`, residual sum and norm behind any mixer: against plain JAX, with gradients, and lowered for an H100."""
 
 from __future__ import annotations
 
