@@ -27,6 +27,7 @@ from flax import nnx
 from fastvim_jax.bench.record import show
 from fastvim_jax.data import ClassificationData
 from fastvim_jax.models import build_model, model_config
+from fastvim_jax.models.parameters import round_products
 from fastvim_jax.training.masked.config import PRETRAINING, PretrainConfig
 from fastvim_jax.training.masked.pretrain import make_draw, make_loss
 from fastvim_jax.training.optimizer import make_optimizer
@@ -108,7 +109,11 @@ def encoder_case(name: str, batch: int, **options: Any) -> timing.Case:
         masked = build_model(model, rngs=nnx.Rngs(0))
         noise = masked.draw_noise(jax.random.key(2), batch)
         whole = build_model(model.encoder, rngs=nnx.Rngs(0))
-        return nnx.state(masked), nnx.state(whole), draw_images(model, batch), noise
+        # Round the weights of products once, as `fastvim bench model` does, and not at every call.
+        params = (
+            round_products(nnx.state(each), model.precision.compute) for each in (masked, whole)
+        )
+        return *params, draw_images(model, batch), noise
 
     def encode(params: Any, images: jax.Array, noise: jax.Array) -> jax.Array:
         # XLA leaves the decoder out, because its result is not used.
