@@ -241,7 +241,8 @@ def _update_in_place(
         return dataclasses.replace(pooling, **ids), *nnx.merge(graphdef, params)
 
     def run(unprojected, params, weight, ids):
-        return _projected(unprojected, *of(params, ids), weight)
+        pooling, both, post_norm = of(params, ids)
+        return _projected(unprojected, pooling, both, post_norm, weight)
 
     def moved(unprojected, params, weight, ids):
         pooling, both, post_norm = of(params, ids)
@@ -329,7 +330,9 @@ def _ragged_core(
     xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: Any
 ) -> jax.Array:
     params, scans, directions = _pooled(both)
-    moves = pooling.order is not None
+    places = None
+    if pooling.order is not None and pooling.inverse is not None:
+        places = pooling.order, pooling.inverse
     out = mixer_core(
         xz,
         directions,
@@ -339,7 +342,7 @@ def _ragged_core(
         rows=pooling.rows,
         columns=pooling.columns,
         row_ids=(pooling.row_ids, pooling.reverse_ids),
-        places=(pooling.order, pooling.inverse) if moves else None,
+        places=places,
         scale=pooling.scale,
         eps=both.config.norm_eps,
         norm_kind=both.config.post_norm,

@@ -24,7 +24,7 @@ def add_norm(
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
     """Add a block's output to the residual stream, and normalise the sum for the next block.
 
-        residual = residual + keep · update
+        residual = residual + keep · update                         rounded to the dtype of `residual`
         normed   = residual / sqrt(mean over o of residual² + norm_eps) · gain
 
     `mixer_block` ends in the same way. One kernel computes both lines, and one their gradient, if the program is
@@ -32,7 +32,7 @@ def add_norm(
 
     Args:
         update: out_proj's result, in half precision.
-        residual: residual stream, float32.
+        residual: residual stream. Its sum is computed in float32 or wider, and the norm reads the rounded sum.
         gain: scale of the RMSNorm.
         norm_eps: epsilon of the RMSNorm.
         keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
@@ -41,7 +41,7 @@ def add_norm(
         The new residual stream, and its normalised tokens in the dtype of `update`.
     """
     if keep is not None:
-        keep = lax.stop_gradient(keep.astype(residual.dtype))
+        keep = lax.stop_gradient(keep.astype(xla.at_least_float32(residual.dtype)))
     kernels = add_norm_unsupported(update, residual) is None
     return _add_norm(kernels, float(norm_eps), update, residual, gain, keep)
 
@@ -60,13 +60,13 @@ def add_norm_unsupported(update: Any, residual: Any) -> str | None:
 def _add_norm(kernels, eps, update, residual, gain, keep):
     from pallas_kernels.mixer_core import mosaic
 
-    def other(*arrays):
-        return xla.add_and_normalise_update(*arrays, eps)
+    def other(*arrays: Any) -> Any:
+        return xla.add_and_normalise_update(*arrays, eps=eps)
 
-    def run(_, *arrays):
+    def run(_: Any, *arrays: Any) -> Any:
         if not kernels:
             return other(*arrays)
-        return on_cuda(lambda *arrays: mosaic.add_norm(*arrays, eps), other, *arrays)
+        return on_cuda(lambda *arrays: mosaic.add_norm(*arrays, norm_eps=eps), other, *arrays)
 
     tokens = "b l o"
     operands = (tokens, tokens, "o", None if keep is None else "b")
@@ -85,13 +85,13 @@ def _backward(kernels, eps, saved, bars):
     total, gain, keep = saved
     total_bar, normed_bar = bars
 
-    def run(_, *arrays):
-        def other(*arrays):
-            return xla.norm_gradient(*arrays, eps)
+    def other(*arrays: Any) -> Any:
+        return xla.norm_gradient(*arrays, eps=eps)
 
+    def run(_: Any, *arrays: Any) -> Any:
         if not kernels:
             return other(*arrays)
-        return on_cuda(lambda *arrays: mosaic.norm_gradient(*arrays, eps), other, *arrays)
+        return on_cuda(lambda *arrays: mosaic.norm_gradient(*arrays, norm_eps=eps), other, *arrays)
 
     tokens = "b l o"
     operands = (*[tokens] * 3, "o", None if keep is None else "b")

@@ -28,7 +28,7 @@ from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, Visit
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.moves import move_tokens
 from pallas_kernels.sharding import match_types, on_cuda, per_shard
 from pallas_kernels.trial import Trial
@@ -149,7 +149,8 @@ def mixer_core(
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
     if places is not None:
         there, back = (jnp.clip(x.astype(jnp.int32), 0, xz.shape[1] - 1) for x in places)
-        ids = Visit(*ids, there, back, *(jnp.take_along_axis(rows, back, axis=1) for rows in ids))
+        stored = tuple(jnp.take_along_axis(of_row, back, axis=1) for of_row in ids)
+        ids = (*ids, there, back, *stored)
 
     def run(xz, directions, norm, ids):
         return _core(Stages(always=True), _unchanged, options, xz, directions, norm, (), ids)
@@ -172,7 +173,7 @@ def mixer_core(
     def moved(xz, directions, norm, middle_params, ids):
         there, back = ids[2:4]
         xz = move_tokens(xz, there, back)
-        out = core(xz, directions, norm, middle_params, Visit(*ids).rows)
+        out = core(xz, directions, norm, middle_params, ids[:2])
         return move_tokens(out, back, there)
 
     return differentiated_as(moved, core, xz, directions, norm, middle_params, ids)[..., :width]

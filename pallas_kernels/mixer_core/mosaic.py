@@ -314,8 +314,8 @@ def _add_and_normalise(g, residual, projection, keep, norm_eps):
 
 def add_norm_unsupported(update, residual) -> str | None:
     """Return why no kernel computes residual sum and norm of such arrays, or None. `add_norm` takes any share."""
-    if update.dtype != jnp.bfloat16 or residual.dtype != jnp.float32:
-        return f"the update is {update.dtype} and the residual {residual.dtype}, not bfloat16 and float32"
+    if update.dtype != jnp.bfloat16 or residual.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the update is {update.dtype}, not bfloat16, or the residual {residual.dtype} is wider than float32"
     batch, tokens, width = residual.shape
     return mosaic_sum_norm.unsupported(batch * tokens, width)
 
