@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -60,18 +62,11 @@ def add_norm_unsupported(update: Any, residual: Any) -> str | None:
 def _add_norm(kernels, eps, update, residual, gain, keep):
     from pallas_kernels.mixer_core import mosaic
 
-    def other(*arrays: Any) -> Any:
-        return xla.add_and_normalise_update(*arrays, eps=eps)
-
-    def run(_: Any, *arrays: Any) -> Any:
-        if not kernels:
-            return other(*arrays)
-        return on_cuda(lambda *arrays: mosaic.add_norm(*arrays, norm_eps=eps), other, *arrays)
-
+    kernel: Callable = functools.partial(mosaic.add_norm, norm_eps=eps)
+    other: Callable = functools.partial(xla.add_and_normalise_update, eps=eps)
     tokens = "b l o"
     operands = (tokens, tokens, "o", None if keep is None else "b")
-    each = per_shard(run, operands, (tokens, tokens), split="b", opaque=kernels)
-    return each(update, residual, gain, keep)
+    return _on_shares(kernels, kernel, other, operands, (update, residual, gain, keep))
 
 
 def _forward(kernels, eps, update, residual, gain, keep):
@@ -85,22 +80,25 @@ def _backward(kernels, eps, saved, bars):
     total, gain, keep = saved
     total_bar, normed_bar = bars
 
-    def other(*arrays: Any) -> Any:
-        return xla.norm_gradient(*arrays, eps=eps)
-
-    def run(_: Any, *arrays: Any) -> Any:
-        if not kernels:
-            return other(*arrays)
-        return on_cuda(lambda *arrays: mosaic.norm_gradient(*arrays, norm_eps=eps), other, *arrays)
-
+    kernel: Callable = functools.partial(mosaic.norm_gradient, norm_eps=eps)
+    other: Callable = functools.partial(xla.norm_gradient, eps=eps)
     tokens = "b l o"
     operands = (*[tokens] * 3, "o", None if keep is None else "b")
-    each = per_shard(run, operands, (tokens, tokens), split="b", opaque=kernels)
-    residual_bar, update_bar = each(total_bar, normed_bar, total, gain, keep)
+    arrays = total_bar, normed_bar, total, gain, keep
+    residual_bar, update_bar = _on_shares(kernels, kernel, other, operands, arrays)
     normalise = lambda gain: xla.rms_norm(total, gain, eps, normed_bar.dtype)  # noqa: E731
     (gain_bar,) = jax.vjp(normalise, gain)[1](normed_bar)  # Dead code where the gain is constant.
-    keep_bar = None if keep is None else jax.numpy.zeros_like(keep)
+    keep_bar = None if keep is None else jnp.zeros_like(keep)
     return update_bar, residual_bar, gain_bar, keep_bar
+
+
+def _on_shares(kernels: bool, kernel: Callable, other: Callable, operands, arrays):
+    """Run on each device's share of the batch: the kernel if the program is lowered for CUDA, otherwise the other."""
+
+    def on_share(_, *arrays):
+        return on_cuda(kernel, other, *arrays) if kernels else other(*arrays)
+
+    return per_shard(on_share, operands, ("b l o", "b l o"), split="b", opaque=kernels)(*arrays)
 
 
 _add_norm.defvjp(_forward, _backward)
