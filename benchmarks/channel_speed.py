@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,12 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
     counts = range(config.channels, 0, -1)
     shapes = jax.eval_shape(initial)
     programs = {
-        count: timing.Program(step, shapes, jax.eval_shape(lambda c=count: inputs(c)), donate=(0,))
+        count: timing.Program(
+            partial(step, norms=False),
+            shapes,
+            jax.eval_shape(lambda c=count: inputs(c)),
+            donate=(0,),
+        )
         for count in counts
     }
     yield None

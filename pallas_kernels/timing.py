@@ -91,8 +91,9 @@ class Program:
     """Compile a function for the given arguments (arrays or their shapes), and record the time of it.
 
     `hasty` turns off XLA's autotuning on the device, for programs whose speed does not matter. A function that is
-    jitted already keeps its own options, beside `compiler_options`. `keywords` go to every call. With `pool` (threads),
-    the function is lowered here and compiled there: who reads `compiled` waits for it.
+    jitted already keeps its own options, beside `compiler_options`. `keywords` go to every call, `static` ones, which
+    choose the program, to the compiler alone. With `pool` (threads), the function is lowered here and compiled there:
+    who reads `compiled` waits for it.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Program:
         donate: Sequence[int] = (),
         hasty: bool = False,
         keywords: Mapping[str, Any] = {},
+        static: Mapping[str, Any] = {},
         compiler_options: Mapping[str, Any] | None = None,
         pool: Executor | None = None,
     ):
@@ -109,7 +111,7 @@ class Program:
         jitted: Any = function
         if not hasattr(function, "lower"):
             jitted = jax.jit(function, donate_argnums=tuple(donate))
-        lowered = jitted.lower(*arguments, **keywords)
+        lowered = jitted.lower(*arguments, **keywords, **static)
         self.keywords = keywords
         self.trace_seconds = time.perf_counter() - start
         self.lowered = lowered

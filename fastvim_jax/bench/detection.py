@@ -309,7 +309,7 @@ def _training(config: DetectorConfig, batch: int) -> tuple[TrainState, timing.Pr
     state = init_state(params, optimizer, ema=False)
     step = make_train_step(make_loss(graphdef), optimizer, draw=make_draw(graphdef))
     shapes = jax.eval_shape(lambda: (state, _batch(config, batch, 0)))
-    return state, timing.Program(step, *shapes, donate=(0,))
+    return state, timing.Program(partial(step, norms=False), *shapes, donate=(0,))
 
 
 def _batch(config: DetectorConfig, batch: int, seed: int) -> dict[str, jax.Array]:

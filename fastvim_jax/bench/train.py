@@ -213,7 +213,7 @@ def mesh_of(row: timing.Row) -> Mesh | None:
 def step_program(
     config: Config, batch: int, recipe: bool, mesh: Mesh | None = None
 ) -> timing.Program:
-    """Compile the step for `batch` images in all."""
+    """Compile the step for `batch` images in all: the program of steps that log nothing."""
     state, inputs = jax.eval_shape(
         lambda: (_state(config, recipe), make_batch(config, batch, 0, recipe))
     )
@@ -228,10 +228,10 @@ def step_program(
     places = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state)
     step: Any = _train_step(config, state.params, recipe, places)
 
-    if mesh is None:
-        return timing.Program(step, state, inputs, donate=(0,))
-    # The jitted function inside has compiler options, which another `jit` around it would refuse.
-    return on_mesh(mesh, lambda: timing.Program(step.func, state, inputs, keywords=step.keywords))()
+    # The jitted function inside has compiler options on several GPUs, which another `jit` around it would refuse.
+    more: dict[str, Any] = {"keywords": step.keywords, "static": {"norms": False}}
+    compile_step = lambda: timing.Program(step.func, state, inputs, **more)  # noqa: E731
+    return compile_step() if mesh is None else on_mesh(mesh, compile_step)()
 
 
 def placed_state(config: Config, recipe: bool, mesh: Mesh | None) -> TrainState:

@@ -86,9 +86,9 @@ def on_mesh(mesh: Mesh, step: Step) -> Step:
     """
 
     @wraps(step)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with jax.set_mesh(mesh), batch_over(DATA, FSDP):
-            return step(*arguments)
+            return step(*arguments, **keywords)
 
     return cast(Step, run)
 

@@ -17,6 +17,7 @@ TIMING = frozenset(
         "dispatch",
         "device_wait",
         "first_step_seconds",
+        "compile_seconds",
         "evaluation_seconds",
         "checkpoint_seconds",
         "step_images_per_second",
@@ -26,7 +27,7 @@ TIMING = frozenset(
 """Names of all numbers that `Clock.lap` and `feed.FeedMeter.lap` give, and that differ from run to run."""
 
 _WITHIN = ("data_wait", "dispatch", "device_wait")
-_BETWEEN = ("evaluation_seconds", "checkpoint_seconds", "first_step_seconds")
+_BETWEEN = ("evaluation_seconds", "checkpoint_seconds", "first_step_seconds", "compile_seconds")
 
 
 class Clock:
@@ -70,7 +71,7 @@ class Clock:
         `seconds` since the start; `images_per_second`, `step_seconds` and `mfu` of the steps alone; as shares of the
         steps' time, 0 to 1: `data_wait` for the next batch, `dispatch` of the step, `device_wait` for the device to
         come within a few steps; seconds of the lap in `evaluation_seconds` and `checkpoint_seconds` (the part of a
-        save that holds up the loop); `first_step_seconds` once.
+        save that holds up the loop); `first_step_seconds` once; `compile_seconds` of programs compiled after it.
         """
         now = time.perf_counter()
         between = sum(self._spent[part] for part in _BETWEEN)

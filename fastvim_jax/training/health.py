@@ -53,7 +53,9 @@ class Window:
     def add(self, step: int, metrics: Metrics) -> None:
         """Add the metrics of update `step`, without waiting for this update to finish."""
         metrics = dict(metrics)
-        self._norms = metrics.pop("norms", {})
+        self._norms = metrics.pop(
+            "norms", {}
+        )  # of this step; those of earlier ones are not logged any more
         self._waiting.append((step, metrics))
         if len(self._waiting) > _IN_FLIGHT:
             # Wait for a step `_IN_FLIGHT` behind: the device always has work queued, but batches do not pile up on it.
@@ -69,7 +71,7 @@ class Window:
         steps = [step for step, _ in self._waiting]
         for step, metrics in zip(steps, jax.device_get([m for _, m in self._waiting]), strict=True):
             record = {"step": step, **{key: value.item() for key, value in metrics.items()}}
-            if not all(math.isfinite(record[key]) for key in _WATCHED):
+            if not all(math.isfinite(record[key]) for key in _WATCHED if key in record):
                 raise NonFiniteError(
                     _message(record, list(self._recent), self._config, last_checkpoint()), step
                 )
@@ -79,11 +81,14 @@ class Window:
         return list(self._fetched)
 
     def summarise(self, last_checkpoint: Callable[[], str]) -> dict[str, float]:
-        """Average the window and start a new one. Raise what `fetch` raises."""
+        """Average the metrics of the last step over the steps that have them. Start a new window.
+
+        On GPUs only some steps measure all norms. Raises what `fetch` raises.
+        """
         records = self.fetch(last_checkpoint)
         self._fetched.clear()
-        names = [key for key in records[0] if key not in _NOT_MEANT]
-        return {key: fmean(record[key] for record in records) for key in names}
+        names = [key for key in records[-1] if key not in _NOT_MEANT]
+        return {key: fmean(record[key] for record in records if key in record) for key in names}
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
         """Return the last step's norms of the parameters `names`, as `grad/NAME`, `param/NAME` and `update/NAME`."""
@@ -123,7 +128,7 @@ def _message(
     config: RunConfig,
     last_checkpoint: str,
 ) -> str:
-    numbers = ", ".join(f"{key} {record[key]:.4g}" for key in _WATCHED)
+    numbers = ", ".join(f"{key} {record[key]:.4g}" for key in _WATCHED if key in record)
     return (
         f"Training stopped at step {record['step']}: {numbers}. "
         f"Last good checkpoint: {last_checkpoint}. "

@@ -29,7 +29,7 @@ from fastvim_jax.training.run_folder import INIT_FILE, write_record
 from fastvim_jax.training.runs import OpenRun, RunResult
 from fastvim_jax.training.schedules import Schedule
 from fastvim_jax.training.start_from import start_state
-from fastvim_jax.training.steps import Batch, Metrics, TrainState, build_state
+from fastvim_jax.training.steps import Metrics, TrainState, build_state, measures_norms
 from fastvim_jax.training.stopping import Stopped
 from fastvim_jax.training.summary import SummaryPicture
 
@@ -93,7 +93,7 @@ def begin_or_resume(
 
 def run_loop(
     state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    train_step: Callable[..., tuple[TrainState, Metrics]],
     batches: Batches,
     *,
     config: RunConfig,
@@ -114,7 +114,7 @@ def run_loop(
 
     Args:
         state: the state to start from, from `begin_or_resume`.
-        train_step: from `make_train_step`, under the mesh (`distributed.on_mesh`).
+        train_step: from `make_train_step`, under the mesh (`distributed.on_mesh`); called with `norms`.
         batches: the training data.
         config: configuration of the run.
         run: the run folder, held open.
@@ -195,7 +195,19 @@ def run_loop(
         if missed:
             evaluate_at(first_step, missed)
     stop.before_start(total_steps, first_step)
-    compiled_for: list[dict[str, tuple[int, ...]]] = []
+    every = config.checkpoint_every_steps or steps_per_epoch
+
+    def saved_at(step: int) -> bool:
+        due = bool(config.keep_best and due_at(step))
+        return step == total_steps or step % every == 0 or due
+
+    def logged_at(step: int) -> bool:
+        return step == total_steps or step % config.log_every_steps == 0
+
+    def closes_epoch(step: int) -> bool:
+        return step == total_steps or step % steps_per_epoch == 0
+
+    compiled_for: list[tuple[dict[str, tuple[int, ...]], bool]] = []
     for step in range(first_step + 1, total_steps + 1):
         with profiler.begin(step):
             # 1) Take a batch. Without one the run ends, because a data worker died; the state is that of the last step.
@@ -203,16 +215,22 @@ def run_loop(
                 batch = stop.next_of(batches)
             if batch is None:
                 raise stop_after(step - 1)
+            # A line of the log and a checkpoint want all norms, which another program measures on GPUs.
+            norms = measures_norms(logged_at(step) or saved_at(step) or closes_epoch(step))
             shapes = {name: jax.numpy.shape(values) for name, values in batch.items()}
-            if shapes not in compiled_for:
-                if compiled_for:  # Channel sampling gives batches of other shapes.
-                    words = (f"{k} {'x'.join(map(str, shape))}" for k, shape in shapes.items())
-                    log.say(f"Step {step} compiles the program for batches of {', '.join(words)}.")
-                compiled_for.append(shapes)
+            compiles = (shapes, norms) not in compiled_for
+            if compiles and compiled_for:  # Channel sampling gives batches of other shapes.
+                words = (f"{k} {'x'.join(map(str, shape))}" for k, shape in shapes.items())
+                what = f"for batches of {', '.join(words)}"
+                if any(shapes == known for known, _ in compiled_for):
+                    what = f"{'with' if norms else 'without'} the norms of all parameters"
+                log.say(f"Step {step} compiles the program {what}.")
+            if compiles:
+                compiled_for.append((shapes, norms))
             # 2) Make the update. Only the probed steps wait for the device.
-            with clock.timed("dispatch"):
+            with clock.timed("compile_seconds" if compiles else "dispatch"):
                 begun = time.perf_counter()
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, norms=norms)
                 if step - first_step in PROBED:
                     jax.block_until_ready((state, metrics))
                     feed.add_step(time.perf_counter() - begun)
@@ -230,7 +248,7 @@ def run_loop(
         if trace := profiler.end(step, metrics):
             log.say(f"The trace is in {trace}: show it with xprof or TensorBoard's profile plugin.")
         # 4) Log.
-        if step % config.log_every_steps == 0 or last:
+        if logged_at(step):
             with clock.timed("device_wait"):
                 scalars = window.summarise(checkpoints.describe_latest)
             scalars |= {"epoch": step / steps_per_epoch}
@@ -242,14 +260,13 @@ def run_loop(
             if advice := feed.message(timing):
                 log.say(advice)
             log.show(loss=scalars["loss"], lr=scalars["learning_rate"])
-        if last or step % steps_per_epoch == 0:
+        if closes_epoch(step):
             log.write("norms", step, {"epoch": step / steps_per_epoch, **window.norms(parameters)})
         # 5) Stop, or save and then evaluate. A run that ends during an evaluation makes up for it when it resumes.
         if stopping and not last:
             raise stop_after(step)
         due = due_at(step)
-        every = config.checkpoint_every_steps or steps_per_epoch
-        if last or step % every == 0 or (config.keep_best and due):
+        if saved_at(step):
             with clock.timed("checkpoint_seconds"):
                 save()
         if due:

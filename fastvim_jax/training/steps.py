@@ -132,8 +132,8 @@ def make_train_step(
     accumulate: int = 1,
     shardings: TrainState | None = None,
     reduction: Reduction = "computed",
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile `step(state, batch) -> (state, metrics)`, which makes one update. It donates the given state's buffers.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Compile `step(state, batch, norms=True) -> (state, metrics)`, which makes one update. It donates `state`.
 
     The step runs, in this order: `augment`, `draw`, `loss_of` with its gradient, the average of the weights (if the
     state has one), `optimizer`. So the average takes in the weights before the update.
@@ -164,6 +164,8 @@ def make_train_step(
         The compiled step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
         clipping), `param_norm` (before the update), `update_norm` and `finite_input` (whether every float of the batch
         is finite). The metric `norms` holds three vectors, `grad`, `param` and `update`, with one norm per parameter.
+        `step(state, batch, norms=False)` is another program. It makes the same update faster, and has only `grad_norm`
+        of the norms.
     """
 
     def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:
@@ -191,10 +193,15 @@ def make_train_step(
 
         return averaged_gradient(compute, reduction)(state.params, (batch, drawn))
 
+    places = [] if shardings is None else jax.tree.leaves(shardings.params)
+    replicated = all(place.is_fully_replicated for place in places)
+
     def norms_of(tree: Any) -> jax.Array:
         return on_every_device(parameter_norms(tree))
 
-    def step(state: TrainState, batch: Batch, *, seed: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, *, seed: jax.Array, norms: bool = True
+    ) -> tuple[TrainState, Metrics]:
         if augment is not None:
             batch = augment(augment_key(seed, state.step), batch)
         batch = split_batch(batch)
@@ -204,10 +211,15 @@ def make_train_step(
         params = state.params
         ema = None if state.ema is None else update_ema(state.ema, params, ema_decay or 0.0)
         # Read large parameters before the update overwrites them; otherwise XLA copies them.
-        params_norms = norms_of(params)
+        params_norms = norms_of(params) if norms else None
         params = _after((params_norms, ema), params)
         # Join the blocks' gradients first: XLA joins them much more slowly where it fuses that with the update.
-        grads = _after((), grads)
+        grads = _after((), grads, flat=replicated)
+        grad_norm = None
+        if not norms:
+            # Read large gradients before the update does; otherwise XLA sums and updates in one kernel, and copies.
+            grad_norm = on_every_device(_joint_norm(grads, packed=replicated))
+            grads = _after(grad_norm, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
         new = TrainState(
             step=state.step + 1,
@@ -216,19 +228,19 @@ def make_train_step(
             ema=ema,
             model_state=model_state,
         )
-        norms = {"grad": norms_of(grads), "param": params_norms, "update": norms_of(updates)}
-        metrics = {
-            "loss": loss,
-            **more,
-            **{f"{kind}_norm": whole_norm(norm) for kind, norm in norms.items()},
-            "norms": norms,
-            "finite_input": _finite(batch),
-        }
+        metrics = {"loss": loss, **more, "finite_input": _finite(batch)}
+        if params_norms is not None:
+            found = {"grad": norms_of(grads), "param": params_norms, "update": norms_of(updates)}
+            metrics |= {f"{kind}_norm": whole_norm(norm) for kind, norm in found.items()}
+            metrics["norms"] = found
+        else:
+            metrics["grad_norm"] = grad_norm
         return new, metrics
 
     compiled = jax.jit(
         step,
         donate_argnums=0,
+        static_argnames="norms",
         out_shardings=(shardings, None),
         compiler_options=_compiler_options(shardings),
     )
@@ -236,13 +248,39 @@ def make_train_step(
     return partial(compiled, seed=np.uint32(seed))
 
 
-def _after(done: Any, tree: Any) -> Any:
-    """Return `tree`. What reads its large leaves runs after them and after `done`, in kernels of its own."""
+def measures_norms(due: bool) -> bool:
+    """Return whether a step measures all norms: on GPUs only if they are `due`, because there they cost time.
+
+    With them XLA does not update in place, and launches a hundred small kernels more.
+    """
+    return due or jax.default_backend() != "gpu"
+
+
+def _joint_norm(tree: Any, *, packed: bool) -> jax.Array:
+    """Compute the norm of all leaves together, in float32 or wider. With `packed`, launch few kernels for small leaves.
+
+    Then the small leaves are written one behind the other, and their squares are summed as one array.
+    """
+    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    small = [leaf.reshape(-1) for leaf in leaves if leaf.size < _LARGE]
+    if packed and small:
+        large = [leaf for leaf in leaves if leaf.size >= _LARGE]
+        leaves = [jax.lax.optimization_barrier(jnp.concatenate(small)), *large]
+    return jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in leaves))
+
+
+def _after(done: Any, tree: Any, *, flat: bool = False) -> Any:
+    """Return `tree`. What reads its large leaves runs after them and after `done`, in kernels of its own.
+
+    With `flat`, the large leaves are written with the last axis in one piece. Otherwise XLA may leave them transposed,
+    and transpose them inside of the kernel that reads them.
+    """
     leaves, structure = jax.tree.flatten(tree)
     large = [i for i, leaf in enumerate(leaves) if leaf.size >= _LARGE]
-    held, _ = jax.lax.optimization_barrier(([leaves[i] for i in large], done))
+    laid = [leaves[i].reshape(-1) if flat else leaves[i] for i in large]
+    held, _ = jax.lax.optimization_barrier((laid, done))
     for i, leaf in zip(large, held, strict=True):
-        leaves[i] = leaf
+        leaves[i] = leaf.reshape(leaves[i].shape)
     return jax.tree.unflatten(structure, leaves)
 
 

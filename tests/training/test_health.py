@@ -30,6 +30,21 @@ def test_a_window_averages_its_records():
     assert window.fetch(str) == []
 
 
+def test_steps_that_measured_no_norms_have_no_part_in_their_means():
+    """Leave out such steps; a gradient that is not finite stops the run at once all the same."""
+    window = Window(tiny_config())
+    plain = {key: GOOD[key] for key in ("loss", "grad_norm", "finite_input")}
+    window.add(1, metrics(param_norm=8.0))
+    window.add(2, {key: jnp.asarray(value) for key, value in plain.items()})
+    window.add(3, metrics(param_norm=10.0, grad_norm=4.0))
+    wanted = {"loss": 2.0, "grad_norm": 2.0, "update_norm": 0.1, "param_norm": 9.0}
+    assert window.summarise(str) == pytest.approx(wanted)
+    plain |= {"grad_norm": np.inf}
+    window.add(4, {key: jnp.asarray(value) for key, value in plain.items()})
+    with pytest.raises(NonFiniteError, match="grad_norm inf"):
+        window.fetch(str)
+
+
 def test_norms_are_those_of_the_last_step_and_no_part_of_the_records():
     window = Window(tiny_config())
     for step in (1, 2):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.distributed import make_mesh, on_mesh
-from fastvim_jax.training import Stopped, read_metrics
+from fastvim_jax.training import Stopped, loop, read_metrics
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
@@ -103,10 +103,10 @@ def run(folder, *, stop_at: int | None = None):
             mesh, make_train_step(loss_of, optimizer, draw=draw, ema_decay=0.9, accumulate=2)
         )
 
-        def step(state: TrainState, batch: Any) -> Any:
+        def step(state: TrainState, batch: Any, *, norms: bool) -> Any:
             if stop_at == batches.index:
                 opened_run.stop.ask("the test")
-            return train_step(state, batch)
+            return train_step(state, batch, norms=norms)
 
         def norm(state: TrainState, at: int) -> Evaluation:
             return Evaluation({"raw_norm": float(optax.tree.norm(state.params))})
@@ -159,6 +159,30 @@ def test_a_task_of_ones_own_trains_logs_and_resumes(tmp_path):
         with Checkpoints(folder / "checkpoints", read_only=True) as store:
             (kept,) = jax.tree.leaves(store.restore_model_state(shapes))
             np.testing.assert_allclose(kept, expected, rtol=1e-5)
+
+
+def test_norms_are_measured_where_they_are_due(tmp_path, monkeypatch):
+    """Train as on a GPU, where lines of the log, checkpoints and ends of epochs alone measure all norms."""
+    run(tmp_path / "always")
+    measured = []
+
+    def due_alone(due: bool) -> bool:
+        measured.append(due)
+        return due
+
+    monkeypatch.setattr(loop, "measures_norms", due_alone)
+    run(tmp_path / "due")
+    assert measured == [step % 2 == 0 or step % 3 == 0 for step in range(1, 3 * STEPS + 1)]
+    logs = [read_metrics(tmp_path / name) for name in ("always", "due")]
+    for always, due in zip(*logs, strict=True):
+        assert always.keys() | {"compile_seconds"} == due.keys() | {"compile_seconds"}
+        same = ["loss", "grad_norm", "raw_norm", *(key for key in always if "/" in key)]
+        same = [name for name in same if name in always]
+        assert [always[name] for name in same] == pytest.approx([due[n] for n in same], rel=1e-5)
+    with pytest.raises(Stopped, match="stopped after step 7 of 12"):
+        run(tmp_path / "halves", stop_at=7)
+    run(tmp_path / "halves")
+    assert_same_run(tmp_path / "halves", tmp_path / "due")
 
 
 def test_evaluators_are_due_at_their_own_intervals():

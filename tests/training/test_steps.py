@@ -86,12 +86,17 @@ def test_one_step_of_plain_descent(rng):
     value, grad = jax.value_and_grad(loss)(jnp.asarray(start))
     optimizer = optax.sgd(0.5)
     step = make_train_step(loss_with(graphdef, 0.1), optimizer, ema_decay=0.9)
+    first = jax.tree.map(jnp.copy, init_state(params, optimizer))
     state, metrics = step(init_state(params, optimizer), batch)
     np.testing.assert_allclose(kernel_of(state.params), start - 0.5 * grad, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(grad), rtol=1e-5)
     np.testing.assert_allclose(metrics["update_norm"], 0.5 * np.linalg.norm(grad), rtol=1e-5)
     assert bool(metrics["finite_input"]) and int(state.step) == 1
+    alike, fewer = step(first, batch, norms=False)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), alike, state)
+    assert metrics.keys() - fewer.keys() == {"param_norm", "update_norm", "norms"}
+    np.testing.assert_allclose(fewer["grad_norm"], metrics["grad_norm"], rtol=1e-6)
 
 
 def test_the_average_takes_in_the_weights_before_the_update(rng):

@@ -169,8 +169,8 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     )
     augmented = on_mesh(mesh, make_augmented_extract(backbone_graph, config.data, config.seed))
 
-    def streamed_step(state: TrainState, batch: Batch) -> Any:
-        return train_step(state, augmented(backbone_params, batch, state.step))
+    def streamed_step(state: TrainState, batch: Batch, *, norms: bool) -> Any:
+        return train_step(state, augmented(backbone_params, batch, state.step), norms=norms)
 
     # Evaluation
     counts = on_mesh(mesh, make_counts(head_graph))
