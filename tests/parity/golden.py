@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,18 @@ def draw_representatives(paths: list[Path], seed: int) -> set[str]:
         if not meta.get("quirk", False):
             names.setdefault(meta["class"], []).append(path.stem)
     return {of_class[seed % len(of_class)] for of_class in names.values()}
+
+
+def draw_gradients(paths: list[Path], seed: int) -> set[str]:
+    """Draw half of the fixtures of each class by `seed`, rounded up, and return their names."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(kind_of(path), []).append(path.stem)
+    drawn: set[str] = set()
+    for of_class in names.values():
+        in_turn = sorted(of_class, key=lambda name: zlib.crc32(f"{seed} {name}".encode()))
+        drawn.update(in_turn[: (len(in_turn) + 1) // 2])
+    return drawn
 
 
 def expected_grads(golden: Golden) -> set[str]:

@@ -58,7 +58,9 @@ def load_model(golden: Golden, dtype: str, blocks: str, **options: Any) -> nnx.M
     return model
 
 
-def compare_model(golden: Golden, dtype: str, blocks: str = "scan", **options: Any) -> Comparison:
+def compare_model(
+    golden: Golden, dtype: str, blocks: str = "scan", *, gradients: bool = True, **options: Any
+) -> Comparison:
     """Compare one model in one dtype and mode of execution; `options` are further fields of its config."""
     state, grads = resolve_aliases(golden.state), resolve_aliases(golden.grads)
     golden = dataclasses.replace(golden, state=state, grads=grads)
@@ -72,16 +74,16 @@ def compare_model(golden: Golden, dtype: str, blocks: str = "scan", **options: A
         return comparison
     if dtype == "float64":
         with x64():
-            evaluate_model(comparison, golden, dtype, blocks, **options)
+            evaluate_model(comparison, golden, dtype, blocks, gradients, **options)
     else:
-        evaluate_model(comparison, golden, dtype, blocks, **options)
+        evaluate_model(comparison, golden, dtype, blocks, gradients, **options)
     return comparison
 
 
 def evaluate_model(
-    comparison: Comparison, golden: Golden, dtype: str, blocks: str, **options: Any
+    comparison: Comparison, golden: Golden, dtype: str, blocks: str, gradients: bool, **options: Any
 ) -> None:
-    """Run the model forwards and backwards once and compare everything stored."""
+    """Run the model once and compare every output, and with `gradients` every gradient, that is stored."""
     wide = jnp.float64 if dtype == "float64" else jnp.float32
     model = load_model(golden, dtype, blocks, **options)
     graphdef, params = nnx.split(model)
@@ -95,6 +97,9 @@ def evaluate_model(
         def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
             return model_outputs(nnx.merge(graphdef, params), images, keep, golden)
 
+        blocks = block_outputs(nnx.merge(graphdef, params), images) if traced else {}
+        if not gradients:
+            return forward(params, images) | blocks, None
         outputs, pullback = jax.vjp(forward, params, images)
         weights = {
             name: jnp.asarray(golden.cotangents[name], y.dtype)
@@ -102,10 +107,9 @@ def evaluate_model(
             else jnp.zeros_like(y)
             for name, y in outputs.items()
         }
-        blocks = block_outputs(nnx.merge(graphdef, params), images) if traced else {}
         return outputs | blocks, pullback(weights)
 
-    outputs, (param_grads, image_grad) = run(params, images)
+    outputs, grads = run(params, images)
     for name, expected in golden.outputs.items():
         if name in outputs:
             comparison.output(name, outputs[name], expected)
@@ -113,6 +117,9 @@ def evaluate_model(
             comparison.missing(f"output {name}")
     if stray := set(golden.cotangents) - set(outputs):
         comparison.missing(f"the outputs of cotangents {sorted(stray)}")
+    if not gradients:
+        return
+    param_grads, image_grad = grads
     compare_parameter_grads(comparison, golden, to_torch_names(model, jax.device_get(param_grads)))
     for name, expected in golden.input_grads().items():
         if name == "x":

@@ -11,12 +11,13 @@ import pytest
 
 from tests.parity.channel_embed import compare_channel_embed
 from tests.parity.channels import CHANNEL_KINDS
-from tests.parity.compare import Comparison, close, in_all_modes, modes_of
+from tests.parity.compare import ASKED, Comparison, close, in_all_modes, modes_of
 from tests.parity.functions import FUNCTIONS, compare_function, compare_sincos
 from tests.parity.golden import (
     COVERED,
     TABLES,
     Golden,
+    draw_gradients,
     draw_representatives,
     fixture_paths,
     folder,
@@ -48,6 +49,8 @@ OF_CLASSES = [
 # The fixtures are drawn by the seed's remainders, the turns by its quotient: any fixture may meet any mode.
 DRAWN = OF_CLASSES[SEED // 7919 % 3 :: 3]
 TURNS = {name: SEED // 1009 + i for i, name in enumerate(DRAWN)}
+# Every output of a known model is compared in each run, and the gradients of half of each class, other ones each run.
+BACKWARDS = draw_gradients(PATHS, SEED)
 COMPARED = PATHS
 if os.environ.get("FASTVIM_PARITY_FIXTURES") == "representatives":
     # Of every other class of models, others in each run, and of all functions.
@@ -59,8 +62,10 @@ def comparisons(golden: Golden) -> list[Comparison]:
     """Compare one fixture: models in the modes of `modes_of`, functions in the two dtypes that their bounds are for."""
     modes = modes_of(golden.name, TURNS.get(golden.name))
     dtypes = dict.fromkeys(dtype for dtype, _ in modes)
+    # A fixture that was drawn for a further dtype or for unrolled blocks has its gradients compared there, too.
+    drawn = golden.name in BACKWARDS or len(modes) > 1 or bool(ASKED)
     if golden.kind in MODELS:
-        return [compare_model(golden, dtype, blocks) for dtype, blocks in modes]
+        return [compare_model(golden, dtype, blocks, gradients=drawn) for dtype, blocks in modes]
     if golden.kind in MASKED:
         return [compare_masked(golden, dtype) for dtype in dtypes]
     if golden.kind == "mae_pixel_loss":

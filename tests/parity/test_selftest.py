@@ -9,7 +9,7 @@ import pytest
 
 from tests.parity.arguments import UnknownArgumentError, model_fields
 from tests.parity.compare import BOUNDS, Comparison, close
-from tests.parity.golden import COVERED, Golden, fixture_paths, kind_of, read
+from tests.parity.golden import COVERED, Golden, draw_gradients, fixture_paths, kind_of, read
 from tests.parity.models import compare_mixer
 
 ARRAYS = {"outputs": "out", "grads": "in_proj.weight"}
@@ -75,3 +75,15 @@ def test_an_unknown_argument_is_refused(kind: str) -> None:
 def test_a_value_without_counterpart_is_refused(kwargs: dict) -> None:
     with pytest.raises(UnknownArgumentError, match=next(iter(kwargs))):
         model_fields("FastVim", {"patch_size": 4} | kwargs)
+
+
+@pytest.mark.skipif(not fixture_paths(), reason="no golden numbers here: set FASTVIM_PARITY_DIR")
+def test_gradients_of_half_of_each_class_are_drawn_and_of_all_in_time(seed: int) -> None:
+    paths = fixture_paths()
+    of_class: dict[str, set[str]] = {}
+    for path in paths:
+        of_class.setdefault(kind_of(path), set()).add(path.stem)
+    draws = [draw_gradients(paths, seed + i) for i in range(40)]
+    for names in of_class.values():
+        assert {len(names & drawn) for drawn in draws} == {(len(names) + 1) // 2}
+    assert set().union(*draws) == {path.stem for path in paths}
