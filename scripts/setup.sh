@@ -74,7 +74,11 @@ fi
 # What an installation depends on: this folder (the package is installed in place), the requirements and the choice of JAX.
 key=$(printf '%s\n' "$PWD" "$gpu" "$have"; cat pyproject.toml)
 key=$(printf '%s' "$key" | cksum)
-[ "$(cat "$state/$extra" 2>/dev/null || true)" = "$key" ] && exit 0
+present=yes
+for each in ${extra//,/ }; do
+  [ "$(cat "$state/$each" 2>/dev/null || true)" = "$key" ] || present=
+done
+[ -n "$present" ] && exit 0
 
 extras=
 [ "$extra" = base ] || extras=$extra
@@ -84,9 +88,10 @@ say "Installing fastvim-jax${extras:+[$extras]} into $venv; the first time this 
 touch "$state/installing"
 "$venv/bin/python" -m pip install --quiet --prefer-binary --editable ".${extras:+[$extras]}" >&2
 printf '%s' "$gpu" >"$state/gpu"
-printf '%s' "$key" >"$state/$extra"
 # A larger set holds the smaller ones.
-for each in ${extra//,/ }; do printf '%s' "$key" >"$state/$each"; done
-[ "$extra" = dev ] && printf '%s' "$key" >"$state/test"
+for each in ${extra//,/ }; do
+  printf '%s' "$key" >"$state/$each"
+  if [ "$each" = dev ]; then printf '%s' "$key" >"$state/test"; fi
+done
 printf '%s' "$key" >"$state/base"
 rm -f "$state/installing"
