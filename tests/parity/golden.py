@@ -129,11 +129,11 @@ def draw_representatives(paths: list[Path], seed: int) -> set[str]:
     return {of_class[seed % len(of_class)] for of_class in names.values()}
 
 
-def draw_gradients(paths: list[Path], seed: int) -> set[str]:
-    """Draw half of the fixtures of each class by `seed`, rounded up, and return their names."""
+def draw_gradients(kinds: dict[Path, str], seed: int) -> set[str]:
+    """Draw half of the fixtures of each class in `kinds` by `seed`, rounded up, and return their names."""
     names: dict[str, list[str]] = {}
-    for path in paths:
-        names.setdefault(kind_of(path), []).append(path.stem)
+    for path, kind in kinds.items():
+        names.setdefault(kind, []).append(path.stem)
     drawn: set[str] = set()
     for of_class in names.values():
         in_turn = sorted(of_class, key=lambda name: zlib.crc32(f"{seed} {name}".encode()))

@@ -50,7 +50,7 @@ OF_CLASSES = [
 DRAWN = OF_CLASSES[SEED // 7919 % 3 :: 3]
 TURNS = {name: SEED // 1009 + i for i, name in enumerate(DRAWN)}
 # Every output of a known model is compared in each run, and the gradients of half of each class, other ones each run.
-BACKWARDS = draw_gradients(PATHS, SEED)
+BACKWARDS = draw_gradients({path: KINDS[path] for path in PATHS}, SEED)
 COMPARED = PATHS
 if os.environ.get("FASTVIM_PARITY_FIXTURES") == "representatives":
     # Of every other class of models, others in each run, and of all functions.
