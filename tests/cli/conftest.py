@@ -11,6 +11,7 @@ from PIL import Image
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import open_source
 
+# Model, data, optimizer and epochs are those of tests/training/tiny.py, so both share the compiled programs.
 EXPERIMENT = '''\
 """A tiny FastVim on the digits, for the tests of the commands."""
 
@@ -20,13 +21,16 @@ from fastvim_jax.training import OptimizerConfig, TrainConfig
 
 config = TrainConfig(
     model=VisionMambaConfig(
-        image_size=8, patch_size=4, channels=1, num_classes=10, embed_dim=8, depth=2
+        image_size=8, patch_size=4, channels=1, num_classes=10, embed_dim=8, depth=1, state_size=4,
+        drop_path=0.3, blocks="unroll",
     ),
     data=ClassificationData(
-        source="digits", image_size=8, channels=1, batch_size=128, crop="pad_shift", pad=1, flip=0.0,
-        eval_crop=1.0, mean=(0.3,), std=(0.4,),
+        source="digits", image_size=8, channels=1, batch_size=128, eval_batch_size=100, crop="pad_shift", pad=1,
+        flip=0.0, eval_crop=1.0, mean=(0.3,), std=(0.4,),
     ),
-    optimizer=OptimizerConfig(learning_rate=1e-2, learning_rate_scaling="none", warmup_epochs=0.5),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, learning_rate_scaling="none", warmup_epochs=0.5, weight_decay_end=0.4
+    ),
     epochs=2,
     ema_decay=0.9,
     log_every_steps=3,

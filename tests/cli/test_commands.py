@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,9 +18,17 @@ from fastvim_jax.analysis import model_cost
 from fastvim_jax.data import make_eval_iterator, open_source
 from fastvim_jax.inference.predict import predict_batches
 from fastvim_jax.models import list_models, model_config
-from fastvim_jax.training import evaluate, load_run, read_metrics
+from fastvim_jax.training import (
+    RunResult,
+    TrainConfig,
+    evaluate,
+    load_experiment,
+    load_run,
+    read_metrics,
+)
 from tests.cli.conftest import Cli
 from tests.support import read_table
+from tests.training.tiny import tiny_config
 
 
 def test_models_lists_what_they_cost(fastvim: Cli) -> None:
@@ -49,20 +58,39 @@ def test_every_model_has_a_cost(name: str) -> None:
 
 def test_train_wrote_its_run(run_dir: Path) -> None:
     assert [r["epoch"] for r in read_metrics(run_dir, "eval")] == [1, 2]
-    assert json.loads((run_dir / "config.json").read_text())["epochs"] == 2
+    config = load_run(run_dir).config
+    data = dataclasses.replace(config.data, decoder="auto")  # A run keeps the decoder it found.
+    config = dataclasses.replace(config, data=data, checkpoint_every_steps=4)
+    assert config == tiny_config(), "a program of its own is compiled for this run"
     assert json.loads((run_dir / "classes.json").read_text()) == [str(i) for i in range(10)]
 
 
-def test_train_takes_typed_overrides(fastvim: Cli, experiment: Path, tmp_path: Path) -> None:
+def test_train_takes_typed_overrides(
+    fastvim: Cli, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check what the trainer is called with. A run of another model would be one more program to compile."""
+    calls = []
+
+    def train(config: TrainConfig, folder: Path, **options: object) -> RunResult:
+        calls.append((config, folder, options["progress"]))
+        return RunResult(folder, 3, {}, 0.0)
+
+    monkeypatch.setattr("fastvim_jax.training.train", train)
     folder = tmp_path / "mine"
-    status, out, _ = fastvim(
+    status, out, err = fastvim(
         "train", experiment, "--run-dir", folder, "--no-progress", "--epochs", "1",
         "--model.embed-dim", "12", "--data.batch-size", "479", "--ema-decay", "None",
     )  # fmt: skip
-    assert status == 0
-    config = load_run(folder).config
-    assert (config.epochs, config.model.embed_dim, config.data.batch_size) == (1, 12, 479)
-    assert config.ema_decay is None
+    assert status == 0, err
+    config = load_experiment(str(experiment))
+    changed = dataclasses.replace(
+        config,
+        epochs=1,
+        ema_decay=None,
+        model=dataclasses.replace(config.model, embed_dim=12),
+        data=dataclasses.replace(config.data, batch_size=479),
+    )
+    assert calls == [(changed, folder, False)]
     assert str(folder) in out.splitlines()[-1] and "Finished at step 3" in out
 
 

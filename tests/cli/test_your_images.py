@@ -19,9 +19,9 @@ from fastvim_jax.training import load_experiment
 from tests.cli.conftest import Cli
 from tests.support import ROOT
 
-# 2 blocks, 16 wide, 32 px, 2 epochs: what a test can wait for.
+# 1 block, 16 wide, 32 px, 2 epochs: what a test can wait for.
 REDUCED = (
-    "--model.depth 2 --model.embed-dim 16 --model.image-size 32 --data.image-size 32 --epochs 2 "
+    "--model.depth 1 --model.embed-dim 16 --model.image-size 32 --data.image-size 32 --epochs 2 "
     "--optimizer.warmup-epochs 1 --data.batch-size 16 --no-progress"
 ).split()
 
@@ -106,13 +106,13 @@ def test_a_new_set_of_classes_starts_from_another_model_s_weights(
     """Start a run with three classes from one with five, then use it from another folder, and on a folder of images."""
     monkeypatch.chdir(my_images)
     config = load_experiment("your_images/fastvim").model
-    small = dataclasses.replace(config, image_size=32, embed_dim=16, depth=2, num_classes=5)
+    small = dataclasses.replace(config, image_size=32, embed_dim=16, depth=1, num_classes=5)
     save_pretrained(build_model(small, rngs=nnx.Rngs(0)), "five_classes")
     train = (
         "train your_images/fastvim --data.path my_images --run-dir runs/tuned --epochs 1".split()
     )
     train += (
-        "--model.depth 2 --model.embed-dim 16 --model.image-size 32 --data.image-size 32".split()
+        "--model.depth 1 --model.embed-dim 16 --model.image-size 32 --data.image-size 32".split()
     )
     train += ["--data.batch-size", "16"]
     status, _, err = fastvim(*train, "--model.num-classes", "3", "--init", "five_classes")
@@ -123,7 +123,7 @@ def test_a_new_set_of_classes_starts_from_another_model_s_weights(
     ), err
     table = json.loads(Path("runs/tuned/init.json").read_text())
     assert table["parameters"]["head.bias"] == "drawn 5 classes there, 3 here"
-    assert table["parameters"]["blocks.1.mixer.forward.D"] == "taken"
+    assert table["parameters"]["blocks.0.mixer.forward.D"] == "taken"
 
     (my_images / "elsewhere").mkdir()
     monkeypatch.chdir(my_images / "elsewhere")

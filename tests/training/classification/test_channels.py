@@ -66,8 +66,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         mean=(0.3,) * 2, std=(0.3,) * 2,
     )  # fmt: skip
     model = ChannelMambaConfig(
-        image_size=8, patch_size=4, channels=2, num_classes=2, embed_dim=8, depth=2, state_size=2,
-        drop_path=0.1, pooling="max",
+        image_size=8, patch_size=4, channels=2, num_classes=2, embed_dim=8, depth=1, state_size=2,
+        drop_path=0.1, pooling="max", blocks="unroll",
     )  # fmt: skip
     optimizer = OptimizerConfig(
         learning_rate=1e-2, learning_rate_scaling="none", warmup_epochs=0.5, weight_decay=0.04,
