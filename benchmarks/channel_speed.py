@@ -7,7 +7,7 @@ Forward passes have the general command:
 
     fastvim bench model --models channelvim_small_patch16_224 fastchannelvim_small_patch16_224 \
         channelvim_small_patch8_224 fastchannelvim_small_patch8_224 channelvit_small_patch16_224 \
-        channelvit_small_patch8_224 --batches 8 64 --precisions bf16 f32 --json ...
+        channelvit_small_patch8_224 --batches 8 64 --precisions bf16 tf32 f32 --json ...
 
 Channel sampling draws 1 to 8 channels, each number equally often. So its images per second are those of eight steps
 together, one with each number of channels.
