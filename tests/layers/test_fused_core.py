@@ -156,13 +156,13 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     [
         (64, EXACT, 36, 4),
         (96, EXACT, 40, 8),
-        (64, NARROW, 40, 40),
+        (64, NARROW, 48, 48),
         (192, NARROW, 48, 48),
-        (128, NARROW, 40, 40),
+        (128, NARROW, 48, 48),
     ],
 )
 def test_joined_directions_fill_up_the_rank(key, width, precision, columns, rows):
-    """Fill the rank up to rows of whole 16 bytes, which narrow products read whole.
+    """Fill the rank up to rows of whole 16 bytes, and to 16 where one kernel writes what narrow products read whole.
 
     The directions' selected B, C and Δ and their gradients stay the same.
     """
