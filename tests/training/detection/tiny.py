@@ -93,7 +93,7 @@ def tiny_config(root: Path, **changes: Any) -> DetectionConfig:
     backbone = VisionMambaConfig(
         image_size=64,
         embed_dim=8,
-        depth=2,
+        depth=1,
         state_size=4,
         num_classes=0,
         drop_path=0.1,
