@@ -36,13 +36,11 @@ class Runs:
         tokens: tokens of a thread block. They divide those of a sample.
         segment: tokens of a turn.
         channels: of a thread block; a thread owns one or two.
-        ahead: tokens that are on their way while one is worked on.
     """
 
     tokens: int
     segment: int
     channels: int
-    ahead: int = 4
 
     @property
     def segments(self) -> int:
@@ -93,13 +91,10 @@ def front(x, ids, places, kernels, biases, D, runs: Runs, *, rows: int, share: f
         def place(token):
             return places_refs[0][sample, token] if places_refs else token
 
-        def fetch(token, *, may_precede: bool = False):
+        def fetch(token):
             """Load a token, or zeros outside of the sample."""
-            inside = token < length
-            here = jnp.minimum(token, length - 1)
-            if may_precede:
-                inside = jnp.logical_and(inside, token >= 0)
-                here = jnp.maximum(here, 0)
+            inside = jnp.logical_and(token >= 0, token < length)
+            here = jnp.minimum(jnp.maximum(token, 0), length - 1)
             value = plgpu.load(
                 x_ref.at[sample, place(here), channels], layout=layout, optimized=False
             )
@@ -108,8 +103,8 @@ def front(x, ids, places, kernels, biases, D, runs: Runs, *, rows: int, share: f
         def wide(value):
             return value.astype(jnp.float32)
 
-        window = tuple(wide(fetch(first + t, may_precede=True)) for t in range(-halo, halo))
-        ahead = tuple(fetch(first + halo + t) for t in range(runs.ahead))
+        window = tuple(wide(fetch(first + t)) for t in range(-halo, halo))
+        ahead = tuple(fetch(first + halo + t) for t in range(runs.segment))
         convolutions = Convolutions(
             kernels_ref, biases_ref, D_ref, channels, x.dtype, interpret, layout=layout
         )
@@ -123,39 +118,39 @@ def front(x, ids, places, kernels, biases, D, runs: Runs, *, rows: int, share: f
         lax.fori_loop(0, rows, clear, ())
 
         def turn(number, carry):
-            window, ahead, sums = map(list, carry)
+            window, now, sums = map(list, carry)
+            start = first + number * runs.segment
+            at = [jnp.minimum(start + t, length - 1) for t in range(runs.segment)]
+            steps = [steps_ref[sample, token] for token in at]
+            stored = [place(token) for token in at]
+            ahead = tuple(fetch(start + runs.segment + halo + t) for t in range(runs.segment))
+
             for t in range(runs.segment):
-                at = number * runs.segment + t
-                token = first + at
-                exists = None if runs.whole else at < runs.tokens
-                if exists is not None:
-                    token = jnp.minimum(token, length - 1)
-                ahead.append(fetch(token + halo + runs.ahead))
-                window.append(wide(ahead.pop(0)))
+                window.append(wide(now[t]))
                 both = convolutions.of(window)
                 skip = convolutions.skip(both)
-                write = lambda token=token, skip=skip: store(  # noqa: E731
-                    skip_ref.at[sample, place(token), channels], skip
+                write = lambda t=t, skip=skip: store(  # noqa: E731
+                    skip_ref.at[sample, stored[t], channels], skip
                 )
+                exists = None if runs.whole else number * runs.segment + t < runs.tokens
                 if exists is None:
                     write()
                 else:
                     pl.when(exists)(write)
-                steps = steps_ref[sample, token]
                 for d, c in enumerate(both):
-                    ends = (steps & _ENDS[d]) != 0
+                    ends = (steps[t] & _ENDS[d]) != 0
                     if exists is not None:
                         ends = jnp.logical_and(ends, exists)
-                    row = (steps >> (_BITS * d)) & (MOST_ROWS - 1)
+                    row = (steps[t] >> (_BITS * d)) & (MOST_ROWS - 1)
                     sums[d] = sums[d] + c
 
                     @pl.when(ends)
-                    def _(row=row, d=d, total=sums[d]):
-                        store(u_ref.at[d, sample, group, row, channels], total * share)
+                    def _(row=row, d=d, total=sums[d] * share):
+                        store(u_ref.at[d, sample, group, row, channels], total)
 
                     sums[d] = jnp.where(ends, 0.0, sums[d])
                 window.pop(0)
-            return tuple(window), tuple(ahead), tuple(sums)
+            return tuple(window), ahead, tuple(sums)
 
         lax.fori_loop(0, runs.segments, turn, (window, ahead, (zero, zero)))
 
