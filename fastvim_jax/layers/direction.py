@@ -131,8 +131,8 @@ class ScanDirection(nnx.Module):
 
         Where Δ and x_proj's `columns` are known already, only gradients are computed; see `projected_scan`.
 
-        Float32 or wider. With activations="compute" Δ has the compute dtype, because it is as large as u, and so have B
-        and C of unpooled tokens. A known Δ keeps its dtype.
+        Float32 or wider, except for unpooled tokens with activations="compute": Δ is as large as the tokens, so it
+        stays in the compute dtype.
         """
         precision = self.config.precision
         kernel = self.dt_proj.kernel[...]
@@ -154,11 +154,7 @@ class ScanDirection(nnx.Module):
         # `pad_rank` may have added rows of zeros to the kernel, up to the number of columns of `projected`.
         step = multiply(projected[..., : kernel.shape[0]], kernel)
         B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)
-        if delta is not None:
-            step = instead(step, delta)
-        elif precision.activations == "compute":
-            step = step.astype(precision.compute)
-        return step, B, C
+        return step if delta is None else instead(step, delta), B, C
 
     def scan(self, u: Pooled, D: jax.Array | None = None) -> Pooled:
         """Scan u `b s e` and add the skip D · u if D `e` is given."""
