@@ -1,8 +1,9 @@
 """Write benchmarks/README.md and its plots from the recorded runs: `python benchmarks/report.py`.
 
 The records of a card are in results/CARD. A table holds rows of one card; two cards are never compared. If several rows
-of a card measure the same thing, the latest counts. Measured numbers come from the records alone. Required numbers, and
-numbers that others measured on H100s, are constants in `targets`.
+of a card measure the same thing, the latest counts, of those with nothing beside them if there are any. Measured
+numbers come from the records alone. Required numbers, and numbers that others measured on H100s, are constants in
+`targets`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ ABOUT = {
     "targets": """\
 - **seen**: measured here. Speeds come from device time, the sum of the kernels' durations. Inputs of scan and core are
   not in the cache.
-- **clock**: for models, the same row from wall-clock time over queued calls, which includes gaps between kernels.
+- **clock**: for models, the same row from wall-clock time over queued calls, which includes gaps between kernels. "–":
+  other programs used the machine meanwhile.
 - **met**: what **seen** reaches, or the ratio if **required** is a ratio. *aim* = aim reached; *yes* = required value
   reached; *no* = neither; *short of the aim* = aim not reached, and nothing was required; *DeiT not measured* = no DeiT
   in the same run.
@@ -112,7 +114,7 @@ IDENTITY = (
 
 
 def load(folder: Path) -> list[Row]:
-    """Load all rows of all records, the latest of each kind, each with its circumstances and file."""
+    """Load all rows of all records, each with its circumstances and file. Of a kind, the latest quiet one is taken."""
     rows: dict[str, Row] = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
@@ -126,7 +128,7 @@ def load(folder: Path) -> list[Row]:
             row |= {"from": file.stem, "complete": record["complete"], **record["circumstances"]}
             row["card"] = card(row["device"])
             key = json.dumps([row.get(name) for name in IDENTITY])
-            if key not in rows or rows[key]["date"] <= row["date"]:
+            if key not in rows or _rank(rows[key]) <= _rank(row):
                 rows[key] = row
     return list(rows.values())
 
@@ -148,6 +150,11 @@ def load_cards(results: Path) -> dict[str, list[Row]]:
         if rows:
             found[folder.name] = rows
     return found
+
+
+def _rank(row: Row) -> tuple[bool, str]:
+    """Order rows that measure the same: those beside other programs first, then by date."""
+    return row.get("quiet", True), row["date"]
 
 
 def _kind(bench: str, row: Row) -> Row:

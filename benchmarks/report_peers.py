@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs import card
 from report_tables import table
-from targets import Row, device_images_per_s, find, half_mode
+from targets import Row, clock_images_per_s, device_images_per_s, find, half_mode, number
 
 SAME_RUN = timedelta(minutes=30)
 """Two measurements count as one run if they were made on the same kind of card within this time."""
@@ -62,7 +62,7 @@ def peer_section(peers: list[Row], rows: list[Row]) -> str:
         lines.append(
             [f"FastVim-{size[0].upper()}", f"{peer['row']}, {half_mode(ours)}", str(peer["pixels"]),
              str(peer["batch"]), ours["blocks"],
-             f"{fast:,.0f}", f"{ours['images_per_s']:,.0f}", f"{slow:,.0f}", f"**{fast / slow:.2f}**",
+             f"{fast:,.0f}", number(clock_images_per_s(ours)), f"{slow:,.0f}", f"**{fast / slow:.2f}**",
              ours.get("commit", ""), how["date"]]
         )  # fmt: skip
     if not lines:

@@ -16,9 +16,11 @@ from targets import (
     PIXELS,
     REQUIRED_ON,
     Row,
+    clock_images_per_s,
     device_images_per_s,
     find,
     half_mode,
+    number,
     way,
 )
 
@@ -177,10 +179,8 @@ def model_table(rows: list[Row]) -> str:
                 r["blocks"],
                 f"**{device_images_per_s(r):,.0f}**" if "device_ms" in r else "–",
                 optional(r, "device_ms", 3) + _device_spread(r),
-                f"{r['images_per_s']:,.0f}",
-                f"{r['ms']:.2f}",
-                f"{r['fastest_ms']:.2f}–{r['slowest_ms']:.2f}",
-                optional(r, "latency_ms", 2) + _same_weights(r),
+                number(clock_images_per_s(r)),
+                *_clock(r),
                 f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "–",
                 f"{r['trace_seconds'] + r['compile_seconds']:.0f}" if "trace_seconds" in r else "–",
                 f"{error(r):.0e}" if error(r) is not None else "–",
@@ -188,6 +188,14 @@ def model_table(rows: list[Row]) -> str:
             for r in rows
         ],
     )  # fmt: skip
+
+
+def _clock(r: Row) -> list[str]:
+    """Return the cells of wall-clock times: a step's, their spread, one call's. Other programs make them useless."""
+    if not r.get("quiet", True):
+        return ["–"] * 3
+    call = f"{r['latency_ms']:.2f}{_same_weights(r)}" if "latency_ms" in r else "–"
+    return [f"{r['ms']:.2f}", f"{r['fastest_ms']:.2f}–{r['slowest_ms']:.2f}", call]
 
 
 def _same_weights(r: Row) -> str:
