@@ -135,18 +135,20 @@ def masked_autoencoder(
     config: SimpleNamespace,
     images: Array,
     keep: list[list[int]],
+    tables: tuple[Array, Array] | None = None,
 ) -> tuple[Array, list[Array]]:
     """Return predicted patches (b, l, p q c) and the latents of every image.
 
     `config` has the encoder's fields and `decoder_dim`, `decoder_depth`, `decoder_heads`, `divisor`, `reversal`,
-    `vit`; `keep` the positions of every image's kept patches.
+    `vit`; `keep` the positions of every image's kept patches; `tables` replaces the position tables (l, d) of encoder
+    and decoder.
     """
     encoder, decoder = subset(params, "encoder"), subset(params, "decoder")
     patches = patch_embed(encoder, images, pair(config.patch_size))
     grid = (patches.shape[1], patches.shape[2])
     length = grid[0] * grid[1]
     dtype = np.float64 if config.vit else np.float32
-    table, decoder_table = (
+    table, decoder_table = tables or (
         sincos_table(grid, w, dtype=dtype) for w in (config.embed_dim, config.decoder_dim)
     )
     token = encoder.get("class_token")

@@ -30,6 +30,14 @@ BOUNDS = {
 }
 
 
+def table_bound(side: int) -> float:
+    """Return how far sin-cos tables computed in float32 may be apart on a grid of `side` positions.
+
+    Frequencies are powers in float32, whose last places differ among processors, times the position.
+    """
+    return 1e-7 + 2.0**-22 * (side - 1)
+
+
 @dataclasses.dataclass
 class Comparison:
     """The arrays of one fixture in one dtype; `close` raises if any is off, naming all of them.

@@ -20,7 +20,7 @@ from fastvim_jax.training.classification.losses import (
 )
 from fastvim_jax.training.ema import init_ema, update_ema
 from pallas_kernels import causal_conv1d, selective_scan
-from tests.parity.compare import Comparison
+from tests.parity.compare import Comparison, table_bound
 from tests.parity.golden import Golden
 from tests.parity.masked import row_means_outputs
 from tests.support import x64
@@ -158,5 +158,5 @@ def compare_sincos(golden: Golden) -> Comparison:
         elif class_row:
             comparison.missing(f"the meaning of table {name}")
             continue
-        comparison.output(name, table, expected)
+        comparison.output(name, table, expected, table_bound(int(grid[1:])))
     return comparison

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from fastvim_jax.interop import from_torch_state_dict, to_torch_names
 from fastvim_jax.layers.masking import kept_count, random_masking, transpose_ids
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
+from fastvim_jax.models import mae
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
@@ -19,12 +21,14 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.training.masked.loss import patchify, pixel_loss, unpatchify
 from fastvim_jax.training.masked.probe_head import ProbeHead
 from tests.parity.arguments import masked_fields
-from tests.parity.compare import Comparison
+from tests.parity.compare import Comparison, table_bound
 from tests.parity.golden import Golden
 from tests.parity.models import compare_parameter_grads, precision_fields
 from tests.support import x64
 
 INDICES = ("mask", "ids_restore", "ids_keep")
+FIXED = ("pos_embed", "decoder_pos_embed")
+"""Entries of a state dict that are no parameters."""
 
 
 def load_masked(golden: Golden, dtype: str) -> tuple[MaskedAutoencoder, bool]:
@@ -40,6 +44,16 @@ def load_masked(golden: Golden, dtype: str) -> tuple[MaskedAutoencoder, bool]:
     model = nnx.eval_shape(lambda: MaskedAutoencoder(config, rngs=nnx.Rngs(0)))
     from_torch_state_dict(model, golden.state)
     return model, normalise
+
+
+def stored_tables(golden: Golden) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position tables `l d` of encoder and decoder that a fixture's numbers were computed with.
+
+    Ours may differ from them by `table_bound`, which is more than outputs may differ.
+    """
+    with_token = golden.kind != "FastMaskVimMAE"  # Its row is the first, and zero.
+    encoder, decoder = (golden.state[name][0, int(with_token) :] for name in FIXED)
+    return encoder, decoder
 
 
 def compare_masked(golden: Golden, dtype: str) -> Comparison:
@@ -85,8 +99,15 @@ def evaluate_masked(comparison: Comparison, golden: Golden, dtype: str) -> None:
         objective = sum(jnp.sum(outputs[name] * weight) for name, weight in weights.items())
         return objective, outputs
 
+    config = model.config
+    widths = {"pos_embed": config.encoder.embed_dim, "decoder_pos_embed": config.decoder_dim}
+    tables = dict(zip(widths.values(), stored_tables(golden), strict=True))  # by width
+    for name, width in widths.items():
+        ours = mae.fixed_table(config.encoder, width, config.grid)
+        comparison.output(name, ours, tables[width], table_bound(max(config.grid)))
     run = jax.jit(jax.grad(forward, argnums=(0, 1), has_aux=True))
-    (param_grads, image_grad), outputs = run(params, images)
+    with patch.object(mae, "fixed_table", lambda encoder, width, grid: tables[width]):
+        (param_grads, image_grad), outputs = run(params, images)
     for name, expected in golden.outputs.items():
         if name in outputs:
             bound = 0.0 if name in INDICES else None
@@ -94,17 +115,13 @@ def evaluate_masked(comparison: Comparison, golden: Golden, dtype: str) -> None:
         else:
             comparison.missing(f"output {name}")
     compare_parameter_grads(
-        comparison, golden, to_torch_names(model, jax.device_get(param_grads)), FIXED
+        comparison, golden, to_torch_names(model, jax.device_get(param_grads)), frozenset(FIXED)
     )
     for name, expected in golden.input_grads().items():
         if name == "x":
             comparison.grad("input/x", np.asarray(image_grad).transpose(0, 3, 1, 2), expected)
         else:
             comparison.missing(f"gradient of input {name}")
-
-
-FIXED = frozenset({"pos_embed", "decoder_pos_embed"})
-"""Entries of a state dict that are no parameters."""
 
 
 def row_means_outputs(divisor: str) -> Any:

@@ -31,6 +31,7 @@ from tests.oracle.vit import vit
 from tests.parity.arguments import masked_fields, mixer_fields, model_fields
 from tests.parity.channels import CHANNEL_KINDS, channels_of
 from tests.parity.golden import Golden, fixture_paths, kind_of, read
+from tests.parity.masked import stored_tables
 from tests.parity.oracle_names import convert_mixer, masked_parameters, oracle_parameters
 from tests.support import assert_close
 
@@ -195,7 +196,9 @@ def masked_outputs(golden: Golden) -> dict[str, np.ndarray]:
     images, noise = inputs["x"].transpose(0, 2, 3, 1), inputs["noise"]
     kept = int(noise.shape[1] * (1 - golden.meta["mask_ratio"]))
     keep, restore, mask = random_masking(noise, kept, by_position=not is_vit)
-    predicted, latents = masked_autoencoder(masked_parameters(golden.state), config, images, keep)
+    predicted, latents = masked_autoencoder(
+        masked_parameters(golden.state), config, images, keep, stored_tables(golden)
+    )
     patch = (config.patch_size,) * 2
     return {
         "pred": predicted,
