@@ -53,9 +53,7 @@ class Window:
     def add(self, step: int, metrics: Metrics) -> None:
         """Add the metrics of update `step`, without waiting for this update to finish."""
         metrics = dict(metrics)
-        self._norms = metrics.pop(
-            "norms", {}
-        )  # of this step; those of earlier ones are not logged any more
+        self._norms = metrics.pop("norms", {})  # Those of earlier steps are not logged any more.
         self._waiting.append((step, metrics))
         if len(self._waiting) > _IN_FLIGHT:
             # Wait for a step `_IN_FLIGHT` behind: the device always has work queued, but batches do not pile up on it.

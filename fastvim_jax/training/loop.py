@@ -215,8 +215,11 @@ def run_loop(
                 batch = stop.next_of(batches)
             if batch is None:
                 raise stop_after(step - 1)
-            # A line of the log and a checkpoint want all norms, which another program measures on GPUs.
-            norms = measures_norms(logged_at(step) or saved_at(step) or closes_epoch(step))
+            # A line of the log and a checkpoint want all norms, which another program measures on GPUs. The first step
+            # measures them to tell an update that overflows from a loss that does.
+            norms = measures_norms(
+                step == 1 or logged_at(step) or saved_at(step) or closes_epoch(step)
+            )
             shapes = {name: jax.numpy.shape(values) for name, values in batch.items()}
             compiles = (shapes, norms) not in compiled_for
             if compiles and compiled_for:  # Channel sampling gives batches of other shapes.
