@@ -18,6 +18,7 @@ import jax, jax.numpy as jnp, numpy as np
 import fastvim_jax
 from fastvim_jax.models import VisionMambaConfig, ViTConfig
 from pallas_kernels import *
+from pallas_kernels.mixer_core import add_norm
 
 small = dict(image_size=8, patch_size=4, embed_dim=8, depth=1, num_classes=2, rngs=0)
 models = {
@@ -71,6 +72,7 @@ operations = {
     "causal_conv1d": (causal_conv1d, conv, list(conv)),
     "mixer_core": (mixer_core, core, ["xz"]),
     "sequence_core": (sequence_core, sequence, ["xz"]),
+    "add_norm": (add_norm, dict(update=u, residual=u, gain=jnp.ones(4)), ["update", "residual", "gain"]),
 }
 for name, (run, good, arrays) in operations.items():
     jax.block_until_ready(run(**good))

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
+from pallas_kernels.checks import as_floats, expect_shape
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.sharding import on_cuda, per_shard
 
@@ -41,8 +42,19 @@ def add_norm(
 
     Returns:
         The new residual stream, and its normalised tokens in the dtype of `update`.
+
+    Raises:
+        ValueError: an array is not of floats, or its shape does not fit `update`.
     """
+    update = as_floats("add_norm", "update", update, "b l o")
+    residual = as_floats("add_norm", "residual", residual, "b l o")
+    gain = as_floats("add_norm", "gain", gain, "o")
+    beside = f"update {update.shape} (b l o)"
+    expect_shape("add_norm", "residual", residual, "b l o", update.shape, beside)
+    expect_shape("add_norm", "gain", gain, "o", update.shape[2:], beside)
     if keep is not None:
+        keep = as_floats("add_norm", "keep", keep, "b")
+        expect_shape("add_norm", "keep", keep, "b", update.shape[:1], beside)
         keep = lax.stop_gradient(keep.astype(xla.at_least_float32(residual.dtype)))
     kernels = add_norm_unsupported(update, residual) is None
     return _add_norm(kernels, float(norm_eps), update, residual, gain, keep)
