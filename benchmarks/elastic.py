@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -183,7 +184,9 @@ def main() -> int:
     out = chosen.out.resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     flags = [os.path.expandvars(flag) for flag in FLAGS]
-    (out / "fastvim").write_text(f"#!{sys.executable}\n" + WRAPPER.format(flags=flags))
+    (out / "fastvim.py").write_text(WRAPPER.format(flags=flags))
+    program = shlex.join([sys.executable, str(out / "fastvim.py")])  # A "#!" line takes no spaces.
+    (out / "fastvim").write_text(f'#!/usr/bin/env bash\nexec {program} "$@"\n')
     (out / "fastvim").chmod(0o755)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
     runs = {name: Run(name, out) for name in ("whole", "moved", "killed")}

@@ -59,7 +59,7 @@ def test_the_latest_the_best_and_every_nth_are_kept():
 
 
 def test_a_run_keeps_its_best_checkpoint_and_is_used_by_it(tmp_path):
-    """Keep the best checkpoint: a rate that grows ruins the head, so the first evaluation is the best."""
+    """Keep the best checkpoint beside the last: a rate that grows ruins the head, so an early one may be the best."""
     optimizer = dataclasses.replace(
         CONFIG.optimizer, learning_rate=1e-2, final_learning_rate=0.5, warmup_epochs=0.0
     )
@@ -76,7 +76,10 @@ def test_a_run_keeps_its_best_checkpoint_and_is_used_by_it(tmp_path):
     train(config, run, progress=False)
     kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     best = best_step(run, config, [STEPS_PER_EPOCH * n for n in (1, 2, 3)])
-    assert set(kept) == {best, 3 * STEPS_PER_EPOCH}
+    last = 3 * STEPS_PER_EPOCH
+    # If the last one is the best, the one that was the best until then was kept when the last was saved.
+    assert {best, last} <= set(kept)
+    assert len(kept) == 2
     assert load_run(run, step="best").step == best
     (run / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="was evaluated: name a step"):
