@@ -96,8 +96,17 @@ for option, bad, words in (
     ("directions", weights._replace(kernels=jnp.ones((1, 4, 4))), ["kernels"]),
     ("method", "men", ["method"]), ("implementation", "cuda", ["implementation"]),
     ("row_ids", (jnp.ones((2, 6)),) * 2, ["row_ids", "integers"]),
+    ("places", (jnp.ones((2, 6), int),) * 2, ["places", "row_ids"]),
 ):
     cases[f"mixer_core {option} {bad}"] = (lambda o=option, b=bad: mixer_core(**{**core, o: b}), words)
+ids = (jnp.zeros((2, 6), int),) * 2
+for bad, words in (
+    ((jnp.ones((2, 6)),) * 2, ["places", "integers"]), ((ids[0][:, :5],) * 2, ["places", "(2, 5)"]),
+    (ids[:1], ["places"]),
+):
+    cases[f"mixer_core places {words} {len(bad)}"] = (
+        lambda b=bad: mixer_core(**{**core, "row_ids": ids, "places": b}), words,
+    )
 
 cases |= {
     f"config {cls.__name__} {changes}": (lambda cls=cls, changes=changes: cls(**changes), list(changes))

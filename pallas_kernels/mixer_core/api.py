@@ -124,6 +124,8 @@ def mixer_core(
     xz = check_arrays("mixer_core", xz, directions[0], directions[1], norm, directions[2])
     if row_ids is not None:
         _check_ragged(xz, row_ids, places, method, transposed or per_position > 1)
+    elif places is not None:
+        raise ValueError("mixer_core: places are of a ragged grid: give row_ids as well")
     elif xz.shape[1] != rows * columns * per_position:
         size = " x ".join(
             map(str, (rows, columns, per_position) if per_position > 1 else (rows, columns))
@@ -148,7 +150,9 @@ def mixer_core(
     given = () if row_ids is None else row_ids
     ids = tuple(jnp.clip(jnp.asarray(of_row).astype(jnp.int32), 0, rows - 1) for of_row in given)
     if places is not None:
-        there, back = (jnp.clip(x.astype(jnp.int32), 0, xz.shape[1] - 1) for x in places)
+        there, back = (
+            jnp.clip(jnp.asarray(x).astype(jnp.int32), 0, xz.shape[1] - 1) for x in places
+        )
         stored = tuple(jnp.take_along_axis(of_row, back, axis=1) for of_row in ids)
         ids = (*ids, there, back, *stored)
 
@@ -191,17 +195,18 @@ def _check_ragged(xz, row_ids, places, method: str, regular: bool) -> None:
         raise ValueError(
             "mixer_core: a ragged grid is pooled by 'mean' and not transposed, and has per_position=1"
         )
-    if not all(jnp.issubdtype(ids.dtype, jnp.integer) for ids in row_ids):
-        raise ValueError(
-            f"mixer_core: row_ids must be integers, got {[str(ids.dtype) for ids in row_ids]}"
-        )
-    shapes = [ids.shape for ids in row_ids]
-    if shapes != [xz.shape[:2]] * 2:
-        raise ValueError(f"mixer_core: row_ids {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
-    places = [] if places is None else places
-    if any(x.shape != xz.shape[:2] for x in places):
-        shapes = [x.shape for x in places]
-        raise ValueError(f"mixer_core: places {shapes} (b l each) must fit xz {xz.shape} (b l 2e)")
+    for name, pair in (("row_ids", row_ids), ("places", places)):
+        if pair is None:
+            continue
+        arrays = [jnp.asarray(x) for x in pair]
+        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in arrays):
+            kinds = [str(x.dtype) for x in arrays]
+            raise ValueError(f"mixer_core: {name} must be integers, got {kinds}")
+        shapes = [x.shape for x in arrays]
+        if shapes != [xz.shape[:2]] * 2:
+            raise ValueError(
+                f"mixer_core: {name} {shapes} (b l each) must fit xz {xz.shape} (b l 2e)"
+            )
 
 
 # Dimensions of the operands and results of every stage (letters: see the package). Devices split b and nothing else.
