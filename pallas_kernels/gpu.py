@@ -79,8 +79,8 @@ def choose(
         return False
     missing = kernels_missing()
     reason = missing or unsupported()
-    if reason is None and implementation == "auto" and trial is not None and not _tried():
-        reason = compile_failure(operation, trial)
+    if reason is None and implementation == "auto" and trial is not None:
+        reason = trial_failure(operation, trial)
     if reason is None:
         return True
     if implementation == "pallas":
@@ -88,6 +88,11 @@ def choose(
     if missing != NO_GPU:
         log_once(f"{operation}: using XLA and not the GPU kernels, since {reason}")
     return False
+
+
+def trial_failure(operation: str, trial: Trial) -> str | None:
+    """Return why the kernels of a call do not compile for the local GPUs, or None; on Hopper nothing is compiled."""
+    return None if _tried() else compile_failure(operation, trial)
 
 
 def kernels_missing() -> str | None:

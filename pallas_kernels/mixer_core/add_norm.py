@@ -15,6 +15,7 @@ from pallas_kernels import gpu
 from pallas_kernels.checks import as_floats, expect_shape
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.sharding import on_cuda, per_shard
+from pallas_kernels.trial import Trial
 
 
 def add_norm(
@@ -61,13 +62,38 @@ def add_norm(
 
 
 def add_norm_unsupported(update: Any, residual: Any) -> str | None:
-    """Return why no kernel computes `add_norm` of such arrays here, or None. Of arrays only the types matter."""
+    """Return why no kernel computes `add_norm` of such arrays here, or None. Of arrays only the types matter.
+
+    On GPUs other than Hopper's the kernels are compiled once to find out. If that fails, the reason is logged once.
+    """
     missing = gpu.kernels_missing()
     if missing is not None:
         return missing
     from pallas_kernels.mixer_core import mosaic
 
-    return mosaic.add_norm_unsupported(update, residual)
+    reason = mosaic.add_norm_unsupported(update, residual)
+    if reason is not None:
+        return reason
+    reason = gpu.trial_failure("add_norm", _trial(update, residual))
+    if reason is not None:
+        gpu.log_once(f"add_norm: using XLA and not the GPU kernels, since {reason}")
+    return reason
+
+
+def _trial(update: Any, residual: Any) -> Trial:
+    """Describe both kernels, of the sum and norm and of their gradient, for arrays of these types."""
+    from pallas_kernels.mixer_core import mosaic
+
+    def run(update, residual, gain, keep):
+        # The second kernel is the first one's gradient, so neither is differentiated.
+        update, residual, gain, keep = lax.stop_gradient((update, residual, gain, keep))
+        total, normed = mosaic.add_norm(update, residual, gain, keep, norm_eps=1e-6)
+        return mosaic.norm_gradient(total, normed, total, gain, keep, norm_eps=1e-6)
+
+    like = jax.ShapeDtypeStruct
+    gain = like(residual.shape[2:], jnp.float32)
+    keep = like(residual.shape[:1], jnp.float32)
+    return Trial(run, (update, residual, gain, keep), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu, mixer_core, selective_scan, sequence_core, trial
+from pallas_kernels.mixer_core import add_norm, add_norm_unsupported
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_scan as scan
-from tests.pallas_kernels.mosaic_support import needs_mosaic, relative_errors
+from tests.pallas_kernels.mosaic_support import (
+    abstract_h100,
+    launches,
+    lower_for_h100,
+    needs_mosaic,
+    relative_errors,
+)
 
 pytestmark = needs_mosaic
 GRID = {"rows": 3, "columns": 4}
@@ -65,6 +72,36 @@ def test_kernels_that_do_not_compile(blackwell, rng, caplog, operation):
     assert "Error: " in record.message
     with pytest.raises(Exception, match=r"(?i)cpu"):  # the compiler's own
         value("pallas")(x)
+
+
+def test_a_block_ends_without_kernels_where_they_do_not_compile(blackwell, rng, caplog):
+    """Compile the kernels for residual sum and norm before a block counts on them, and their gradient's."""
+    residual = jax.ShapeDtypeStruct((4, 3, 128), jnp.float32)
+    update = jax.ShapeDtypeStruct(residual.shape, jnp.bfloat16)
+    for _ in range(2):
+        assert "do not compile for cpu" in str(add_norm_unsupported(update, residual))
+    (record,) = caplog.records
+    assert record.message.startswith("add_norm: using XLA and not the GPU kernels, since they do ")
+    args = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 3, 128), (128,))]
+    text = jax.jit(add_norm).lower(args[0].astype(update.dtype), *args).as_text()
+    assert "mosaic" not in text
+
+
+def test_what_is_compiled_are_the_kernels_of_both_passes(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu, "trial_failure", lambda name, trial: compiled.append(trial))
+    update = jax.ShapeDtypeStruct((4, 3, 128), jnp.bfloat16)
+    with abstract_h100():
+        assert add_norm_unsupported(update, update) is None
+    (found,) = compiled
+
+    def with_gradient(arrays):
+        out, pull = jax.vjp(found.run, *arrays)
+        return out, pull(out)
+
+    text = lower_for_h100(with_gradient, found.arrays)
+    for kernel in ("mixer_sum_norm", "mixer_norm_gradient"):
+        assert launches(text, kernel) == 1
 
 
 def test_it_compiles_once_for_each_shape(blackwell, monkeypatch):
