@@ -35,8 +35,8 @@ def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
         if saved.init == config.init and type(saved.model) is type(config.model):
             return _scaled(config, getattr(saved.model, "backbone", saved.model).pool_scale)
     folder = Path(config.init).expanduser()
-    if is_pretrained(folder):
-        source = read_model_config(folder)
+    if is_pretrained(config.init):
+        source = read_model_config(config.init)
     elif (folder / CONFIG_FILE).is_file():
         source = read_config(folder).model
     else:

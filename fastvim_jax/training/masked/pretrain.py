@@ -20,7 +20,8 @@ from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
 from fastvim_jax.errors import UserError
-from fastvim_jax.models import build_model
+from fastvim_jax.models import MaskedAutoencoderConfig, build_model
+from fastvim_jax.models.pretrained import is_pretrained, read_model_config
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.loop import begin_or_resume, run_loop
 from fastvim_jax.training.masked.config import PretrainConfig
@@ -139,16 +140,19 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
 
 
 def require_masked(source: Path | str) -> None:
-    """Raise a `UserError` if `source` is the folder of a run that is not masked pre-training. Files are accepted."""
+    """Raise a `UserError` if `source` is a run or a saved model of another kind. Files of weights are accepted."""
+    needed = "which has no decoder: a masked pre-training run or a saved masked autoencoder is needed here."
+    if is_pretrained(source):
+        model = read_model_config(source)
+        if not isinstance(model, MaskedAutoencoderConfig):
+            raise UserError(f"{source} holds the model of a {type(model).__name__}, {needed}")
+        return
     folder = Path(source).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         return
     found = read_config(folder)
     if not isinstance(found, PretrainConfig):
-        raise UserError(
-            f"{folder} is a run of a {type(found).__name__}, which has no decoder: a masked pre-training run (a "
-            "PretrainConfig's) is needed here."
-        )
+        raise UserError(f"{folder} is a run of a {type(found).__name__}, {needed}")
 
 
 def make_draw(graphdef: nnx.GraphDef) -> Draw:

@@ -13,14 +13,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from fastvim_jax import UserError
+from fastvim_jax import UserError, save_pretrained
 from fastvim_jax.inference.reconstruct import reconstruct_files
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.parameters import named_parameters
+from fastvim_jax.models.pretrained import Preprocessing
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.masked.config import PRETRAINING, PROBING, PretrainConfig, ProbeConfig
+from fastvim_jax.training.masked.pretrain import require_masked
 from fastvim_jax.training.masked.probe_head import make_probe_optimizer
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.pool_scale import with_scale_of_init
@@ -211,6 +213,27 @@ def test_runs_of_another_task_are_refused_by_name(pretrained: Any, tmp_path: Any
     other = dataclasses.replace(run, config=tiny_config())
     with pytest.raises(UserError, match="TrainConfig, so its model reconstructs nothing"):
         reconstruct_files(other, [], tmp_path / "out.png")
+
+
+def test_a_saved_masked_autoencoder_is_a_start_and_another_saved_model_is_not(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ask for the kind of model of a saved folder, as `fastvim import-weights` writes it; see the tests of `init`."""
+    for name, config in (("masked", CONFIG.model), ("classifier", MODEL)):
+        save_pretrained(
+            build_model(config, rngs=nnx.Rngs(0)), tmp_path / name,
+            preprocessing=Preprocessing((8, 8), mean=(0.0,), std=(1.0,)),
+        )  # fmt: skip
+    require_masked(tmp_path / "masked")
+    # A masked autoencoder of the hub has a pooling scale, too.
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "masked"))
+    require_masked("hf://owner/name")
+    tuned = tiny_config(model=MODEL, init="hf://owner/name")
+    assert with_scale_of_init(tuned, tmp_path / "tuned").model.pool_scale == 0.25
+    started = dataclasses.replace(CONFIG, init=str(tmp_path / "classifier"))
+    with pytest.raises(UserError, match="model of a VisionMambaConfig, which has no decoder"):
+        train(started, tmp_path / "new", progress=False)
 
 
 @pytest.mark.parametrize(
