@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,14 +34,15 @@ def run(arguments: Sequence[str]) -> int:
     """Export a trained classifier to one file that runs with JAX and NumPy alone."""
     chosen = parse(Arguments, "export", arguments, f"{run.__doc__}")
     from fastvim_jax.inference.export import export_classifier
-    from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
+    from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
     from fastvim_jax.training import load_run
 
-    loaded = (
-        load_pretrained(chosen.run)
-        if is_pretrained(chosen.run)
-        else load_run(chosen.run, weights=chosen.weights, step=chosen.step)
-    )
+    loaded: Any
+    if is_pretrained(chosen.run):
+        refuse_choice(chosen.run, chosen.weights, chosen.step)
+        loaded = load_pretrained(chosen.run)
+    else:
+        loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     about = export_classifier(loaded, chosen.out, fast=chosen.fast, batch=chosen.batch)
     size = "any number of" if about["batch"] is None else about["batch"]
     print(

@@ -75,6 +75,7 @@ def run(arguments: Sequence[str]) -> int:
         "workers": decoding_workers(len(files), chosen.workers),
     }
     if is_pretrained(chosen.run):
+        options |= {"weights": chosen.weights, "step": chosen.step}
         return _classify(Classifier.load(chosen.run, **options), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
     if chosen.weights is None and loaded.weights == "raw" and loaded.config.ema_decay is not None:

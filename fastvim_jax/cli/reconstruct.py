@@ -17,8 +17,8 @@ from fastvim_jax.cli.usage import UsageError, parse
 class Arguments:
     """The images to reconstruct, and the model."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a masked pre-training run, or of a saved masked autoencoder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a masked pre-training run or of a saved masked autoencoder, or hf://owner/name."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files of any size and kind."""
     out: Path = Path("reconstructions.png")

@@ -9,7 +9,12 @@ from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, read_model_config
+from fastvim_jax.models.pretrained import (
+    is_pretrained,
+    load_pretrained,
+    read_model_config,
+    refuse_choice,
+)
 from fastvim_jax.training.run_folder import load_run, read_config
 
 
@@ -37,6 +42,7 @@ def load_channel_model(source: Path | str, *, weights: str | None = None) -> tup
     if not is_pretrained(source):
         run = load_run(source, weights=weights)
         return run.model, channel_data(run.config, source)
+    refuse_choice(source, weights, None)
     found = load_pretrained(source)
     config: Any = found.model.config  # type: ignore[attr-defined]
     images = found.preprocessing

@@ -40,6 +40,7 @@ from fastvim_jax.models.pretrained import (
     check_class_names,
     is_pretrained,
     load_pretrained,
+    refuse_choice,
 )
 from fastvim_jax.models.registry import FAST
 from fastvim_jax.training.classification.config import TrainConfig
@@ -211,9 +212,10 @@ class Classifier:
             **options: keyword arguments of `Classifier`.
 
         Raises:
-            UserError: no such source, a damaged one, or one that is no classifier.
+            UserError: no such source, a damaged one, or one that is no classifier; weights or a step of a saved model.
         """
         if is_pretrained(source):
+            refuse_choice(source, weights, step)
             found = load_pretrained(source, revision=revision, offline=offline)
             return cls(found.model, found.preprocessing, found.class_names, **options)
         return cls.of_run(load_run(source, weights=weights, step=step), **options)

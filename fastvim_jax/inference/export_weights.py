@@ -16,6 +16,7 @@ from fastvim_jax.interop import to_torch_state_dict
 from fastvim_jax.models.pretrained import (
     is_pretrained,
     load_pretrained,
+    refuse_choice,
     save_pretrained,
 )
 from fastvim_jax.models.safetensors_file import write_safetensors
@@ -60,6 +61,7 @@ def export_weights(
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out} exists and holds no saved model: name another folder.")
     if is_pretrained(source):
+        refuse_choice(source, weights, step)
         found = load_pretrained(source)
         model, preprocessing, classes = found.model, found.preprocessing, found.class_names
         card = {"Source": f"Copied from {Path(source).name}."}

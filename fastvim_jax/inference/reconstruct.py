@@ -17,7 +17,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import MaskedAutoencoderConfig
-from fastvim_jax.models.pretrained import is_pretrained, load_pretrained
+from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.masked.evaluation import to_pixels
 from fastvim_jax.training.masked.pictures import draw_grid, make_reconstruct
@@ -33,15 +33,17 @@ def load_masked(
     """Load a masked pre-training run, or wrap a saved masked autoencoder as one.
 
     Args:
-        source: a run folder, or a folder of `save_pretrained`.
+        source: a run folder, a folder of `save_pretrained`, or `hf://owner/name`.
         weights: for a run folder, see `load_run`.
         step: for a run folder, see `load_run`.
 
     Raises:
-        UserError: the folder does not exist, or holds a saved model of another kind.
+        UserError: the folder does not exist, or holds a saved model of another kind; weights or a step are
+            asked of a saved model.
     """
     if not is_pretrained(source):
         return load_run(source, weights=weights, step=step)
+    refuse_choice(source, weights, step)
     found = load_pretrained(source)
     config: Any = found.model.config  # type: ignore[attr-defined]
     if not isinstance(config, MaskedAutoencoderConfig):

@@ -181,8 +181,17 @@ def read_model_config(source: Path | str) -> Any:
 
 def is_pretrained(source: Path | str) -> bool:
     """Return whether `source` names a saved model: a folder of `save_pretrained`, or `hf://owner/name`."""
-    files = (Path(source) / WEIGHTS_FILE, Path(source) / CONFIG_FILE)
+    folder = Path(source).expanduser()
+    files = (folder / WEIGHTS_FILE, folder / CONFIG_FILE)
     return str(source).startswith(HUB) or all(file.is_file() for file in files)
+
+
+def refuse_choice(source: Path | str, weights: object, step: object) -> None:
+    """Raise a `UserError` if weights or a step are asked of a source that holds one set of weights: no run folder."""
+    if weights is not None or step is not None:
+        raise UserError(
+            f"{source} holds one set of weights: only run folders take weights and step."
+        )
 
 
 def _folder_of(source: Path | str, revision: str | None = None, offline: bool = False) -> Path:

@@ -15,7 +15,7 @@ from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recogn
 from fastvim_jax.models import build_model
 from fastvim_jax.models.mae import MaskedAutoencoder, backbone_parameters
 from fastvim_jax.models.parameters import named_parameters
-from fastvim_jax.models.pretrained import HUB, is_pretrained, load_pretrained
+from fastvim_jax.models.pretrained import HUB, is_pretrained, load_pretrained, refuse_choice
 from fastvim_jax.training.run_folder import CONFIG_FILE, load_run
 
 
@@ -53,8 +53,8 @@ def read_source(
         UserError: the folder or file does not exist or is damaged, or the weights belong to no known model.
     """
     path = Path(source).expanduser()
-    if is_pretrained(source) or is_pretrained(path):
-        _refuse_choice(str(source), weights, step)
+    if is_pretrained(source):
+        refuse_choice(source, weights, step)
         found = load_pretrained(source)
         config = getattr(found.model, "config", None)
         return Source(
@@ -75,7 +75,7 @@ def read_source(
             f"there is no run folder, saved model or weights file {path}; models of the hub are called "
             f"{HUB}owner/name."
         )
-    _refuse_choice(str(path), weights, step)
+    refuse_choice(path, weights, step)
     file = read_weights_file(path)
     name = f"{path} ({file.place})" if file.place else str(path)
     if any(each.endswith(".kernel") for each in file.arrays):
@@ -84,13 +84,6 @@ def read_source(
     model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
     from_torch_state_dict(model, file.arrays)
     return Source(name, source_arrays(model), config)
-
-
-def _refuse_choice(source: str, weights: str | None, step: int | None) -> None:
-    if weights is not None or step is not None:
-        raise UserError(
-            f"{source} holds one set of weights: only run folders take weights and step."
-        )
 
 
 def source_arrays(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -115,6 +115,31 @@ def test_photographs_are_embedded_and_the_unreadable_told(saved, tmp_path, rng, 
     assert "is no run folder" in capsys.readouterr().err
 
 
+def test_of_a_saved_model_neither_weights_nor_a_step_can_be_chosen(saved, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photo)
+    for command in (
+        ["predict", saved, photo, "--weights", "raw"],
+        ["predict", saved, photo, "--step", "3"],
+        ["embed", saved, photo, "--out", tmp_path / "e.csv", "--weights", "ema"],
+        ["export", saved, "--out", tmp_path / "m.npz", "--step", "best"],
+        ["export-weights", saved, "--out", tmp_path / "w", "--weights", "raw"],
+        ["reconstruct", saved, photo, "--step", "3"],
+    ):
+        assert main([str(part) for part in command]) == 1
+        said = capsys.readouterr().err
+        assert "holds one set of weights: only run folders take weights and step" in said
+
+
+def test_a_masked_autoencoder_of_the_hub_is_asked_for_by_its_name(monkeypatch, capsys):
+    def load(source, **options):
+        raise UserError(f"asked for {source}")
+
+    monkeypatch.setattr("fastvim_jax.inference.reconstruct.load_masked", load)
+    assert main(["reconstruct", "hf://owner/name", "photo.png"]) == 1
+    assert "asked for hf://owner/name" in capsys.readouterr().err
+
+
 def test_a_folder_without_images_is_named(saved, tmp_path, capsys):
     for content in ((), ("notes.txt",)):
         folder = tmp_path / f"with {len(content)}"
