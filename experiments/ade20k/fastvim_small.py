@@ -1,6 +1,8 @@
 """FastVim-S with UperNet on ADE20K: 44.9 mIoU in the paper (section 4.5), 55,879,340 parameters.
 
 The recipe of fastvim_tiny.py. Cost: 8.1e+17 FLOPs (6 x 53 GMACs per image, 30 of them in the heads); time not measured.
+
+    fastvim train ade20k/fastvim_small --init runs/imagenet/fastvim_small
 """
 
 from dataclasses import replace

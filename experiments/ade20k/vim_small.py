@@ -2,6 +2,8 @@
 
 The recipe of fastvim_tiny.py with every token scanned. The published Vim had another recipe (a deconvolution pyramid,
 60,000 steps). Cost: 9.4e+17 FLOPs (6 x 61 GMACs per image, 30 of them in the heads); time not measured.
+
+    fastvim train ade20k/vim_small --init runs/imagenet/vim_small
 """
 
 from dataclasses import replace

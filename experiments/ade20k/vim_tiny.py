@@ -2,6 +2,8 @@
 
 The recipe of fastvim_tiny.py with every token scanned. The published Vim had another recipe (a deconvolution pyramid,
 60,000 steps). Cost: 5.8e+17 FLOPs (6 x 38 GMACs per image, 28 of them in the heads); time not measured.
+
+    fastvim train ade20k/vim_tiny --init runs/imagenet/vim_tiny
 """
 
 from dataclasses import replace

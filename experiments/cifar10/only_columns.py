@@ -1,6 +1,8 @@
 """FastVim on CIFAR-10 pooling over the columns of the grid in every block, and never over its rows (as Table 6).
 
 Seen: 87.91 % (3 seeds).
+
+    fastvim train cifar10/only_columns
 """
 
 from dataclasses import replace

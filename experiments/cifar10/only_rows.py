@@ -1,6 +1,8 @@
 """FastVim on CIFAR-10 pooling over the rows of the grid in every block, and never over its columns (as Table 6).
 
 Seen: 86.30 % (3 seeds).
+
+    fastvim train cifar10/only_rows
 """
 
 from dataclasses import replace

@@ -1,6 +1,8 @@
 """Vim on CIFAR-10: the FastVim of `fastvim.py` with a scan over all 64 tokens instead of 8 pooled ones.
 
 Seen: 87.90 % (3 seeds).
+
+    fastvim train cifar10/vim
 """
 
 from dataclasses import replace

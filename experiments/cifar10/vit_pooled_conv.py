@@ -1,4 +1,7 @@
-"""The pooled ViT of `vit_pooled.py` with a depthwise convolution before the pooling (as Table 7)."""
+"""The pooled ViT of `vit_pooled.py` with a depthwise convolution before the pooling (as Table 7).
+
+fastvim train cifar10/vit_pooled_conv
+"""
 
 from dataclasses import replace
 

@@ -2,6 +2,8 @@
 150,326,130 parameters.
 
 The recipe of fastvim_tiny.py. Cost: not measured.
+
+    fastvim train coco/deit_base --init runs/imagenet/deit_base
 """
 
 from dataclasses import replace

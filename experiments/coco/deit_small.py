@@ -2,6 +2,8 @@
 82,433,682 parameters.
 
 The recipe of fastvim_tiny.py. Cost: not measured.
+
+    fastvim train coco/deit_small --init runs/imagenet/deit_small
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 64,910,370 parameters.
 
 The recipe of fastvim_tiny.py. Cost: not measured.
+
+    fastvim train coco/deit_tiny --init runs/imagenet/deit_tiny
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 161,429,874 parameters.
 
 The recipe of fastvim_tiny.py, with drop path 0.4. Cost: not measured.
+
+    fastvim train coco/fastvim_base --init runs/imagenet/fastvim_base
 """
 
 from dataclasses import replace

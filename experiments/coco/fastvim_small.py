@@ -2,6 +2,8 @@
 86,216,082 parameters.
 
 The recipe of fastvim_tiny.py. Cost: not measured.
+
+    fastvim train coco/fastvim_small --init runs/imagenet/fastvim_small
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 161,357,682 parameters.
 
 The recipe of fastvim_tiny.py with every token scanned. Cost: not measured.
+
+    fastvim train coco/vim_base --init runs/imagenet/vim_base
 """
 
 from dataclasses import replace

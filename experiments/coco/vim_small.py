@@ -2,6 +2,8 @@
 86,179,986 parameters.
 
 The recipe of fastvim_tiny.py with every token scanned. Cost: not measured.
+
+    fastvim train coco/vim_small --init runs/imagenet/vim_small
 """
 
 from dataclasses import replace

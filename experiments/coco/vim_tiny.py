@@ -2,6 +2,8 @@
 66,341,154 parameters.
 
 The recipe of fastvim_tiny.py with every token scanned. Cost: not measured.
+
+    fastvim train coco/vim_tiny --init runs/imagenet/vim_tiny
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base, fastvim_small.py, has RMSNorm there (RMS-LN): 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs per image); time not
 measured.
+
+    fastvim train imagenet/fastvim_small_ln_ln
 """
 
 from dataclasses import replace

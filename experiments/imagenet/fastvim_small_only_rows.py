@@ -2,6 +2,8 @@
 
 Its base, fastvim_small.py, alternates between columns and rows: 81.1 %. Cost: 1.0e19 FLOPs (6 × 4.37 GMACs per image),
 time not measured; the kernels are those of fastvim_small.py.
+
+    fastvim train imagenet/fastvim_small_only_rows
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base, fastvim_small.py, repeats the output first, so that the skip adds unpooled tokens: 81.1 %. Cost: 1.0e19 FLOPs
 (6 × 4.37 GMACs per image); time not measured.
+
+    fastvim train imagenet/fastvim_small_unpool_after_skip
 """
 
 from dataclasses import replace

@@ -10,6 +10,8 @@ FLOPs, here and in the other files, count the matrix products of all epochs. A m
 backward pass takes twice as many as the forward pass, hence the factor 6.
 
 Set FASTVIM_IMAGENET_DIR to a folder with `train` and `val`, each with one sub-folder per class.
+
+    fastvim train imagenet/fastvim_tiny
 """
 
 from fastvim_jax.data import ClassificationData

@@ -2,6 +2,8 @@
 
 Its base is channelvim_small_16.py.
 25,316,513 parameters. Cost: 280 GFLOPs per image and epoch (6 × 46.72 GMACs); time not measured.
+
+    fastvim train jumpcp/channelvim_small_16_spatial_unsorted
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_16.py.
 21,534,113 parameters. Cost: 337 GFLOPs per image and epoch (6 × 56.16 GMACs); time not measured.
+
+    fastvim train jumpcp/channelvit_small_16
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_8.py.
 21,686,177 parameters. Cost: 2976 GFLOPs per image and epoch (6 × 496.01 GMACs); time not measured.
+
+    fastvim train jumpcp/channelvit_small_8
 """
 
 from dataclasses import replace

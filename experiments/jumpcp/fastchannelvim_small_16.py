@@ -7,6 +7,8 @@ deviation are the published ones of that plate, for pixels scaled as in its publ
 `fastvim data stats`.
 
 25,316,129 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.66 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_16
 """
 
 from fastvim_jax.data import CellsData

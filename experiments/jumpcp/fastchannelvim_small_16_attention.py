@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_16.py.
 25,353,041 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.72 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_16_attention
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_16.py.
 25,316,129 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.66 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_16_max
 """
 
 from dataclasses import replace

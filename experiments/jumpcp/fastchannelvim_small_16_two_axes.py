@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_16.py.
 25,316,129 parameters. Cost: 203 GFLOPs per image and epoch (6 × 33.84 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_16_two_axes
 """
 
 from dataclasses import replace

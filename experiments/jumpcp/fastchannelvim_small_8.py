@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_16.py.
 25,468,193 parameters. Cost: 818 GFLOPs per image and epoch (6 × 136.34 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_8
 """
 
 from dataclasses import replace

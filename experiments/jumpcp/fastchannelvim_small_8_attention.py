@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_8.py.
 25,505,105 parameters. Cost: 819 GFLOPs per image and epoch (6 × 136.57 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_8_attention
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Its base is fastchannelvim_small_8.py.
 25,468,193 parameters. Cost: 808 GFLOPs per image and epoch (6 × 134.66 GMACs); time not measured.
+
+    fastvim train jumpcp/fastchannelvim_small_8_two_axes_max
 """
 
 from dataclasses import replace

@@ -3,6 +3,8 @@
 100 epochs, batch 1024, drop path 0.3, mixup and cutmix. The learning rate falls by a factor of 0.65 every two blocks
 towards the input. `pool_scale` becomes 0.25, that is 1 - mask ratio. 97,670,632 parameters. Cost: 1.3e19 FLOPs (6 ×
 17.12 GMACs per image); time not measured.
+
+    fastvim train mae/base_finetune
 """
 
 from dataclasses import replace

@@ -2,6 +2,8 @@
 
 Section 4.3 of the paper; fine-tuned by base_finetune.py. 101,178,112 parameters. Cost: 6.6e19 FLOPs (6 × 5.40 GMACs
 per image); time not measured. Set FASTVIM_DATA_DIR to the folder that holds imagenet/train and imagenet/val.
+
+    fastvim train mae/base_pretrain
 """
 
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""FastMaskVim-B with true means of rows: fine-tuned 82.8 % top-1 (Table 12); with the default divisor 83.0 %."""
+"""FastMaskVim-B with true means of rows: fine-tuned 82.8 % top-1 (Table 12); with the default divisor 83.0 %.
+
+fastvim train mae/base_true_mean_pretrain
+"""
 
 from dataclasses import replace
 

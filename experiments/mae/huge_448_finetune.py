@@ -3,6 +3,8 @@
 The recipe of huge_finetune.py, but position embeddings are resampled to a grid of 32 x 32, the head's initial weights
 have a standard deviation of 2e-5, and the gradient norm is clipped at 3.0. 703,353,320 parameters. Cost: 2.5e20 FLOPs
 (6 × 650.22 GMACs per image); time not measured.
+
+    fastvim train mae/huge_448_finetune
 """
 
 from dataclasses import replace

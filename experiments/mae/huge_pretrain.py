@@ -1,6 +1,8 @@
 """FastMaskVim-H, masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
 705,358,412 parameters. Cost: 5.3e20 FLOPs (6 × 43.36 GMACs per image); time not measured.
+
+    fastvim train mae/huge_pretrain
 """
 
 from dataclasses import replace

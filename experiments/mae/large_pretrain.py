@@ -1,6 +1,8 @@
 """FastMaskVim-L, masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
 343,561,472 parameters. Cost: 2.0e20 FLOPs (6 × 16.64 GMACs per image); time not measured.
+
+    fastvim train mae/large_pretrain
 """
 
 from dataclasses import replace

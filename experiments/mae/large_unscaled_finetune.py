@@ -1,4 +1,7 @@
-"""FastVim-L fine-tuned without the scaling factor (`pool_scale`): 84.6 % top-1 (Table 14); with it: 84.9 %."""
+"""FastVim-L fine-tuned without the scaling factor (`pool_scale`): 84.6 % top-1 (Table 14); with it: 84.9 %.
+
+fastvim train mae/large_unscaled_finetune
+"""
 
 from dataclasses import replace
 

@@ -1,6 +1,8 @@
 """Vim-B, masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
 101,178,880 parameters. Cost: 7.6e19 FLOPs (6 × 6.21 GMACs per image); time not measured.
+
+    fastvim train mae/vim_base_pretrain
 """
 
 from dataclasses import replace

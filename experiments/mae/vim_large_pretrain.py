@@ -1,6 +1,8 @@
 """Vim-L, masked pre-training on ImageNet-1k with the recipe of base_pretrain.py.
 
 343,562,496 parameters. Cost: 2.3e20 FLOPs (6 × 19.10 GMACs per image); time not measured.
+
+    fastvim train mae/vim_large_pretrain
 """
 
 from dataclasses import replace

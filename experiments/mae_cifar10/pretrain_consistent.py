@@ -1,4 +1,7 @@
-"""As pretrain.py, but each token keeps its own row in the backward direction, as in no released model."""
+"""As pretrain.py, but each token keeps its own row in the backward direction, as in no released model.
+
+fastvim train mae_cifar10/pretrain_consistent
+"""
 
 from dataclasses import replace
 

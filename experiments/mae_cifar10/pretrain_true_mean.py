@@ -1,4 +1,7 @@
-"""As pretrain.py, but divides a row's sum by its number of tokens (true mean, Table 12: 82.8 % against 83.0)."""
+"""As pretrain.py, but divides a row's sum by its number of tokens (true mean, Table 12: 82.8 % against 83.0).
+
+fastvim train mae_cifar10/pretrain_true_mean
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""cifar10/fastvim.py trained from scratch for 30 epochs, the baseline of finetune.py."""
+"""cifar10/fastvim.py trained from scratch for 30 epochs, the baseline of finetune.py.
+
+fastvim train mae_cifar10/scratch
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""Fine-tuning of mae_tiny_imagenet/pretrain, as many epochs as scratch.py, with layer-wise learning rates."""
+"""Fine-tuning of mae_tiny_imagenet/pretrain, as many epochs as scratch.py, with layer-wise learning rates.
+
+fastvim train mae_tiny_imagenet/finetune
+"""
 
 from dataclasses import replace
 

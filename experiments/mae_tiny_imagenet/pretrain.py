@@ -1,5 +1,7 @@
 """Masked pre-training on a tenth of Tiny-ImageNet, 10,000 images of 64 x 64 without labels: 12 blocks, 192 wide,
 patches of 8 pixels, of whose 64 a random quarter is seen. Results and cost: benchmarks/masked.md.
+
+    fastvim train mae_tiny_imagenet/pretrain
 """
 
 from dataclasses import replace

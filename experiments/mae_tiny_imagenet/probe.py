@@ -1,4 +1,7 @@
-"""Linear probe of mae_tiny_imagenet/pretrain."""
+"""Linear probe of mae_tiny_imagenet/pretrain.
+
+fastvim train mae_tiny_imagenet/probe
+"""
 
 from dataclasses import replace
 

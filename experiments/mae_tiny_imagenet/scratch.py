@@ -1,4 +1,7 @@
-"""tiny_imagenet/fastvim.py under a second name: trained from scratch for 100 epochs, the baseline of finetune.py."""
+"""tiny_imagenet/fastvim.py under a second name: trained from scratch for 100 epochs, the baseline of finetune.py.
+
+fastvim train mae_tiny_imagenet/scratch
+"""
 
 from fastvim_jax.training import load_experiment
 

@@ -1,4 +1,7 @@
-"""The Vim of cifar10/vim.py with UperNet, with all other settings of fastvim.py; no result is recorded yet."""
+"""The Vim of cifar10/vim.py with UperNet, with all other settings of fastvim.py; no result is recorded yet.
+
+fastvim train scenes/vim
+"""
 
 from dataclasses import replace
 

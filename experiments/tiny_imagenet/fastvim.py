@@ -4,6 +4,8 @@
 The recipe of cifar10/fastvim.py with mixup or cutmix on every batch, random erasing and 100 epochs. Nothing was tuned
 on this data. Set FASTVIM_DATA_DIR to the folder that holds `tiny_imagenet/train.npz` and `tiny_imagenet/val.npz`.
 Results and cost: benchmarks/small_images.md.
+
+    fastvim train tiny_imagenet/fastvim
 """
 
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""FastVim on a tenth of Tiny-ImageNet pooling over the columns of the grid in every block (Table 6)."""
+"""FastVim on a tenth of Tiny-ImageNet pooling over the columns of the grid in every block (Table 6).
+
+fastvim train tiny_imagenet/only_columns
+"""
 
 from dataclasses import replace
 

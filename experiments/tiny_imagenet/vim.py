@@ -1,4 +1,7 @@
-"""Vim on a tenth of Tiny-ImageNet: the FastVim of `fastvim.py`, but its scan reads all 64 tokens, not 8 pooled ones."""
+"""Vim on a tenth of Tiny-ImageNet: the FastVim of `fastvim.py`, but its scan reads all 64 tokens, not 8 pooled ones.
+
+fastvim train tiny_imagenet/vim
+"""
 
 from dataclasses import replace
 

@@ -1,6 +1,8 @@
 """A ViT on a tenth of Tiny-ImageNet: the model of `cifar10/vit.py` with the recipe of `fastvim.py`.
 
 The learning rate is that of `cifar10/vit.py`, because this model does not train at FastVim's.
+
+    fastvim train tiny_imagenet/vit
 """
 
 from dataclasses import replace

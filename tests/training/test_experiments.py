@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,10 @@ def test_every_experiment_builds_what_it_claims(name):
     assert count == claims["parameters"]
     assert config.model.num_classes == claims["classes"]
     docs = experiment_docs(name)
+    command = re.search(rf"^ *(?:\S+=\S+ )?fastvim train {name}( .*)?$", docs, re.MULTILINE)
+    assert command, "the docstring says how to run it"
+    starts = re.findall(r"--init runs/(\S+)", command[0])
+    assert set(starts) <= set(ALL), "it starts from the run of another experiment"
     if name.startswith(("imagenet/", "mae/")) and "parameters" in docs:
         assert f"{claims['parameters']:,} parameters" in docs
         cost = gmacs(config.model)
