@@ -292,7 +292,8 @@ def _channel_steps(config: ChannelMambaConfig, rows: int, columns: int) -> list[
 def _grid(
     config: VisionMambaConfig | ViTConfig, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int]:
-    size, patch = _pair(image_size or config.image_size), _pair(config.patch_size)
+    size = _pair(config.image_size if image_size is None else image_size)
+    patch = _pair(config.patch_size)
     if size[0] < patch[0] or size[1] < patch[1]:
         raise UserError(
             f"An image of {size[0]}x{size[1]} pixels is smaller than a patch of {patch[0]}x{patch[1]}."

@@ -188,8 +188,9 @@ def test_scan_steps_follow_the_grid() -> None:
     assert scan_steps(config(), image_size=(8, 33)) == (1, 5)
     assert parallel_steps(config(), image_size=(8, 33)) == (0, 3)
     assert scan_steps(ViTConfig()) == ()
-    with pytest.raises(UserError, match="smaller than a patch"):
-        gmacs(config(), image_size=7)
+    for size in (7, 0):
+        with pytest.raises(UserError, match=f"{size}x{size} pixels is smaller than a patch"):
+            gmacs(config(), image_size=size)
 
 
 def test_the_papers_scan_lengths() -> None:
