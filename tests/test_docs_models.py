@@ -22,3 +22,4 @@ def test_the_page_runs_from_top_to_bottom():
     for one, of_both in zip((names["y"], names["backward"]), names["both"], strict=True):
         assert_close(of_both, one, 1e-5)
     assert jnp.isfinite(names["convolved"]).all()
+    assert names["mixed"].shape == (2, 16, 8) and jnp.isfinite(names["mixed"]).all()
