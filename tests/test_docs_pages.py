@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastvim_jax.analysis import activations, count_parameters, gmacs
@@ -20,10 +21,16 @@ PAGES = sorted(
 )
 
 
-def run_page(name: str) -> dict:
-    """Return the names that the page's Python code leaves behind, run from top to bottom."""
+def run_page(name: str, *changes: tuple[str, str]) -> dict:
+    """Return the names that the page's Python code leaves behind, run from top to bottom.
+
+    Each of the changes is a text that stands on the page once, and what is run in its place.
+    """
     names: dict = {}
     text = (ROOT / "docs" / f"{name}.md").read_text()
+    for written, tested in changes:
+        assert text.count(written) == 1
+        text = text.replace(written, tested)
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, f"docs/{name}.md", "exec"), names)
     return names
@@ -37,6 +44,19 @@ def test_the_code_of_the_pooling_page_runs() -> None:
     names = run_page("pooling")
     assert isinstance(names["windows"], Pooling)
     assert names["windows"].scan_length == 4 and names["logits"].shape == (2, 1000)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_masked_page_runs() -> None:
+    """Run it with a small model of one block, because compiling twelve would take most of the time."""
+    small = "depth=1, embed_dim=32, decoder_depth=1, decoder_dim=32"
+    names = run_page("masked", ('_224", rngs', f'_224", {small}, rngs'))
+    assert names["config"].epochs == 400
+    assert names["out"].predicted.shape == (2, 196, 768)
+    assert names["out"].latent.shape == (2, 160, 32)
+    kept = (~names["removed"]).sum((1, 2))
+    for latent, count in zip(np.asarray(names["out"].latent), kept, strict=True):
+        assert np.any(latent[count - 1]) and not np.any(latent[count:])
 
 
 def prose(page: Path) -> str:

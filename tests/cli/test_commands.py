@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.analysis import model_cost
+from fastvim_jax.analysis import coverage, model_cost
 from fastvim_jax.data import make_eval_iterator, open_source
 from fastvim_jax.inference.predict import predict_batches
 from fastvim_jax.models import list_models, model_config
@@ -48,6 +48,31 @@ def test_models_lists_what_they_cost(fastvim: Cli) -> None:
     assert costs["fastvim_tiny_patch16_224"]["scan_steps"] == [2, 4]
     expected = model_cost(model_config("vim_tiny_patch16_224"), (32, 64))
     assert costs["vim_tiny_patch16_224"]["gmacs"] == expected.gmacs
+
+
+def test_models_lists_where_the_fused_kernels_run(
+    fastvim: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Print what `analysis.coverage` finds; tests/analysis/test_coverage.py compares that with the models."""
+    found = coverage.Coverage((32, 48, 64), {"lines are too short": (32,)})
+    covered = {"fastvim_tiny_patch16_224": {"f32": found, "bf16": found}}
+    monkeypatch.setattr(coverage, "preset_coverage", lambda names: covered if names else {})
+    status, out, _ = fastvim("models", "fastvim_tiny*", "--gpu")
+    assert status == 0
+    rows = [line.split(maxsplit=5) for line in out.splitlines() if line.startswith("fastvim_")]
+    reason = "lines are too short (32 px)"
+    expected = [
+        ["fastvim_tiny_patch16_224", kind, "2", "of", "3", reason] for kind in ("f32", "bf16")
+    ]
+    assert rows == expected
+    status, out, _ = fastvim("models", "fastvim_tiny*", "--gpu", "--json")
+    fallbacks = json.loads(out)["fastvim_tiny_patch16_224"]["f32"]["fallbacks"]
+    assert status == 0 and fallbacks == {"lines are too short": [32]}
+    status, _, said = fastvim("models", "--gpu", "--image-size", "32")
+    assert status == 2 and "leave out --image-size" in said
+    monkeypatch.setattr(coverage, "preset_coverage", lambda names: {})
+    status, _, said = fastvim("models", "vit_*", "--gpu")
+    assert status == 2 and "none of these models has mixers" in said
 
 
 @pytest.mark.parametrize("name", list_models())
