@@ -1,6 +1,7 @@
 """Measures forward passes of whole models: images per second by size, resolution, batch and precision.
 
-In bf16 the weights of products are rounded once, as who serves a model would, and not at every call.
+Weights are prepared once, as `Classifier` does, and not at every call: in bf16 those of products are rounded
+(`round_products`), and what depends on weights alone is computed (`split_weights`). The timed calls take the result.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastvim_jax.bench.record import Columns
 from fastvim_jax.models import ViTConfig, build_model, model_config
 from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
+from fastvim_jax.models.prepared import split_weights
 from pallas_kernels import timing
 
 PRECISIONS = ("bf16", "tf32", "f32")
@@ -104,7 +106,7 @@ def cases(
         narrow = precision == "bf16" and activations == "compute"
         images = "bfloat16" if narrow else "float32"
         row = {"model": name, "pixels": pixels, "batch": batch, "precision": precision, **chosen}
-        row |= {"images": images}
+        row |= {"images": images, "weights": "prepared"}
         found.append((row, _case(name, pixels, batch, precision, images, chosen, options)))
     return found
 
@@ -123,28 +125,28 @@ def _case(
     plain = model_config(name, image_size=pixels, **options, **reference_options(name))
     plain_graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(plain, rngs=nnx.Rngs(0))))
 
+    shape = (batch, pixels, pixels, config.channels)
     once = round_products(params, config.precision.compute) if precision == "bf16" else params
-    once, structure = jax.tree.flatten(once)
 
     def forward(graphdef):
-        # Weights are a list, because JAX flattens a model's state by Python code at every call.
-        return lambda weights, images: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))(
-            images
-        )
+        return lambda params, images: nnx.merge(graphdef, params)(images)
+
+    split = split_weights(forward(graphdef), once, jax.ShapeDtypeStruct(shape, images_dtype))
+    prepared = jax.jit(split.prepare)(once)
+    del once
 
     def arguments(seed):
-        shape = (batch, pixels, pixels, config.channels)
         # Weights are rotated with the images: a small model's would stay in the cache from call to call, where another
         # program of a user's would have replaced them.
-        weights = jax.tree.map(jnp.copy, once) if seed else once
+        weights = jax.tree.map(jnp.copy, prepared) if seed else prepared
         return weights, jax.random.normal(jax.random.key(seed), shape, images_dtype)
 
     measured = timing.Measured(
-        forward(graphdef), arguments, compiler_options=forward_options(config.precision.compute)
+        split.run, arguments, compiler_options=forward_options(config.precision.compute)
     )
     images = arguments(0)[1][:CHECKED]
-    reference = timing.Program(forward(plain_graphdef), jax.tree.leaves(params), images, hasty=True)
-    wanted = reference(jax.tree.leaves(params), images)
+    reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
+    wanted = reference(params, images)
     error = timing.relative_error(measured.result()[:CHECKED], wanted)
     del images, wanted, reference
     yield None

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
+from fastvim_jax.models.prepared import split_weights
 from fastvim_jax.models.pretrained import (
     Preprocessing,
     check_class_names,
@@ -159,15 +159,13 @@ class Classifier:
         params = nnx.state(model)
         if dtype == "bfloat16":  # Otherwise the model rounds its weights at every call.
             params = round_products(params, config.precision.compute)
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        # Calls pass a list of arrays, because JAX would flatten the model's state by Python code at every call.
-        self._leaves, structure = jax.tree.flatten(self._params)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._params = jax.device_put(params, everywhere)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
         preprocess = make_preprocess(self.data)
 
-        @partial(jax.jit, compiler_options=forward_options(config.precision.compute))
-        def run(leaves: list[Array], images: Array) -> dict[str, Array]:
-            model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        def run(params: Any, images: Array) -> dict[str, Array]:
+            model = nnx.merge(graphdef, params)
             tokens = model.forward_features(preprocess(images))
             found: dict[str, Array] = {}
             if not {"logits", "probabilities"}.isdisjoint(outputs):
@@ -182,11 +180,15 @@ class Classifier:
             return {name: found[name].astype(jnp.float32) for name in outputs}
 
         self._described = repr((config, self.data, self.class_names))
-        self._run: Any = run
-        # Shapes of one image's outputs, for calls without images.
         shape = (self._batch, *self.data.height_width, self.data.channels)
         self._input = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
-        shapes = jax.eval_shape(run, self._leaves, self._input)
+        split = split_weights(run, self._params, self._input)
+        # Calls pass a list of arrays, because JAX would flatten the model's state by Python code at every call.
+        self._weights = jax.jit(split.prepare, out_shardings=everywhere)(self._params)
+        options = forward_options(config.precision.compute)
+        self._run: Any = jax.jit(split.run, compiler_options=options)
+        # Shapes of one image's outputs, for calls without images.
+        shapes = jax.eval_shape(split.run, self._weights, self._input)
         self._shapes = {name: each.shape[1:] for name, each in shapes.items()}
         self._width = config.embed_dim
 
@@ -254,7 +256,7 @@ class Classifier:
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""
         if hasattr(self._run, "lower"):
-            self._run = self._run.lower(self._leaves, self._input).compile()
+            self._run = self._run.lower(self._weights, self._input).compile()
         return self
 
     def __call__(self, images: Images) -> Result:
@@ -309,7 +311,7 @@ class Classifier:
 
     def forward(self, batch: Array) -> dict[str, Array]:
         """Start the model on a batch of `decoded`; return the outputs, on the devices, by their names in `Result`."""
-        outputs: dict[str, Array] = self._run(self._leaves, batch)
+        outputs: dict[str, Array] = self._run(self._weights, batch)
         return outputs
 
     def each_batch(

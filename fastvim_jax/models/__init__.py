@@ -13,7 +13,7 @@ Read the files in this order:
 
 Then the other models, in any order: `vit` (DeiT), `channels`, `channel_mamba` and `channel_vit` (images of many
 channels), `mae_config` and `mae` (masked autoencoders), `upernet` with `segmentation` (segmentation), `detection`
-(Cascade Mask R-CNN).
+(Cascade Mask R-CNN). `prepared` cuts any forward pass into the work on weights alone and the rest.
 """
 
 from fastvim_jax.models.backbone import Backbone
