@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
 	@echo "make test         run the test suite (about half an hour on 2 cores)"
 	@echo "make test-slow    run the tests that take long each (about 8 minutes on 2 cores)"
-	@echo "make test-all     run both with every case; of some tests, the two above draw a sixth of the cases, others in each run"
+	@echo "make test-all     run both with every case; of some tests, the two above draw a tenth of the cases, others in each run"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
 	@echo "make docs         serve the documentation and the API reference at http://127.0.0.1:8000;  make docs-check  builds it strictly"
 	@echo "make figures      draw the figures of docs/ and write the model table;  make notebooks  runs notebooks/ and keeps the outputs"
@@ -40,7 +40,7 @@ test-slow:
 	@scripts/setup.sh test,docs,notebooks
 	@scripts/test.sh slow -m slow
 
-# Every case, also those of which the other targets draw a sixth. With CASES=drawn it draws them, too: both kinds of tests in
+# Every case, also those of which the other targets draw a tenth. With CASES=drawn it draws them, too: both kinds of tests in
 # the same processes, which import and collect once.
 test-all:
 	@scripts/setup.sh test,docs,notebooks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SHARE = 1 / 6
+SHARE = 1 / 10
 
 
 def draw_cases(
@@ -17,7 +17,7 @@ def draw_cases(
 ) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Split collected tests into those to run and those to leave out, in their order.
 
-    Of each group a sixth is run, rounded up. A group is the cases of one test, or all tests whose marks name the same
+    Of each group a tenth is run, rounded up. A group is the cases of one test, or all tests whose marks name the same
     group: `@pytest.mark.drawn("core shapes")`. Tests without the mark are run, and so is what `arguments`, the
     command line's, ask for by node id ("file.py::test" or "file.py::test[case]").
     """

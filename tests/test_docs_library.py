@@ -15,6 +15,7 @@ from tests.support import ROOT
 SMALLER = ("epochs=2,", "epochs=2, model=dataclasses.replace(config.model, embed_dim=16, depth=2),")
 
 
+@pytest.mark.drawn("as a user types it")
 @pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

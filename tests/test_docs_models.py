@@ -6,10 +6,12 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.support import ROOT, assert_close
 
 
+@pytest.mark.drawn("as a user types it")
 def test_the_page_runs_from_top_to_bottom():
     text = (ROOT / "docs" / "models.md").read_text()
     names: dict = {}

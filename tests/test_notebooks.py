@@ -64,6 +64,7 @@ def test_nothing_is_stored_but_sources_and_outputs(file: Path) -> None:
     assert not re.search(r"/(home|tmp|root|work)/", text)
 
 
+@pytest.mark.drawn
 @pytest.mark.slow
 @each_notebook
 def test_it_runs_from_top_to_bottom(file: Path) -> None:

@@ -106,6 +106,7 @@ def test_counts_add_up_and_failures_or_missing_runs_fail(tmp_path: Path) -> None
     assert count(none)[0] == 1
 
 
+@pytest.mark.drawn("as a user types it")
 @pytest.mark.slow
 def test_the_quickstart_learns_and_draws_its_picture(tmp_path: Path) -> None:
     """Run a tenth of the quickstart's epochs; `make quickstart` trains them all, and fails below 97 %."""

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.support import ROOT
 
 
+@pytest.mark.drawn("as a user types it")
 @pytest.mark.slow
 def test_the_wheel_trains_and_predicts_in_an_empty_environment(tmp_path: Path) -> None:
     pytest.importorskip("pip")

@@ -25,6 +25,7 @@ print(coverage.fallback_table(coverage.preset_coverage(list_models())))
 """
 
 
+@pytest.mark.drawn("whole models lowered")
 @needs_mosaic
 def test_the_page_lists_the_fallbacks_of_all_presets():
     """Compare the page with the table, which a process of its own computes.

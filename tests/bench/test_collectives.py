@@ -64,7 +64,7 @@ def test_loops_tuples_and_asynchronous_forms_are_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.drawn
+@pytest.mark.drawn("whole models lowered")
 @pytest.mark.parametrize("mesh", ["64x1", "8x8"])
 def test_sixty_four_devices_exchange_gradients_and_no_images(mesh: str) -> None:
     """Find one sum of all gradients and some scalars in a data-parallel step.

@@ -25,7 +25,7 @@ def rows(cases):
     return list(timing.run(cases))
 
 
-@pytest.mark.drawn("bench train")
+@pytest.mark.drawn("benchmarks")
 def test_the_scanned_program_does_not_grow_with_depth():
     shallow, deep = (
         rows(benchmark.compile_cases([SETTING], **SMALL, depth=depth))[0] for depth in (4, 8)
@@ -34,7 +34,7 @@ def test_the_scanned_program_does_not_grow_with_depth():
     assert deep["lines"] < 1.1 * shallow["lines"]
 
 
-@pytest.mark.drawn("bench train")
+@pytest.mark.drawn("benchmarks")
 def test_steps_are_timed_and_their_gradients_compared_with_float32(monkeypatch):
     compared = []
 
@@ -54,14 +54,14 @@ def test_steps_are_timed_and_their_gradients_compared_with_float32(monkeypatch):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-3
 
 
-@pytest.mark.drawn("bench train")
+@pytest.mark.drawn("benchmarks")
 def test_the_recipes_step_is_compared_with_the_same_draws():
     (row,) = rows(benchmark.step_cases([(*SETTING[:3], "f32")], recipe=True, **SMALL, depth=2))
     assert row["recipe"] and row["correct"], row
     assert row["gradient_error"] < 1e-4 and row["last_loss"] > 0
 
 
-@pytest.mark.drawn("bench train")
+@pytest.mark.drawn("benchmarks")
 @pytest.mark.slow
 def test_masked_pretraining_is_compared_with_the_same_masks():
     setting = ("mae_fastvim_base_patch16_224", 8, 4, "f32")
@@ -114,7 +114,7 @@ def test_more_devices_than_there_are_are_refused():
         benchmark.step_cases([SETTING], data=64)
 
 
-@pytest.mark.drawn("bench train")
+@pytest.mark.drawn("benchmarks")
 @pytest.mark.slow
 def test_several_devices_compute_the_gradient_of_one():
     """Compare steps on two devices with one.

@@ -70,7 +70,7 @@ def test_a_bench_leaves_the_compilation_cache_alone(tmp_path):
         compilation_cache.reset_cache()
 
 
-@pytest.mark.drawn("bench commands")
+@pytest.mark.drawn("benchmarks")
 def test_scan(fastvim: Cli, tmp_path):
     plot = tmp_path / "plot.png"
     rows, record, out = bench(
@@ -90,7 +90,7 @@ def test_scan(fastvim: Cli, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.drawn("bench commands")
+@pytest.mark.drawn("benchmarks")
 def test_both_directions_of_a_scan(fastvim: Cli, tmp_path):
     file = tmp_path / "pair.json"
     code, out, _ = fastvim(
@@ -106,7 +106,7 @@ def test_both_directions_of_a_scan(fastvim: Cli, tmp_path):
     assert all(r["correct"] and r["median"] > 0 for r in record["rows"])
 
 
-@pytest.mark.drawn("bench commands")
+@pytest.mark.drawn("benchmarks")
 def test_mixer(fastvim: Cli, tmp_path):
     common = ["mixer", "--pixels", 16, "--batch", 2, "--width", 8]
     rows, *_ = bench(fastvim, tmp_path, *common, "--parts", "stages", "--directions", "forward")
@@ -128,7 +128,7 @@ def test_mixer(fastvim: Cli, tmp_path):
         assert set(measured) >= {"pixels", "batch", "width", "dtype", "error"} | COSTS | TIMES
 
 
-@pytest.mark.drawn("bench commands")
+@pytest.mark.drawn("benchmarks")
 def test_model(fastvim: Cli, tmp_path):
     rows, *_ = bench(
         fastvim, tmp_path, "model", "--models", "fastvim_tiny_patch16_224", "vit_tiny_patch16_224",
@@ -141,7 +141,7 @@ def test_model(fastvim: Cli, tmp_path):
         assert row["images_per_s"] == pytest.approx(1e3 / row["ms"])
 
 
-@pytest.mark.drawn("bench commands")
+@pytest.mark.drawn("benchmarks")
 def test_train(fastvim: Cli, tmp_path):
     (row,), *_ = bench(fastvim, tmp_path, "train", "--pixels", 32, "--depth", 1)
     assert set(row) >= MODEL | COSTS | {"first_loss", "loss_error", "gradient_error", "remat"}

@@ -57,6 +57,7 @@ def my_images(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tmp_path
 
 
+@pytest.mark.drawn("as a user types it")
 @pytest.mark.slow
 def test_the_page_works_as_typed(
     fastvim: Cli, my_images: Path, monkeypatch: pytest.MonkeyPatch

@@ -244,7 +244,7 @@ def test_expected_target_is_half_of_each(key):
     np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("augmentation in parts")
 @pytest.mark.parametrize(("count", "group"), [(12, 4), (11, 4), (5, 8), (9, 4)])
 def test_groups_are_mixed_each_by_its_own_draw(count, group, rng, key):
     """Mix every image with its mirror image in its group. A group's draw does not depend on the other groups."""

@@ -9,7 +9,8 @@ import pytest
 
 from tests.dense import detection, detection_heads, detection_whole, segmentation
 from tests.dense.golden import Checker, fixtures, read
-from tests.parity.compare import close
+from tests.parity.compare import ASKED, close
+from tests.parity.known import KNOWN
 
 CHECKERS: dict[str, Checker] = {
     **segmentation.CHECKERS,
@@ -21,15 +22,33 @@ ELSEWHERE = {"pycocotools COCOeval": "test_coco.py", "mmengine schedulers": "tes
 """Classes whose files a module beside this one looks up by the class."""
 FIXTURES = fixtures()
 COVERED = [path for path, kind in FIXTURES.items() if kind in CHECKERS]
+WHOLE = {
+    "det_cascade_train",
+    "det_cascade_detect_raw",
+    "det_cascade_detect_rescaled",
+    "det_rpn",
+    "seg_model_train",
+}
+
+
+def marks(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """Draw known fixtures: of the parts of segmentation, of those of detection, and of whole models."""
+    if ASKED or path.stem not in KNOWN:
+        return ()
+    part = "whole model" if path.stem in WHOLE else path.stem.partition("_")[0]
+    return (pytest.mark.drawn(f"golden {part}"),)
 
 
 @pytest.mark.skipif(not FIXTURES, reason="no golden numbers here: set FASTVIM_DENSE_DIR")
-@pytest.mark.parametrize("path", COVERED, ids=[path.stem for path in COVERED])
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in COVERED]
+)
 def test_golden_numbers(path: Path, record_property: Any) -> None:
     golden = read(path)
     close(CHECKERS[golden.kind](golden), record_property)
 
 
+@pytest.mark.drawn("golden whole model")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in COVERED if FIXTURES[path].startswith("CascadeRCNN with")]

@@ -23,7 +23,7 @@ def test_a_step_of_the_head_is_the_same_on_two_devices(tmp_path):
             np.testing.assert_allclose(two, one, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.drawn("tasks on devices")
+@pytest.mark.drawn("runs on several devices")
 @pytest.mark.slow
 def test_a_run_is_the_same_on_two_devices(tmp_path):
     finish(launch("segmentation.py", "run", str(tmp_path), devices=2))

@@ -54,7 +54,7 @@ def test_all_processes_stop_at_the_same_step(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs of two processes")
+@pytest.mark.drawn("runs on several devices")
 def test_a_run_of_two_processes_stops_and_goes_on(tmp_path):
     folder = tmp_path / "run"
     first, second = stop_steps("3", str(folder))

@@ -56,7 +56,7 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("weights in and out")
 def test_the_command_recognises_the_model_and_keeps_every_bit(checkpoint, tmp_path, capsys):
     file, model = checkpoint
     assert main(["import-weights", str(file), "--out", str(tmp_path / "out")]) == 0
@@ -209,7 +209,7 @@ def test_options_without_a_value(capsys, tmp_path):
     assert "write NAME=VALUE" in capsys.readouterr().err
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("weights in and out")
 def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, rng, capsys):
     """Import folders, lists and patterns of images; an interrupted command goes on; bad files are counted."""
     file, _ = checkpoint

@@ -22,7 +22,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("weights in and out")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
 def test_weights_go_out_and_come_back(config, key):
     model = build_model(config, rngs=nnx.Rngs(key))

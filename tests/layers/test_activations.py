@@ -27,7 +27,7 @@ def test_results_are_stored_in_the_compute_dtype(seed):
     assert float(jnp.max(jnp.abs(narrow - exact))) < 0.05 * float(jnp.max(jnp.abs(exact)))
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
 def test_a_model_stays_close_to_float32(seed, name):
     options = {"depth": 2, "embed_dim": 32, "image_size": 32, "patch_size": 8, "num_classes": 5}

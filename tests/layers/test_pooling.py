@@ -44,7 +44,7 @@ class RowsOf:
         return jnp.take_along_axis(y, self.ids[..., None], axis=1)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(("mode", "depth"), [("scan", 4), ("unroll", 2)])
 def test_a_pooling_may_hold_traced_arrays(key, mode, depth):
     """Compare a pooling of traced arrays with the fixed grid.

@@ -227,7 +227,7 @@ def test_any_vision_mamba_equals_the_oracle(config: VisionMambaConfig, seed: int
     compare(config, vision_mamba, (config.depth,), seed)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention", "none"])
 @settings(max_examples=DRAWS, **EXAMPLES)
 @given(data=st.data(), seed=SEEDS)

@@ -80,7 +80,7 @@ def test_train_and_eval_are_honoured(images, key):
     jax.eval_shape(still, images)  # with nothing to drop, no key is asked for
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 def test_flax_s_overview(model, images):
     table = nnx.tabulate(model, images, console_kwargs={"width": 200, "force_terminal": False})
     assert "patch_embed" in table and "blocks" in table and "Total Parameters" in table
@@ -94,7 +94,7 @@ def test_features_then_head_is_the_model(model, images):
     assert (model.num_features, model.num_classes) == (8, 3)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 def test_intermediate_layers_are_the_residual_stream(model, images):
     (last,) = model.get_intermediate_layers(images)
     streams = model.intermediates(images)
@@ -251,7 +251,7 @@ def test_strict_dtype_promotion_of_other_poolings(options, images):
         assert jax.eval_shape(model, images).dtype == jnp.float32
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_batch_has_empty_results(name):
     model = small(name)

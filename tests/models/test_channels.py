@@ -80,7 +80,7 @@ def gradients_and_oracle(config: Any, oracle: Any, rng: np.random.Generator) -> 
     assert abs(analytic - (ahead - behind) / (2 * step)) < 1e-5 * max(abs(analytic), 1.0)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("options", MAMBAS.values(), ids=MAMBAS)
 def test_any_channel_mamba_equals_the_oracle(
     options: dict[str, Any], rng: np.random.Generator
@@ -103,7 +103,7 @@ def test_channel_vit_equals_the_oracle(rng: np.random.Generator) -> None:
     assert_close(logits, channel_vit(flat, config, images, channel_ids=ids), 1e-9)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(
     "config",
     [
@@ -227,7 +227,7 @@ def test_every_size_and_patch_is_registered() -> None:
         ]  # fmt: skip
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("models on kernels")
 @needs_mosaic
 @pytest.mark.parametrize(
     "options",

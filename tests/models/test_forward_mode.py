@@ -20,7 +20,7 @@ MODELS = {
 }
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("name", MODELS)
 def test_products_with_the_jacobian(name, rng, monkeypatch):
     monkeypatch.setenv("FASTVIM_KERNELS", "off")

@@ -67,6 +67,7 @@ CASES = [
 ]
 
 
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(("family", "options", "padded"), CASES, ids=str)
 def test_equals_the_oracle_under_given_masks(family, options, padded, rng):
     """Compare with the oracle under a mask for every image; with padding, images keep different numbers of patches."""
@@ -142,7 +143,7 @@ def test_what_the_backbone_of_a_classifier_gets(key):
             assert not np.any(named["pos_embed"][0, index]) and np.any(named["pos_embed"][0, 1])
 
 
-@pytest.mark.drawn("fused masked models")
+@pytest.mark.drawn("models on kernels")
 @needs_mosaic
 def test_kernels_that_a_block_launches_on_hopper():
     """Count one ragged front, scan and back a block, transposed blocks included.
@@ -158,7 +159,7 @@ def test_kernels_that_a_block_launches_on_hopper():
     assert launches(text, "mixer_ragged_front") == launches(text, "mixer_back") == 2
 
 
-@pytest.mark.drawn("fused masked models")
+@pytest.mark.drawn("models on kernels")
 @needs_mosaic
 def test_what_a_block_of_the_encoder_launches_on_hopper():
     """Count, besides the mixer's kernels, one for residual sum and norm. No tokens are moved within a block."""
@@ -180,7 +181,7 @@ def test_what_a_block_of_the_encoder_launches_on_hopper():
     assert moved(two) == moved(four)
 
 
-@pytest.mark.drawn("fused masked models")
+@pytest.mark.drawn("models on kernels")
 def test_the_fused_core_is_the_same_function(key, monkeypatch):
     """Compare the fused core, whose stages are XLA's on this CPU, with the plain one, gradients included."""
     noise, images = jax.random.uniform(key, (2, 16)), jax.random.normal(key, (2, 8, 8, 3))
@@ -198,7 +199,7 @@ def test_the_fused_core_is_the_same_function(key, monkeypatch):
         assert_close(a, b, 2e-5)
 
 
-@pytest.mark.drawn("fused masked models")
+@pytest.mark.drawn("models on kernels")
 @needs_mosaic
 @pytest.mark.parametrize("family", ["fastvim", "vim"])
 def test_joined_blocks_are_the_same_function(key, monkeypatch, family):

@@ -146,7 +146,7 @@ def test_every_option_runs_and_scan_equals_unroll(options, key):
     assert_close(scanned, unrolled, 2e-2 if config.dtype == "bfloat16" else 1e-5)
 
 
-@pytest.mark.drawn("modes agree")
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(
     "options", [{}, {"pooling": "attention", "class_token": "middle"}], ids=str
 )
@@ -166,7 +166,7 @@ def test_gradients_agree_between_modes(options, key):
             assert_close(a, b, 2e-5, name)
 
 
-@pytest.mark.drawn("modes agree")
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(("pooling", "remat"), [("none", "dots"), ("mean", "block")])
 def test_vit_options_agree_between_modes(pooling, remat, key):
     config = small(ViTConfig(), pooling=pooling, conv_width=4, drop_path=0.2, remat=remat)
@@ -177,7 +177,7 @@ def test_vit_options_agree_between_modes(pooling, remat, key):
         assert_close(a, b, 2e-5)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(
     "name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224", "vit_tiny_patch16_224"]
 )
@@ -189,7 +189,7 @@ def test_any_size_at_call_time(name, key):
         assert run(model, jax.random.normal(key, (2, *size, 3))).shape == (2, 7)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("order", ["row", "column"])
 @pytest.mark.parametrize("class_token", ["none", "middle"])
 def test_dense_features_are_images_of_the_block_outputs(order, class_token, key):

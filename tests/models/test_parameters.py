@@ -78,7 +78,7 @@ def test_one_error_lists_everything_that_does_not_fit(params):
         assert part in str(caught.value)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vit_tiny_patch16_224"])
 def test_weights_rounded_once_give_the_same_model(seed, name):
     sizes = {"depth": 2, "embed_dim": 48, "image_size": 8, "patch_size": 4, "num_classes": 5}

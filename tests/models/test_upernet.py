@@ -34,7 +34,7 @@ def small(backbone: str, **options):
     )  # fmt: skip
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("options of models")
 @pytest.mark.parametrize(
     ("backbone", "neck", "finest"),
     [

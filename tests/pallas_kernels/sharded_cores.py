@@ -40,7 +40,7 @@ from tests.pallas_kernels.sharded_support import (
 from tests.pallas_kernels.test_mosaic_scan import draw
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "ambient"])
 @pytest.mark.parametrize("pooled", [True, False])
@@ -78,7 +78,7 @@ def test_mixer_core(seed, monkeypatch, mesh_is, pooled, weights="fsdp"):
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("mesh_is", "projected"), [("auto", True), ("explicit", False), ("callers", True)]
@@ -117,7 +117,7 @@ def test_mixer_block(seed, monkeypatch, mesh_is, projected):
     assert max(relative_errors(program(args, bars), wanted)) < 1e-2
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
 def test_projected_scan(seed, monkeypatch, mesh_is):
@@ -141,6 +141,7 @@ def test_projected_scan(seed, monkeypatch, mesh_is):
     assert max(relative_errors(program(args, bars), wanted)) < projected.GRADIENT_BOUND
 
 
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 def test_ragged_core(seed, monkeypatch):
     """Split the rows of the tokens together with the tokens."""
@@ -158,7 +159,7 @@ def test_ragged_core(seed, monkeypatch):
     assert max(relative_errors(program(args, out_bar), wanted)) < BOUND
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_mosaic)])
 def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
     """Run inside a caller's shard_map, with JAX's check of what varies over devices.
@@ -185,7 +186,7 @@ def test_inside_a_shard_map_of_the_callers(seed, monkeypatch, kernels):
         assert kernels_in(text)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_kernels_that_write_in_place_inside_a_shard_map_of_the_callers(
@@ -213,6 +214,7 @@ def test_kernels_that_write_in_place_inside_a_shard_map_of_the_callers(
     assert kernels_in(traced.lower(lowering_platforms=("cuda",)).as_text())
 
 
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize(
     "axes", [("data", "model"), pytest.param(("batch", "block"), marks=pytest.mark.slow)]
@@ -233,7 +235,7 @@ def test_kernels_for_several_gpus_with_explicit_axes(axes):
     assert "all_reduce" in text
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize("pooled", [True, False])
 def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
@@ -258,7 +260,7 @@ def test_core_kernels_for_several_gpus_with_explicit_axes(pooled):
     assert "all_reduce" in text
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded cores")
 @needs_mosaic
 @pytest.mark.parametrize("operation", ["scan", "core", "sequence"])
 def test_kernels_for_several_gpus_with_auto_axes(monkeypatch, operation):

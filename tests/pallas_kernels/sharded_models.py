@@ -39,6 +39,7 @@ def test_vit(seed):
     check_model(seed, AxisType.Explicit, "vit_tiny_patch16_224", num_heads=4)
 
 
+@pytest.mark.drawn("sharded models")
 def test_model_inside_a_partly_manual_shard_map(seed):
     """Turn axes that are still Explicit inside the shard_map into Auto; the caller's own stay Manual."""
     from flax import nnx
@@ -62,6 +63,7 @@ def test_model_inside_a_partly_manual_shard_map(seed):
     assert max(relative_errors(jax.jit(own)(placed, images), wanted)) < 1e-5
 
 
+@pytest.mark.drawn("sharded models")
 @pytest.mark.parametrize("activations", ["wide", "compute"])
 def test_weights_gradients_inside_a_shard_map_are_summed_in_float32(seed, activations):
     """Sum whole numbers: they are exact in bfloat16 on one device; their sum over eight devices is not."""

@@ -69,7 +69,7 @@ def check_scan(seed, types, place, length=9, implementation="xla_sequential", dt
     assert max(relative_errors(got, wanted)) < (BOUND if dtype == "float32" else 1e-2)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded scans")
 @TYPES
 @pytest.mark.parametrize(
     "place", [*SCANS, *(pytest.param(place, marks=pytest.mark.slow) for place in MORE_SCANS)]
@@ -99,27 +99,27 @@ def test_both_directions(seed, monkeypatch, types):
     assert max(relative_errors(run(args), wanted)) < BOUND
 
 
-@pytest.mark.drawn("more sharded scans")
+@pytest.mark.drawn("sharded scans")
 @pytest.mark.slow
 def test_scan_in_bfloat16(seed, monkeypatch):
     asked(monkeypatch)
     check_scan(seed, AxisType.Auto, "channels", dtype="bfloat16")
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded scans")
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["data", "channels"])
 def test_the_partitioner_splits_xla_scans_by_itself(seed, place):
     check_scan(seed, AxisType.Auto, place)
 
 
-@pytest.mark.drawn("more sharded scans")
+@pytest.mark.drawn("sharded scans")
 @pytest.mark.slow
 def test_associative_scan(seed):
     check_scan(seed, AxisType.Explicit, "channels 4 ways, 2 groups", 9, "xla_associative")
 
 
-@pytest.mark.drawn("sharded scan composed")
+@pytest.mark.drawn("sharded scans")
 def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
     """Read the sharding from the ambient mesh: no argument is sharded when the program starts."""
     asked(monkeypatch)
@@ -138,7 +138,7 @@ def test_sharding_known_from_the_ambient_mesh_only(seed, monkeypatch):
         np.testing.assert_allclose(run(args), wanted, rtol=1e-5)
 
 
-@pytest.mark.drawn("sharded scan composed")
+@pytest.mark.drawn("sharded scans")
 def test_vmap(seed, monkeypatch):
     """Split the mapped axis, too."""
     asked(monkeypatch)
@@ -159,7 +159,7 @@ def test_vmap(seed, monkeypatch):
     assert max(relative_errors(run(stacked, shared), wanted)) < BOUND
 
 
-@pytest.mark.drawn("sharded scan composed")
+@pytest.mark.drawn("sharded scans")
 def test_blocks_under_scan_with_remat_and_donation(seed, monkeypatch):
     asked(monkeypatch)
     args = draw(np.random.default_rng(seed), 8, 9, 48, 2)
@@ -187,7 +187,7 @@ def test_blocks_under_scan_with_remat_and_donation(seed, monkeypatch):
     assert max(relative_errors(got, wanted)) < BOUND
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("sharded scans")
 @pytest.mark.parametrize("weights", [None, "fsdp"])
 def test_convolution(seed, weights):
     rng = np.random.default_rng(seed)

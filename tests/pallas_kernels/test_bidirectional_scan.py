@@ -144,7 +144,7 @@ def test_random_ragged_pair(seed):
     compare(rng, 3e-6, b=1, l=length, e=width, n=states)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_options(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("pair shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_time_cut_into_splits(seed):
     """Carry states of both directions, forward and backward; the last tile is ragged."""
@@ -169,7 +169,7 @@ def test_time_cut_into_splits(seed):
         compare(np.random.default_rng(seed), 3e-6, b=1, l=19, e=32, n=3)
 
 
-@pytest.mark.drawn("pair shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_blocks_of_several_sequences(seed, monkeypatch):
     """Scan several sequences in a block. All sequences of one block have the same direction."""
@@ -180,7 +180,7 @@ def test_blocks_of_several_sequences(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=4, l=length, e=33, n=4)
 
 
-@pytest.mark.drawn("pair shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.slow
 def test_two_channels_a_lane(seed, monkeypatch):
@@ -196,7 +196,7 @@ def kernels_in(text: str) -> list[int]:
     return [launches(text, kernel) for kernel in (*KERNELS, "selective_scan_split_ends")]
 
 
-@pytest.mark.drawn("pair lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -212,7 +212,7 @@ def test_lowers_to_one_kernel_forward_and_one_backward(case):
     assert kernels_in(text) == [1, 1, 0]
 
 
-@pytest.mark.drawn("pair lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_long_scans_have_one_kernel_more_each_way():
     """Count one more kernel each way for long scans: it finds the states at the splits' ends."""
@@ -245,7 +245,7 @@ def test_auto_on_the_cpu_uses_the_same_residuals(seed):
     assert max(relative_errors(program(args), wanted)) < 1e-5
 
 
-@pytest.mark.drawn("pair composed")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_vmap(seed):
     args = draw(np.random.default_rng(seed), 1, 5, 32, 4)
@@ -259,7 +259,7 @@ def test_vmap(seed):
     assert max(relative_errors(program(stacked, shared), wanted)) < 1e-5
 
 
-@pytest.mark.drawn("pair composed")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_blocks_under_scan_with_remat_and_donation(seed):
     args = draw(np.random.default_rng(seed), 2, 7, 32, 4)
@@ -287,7 +287,7 @@ def test_blocks_under_scan_with_remat_and_donation(seed):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("pair composed")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_export_for_cuda():
     args = jax.eval_shape(lambda: draw(np.random.default_rng(0), 2, 14, 32, 4))
@@ -299,7 +299,7 @@ def test_export_for_cuda():
     assert kernels_in(exported.mlir_module()) == [1, 1, 0]
 
 
-@pytest.mark.drawn("pair composed")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_several_gpus_with_explicit_axes():
     """Give every device's kernels its share of both directions."""

@@ -21,7 +21,7 @@ from tests.pallas_kernels.mosaic_support import (
 OPERATIONS = compositions.operations(128, batch=2)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize(
     "name",
     [
@@ -43,7 +43,7 @@ def test_xla_under_transformations(seed, name):
         assert max(relative_errors(got, wanted)) < 1e-5, composition
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)

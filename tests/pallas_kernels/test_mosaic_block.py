@@ -64,7 +64,7 @@ def wanted_of(args, case):
         return jax.device_get(block(wide, "xla", **case))
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("processors", "stream"), [(132, "float32"), (132, "bfloat16"), (1, "float32")]
@@ -105,7 +105,7 @@ def test_every_segment_has_one_thread_block(seed):
         assert np.all((stop - first >= 1) & (stop - first <= 4))
 
 
-@pytest.mark.drawn("block lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 def test_lowers_for_an_h100(stream):
@@ -220,7 +220,7 @@ def test_sum_norm(seed, drops, stream):
     assert max(relative_errors(normed.astype(np.float32), np.asarray(again))) < 3e-3
 
 
-@pytest.mark.drawn("block lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 def test_gradients_lower_for_an_h100(stream):
@@ -252,7 +252,7 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
         assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -300,7 +300,7 @@ def test_only_hopper_has_the_instructions(monkeypatch):
         assert ("matrix instructions" in (reason or "")) == missing, kind
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "more", [{}, {"stream": "bfloat16"}, {"rows": 9, "columns": 2, "per_position": 4}]
@@ -325,7 +325,7 @@ def test_derivative_rule(seed, more):
     assert max(relative_errors(got, wanted)) < 2e-2
 
 
-@pytest.mark.drawn("block lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 def test_lowers_under_vmap():
     case = {**FULL, "e": 128}

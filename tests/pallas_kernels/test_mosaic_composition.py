@@ -67,7 +67,7 @@ def on_h100_and_cpu(function, *args, **options):
     return text, traced.lower().compile()
 
 
-@pytest.mark.drawn("scan composed")
+@pytest.mark.drawn("kernels lowered")
 def test_vmap(seed):
     args = draw(seed)
     batched = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), args[:2])
@@ -80,7 +80,7 @@ def test_vmap(seed):
     assert max(relative_errors(program(batched, rest), wanted)) < 1e-5
 
 
-@pytest.mark.drawn("scan composed")
+@pytest.mark.drawn("kernels lowered")
 def test_blocks_under_scan_with_remat_and_donation(seed):
     xz, *rest = draw(seed)
     x, z = jnp.split(xz, 2, -1)
@@ -107,7 +107,7 @@ def test_blocks_under_scan_with_remat_and_donation(seed):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("scan composed")
+@pytest.mark.drawn("kernels lowered")
 def test_export_for_cuda(seed):
     arrays, structure = jax.tree.flatten(draw(seed))
 
@@ -125,7 +125,7 @@ def test_export_for_cuda(seed):
     assert export.deserialize(exported.serialize()).mlir_module() == text
 
 
-@pytest.mark.drawn("scan composed")
+@pytest.mark.drawn("kernels lowered")
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_of_one_device(types):
     """Lower what `tests/gpu` runs on one device: the kernels are in the program with either kind of axes."""

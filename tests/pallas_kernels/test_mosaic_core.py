@@ -89,7 +89,7 @@ def test_random_grid(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_tokens_of_many_channels(seed):
     """Keep sums over the tokens of a line in shared memory instead of registers."""
@@ -99,7 +99,7 @@ def test_tokens_of_many_channels(seed):
     compare(np.random.default_rng(seed), 3e-6, b=1, rows=3, columns=4, e=width)
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_segments_that_overlap(seed):
     """Cut lines into overlapping segments: what is computed twice is added once, and written twice in order."""
@@ -118,7 +118,7 @@ def test_segments_that_overlap(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_several_tokens_at_a_position(seed):
     """Compare several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
@@ -141,7 +141,7 @@ def test_several_tokens_at_a_position(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method, per_position=per_position)
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_lines_of_several_segments(seed, monkeypatch):
     """Carry gradients from segment to segment and from line to line, here through every image of the batch."""
@@ -161,7 +161,7 @@ def test_lines_of_several_segments(seed, monkeypatch):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 def test_channels_of_no_whole_block(seed):
     """Fill channels up to a whole block with zeros, which count in no norm."""
@@ -170,7 +170,7 @@ def test_channels_of_no_whole_block(seed):
     compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize("norm_kind", ["rms", "none"])
 def test_other_norms(seed, norm_kind):
@@ -179,7 +179,7 @@ def test_other_norms(seed, norm_kind):
     compare(rng, 3e-6, **case, norm_kind=norm_kind)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @pytest.mark.parametrize("norm_kind", ["layer", "rms", "none"])
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
@@ -238,7 +238,7 @@ def check_maxima(seed):
         assert np.all((place >= 0) & (place < 34))
 
 
-@pytest.mark.drawn("core shapes")
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_cases(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("core lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -280,7 +280,7 @@ def test_lowers_for_an_h100(case, transposed, method):
     check_lowering(case, transposed, method)
 
 
-@pytest.mark.drawn("core lowered")
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("case", "transposed", "method"),
@@ -311,7 +311,7 @@ def check_lowering(case, transposed, method):
         assert launches(text, kernel) == 1
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_xla_equals_the_equations(seed, method):
     """Compare the definition itself with a loop over tokens."""

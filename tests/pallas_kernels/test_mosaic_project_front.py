@@ -61,7 +61,7 @@ def run(args, work, scale, interpret):
     return project_front(*args, work, scale=scale, interpret=interpret)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize(("transposed", "with_x"), [(False, True), (True, False)])
 def test_kernel(seed, transposed, with_x):
@@ -99,7 +99,7 @@ def abstract(case):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(size(x), x.dtype), args)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     ("change", "kernel"),
@@ -131,7 +131,7 @@ def test_lowers_under_vmap_and_scan():
         assert launches(lower_for_h100(mapped, args), "mixer_project_front") == 1
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize("method", ["mean", "max"])
 def test_gradients_lower_for_an_h100(method):

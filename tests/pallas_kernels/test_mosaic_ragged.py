@@ -85,7 +85,7 @@ def test_random_rows(seed, monkeypatch):
     compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -135,7 +135,7 @@ def test_tokens_are_visited_at_their_places(seed, case):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_cases(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",

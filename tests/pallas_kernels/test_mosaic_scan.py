@@ -94,7 +94,7 @@ def test_one_step_of_one_channel_and_state(seed):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=1, e=1, n=1)
 
 
-@pytest.mark.drawn("scan shapes")
+@pytest.mark.drawn("kernel shapes")
 @pytest.mark.parametrize("dtype", ["u", "delta"])
 def test_arrays_of_two_dtypes(seed, dtype):
     """Keep float32's accuracy in the gradients of float32 arrays, beside tokens in bfloat16."""
@@ -116,7 +116,7 @@ def test_arrays_of_two_dtypes(seed, dtype):
     assert max(relative_errors(got, wanted)) < 3e-6
 
 
-@pytest.mark.drawn("scan shapes")
+@pytest.mark.drawn("kernel shapes")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
@@ -132,7 +132,7 @@ def test_options(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("scan shapes")
+@pytest.mark.drawn("kernel shapes")
 @pytest.mark.slow
 def test_time_cut_into_splits(seed, monkeypatch):
     """Carry states, forward and backward, where one sequence is shared by several blocks."""
@@ -147,7 +147,7 @@ def test_time_cut_into_splits(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
 
 
-@pytest.mark.drawn("scan shapes")
+@pytest.mark.drawn("kernel shapes")
 def test_states_carried_over_many_splits(seed, monkeypatch):
     """Carry states over more splits than are read together, the last of them past the end."""
     from pallas_kernels.selective_scan import mosaic, mosaic_walk
@@ -159,7 +159,7 @@ def test_states_carried_over_many_splits(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=length, e=32, n=4, reverse=bool(seed % 2))
 
 
-@pytest.mark.drawn("scan shapes")
+@pytest.mark.drawn("kernel shapes")
 def test_blocks_of_several_sequences(seed, monkeypatch):
     """Scan several sequences of one tile each, in turn by one block.
 
@@ -226,7 +226,7 @@ def test_every_tile_lies_in_its_own_sequence(seed):
     assert split > 3
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @pytest.mark.parametrize(
     "case",
     [

@@ -70,7 +70,7 @@ def test_random_length(seed, monkeypatch):
     compare(monkeypatch, rng, 3e-6, e=128, **case)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -99,7 +99,7 @@ def shapes(b, l, e, dtype="float32"):
 KERNELS = ("front", "back", "back_gradients", "front_gradients")
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernels lowered")
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",

@@ -108,7 +108,7 @@ CUTS = [
 NAMES = ["two images", "an image a warpgroup", "split channels"]
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize("cut", CUTS, ids=NAMES)
 def test_kernel(seed, monkeypatch, cut):
@@ -130,7 +130,7 @@ def test_kernel(seed, monkeypatch, cut):
     assert max(relative_errors(got, defined_of(args))) < EXACT
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("kernel shapes")
 @needs_mosaic
 @pytest.mark.parametrize("cut", CUTS, ids=NAMES)
 def test_kernel_keeps_what_gradients_read(seed, monkeypatch, cut):

@@ -24,7 +24,7 @@ def objective(arrays, options, implementation):
     return jnp.sum(jnp.sin(selective_scan(**arrays, **options, implementation=implementation)))
 
 
-@pytest.mark.drawn("XLA scan composed")
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("implementation", XLA)
 def test_vmap_of_gradients(implementation: str, seed: int):
     spec = ScanSpec(2, 70, 3, states=4, z=True, reverse=True)
@@ -38,7 +38,7 @@ def test_vmap_of_gradients(implementation: str, seed: int):
             assert_close(stacked[name][i], expected[name], 5e-4, name)
 
 
-@pytest.mark.drawn("XLA scan composed")
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("implementation", XLA)
 def test_blocks_under_scan_and_checkpoint(implementation: str, seed: int):
     """Compare a scan over four layers with rematerialisation with the gradients of a loop without."""
@@ -127,7 +127,7 @@ def test_wrong_dtype_and_names():
         selective_scan(**arrays, implementation="cuda")
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("reason", [None, "it has 99 states"])
 def test_triton_by_name(seed, monkeypatch, caplog, reason):
     """Run what Triton's kernels do not cover as the associative scan.
@@ -159,7 +159,7 @@ def test_numpy_arrays_are_taken():
     np.testing.assert_array_equal(y, selective_scan(**arrays))
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla_sequential", "xla_associative"])
 def test_scans_of_consecutive_pieces_equal_one_scan(seed, implementation, reverse):

@@ -117,7 +117,7 @@ def test_random_shapes_and_options(implementation: str, spec: ScanSpec, seed: in
     check(arrays, options, implementation, "float64", seed)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize(
     ("length", "reverse"), [(128, False), (129, True), (200, True), (250, False), (321, True)]
 )
@@ -139,7 +139,7 @@ def test_reverse_is_forward_of_the_flipped(implementation: str, seed: int):
     assert relative_error(y, y_flipped) > 1e-2, "direction makes no difference"
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("implementation", XLA)
 @pytest.mark.parametrize("raw", [-2e4, 60.0, 2e4])
 def test_extreme_steps(implementation: str, raw: float, seed: int):
@@ -149,7 +149,7 @@ def test_extreme_steps(implementation: str, raw: float, seed: int):
     check(arrays, options, implementation, "float32", seed)
 
 
-@pytest.mark.drawn
+@pytest.mark.drawn("XLA operations")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation: str, seed: int):
     """Keep the state in float32: only the inputs, which the oracle sees too, and the output are rounded."""

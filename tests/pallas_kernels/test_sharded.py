@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 CASES = [str(HERE / f"sharded_{name}.py") for name in ("scans", "cores", "models")]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(which):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

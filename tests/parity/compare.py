@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 from tests.parity.known import KNOWN
 from tests.support import ALL_CASES, relative_error
 
-# Every fixture is compared in float64. Fixtures of a third of the classes, other ones each run, are compared in one of
-# `OTHERS` as well; these take turns, so each run sees all of them. Each is one more program to compile.
+# Every fixture is compared in float64. A third of the fixtures, other ones each run, are compared in one of `OTHERS` as
+# well, which the seed chooses. Each is one more program to compile.
 # A fixture that known.py does not name is compared in all, and with FASTVIM_PARITY_DTYPES=all (FASTVIM_TEST_CASES=all
 # means that, too) each is. A list such as "float64" compares every fixture in those dtypes.
 OTHERS = (("float32", "scan"), ("bfloat16", "scan"), ("float64", "unroll"))

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -25,6 +26,7 @@ from tests.parity.golden import (
     read,
     table_paths,
 )
+from tests.parity.known import KNOWN
 from tests.parity.masked import (
     compare_masked,
     compare_masking,
@@ -41,29 +43,40 @@ REPRESENTATIVES = sorted(draw_representatives(PATHS, SEED))
 MASKED = {"FastMaskVimMAE", "VimMAE", "ViTMAE"}
 MODELS = {"FastVim", "FastVimBackbone", "Vim", "VimBackbone", "ViT", *CHANNEL_KINDS}
 MODULES = {"ChannelPatchEmbed", "FastVimMixer"}
-OF_CLASSES = [
-    path.stem
+OF_CLASSES = MODELS | MASKED | MODULES
+# Each run compares a tenth of the known fixtures of each class of models, rounded up, and gradients of half of them.
+# A third of the fixtures meet a further mode: which one and when, the seed decides for each by itself.
+TURNS = {
+    path.stem: draw // 3
     for path in PATHS
-    if KINDS[path] in MODELS | MASKED | MODULES and path.stem in REPRESENTATIVES
-]
-# The fixtures are drawn by the seed's remainders, the turns by its quotient: any fixture may meet any mode.
-DRAWN = OF_CLASSES[SEED // 7919 % 3 :: 3]
-TURNS = {name: SEED // 1009 + i for i, name in enumerate(DRAWN)}
-# Every output of a known model is compared in each run, and the gradients of half of each class, other ones each run.
+    if KINDS[path] in OF_CLASSES and (draw := crc32(f"{SEED} {path.stem}".encode())) % 3 == 0
+}
 BACKWARDS = draw_gradients({path: KINDS[path] for path in PATHS}, SEED)
 COMPARED = PATHS
-if os.environ.get("FASTVIM_PARITY_FIXTURES") == "representatives":
-    # Of every other class of models, others in each run, and of all functions.
-    left_out = OF_CLASSES[SEED // 7919 % 2 :: 2]
-    COMPARED = [p for p in PATHS if p.stem in REPRESENTATIVES and p.stem not in left_out]
+ON_OTHER_SET = os.environ.get("FASTVIM_PARITY_FIXTURES") == "representatives"
+if ON_OTHER_SET:
+    # Of every fourth class of models, others in each run, and of all functions.
+    of_classes = [p.stem for p in PATHS if KINDS[p] in OF_CLASSES and p.stem in REPRESENTATIVES]
+    kept = of_classes[SEED // 7919 % 4 :: 4]
+    COMPARED = [
+        p
+        for p in PATHS
+        if p.stem in kept or (p.stem in REPRESENTATIVES and p.stem not in of_classes)
+    ]
+
+
+def marks(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """Draw known fixtures of models within their class, unless the environment says which to compare."""
+    if ASKED or ON_OTHER_SET or path.stem not in KNOWN or KINDS[path] not in OF_CLASSES:
+        return ()
+    return (pytest.mark.drawn(f"golden {KINDS[path]}"),)
 
 
 def comparisons(golden: Golden) -> list[Comparison]:
     """Compare one fixture: models in the modes of `modes_of`, functions in the two dtypes that their bounds are for."""
     modes = modes_of(golden.name, TURNS.get(golden.name))
     dtypes = dict.fromkeys(dtype for dtype, _ in modes)
-    # A fixture that was drawn for a further dtype or for unrolled blocks has its gradients compared there, too.
-    drawn = golden.name in BACKWARDS or len(modes) > 1 or bool(ASKED)
+    drawn = golden.name in BACKWARDS or in_all_modes(golden.name) or bool(ASKED)
     if golden.kind in MODELS:
         return [compare_model(golden, dtype, blocks, gradients=drawn) for dtype, blocks in modes]
     if golden.kind in MASKED:
@@ -91,7 +104,9 @@ def comparisons(golden: Golden) -> list[Comparison]:
 
 
 @pytest.mark.skipif(not KINDS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")
-@pytest.mark.parametrize("path", COMPARED, ids=[path.stem for path in COMPARED])
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in COMPARED]
+)
 def test_golden_numbers(path: Path, record_property: Any) -> None:
     golden = read(path)
     if golden.quirk:

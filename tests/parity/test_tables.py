@@ -260,6 +260,7 @@ COMPARE: dict[str, Callable[[dict[str, Any]], tuple[list[Comparison], list[str]]
 PATHS = [path for path in table_paths() if path.stem in TABLES]
 
 
+@pytest.mark.drawn
 @pytest.mark.skipif(not PATHS, reason="no golden numbers here: set FASTVIM_PARITY_DIR")
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 def test_table(path: Path, record_property: Any) -> None:

@@ -81,6 +81,7 @@ def test_every_experiment_loads_and_goes_through_json(name):
     assert config.model.image_size == config.data.height_width
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ALL)
 def test_every_experiment_builds_what_it_claims(name):
     config, claims = load_experiment(name), experiment_claims(name)

@@ -127,6 +127,7 @@ def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, caps
         assert "knows the 2 categories" in capsys.readouterr().err
 
 
+@pytest.mark.drawn("other runs of dense models")
 def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
     """Train a Faster R-CNN: one stage and no masks, from data without masks."""
     config = tiny_config(images[0], epochs=1)
