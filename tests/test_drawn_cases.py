@@ -48,6 +48,13 @@ def test_tests_of_one_group_are_drawn_together():
     assert len(draw_cases(items, [], seed=5)[0]) == 1
 
 
+def test_a_group_may_have_a_share_of_its_own():
+    items = cases("one", 9, pytest.mark.drawn("commands", one_in=4))
+    assert len(draw_cases(items, [], seed=5)[0]) == 3
+    with pytest.raises(ValueError, match="one_in=10, others of 'commands' 4"):
+        draw_cases(items + cases("other", 1, pytest.mark.drawn("commands")), [], seed=5)
+
+
 def test_every_case_runs_in_some_run_and_a_seed_repeats_its_draw():
     items = cases("one", 9)
     kept = [names(draw_cases(items, [], seed)[0]) for seed in range(100)]

@@ -9,6 +9,7 @@ from fastvim_jax.training import read_metrics
 from tests.distributed.test_many_devices import finish, launch
 
 
+@pytest.mark.drawn("processes and devices", one_in=4)
 def test_a_step_of_the_head_is_the_same_on_two_devices(tmp_path):
     """Compare a step on two devices with one.
 

@@ -47,6 +47,7 @@ def stop_steps(*arguments: str) -> list[int]:
     return [int(re.search(r"^stopped (\d+)$", output, re.MULTILINE)[1]) for output in outputs]
 
 
+@pytest.mark.drawn("processes and devices", one_in=4)
 def test_all_processes_stop_at_the_same_step(rng):
     at = int(rng.integers(1, 20))
     first, second = stop_steps(str(at))

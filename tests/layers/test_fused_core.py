@@ -41,7 +41,7 @@ def value_and_gradients(graphdef, pooling):
     return jax.jit(run)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("poolings", "precision"),
     [([GRID, MAXIMA], EXACT), ([NoPooling(12)], EXACT), ([NoPooling(12)], NARROW)],
@@ -61,7 +61,7 @@ def test_same_function(key, rng, monkeypatch, poolings, precision):
     assert max(relative_errors(got, wanted)) < (1e-5 if precision is EXACT else 2e-2)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize("pool_axes", ["alternate", "two_axes"])
 def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
     """Run all poolings of a cycle: of tokens in stored order, of columns in place, and of tokens brought into order."""
@@ -84,6 +84,7 @@ def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @pytest.mark.slow
 def test_unpooled_through_every_kernel(key, monkeypatch):
     """Run the unpooled mixer through every kernel in the interpreter, scans included."""
@@ -101,7 +102,7 @@ def test_unpooled_through_every_kernel(key, monkeypatch):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("pooling", "options"),
     [
@@ -138,7 +139,7 @@ def test_what_does_not_run_fused(key, monkeypatch):
     assert unsupported(MixerConfig(64), attention) == "pooling by attention"
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("pooling", "dtype"),
     [(GRID, jnp.bfloat16), (MAXIMA, jnp.float32), (NoPooling(12), jnp.float32)],
@@ -150,7 +151,7 @@ def test_only_what_means_lead_to_is_rounded(key, monkeypatch, pooling, dtype):
     assert jax.eval_shape(lambda xz: mixer.core(xz, pooling), xz).dtype == dtype
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("width", "precision", "columns", "rows"),
     [

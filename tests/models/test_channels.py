@@ -185,6 +185,7 @@ def small() -> ChannelMamba:
     )
 
 
+@pytest.mark.drawn("more of the models", one_in=4)
 def test_ids_say_which_channels_an_input_holds(
     small: ChannelMamba, rng: np.random.Generator
 ) -> None:
@@ -227,7 +228,7 @@ def test_every_size_and_patch_is_registered() -> None:
         ]  # fmt: skip
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
     "options",

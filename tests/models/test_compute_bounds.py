@@ -15,7 +15,7 @@ from tests.models.compute_bounds import KINDS, hold_to_bounds
 from tests.pallas_kernels.mosaic_support import abstract_h100, interpreted, needs_mosaic
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("kind", ["fastvim", "vim"])
 def test_fused_cores_by_xla(
@@ -32,7 +32,7 @@ def _kernels() -> Iterator[None]:
         yield
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("in_fp32", [True, False])

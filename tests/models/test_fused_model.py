@@ -26,7 +26,7 @@ def split(seed=0, **options):
     return nnx.split(create_model("fastvim_tiny_patch16_224", rngs=nnx.Rngs(seed), **options))
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize("batch", [1, 128])
 def test_one_kernel_scans_both_directions_of_a_block(batch):
     depth = 3
@@ -48,7 +48,7 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     assert text.count("stablehlo.dot_general") == (0 if eights else depth) + 2
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("options", "taken"),
     [({"dtype": "bfloat16", "activations": "compute"}, {16, 32}), ({}, {12, 16, 32})],
@@ -71,7 +71,7 @@ def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
     assert not re.search(r"\(tensor<2x3x14x384xf32>\) -> tensor<2x3x14x384xbf16>", text)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize("name", ["fastvim_tiny_patch16_224", "vim_tiny_patch16_224"])
 def test_what_kernels_return_is_not_written_into_stacks(name):
     """Count barriers after front, scan and back.
@@ -84,6 +84,7 @@ def test_what_kernels_return_is_not_written_into_stacks(name):
     assert text.count("stablehlo.optimization_barrier") == 4  # and B with C
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 def test_directions_are_laid_together_once_for_all_blocks():
     def concatenations(depth):
         graphdef, params = split(depth=depth, blocks="unroll", embed_dim=64)
@@ -94,7 +95,7 @@ def test_directions_are_laid_together_once_for_all_blocks():
     assert concatenations(3) == concatenations(2) + 1  # of each block B and C
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
@@ -127,7 +128,7 @@ SMALL = {"depth": 2, "embed_dim": 64, "image_size": 48, "patch_size": 4, "num_cl
 COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 def test_joined_blocks_equal_plain_ones(seed):
     """Compare with plain blocks. The program is traced for an H100 and run on this CPU.
 

@@ -96,6 +96,7 @@ def test_equals_the_oracle_under_given_masks(family, options, padded, rng):
         np.testing.assert_array_equal(got.latent[b, len(latent) :], 0)
 
 
+@pytest.mark.drawn("more of the models", one_in=4)
 def test_every_parameter_gets_a_gradient_in_both_modes(key):
     depth = {"depth": 4}  # two periods, so that the stack is scanned
     images = jax.random.normal(key, (2, 6, 15, 2))
@@ -117,6 +118,7 @@ def test_every_parameter_gets_a_gradient_in_both_modes(key):
         assert_close(scanned, unrolled, 1e-4, jax.tree_util.keystr(path))
 
 
+@pytest.mark.drawn("more of the models", one_in=4)
 def test_another_size_and_ratio_at_call_time(key):
     model = tiny("fastvim", mask_ratio=0.5, blocks="unroll")
     images = jax.random.normal(key, (2, 4, 9, 2))
@@ -126,6 +128,7 @@ def test_another_size_and_ratio_at_call_time(key):
     assert out.predicted.shape == (2, 6, 12) and out.latent.shape == (2, 3, 8)
 
 
+@pytest.mark.drawn("more of the models", one_in=4)
 def test_what_the_backbone_of_a_classifier_gets(key):
     """Take the encoder's parameters by the classifier's names, and the fixed table with a row for the class token."""
     for family, token in (("fastvim", {}), ("vim", {"class_token": "middle"}), ("vit", {})):
@@ -143,7 +146,7 @@ def test_what_the_backbone_of_a_classifier_gets(key):
             assert not np.any(named["pos_embed"][0, index]) and np.any(named["pos_embed"][0, 1])
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @needs_mosaic
 def test_kernels_that_a_block_launches_on_hopper():
     """Count one ragged front, scan and back a block, transposed blocks included.
@@ -159,7 +162,7 @@ def test_kernels_that_a_block_launches_on_hopper():
     assert launches(text, "mixer_ragged_front") == launches(text, "mixer_back") == 2
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @needs_mosaic
 def test_what_a_block_of_the_encoder_launches_on_hopper():
     """Count, besides the mixer's kernels, one for residual sum and norm. No tokens are moved within a block."""
@@ -181,7 +184,7 @@ def test_what_a_block_of_the_encoder_launches_on_hopper():
     assert moved(two) == moved(four)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 def test_the_fused_core_is_the_same_function(key, monkeypatch):
     """Compare the fused core, whose stages are XLA's on this CPU, with the plain one, gradients included."""
     noise, images = jax.random.uniform(key, (2, 16)), jax.random.normal(key, (2, 8, 8, 3))
@@ -199,7 +202,7 @@ def test_the_fused_core_is_the_same_function(key, monkeypatch):
         assert_close(a, b, 2e-5)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize("family", ["fastvim", "vim"])
 def test_joined_blocks_are_the_same_function(key, monkeypatch, family):

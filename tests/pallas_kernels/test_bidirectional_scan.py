@@ -70,6 +70,7 @@ def one_by_one(args, cotangents, implementation, **options):
     return y, pull(cotangents)[0]
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @pytest.mark.parametrize(
     "implementation", [i for i in IMPLEMENTATIONS if i not in ("pallas", "triton")]
 )
@@ -137,6 +138,7 @@ def compare(rng, bound, *, drop=(), delta_softplus=True, **case):
     assert max(relative_errors(got, wanted)) < bound
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_random_ragged_pair(seed):
     rng = np.random.default_rng(seed)
@@ -144,7 +146,7 @@ def test_random_ragged_pair(seed):
     compare(rng, 3e-6, b=1, l=length, e=width, n=states)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_options(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_time_cut_into_splits(seed):
     """Carry states of both directions, forward and backward; the last tile is ragged."""
@@ -169,7 +171,7 @@ def test_time_cut_into_splits(seed):
         compare(np.random.default_rng(seed), 3e-6, b=1, l=19, e=32, n=3)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_blocks_of_several_sequences(seed, monkeypatch):
     """Scan several sequences in a block. All sequences of one block have the same direction."""
@@ -180,7 +182,7 @@ def test_blocks_of_several_sequences(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=4, l=length, e=33, n=4)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 def test_two_channels_a_lane(seed, monkeypatch):
@@ -236,6 +238,7 @@ def on_h100_and_cpu(function, *args, **options):
     return text, traced.lower().compile()
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
     """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.pallas_kernels.mosaic_support import needs_mosaic
 from tests.support import ROOT
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_a_second_process_compiles_nothing(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

@@ -43,7 +43,7 @@ def test_xla_under_transformations(seed, name):
         assert max(relative_errors(got, wanted)) < 1e-5, composition
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -126,6 +126,7 @@ def shapes_of_gradients(operation, floats, ids):
     return jax.eval_shape(run, floats)
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "sequence"])
 def test_tokens_in_bfloat16_under_strict_promotion(seed, name):
     """Compare dtypes of gradients and arguments. "sequence" is left out: the stand-in for its scans mixes dtypes."""

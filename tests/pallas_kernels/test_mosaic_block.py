@@ -64,7 +64,7 @@ def wanted_of(args, case):
         return jax.device_get(block(wide, "xla", **case))
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
     ("processors", "stream"), [(132, "float32"), (132, "bfloat16"), (1, "float32")]
@@ -136,6 +136,7 @@ def wanted_gradients(args, bars, case):
         return jax.device_get(jax.jit(lambda *a: value_and_gradients(*a, "xla", case))(*wide))
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 def test_gradients(seed, stream):
@@ -155,6 +156,7 @@ def test_gradients(seed, stream):
     assert max(relative_errors(got, wanted_gradients(args, bars, case))) < 2 * BOUND
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 @pytest.mark.parametrize("drops", [False, True])
@@ -185,6 +187,7 @@ def test_norm_gradient(seed, stream, drops):
         np.testing.assert_array_equal(half, total.astype(half.dtype))
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 @pytest.mark.parametrize("drops", [False, True])
@@ -252,7 +255,7 @@ def test_what_is_left_to_xla(case, reason, monkeypatch):
         assert "off" in block_unsupported(xz, residual, directions.kernels, **grid)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",

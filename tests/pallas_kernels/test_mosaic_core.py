@@ -80,6 +80,7 @@ def compare(rng, bound, b, e, taps=4, dtype="float32", scale=1.0, **options):
     assert max(relative_errors(got, wanted)) < bound
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_random_grid(seed):
     rng = np.random.default_rng(seed)
@@ -89,7 +90,7 @@ def test_random_grid(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_tokens_of_many_channels(seed):
     """Keep sums over the tokens of a line in shared memory instead of registers."""
@@ -99,7 +100,7 @@ def test_tokens_of_many_channels(seed):
     compare(np.random.default_rng(seed), 3e-6, b=1, rows=3, columns=4, e=width)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_segments_that_overlap(seed):
     """Cut lines into overlapping segments: what is computed twice is added once, and written twice in order."""
@@ -118,7 +119,7 @@ def test_segments_that_overlap(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_several_tokens_at_a_position(seed):
     """Compare several tokens at each position; some segments overlap, and a transposed line lies in many pieces."""
@@ -141,7 +142,7 @@ def test_several_tokens_at_a_position(seed):
     compare(rng, 3e-6, **case, transposed=transposed, method=method, per_position=per_position)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_lines_of_several_segments(seed, monkeypatch):
     """Carry gradients from segment to segment and from line to line, here through every image of the batch."""
@@ -161,7 +162,7 @@ def test_lines_of_several_segments(seed, monkeypatch):
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 def test_channels_of_no_whole_block(seed):
     """Fill channels up to a whole block with zeros, which count in no norm."""
@@ -170,7 +171,7 @@ def test_channels_of_no_whole_block(seed):
     compare(rng, 3e-6, **case, method=str(rng.choice(["mean", "max"])))
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize("norm_kind", ["rms", "none"])
 def test_other_norms(seed, norm_kind):
@@ -179,7 +180,7 @@ def test_other_norms(seed, norm_kind):
     compare(rng, 3e-6, **case, norm_kind=norm_kind)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @pytest.mark.parametrize("norm_kind", ["layer", "rms", "none"])
 @pytest.mark.parametrize("operation", ["core", "sequence"])
 def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
@@ -206,6 +207,7 @@ def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_the_first_maximum_is_taken(seed):
 
@@ -238,7 +240,7 @@ def check_maxima(seed):
         assert np.all((place >= 0) & (place < 34))
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(

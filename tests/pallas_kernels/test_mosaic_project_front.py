@@ -61,7 +61,7 @@ def run(args, work, scale, interpret):
     return project_front(*args, work, scale=scale, interpret=interpret)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(("transposed", "with_x"), [(False, True), (True, False)])
 def test_kernel(seed, transposed, with_x):
@@ -122,6 +122,7 @@ def test_lowers_for_an_h100(change, kernel):
     assert launches(text, "mixer_back_project") == 1
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_lowers_under_vmap_and_scan():
     case = {**FULL, "e": 128}
@@ -144,6 +145,7 @@ def test_gradients_lower_for_an_h100(method):
     assert launches(text, "mixer_back_project") == 1
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_derivative_rule(seed):
     """Compare a program traced for an H100 and run on this CPU, where XLA takes the kernels' place."""

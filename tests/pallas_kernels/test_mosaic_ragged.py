@@ -74,6 +74,7 @@ def compare(rng, bound, b, kept, rows, columns, e, **more):
     assert max(relative_errors(got, wanted)) < bound
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_random_rows(seed, monkeypatch):
     """Compare random rows, with sums by one block a sample, as in large batches, or by several."""
@@ -85,7 +86,7 @@ def test_random_rows(seed, monkeypatch):
     compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -135,7 +136,7 @@ def test_tokens_are_visited_at_their_places(seed, case):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -199,6 +200,7 @@ def test_xla_equals_the_equations(seed):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 def test_whole_rows_are_a_grid(seed):
     """Compare rows with all their tokens with a grid, in XLA's form with its derivative."""
     args, out_bar = core.draw(np.random.default_rng(seed), 2, 3, 4, 8)
@@ -226,6 +228,7 @@ def test_golden_row_means(number):
     assert_close(backward[:, ::-1], tokens("output/pooled_flip"), 1e-5)
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_what_the_kernels_cannot_take_falls_back(seed, monkeypatch, caplog):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)

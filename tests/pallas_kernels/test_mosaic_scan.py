@@ -77,6 +77,7 @@ def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options)
     assert all(e < most for e, most in zip(errors, bounds, strict=True)), (errors, bounds)
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 def test_random_ragged_scan(seed):
     rng = np.random.default_rng(seed)
     compare(
@@ -90,11 +91,12 @@ def test_random_ragged_scan(seed):
     )
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 def test_one_step_of_one_channel_and_state(seed):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=1, e=1, n=1)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @pytest.mark.parametrize("dtype", ["u", "delta"])
 def test_arrays_of_two_dtypes(seed, dtype):
     """Keep float32's accuracy in the gradients of float32 arrays, beside tokens in bfloat16."""
@@ -116,7 +118,7 @@ def test_arrays_of_two_dtypes(seed, dtype):
     assert max(relative_errors(got, wanted)) < 3e-6
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
@@ -132,7 +134,7 @@ def test_options(seed, case):
     compare(np.random.default_rng(seed), 1e-2 if "dtype" in case else 3e-6, **case)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @pytest.mark.slow
 def test_time_cut_into_splits(seed, monkeypatch):
     """Carry states, forward and backward, where one sequence is shared by several blocks."""
@@ -147,7 +149,7 @@ def test_time_cut_into_splits(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=270, e=32, n=4, reverse=bool(seed % 2))
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 def test_states_carried_over_many_splits(seed, monkeypatch):
     """Carry states over more splits than are read together, the last of them past the end."""
     from pallas_kernels.selective_scan import mosaic, mosaic_walk
@@ -159,7 +161,7 @@ def test_states_carried_over_many_splits(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=length, e=32, n=4, reverse=bool(seed % 2))
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 def test_blocks_of_several_sequences(seed, monkeypatch):
     """Scan several sequences of one tile each, in turn by one block.
 
@@ -247,6 +249,7 @@ def test_lowers_for_an_h100(case):
     assert launches(text, "selective_scan") == 2 and launches(text, "selective_scan_gradients") == 1
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
     """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
     rng = np.random.default_rng(seed)

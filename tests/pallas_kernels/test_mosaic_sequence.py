@@ -62,6 +62,7 @@ def compare(monkeypatch, rng, bound, norm_kind="layer", **case):
     assert max(relative_errors(got, wanted)) < bound
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_random_length(seed, monkeypatch):
     rng = np.random.default_rng(seed)
@@ -70,7 +71,7 @@ def test_random_length(seed, monkeypatch):
     compare(monkeypatch, rng, 3e-6, e=128, **case)
 
 
-@pytest.mark.drawn("kernel shapes")
+@pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
     "case",
@@ -118,6 +119,7 @@ def test_lowers_for_an_h100(case):
     assert text.count("output_operand_alias<output_tuple_indices") == 1
 
 
+@pytest.mark.drawn("more of the kernels", one_in=4)
 @needs_mosaic
 def test_vmap_remat_and_blocks_under_scan_lower_for_an_h100():
     (xz, *others), _ = shapes(4, 40, 128)

@@ -13,7 +13,7 @@ from tests.support import x64
 pytestmark = needs_mosaic
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 @pytest.mark.parametrize(
     "name, kernels",
     [
@@ -34,7 +34,7 @@ def test_gradients_of_models_lower(name, kernels):
         assert launches(text, kernel)
 
 
-@pytest.mark.drawn("models on kernels")
+@pytest.mark.drawn("models on kernels", one_in=20)
 def test_gradients_lower_under_vmap():
     """Lower gradients under vmap, because Mosaic's rule traces the bodies of kernels again."""
     case = {**block.FULL, "e": 128}

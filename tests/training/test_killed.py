@@ -16,9 +16,14 @@ from tests.support import ROOT
 from tests.training.compare_runs import assert_same_run, steps_of
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
-KILLS = int(os.environ.get("FASTVIM_TEST_KILLS", "3"))  # a start costs 5 seconds of processor time
+KILLS = int(
+    os.environ.get("FASTVIM_TEST_KILLS", "1")
+)  # a start costs 5 seconds of processor time and more
 CONFIG = tiny_config(
-    model=tiny_model(depth=1), epochs=16, evaluate_every_epochs=2, checkpoint_every_steps=6
+    model=tiny_model(depth=1),
+    epochs=8 if KILLS == 1 else 16,
+    evaluate_every_epochs=2,
+    checkpoint_every_steps=6,
 )
 TOTAL = CONFIG.epochs * STEPS_PER_EPOCH
 TIMEOUT = 300
@@ -112,6 +117,7 @@ class Killer:
         return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
+@pytest.mark.drawn("trainings", one_in=4)
 @pytest.mark.slow
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, rng, record_property):
     begin = time.monotonic()
@@ -123,11 +129,12 @@ def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, rng, record_pro
     killer = Killer(tmp_path / "killed", config, tmp_path / "cache", rng)
     done: Counter[str] = Counter()
     half_written = 0
+    order = rng.permutation(["saving", "early", "any"]).tolist()
     try:
         while done.total() < KILLS:
             # Each way in turn; near the end only kills that cannot come too late.
-            ways = ("saving", "early", "any") if killer.reached() < TOTAL - 66 else ("early",)
-            how = ways[done.total() % len(ways)]
+            in_time = killer.reached() < TOTAL - 66
+            how = order[done.total() % len(order)] if in_time else "early"
             killer.kill_once(how)
             done[how] += 1
             half_written += killer._is_saving() > 0
@@ -136,7 +143,8 @@ def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, rng, record_pro
     finally:
         killer.close()
     assert_same_run(tmp_path / "killed", tmp_path / "alone")
-    assert 0 < reached < TOTAL
+    # Killed early alone, the run may have reached nothing.
+    assert (0 if done.keys() == {"early"} else 1) <= reached < TOTAL
     starts = json.loads((tmp_path / "killed" / "environment.json").read_text())["starts"]
     ways = ", ".join(f"{count} {how}" for how, count in sorted(done.items()))
     record_property(

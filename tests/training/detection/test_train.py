@@ -83,6 +83,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(images, finis
     assert_same_run(resumed, finished[0])
 
 
+@pytest.mark.drawn("commands", one_in=4)
 def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
     # The same program as the evaluation's, but for one image: two sizes, one compilation.
     run = load_run(finished[0])
@@ -112,6 +113,7 @@ def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
         assert drawn.size == image.size
 
 
+@pytest.mark.drawn("commands", one_in=4)
 def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, capsys):
     """Compare with the scores of the run's last evaluation, and refuse data of other categories."""
     folder, result = finished
