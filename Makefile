@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
 	@echo "make test         run the test suite (about half an hour on 2 cores)"
 	@echo "make test-slow    run the tests that take long each (about 8 minutes on 2 cores)"
-	@echo "make test-all     run both with every case; of some tests, the two above draw a tenth of the cases, others in each run"
+	@echo "make test-all     run both with every case; of the tests marked drawn, the two above run a part, another one each time"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
 	@echo "make docs         serve the documentation and the API reference at http://127.0.0.1:8000;  make docs-check  builds it strictly"
 	@echo "make figures      draw the figures of docs/ and write the model table;  make notebooks  runs notebooks/ and keeps the outputs"
@@ -40,13 +40,13 @@ test-slow:
 	@scripts/setup.sh test,docs,notebooks
 	@scripts/test.sh slow -m slow
 
-# Every case, also those of which the other targets draw a tenth. With CASES=drawn it draws them, too: both kinds of tests in
+# Every case, also those of which the other targets draw a part. With CASES=drawn it draws them, too: both kinds of tests in
 # the same processes, which import and collect once.
 test-all:
 	@scripts/setup.sh test,docs,notebooks
 	@FASTVIM_TEST_CASES=$(CASES) scripts/test.sh all
 
-# What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, kernels' XLA path, a golden model of every other class,
+# What has to hold on the second set of dependencies, Python 3.11 with JAX 0.10: import, kernels' XLA path, a golden model of every fourth class,
 # a training of two tasks, checkpoints, several devices, export, a short quickstart. Cases that no version of JAX or Flax changes are not
 # run twice: random shapes, reduced dtypes, and the float64 oracles themselves, which are NumPy. The seed chooses the second task.
 SEED := $(or $(FASTVIM_TEST_SEED),$(shell echo $$RANDOM))
@@ -55,7 +55,7 @@ TASKS := masked/test_masked_training.py::test_the_loss_falls_and_the_run_is_draw
 	detection/test_train.py::test_a_run_ends_with_scores_a_picture_and_a_table
 REDUCED := tests/test_package.py tests/parity/test_fixtures.py $(addprefix tests/pallas_kernels/, \
 	test_selective_scan.py::test_reverse_is_forward_of_the_flipped test_selective_scan.py::test_reference_and_choice \
-	test_causal_conv1d.py::test_specs test_bidirectional_scan.py::test_bidirectional_scan_equals_two_scans[auto] test_compositions.py test_sharded.py) \
+	test_bidirectional_scan.py::test_bidirectional_scan_equals_two_scans[auto] test_compositions.py test_sharded.py) \
 	$(addprefix tests/training/, $(word $(shell echo $$(($(SEED) % 3 + 1))),$(TASKS)) $(addprefix classification/test_train.py::, \
 	test_the_run_folder_holds_everything test_a_resumed_run_equals_an_uninterrupted_one test_a_loaded_run_scores_what_the_log_says) \
 	$(addprefix test_checkpoints.py::, test_a_restored_state_has_the_same_bits test_weights_alone test_nothing_is_pickled \

@@ -6,6 +6,7 @@ parameters of the model, which the tests compare with the model that `config` bu
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import traceback
 from pathlib import Path
@@ -29,9 +30,13 @@ def experiments_folder() -> Path:
 
 def list_experiments() -> list[str]:
     """List the experiments that come with the package, e.g. `digits/fastvim_digits`."""
-    folder = experiments_folder()
+    return list(_names_in(experiments_folder()))
+
+
+@functools.cache  # each experiment that is loaded asks for them
+def _names_in(folder: Path) -> tuple[str, ...]:
     files = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py"))
-    return sorted(name.as_posix() for name in files if not name.name.startswith("_"))
+    return tuple(sorted(name.as_posix() for name in files if not name.name.startswith("_")))
 
 
 def load_experiment(name: str | Path) -> RunConfig:
