@@ -92,7 +92,11 @@ def pytest_collection_finish() -> None:
 
 def pytest_report_header() -> list[str]:
     """Print the seed and versions that reproduce a failure."""
-    cases = "all" if ALL_CASES else "of the drawn ones a tenth, or the share that their mark names; FASTVIM_TEST_CASES=all runs all"
+    cases = (
+        "all"
+        if ALL_CASES
+        else "of the drawn ones a tenth, or the share that their mark names; FASTVIM_TEST_CASES=all runs all"
+    )
     return [
         f"seed: FASTVIM_TEST_SEED={RUN_SEED}, FASTVIM_TEST_DRAWS={DRAWS}",
         f"cases: {cases}",

@@ -153,7 +153,7 @@ def answers():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_every_bad_argument_is_refused_by_name(answers):
     assert answers["cases"] > 150
     assert answers["wrong"] == []

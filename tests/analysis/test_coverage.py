@@ -52,7 +52,7 @@ def test_options_that_fall_back(options, reason):
     assert coverage.coverage(config, [224]).fallbacks == {reason: (224,)}
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 @pytest.mark.parametrize(("size", "fused"), [(64, True), (592, True), (32, False)])
 def test_it_is_what_a_model_does(size, fused):

@@ -97,7 +97,7 @@ def small(**options: object) -> VisionMambaConfig:
     return VisionMambaConfig(**{"num_classes": 0, "state_size": 4, **sizes, **options})
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_the_receptive_field_is_the_central_difference_of_the_centre_token() -> None:
     with x64():
         config = small(dtype="float64", param_dtype="float64")
@@ -146,7 +146,7 @@ def test_the_selection_is_what_the_scan_is_given(
     assert_close(found.colours, np.asarray(expected), 1e-5)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_becomes_a_png(
     name: str, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,7 +231,7 @@ def test_the_command(tmp_path: Path, records: Path, capsys: pytest.CaptureFixtur
     assert "cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.slow
 def test_alternation_reaches_both_axes() -> None:
     """Compare pooling along one axis, which leaves the other one narrow, with alternation, which widens both."""

@@ -86,7 +86,7 @@ class Fake:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.results)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_every_part_is_compiled_once_and_reads_the_parts_before_it(monkeypatch):
     monkeypatch.setattr(timing, "Program", Fake)
     monkeypatch.setattr(timing, "repeated", lambda function: lambda arguments, n: n)

@@ -28,7 +28,7 @@ def test_the_slower_part_limits_unless_the_whole_is_slower_still(decoding, model
     assert limit(decoding, model, whole) == expected
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_rates_from_files_and_from_memory_are_kept(tmp_path: Path, rng, capsys) -> None:
     config = VisionMambaConfig(image_size=16, patch_size=8, embed_dim=8, depth=1, num_classes=3)
     save_pretrained(build_model(config, rngs=nnx.Rngs(0)), tmp_path / "model")

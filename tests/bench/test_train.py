@@ -92,7 +92,7 @@ def test_bisection(low, high, most):
     assert len(tried) == len(set(tried)) <= 8
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
     settings = [(*SETTING[:2], batch, "f32") for batch in (64, 2)]
 

@@ -79,7 +79,7 @@ def trained(plate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     plate: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,7 +109,7 @@ def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     assert "no channel 'Golgi'" in capsys.readouterr().err
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_channels_are_scored_and_an_image_is_explained(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

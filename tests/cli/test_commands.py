@@ -75,7 +75,7 @@ def test_models_lists_where_the_fused_kernels_run(
     assert status == 2 and "none of these models has mixers" in said
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_has_a_cost(name: str) -> None:
     cost = model_cost(model_config(name))
@@ -141,7 +141,7 @@ def test_train_help_lists_the_experiments_and_the_fields(fastvim: Cli, experimen
         assert piece in flat, piece
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_eval_counts_every_held_out_image(fastvim: Cli, run_dir: Path) -> None:
     status, out, _ = fastvim("eval", run_dir, "--json", "--batch-size", "100")
     report = json.loads(out)
@@ -160,7 +160,7 @@ def test_eval_counts_every_held_out_image(fastvim: Cli, run_dir: Path) -> None:
     assert status == 0 and json.loads(out)["step"] == 11
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_eval_by_class(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new folder" / "confusion.png"
     status, out, _ = fastvim("eval", run_dir, "--per-class", "--json", "--confusion", picture)
@@ -179,7 +179,7 @@ def test_eval_by_class(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     assert status == 0 and re.search(rf"^3 +{labels.count(3)} +{share:.2%}$", out, re.M)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     """Evaluate a run on the first 60 held-out digits as files of any size: greyscale, 16 bits and with colours."""
     source = open_source("digits", "test")
@@ -218,7 +218,7 @@ def test_eval_help_lists_the_data_of_the_run(fastvim: Cli, run_dir: Path) -> Non
     assert status == 0 and "--per-class" in out and "--data.path STR" not in out
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_computes_in_the_dtype_that_is_asked_for(run_dir, digit_files, fastvim):
     def probabilities(*options):
         call = ("predict", run_dir, *digit_files, "--json", "--top-k", "10")
@@ -234,7 +234,7 @@ def test_predict_computes_in_the_dtype_that_is_asked_for(run_dir, digit_files, f
     assert 0 < np.abs(narrow - wide).max() < 0.05
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: list[Path]) -> None:
     run = load_run(run_dir)
     probabilities, _ = predict_batches(run.model, make_eval_iterator(run.config.data))
@@ -253,7 +253,7 @@ def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: lis
     assert lines[1].split()[1] == report[0]["predictions"][0]["class"]
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_takes_images_of_any_kind(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide.jpg"
     Image.new("CMYK", (300, 40), (10, 200, 30, 0)).save(wide)
@@ -263,7 +263,7 @@ def test_predict_takes_images_of_any_kind(fastvim: Cli, run_dir: Path, tmp_path:
     assert status == 0 and len(json.loads(out)) == 2
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_reports_a_bad_file_and_classifies_the_others(
     fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
 ) -> None:
@@ -296,7 +296,7 @@ def names_in(out: Path) -> list[str]:
         return [row[0] for row in list(csv.reader(file))[1:]]
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_and_embed_go_on_where_they_stopped(
     fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
 ) -> None:
@@ -336,7 +336,7 @@ def test_predict_and_embed_go_on_where_they_stopped(
     assert status != 0 and "cannot be continued" in error
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_predict_needs_only_the_run_folder(
     fastvim: Cli, run_dir: Path, digit_files: list[Path], tmp_path: Path
 ) -> None:
@@ -345,7 +345,7 @@ def test_predict_needs_only_the_run_folder(
     assert fastvim("predict", moved, *digit_files) == expected
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_quickstart_report_draws_the_run(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new folder" / "report.png"
     status, out, _ = fastvim("quickstart-report", run_dir, "--picture", picture)

@@ -95,7 +95,7 @@ def test_wrong_usage_exits_with_2(fastvim: Cli, arguments: tuple[str, ...], expe
     assert expected in flat and "Traceback" not in text
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_failures_exit_with_1(
     fastvim: Cli, run_dir: Path, experiment: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +161,7 @@ def test_the_machines_limits_are_said_without_a_traceback(
     assert status == 1 and "Traceback" in err
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_damaged_checkpoint_offers_the_one_before(
     fastvim: Cli, run_dir: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +205,7 @@ def test_evaluation_takes_unreadable_class_names_from_the_data(
     assert (copy / "classes.json").exists() == (damage is not None)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_compiled_programs_are_kept(run_dir: Path, digit_files: list[Path], tmp_path: Path) -> None:
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),

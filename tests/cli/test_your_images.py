@@ -101,7 +101,7 @@ def test_wrong_class_counts_and_folders_are_answered(
     assert not (my_images / "runs").exists()
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_new_set_of_classes_starts_from_another_model_s_weights(
     fastvim: Cli, my_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def test_batches_have_the_promised_form(image_tree: Path, seed: int) -> None:
     assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_worker_processes_change_nothing(image_tree: Path, seed: int) -> None:
     taken = {}
     for workers in (0, 1, 2):
@@ -69,7 +69,7 @@ def test_worker_processes_change_nothing(image_tree: Path, seed: int) -> None:
     assert not np.array_equal(taken[0][0]["image"], taken[0][3]["image"])
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
 def test_a_restart_mid_epoch_continues(
     image_tree: Path, seed: int, before: int, after: int
@@ -86,7 +86,7 @@ def test_a_restart_mid_epoch_continues(
     second.close()
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_a_restart_in_a_new_process_continues(seed: int) -> None:
     iterator = make_train_iterator(DIGITS, seed=seed)
     _take(iterator, 15)
@@ -108,7 +108,7 @@ def test_a_restart_in_a_new_process_continues(seed: int) -> None:
     assert json.loads(run.stdout) == expected
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_each_epoch_is_a_new_order_of_the_same_records(seed: int) -> None:
     # Nothing is dropped at this batch size: 1437 = 3 * 479.
     config = dataclasses.replace(DIGITS, batch_size=479, crop="resize", flip=0.0, image_size=8)
@@ -220,7 +220,7 @@ def test_a_corrupt_record_stops_the_run_by_name(image_tree: Path, seed: int) -> 
     assert str(file) in str(caught.value) and "max_corrupt allows 0" in str(caught.value)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_corrupt_records_are_replaced_and_counted_once(image_tree: Path, seed: int) -> None:
     _damage(image_tree)
     config = _tree(image_tree, batch_size=30, max_corrupt=1)

@@ -96,7 +96,7 @@ def test_batches_are_the_hosts(
     _assert_same(drop[:7], drop[7:])
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_workers_processes_and_restarts_change_nothing(
     config: ClassificationData, seed: int
 ) -> None:

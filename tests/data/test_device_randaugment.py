@@ -114,7 +114,7 @@ DIGITS = ClassificationData(
 )
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 @pytest.mark.parametrize(
     "options", [{"rand_augment": 9.0}, {"colour_jitter": 0.3}], ids=["rand_augment", "jitter"]
 )
@@ -173,6 +173,6 @@ print("same")
 """
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 def test_every_device_augments_its_own_images(seed: int) -> None:
     assert_says_same(SHARDED, seed, devices=4)

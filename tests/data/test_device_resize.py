@@ -48,7 +48,7 @@ def test_crops_are_pillows(rng: np.random.Generator) -> None:
     assert np.mean(offs[:16]) < 0.01 and np.mean(offs[16:]) < 0.15  # 0.001 and 0.014 on average
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_boxes_follow_the_hosts_law(rng: np.random.Generator, key: jax.Array) -> None:
     scale, aspect, count = (0.08, 1.0), (3 / 4, 4 / 3), 4000
     draw = jax.jit(lambda k, sizes: draw_boxes(k, sizes, scale=scale, aspect=aspect))

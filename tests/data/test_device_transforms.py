@@ -123,7 +123,7 @@ def test_no_box_fits_a_line():
     assert not masks.any()
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_erasing_fills_boxes_with_noise_and_leaves_the_rest(rng, key):
     images = _normal(rng, 800) + 10.0
     out = np.asarray(jax.jit(lambda k, x: dt.random_erasing(k, x, probability=0.25))(key, images))
@@ -139,7 +139,7 @@ def test_erasing_fills_boxes_with_noise_and_leaves_the_rest(rng, key):
     assert (np.asarray(always) != np.asarray(images)).any((1, 2, 3)).all()
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_an_images_fate_depends_on_its_position_alone(rng, key):
     images, pixels = _normal(rng), jnp.asarray(_pixels(rng))
     erase = jax.jit(lambda x: dt.random_erasing(key, x, probability=1.0))
@@ -271,7 +271,7 @@ def test_groups_are_mixed_each_by_its_own_draw(count, group, rng, key):
     np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_augment_does_what_the_config_says(rng, key):
     pixels, label = jnp.asarray(_pixels(rng)), jnp.asarray(rng.integers(0, 10, 6), jnp.int32)
     batch = {"image": pixels, "label": label}

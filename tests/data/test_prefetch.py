@@ -44,7 +44,7 @@ def _assert_same(ours, theirs):
             np.testing.assert_array_equal(a[key], b[key])
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 @pytest.mark.parametrize("resident", [False, True])
 def test_the_same_batches_on_the_device(seed, resident):
     config = dataclasses.replace(DIGITS, resident=resident)
@@ -56,7 +56,7 @@ def test_the_same_batches_on_the_device(seed, resident):
     prefetch.close()
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_the_position_counts_the_batches_taken(seed):
     prefetch = DevicePrefetch(make_train_iterator(DIGITS, seed=seed), jax.device_put, ahead=3)
     assert prefetch.get_state()["batches"] == 0
@@ -121,7 +121,7 @@ def test_an_error_comes_with_the_batch_it_belongs_to(image_tree: Path, seed: int
         next(prefetch)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_workers_memory_is_lent_until_it_is_placed(seed, monkeypatch):
     """Hold a worker's shared memory until its batch is placed.
 

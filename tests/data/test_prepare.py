@@ -59,7 +59,7 @@ def test_processes_write_the_same_shards(image_tree: Path, tmp_path: Path) -> No
         assert manifests[1]["shards"][number] == shard
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_workers_and_threads_read_the_same(image_tree: Path, tmp_path: Path, seed: int) -> None:
     prepare(open_source("image_folder", "train", path=str(image_tree)), tmp_path / "s", "train")
     taken = []

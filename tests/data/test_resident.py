@@ -58,14 +58,14 @@ def _same_images_as_the_pipeline(config, seed):
     assert _pairs(ours) == _pairs(theirs)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_an_epoch_holds_the_images_that_the_pipeline_decodes(seed: int) -> None:
     _same_images_as_the_pipeline(dataclasses.replace(DIGITS, batch_size=479), seed)  # 3 * 479 = all
     larger = dataclasses.replace(DIGITS, batch_size=479, image_size=(12, 10))
     _same_images_as_the_pipeline(larger, seed)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_real_cifar(real_data: Path, seed: int) -> None:
     config = ClassificationData(
         source="packed_npz", path=str(real_data / "cifar10"), image_size=32, crop="pad_shift",
@@ -91,7 +91,7 @@ def test_each_epoch_and_seed_has_its_own_order(seed: int) -> None:
     assert not np.array_equal(other["image"], epochs[0][0]["image"])
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 @pytest.mark.parametrize("taken", [0, 3, STEPS, STEPS + 5])
 def test_a_restart_continues(seed: int, taken: int) -> None:
     first = make_train_iterator(DIGITS, seed=seed)
@@ -110,7 +110,7 @@ def test_a_restart_continues(seed: int, taken: int) -> None:
         second.set_state(plain.get_state())
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_processes_share_one_global_batch(seed: int) -> None:
     whole = _take(make_train_iterator(DIGITS, seed=seed), 2)
     shares = [

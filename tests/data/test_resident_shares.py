@@ -77,7 +77,7 @@ def test_a_restart_continues(seed: int) -> None:
         make_train_iterator(other, seed=seed).set_state(state)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_crops_and_operations_of_resident_squares(
     image_tree: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def test_evaluation_keeps_the_masks_size_and_order(root):
         assert min(each.image.shape[:2]) == 40 or max(each.image.shape[:2]) == 64
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_workers_of_an_evaluation_stay_for_the_next(root):
     import multiprocessing
 

@@ -95,7 +95,7 @@ def test_a_set_is_found_by_name(
     )
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_it_feeds_the_pipeline_in_workers(pets: tuple[Path, list[bytes]]) -> None:
     folder, _ = pets
     taken = []

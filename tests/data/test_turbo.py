@@ -219,7 +219,7 @@ def _tree(folder: Path, rng: np.random.Generator) -> Path:
     return folder
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_workers_threads_and_restarts_agree(
     tmp_path: Path, rng: np.random.Generator, seed: int
 ) -> None:

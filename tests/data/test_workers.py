@@ -76,7 +76,7 @@ def _send(workers: set[int]) -> None:
             os.kill(pid, each)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
     with subprocess.Popen(
@@ -185,7 +185,7 @@ def test_a_worker_killed_while_it_starts_is_an_error(monkeypatch: pytest.MonkeyP
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.drawn("data pipelines", one_in=4)
+@pytest.mark.drawn("data pipelines", one_in=6)
 def test_semaphores_of_closed_streams_do_not_pile_up():
     """Count them without the collector, which would free them by chance while others are made: then they leak."""
     from multiprocessing.synchronize import SemLock

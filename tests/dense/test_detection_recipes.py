@@ -39,7 +39,7 @@ def test_learning_rates_of_184375_steps():
     np.testing.assert_allclose(run(steps[first]), expected[first], rtol=1e-9)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize(
     ("name", "groups", "rule"),
     [

@@ -10,7 +10,7 @@ from fastvim_jax.training import read_metrics
 from tests.distributed.test_many_devices import finish, launch
 
 
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.slow
 def test_a_run_with_channel_sampling_is_the_same_on_two_devices(tmp_path):
     assert len({len(draw_channels(0, step, 2, "sorted")) for step in range(8)}) > 1

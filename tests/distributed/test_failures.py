@@ -23,7 +23,7 @@ from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 @pytest.mark.slow
 def test_a_corrupt_record_in_one_process_ends_both(tmp_path, rng):
     for split in ("train", "val"):
@@ -74,7 +74,7 @@ time.sleep(300)
 """
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 @pytest.mark.slow
 def test_the_others_tell_that_a_process_was_killed(rng):
     """Tell the other processes that one was killed.

@@ -106,7 +106,7 @@ def float64(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.parametrize("name", MESHES)
 def test_the_mesh_does_not_change_the_curve(float64, name):
     """Compare loss curves of several meshes. FSDP spreads the state, and gathers nothing but single parameters."""
@@ -120,7 +120,7 @@ def test_the_mesh_does_not_change_the_curve(float64, name):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 def test_the_mesh_does_not_change_the_curve_in_float32(tmp_path):
     results = curves(tmp_path, "float32-1x1", SINGLE)
     np.testing.assert_allclose(results[SINGLE][0], results["float32-1x1"][0], rtol=1e-5)
@@ -164,21 +164,21 @@ def assert_same_log(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.parametrize("name", ["one", "four"])
 def test_a_checkpoint_of_eight_devices_goes_on_where_others_are(runs, name):
     assert_same_log(runs / name, runs / "whole")
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.parametrize("name", ["two", "moved"])
 def test_two_processes_give_the_same_run_and_count_exactly(two_processes, name):
     """Compare two processes on 4 × 1 and 2 × 2 devices with one; what process 0 wrote is the whole run folder."""
     assert_same_log(two_processes / name, two_processes / "whole")
 
 
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.slow
 def test_two_processes_score_a_run_as_one_does(two_processes):
     """Evaluate in two processes as in one: all weights, by class. The folder was written on other devices."""
@@ -195,7 +195,7 @@ def test_two_processes_score_a_run_as_one_does(two_processes):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
     """Compare a resident set in shares.
 
@@ -207,7 +207,7 @@ def test_a_resident_set_in_shares_is_the_same_in_two_processes(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 def test_pixel_shards_are_cropped_alike_in_two_processes(tmp_path, seed):
     """Compare crops of pixel shards: each process reads its own devices' rows, and none sends an image."""
     digits = open_source("digits", "train[:40]")

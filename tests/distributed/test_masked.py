@@ -10,7 +10,7 @@ from tests.distributed.test_many_devices import finish, launch
 from tests.training.tiny import STEPS_PER_EPOCH
 
 
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.slow
 def test_pre_training_is_the_same_on_four_devices(tmp_path):
     finish(launch("masked.py", str(tmp_path), devices=4))

@@ -13,7 +13,7 @@ from tests.distributed.test_many_devices import finish, launch, together
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 def test_the_trainer_makes_the_steps_of_the_recipe(tmp_path: Path) -> None:
     together("recipe.py", "train", str(tmp_path))
     finish(launch("recipe.py", "compare", str(tmp_path), devices=1))

@@ -9,7 +9,7 @@ from fastvim_jax.training import read_metrics
 from tests.distributed.test_many_devices import finish, launch
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 def test_a_step_of_the_head_is_the_same_on_two_devices(tmp_path):
     """Compare a step on two devices with one.
 
@@ -24,7 +24,7 @@ def test_a_step_of_the_head_is_the_same_on_two_devices(tmp_path):
             np.testing.assert_allclose(two, one, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 @pytest.mark.slow
 def test_a_run_is_the_same_on_two_devices(tmp_path):
     finish(launch("segmentation.py", "run", str(tmp_path), devices=2))

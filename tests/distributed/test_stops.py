@@ -47,7 +47,7 @@ def stop_steps(*arguments: str) -> list[int]:
     return [int(re.search(r"^stopped (\d+)$", output, re.MULTILINE)[1]) for output in outputs]
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 def test_all_processes_stop_at_the_same_step(rng):
     at = int(rng.integers(1, 20))
     first, second = stop_steps(str(at))
@@ -55,7 +55,7 @@ def test_all_processes_stop_at_the_same_step(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("runs on several devices")
+@pytest.mark.drawn("runs on several devices", one_in=20)
 def test_a_run_of_two_processes_stops_and_goes_on(tmp_path):
     folder = tmp_path / "run"
     first, second = stop_steps("3", str(folder))

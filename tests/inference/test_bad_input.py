@@ -89,7 +89,7 @@ def test_a_folder_of_everything_is_predicted_as_far_as_it_can_be(saved, tmp_path
     assert "pixels" in found[str(photos / "bomb.png")]["error"]
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_photographs_are_embedded_and_the_unreadable_told(saved, tmp_path, rng, capsys):
     photos, table = tmp_path / "photos", tmp_path / "features.csv"
     photos.mkdir()

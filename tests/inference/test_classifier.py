@@ -58,7 +58,7 @@ def expected(model, classifier, files):
     return np.asarray(model(images)), np.asarray(model.features(images))
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_paths_images_and_arrays_give_the_same(model, classifier, files):
     logits, features = expected(model, classifier, files)
     mixed = [
@@ -92,7 +92,7 @@ def test_one_pillow_image_may_stand_at_several_places(classifier, tmp_path, rng)
             np.testing.assert_array_equal(batch, np.stack([expected] * 4))
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_one_image_and_none(model, classifier, files):
     logits, _ = expected(model, classifier, files[:1])
     for image in (files[0], Image.open(files[0]), np.asarray(Image.open(files[0]))):
@@ -107,7 +107,7 @@ def test_one_program_serves_every_number_of_images(classifier, files):
         assert classifier(files[:count]).logits.shape == (count, 3)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_only_what_is_asked_for_is_computed(model, classifier, files):
     some = Classifier(model, PREPROCESSING, batch_size=4, outputs=["probabilities"])
     found = some(files)
@@ -136,7 +136,7 @@ def test_features_and_class_maps_of_every_patch(model, files):
     assert np.isnan(found.class_maps[2]).all() and np.isfinite(found.class_maps[:2]).all()
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 @pytest.mark.parametrize("order", ["row", "column"])
 def test_a_patch_s_features_lie_where_the_patch_is(order):
     """Place a patch's features in a grid of two rows and three columns; the class token is left out."""
@@ -155,7 +155,7 @@ def test_a_patch_s_features_lie_where_the_patch_is(order):
         plain.class_maps(maps)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_two_devices_share_a_batch(model, files, tmp_path):
     """Compare two simulated devices, in another process, with one device."""
     save_pretrained(model, tmp_path / "model", preprocessing=PREPROCESSING)
@@ -246,7 +246,7 @@ def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
     np.testing.assert_allclose(found.embeddings, classifier(files).embeddings, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
     """Compare workers with threads: the same pixels and messages, in the same order."""
     damaged = tmp_path / "damaged.png"

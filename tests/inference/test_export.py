@@ -48,7 +48,7 @@ def called(file):
     return np.asarray(program.call(weights, np.full((1, *about["image"]), 200, np.uint8)))
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_saved_model_gives_the_program_of_its_run(tmp_path, key):
     run = make_run(key)
     preprocessing = preprocessing_of(run)
@@ -70,7 +70,7 @@ def test_a_saved_model_gives_the_program_of_its_run(tmp_path, key):
         export_classifier(no_classes, tmp_path / "model.npz")
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_a_portable_program_takes_any_batch_and_runs_alone(tmp_path, key, rng, pooling):
     run = make_run(key, pooling=pooling, depth=2)  # lines of both axes, of any batch
@@ -101,7 +101,7 @@ def test_the_file_says_what_is_in_it(tmp_path, key):
     assert about["image"] == [8, 8, 1] and about["preprocess"]["mean"] == [0.3]
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_fast_program_holds_the_kernels(tmp_path, key):
     run = make_run(key, embed_dim=64, depth=1)
     with pytest.raises(

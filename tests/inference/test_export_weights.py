@@ -45,7 +45,7 @@ def same(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
     out, photo = tmp_path / "model", tmp_path / "digit.png"
     command = ["export-weights", str(run), "--out", str(out), "--licence", "CC BY 4.0"]

@@ -136,7 +136,7 @@ def test_a_named_model_that_it_is_not(checkpoint, tmp_path):
         import_weights(checkpoint[0], tmp_path / "out", name="fastvim_small_patch16_224")
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_masked_autoencoder_is_imported_drawn_and_fine_tuned_from(tmp_path, rng, capsys):
     inner = VisionMambaConfig(**{**SIZES, "num_classes": 0})
     config = MaskedAutoencoderConfig(encoder=inner, decoder_dim=32, decoder_depth=1)
@@ -164,7 +164,7 @@ def test_a_masked_autoencoder_is_imported_drawn_and_fine_tuned_from(tmp_path, rn
     assert "without classes classifies nothing" in capsys.readouterr().err
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_model_of_cell_images_is_imported_and_embeds(tmp_path, rng, capsys):
     model = build_model(ChannelMambaConfig(**SIZES), rngs=nnx.Rngs(2))
     file, out = str(tmp_path / "cells.safetensors"), str(tmp_path / "out")

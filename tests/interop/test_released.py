@@ -54,7 +54,7 @@ FAMILIES = ["_".join(f) for f in FAMILIES] + sorted(
 )
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_preset_goes_to_the_authors_names_and_back(family, rng):
     """Export and import one model of each family in tiny form, because a family's presets differ in sizes alone."""
@@ -98,7 +98,7 @@ def golden_of_each_kind():
     return {kind: path for kind, path in found.items() if kind in KINDS}
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.skipif(not fixture_paths(), reason="no golden files: set FASTVIM_PARITY_DIR")
 def test_the_authors_state_dicts_come_back_with_every_bit():
     """Write all names of a golden state dict of each class again, with the numbers it has."""

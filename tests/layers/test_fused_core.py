@@ -84,7 +84,7 @@ def test_channel_grids_as_lines(key, rng, monkeypatch, pool_axes):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.slow
 def test_unpooled_through_every_kernel(key, monkeypatch):
     """Run the unpooled mixer through every kernel in the interpreter, scans included."""

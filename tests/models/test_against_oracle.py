@@ -220,7 +220,7 @@ def compare(
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @settings(max_examples=3 * DRAWS, **EXAMPLES)
 @given(config=mamba_configs(), seed=SEEDS)
 def test_any_vision_mamba_equals_the_oracle(config: VisionMambaConfig, seed: int) -> None:
@@ -240,7 +240,7 @@ def test_every_pooling_with_a_class_token_equals_the_oracle(
     compare(config, vision_mamba, (config.depth,), seed)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @settings(max_examples=2 * DRAWS, **EXAMPLES)
 @given(config=vit_configs(), seed=SEEDS)
 def test_any_vit_equals_the_oracle(config: ViTConfig, seed: int) -> None:

@@ -43,7 +43,7 @@ def images():
     return jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_seeds_keys_and_rngs_are_one_source():
     models = [small(rngs=r) for r in (0, nnx.Rngs(0), jax.random.key(0))]
     assert all(same(models[0], other) for other in models[1:])
@@ -63,7 +63,7 @@ def test_dtypes_may_be_objects():
         small(dtype=jnp.float64)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_train_and_eval_are_honoured(images, key):
     model = small(drop_path=0.9)
     off = jax.jit(model)(images)
@@ -88,7 +88,7 @@ def test_flax_s_overview(model, images):
     assert "patch_embed" in table and "blocks" in table and "Total Parameters" in table
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_features_then_head_is_the_model(model, images):
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 6 + (model.class_token is not None), 8)
@@ -114,7 +114,7 @@ def test_intermediate_layers_are_the_residual_stream(model, images):
         model.get_intermediate_layers(images, 3)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_the_class_token_comes_beside_where_there_is_one(images):
     for name in NAMES[1:]:
         model = small(name)
@@ -127,7 +127,7 @@ def test_the_class_token_comes_beside_where_there_is_one(images):
         small().get_intermediate_layers(images, return_prefix_tokens=True)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_a_new_head_leaves_the_rest(images):
     for name in NAMES:
         model = small(name)
@@ -184,7 +184,7 @@ def test_one_switch_for_speed():
     assert (vit.dtype, vit.blocks, vit.residual_in_fp32) == ("bfloat16", "unroll", False)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_dtype_of_the_residual_stream(name, images):
     """Trace blocks in a loop and one by one; masks of drop path are float32, and so are logits."""
@@ -238,7 +238,7 @@ def test_the_slow_default_is_told_once_on_a_gpu(images, monkeypatch, caplog):
     assert caplog.text.count("fast=True") == 1
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fast", [False, True])
 def test_strict_dtype_promotion(name, fast, images):

@@ -185,7 +185,7 @@ def small() -> ChannelMamba:
     )
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_ids_say_which_channels_an_input_holds(
     small: ChannelMamba, rng: np.random.Generator
 ) -> None:

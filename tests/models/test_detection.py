@@ -28,7 +28,7 @@ def extreme_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([low, low + sides], -1).astype(np.float32)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_no_box_reads_more_cells_than_the_bound(rng):
     grids = [(SIZE // s, SIZE // s) for s in STRIDES]
     boxes = jnp.asarray(extreme_boxes(rng, 200))
@@ -57,7 +57,7 @@ def greedy(boxes, scores, valid, groups, threshold):
     return kept
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_suppression_is_the_greedy_one(rng):
     suppress = jax.jit(partial(nms, threshold=0.5, k=60))
     for _ in range(5):

@@ -84,7 +84,7 @@ def test_what_kernels_return_is_not_written_into_stacks(name):
     assert text.count("stablehlo.optimization_barrier") == 4  # and B with C
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_directions_are_laid_together_once_for_all_blocks():
     def concatenations(depth):
         graphdef, params = split(depth=depth, blocks="unroll", embed_dim=64)

@@ -133,7 +133,7 @@ def run(script, tmp_path, endpoint):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_revision_is_loaded_kept_and_found_again_without_network(hub, tmp_path):
     server, asked = hub
     run(SCRIPT, tmp_path, f"http://127.0.0.1:{server.server_port}")

@@ -96,7 +96,7 @@ def test_equals_the_oracle_under_given_masks(family, options, padded, rng):
         np.testing.assert_array_equal(got.latent[b, len(latent) :], 0)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_every_parameter_gets_a_gradient_in_both_modes(key):
     depth = {"depth": 4}  # two periods, so that the stack is scanned
     images = jax.random.normal(key, (2, 6, 15, 2))
@@ -118,7 +118,7 @@ def test_every_parameter_gets_a_gradient_in_both_modes(key):
         assert_close(scanned, unrolled, 1e-4, jax.tree_util.keystr(path))
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_another_size_and_ratio_at_call_time(key):
     model = tiny("fastvim", mask_ratio=0.5, blocks="unroll")
     images = jax.random.normal(key, (2, 4, 9, 2))
@@ -128,7 +128,7 @@ def test_another_size_and_ratio_at_call_time(key):
     assert out.predicted.shape == (2, 6, 12) and out.latent.shape == (2, 3, 8)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_what_the_backbone_of_a_classifier_gets(key):
     """Take the encoder's parameters by the classifier's names, and the fixed table with a row for the class token."""
     for family, token in (("fastvim", {}), ("vim", {"class_token": "middle"}), ("vit", {})):

@@ -101,7 +101,7 @@ def loss_and_gradient(config, params, images, **kwargs):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", list_models())
 def test_parameter_counts(name):
     full = nnx.state(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0))))
@@ -211,14 +211,14 @@ def test_dense_features_are_images_of_the_block_outputs(order, class_token, key)
     assert_close(features[1], (grid - mean) / jnp.sqrt(var + 1e-5), 1e-4)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_no_head_returns_the_pooled_features(key):
     model = build_model(small(VisionMambaConfig(), num_classes=0, depth=2), rngs=nnx.Rngs(key))
     images = jax.random.normal(key, (2, 24, 16, 3))
     np.testing.assert_array_equal(model(images), model.features(images))
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_drop_path_differs_by_key_and_is_off_without_one(key):
     config = small(VisionMambaConfig(), depth=2, drop_path=0.5)
     graphdef, params = nnx.split(build_model(config, rngs=nnx.Rngs(key)))

@@ -25,7 +25,7 @@ def one_core(monkeypatch):
     monkeypatch.setattr(parts, "_cores", lambda: 1)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("pooling", ["mean", "none"])
 def test_parts_give_what_the_whole_gives(rng, monkeypatch, one_core, pooling):
     config = VisionMambaConfig(**SMALL, pooling=pooling, dtype="float64", param_dtype="float64")
@@ -43,7 +43,7 @@ def test_parts_give_what_the_whole_gives(rng, monkeypatch, one_core, pooling):
         np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_gradients_do_not_run_in_parts(rng, monkeypatch, one_core):
     options = SMALL | {"depth": 2, "pool_axes": "columns", "state_size": 4}
     config = VisionMambaConfig(**options, dtype="float64", param_dtype="float64")
@@ -64,7 +64,7 @@ def test_gradients_do_not_run_in_parts(rng, monkeypatch, one_core):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_the_indices_of_a_masked_model_keep_its_batch_whole(monkeypatch, one_core):
     monkeypatch.setattr(parts, "CACHE", 1)
     options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 4}
@@ -85,7 +85,7 @@ def test_parts_are_equal_and_fit_the_caches(monkeypatch, batch, cores, size):
     assert parts.images_at_once(jnp.zeros((batch, 196, 192))) == size
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", ["fastvim", "vim", "vit"])
 def test_a_symbolic_batch_is_one_part(one_core, name):
     """Keep a symbolic batch in one part, as in a program that a user exports with `jax.export`."""

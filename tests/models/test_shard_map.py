@@ -75,7 +75,7 @@ CASES = {
 }
 
 
-@pytest.mark.drawn("processes and devices", one_in=4)
+@pytest.mark.drawn("processes and devices", one_in=6)
 @pytest.mark.parametrize(
     "case", [*(case for case in CASES if case != JOINED), pytest.param(JOINED, marks=needs_mosaic)]
 )

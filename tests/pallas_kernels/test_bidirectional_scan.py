@@ -70,7 +70,7 @@ def one_by_one(args, cotangents, implementation, **options):
     return y, pull(cotangents)[0]
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize(
     "implementation", [i for i in IMPLEMENTATIONS if i not in ("pallas", "triton")]
 )
@@ -138,7 +138,7 @@ def compare(rng, bound, *, drop=(), delta_softplus=True, **case):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_random_ragged_pair(seed):
     rng = np.random.default_rng(seed)
@@ -238,7 +238,7 @@ def on_h100_and_cpu(function, *args, **options):
     return text, traced.lower().compile()
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
     """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""

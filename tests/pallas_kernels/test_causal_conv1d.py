@@ -53,7 +53,7 @@ def test_oracle_gradients_are_the_slopes_of_the_oracle(spec: ConvSpec, seed: int
     assert slope == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
@@ -61,7 +61,7 @@ def test_specs(spec: ConvSpec, implementation: str, dtype: str, seed: int):
     check(spec, implementation, dtype, seed)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @settings(max_examples=8 * DRAWS, derandomize=False)
 @given(
     spec=st.builds(

@@ -12,7 +12,7 @@ from tests.pallas_kernels.mosaic_support import needs_mosaic
 from tests.support import ROOT
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_a_second_process_compiles_nothing(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

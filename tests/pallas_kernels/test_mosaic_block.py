@@ -136,7 +136,7 @@ def wanted_gradients(args, bars, case):
         return jax.device_get(jax.jit(lambda *a: value_and_gradients(*a, "xla", case))(*wide))
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 def test_gradients(seed, stream):
@@ -156,7 +156,7 @@ def test_gradients(seed, stream):
     assert max(relative_errors(got, wanted_gradients(args, bars, case))) < 2 * BOUND
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 @pytest.mark.parametrize("drops", [False, True])
@@ -187,7 +187,7 @@ def test_norm_gradient(seed, stream, drops):
         np.testing.assert_array_equal(half, total.astype(half.dtype))
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 @pytest.mark.parametrize("stream", ["float32", "bfloat16"])
 @pytest.mark.parametrize("drops", [False, True])

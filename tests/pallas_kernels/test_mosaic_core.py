@@ -80,7 +80,7 @@ def compare(rng, bound, b, e, taps=4, dtype="float32", scale=1.0, **options):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_random_grid(seed):
     rng = np.random.default_rng(seed)
@@ -207,7 +207,7 @@ def test_narrow_widths_without_kernels(rng, monkeypatch, operation, norm_kind):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_the_first_maximum_is_taken(seed):
 

@@ -122,7 +122,7 @@ def test_lowers_for_an_h100(change, kernel):
     assert launches(text, "mixer_back_project") == 1
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_lowers_under_vmap_and_scan():
     case = {**FULL, "e": 128}
@@ -145,7 +145,7 @@ def test_gradients_lower_for_an_h100(method):
     assert launches(text, "mixer_back_project") == 1
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_derivative_rule(seed):
     """Compare a program traced for an H100 and run on this CPU, where XLA takes the kernels' place."""

@@ -74,7 +74,7 @@ def compare(rng, bound, b, kept, rows, columns, e, **more):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_random_rows(seed, monkeypatch):
     """Compare random rows, with sums by one block a sample, as in large batches, or by several."""
@@ -200,7 +200,7 @@ def test_xla_equals_the_equations(seed):
     assert max(relative_errors(got, wanted)) < 1e-5
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_whole_rows_are_a_grid(seed):
     """Compare rows with all their tokens with a grid, in XLA's form with its derivative."""
     args, out_bar = core.draw(np.random.default_rng(seed), 2, 3, 4, 8)
@@ -228,7 +228,7 @@ def test_golden_row_means(number):
     assert_close(backward[:, ::-1], tokens("output/pooled_flip"), 1e-5)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_what_the_kernels_cannot_take_falls_back(seed, monkeypatch, caplog):
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)

@@ -77,7 +77,7 @@ def compare(rng, bound, *, b, l, e, n, g=1, dtype="float32", drop=(), **options)
     assert all(e < most for e, most in zip(errors, bounds, strict=True)), (errors, bounds)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_random_ragged_scan(seed):
     rng = np.random.default_rng(seed)
     compare(
@@ -91,7 +91,7 @@ def test_random_ragged_scan(seed):
     )
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_one_step_of_one_channel_and_state(seed):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=1, e=1, n=1)
 
@@ -249,7 +249,7 @@ def test_lowers_for_an_h100(case):
     assert launches(text, "selective_scan") == 2 and launches(text, "selective_scan_gradients") == 1
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_auto_on_the_cpu_uses_the_same_residuals(seed):
     """Compare a program traced for a GPU and run on a CPU: XLA's states pass through the kernels' form and back."""
     rng = np.random.default_rng(seed)

@@ -62,7 +62,7 @@ def compare(monkeypatch, rng, bound, norm_kind="layer", **case):
     assert max(relative_errors(got, wanted)) < bound
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_random_length(seed, monkeypatch):
     rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def test_lowers_for_an_h100(case):
     assert text.count("output_operand_alias<output_tuple_indices") == 1
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_vmap_remat_and_blocks_under_scan_lower_for_an_h100():
     (xz, *others), _ = shapes(4, 40, 128)

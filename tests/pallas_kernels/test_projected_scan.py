@@ -152,7 +152,7 @@ def test_kernel_keeps_what_gradients_read(seed, monkeypatch, cut):
     assert max(relative_errors(got, wanted_gradients_of(args, bars))) < GRADIENT_BOUND
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_definition(seed):
     """Compare the equations that define the kernel with the step-by-step ones: they differ by rounding only.
 
@@ -181,7 +181,7 @@ def test_every_size_has_a_cut(batch, lines, width, rank):
     assert cut.groups * cut.images >= batch > (cut.groups - 1) * cut.images
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_lowers_for_an_h100():
     """Lower under vmap, inside a scan and in the forward pass of a gradient, if it has 8 to 16 steps."""
@@ -226,7 +226,7 @@ def test_what_is_left_to_the_steps(sizes, reason, monkeypatch):
     assert launches(text, "projected_scan") == 0
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 @pytest.mark.parametrize("steps", [6, 9], ids=["step by step", "kept"])
 def test_derivative_rule(seed, steps):

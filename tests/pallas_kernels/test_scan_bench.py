@@ -25,7 +25,7 @@ def test_what_cannot_run_is_skipped_once(monkeypatch):
     assert {n["dtype"] for n, _ in cases[2:]} == {"float32"} and len(cases) == 2 + 2 * 2
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_a_wrong_result_is_seen(monkeypatch):
     def wrong(*args, implementation, **options):
         y = right(*args, implementation=implementation, **options)

@@ -209,7 +209,7 @@ def test_an_empty_batch(implementation):
     assert not any(np.any(g) for g in jax.tree.leaves(pull(y)))
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_forward_mode_is_refused_with_the_implementation_that_has_it(seed):
     arrays, _ = ScanSpec(1, 5, 3, states=2).arguments(seed)
 

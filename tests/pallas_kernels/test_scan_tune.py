@@ -108,7 +108,7 @@ def test_without_kernels_there_is_nothing_to_tune(monkeypatch):
         tune.cases([LONG])
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 def test_the_tuner_measures_every_candidate(monkeypatch):
     """Measure every candidate, with the sequential scan in place of the kernels."""
     monkeypatch.setattr(gpu, "kernels_missing", lambda: None)

@@ -84,7 +84,7 @@ def test_specs(spec: ScanSpec, implementation: str, dtype: str, seed: int):
     check(*spec.arguments(seed), implementation, dtype, seed)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("implementation", ["reference", "auto"])
 def test_reference_and_choice(implementation: str, dtype: str, seed: int):
@@ -110,7 +110,7 @@ def specs(draw) -> ScanSpec:
     )
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize("implementation", XLA)
 @settings(max_examples=5 * DRAWS, derandomize=False)
 @given(spec=specs(), seed=st.integers(0, 2**31 - 1))
@@ -130,7 +130,7 @@ def test_associative_runs_of_several_chunks(monkeypatch, length: int, reverse: b
     check(*spec.arguments(seed), "xla_associative", "float64", seed)
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_reverse_is_forward_of_the_flipped(implementation: str, seed: int):
     arrays, _ = ScanSpec(2, 70, 5, states=4, z=True).arguments(seed)

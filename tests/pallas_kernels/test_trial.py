@@ -59,7 +59,7 @@ def operations(rng):
     }
 
 
-@pytest.mark.drawn("more of the kernels", one_in=4)
+@pytest.mark.drawn("more of the kernels", one_in=6)
 @pytest.mark.parametrize("operation", ["mixer_core", "sequence_core", "selective_scan"])
 def test_kernels_that_do_not_compile(blackwell, rng, caplog, operation):
     run, x = operations(rng)[operation]

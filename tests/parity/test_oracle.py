@@ -303,7 +303,7 @@ ORACLE = {
 PATHS = [path for path in fixture_paths() if kind_of(path) in ORACLE]
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.skipif(not PATHS, reason="no golden numbers: set FASTVIM_PARITY_DIR")
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 def test_oracle_agrees_with_the_golden_outputs(path):

@@ -58,7 +58,7 @@ def test_the_latest_the_best_and_every_nth_are_kept():
     assert kept(9, None, lambda given: None) == steps
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_run_keeps_its_best_checkpoint_and_is_used_by_it(tmp_path):
     """Keep the best checkpoint beside the last: a rate that grows ruins the head, so an early one may be the best."""
     optimizer = dataclasses.replace(

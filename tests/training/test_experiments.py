@@ -184,7 +184,7 @@ def _losses(config, key):
     return losses
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_every_fifth_model_of_the_experiments_steps(key):
     """Step every fifth model, others each run, because each model is a program to compile.
 
@@ -200,7 +200,7 @@ def test_every_fifth_model_of_the_experiments_steps(key):
             assert all(abs(loss - math.log(6)) < 0.5 for loss in losses), (name, losses)
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_its_schedule_and_optimizer(name):
     config = load_experiment(name)

@@ -59,7 +59,7 @@ def file_size(limit):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_checkpoint_that_does_not_fit_stops_the_run_and_the_last_one_stands(tmp_path):
     experiment, folder = tmp_path / "experiment.py", tmp_path / "run"
     experiment.write_text(

@@ -117,7 +117,7 @@ class Killer:
         return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 @pytest.mark.slow
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, rng, record_property):
     begin = time.monotonic()

@@ -128,7 +128,7 @@ def run(folder, *, stop_at: int | None = None):
         )
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_task_of_ones_own_trains_logs_and_resumes(tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     result = run(whole)
@@ -162,7 +162,7 @@ def test_a_task_of_ones_own_trains_logs_and_resumes(tmp_path):
             np.testing.assert_allclose(kept, expected, rtol=1e-5)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_norms_are_measured_where_they_are_due(tmp_path, monkeypatch):
     """Train as on a GPU, where the first step, the log, checkpoints and ends of epochs measure all norms."""
     run(tmp_path / "always")

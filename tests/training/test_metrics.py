@@ -104,7 +104,7 @@ def write_in_a_process(folder, length, stderr):
     )
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 @pytest.mark.parametrize("terminal", [False, True])
 def test_nobody_reading_the_output_ends_nothing(tmp_path, terminal):
     """Go on without a reader, as in `fastvim train ... 2>&1 | head`.

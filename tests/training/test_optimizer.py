@@ -125,7 +125,7 @@ def reference_adamw(flat, grads, rates, decays, groups, *, beta1, beta2, eps, cl
     return flat
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 @pytest.mark.parametrize("clip", [1e9, 0.5])
 def test_adamw_with_everything_equals_its_definition(fastvim, rng, clip):
     steps = 4
@@ -169,7 +169,7 @@ def test_a_config_builds_what_it_says(fastvim, rng):
     np.testing.assert_allclose(changes["head.kernel"], -0.5 * (1 + 0.3 * kernel), rtol=1e-5)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 @pytest.mark.slow
 def test_scanned_and_unrolled_models_take_the_same_steps(rng):
     config = tiny_model(depth=2, pooling="mean", pool_axes="columns")  # two rounds of the scan

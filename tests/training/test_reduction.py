@@ -62,7 +62,7 @@ print("same")
 """
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_gradients_are_summed_in_the_chosen_dtype(seed):
     assert_says_same(REDUCED, seed, devices=4)
 

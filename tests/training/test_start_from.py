@@ -118,7 +118,7 @@ def test_a_backbone_leaves_a_larger_model_and_enters_one(arrays):
                                   arrays["blocks.1.mixer.in_proj.kernel"])  # fmt: skip
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_segmentor_gets_a_classifier_s_backbone_gives_it_back_and_changes_its_classes():
     """Pass weights between the models themselves: shapes alone, nothing is drawn."""
     config = tiny_model(depth=4, image_size=16)
@@ -191,7 +191,7 @@ def test_differences_that_fit_are_noted(arrays):
     assert report.notes == ("pooling is 'mean' there, 'max' here",)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_hand_written_code_loads_runs_and_files(source_run, tmp_path, rng):
     trained = load_run(source_run, weights="raw").model
     images = jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
@@ -233,7 +233,7 @@ def test_what_is_no_source_is_named(source, options, message):
         load_weights(build(), source, **options)
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_run_starts_from_another(source_run, tmp_path):
     """Start a run from another: its first step begins with those weights, the average too.
 

@@ -170,7 +170,7 @@ def test_keys_differ_by_seed_and_step_and_not_by_history(rng, seed):
     assert float(step(saved, batch)[1]["loss"]) == losses[-1]
 
 
-@pytest.mark.drawn("more of the models", one_in=4)
+@pytest.mark.drawn("more of the models", one_in=6)
 def test_drop_path_masks_differ_by_step_block_and_sample(rng, seed):
     depth, size = 3, 64
     model = build_model(tiny_model(depth=depth, drop_path=0.9), rngs=nnx.Rngs(0))

@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
     """Stop between checkpoints, and within a window of the log, and resume to the same bits."""
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
@@ -68,7 +68,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(finished, tmp_path,
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
     finished, tmp_path, monkeypatch, capsys
 ):
@@ -91,7 +91,7 @@ def test_the_command_says_how_to_go_on_and_evaluates_what_it_left_out(
     assert_same_run(folder, finished)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_dead_data_worker_is_named_and_the_run_saved(tmp_path, monkeypatch):
     """Name a dead data worker and save the run, as when the kernel ends a worker because memory ran out."""
     take, count = DevicePrefetch.__next__, iter(range(1, TOTAL + 1))
@@ -107,7 +107,7 @@ def test_a_dead_data_worker_is_named_and_the_run_saved(tmp_path, monkeypatch):
     assert caught.value.step == 5 and steps_of(tmp_path) == [5]
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_worker_that_dies_in_an_evaluation_costs_the_evaluation_alone(tmp_path, monkeypatch):
     def end(*arguments):
         raise WorkersEnded("a data worker ended with exit code -9")
@@ -131,7 +131,7 @@ def test_an_error_of_the_data_stays_one():
             stop.next_of(made)
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_the_exit_code_of_a_worker_is_explained():
     """Raise WorkersEnded for grain's message, with the exit code explained. The pipeline's own errors pass."""
 

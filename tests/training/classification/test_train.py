@@ -136,7 +136,7 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 @pytest.mark.parametrize("left", [None, b"", b"{\n\xff\n"])
 def test_a_finished_run_without_its_log_is_evaluated_again(finished, tmp_path, caplog, left):
     folder, result = finished
@@ -209,7 +209,7 @@ def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
         load_run(folder, weights="best")
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     """Stop at NaN in the images of step 6: the checkpoint of step 4 stays the last, and is named."""
     make = trainer.make_augment
@@ -238,7 +238,7 @@ def test_a_broken_batch_stops_the_run(tmp_path, monkeypatch):
     assert all(np.isfinite(value).all() for value in flat.values())
 
 
-@pytest.mark.drawn("trainings", one_in=4)
+@pytest.mark.drawn("trainings", one_in=6)
 def test_what_decides_no_weight_may_change_when_a_run_goes_on(finished, capsys):
     folder, result = finished
     free = dataclasses.replace(

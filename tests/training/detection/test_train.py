@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(images, finis
     assert_same_run(resumed, finished[0])
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
     # The same program as the evaluation's, but for one image: two sizes, one compilation.
     run = load_run(finished[0])
@@ -113,7 +113,7 @@ def test_files_are_drawn_and_written_as_coco(images, finished, tmp_path):
         assert drawn.size == image.size
 
 
-@pytest.mark.drawn("commands", one_in=4)
+@pytest.mark.drawn("commands", one_in=6)
 def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, capsys):
     """Compare with the scores of the run's last evaluation, and refuse data of other categories."""
     folder, result = finished
@@ -129,7 +129,7 @@ def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, caps
         assert "knows the 2 categories" in capsys.readouterr().err
 
 
-@pytest.mark.drawn("other runs of dense models")
+@pytest.mark.drawn("trainings", one_in=6)
 def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
     """Train a Faster R-CNN: one stage and no masks, from data without masks."""
     config = tiny_config(images[0], epochs=1)

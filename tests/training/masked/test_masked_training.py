@@ -136,9 +136,7 @@ def test_weights_are_those_of_the_encoder(pretrained: Any) -> None:
     np.testing.assert_allclose(named["pos_embed"][0], sincos_pos_embed(8, (4, 4)))
 
 
-def test_probe_with_cached_features_and_streamed(
-    pretrained: Any, tmp_path: Any, capsys: Any
-) -> None:
+def test_probe_with_cached_features(pretrained: Any, tmp_path: Any, capsys: Any) -> None:
     folder, _ = pretrained
     result = train(probe_config(folder), tmp_path / "cached", progress=True)
     assert result.metrics["count"] == EVAL_IMAGES
@@ -148,6 +146,11 @@ def test_probe_with_cached_features_and_streamed(
     assert saved["model"]["pool_scale"] == 0.25
     with pytest.raises(UserError, match="linear probe, whose checkpoints hold the head"):
         load_run(tmp_path / "cached")
+
+
+@pytest.mark.drawn("trainings", one_in=6)
+def test_probe_with_streamed_features(pretrained: Any, tmp_path: Any, capsys: Any) -> None:
+    folder, _ = pretrained
     streamed = probe_config(folder, epochs=2, cache_gigabytes=0.0)
     result = train(streamed, tmp_path / "streamed", progress=True)
     assert result.metrics["count"] == EVAL_IMAGES

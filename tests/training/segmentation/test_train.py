@@ -71,7 +71,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(config, finis
     assert_same_run(resumed, finished[0])
 
 
-@pytest.mark.drawn("other runs of dense models")
+@pytest.mark.drawn("trainings", one_in=6)
 def test_a_run_is_evaluated_and_drawn_from_the_command_line(config, finished, tmp_path, capsys):
     folder, result = finished
     assert main(["eval", str(folder), "--json"]) == 0
