@@ -3,6 +3,7 @@
     causal_conv1d   depthwise causal convolution (XLA only)
     selective_scan  Mamba's recurrence, of one direction or of both (`bidirectional_scan`)
     mixer_core      everything of a mixer between its two projections, in a few kernels around the scan
+    patch_embed     images to tokens: patches, their projection, positions, the first norm
 
 The package knows neither models nor training. Every public function takes `implementation=...`; `"auto"` chooses the
 fastest one for the platform that the program is lowered for. The environment variable FASTVIM_KERNELS=off turns all

@@ -19,6 +19,7 @@ import fastvim_jax
 from fastvim_jax.models import VisionMambaConfig, ViTConfig
 from pallas_kernels import *
 from pallas_kernels.mixer_core import add_norm
+from pallas_kernels.patch_embed import embed_patches
 
 small = dict(image_size=8, patch_size=4, embed_dim=8, depth=1, num_classes=2, rngs=0)
 models = {
@@ -72,6 +73,11 @@ operations = {
     "causal_conv1d": (causal_conv1d, conv, list(conv)),
     "mixer_core": (mixer_core, core, ["xz"]),
     "sequence_core": (sequence_core, sequence, ["xz"]),
+    "embed_patches": (
+        embed_patches,
+        dict(images=jnp.ones((2, 4, 6, 3)), weight=jnp.ones((2, 3, 3, 4)), table=jnp.ones((2, 2, 4))),
+        ["images", "weight", "table"],
+    ),
     "add_norm": (add_norm, dict(update=u, residual=u, gain=jnp.ones(4)), ["update", "residual", "gain"]),
 }
 for name, (run, good, arrays) in operations.items():

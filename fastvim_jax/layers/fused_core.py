@@ -142,8 +142,13 @@ def _lines_core(
     return out.astype(both.config.precision.compute) if rounded else out
 
 
-def runs_joined(config: MixerConfig, pooling: Pooling, residual: jax.Array) -> bool:
-    """Return whether kernels can compute a block joined to the next block's RMSNorm, on this machine."""
+def runs_joined(
+    config: MixerConfig, pooling: Pooling, residual: jax.Array | jax.ShapeDtypeStruct
+) -> bool:
+    """Return whether kernels can compute a block joined to the next block's RMSNorm, on this machine.
+
+    Of the residual stream `b l d` only shape and dtype matter.
+    """
     precision = config.precision
     wanted = (
         precision.activations == "compute"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -34,6 +34,13 @@ SLOW_DEFAULT = (
     "this model computes in true float32 on the GPU, the exact and slow default; "
     "create_model(..., fast=True) is several times faster (docs/models.md says how exact it is)"
 )
+
+
+class Stream(NamedTuple):
+    """The residual stream `b l d`; and its tokens after an RMSNorm without a scale, if a kernel has computed them."""
+
+    residual: Tokens
+    normed: Tokens | None = None
 
 
 class Backbone(nnx.Module):
@@ -76,9 +83,9 @@ class Backbone(nnx.Module):
         key, drop_path_keep = self._drop_path(key, drop_path_keep)
         output_blocks = self.config.out_indices
         # 1) Embed patches and positions; 2) run the blocks over the residual stream.
-        residual, outputs, grid = self._run(images, output_blocks, key, drop_path_keep)
+        stream, outputs, grid = self._run(images, output_blocks, key, drop_path_keep)
         # 3) Dense features, or final norm, pooling and head.
-        return self._answer(residual, outputs, grid)
+        return self._answer(stream, outputs, grid)
 
     @with_auto_axes
     def features(self, images: Images, **embed: Any) -> Array:
@@ -88,7 +95,8 @@ class Backbone(nnx.Module):
             images: as for a call.
             **embed: what `embed` takes besides, such as the `channel_ids` of channel models.
         """
-        return self._pool(self._tokens(images, **embed))
+        self._require_head("features")
+        return self._features(self._run(images, **embed)[0])
 
     @with_auto_axes
     def intermediates(self, images: Images, **embed: Any) -> list[tuple[Tokens, Tokens]]:
@@ -105,8 +113,7 @@ class Backbone(nnx.Module):
 
     def classify(self, residual: Tokens) -> Array:
         """Map the last residual stream to logits, or to pooled features if there is no head."""
-        features = self._pool(self._final_norm(residual))
-        return features if self.head is None else self._classify(features)
+        return self._answer_of(self._features(Stream(residual)))
 
     def poolings(self, grid: Any) -> tuple[Pooling, ...]:
         """Return one period of the stack's poolings over a stored `grid`."""
@@ -133,7 +140,8 @@ class Backbone(nnx.Module):
             The residual stream before the final norm; and for each of `output_blocks`, by index, the residual stream
             before the block and the block's output.
         """
-        return self._encode(tokens, poolings, output_blocks, key, drop_path_keep)
+        stream, outputs = self._encode(Stream(tokens), poolings, output_blocks, key, drop_path_keep)
+        return stream.residual, outputs
 
     def draw_drop_path(
         self, key: jax.Array, batch: int
@@ -276,15 +284,19 @@ class Backbone(nnx.Module):
         self.head = nnx.data(self._make_head(config, as_rngs(rngs)) if num_classes else None)
         return self
 
-    def _answer(
-        self, residual: Tokens, outputs: dict[int, tuple[Tokens, Tokens]], grid: Any
-    ) -> Any:
+    def _answer(self, stream: Stream, outputs: dict[int, tuple[Tokens, Tokens]], grid: Any) -> Any:
         """Return what a call returns: dense features if the config names blocks, else logits or pooled features."""
         blocks = self.config.out_indices
         if not blocks:
-            return self.classify(residual)
+            return self._answer_of(self._features(stream))
         pairs = zip(self.out_norms, blocks, strict=True)
         return tuple(self._as_image(outputs[i][1], grid, norm) for norm, i in pairs)
+
+    def _answer_of(self, features: Array) -> Array:
+        return features if self.head is None else self._classify(features)
+
+    def _features(self, stream: Stream) -> Array:
+        return self._pool(self._final_norm(stream.residual))
 
     # Steps that each model defines.
 
@@ -334,39 +346,48 @@ class Backbone(nnx.Module):
         key: Any = None,
         drop_path_keep: Any = None,
         **embed: Any,
-    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]], Any]:
+    ) -> tuple[Stream, dict[int, tuple[Tokens, Tokens]], Any]:
         p = self.config.precision
         exact = p.dtype == "float32" and p.matmul_precision == "highest"
         if exact and jax.default_backend() == "gpu":
             log_once(SLOW_DEFAULT)
+        stream, grid = self._start(images, output_blocks, **embed)
+        return *self._encode(stream, self._poolings(grid), output_blocks, key, drop_path_keep), grid
+
+    def _start(
+        self, images: Images, output_blocks: Sequence[int], **embed: Any
+    ) -> tuple[Stream, Any]:
+        """Return the residual stream before the first block, and the stored grid."""
+        del output_blocks
         tokens, grid = self._embed(images, **embed)
-        return *self._encode(tokens, self._poolings(grid), output_blocks, key, drop_path_keep), grid
+        return Stream(tokens), grid
 
     def _encode(
         self,
-        tokens: Tokens,
+        stream: Stream,
         poolings: Sequence[Pooling],
         output_blocks: Sequence[int],
         key: jax.Array | None,
         drop_path_keep: jax.Array | None,
-    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+    ) -> tuple[Stream, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
-        masks = (config.depth, *self._mask_axes, tokens.shape[0])
+        masks = (config.depth, *self._mask_axes, stream.residual.shape[0])
         p = config.precision
         keep = keep_factors(key, drop_path_keep, config.drop_path, masks, p.wide)
-        return self._run_blocks(tokens.astype(p.residual), poolings, output_blocks, keep)
+        stream = stream._replace(residual=stream.residual.astype(p.residual))
+        return self._run_blocks(stream, poolings, output_blocks, keep)
 
     def _run_blocks(
         self,
-        tokens: Tokens,
+        stream: Stream,
         poolings: Sequence[Pooling],
         output_blocks: Sequence[int],
         keep: jax.Array | None,
-    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+    ) -> tuple[Stream, dict[int, tuple[Tokens, Tokens]]]:
         config = self.config
-        return run_blocks(
+        residual, outputs = run_blocks(
             self._prepared(poolings),
-            tokens,
+            stream.residual,
             poolings,
             depth=config.depth,
             keep=keep,
@@ -374,10 +395,11 @@ class Backbone(nnx.Module):
             remat=config.remat,
             output_blocks=output_blocks,
         )
+        return Stream(residual), outputs
 
     def _tokens(self, images: Images, **embed: Any) -> Tokens:
         self._require_head("features")
-        return self._final_norm(self._run(images, **embed)[0])
+        return self._final_norm(self._run(images, **embed)[0].residual)
 
     @with_auto_axes
     def _head_features(self, tokens: Tokens) -> Array:
@@ -385,8 +407,7 @@ class Backbone(nnx.Module):
 
     @with_auto_axes
     def _logits(self, tokens: Tokens) -> Array:
-        features = self._pool(tokens)
-        return features if self.head is None else self._classify(features)
+        return self._answer_of(self._pool(tokens))
 
     def _drop_path(self, key: Any, keep: Any) -> tuple[Any, Any]:
         """Honour `train()` and `eval()`."""

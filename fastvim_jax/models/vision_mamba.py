@@ -5,12 +5,14 @@ residual = residual + drop_path(mixer(norm(residual)))  for every block
 logits   = head(pool(norm(residual)))
 
 `VisionMamba` fills in the steps that `Backbone` calls, and `backbone` says what each step takes and returns. One GPU
-kernel may compute the end of a block together with the norm of the next block (`JoinedBlock`).
+kernel may compute the end of a block together with the norm of the next block (`JoinedBlock`), and one the patches with
+the norm of the first block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,15 +25,18 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.layers.fused_core import runs_joined
 from fastvim_jax.layers.mixer import Mixer, prepare_blocks
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
-from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
+from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed, check_images, grid_of
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed, resize_with_class_row
-from fastvim_jax.models.backbone import Backbone
+from fastvim_jax.models.backbone import Backbone, Stream
 from fastvim_jax.models.config import VisionMambaConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Keep, Tokens
+from pallas_kernels import gpu
+from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.mixer_core import Projection, Unprojected, add_to_residual
+from pallas_kernels.patch_embed import embed_patches, embed_patches_unsupported
 from pallas_kernels.sharding import cast_parameter
 
 
@@ -151,27 +156,19 @@ class VisionMamba(Backbone):
 
     def _run_blocks(
         self,
-        tokens: Tokens,
+        stream: Stream,
         poolings: Sequence[Pooling],
         output_blocks: Sequence[int],
         keep: jax.Array | None,
-    ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
-        config = self.config
-        # The kernel of a joined block does not return the block's output, and it computes an RMSNorm.
-        joined = (
-            not output_blocks
-            and config.remat == "none"
-            and config.norm == "rms"
-            and all(runs_joined(config.mixer, pooling, tokens) for pooling in poolings)
-        )
-        if not joined:
-            return super()._run_blocks(tokens, poolings, output_blocks, keep)
-        blocks = self._prepared(poolings)
-        graphdef, params = nnx.split(blocks.norm)
-        first = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), params))
-        normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
-        (residual, _), outputs = run_blocks(
-            JoinedBlock(blocks, tokens),
+    ) -> tuple[Stream, dict[int, tuple[Tokens, Tokens]]]:
+        config, tokens = self.config, stream.residual
+        if not self._joins(tokens, poolings, output_blocks):
+            return super()._run_blocks(stream, poolings, output_blocks, keep)
+        normed = stream.normed
+        if normed is None:
+            normed = self._normalise_first()(tokens)
+        last, outputs = run_blocks(
+            JoinedBlock(self._prepared(poolings), tokens),
             (tokens, normed),
             poolings,
             depth=config.depth,
@@ -179,7 +176,109 @@ class VisionMamba(Backbone):
             mode=config.blocks,
             remat="none",
         )
-        return residual, outputs
+        return Stream(*last), outputs
+
+    def _joins(
+        self, tokens: Any, poolings: Sequence[Pooling], output_blocks: Sequence[int]
+    ) -> bool:
+        """Return whether blocks run joined. Their kernel returns no block's own output, and computes an RMSNorm."""
+        config = self.config
+        return (
+            not output_blocks
+            and config.remat == "none"
+            and config.norm == "rms"
+            and all(runs_joined(config.mixer, pooling, tokens) for pooling in poolings)
+        )
+
+    def _normalise_first(self) -> Callable[[Tokens], Tokens]:
+        """Return the norm before the first joined block, without its scale. It holds no arrays."""
+        graphdef, params = nnx.split(self.blocks.norm)
+        of_one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)  # noqa: E731
+        shapes = jax.tree.map(of_one, params)
+        compute = self.config.precision.compute
+
+        def normalise(tokens: Tokens) -> Tokens:
+            ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+            return checkpointed_norm(nnx.merge(graphdef, ones), tokens).astype(compute)
+
+        return normalise
+
+    def _start(
+        self, images: Images, output_blocks: Sequence[int], **embed: Any
+    ) -> tuple[Stream, Any]:
+        grid = None if output_blocks or embed else self._grid_of_kernel(images)
+        if grid is None:
+            return super()._start(images, output_blocks, **embed)
+        config = self.config
+        p = config.precision
+        graphdef, params = nnx.split(self.patch_embed)
+        table = None if self.pos_embed is None else self._position_table(grid).astype(p.wide)
+        normalise = self._normalise_first()
+
+        def by_kernel(params, images, table):
+            projection = nnx.merge(graphdef, params).proj
+            start = projection.bias[...].astype(p.wide)
+            start = start if table is None else start + table
+            return embed_patches(
+                images.astype(p.compute),
+                projection.kernel[...],
+                jnp.broadcast_to(start, (1, math.prod(grid), start.shape[-1])).reshape(*grid, -1),
+                stream=p.residual,
+                eps=config.norm_eps,
+            )
+
+        def step_by_step(params, images, table):
+            tokens = jax.lax.collapse(nnx.merge(graphdef, params)(images), 1, 3).astype(p.wide)
+            tokens = tokens if table is None else add_table(tokens, table)
+            tokens = tokens.astype(p.residual)
+            return tokens, normalise(tokens)
+
+        both = differentiated_as(step_by_step, by_kernel, params, jnp.asarray(images), table)
+        return Stream(*both), grid
+
+    def _grid_of_kernel(self, images: Images) -> GridSize | None:
+        """Return the grid of patches if one kernel embeds the images and applies the first block's norm, else None."""
+        config, embed = self.config, self.patch_embed
+        if (
+            not isinstance(embed, PatchEmbed)
+            or self.class_token is not None
+            or config.token_order != "row"
+            or gpu.kernels_missing() is not None
+        ):
+            return None
+        images, p = check_images(images, embed.channels, embed.patch), config.precision
+        batch, *size, _ = images.shape
+        grid = grid_of((size[0], size[1]), embed.patch)
+        tokens = jax.ShapeDtypeStruct((batch, math.prod(grid), config.embed_dim), p.residual)
+        rounded = jax.ShapeDtypeStruct(images.shape, p.compute)
+        whole = all(n % of == 0 for n, of in zip(size, embed.patch, strict=True))
+        runs = (
+            whole
+            and self._joins(tokens, self._poolings(grid), ())
+            and embed_patches_unsupported(rounded, embed.proj.kernel[...], stream=p.residual)
+            is None
+        )
+        return grid if runs else None
+
+    def _features(self, stream: Stream) -> Array:
+        p = self.config.precision
+        if (
+            stream.normed is None
+            or p.residual != p.compute
+            or not self._classifies_every_token("mean")
+        ):
+            return super()._features(stream)
+        graphdef, params = nnx.split(self.norm)
+
+        def from_normed(params, residual, normed):
+            del residual
+            return jnp.mean(normed.astype(p.wide), axis=1) * nnx.merge(graphdef, params).scale[...]
+
+        def from_residual(params, residual, normed):
+            del normed
+            return jnp.mean(nnx.merge(graphdef, params)(residual), axis=1)
+
+        return differentiated_as(from_residual, from_normed, params, *stream)
 
     def _embed(self, images: Images) -> tuple[Tokens, GridSize]:
         wide = self.config.precision.wide

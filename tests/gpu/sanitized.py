@@ -19,6 +19,7 @@ from tests.pallas_kernels import test_mosaic_project_front as project_front
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_scan as scan
 from tests.pallas_kernels import test_mosaic_sequence as sequence
+from tests.pallas_kernels import test_patch_embed as patches
 from tests.pallas_kernels import test_projected_scan as projected
 
 
@@ -74,6 +75,10 @@ def cases(rng):
         work = project_front.work_of(6, 14, 14, with_x, 64, 64, with_x=with_x)
         run = lambda a, _, w=work: project_front.run(a, w, 1.5, False)  # noqa: E731
         yield f"project_front {work}", run, project_front.draw(rng, 6, 196, 64, 64), None
+    run = lambda args, _: patches.run(args, False)  # noqa: E731
+    for outputs in (64, 384):  # whole tokens, and tokens of two thread blocks; tiles overlap
+        args = patches.draw(rng, 6, 12, 3, outputs, (16, 16))
+        yield f"patches of {outputs} channels", run, args, None
 
 
 def main() -> None:

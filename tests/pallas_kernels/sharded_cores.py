@@ -24,6 +24,7 @@ from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_project_front as project_front
 from tests.pallas_kernels import test_mosaic_ragged as ragged
 from tests.pallas_kernels import test_mosaic_sequence as sequence
+from tests.pallas_kernels import test_patch_embed as patches
 from tests.pallas_kernels import test_projected_scan as projected
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic, relative_errors
 from tests.pallas_kernels.sharded_support import (
@@ -142,6 +143,29 @@ def test_projected_scan(seed, monkeypatch, mesh_is):
 
 
 @pytest.mark.drawn("sharded cores")
+@needs_mosaic
+@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "ambient"])
+def test_embed_patches(seed, monkeypatch, mesh_is):
+    """Compare sharded images with the whole batch; no device gathers any."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    args = patches.draw(np.random.default_rng(seed), 32, 8, 2)
+    run = patches.embed_as("bfloat16")
+    wanted = jax.jit(patches.embed_as("bfloat16", "xla"))(*args)
+    mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
+    args = put(args, (P(BATCH), P(), P()), mesh)
+    with contextlib.ExitStack() as stack:
+        if mesh_is == "ambient":
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(sharding.batch_over(*BATCH))
+        program, gathers = compiled(run, *args)
+        text = jax.jit(run).lower(*args).as_text()
+        got = program(*args)
+    assert ("CustomSPMDPartitioning" in text) == (mesh_is == "auto")
+    assert not gathers
+    assert all(x.sharding.spec[0] == BATCH for x in got)
+    assert max(relative_errors(got, wanted)) < 1e-3  # sums in another order round differently
+
+
 @needs_mosaic
 def test_ragged_core(seed, monkeypatch):
     """Split the rows of the tokens together with the tokens."""
