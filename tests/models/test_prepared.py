@@ -17,7 +17,7 @@ from tests.pallas_kernels.mosaic_support import (
     needs_mosaic,
 )
 
-SIZES = {"depth": 3, "embed_dim": 16, "image_size": 32, "num_classes": 4}
+SIZES = {"depth": 3, "embed_dim": 24, "image_size": 32, "num_classes": 4}
 
 
 def shapes(arrays):
