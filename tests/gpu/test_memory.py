@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ pytestmark = [
 ]
 
 
-SHARES = 6  # processes side by side: starting and compiling take most of the time
+PROCESSES = 6  # side by side: starting and compiling take most of the time
+CRASHED = (-signal.SIGSEGV, 128 + signal.SIGSEGV)
 
 
 def test_every_access_is_in_bounds():
@@ -36,23 +38,26 @@ def test_every_access_is_in_bounds():
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
+        "PYTHONFAULTHANDLER": "1",
     }
+    number = len(list(cases(np.random.default_rng(0))))
     tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     tool += ["--kernel-name", "kernel_substring=mosaic_gpu"]  # ours alone: minutes less
-    commands = [
-        [*tool, sys.executable, "-m", "tests.gpu.sanitized", str(i), str(SHARES)]
-        for i in range(SHARES)
-    ]
 
-    def report(command: list[str]) -> str:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
-        text = done.stdout + done.stderr
-        assert done.returncode == 0, text[-8000:]
+    def report(case: int) -> str:
+        """Return what the sanitizer says of one case. Of 22 starts 4 crashed before a kernel ran: start again."""
+        command = [*tool, sys.executable, "-m", "tests.gpu.sanitized", str(case), str(number)]
+        for _ in range(5):
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            )
+            text = done.stdout + done.stderr
+            if done.returncode not in CRASHED or "\nran " in text or "Invalid" in text:
+                break
+        assert done.returncode == 0, f"case {case}, status {done.returncode}: {text[-8000:]}"
         assert "ERROR SUMMARY: 0 errors" in text
+        assert text.count("\nran ") == 1
         return text
 
-    with ThreadPoolExecutor(SHARES) as pool:
-        reports = "".join(pool.map(report, commands))
-    assert reports.count("\nran ") == len(list(cases(np.random.default_rng(0))))
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        assert len(list(pool.map(report, range(number)))) == number
