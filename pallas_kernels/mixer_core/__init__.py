@@ -5,7 +5,8 @@ Read in this order:
 - `types`, then `xla`: defines what is computed. Platforms without kernels run it.
 - `api`: `mixer_core`, the public function of mixers that pool, and its derivative rule.
 - `mosaic`: runs the Mosaic GPU kernels behind the interface of `xla`. `grid` describes how they cut the tokens.
-  Forward: `mosaic_front` (`mosaic_ragged_front` where tokens are missing) and `mosaic_back`. Backward:
+  Forward: `mosaic_front` and `mosaic_back`. Where tokens are missing, `mosaic_ragged_staged` takes the place of the
+  former, or `mosaic_ragged_front` for long or few samples; both share `mosaic_ragged_common`. Backward:
   `mosaic_back_gradients`, and `mosaic_rolling_gradients` or `mosaic_front_gradients`. `mosaic_common` holds what they
   share.
 - `block`: `mixer_block` adds in_proj (`mosaic_project_front`), out_proj, the residual sum and the next block's norm

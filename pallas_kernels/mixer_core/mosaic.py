@@ -22,7 +22,9 @@ from pallas_kernels.mixer_core import (
     mosaic_front_gradients,
     mosaic_norm_gradient,
     mosaic_project_front,
+    mosaic_ragged_common,
     mosaic_ragged_front,
+    mosaic_ragged_staged,
     mosaic_rolling_gradients,
     mosaic_sum_norm,
     xla,
@@ -134,8 +136,10 @@ def unsupported(xz: Any, kernels: Any, ids: RowIds, options: CoreOptions) -> str
         return f"convolutions of width {taps} are not between 2 and 8"
     if 0 in xz.shape:
         return f"xz {xz.shape} is empty"
-    if ids and options.rows > mosaic_ragged_front.MOST_ROWS:
-        return f"a ragged grid of {options.rows} rows has more than {mosaic_ragged_front.MOST_ROWS}"
+    if ids and options.rows > mosaic_ragged_common.MOST_ROWS:
+        return (
+            f"a ragged grid of {options.rows} rows has more than {mosaic_ragged_common.MOST_ROWS}"
+        )
     options = _visited(xz, taps, ids, options)
     if options.tokens < taps - 1:
         return f"lines of {options.tokens} tokens are shorter than the convolution's reach"
@@ -235,8 +239,10 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
     if ids:
         visit = Visit(*ids)
         batch, length, width = xz.shape
-        runs = mosaic_ragged_front.cut(batch, length, width // 2, PROCESSORS)
-        u, skip = mosaic_ragged_front.front(
+        runs = mosaic_ragged_common.cut(batch, length, width // 2, PROCESSORS)
+        staged = mosaic_ragged_staged.fits(length, options.rows, runs, xz.dtype.itemsize)
+        run = mosaic_ragged_staged.front if staged else mosaic_ragged_front.front
+        u, skip = run(
             xz, visit.rows, visit.places, *directions32, runs,
             rows=options.rows, share=options.scale / options.columns, interpret=gpu.interpreted(),
         )  # fmt: skip

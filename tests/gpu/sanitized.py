@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mixer_core import mixer_core
 from tests.pallas_kernels import test_bidirectional_scan as pair
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
@@ -52,8 +53,9 @@ def cases(rng):
         run = lambda a, g, o=options: core.value_and_gradients(a, g, "pallas", **o)  # noqa: E731
         yield f"core {options}", run, *core.draw(rng, 2, rows, columns, width)
     run = lambda a, g: ragged.value_and_gradients(a, g, "pallas", rows=12, columns=9)  # noqa: E731
-    for kept in (21, 37):
-        yield f"ragged core, {kept} tokens", run, *ragged.draw(rng, 2, kept, 12, 9, 256)
+    for b, kept in ((2, 21), (2, 37), (140, 13)):  # the last staged in shared memory
+        yield f"ragged core, {b} x {kept} tokens", run, *ragged.draw(rng, b, kept, 12, 9, 256)
+    yield "ragged core, at places", at_places, *ragged.draw(rng, 140, 13, 12, 9, 256)
     run = lambda a, g: sequence.value_and_gradients(a, g, "pallas")  # noqa: E731
     yield "unpooled core", run, *sequence.draw(rng, 3, 37, 128)
     for sizes in ((71, 13, 128), (2, 5, 256)):  # two images a thread block, and one
@@ -79,6 +81,14 @@ def cases(rng):
     for outputs in (64, 384):  # whole tokens, and tokens of two thread blocks; tiles overlap
         args = patches.draw(rng, 6, 12, 3, outputs, (16, 16))
         yield f"patches of {outputs} channels", run, args, None
+
+
+def at_places(args, _):
+    """Run the ragged core, forward, with each sample's tokens visited from the last to the first."""
+    *args, ids = args
+    places = (jnp.broadcast_to(jnp.arange(ids[0].shape[1])[::-1], ids[0].shape),) * 2
+    options = {"rows": 12, "columns": 9, "middle": core.middle, "implementation": "pallas"}
+    return mixer_core(*args, row_ids=ids, places=places, **options)
 
 
 def main() -> None:

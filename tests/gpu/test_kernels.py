@@ -376,6 +376,9 @@ def test_the_first_maximum_is_taken(seed):
         {"b": 2, "kept": 21, "rows": 12, "columns": 9, "e": 768, "taps": 3},
         {"b": 3, "kept": 61, "rows": 12, "columns": 9, "e": 1024},  # segments overlap
         {"b": 3, "kept": 37, "rows": 12, "columns": 9, "e": 384, "dtype": "bfloat16"},
+        # Staged in shared memory: enough samples for whole ones.
+        {"b": 128, "kept": 49, "rows": 14, "columns": 14, "e": 1536, "dtype": "bfloat16"},
+        {"b": 70, "kept": 37, "rows": 12, "columns": 9, "e": 512},
     ],
 )
 def test_ragged_core(seed, case):
@@ -389,6 +392,35 @@ def test_ragged_core(seed, case):
         wanted = jax.device_get(ragged.value_and_gradients(*wide, "xla", **options))
     got = jax.device_get(compiled(args, out_bar))
     assert max(relative_errors(got, wanted)) < (1e-2 if "dtype" in case else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ragged_core_at_places(seed, dtype):
+    """Compare tokens that the staged front visits at their places with tokens that are moved, gradients too."""
+    rng = np.random.default_rng(seed)
+    options = {"rows": 12, "columns": 9, "middle": core.middle}
+    (xz, *args, ids), out_bar = ragged.draw(rng, 70, 37, 12, 9, 512, dtype=dtype)
+    there, back = ragged.draw_places(rng, 70, 37)
+
+    def visited(xz, *args):
+        return mixer_core(xz, *args, row_ids=ids, places=(there, back), **options)
+
+    def moved(xz, *args):
+        xz = jnp.take_along_axis(xz, there[:, :, None], axis=1)
+        out = mixer_core(xz, *args, row_ids=ids, implementation="xla", **options)
+        return jnp.take_along_axis(out, back[:, :, None], axis=1)
+
+    def both(run):
+        def run_both(*args):
+            out, pull = jax.vjp(run, *args)
+            return out, pull(out_bar)
+
+        return run_both
+
+    bound = 1e-2 if dtype == "bfloat16" else 1e-5
+    wanted = jax.jit(both(moved))(xz, *args)
+    assert max(relative_errors(jax.jit(visited)(xz, *args), wanted[0])) < bound
+    assert max(relative_errors(jax.jit(both(visited))(xz, *args), wanted)) < bound
 
 
 def test_vmap_remat_and_export(seed):

@@ -77,15 +77,68 @@ def compare(rng, bound, b, kept, rows, columns, e, **more):
 @pytest.mark.drawn("more of the kernels", one_in=6)
 @needs_mosaic
 def test_random_rows(seed, monkeypatch):
-    """Compare random rows, with sums by one block a sample, as in large batches, or by several."""
-    from pallas_kernels.mixer_core import mosaic
+    """Compare random rows, with sums by one block a sample, as in large batches, or by several.
+
+    Of blocks for a whole sample some read the tokens from shared memory, others from global memory.
+    """
+    from pallas_kernels.mixer_core import mosaic, mosaic_ragged_staged
 
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(mosaic, "PROCESSORS", int(rng.choice([1, 132])))
+    if rng.choice([False, True]):
+        monkeypatch.setattr(mosaic_ragged_staged, "fits", lambda *_: False)
     rows, columns = (int(x) for x in rng.integers(7, 9, 2))
     compare(rng, 3e-6, 1, int(rng.choice([8, 21, 37])), rows, columns, 128)
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("case", "moved"),
+    [
+        ({"kept": 13, "e": 256, "dtype": "bfloat16"}, True),
+        ({"kept": 21, "e": 128, "taps": 3}, False),
+        ({"kept": 3, "e": 128}, True),  # one turn, of fewer tokens than the rows
+    ],
+)
+def test_fronts_agree(seed, case, moved):
+    """Compare the front from shared memory with the one from global memory, but for the order of XLA's roundings."""
+    from pallas_kernels.mixer_core import mosaic_ragged_common as common
+    from pallas_kernels.mixer_core import mosaic_ragged_front, mosaic_ragged_staged
+
+    rng = np.random.default_rng(seed)
+    b, rows, length = 2, 9, case["kept"]
+    (xz, directions, *_, ids), _ = draw(rng, b, rows=rows, columns=4, **case)
+    runs = common.cut(b, length, case["e"], 1)
+    assert mosaic_ragged_staged.fits(length, rows, runs, xz.dtype.itemsize)
+    places = draw_places(rng, b, length)[0] if moved else None
+
+    def run(front):
+        call = functools.partial(front, runs=runs, rows=rows, share=0.25, interpret=True)
+        return jax.jit(lambda *arrays: call(*arrays)).trace(xz, ids, places, *directions)
+
+    with abstract_h100(), interpreted():
+        got, wanted = (
+            run(module.front).lower().compile()(xz, ids, places, *directions)
+            for module in (mosaic_ragged_staged, mosaic_ragged_front)
+        )
+    assert max(relative_errors(got, wanted)) < 1e-6
+
+
+@needs_mosaic
+def test_which_samples_are_staged():
+    """Stage tokens of masked images in large batches, but no samples that are cut or fill shared memory."""
+    from pallas_kernels.mixer_core import mosaic_ragged_common as common
+    from pallas_kernels.mixer_core.mosaic_ragged_staged import fits
+
+    def staged(batch, length, width=1536, rows=14, size=2):
+        return fits(length, rows, common.cut(batch, length, width, 132), size)
+
+    assert staged(128, 49) and staged(128, 64, 2560, 16) and staged(128, 49, size=4)
+    assert not staged(8, 49) and not staged(128, 128) and not staged(128, 64, size=4)
+    assert not staged(128, 49, rows=2**15)
+
+
+@pytest.mark.drawn
 @pytest.mark.drawn("kernel shapes", one_in=20)
 @needs_mosaic
 @pytest.mark.parametrize(
