@@ -193,6 +193,33 @@ def test_two_channels_a_lane(seed, monkeypatch):
     compare(np.random.default_rng(seed), 3e-6, b=1, l=11, e=100, n=7)
 
 
+@needs_mosaic
+def test_forward_of_64_channels(seed, monkeypatch):
+    """Scan blocks of 64 channels where nothing is kept and a batch is as large as FastVim-B's; otherwise of 32."""
+    from pallas_kernels.selective_scan import mosaic
+    from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+
+    def channels(keep_boundaries, b=128, l=14, e=1536):
+        args = jax.eval_shape(lambda: draw(np.random.default_rng(0), b, l, e, 16, 1))
+        folded = {name: args[name] for name in ("A", "D", "delta_bias")} | {
+            name: jax.ShapeDtypeStruct((2 * b, *args[name].shape[2:]), args[name].dtype)
+            for name in ("u", "delta", "B", "C")
+        }
+        options = ScanOptions(True, False, False, 16, keep_boundaries)
+        return mosaic.plan(ScanInputs(**folded, z=None), options, 16).channels
+
+    assert channels(False) == 64
+    assert channels(True) == channels(False, b=16) == channels(False, l=40) == 32
+    assert channels(False, b=2000, e=96) == 32
+    monkeypatch.setattr(mosaic, "MANY_BLOCKS", 2)
+    args = draw(np.random.default_rng(seed), 1, 14, 128, 16)
+    run = lambda args, implementation: bidirectional_scan(**args, implementation=implementation)  # noqa: E731
+    with abstract_h100(), interpreted():
+        traced = jax.jit(lambda args: run(args, "pallas")).trace(args)
+        got = traced.lower().compile()(args)
+    assert max(relative_errors(got, run(args, "xla"))) < 3e-6
+
+
 def kernels_in(text: str) -> list[int]:
     """Return how often a program launches each of the scan's kernels."""
     return [launches(text, kernel) for kernel in (*KERNELS, "selective_scan_split_ends")]
