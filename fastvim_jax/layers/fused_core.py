@@ -221,23 +221,28 @@ def _update(
     weight: Float[Array, "o e"],
 ) -> Tokens:
     """Run a mixer with the transposed kernel of its out_proj. The result `b l o` has the tokens' dtype."""
-    if isinstance(pooling, RaggedPooling) and pooling.order is not None:
-        return _update_in_place(unprojected, pooling, both, post_norm, weight)
-    return _projected(unprojected, pooling, both, post_norm, weight)
-
-
-def _projected(unprojected, pooling, both, post_norm, weight):
+    if isinstance(pooling, RaggedPooling):
+        return _ragged_update(unprojected, pooling, both, post_norm, weight)
     g = fused_core(unprojected.projected(), pooling, both, post_norm)
+    return _project(g, unprojected, weight)
+
+
+def _project(g: jax.Array, unprojected: Unprojected, weight: jax.Array) -> Tokens:
     dtype = unprojected.tokens.dtype
     return jnp.matmul(g.astype(dtype), cast_parameter(weight, dtype, g).T)
 
 
-def _update_in_place(
+def _ragged_update(
     unprojected: Unprojected, pooling: RaggedPooling, both: ScanDirection, post_norm: Any, weight
 ) -> Tokens:
-    """Run `_update` of tokens that are visited in another order than the stored one, and leave them in their places.
+    """Run `_update` of a ragged grid in the form that is fastest where nothing is differentiated, or for a gradient.
 
-    For a gradient, move them where they are d wide. The kernels' own gradient would move them where they are 2e wide.
+    Without a gradient, tokens that are visited in another order than the stored one stay in their places, and the
+    scans' Δ and outputs have the compute dtype: there is a row for every few of the tokens that are left, so these
+    arrays are a large part of what is moved. Here activations are "compute", see `runs_joined`.
+
+    For a gradient, tokens are moved where they are d wide, as the kernels' own gradient would move them where they are
+    2e wide, and Δ and outputs are float32.
     """
     graphdef, params = nnx.split((both, post_norm))
     names = ("row_ids", "reverse_ids", "order", "inverse")
@@ -246,14 +251,15 @@ def _update_in_place(
         return dataclasses.replace(pooling, **ids), *nnx.merge(graphdef, params)
 
     def run(unprojected, params, weight, ids):
-        pooling, both, post_norm = of(params, ids)
-        return _projected(unprojected, pooling, both, post_norm, weight)
+        xz = unprojected.projected()
+        g = _ragged_core(xz, *of(params, ids), scanned=both.config.precision.compute)
+        return _project(g, unprojected, weight)
 
     def moved(unprojected, params, weight, ids):
         pooling, both, post_norm = of(params, ids)
         visited = unprojected._replace(tokens=pooling.to_scan_order(unprojected.tokens))
-        out = _projected(visited, pooling.as_stored(), both, post_norm, weight)
-        return pooling.from_scan_order(out)
+        g = _ragged_core(visited.projected(), pooling.as_stored(), both, post_norm)
+        return pooling.from_scan_order(_project(g, unprojected, weight))
 
     ids = {name: getattr(pooling, name) for name in names}
     return differentiated_as(moved, run, unprojected, params, weight, ids)
@@ -332,9 +338,13 @@ def _ragged_unsupported(config: MixerConfig, pooling: RaggedPooling) -> str | No
 
 
 def _ragged_core(
-    xz: jax.Array, pooling: RaggedPooling, both: ScanDirection, post_norm: Any
+    xz: jax.Array,
+    pooling: RaggedPooling,
+    both: ScanDirection,
+    post_norm: Any,
+    scanned: jnp.dtype | None = None,
 ) -> jax.Array:
-    params, scans, directions = _pooled(both)
+    params, scans, directions = _pooled(both, scanned=scanned)
     places = None
     if pooling.order is not None and pooling.inverse is not None:
         places = pooling.order, pooling.inverse
@@ -381,7 +391,10 @@ def _conv_bias(both: ScanDirection) -> jax.Array:
 
 
 def _pooled(
-    both: ScanDirection, lines: ChannelLines | None = None, method: str = "mean"
+    both: ScanDirection,
+    lines: ChannelLines | None = None,
+    method: str = "mean",
+    scanned: jnp.dtype | None = None,
 ) -> tuple[Any, Callable[..., Any], Directions]:
     """Return `_scans` of pooled tokens, and what the kernels around them read.
 
@@ -390,7 +403,7 @@ def _pooled(
     With unpool="after_skip" the skip reads the pooled tokens. Then the scans add it, and the kernels' own D is zero.
     """
     after = both.config.unpool == "after_skip"
-    params, scans = _scans(both, skip=after)
+    params, scans = _scans(both, skip=after, scanned=scanned)
     D = both.D[...]
     directions = Directions(
         both.conv.kernel[...], _conv_bias(both), jnp.zeros_like(D) if after else D
@@ -400,12 +413,15 @@ def _pooled(
     return params, scans, directions
 
 
-def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]:
+def _scans(
+    both: ScanDirection, *, skip: bool, scanned: jnp.dtype | None = None
+) -> tuple[Any, Callable[..., Any]]:
     """Return both directions' parameters, and a function (params, u `2 b s e`) → (y_forward, y_backward).
 
     The function projects u to Δ, B and C and runs the scans. It treats both directions at once: one product for each
     projection and one kernel for the scans, because there are so few pooled tokens that launching a kernel takes longer
-    than running it. With `skip`, the scans add D · u.
+    than running it. With `skip`, the scans add D · u. Δ and both results are rounded to the dtype `scanned` if it is
+    given, except where `projected_scan` takes the products: Δ is not written there.
     """
     config = both.config
     wide = config.precision.wide
@@ -421,6 +437,8 @@ def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]
         # All arrays have a leading axis of two, the directions.
         given = () if known is None else (known.delta, known.columns)
         delta, B, C, A, D, bias = jax.vmap(inputs)(params, u, *given)
+        if scanned is not None:
+            delta = delta.astype(scanned)
         both_selected = jnp.stack([B, C]).astype(wide)
         if known is None:
             B, C = _written_at_once(both_selected)
@@ -434,6 +452,7 @@ def _scans(both: ScanDirection, *, skip: bool) -> tuple[Any, Callable[..., Any]]
             C,
             D=D if skip else None,
             delta_bias=bias,
+            y_dtype=scanned,
             implementation=config.scan_implementation,
         )
 

@@ -257,11 +257,10 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
 
 
 def back(xz, skip, y, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
-    """See `xla.back`."""
+    """See `xla.back`. Scans' outputs in bfloat16 are read as they are."""
     ids = Visit(*ids).stored_rows if ids else ()
-    out = mosaic_back.back(
-        xz, skip, _float32(y), ids, *_float32(norm), options, interpret=gpu.interpreted()
-    )
+    y = tuple(side if side.dtype == jnp.bfloat16 else _float32(side) for side in y)
+    out = mosaic_back.back(xz, skip, y, ids, *_float32(norm), options, interpret=gpu.interpreted())
     return gpu.run_once(out)
 
 

@@ -79,7 +79,10 @@ def back(z, skip, y, ids, scale, shift, options: CoreOptions, *, interpret: bool
 
             def rows(image, steps):
                 pairs = (
-                    [load(ref.at[image, step, c], layouts.of_channels) for c in range(blocks)]
+                    [
+                        load(ref.at[image, step, c], layouts.of_channels).astype(jnp.float32)
+                        for c in range(blocks)
+                    ]
                     for ref, step in zip(sides[:2], steps, strict=True)
                 )
                 return [

@@ -136,14 +136,15 @@ def mix(
     options: CoreOptions,
 ) -> Float[Array, "b l e"]:
     """Add the mean of both directions' repeated scan outputs to the skips, in stored order, float32 or wider."""
+    sides = [side.astype(wide_dtype(side.dtype)) for side in y]
     if ids:
         forward, backward = (
             jnp.take_along_axis(side, of_row[:, :, None], axis=1)
-            for side, of_row in zip(y, Visit(*ids).stored_rows, strict=True)
+            for side, of_row in zip(sides, Visit(*ids).stored_rows, strict=True)
         )
         total = forward + backward
     else:
-        steps = y[0] + y[1]
+        steps = sides[0] + sides[1]
         steps = steps.reshape(skip.shape[0], options.lines, 1, options.per_position, skip.shape[-1])
         shape = (*steps.shape[:2], options.positions, *steps.shape[3:])
         total = _swap(jnp.broadcast_to(steps, shape).reshape(skip.shape), options.columns, options)

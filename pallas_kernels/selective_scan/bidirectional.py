@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,6 +27,7 @@ def bidirectional_scan(
     D: Float[Array, "2 e"] | None = None,
     delta_bias: Float[Array, "2 e"] | None = None,
     delta_softplus: bool = True,
+    y_dtype: Any = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
     """Compute two selective scans, the first visiting the steps forward, the second from last to first.
@@ -36,10 +39,11 @@ def bidirectional_scan(
     Args:
         u: inputs of both directions, in stored order.
         delta, A, B, C, D, delta_bias, delta_softplus: as in `selective_scan`, for each direction.
+        y_dtype: dtype to which y is rounded, once; u's unless given.
         implementation: as in `selective_scan`.
 
     Returns:
-        y of the first and of the second direction, in u's dtype. They are two arrays, because callers read them
+        y of the first and of the second direction, in `y_dtype`. They are two arrays, because callers read them
         separately, and because their gradients often are one and the same array.
 
     Raises:
@@ -58,6 +62,7 @@ def bidirectional_scan(
             )
     if arrays["u"].ndim == 4 and arrays["u"].shape[1] == 0:
         nothing = jnp.zeros(arrays["u"].shape[1:], arrays["u"].dtype)
+        nothing = nothing.astype(y_dtype or nothing.dtype)
         return nothing, nothing
     first = {name: None if x is None else x[0] for name, x in arrays.items()}
     try:
@@ -73,5 +78,6 @@ def bidirectional_scan(
         reverse=False,
         return_last_state=False,
         chunk=chunk_length(inputs.u.shape[2]),
+        y_dtype=None if y_dtype is None else jnp.dtype(y_dtype),
     )
     return run(inputs, options)[0]

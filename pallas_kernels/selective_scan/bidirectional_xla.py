@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,12 @@ def of_direction(
     return own, dataclasses.replace(options, reverse=bool(direction))
 
 
+def rounded(y: Iterable[jax.Array], options: ScanOptions) -> tuple[jax.Array, jax.Array]:
+    """Round both directions' outputs to the dtype that the options name."""
+    forward, backward = (side.astype(options.y_dtype or side.dtype) for side in y)
+    return forward, backward
+
+
 @dataclasses.dataclass(frozen=True)
 class Bidirectional:
     """Make a backend for both directions (see `types.Backend`) from a backend for one."""
@@ -30,7 +37,7 @@ class Bidirectional:
         """See `types.Backend`."""
         runs = [self.backend.forward(*of_direction(inputs, options, d)) for d in DIRECTIONS]
         y, _, boundaries = zip(*runs, strict=True)
-        return y, None, None if boundaries[0] is None else jnp.stack(boundaries)
+        return rounded(y, options), None, None if boundaries[0] is None else jnp.stack(boundaries)
 
     def backward(self, inputs, options, boundaries, y_bar, last_state_bar) -> ScanInputs:
         """See `types.Backend`."""

@@ -11,7 +11,12 @@ import jax
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import vjp
-from pallas_kernels.selective_scan.bidirectional_xla import DIRECTIONS, Bidirectional, of_direction
+from pallas_kernels.selective_scan.bidirectional_xla import (
+    DIRECTIONS,
+    Bidirectional,
+    of_direction,
+    rounded,
+)
 from pallas_kernels.selective_scan.sharded import Sharded
 from pallas_kernels.selective_scan.types import (
     Backend,
@@ -155,7 +160,7 @@ def _reference(both: bool) -> Callable[[ScanInputs, ScanOptions], tuple]:
     if not both:
         return scan
     return lambda x, options: (
-        tuple(scan(*of_direction(x, options, d))[0] for d in DIRECTIONS),
+        rounded((scan(*of_direction(x, options, d))[0] for d in DIRECTIONS), options),
         None,
     )
 

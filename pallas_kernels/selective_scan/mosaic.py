@@ -259,7 +259,7 @@ def _run(o: _Operands, *, save_states: bool, last_state: bool, dtype: jnp.dtype)
 
 def forward(inputs: ScanInputs, options: ScanOptions) -> ScanForward:
     """See `types.Backend`."""
-    return _forward(inputs, options, inputs.u.dtype)
+    return _forward(inputs, options, jnp.dtype(options.y_dtype or inputs.u.dtype))
 
 
 def _forward(inputs: ScanInputs, options: ScanOptions, dtype: jnp.dtype) -> ScanForward:

@@ -44,6 +44,7 @@ class ScanOptions:
         chunk: number of steps between the states that the forward pass saves for the backward pass. It is part of the
             call and not of a backend, so that backends can be exchanged at lowering time.
         keep_boundaries: whether to return these states, because a gradient will follow.
+        y_dtype: dtype of the output of both directions; None is u's. Scans of one direction have u's.
     """
 
     delta_softplus: bool
@@ -51,6 +52,7 @@ class ScanOptions:
     return_last_state: bool
     chunk: int
     keep_boundaries: bool = True
+    y_dtype: jnp.dtype | None = None
 
 
 # y `b l e`; for both directions, a pair.

@@ -45,6 +45,7 @@ def _forward(backend, options, inputs):
 def _backward(backend, options, residuals, cotangents):
     inputs, boundaries = residuals
     y_bar, last_state_bar = cotangents
+    y_bar = jax.tree.map(lambda g: g.astype(inputs.u.dtype), y_bar)
     return (backend.backward(inputs, options, boundaries, y_bar, last_state_bar),)
 
 

@@ -232,6 +232,38 @@ def test_joined_blocks_are_the_same_function(key, monkeypatch, family):
     assert max(relative_errors(got, wanted)) < 3e-2
 
 
+@pytest.mark.drawn("fused masked models")
+@needs_mosaic
+def test_what_the_encoder_rounds_where_nothing_is_differentiated(key):
+    """Hold an encoder in half precision, whose scans' step sizes and outputs are rounded, to 2e-2 of float32.
+
+    They are not rounded for a gradient. The program is traced for an H100 and run on this CPU by XLA.
+    """
+    options = {"image_size": 8, "patch_size": 2, "channels": 3, "mask_ratio": 0.5, "embed_dim": 128}
+    half = {"dtype": "bfloat16", "activations": "compute", "blocks": "unroll"}
+    exact, params = nnx.split(tiny("fastvim", **options, blocks="unroll"))
+    graphdef, _ = nnx.split(tiny("fastvim", **options, **half))
+    noise, images = jax.random.uniform(key, (4, 16)), jax.random.normal(key, (4, 8, 8, 3))
+
+    def encode(params, graphdef=graphdef):
+        return nnx.merge(graphdef, params)(images, noise=noise).latent
+
+    def scans(function):
+        """Return operands and results of the scans' kernels."""
+        lines = lower_for_h100(function, params).splitlines()
+        return [line.split(" : (")[-1] for line in lines if "selective_scan_mosaic" in line]
+
+    assert scans(encode)
+    for scan in scans(encode):
+        operands, results = scan.split("->")
+        assert operands.count("bf16") == 1 and results.count("bf16") == 2
+    differentiated = scans(lambda params: jax.vjp(encode, params)[0])
+    assert differentiated and not any("bf16" in scan for scan in differentiated)
+    with abstract_h100():
+        got = jax.jit(encode).trace(params).lower().compile()(params)
+    assert max(relative_errors(got, encode(params, exact))) < 2e-2
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, 0.999])
 def test_ratios_that_keep_or_remove_nothing(ratio):
     with pytest.raises(UserError, match="mask_ratio"):

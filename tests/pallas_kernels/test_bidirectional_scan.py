@@ -5,6 +5,7 @@ The interpreter fills fresh buffers with NaN, so that an element nobody wrote sh
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import jax
@@ -84,6 +85,19 @@ def test_bidirectional_scan_equals_two_scans(seed, implementation):
     got = values_and_gradients(args, cotangents, implementation)
     wanted = one_by_one(args, cotangents, implementation)
     assert max(relative_errors(got, wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["xla_sequential", "reference"])
+def test_outputs_rounded_once(seed, implementation):
+    """Compare outputs of another dtype with rounded ones, and gradients that are given in it."""
+    args = draw(np.random.default_rng(seed), 2, 9, 6, 3)
+    cotangents = tuple(g.astype(jnp.bfloat16) for g in of_output(np.random.default_rng(seed), args))
+    y, gradients = values_and_gradients(args, cotangents, implementation, y_dtype="bfloat16")
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), cotangents)
+    wanted, wanted_gradients = values_and_gradients(args, wide, implementation)
+    for narrow, side in zip(y, wanted, strict=True):
+        np.testing.assert_array_equal(narrow, side.astype(jnp.bfloat16))
+    assert max(relative_errors(gradients, wanted_gradients)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -213,11 +227,13 @@ def test_forward_of_64_channels(seed, monkeypatch):
     assert channels(False, b=2000, e=96) == 32
     monkeypatch.setattr(mosaic, "MANY_BLOCKS", 2)
     args = draw(np.random.default_rng(seed), 1, 14, 128, 16)
-    run = lambda args, implementation: bidirectional_scan(**args, implementation=implementation)  # noqa: E731
+    args["delta"] = args["delta"].astype(jnp.bfloat16)
+    call = functools.partial(bidirectional_scan, y_dtype=jnp.bfloat16, implementation="pallas")
     with abstract_h100(), interpreted():
-        traced = jax.jit(lambda args: run(args, "pallas")).trace(args)
-        got = traced.lower().compile()(args)
-    assert max(relative_errors(got, run(args, "xla"))) < 3e-6
+        got = jax.jit(lambda args: call(**args)).trace(args).lower().compile()(args)
+    assert all(y.dtype == jnp.bfloat16 for y in got)
+    # The sums are float32, so both differ by one rounding only.
+    assert max(relative_errors(got, bidirectional_scan(**args, implementation="xla"))) < 3e-3
 
 
 def kernels_in(text: str) -> list[int]:
