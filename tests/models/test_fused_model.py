@@ -44,8 +44,9 @@ def test_one_kernel_scans_both_directions_of_a_block(batch):
     ):
         assert launches(text, kernel) == depth
     assert launches(text, "selective_scan") == 0
-    # Of each mixer in_proj; patches; head.
-    assert text.count("stablehlo.dot_general") == (0 if eights else depth) + 2
+    assert launches(text, "patch_embed") == int(eights)
+    # Of each mixer in_proj, and patches, where no kernel has them; head.
+    assert text.count("stablehlo.dot_general") == (0 if eights else depth + 1) + 1
 
 
 @pytest.mark.drawn("models on kernels", one_in=20)
