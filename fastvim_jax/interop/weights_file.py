@@ -124,7 +124,8 @@ def _tensors(value: Any) -> dict[str, np.ndarray]:
 def _unwrap(found: WeightsFile) -> WeightsFile:
     """Drop prefixes of wrappers (DataParallel, torch.compile, Lightning), and list the arrays beside the model.
 
-    If a wrapper holds several models, the averaged one is taken. A segmentation or detection model is kept whole.
+    If a wrapper holds several models, the averaged one is taken. A segmentation or detection model is kept whole, as is
+    a masked autoencoder under this library's names.
     """
     arrays = found.arrays
     for prefix in _PREFIXES:
@@ -132,6 +133,8 @@ def _unwrap(found: WeightsFile) -> WeightsFile:
             shorter = {name.removeprefix(prefix): array for name, array in arrays.items()}
             return _unwrap(dataclasses.replace(found, arrays=shorter))
     first = {name.split(".")[0] for name in arrays}
+    if {"encoder", "decoder"} <= first and any(name.endswith(".kernel") for name in arrays):
+        return found
     wrappers = [
         name.removesuffix(anchor)
         for name in arrays

@@ -120,3 +120,11 @@ def test_what_is_no_file_of_weights(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             read_weights_file(tmp_path / name)
+
+
+def test_a_masked_autoencoder_under_our_names_keeps_its_decoder(tmp_path):
+    names = ("encoder.patch_embed.proj.kernel", "encoder.norm.scale", "decoder.embed.kernel")
+    arrays = {name: np.ones((2, 3), np.float32) for name in names}
+    save_file(arrays, tmp_path / "model.safetensors")
+    found = read_weights_file(tmp_path / "model.safetensors")
+    assert found.arrays.keys() == arrays.keys() and not found.ignored

@@ -20,6 +20,7 @@ from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
 from fastvim_jax.errors import UserError
+from fastvim_jax.interop import read_weights_file
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.pretrained import is_pretrained, read_model_config
 from fastvim_jax.training.clock import Clock
@@ -140,7 +141,7 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
 
 
 def require_masked(source: Path | str) -> None:
-    """Raise a `UserError` if `source` is a run or a saved model of another kind. Files of weights are accepted."""
+    """Raise a `UserError` if `source` is a run, a saved model or a file of weights without a decoder."""
     needed = "which has no decoder: a masked pre-training run or a saved masked autoencoder is needed here."
     if is_pretrained(source):
         model = read_model_config(source)
@@ -148,6 +149,11 @@ def require_masked(source: Path | str) -> None:
             raise UserError(f"{source} holds the model of a {type(model).__name__}, {needed}")
         return
     folder = Path(source).expanduser()
+    if folder.is_file():
+        # Both our names and the authors' of a decoder's weights begin with this word, but for mask_token.
+        if not any(name.startswith("decoder") for name in read_weights_file(folder).arrays):
+            raise UserError(f"{folder} holds the weights of a model {needed}")
+        return
     if not (folder / CONFIG_FILE).is_file():
         return
     found = read_config(folder)

@@ -12,8 +12,9 @@ import optax
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
-from fastvim_jax import UserError, save_pretrained
+from fastvim_jax import UserError, save_pretrained, to_torch_state_dict
 from fastvim_jax.inference.reconstruct import reconstruct_files
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
@@ -232,6 +233,13 @@ def test_a_saved_masked_autoencoder_is_a_start_and_another_saved_model_is_not(
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "masked"))
     require_masked("hf://owner/name")
+    require_masked(tmp_path / "masked" / "model.safetensors")
+    theirs = to_torch_state_dict(build_model(CONFIG.model, rngs=nnx.Rngs(0)))
+    arrays = {name: np.ascontiguousarray(value) for name, value in theirs.items()}
+    save_file(arrays, tmp_path / "theirs.safetensors")
+    require_masked(tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match="weights of a model which has no decoder"):
+        require_masked(tmp_path / "classifier" / "model.safetensors")
     tuned = tiny_config(model=MODEL, init="hf://owner/name")
     assert with_scale_of_init(tuned, tmp_path / "tuned").model.pool_scale == 0.25
     started = dataclasses.replace(CONFIG, init=str(tmp_path / "classifier"))
