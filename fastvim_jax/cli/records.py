@@ -45,9 +45,8 @@ def write_results(
     for each in track(records, verb, len(left), console=console, disable=not console.is_terminal):
         failed += complain(each)
     before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
-    print(
-        f"{out}: {counted(len(files), 'file')}{before}, {failed or 'none'} of which could not be read."
-    )
+    unread = f", {failed} of which could not be read" if failed else ""
+    print(f"{out}: {counted(len(files), 'file')}{before}{unread}.")
     return int(failed > 0)
 
 
