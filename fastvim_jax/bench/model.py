@@ -21,6 +21,7 @@ from fastvim_jax.models import ViTConfig, build_model, model_config
 from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.prepared import split_weights
+from fastvim_jax.models.shares import run_in_shares, share_count, share_of, tracing_share_of
 from pallas_kernels import timing
 
 PRECISIONS = ("bf16", "tf32", "f32")
@@ -131,7 +132,9 @@ def _case(
     def forward(graphdef):
         return lambda params, images: nnx.merge(graphdef, params)(images)
 
-    split = split_weights(forward(graphdef), once, jax.ShapeDtypeStruct(shape, images_dtype))
+    share = share_of(jax.ShapeDtypeStruct(shape, images_dtype))
+    with tracing_share_of(batch):
+        split = split_weights(forward(graphdef), once, share)
     prepared = jax.jit(split.prepare)(once)
     del once
 
@@ -139,7 +142,7 @@ def _case(
         # Weights are rotated with the images: a small model's would stay in the cache from call to call, where another
         # program of a user's would have replaced them.
         weights = jax.tree.map(jnp.copy, prepared) if seed else prepared
-        return weights, jax.random.normal(jax.random.key(seed), shape, images_dtype)
+        return weights, jax.random.normal(jax.random.key(seed), share.shape, images_dtype)
 
     measured = timing.Measured(
         split.run, arguments, compiler_options=forward_options(config.precision.compute)
@@ -172,6 +175,10 @@ def _case(
             "rotated": "weights and images" if len(sets) > 1 else "nothing",
         }
         del run, one, sets
+    elif (shares := share_count(batch)) > 1:
+        whole = jax.random.normal(jax.random.key(0), shape, images_dtype)
+        time = _time_in_shares(measured.program, prepared, whole, share.shape[0])
+        row = {"shares": shares}
     else:
         time = measured.time()
     yield {
@@ -182,6 +189,13 @@ def _case(
         "TFLOP_per_s": 2e-3 * gmacs(config) * 1e3 * batch / time.median,
         **dataclasses.asdict(time), **measured.program.costs(),
     }  # fmt: skip
+
+
+def _time_in_shares(program: Any, weights: Any, images: jax.Array, size: int) -> timing.Time:
+    """Time what `Classifier` runs on a CPU of several cores, by the clock."""
+    run = lambda _: run_in_shares(program, weights, images, size)  # noqa: E731
+    median, fastest, slowest, calls = timing.steady_clock(run)
+    return timing.Time("clock", median, fastest, slowest, calls=calls)
 
 
 COLUMNS: Columns = (

@@ -43,6 +43,7 @@ from fastvim_jax.models.pretrained import (
     refuse_choice,
 )
 from fastvim_jax.models.registry import FAST
+from fastvim_jax.models.shares import run_in_shares, share_of, tracing_share_of
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run
 
@@ -83,7 +84,8 @@ class Classifier:
     """Classify images with a trained model: decode, preprocess, run the model.
 
     The model is compiled once, at the first call or by `compile`, because the last batch is padded. Threads or
-    processes decode images while the devices compute the previous batches. Each batch is split over all local devices.
+    processes decode images while the devices compute the previous batches. Each batch is split over all local devices,
+    and on a CPU over its cores.
 
     Args:
         model: a classifier with its weights.
@@ -181,8 +183,9 @@ class Classifier:
 
         self._described = repr((config, self.data, self.class_names))
         shape = (self._batch, *self.data.height_width, self.data.channels)
-        self._input = jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split)
-        split = split_weights(run, self._params, self._input)
+        self._input = share_of(jax.ShapeDtypeStruct(shape, np.uint8, sharding=self._split))
+        with tracing_share_of(self._batch):
+            split = split_weights(run, self._params, self._input)
         # Calls pass a list of arrays, because JAX would flatten the model's state by Python code at every call.
         self._weights = jax.jit(split.prepare, out_shardings=everywhere)(self._params)
         options = forward_options(config.precision.compute)

@@ -6,8 +6,10 @@ A block makes a dozen passes over arrays of the size of the tokens. For 16 image
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from pallas_kernels import gpu
 
 CACHE = 2 << 20
 """Bytes of a block's widest array, per core."""
+_on_one_core = contextvars.ContextVar("on_one_core", default=False)
 
 
 def run_in_parts(
@@ -72,7 +75,22 @@ def images_at_once(tokens: Tokens) -> int:
     return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Trace programs that run on one core each, at the same time as others: their parts fit one core's caches."""
+    token = _on_one_core.set(True)
+    try:
+        yield
+    finally:
+        _on_one_core.reset(token)
+
+
 def _cores() -> int:
+    """Return how many cores' caches a program may fill, or 0 if it is traced for several or other devices."""
+    return min(local_cores(), 1) if _on_one_core.get() else local_cores()
+
+
+def local_cores() -> int:
     """Return how many cores the CPU device has, or 0 if programs are traced for several or other devices."""
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or gpu.switched_off() is not None:
         return 0

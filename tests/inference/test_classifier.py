@@ -22,7 +22,7 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.inference.classifier import MAPS, OUTPUTS
 from fastvim_jax.inference.decoding import decoding_workers
-from fastvim_jax.models import VisionMambaConfig, build_model
+from fastvim_jax.models import VisionMambaConfig, build_model, shares
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.pretrained import Preprocessing
 from tests.support import ROOT
@@ -105,6 +105,30 @@ def test_one_program_serves_every_number_of_images(classifier, files):
     classifier.compile()
     for count in (1, 3, 4, 6):
         assert classifier(files[:count]).logits.shape == (count, 3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_cores_of_a_cpu_share_a_batch(model, files, monkeypatch, ahead):
+    monkeypatch.setattr(shares, "local_cores", lambda: 2)
+    wide = {"logits", "probabilities", "embeddings", "features"}
+    classifier = Classifier(model, PREPROCESSING, batch_size=4, outputs=sorted(wide))
+    sizes = []
+    program = classifier._run
+
+    def run(weights, images):
+        sizes.append(len(images))
+        return program(weights, images)
+
+    if ahead:
+        classifier.compile()
+    else:
+        classifier._run = run
+    result = classifier(files)
+    logits, features = expected(model, classifier, files)
+    np.testing.assert_allclose(result.logits, logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.embeddings, features, rtol=1e-5, atol=1e-6)
+    assert result.features.shape == (6, 2, 2, 8)
+    assert sizes == ([] if ahead else [2] * 4)
 
 
 @pytest.mark.drawn("commands", one_in=6)
