@@ -22,7 +22,10 @@ from pallas_kernels.sharding import cast_parameter, mark_varying
 
 
 def linear(
-    layer: nnx.Linear, x: Float[Array, "*rows i"], precision: Precision
+    layer: nnx.Linear,
+    x: Float[Array, "*rows i"],
+    precision: Precision,
+    columns: slice | None = None,
 ) -> Float[Array, "*rows o"]:
     """Apply a linear layer through `product`. The result, bias included, is float32 or wider.
 
@@ -32,13 +35,17 @@ def linear(
         layer: Holds `kernel` `i o` and, optionally, `bias` `o`. The layer's own `dtype` is ignored.
         x: Any float dtype.
         precision: Gives the dtype of the operands (`compute`) and XLA's precision for float32 products (`lax`).
+        columns: Which of the layer's outputs to compute, by default all.
     """
+    kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
+    if columns is not None:
+        kernel, bias = kernel[:, columns], None if bias is None else bias[columns]
     if precision.activations == "compute":
-        kernel = cast_parameter(layer.kernel[...], precision.compute, x)
+        kernel = cast_parameter(kernel, precision.compute, x)
         y = jnp.matmul(x.astype(precision.compute), kernel, precision=precision.lax)
     else:
-        y = product(x, layer.kernel[...], precision.compute, precision.lax)
-    return y if layer.bias is None else y + cast_parameter(layer.bias[...], y.dtype, y)
+        y = product(x, kernel, precision.compute, precision.lax)
+    return y if bias is None else y + cast_parameter(bias, y.dtype, y)
 
 
 def promote_parameters(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:

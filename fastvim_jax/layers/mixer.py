@@ -25,6 +25,7 @@ from jax.nn.initializers import constant, zeros
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers import initializers as init
+from fastvim_jax.layers.cores import program_cores
 from fastvim_jax.layers.direction import (
     MixerConfig,
     ScanDirection,
@@ -99,10 +100,14 @@ class Mixer(nnx.Module):
             # given as an array moves them in memory.
             return pooling.from_scan_order(self(pooling.to_scan_order(h), pooling.as_stored()))
         precision = self.config.precision
-        # 1) Input projection: x is scanned, z gates.
-        xz = linear(self.in_proj, h, precision)
-        # 2) to 5) Convolution, pooling, scan, norm and gate.
-        gated = self.core(xz, pooling)
+        # 1) Input projection: x is scanned, z gates. 2) to 5) Convolution, pooling, scan, norm and gate.
+        if program_cores() > 1 and not runs_fused(self.config, pooling):
+            # Two products: while a scan keeps one core of a CPU busy, others compute what is left of z.
+            halves = slice(0, self.config.inner), slice(self.config.inner, None)
+            x, z = (linear(self.in_proj, h, precision, columns) for columns in halves)
+            gated = self._mix(x, z, pooling)
+        else:
+            gated = self.core(linear(self.in_proj, h, precision), pooling)
         # 6) Output projection.
         out = linear(self.out_proj, gated, precision)
         if self.layer_scale is None:
@@ -137,8 +142,10 @@ class Mixer(nnx.Module):
         if runs_fused(self.config, pooling):
             both = self.both or stack_directions(self.forward, self.backward, axis=0)
             return fused_core(xz, pooling, both, self.post_norm)
+        return self._mix(*jnp.split(xz, 2, axis=-1), pooling)
+
+    def _mix(self, x: Inner, z: Inner, pooling: Pooling) -> Inner:
         # 2) Bring the tokens into the order of the scan.
-        x, z = jnp.split(xz, 2, axis=-1)
         x = pooling.to_scan_order(x)
         # 3) Scan in both directions (`ScanDirection`) and average.
         y = (self.forward(x, pooling) + self.backward(x, pooling)) / 2

@@ -6,22 +6,18 @@ A block makes a dozen passes over arrays of the size of the tokens. For 16 image
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from fastvim_jax.layers.channel_pooling import ChannelPooling
+from fastvim_jax.layers.cores import program_cores
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.typing import Tokens
-from pallas_kernels import gpu
 
 CACHE = 2 << 20
 """Bytes of a block's widest array, per core."""
-_on_one_core = contextvars.ContextVar("on_one_core", default=False)
 
 
 def run_in_parts(
@@ -67,32 +63,9 @@ def images_at_once(tokens: Tokens) -> int:
     """
     batch = tokens.shape[0]
     sharded = any(axis is not None for axis in jax.typeof(tokens).sharding.spec)
-    if sharded or batch == 0 or not (cores := _cores()):
+    if sharded or batch == 0 or not (cores := program_cores()):
         return batch
     # The output of in_proj, and the hidden layer of a ViT's MLP, are four times as wide as the tokens.
     image = 4 * tokens[0].size * tokens.dtype.itemsize
     limit = max(1, cores * CACHE // max(1, image))
     return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
-
-
-@contextlib.contextmanager
-def one_core() -> Iterator[None]:
-    """Trace programs that run on one core each, at the same time as others: their parts fit one core's caches."""
-    token = _on_one_core.set(True)
-    try:
-        yield
-    finally:
-        _on_one_core.reset(token)
-
-
-def _cores() -> int:
-    """Return how many cores' caches a program may fill, or 0 if it is traced for several or other devices."""
-    return min(local_cores(), 1) if _on_one_core.get() else local_cores()
-
-
-def local_cores() -> int:
-    """Return how many cores the CPU device has, or 0 if programs are traced for several or other devices."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or gpu.switched_off() is not None:
-        return 0
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvim_jax.models.parts import local_cores, one_core
+from fastvim_jax.layers.cores import local_cores, one_core
 
 
 def share_count(batch: int) -> int:

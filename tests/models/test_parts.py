@@ -22,7 +22,7 @@ PARTS = "tensor<3x2x4x8xf64>"
 
 @pytest.fixture
 def one_core(monkeypatch):
-    monkeypatch.setattr(parts, "_cores", lambda: 1)
+    monkeypatch.setattr(parts, "program_cores", lambda: 1)
 
 
 @pytest.mark.drawn("more of the models", one_in=6)
@@ -81,7 +81,7 @@ def test_the_indices_of_a_masked_model_keep_its_batch_whole(monkeypatch, one_cor
     ("batch", "cores", "size"), [(16, 1, 2), (16, 4, 8), (7, 2, 1), (16, 0, 16)]
 )
 def test_parts_are_equal_and_fit_the_caches(monkeypatch, batch, cores, size):
-    monkeypatch.setattr(parts, "_cores", lambda: cores)
+    monkeypatch.setattr(parts, "program_cores", lambda: cores)
     assert parts.images_at_once(jnp.zeros((batch, 196, 192))) == size
 
 
@@ -102,11 +102,11 @@ def test_a_symbolic_batch_is_one_part(one_core, name):
 def test_programs_for_other_devices_have_no_parts(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert parts._cores() > 0
+    assert parts.program_cores() > 0
     with gpu.kernels_off():  # a portable program
-        assert parts._cores() == 0
+        assert parts.program_cores() == 0
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert parts._cores() == 0
+    assert parts.program_cores() == 0
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert parts._cores() == 0
+    assert parts.program_cores() == 0

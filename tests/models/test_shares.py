@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastvim_jax.models import parts, shares
+from fastvim_jax.layers import cores
+from fastvim_jax.models import shares
 
 WEIGHTS = jnp.arange(1.0, 4.0)
 
@@ -31,19 +32,19 @@ def test_every_share_is_computed_and_keeps_its_place(four_cores, rng):
 
 
 def test_shares_run_at_the_same_time_and_on_one_core_each(four_cores, monkeypatch):
-    monkeypatch.setattr(parts, "local_cores", lambda: 4)
+    monkeypatch.setattr(cores, "local_cores", lambda: 4)
     together = threading.Barrier(4, timeout=60)
-    cores = []
+    seen = []
 
     def program(weights, images):
         together.wait()  # Raises if the shares run one after the other.
-        cores.append(parts._cores())
+        seen.append(cores.program_cores())
         return images
 
     images = np.arange(8)
     assert (shares.run_in_shares(program, None, images, 2) == images).all()
-    assert cores == [1] * 4
-    assert parts._cores() == 4
+    assert seen == [1] * 4
+    assert cores.program_cores() == 4
 
 
 def test_an_error_in_a_share_reaches_the_caller(four_cores):
@@ -57,11 +58,11 @@ def test_an_error_in_a_share_reaches_the_caller(four_cores):
 
 
 @pytest.mark.parametrize(
-    ("batch", "cores", "count"),
+    ("batch", "available", "count"),
     [(16, 2, 2), (1, 2, 1), (7, 2, 1), (6, 4, 3), (16, 0, 1), (0, 2, 1)],
 )
-def test_shares_are_equal_and_at_most_one_for_each_core(monkeypatch, batch, cores, count):
-    monkeypatch.setattr(shares, "local_cores", lambda: cores)
+def test_shares_are_equal_and_at_most_one_for_each_core(monkeypatch, batch, available, count):
+    monkeypatch.setattr(shares, "local_cores", lambda: available)
     assert shares.share_count(batch) == count
 
 
@@ -71,8 +72,8 @@ def test_one_share_is_the_whole_batch_and_does_not_wait():
 
 
 def test_shares_are_traced_for_one_core_and_a_whole_batch_for_all(monkeypatch):
-    for module in (shares, parts):
+    for module in (shares, cores):
         monkeypatch.setattr(module, "local_cores", lambda: 4)
     for batch, seen in ((8, 1), (1, 4)):
         with shares.tracing_share_of(batch):
-            assert parts._cores() == seen
+            assert cores.program_cores() == seen
