@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan.types import ScanForward, ScanInputs, ScanOptions
+from pallas_kernels.softplus import softplus
 
 
 @runtime_checkable
@@ -162,11 +163,11 @@ def _prepare(inputs: ScanInputs, layout: Layout) -> tuple[Steps, Weights]:
     return steps, weights
 
 
-def _before(u, delta, delta_bias, valid, softplus: bool):
+def _before(u, delta, delta_bias, valid, apply_softplus: bool):
     """Return the step sizes and v = step · u."""
     if delta_bias is not None:
         delta = delta + delta_bias
-    step = jax.nn.softplus(delta) if softplus else delta
+    step = softplus(delta) if apply_softplus else delta
     if valid is not None:  # A step size of zero leaves the state unchanged.
         step = jnp.where(valid[:, None, None, None], step, 0)
     return step, step * u
