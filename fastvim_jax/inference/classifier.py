@@ -313,8 +313,12 @@ class Classifier:
         )
 
     def forward(self, batch: Array) -> dict[str, Array]:
-        """Start the model on a batch of `decoded`; return the outputs, on the devices, by their names in `Result`."""
-        outputs: dict[str, Array] = self._run(self._weights, batch)
+        """Start the model on a batch of `decoded`; return the outputs, on the devices, by their names in `Result`.
+
+        On a CPU of several cores, wait for the outputs.
+        """
+        size = self._input.shape[0]
+        outputs: dict[str, Array] = run_in_shares(self._run, self._weights, batch, size)
         return outputs
 
     def each_batch(

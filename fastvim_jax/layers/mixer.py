@@ -142,7 +142,8 @@ class Mixer(nnx.Module):
         if runs_fused(self.config, pooling):
             both = self.both or stack_directions(self.forward, self.backward, axis=0)
             return fused_core(xz, pooling, both, self.post_norm)
-        return self._mix(*jnp.split(xz, 2, axis=-1), pooling)
+        x, z = jnp.split(xz, 2, axis=-1)
+        return self._mix(x, z, pooling)
 
     def _mix(self, x: Inner, z: Inner, pooling: Pooling) -> Inner:
         # 2) Bring the tokens into the order of the scan.

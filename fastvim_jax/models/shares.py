@@ -39,9 +39,7 @@ def tracing_share_of(batch: int) -> contextlib.AbstractContextManager[None]:
     return one_core() if share_count(batch) > 1 else contextlib.nullcontext()
 
 
-def run_in_shares(
-    program: Callable[[Any, Any], Any], weights: Any, images: Any, size: int
-) -> Any:
+def run_in_shares(program: Callable[[Any, Any], Any], weights: Any, images: Any, size: int) -> Any:
     """Compute `program(weights, images)`: if there are more than `size` images, each share in a thread; wait for all.
 
     Threads are needed, because JAX runs the programs that one thread starts on a CPU device one after the other.
