@@ -27,7 +27,7 @@ CASES = [
     (8, 14, 14, 192, (16, 16), 3),  # fewer tiles than processors
     (12, 14, 3, 64, (16, 16), 3),  # 168 lines: tiles overlap
     (18, 4, 5, 128, (2, 16), 1),  # few and short parts
-    (8, 9, 5, 192, (5, 16), 16),  # as long as they come
+    (8, 9, 5, 128, (5, 16), 16),  # as long as they come
 ]
 
 
