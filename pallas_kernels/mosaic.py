@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -53,6 +54,66 @@ def _apply(instruction: str, x: jax.Array, layout: Any) -> jax.Array:
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
     )(each)(x)
+
+
+def _pairs(value: ir.Value) -> list[ir.Value]:
+    """Return the pairs of 16-bit numbers of a vector, each as an int32 register with the first number below."""
+    i32 = ir.IntegerType.get_signless(32)
+    count = ir.VectorType(value.type).shape[0] // 2
+    words = vector.bitcast(ir.VectorType.get((count,), i32), value)
+    return [vector.extract(words, [], [i]) for i in range(count)]
+
+
+def _mapped(convert: Callable[[ir.Value], ir.Value], x: jax.Array, dtype: Any, layout: Any):
+    """Convert every register of a value of `layout` to a vector of `dtype`."""
+
+    def each(ctx: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        del ctx
+        registers = np.empty(x.registers.shape, dtype=object)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = convert(register)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), layout=layout),
+    )(each)(x)
+
+
+def widened(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:
+    """Convert to float32; of bfloat16, whose layout has pairs in a register, in one instruction a number."""
+    if interpret or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+
+    def convert(register: ir.Value) -> ir.Value:
+        f32, parts = ir.F32Type.get(), []
+        i32 = ir.IntegerType.get_signless(32)
+        for word in _pairs(register):
+            low = arith.shli(word, mgpu.c(16, i32))
+            high = arith.andi(word, mgpu.c(-65536, i32))
+            parts += [arith.bitcast(f32, half) for half in (low, high)]
+        return vector.from_elements(ir.VectorType.get((len(parts),), f32), parts)
+
+    return _mapped(convert, x, jnp.float32, layout)
+
+
+def narrowed(x: jax.Array, dtype: Any, layout: Any, interpret: bool) -> jax.Array:
+    """Round float32 to `dtype`; to bfloat16, where a register of the layout has pairs, two numbers an instruction."""
+    if interpret or jnp.dtype(dtype) != jnp.bfloat16:
+        return x.astype(dtype)
+
+    def convert(register: ir.Value) -> ir.Value:
+        i32, bf16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()
+        count = ir.VectorType(register.type).shape[0]
+        numbers = [vector.extract(register, [], [i]) for i in range(count)]
+        words = [
+            llvm.inline_asm(i32, [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
+            for low, high in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+        packed = vector.from_elements(ir.VectorType.get((count // 2,), i32), words)
+        return vector.bitcast(ir.VectorType.get((count,), bf16), packed)
+
+    return _mapped(convert, x, dtype, layout)
 
 
 def reciprocal(x: jax.Array, layout: Any, interpret: bool) -> jax.Array:

@@ -8,7 +8,7 @@ r is float32 or bfloat16, and h is that of the rounded r. The front wrote the sk
 line by itself. Neither g nor g W exists in global memory. A thread block computes 64 rows of the product: `PER_TILE`
 segments of rows of the grid, 16 rows of the tile each. A segment shorter than 16 tokens has its middle tokens twice.
 Its two warpgroups share the segments, then the columns of the product, then the segments again. g takes the place of
-the skips in shared memory, parts of W that of z, and the product that of g.
+the skips in shared memory, a warpgroup's parts of W that of z of its own segments, and the product that of g.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import largest_divisor
-from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, silu
+from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, scaled_silu, silu_scale
 from pallas_kernels.mosaic import (
     PROCESSORS,
     SHARED_MEMORY,
     gpu_kernel,
     interpret_params,
+    narrowed,
     reduced,
     store,
     tiled,
+    widened,
 )
 
 TILE = 64  # rows of a product, as many as one wgmma instruction takes
@@ -133,6 +135,12 @@ class Work:
         """Parts of W on their way to a warpgroup."""
         return self.width // PART if self.whole else STAGES
 
+    @property
+    def early(self) -> bool:
+        """Whether a stage has the place of z of one segment of the same warpgroup, which may fetch W into it."""
+        same_size = self.outputs * PART // WARPGROUPS == ROWS * self.width
+        return same_size and not self.whole and self.per_block == STAGES * WARPGROUPS
+
     def share(self, thread_block):
         """Return the first segment of a thread block and the segment behind its last one."""
         after = lax.max(thread_block - PROCESSORS, 0) if self.short else 0
@@ -174,8 +182,8 @@ class Work:
     def scratch(self, dtype, interpret: bool):
         """Return the shared memory and the barriers of a thread block.
 
-        An eight of g takes the bytes of its skips. The interpreter would call that a race, because all of a union is
-        one buffer to it.
+        An eight of g takes the bytes of its skips, and a part of W those of z of a segment. The interpreter would call
+        that a race, because all of a union is one buffer to it.
         """
         transforms: Any = plgpu  # mypy takes them for abstract classes
         swizzled = (transforms.TilingTransform((8, PART)), transforms.SwizzleTransform(128))
@@ -183,12 +191,13 @@ class Work:
         g = plgpu.SMEM((TILE, self.width), dtype, transforms=swizzled)
         product = plgpu.SMEM((TILE, self.outputs + PADDING), jnp.float32)
         z = plgpu.SMEM((self.per_block * ROWS // 8, *by_eights.shape[1:]), dtype)
-        parts_of_weight = (WARPGROUPS, self.stages, self.outputs // WARPGROUPS, PART)
+        parts_of_weight = (self.stages, WARPGROUPS, self.outputs // WARPGROUPS, PART)
         weight = plgpu.SMEM(parts_of_weight, dtype, transforms=swizzled)
         return [
             plgpu.RefUnion(*[by_eights] * (not interpret), g, product),
-            (z, weight) if self.whole else plgpu.RefUnion(z, weight),
-            plgpu.Barrier(num_arrivals=4, num_barriers=PER_TILE),  # skips and z of a segment
+            (z, weight) if self.whole or interpret else plgpu.RefUnion(z, weight),
+            plgpu.Barrier(num_arrivals=2, num_barriers=PER_TILE),  # skips of a segment
+            plgpu.Barrier(num_arrivals=2, num_barriers=PER_TILE),  # z of a segment
             plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS * self.stages),  # parts of W
             plgpu.Barrier(num_arrivals=WARPGROUPS),  # both warpgroups
             *[by_eights] * interpret,
@@ -225,7 +234,7 @@ def back_project(
     before_z = z.shape[-1] // BLOCK - blocks
     eights = ((0, 0), (segment - 8, 8))  # first token of the segment, row of the tile
     fours = ((0, 0), (4, 4), (segment - 8, 8), (segment - 4, 12))
-    ends = -6 if interpret else -5  # where the results end
+    ends = -7 if interpret else -6  # where the results end
 
     def body(*refs):
         skip_ref, z_ref, *y_refs, residual_ref, scale_ref, shift_ref, weight_ref = refs[:8]
@@ -233,7 +242,7 @@ def back_project(
         keep_ref = others.pop(0) if keep is not None else None
         sum_ref, normed_ref = others
         (*shared, g_tile, product_tile), (z_tile, w_tile), *scratch = refs[ends:]
-        barrier, w_barrier, both, *apart = scratch
+        skip_barrier, z_barrier, w_barrier, both, *apart = scratch
         (skip_tile,) = shared + apart
         group = lax.axis_index("warpgroup")
         first, stop = work.share(lax.axis_index("thread_block"))
@@ -242,6 +251,9 @@ def back_project(
         def loaded(layout):
             return functools.partial(plgpu.load, layout=layout, optimized=False)
 
+        wide = functools.partial(widened, interpret=interpret)
+        half = functools.partial(narrowed, interpret=interpret)
+
         def tokens(ref, index, start, size, *c):
             image, row, begin = work.place(index)
             return ref.at[image, row, pl.ds(begin + start, size), *c]
@@ -249,57 +261,70 @@ def back_project(
         def eight(item, row):
             return item * (ROWS // 8) + row // 8
 
-        def fetch(item):
-            """Fetch skips and z of a segment."""
+        def fetch(item, ref, tile, b, barrier):
+            """Fetch skips or z of a segment; b is its first block of channels."""
             for start, row in eights:
-                for ref, tile, b in ((skip_ref, skip_tile, 0), (z_ref, z_tile, before_z)):
-                    plgpu.copy_gmem_to_smem(
-                        tokens(ref, first + item, start, 8, pl.ds(b, blocks)),
-                        tile.at[eight(item, row)],
-                        barrier.at[item],
-                    )
+                plgpu.copy_gmem_to_smem(
+                    tokens(ref, first + item, start, 8, pl.ds(b, blocks)),
+                    tile.at[eight(item, row)],
+                    barrier.at[item],
+                )
 
-        def scanned(index, start):
-            """Return both scans' outputs for eight tokens, added up."""
-            image, row, begin = work.place(index)
-            if work.transposed:
-                load, at = loaded(layouts.tokens), pl.ds(begin + start, 8)
-            else:
-                load, at = loaded(layouts.of_channels), row
-            sides = [[load(ref.at[image, at, b]) for ref in y_refs] for b in range(blocks)]
-            sums = [forward + backward for forward, backward in sides]
-            if not work.transposed:
-                sums = [spread(x, (8, BLOCK), 1, layouts.tokens) for x in sums]
-            return sums
+        def scanned(item):
+            """Return both scans' outputs for the tokens of a segment, added up.
 
-        def gate(item):
+            They are one vector of channels if the tokens are of one line, and tokens by eights otherwise.
+            """
+            image, row, begin = work.place(lax.min(first + item, stop - 1))
+            load = loaded(layouts.tokens if work.transposed else layouts.of_channels)
+            lines = [pl.ds(begin + start, 8) for start, _ in eights] if work.transposed else [row]
+            sides = [
+                [[load(ref.at[image, at, b]) for ref in y_refs] for b in range(blocks)]
+                for at in lines
+            ]
+            return [[forward + backward for forward, backward in of_blocks] for of_blocks in sides]
+
+        def gate(item, y=None):
             """Write g of a segment over its skips."""
-            index, shape = first + item, (8, BLOCK)
+            shape = (8, BLOCK)
             vector, load = loaded(layouts.of_channels), loaded(layouts.tokens)
-            y = [scanned(index, start) for start, _ in eights]
-            plgpu.barrier_wait(barrier.at[item])
-            for (_, row), scans in zip(eights, y, strict=True):
-                rows = eight(item, row)
-                # Twice what the LayerNorm reads; hence four times eps.
-                x = [
-                    2.0 * load(skip_tile.at[rows, :, b]).astype(jnp.float32) + of_scans
+            y = scanned(item) if y is None else y
+            if not work.transposed:
+                y = [[spread(of_block, shape, 1, layouts.tokens) for of_block in y[0]]] * len(
+                    eights
+                )
+            plgpu.barrier_wait(skip_barrier.at[item])
+            # Twice what the LayerNorm reads; hence four times eps.
+            x = [
+                [
+                    2.0 * wide(load(skip_tile.at[eight(item, row), :, b]), layouts.tokens)
+                    + of_scans
                     for b, of_scans in enumerate(scans)
                 ]
-                plgpu.commit_smem()  # No warp reads these skips any more.
-                average = spread(mean(x), shape, 0, layouts.tokens)
-                x = [part - average for part in x]
-                deviation = lax.rsqrt(mean([part * part for part in x]) + 4 * eps)
-                deviation = spread(deviation, shape, 0, layouts.tokens)
-                for b in range(blocks):
-                    gamma, beta = (
-                        spread(vector(ref.at[b]), shape, 1, layouts.tokens)
-                        for ref in (scale_ref, shift_ref)
-                    )
-                    z = load(z_tile.at[rows, :, b]).astype(jnp.float32)
-                    gated = silu(z, layouts.tokens, interpret, dtype)
-                    value = ((x[b] * deviation * gamma + beta) * gated).astype(dtype)
+                for (_, row), scans in zip(eights, y, strict=True)
+            ]
+            plgpu.commit_smem()  # No warp reads these skips any more.
+            statistics = []
+            for of_blocks in x:
+                average, square = mean(of_blocks), mean([part * part for part in of_blocks])
+                inverse = lax.rsqrt(lax.max(square - average * average, 0.0) + 4 * eps)
+                pair = inverse, -average * inverse
+                statistics.append([spread(value, shape, 0, layouts.tokens) for value in pair])
+            plgpu.barrier_wait(z_barrier.at[item])
+            for b in range(blocks):
+                gamma, beta = (
+                    spread(vector(ref.at[b]), shape, 1, layouts.tokens)
+                    for ref in (scale_ref, shift_ref)
+                )
+                for (_, row), of_blocks, (inverse, offset) in zip(
+                    eights, x, statistics, strict=True
+                ):
+                    # exact, and two at a time
+                    z = load(z_tile.at[eight(item, row), :, b]) * silu_scale(dtype)
+                    gated = scaled_silu(wide(z, layouts.tokens), layouts.tokens, interpret, dtype)
+                    normed = (of_blocks[b] * inverse + offset) * gamma + beta
                     at = pl.ds(item * ROWS + row, 8), pl.ds(b * BLOCK, BLOCK)
-                    store(g_tile.at[at], value)
+                    store(g_tile.at[at], half(normed * gated, dtype, layouts.tokens))
 
         def meet():
             plgpu.commit_smem()
@@ -310,7 +335,7 @@ def back_project(
             stage = part % stages
             plgpu.copy_gmem_to_smem(
                 weight_ref.at[pl.ds(group * per_group, per_group), pl.ds(part * PART, PART)],
-                w_tile.at[group, stage],
+                w_tile.at[stage, group],
                 w_barrier.at[group * stages + stage],
             )
 
@@ -323,7 +348,7 @@ def back_project(
             for part in range(parts):
                 stage = part % stages
                 plgpu.barrier_wait(w_barrier.at[group * stages + stage])
-                weights = w_tile.at[group, stage].transpose((1, 0))
+                weights = w_tile.at[stage, group].transpose((1, 0))
                 plgpu.wgmma(accumulator, g_tile.at[:, pl.ds(part * PART, PART)], weights)
                 if part + stages < parts:
                     plgpu.wgmma_wait(0)
@@ -356,29 +381,40 @@ def back_project(
                 if keep_ref is not None:
                     factor = keep_ref[work.place(index)[0]]
                     update = [part * factor for part in update]
-                new = [
-                    rounded(old.astype(jnp.float32) + part, stream)
+                stored = [
+                    half(wide(old, layouts.outputs) + part, stream, layouts.outputs)
                     for old, part in zip(values, update, strict=True)
                 ]
+                new = [wide(part, layouts.outputs) for part in stored]
                 scaling = lax.rsqrt(mean([part * part for part in new]) + norm_eps)
                 scaling = spread(scaling, (4, COLUMNS), 0, layouts.outputs)
                 for c, part in enumerate(new):
-                    store(tokens(sum_ref, index, start, 4, c), part.astype(stream))
-                    normed = (part * scaling * gains[c]).astype(dtype)
+                    store(tokens(sum_ref, index, start, 4, c), stored[c])
+                    normed = half(part * scaling * gains[c], dtype, layouts.outputs)
                     store(tokens(normed_ref, index, start, 4, c), normed)
 
         def there(item, run, *arguments):
             """Run something if the thread block has the segment."""
             pl.when(first + item < stop)(functools.partial(run, item, *arguments))
 
-        for item in items:
-            there(item, fetch)
+        # The scans' outputs of a line take few registers: read them before the copies occupy the memory. Of tokens of
+        # several lines only the first segment's fit.
+        y = [scanned(item) for item in (items[:1] if work.transposed else items)]
+        for of_tokens in (
+            (skip_ref, skip_tile, 0, skip_barrier),
+            (z_ref, z_tile, before_z, z_barrier),
+        ):
+            for item in items:
+                there(item, fetch, *of_tokens)
         if work.whole:
             fetch_weights()
-        for item in items:
-            there(item, gate)
+        for i, item in enumerate(items):
+            there(item, gate, *y[i : i + 1])
+            if work.early and i < parts:
+                plgpu.commit_smem()  # No warp reads this z any more.
+                fetch_weight(i)
         meet()  # z is read, and g written.
-        if not work.whole:
+        if not work.whole and not work.early:
             fetch_weights()
         residuals = [read_residual(first + item) for item in items]
         pl.run_scoped(multiply, plgpu.ACC((TILE, per_group), jnp.float32))
