@@ -24,7 +24,7 @@ from fastvim_jax.models.parameters import (
     replace_parameters,
 )
 from fastvim_jax.models.registry import build_model
-from tests.oracle.vision_mamba import vision_mamba
+from tests.oracle.vision_mamba import position_table, vision_mamba
 from tests.oracle.vit import vit
 from tests.support import DRAWS, assert_close, x64
 
@@ -245,3 +245,21 @@ def test_every_pooling_with_a_class_token_equals_the_oracle(
 @given(config=vit_configs(), seed=SEEDS)
 def test_any_vit_equals_the_oracle(config: ViTConfig, seed: int) -> None:
     compare(config, vit, (config.depth, 2), seed)
+
+
+@pytest.mark.parametrize("class_token", ["middle", "head"])
+def test_one_patch_takes_the_class_tokens_own_position(class_token: str) -> None:
+    """With one patch, the middle of the sequence is its head. The token's row in the table stays where it was built."""
+    config = VisionMambaConfig(
+        image_size=(2, 1), patch_size=1, channels=1, num_classes=1, embed_dim=2, depth=1,
+        class_token=class_token, dtype="float64", param_dtype="float64",
+    )  # fmt: skip
+    table = np.array([[[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]]])
+    token, patches = (1, (0, 2)) if class_token == "middle" else (0, (1, 2))
+    with x64():
+        model = build_model(config, rngs=nnx.Rngs(0))
+        model.pos_embed[...] = jnp.asarray(table)
+        found = np.asarray(model._position_table((1, 1)))
+    expected = np.stack([table[0, token], table[0, patches].mean(0)])[None]
+    assert_close(found, expected, 1e-12)
+    assert_close(position_table(table, (2, 1), (1, 1), class_token), expected, 1e-12)

@@ -46,7 +46,7 @@ def patch_embed(params: dict[str, Array], images: Array, patch: tuple[int, int])
 
 
 def position_table(
-    table: Array, built: tuple[int, int], here: tuple[int, int], class_at: int | None
+    table: Array, built: tuple[int, int], here: tuple[int, int], class_token: str
 ) -> Array:
     """Return the position embedding (1, l, d) of the grid it was built for, resampled to the grid at hand.
 
@@ -56,12 +56,12 @@ def position_table(
         return table
     entries = table[0]
     token = None
-    if class_at is not None:
-        token_was = class_index(built, "head" if class_at == 0 else "middle")
+    token_was = class_index(built, class_token)
+    if token_was is not None:
         token, entries = entries[token_was], np.delete(entries, token_was, axis=0)
     resized = resize_bicubic(entries.reshape(*built, -1), here).reshape(here[0] * here[1], -1)
     if token is not None:
-        resized = np.insert(resized, class_at, token, axis=0)
+        resized = np.insert(resized, class_index(here, class_token), token, axis=0)
     return resized[None]
 
 
@@ -86,7 +86,7 @@ def embed(
     if class_at is not None:
         tokens = np.insert(tokens, class_at, params["class_token"][0, 0], axis=1)
     if config.pos_embed:
-        tokens = tokens + position_table(params["pos_embed"], built, grid, class_at)
+        tokens = tokens + position_table(params["pos_embed"], built, grid, config.class_token)
     return tokens, grid
 
 

@@ -79,7 +79,9 @@ def vit(
     grid = (tokens.shape[1], tokens.shape[2])
     tokens = tokens.reshape(len(images), grid[0] * grid[1], -1)
     x = np.insert(tokens, 0, params["class_token"][0, 0], axis=1)
-    x = x + position_table(params["pos_embed"], patch_grid(pair(config.image_size), patch), grid, 0)
+    x = x + position_table(
+        params["pos_embed"], patch_grid(pair(config.image_size), patch), grid, "head"
+    )
 
     rates = drop_path_rates(config)
     for i in range(config.depth):
