@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Records what benchmarks/README.md shows, on the GPU at hand, a JSON file a program:
 #     PYTHON=.venv/bin/python scripts/record_benchmarks.sh benchmarks/results/h100   (h200 on an H200: a folder for each card)
-# About 16 minutes on an H100 with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
+# About 20 minutes on a GPU with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
 # compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out. Ends with
 # status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone.
 set -uo pipefail
@@ -24,11 +24,11 @@ wanted() { # NAME: $FASTVIM_BENCH_ONLY may hold patterns of the names to run
   done
   return 1
 }
-bench() { # NAME BENCH OPTIONS...: run in the background, result in NAME.json
-  local name=$1
-  shift
+bench() { # NAME BENCH-OR-PROGRAM.py OPTIONS...: run in the background, result in NAME.json
+  local name=$1 command=(-m fastvim_jax bench "${@:2}")
   wanted "$name" || return
-  "$python" -m fastvim_jax bench "$@" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 9>&- &
+  case $2 in *.py) command=("${@:2}") ;; esac
+  "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 8>&- 9>&- &
   running[$!]=$name
   begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
@@ -61,40 +61,63 @@ finish() {
   printf '%4d s  done with the %s lot\n' "$SECONDS" "$lot"
 }
 
-# The largest batches want the whole memory: they compile with a lot and run last, one after the other.
-exec 9>"$locks/last.timing"
-flock -x 9
-large=()
-largest() { # LOT NAME BATCH BLOCKS
-  touch "$locks/$1.compiling"
-  ln -s "$1.compiling" "$locks/large_$1.compiling"
-  ln -s last.timing "$locks/large_$1.timing"
-  FASTVIM_BENCH_LOCK=$locks/large_$1 bench "$2" \
-    train --models "$base" --largest-batch --batches "$3" --blocks "$4" && large+=($!)
+# What is required, with the peer in the same run. The first rows are timed first; `later` ones when those are done, and the
+# largest batches last, one after the other, because they want the memory of a GPU of 80 GB.
+exec 8>"$locks/required_later.timing" 9>"$locks/required_last.timing"
+flock -x 8 && flock -x 9
+touch "$locks/required.compiling"
+for late in later last; do ln -s required.compiling "$locks/required_$late.compiling"; done
+gpu_memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+part=$(awk -v all="${gpu_memory:-81559}" 'BEGIN { printf "%.3f", 0.96 * 81559 / all }')
+large=() rest=()
+later() {
+  wanted "$1" || return
+  FASTVIM_BENCH_LOCK=$locks/required_later bench "$@"
+  rest+=($!)
+  sleep "${STAGGER:-1}"
+}
+largest() { # NAME BLOCKS BATCH...
+  XLA_PYTHON_CLIENT_MEM_FRACTION=$part FASTVIM_BENCH_LOCK=$locks/required_last bench "$1" \
+    train --models "$base" --largest-batch --batches "${@:3}" --blocks "$2" && large+=($!)
+}
+torch=
+"$python" -c 'import timm, torch; assert torch.cuda.is_available()' >/dev/null 2>&1 && torch=yes
+peer() { # NAME OPTIONS...: where its libraries are
+  [ -n "$torch" ] && TORCHINDUCTOR_COMPILE_THREADS=4 start "$1" benchmarks/peers/deit.py "${@:2}"
 }
 
-# The first one is alone at first, since its compile time counts.
-largest first train_base_largest_batch 768 scan && sleep "${HEAD_START:-35}"
-
-lot first # compiles fast: blocks scanned
-start scan_targets scan --lengths 14 196 1024 16384 --batches 128 128 32 2 --implementations pallas mamba_ssm --dtypes float32
-start model_tiny_scanned model --models "$tiny" --pixels 512 1024 2048 --blocks scan
-start model_tiny_f32_scanned model --models "$tiny" --precisions f32 --pixels 224 512 1024 2048 --blocks scan
-start model_vim_scanned model --models "$vim" --pixels 224 2048 --blocks scan
-start scan_pair scan --pair
-start mixer_core_f32 mixer --parts core --dtypes float32 --pixels 224 512
-start mixer_core_f32_large mixer --parts core --dtypes float32 --pixels 1024 2048
-finish
-
-lot second # blocks written out, which runs faster
-largest second train_base_largest_batch_unrolled 1024 unroll
-start train_tiny train --models "$tiny" --batches 128
+lot required
+# Alone at first, since its compile time counts.
+largest train_base_largest_batch scan 1152 1024 896 && sleep "${HEAD_START:-35}"
+peer peer_deit_base --train --models base
+peer peer_deit_small --train --models small
+peer peer_deit_tiny --train --models tiny
+peer peer_deit_512 --models tiny --pixels 512 --batch 32
+peer peer_deit_1024 --models tiny --pixels 1024 --batch 8
+peer peer_deit_2048 --models tiny --pixels 2048 --batch 2
 start train_small train --models "$small" --batches 128
+start train_tiny train --models "$tiny" --batches 128
+start model_base model --models "$base"
+start model_small model --models "$small"
+start model_tiny_224 model --models "$tiny"
+start model_tiny_1 model --models "$tiny" --batches 1
+for pixels in 512 1024 2048; do start "model_tiny_$pixels" model --models "$tiny" --pixels "$pixels"; done
+start model_vim_2048 model --models "$vim" --pixels 2048
 start model_tiny_f32 model --models "$tiny" --precisions f32
-start model_vim model --models "$vim" --pixels 224 2048
-start model_tiny_224 model --models "$tiny" --batches 128 1
-start model_sizes model --models "$small" "$base"
+later train_base train --models "$base" --batches 128
+later train_base_scanned train --models "$base" --batches 128 --blocks scan
+later train_tiny_scanned train --models "$tiny" --batches 128 --blocks scan
+later train_vit_tiny train --models vit_tiny_patch16_224 --batches 128
+later model_base_scanned model --models "$base" --blocks scan
+later model_tiny_scanned model --models "$tiny" --blocks scan
+later model_vit model --models vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224
+later model_vim_224 model --models "$vim"
+later fallbacks_lines benchmarks/fallbacks.py --only 0 1 2 3
+later fallbacks_masked benchmarks/fallbacks.py --only 4 5 6 7 8
+later fallbacks_options benchmarks/fallbacks.py --only 9 10 11 12
 finish
+exec 8>&-
+ended "${rest[@]}"
 exec 9>&-
 ended "${large[@]}"
 printf '%4d s  largest batches done\n' "$SECONDS"
@@ -103,21 +126,15 @@ if wanted train_base_compile; then # alone, as nothing else compiles
   ended $!
 fi
 
-# The peer, alone on the GPU, where its libraries are: about two minutes of compiling.
-if "$python" -c 'import timm, torch; assert torch.cuda.is_available()' 2>/dev/null; then
-  peer() { # NAME OPTIONS...
-    wanted "$1" || return
-    "$python" benchmarks/peers/deit.py "${@:2}" --json "$out/$1.json" >"$logs/$1.txt" 2>&1 &
-    running[$!]=$1
-    begun=$((begun + 1))
-    printf '%4d s  started %s\n' "$SECONDS" "$1"
-    ended $!
-  }
-  peer peer_deit --train
-  peer peer_deit_512 --models tiny --pixels 512 --batch 32
-  peer peer_deit_1024 --models tiny --pixels 1024 --batch 8
-  peer peer_deit_2048 --models tiny --pixels 2048 --batch 2
-fi
+lot second # compiles fast: blocks scanned
+start scan_targets scan --lengths 14 196 1024 16384 --batches 128 128 32 2 --implementations pallas mamba_ssm --dtypes float32
+start model_tiny_large_scanned model --models "$tiny" --pixels 512 1024 2048 --blocks scan
+start model_tiny_f32_scanned model --models "$tiny" --precisions f32 --pixels 224 512 1024 2048 --blocks scan
+start model_vim_scanned model --models "$vim" --pixels 224 2048 --blocks scan
+start scan_pair scan --pair
+start mixer_core_f32 mixer --parts core --dtypes float32 --pixels 224 512
+start mixer_core_f32_large mixer --parts core --dtypes float32 --pixels 1024 2048
+finish
 
 lot third
 start scan_lengths scan --lengths 7 14 32 64 128 196 1024 4096 16384 --batches 4096 128 1024 512 256 128 32 8 2 --dtypes float32
@@ -127,9 +144,8 @@ start mixer_core_bf16 mixer --parts core --dtypes bfloat16
 finish
 lot fourth
 start scan_bf16 scan --lengths 14 196 1024 4096 16384 --batches 128 128 32 8 2 --implementations pallas --dtypes bfloat16
-start model_tiny_large model --models "$tiny" --pixels 512 1024 2048
 start model_tiny_f32_large model --models "$tiny" --precisions f32 --pixels 512 1024 2048
-start model_vit model --models vit_tiny_patch16_224 "$tiny" --precisions bf16 tf32 --blocks scan
+start model_vit_tf32 model --models vit_tiny_patch16_224 "$tiny" --precisions tf32 --blocks scan
 finish
 lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, under the device's name
 for shape in "14 128" "196 128" "1024 32" "16384 2"; do

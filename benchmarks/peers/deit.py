@@ -4,7 +4,8 @@
 
 It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), and with --train
 the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py`
-divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes minutes.
+divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes minutes. Programs that
+share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels import timing
 
 WARM_UP = 3  # calls before a graph is captured: they compile the model and choose its kernels
 SETS = (
@@ -106,15 +109,12 @@ def milliseconds(graphs: list[Any], replays: int = 20, repeats: int = 5) -> tupl
     return statistics.median(times), min(times)
 
 
-def measure(size: str, pixels: int, batch: int, what: str, autotune: bool) -> dict[str, Any]:
-    """Time one row: `what` is "forward" or "step"."""
-    name = f"deit_{size}_patch16_224"
-    make = {"forward": forward_graphs, "step": step_graph}[what]
-    median, fastest = milliseconds(make(name, pixels, batch, autotune))
-    return {
-        "row": what, "model": name, "pixels": pixels, "batch": batch, "precision": "bf16",
-        "autotuned": autotune, "ms": median, "fastest_ms": fastest, "images_per_s": 1e3 * batch / median,
-    }  # fmt: skip
+def case(name: str, pixels: int, batch: int, what: str, autotune: bool) -> timing.Case:
+    """Compile and capture one row, then time it: `what` is "forward" or "step"."""
+    graphs = {"forward": forward_graphs, "step": step_graph}[what](name, pixels, batch, autotune)
+    yield None
+    median, fastest = milliseconds(graphs)
+    yield {"ms": median, "fastest_ms": fastest, "images_per_s": 1e3 * batch / median}
 
 
 def circumstances() -> dict[str, str]:
@@ -141,13 +141,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     kinds = ("forward", "step") if chosen.train else ("forward",)
-    wanted = [(size, what) for size in chosen.models for what in kinds]
-    rows: list[dict[str, Any]] = []
-    for size, what in wanted:
-        rows.append(measure(size, chosen.pixels, chosen.batch, what, chosen.autotune))
-        print(json.dumps(rows[-1]), flush=True)
+    cases = [
+        (
+            {"row": what, "model": name, "pixels": chosen.pixels, "batch": chosen.batch,
+             "precision": "bf16", "autotuned": chosen.autotune},
+            case(name, chosen.pixels, chosen.batch, what, chosen.autotune),
+        )
+        for name in (f"deit_{size}_patch16_224" for size in chosen.models)
+        for what in kinds
+    ]  # fmt: skip
+    rows: list[timing.Row] = []
+    for row in timing.run(cases):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
         record = {"bench": "peer", "circumstances": circumstances(), "rows": rows}
-        record["complete"] = len(rows) == len(wanted)
+        record["complete"] = len(rows) == len(cases)
         if chosen.json:
             chosen.json.write_text(json.dumps(record, indent=1) + "\n")
 

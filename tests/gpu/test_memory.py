@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-PROCESSES = 6  # side by side: starting and compiling take most of the time
+PROCESSES = max(6, (os.cpu_count() or 2) - 2)  # Starting and compiling take most of the time.
 CRASHED = (-signal.SIGSEGV, 128 + signal.SIGSEGV)
 
 
