@@ -16,6 +16,8 @@ from jobs import card
 from report_peers import peer_of, peer_section, read_peers
 from report_tables import (
     core_table,
+    fallback_table,
+    fallback_table,
     largest_table,
     model_table,
     pair_table,
@@ -102,6 +104,12 @@ entry, and are held on every golden model ([docs/models.md](../docs/models.md)):
 The ViT of this package is a reference for accuracy. It is slower than timm's DeiT of the same size, so speeds of
 other models are divided by DeiT's, never by this ViT's.
 """,
+    "fallbacks": """\
+What does not run as fused kernels ([docs/gpus.md](../docs/gpus.md)) runs step by step in XLA, with the scan as a kernel.
+Beside it stands the nearest size or model that runs fused. Nanoseconds of device time per token and block, of models of
+four blocks in the fast mode with about 25,000 tokens in a batch; of masked models the encoder with the tokens it keeps.
+**cost**: the quotient.
+""",
     "train": """\
 Errors are relative errors of the first step's gradient, with all parameters as one vector; references and bf16 modes
 are those of the forward passes.
@@ -109,7 +117,7 @@ are those of the forward passes.
 }
 IDENTITY = (
     "bench", "shape", "states", "part", "model", "pixels", "batch", "width", "dtype", "gradient",
-    "implementation", "scans", "precision", "activations", "blocks", "kind",
+    "implementation", "scans", "precision", "activations", "blocks", "kind", "title",
 )  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def load(folder: Path) -> list[Row]:
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
         bench = record.get("bench")
-        if bench not in ("scan", "pair", "mixer", "model", "train"):
+        if bench not in ("scan", "pair", "mixer", "model", "train", "fallbacks"):
             continue
         for row in record["rows"]:
             if "skipped" in row or "failed" in row:
@@ -243,6 +251,8 @@ def page(cards: dict[str, list[Row]]) -> Iterator[str]:
     yield from _of_each_card("Models, forward", "model", rows, _model_parts, bench="model")
     title = "Training steps: forward, backward, AdamW"
     yield from _of_each_card(title, "train", rows, _train_parts, bench="train")
+    title = "Without the fused kernels"
+    yield from _of_each_card(title, "fallbacks", rows, _fallback_parts, bench="fallbacks")
     compared = {name: peer_section(peers[name], of) for name, of in rows.items()}
     if any(compared.values()):
         yield "## Against DeiT, bf16\n"
@@ -307,6 +317,10 @@ def _model_parts(name: str, rows: list[Row]) -> Iterator[str]:
     file = _picture("models", name)
     if plot_models(rows, name, file):
         yield f"![models]({file.name})\n"
+
+
+def _fallback_parts(name: str, rows: list[Row]) -> Iterator[str]:
+    yield fallback_table(rows)
 
 
 def _train_parts(name: str, rows: list[Row]) -> Iterator[str]:

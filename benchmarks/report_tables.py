@@ -253,6 +253,23 @@ def recipe_section(rows: list[Row]) -> str:
     return f"{about}\n{model_table(rows)}"
 
 
+def fallback_table(rows: list[Row]) -> str:
+    """Tabulate what falls back, its time per token and block, and that of the nearest one that runs fused."""
+
+    def side(row: Row, place: int) -> str:
+        options = row["fused" if place else "options"]
+        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{row['pixels'][place]} px" + (f", {said}" if said else "")
+
+    body = [
+        [r["title"], r["model"], side(r, 0), f"{r['ns']:.2f}", side(r, 1), f"{r['fused_ns']:.2f}",
+         f"**{r['cost']:.1f} ×**", "" if r.get("quiet", True) else "yes"]
+        for r in rows
+    ]  # fmt: skip
+    header = ["what falls back", "model", "as", "ns", "fused", "ns", "cost", "beside compilers"]
+    return table(header, body)
+
+
 def largest_table(rows: list[Row]) -> str:
     """Tabulate the batches that were tried to find the largest that fits."""
     body = [

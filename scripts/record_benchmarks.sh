@@ -8,6 +8,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${1:?folder for the results}
+# A missing package ends it here, and not each program by itself.
+"$python" -m fastvim_jax bench --help >/dev/null || exit 1
 mkdir -p "$out" build/benchmarks
 logs=$(mktemp -d build/benchmarks/XXXXXX)
 locks=$(mktemp -d)

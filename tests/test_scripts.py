@@ -139,6 +139,15 @@ def test_recording_says_which_program_failed(tmp_path):
     assert "bench scan --tune" in done.stdout and "train_base_compile.json" in done.stdout
 
 
+def test_recording_ends_at_once_without_the_packages(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho No module named tyro >&2\nexit 1\n")
+    python.chmod(0o755)
+    done = run("record_benchmarks.sh", str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 1 and "tyro" in done.stderr
+    assert "started" not in done.stdout and not (tmp_path / "out").exists()
+
+
 def test_recording_runs_what_is_named_and_shows_no_older_logs(tmp_path):
     done = record(tmp_path, FASTVIM_BENCH_ONLY="train_base* scan_bf16")
     assert done.returncode == 0 and "FAILED" not in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastvim_jax.models import create_model, model_config
 from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic
 
 PAGE = Path(__file__).parents[2] / "docs/gpus.md"
+RECORDS = Path(__file__).parents[2] / "benchmarks/results/h200"
 
 
 TABLE = """
@@ -35,6 +37,18 @@ def test_the_page_lists_the_fallbacks_of_all_presets():
     run = subprocess.run([sys.executable, "-c", TABLE], capture_output=True, text=True, check=True)
     assert run.stdout.count("fastvim_base_patch16_224") == 2
     assert run.stdout in PAGE.read_text(), f"docs/gpus.md should hold:\n{run.stdout}"
+
+
+def test_the_page_has_the_recorded_costs():
+    costs: dict[str, list[float]] = {}
+    for record in sorted(RECORDS.glob("fallbacks_*.json")):
+        for row in json.loads(record.read_text())["rows"]:
+            title = row["title"] + (", masked" if row["model"].startswith("mae_") else "")
+            costs.setdefault(title, []).append(row["cost"])
+    assert len(costs) == 6
+    for title, found in costs.items():
+        bounds = sorted({f"{min(found):.1f}", f"{max(found):.1f}"})
+        assert f"| {title} | {' to '.join(bounds)} × |" in PAGE.read_text()
 
 
 @needs_mosaic

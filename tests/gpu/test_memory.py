@@ -42,15 +42,25 @@ def test_every_access_is_in_bounds():
     }
     number = len(list(cases(np.random.default_rng(0))))
     tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    # Leave out the processes that XLA starts, such as the assembler.
+    tool += ["--target-processes", "application-only"]
     tool += ["--kernel-name", "kernel_substring=mosaic_gpu"]  # ours alone: minutes less
 
     def report(case: int) -> str:
-        """Return what the sanitizer says of one case. Of 22 starts 4 crashed before a kernel ran: start again."""
+        """Return what the sanitizer says of one case.
+
+        Of 22 starts 4 crashed before a kernel ran, and once one hung while it compiled: start such a case again.
+        """
         command = [*tool, sys.executable, "-m", "tests.gpu.sanitized", str(case), str(number)]
-        for _ in range(5):
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-            )
+        for attempt in range(5):
+            try:
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+                )
+            except subprocess.TimeoutExpired:
+                if attempt == 4:
+                    raise
+                continue
             text = done.stdout + done.stderr
             if done.returncode not in CRASHED or "\nran " in text or "Invalid" in text:
                 break
