@@ -17,7 +17,6 @@ from report_peers import peer_of, peer_section, read_peers
 from report_tables import (
     core_table,
     fallback_table,
-    fallback_table,
     largest_table,
     model_table,
     pair_table,
@@ -105,10 +104,10 @@ The ViT of this package is a reference for accuracy. It is slower than timm's De
 other models are divided by DeiT's, never by this ViT's.
 """,
     "fallbacks": """\
-What does not run as fused kernels ([docs/gpus.md](../docs/gpus.md)) runs step by step in XLA, with the scan as a kernel.
-Beside it stands the nearest size or model that runs fused. Nanoseconds of device time per token and block, of models of
-four blocks in the fast mode with about 25,000 tokens in a batch; of masked models the encoder with the tokens it keeps.
-**cost**: the quotient.
+What does not run as fused kernels ([docs/gpus.md](../docs/gpus.md)) runs step by step in XLA, with the scan as a
+kernel. Beside it stands the nearest size or model that runs fused. Nanoseconds of device time per token and block, of
+models of four blocks in the fast mode with about 25,000 tokens in a batch; of masked models the encoder with the tokens
+it keeps. **cost**: the quotient.
 """,
     "train": """\
 Errors are relative errors of the first step's gradient, with all parameters as one vector; references and bf16 modes
