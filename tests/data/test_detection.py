@@ -21,7 +21,7 @@ from fastvim_jax.data.detection import (
     place_objects,
 )
 from fastvim_jax.data.detection_config import DetectionData
-from fastvim_jax.data.sources.coco_file import Objects
+from fastvim_jax.data.sources.coco_file import Objects, examine
 from fastvim_jax.errors import UserError
 
 masks = pytest.importorskip("pycocotools.mask")
@@ -103,6 +103,86 @@ def test_bad_annotations_are_counted(tmp_path: Path) -> None:
     objects = source[0].target
     assert len(objects.boxes) == 3
     assert [shape is None for shape in objects.shapes] == [False, True, True]
+
+
+NOT_READ = [
+    [[1, 1, 9, 1, 9, None]], [[1, 1, 9, 1, 9, "9"]], [[1, 1, 9, 1, 9, 1e300]], [[1, 1, 9, 1, 9, float("nan")]],
+    [[1, 1, 9, 1, 9, 10**30]], [{"a": 1}], "text", {"size": [HEIGHT, WIDTH]},
+    {"size": [HEIGHT, WIDTH], "counts": [10**9]}, {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]},
+    {"size": [HEIGHT, WIDTH], "counts": [1, [2]]}, {"size": [HEIGHT, WIDTH], "counts": "\x7f\x7f"},
+    {"size": [HEIGHT, WIDTH], "counts": "abc"}, {"size": [HEIGHT, WIDTH], "counts": ""},
+    {"size": [HEIGHT, WIDTH], "counts": "é"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_masks_that_cannot_be_read_are_counted_and_never_drawn(tmp_path: Path, crowd: int) -> None:
+    """Count them. pycocotools ends the process at some, and takes memory by a polygon's length at others."""
+    whole = box(4, 4, 20, 10)
+    bad = [box(4, 4, 20, 10, iscrowd=crowd, segmentation=shape) for shape in NOT_READ]
+    root = write(tmp_path, [whole, *bad])
+    source = open_coco(config(root), "train")
+    assert source.problems == {"mask that cannot be read": len(NOT_READ)}
+    boxes = source.truth("bbox")["annotations"]
+    assert len(boxes) == 1 + len(NOT_READ) and all(each["area"] == 200 for each in boxes)
+    assert len(source.truth("segm")["annotations"]) == 1
+    assert source[0].target.shapes == (
+        tuple(whole["segmentation"][:1] for _ in range(1)) + (None,) * (0 if crowd else len(bad))
+    )
+
+
+def test_run_lengths_are_unpacked_as_pycocotools_packs_them(rng: np.random.Generator) -> None:
+    for _ in range(50):
+        drawn = rng.random(rng.integers(1, 90, 2)) < rng.random()
+        height, width = drawn.shape
+        packed = masks.encode(np.asfortranarray(drawn, np.uint8))["counts"].decode()
+        entry = box(0, 0, 1, 1, segmentation={"size": [height, width], "counts": packed})
+        assert examine(entry, width, height) == ("", entry["segmentation"])
+        entry["segmentation"]["counts"] = packed + "1"
+        assert examine(entry, width, height) == ("mask that cannot be read", None)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("images", {"id": [1]}, "'id' that is no whole number or text"),
+        ("images", {"file_name": ["0.png"]}, "'file_name' that is no text"),
+        ("images", {"width": "60"}, "'width' that is no whole number"),
+        ("images", {"height": 40.5}, "'height' that is no whole number"),
+        ("images", {"height": 0}, "impossible size"),
+        ("images", {"id": 11}, "several images have the same id, such as 11"),
+        ("annotations", {"category_id": "7"}, "'category_id' that is no whole number"),
+        ("annotations", {"image_id": None}, "'image_id' that is no whole number"),
+        ("categories", {"id": 3.5}, "'id' that is no whole number"),
+        ("categories", {"id": True}, "'id' that is no whole number"),
+        ("categories", {"id": 3}, "several categories have the same id, such as 3"),
+        ("categories", {"name": None}, "'name' that is no text"),
+    ],
+)
+def test_entries_of_other_types_and_ids_that_come_twice_are_refused(
+    tmp_path: Path, part: str, change: dict, message: str
+) -> None:
+    file = write(tmp_path, [box(4, 4, 20, 10)]) / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content[part][0] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        open_coco(config(tmp_path), "train")
+
+
+def test_odd_fields_of_annotations_are_counted_or_computed(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        [
+            box(4, 4, 20, 10, iscrowd=[1]),
+            box(4, 4, 20, 10, area="big"),
+            box(4, 4, 20, 10, bbox=["4", 4, 9, 9]),
+        ],
+    )
+    source = open_coco(config(root), "train")
+    wrong = "box that is no [x, y, width, height]"
+    assert source.problems == {"iscrowd that is neither 0 nor 1": 1, wrong: 1}
+    assert [each["area"] for each in source.truth("segm")["annotations"]] == [200]
 
 
 @pytest.mark.parametrize(
@@ -227,9 +307,9 @@ def test_a_scan_lists_what_is_wrong(tmp_path: Path, capsys) -> None:
     assert kinds == [
         "box that leaves the image",
         "box without area",
+        "mask that cannot be read",
         "missing",
         "polygon of fewer than three points",
-        "unreadable",
         "unreadable",
     ]
     assert report["objects"] == {"cat": 0, "dog": 4}

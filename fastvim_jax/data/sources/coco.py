@@ -147,11 +147,17 @@ class CocoSource:
             )
             if not known or problem in FATAL or (kind == "segm" and shape is None):
                 continue
-            area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
-            if "area" not in annotation and kind == "segm":
+            area = annotation.get("area")
+            stated = type(area) in (int, float) and 0 <= area < np.inf
+            area = area if stated else annotation["bbox"][2] * annotation["bbox"][3]
+            if not stated and kind == "segm":
                 width, height = sizes[annotation["image_id"]]
                 area = float(draw_shape(shape, (height, width), whole=(height, width)).sum())
-            filled = {"area": area, "iscrowd": annotation.get("iscrowd", 0), "id": len(kept) + 1}
+            filled = {
+                "area": area,
+                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "id": len(kept) + 1,
+            }
             kept.append({**annotation, **filled, "segmentation": shape})
         return {**self.content, "annotations": kept}
 

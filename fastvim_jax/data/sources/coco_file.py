@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,20 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 
 _FEWEST_NUMBERS = 6  # of a polygon: three points
-FATAL = ("box without area", "box outside the image", "box that is no [x, y, width, height]")
+_MOST_PIXELS = 2**26  # of a side; no larger image is read
+_WORDS = {int: "whole number", str: "text"}
+# Parts of a file, and the fields that their entries need, with the types.
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "width": (int,), "height": (int,)},
+    "annotations": {"image_id": (int, str), "category_id": (int,)},
+    "categories": {"id": (int,), "name": (str,)},
+}
+FATAL = (
+    "box without area",
+    "box outside the image",
+    "box that is no [x, y, width, height]",
+    "iscrowd that is neither 0 nor 1",
+)
 """Problems of annotations that nothing can be judged or trained by."""
 
 
@@ -132,9 +146,13 @@ def examine(annotation: dict[str, Any], width: int, height: int) -> tuple[str, A
     Polygons of fewer than three points are dropped; an object none of whose polygons is left has no mask (None).
     """
     try:
-        x, y, w, h = (float(v) for v in annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
+        if not all(type(v) in (int, float) for v in annotation["bbox"]):
+            return "box that is no [x, y, width, height]", None
+        x, y, w, h = map(float, annotation["bbox"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return "box that is no [x, y, width, height]", None
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        return "iscrowd that is neither 0 nor 1", None
     if not np.isfinite([x, y, w, h]).all():
         return "box that is no [x, y, width, height]", None
     if w <= 0 or h <= 0:
@@ -143,9 +161,12 @@ def examine(annotation: dict[str, Any], width: int, height: int) -> tuple[str, A
         return "box outside the image", None
     shape = annotation.get("segmentation")
     if isinstance(shape, dict):
-        fits = shape.get("size") == [height, width]
-        return ("", shape) if fits else ("mask of another size than its image", None)
+        if shape.get("size") != [height, width]:
+            return "mask of another size than its image", None
+        return ("", shape) if _is_mask(shape, height, width) else ("mask that cannot be read", None)
     polygons = shape or []
+    if not _are_polygons(polygons, height, width):
+        return "mask that cannot be read", None
     whole = [p for p in polygons if len(p) >= _FEWEST_NUMBERS and len(p) % 2 == 0]
     problem = "polygon of fewer than three points" if len(whole) < len(polygons) else ""
     if not problem and (x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1):
@@ -153,25 +174,72 @@ def examine(annotation: dict[str, Any], width: int, height: int) -> tuple[str, A
     return problem, whole or None
 
 
+def _are_polygons(polygons: Any, height: int, width: int) -> bool:
+    """Tell whether these are lists of numbers near the image: drawing takes memory by a polygon's length."""
+    if not isinstance(polygons, list) or not all(isinstance(each, list) for each in polygons):
+        return False
+    values = [value for each in polygons for value in each]
+    if not all(type(value) in (int, float) for value in values):
+        return False
+    side = max(height, width)
+    return all(-side <= value <= 2 * side for value in values)  # NaN is neither.
+
+
+def _is_mask(shape: dict[str, Any], height: int, width: int) -> bool:
+    """Tell whether the run lengths of an RLE fill the image: of others, pycocotools reads and writes too much."""
+    counts = shape.get("counts")
+    if isinstance(counts, str):
+        lengths = _unpacked(counts)
+    elif isinstance(counts, list) and all(type(each) is int for each in counts):
+        lengths = np.asarray(counts, np.float64)
+    else:
+        return False
+    return bool((lengths >= 0).all() and lengths.sum() == height * width)
+
+
+def _unpacked(counts: str) -> Float[np.ndarray, " n"]:
+    """Unpack an RLE's text: base-32 digits, the lowest first, of which 32 says that more follow; from the fourth number
+    on, each is the difference to the last but one.
+
+    Returns:
+        The run lengths; [-1] for text that is none.
+    """
+    wrong = np.asarray([-1.0])
+    digits = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return wrong
+    ends = np.flatnonzero(digits & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(digits)) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 6:  # More than 35 bits.
+        return wrong
+    values = np.add.reduceat((digits & 31) << (5 * place), starts)
+    negative = digits[ends] & 16 > 0
+    values = values - np.where(negative, np.int64(1) << (5 * (ends - starts + 1)), 0)
+    lengths = values.astype(np.float64)
+    lengths[1::2], lengths[2::2] = np.cumsum(lengths[1::2]), np.cumsum(lengths[2::2])
+    return lengths
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read an annotation file and check that it has COCO's parts.
 
     Raises:
-        UserError: no such file, no JSON, or a part is missing.
+        UserError: no such file, no JSON, a part is missing, a field has another type, or an id comes twice.
     """
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{str(file)!r} is not a regular file.")
+        content = parse_json(file.read_bytes())
     except OSError as error:
         raise UserError(
             f"{str(file)!r}: {error.strerror or error} (data.path, data.annotations and the split's name make it)."
         ) from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{str(file)!r} is no JSON: {error}.") from None
-    for part, fields in (
-        ("images", ("id", "file_name", "width", "height")),
-        ("annotations", ("image_id", "category_id")),
-        ("categories", ("id", "name")),
-    ):
+    for part, fields in _FIELDS.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise UserError(
@@ -182,4 +250,20 @@ def read_json(file: Path) -> dict[str, Any]:
                 raise UserError(
                     f"{str(file)!r}: an entry of {part!r} has no {lacking[0]!r}: {str(entry)[:80]}"
                 )
+            if wrong := [f for f, kinds in fields.items() if type(entry[f]) not in kinds]:
+                raise UserError(
+                    f"{str(file)!r}: an entry of {part!r} has a {wrong[0]!r} that is no "
+                    f"{' or '.join(_WORDS[kind] for kind in fields[wrong[0]])}: {str(entry)[:80]}"
+                )
+    for part in ("images", "categories"):
+        counts = Counter(entry["id"] for entry in content[part])
+        if twice := [str(id) for id, count in counts.items() if count > 1]:
+            raise UserError(
+                f"{str(file)!r}: several {part} have the same id, such as {twice[0][:80]}: number them anew."
+            )
+    for image in content["images"]:
+        if not (0 < image["width"] <= _MOST_PIXELS and 0 < image["height"] <= _MOST_PIXELS):
+            raise UserError(
+                f"{str(file)!r}: an entry of 'images' has an impossible size: {str(image)[:80]}"
+            )
     return content
