@@ -39,6 +39,21 @@ def read_file(file: Path | str) -> bytes:
             raise DecodeError(f"{name}: {error.strerror or error}.") from None
 
 
+def require_regular(file: Path | str) -> None:
+    """Refuse what is no regular file, before a library opens it: opening a FIFO waits for a writer.
+
+    Raises:
+        DecodeError: it is a FIFO, a device or a folder, or is not there.
+    """
+    name = printable(str(file))
+    try:
+        regular = stat.S_ISREG(os.stat(file).st_mode)
+    except OSError as error:
+        raise DecodeError(f"{name}: {error.strerror or error}.") from None
+    if not regular:
+        raise DecodeError(f"{name}: not a regular file.")
+
+
 def _open_without_waiting(file: str, flags: int) -> int:
     """Open a file without blocking, because opening a FIFO otherwise waits for a writer."""
     return os.open(file, flags | os.O_NONBLOCK)
@@ -93,12 +108,20 @@ def _walk(folder: str, home: str, follow_links: bool, above: frozenset[str]) -> 
             continue
         if entry.is_symlink():
             check_link(entry.path, home, follow_links=follow_links)
-        if entry.is_dir():
+        if is_folder(entry):
             folders.append(entry.path)
         else:
             yield entry.path
     for each in folders:
         yield from _walk(each, home, follow_links, above | {real})
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder, or a link to one. A link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def check_link(link: str, home: str, *, follow_links: bool) -> None:

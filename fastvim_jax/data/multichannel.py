@@ -23,8 +23,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
-from fastvim_jax.data.files import read_file
-from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.files import read_file, walk
+from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError
 
 Depth = Literal["full", "percentile"]
@@ -133,7 +133,11 @@ def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
 
 
 def find_channel_files(
-    folder: Path, pattern: str, channels: Sequence[str] | None = None
+    folder: Path,
+    pattern: str,
+    channels: Sequence[str] | None = None,
+    *,
+    follow_links: bool = True,
 ) -> dict[tuple[tuple[str, str], ...], dict[str, Path]]:
     """Group the files of a folder into images by a naming pattern.
 
@@ -143,23 +147,30 @@ def find_channel_files(
             together the image: "{plate}_{well}_s{site}/ch{number}_{channel}.png". A field matches up to the text
             that follows it. `{}` matches anything and is forgotten.
         channels: the channels wanted, in this order; None: all that are found, by name.
+        follow_links: list what links lead to outside the folder. Otherwise such a link is an error.
 
     Returns:
         (field, value) pairs of each image, sorted → channel → file. An image may lack channels.
 
     Raises:
-        UserError: the pattern has no `{channel}`, or no file matches it.
+        UserError: the pattern has no `{channel}`, no file matches it, or two files match for one channel of an image.
     """
     expression = _expression(pattern)
     images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
         match = expression.fullmatch(file.relative_to(folder).as_posix())
         if match is None:
             continue
         fields = match.groupdict()
         channel = fields.pop("channel")
         if channels is None or channel in channels:
-            images.setdefault(tuple(sorted(fields.items())), {})[channel] = file
+            files = images.setdefault(tuple(sorted(fields.items())), {})
+            if channel in files:
+                raise UserError(
+                    f"{printable(str(files[channel]))} and {printable(str(file))} are the channel {printable(channel)} "
+                    f"of one image by {pattern!r}: name a field for the part in which they differ, or move one away."
+                )
+            files[channel] = file
     if not images:
         raise UserError(f"no file below {str(folder)!r} matches {pattern!r}.")
     order = (

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvim_jax.data.files import MAX_BYTES, read_file
 from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def regular_members(tar: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of an opened tar file, and check that nothing but zeros follows the last.
+
+    `tarfile` ends without an error at the first header that is damaged or cut short. All later members would then be
+    missing without a word.
+
+    Raises:
+        UserError: something that is no member follows.
+        tarfile.TarError: the first header is damaged, or the last member is cut short.
+    """
+    for member in tar:
+        # Links and devices are no files; a sparse file's bytes do not lie in one piece.
+        if member.isfile() and not member.issparse():
+            yield member
+    file, place = tar.fileobj, tar.offset
+    assert file is not None
+    file.seek(place)
+    rest = iter(functools.partial(file.read, 2**20), b"")
+    first = next(rest, b"")
+    if not first:
+        _log.warning("%s has no end mark: it may be cut short.", printable(shard))
+    if first.strip(b"\0") or any(part.strip(b"\0") for part in rest):
+        raise UserError(
+            f"{printable(shard)} cannot be read as a tar file from byte {place:,} on: it is damaged there, cut short, "
+            "or two archives in one file. Pack it again."
+        )
 
 
 def list_members(shard: str) -> list[str]:
@@ -70,11 +102,9 @@ def _index(shard: str, version: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Return offset and size in bytes by member. If a name comes several times, the last counts, as for tar itself."""
     try:
         with tarfile.open(shard, "r:") as tar:
-            # Links and devices are no files; a sparse file's bytes do not lie in one piece.
             found = {
                 member.name: (member.offset_data, member.size)
-                for member in tar
-                if member.isfile() and not member.issparse()
+                for member in regular_members(tar, shard)
             }
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(

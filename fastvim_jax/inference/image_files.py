@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastvim_jax.data.files import walk
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
@@ -60,13 +62,10 @@ def _expand(name: str) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    return sorted(
-        str(each)
-        for each in folder.rglob("*")
-        if each.suffix.lower() in SUFFIXES
-        and each.is_file()
-        and not any(part.startswith(".") for part in each.relative_to(folder).parts)
-    )
+    """List the images of a folder and its sub-folders, linked ones too. A link to nothing is listed, to be reported."""
+    found = walk(folder, folder, follow_links=True)
+    images = (each for each in found if each.lower().endswith(SUFFIXES))
+    return sorted(each for each in images if os.path.isfile(each) or not os.path.exists(each))
 
 
 def _in_tar(name: str) -> list[str]:

@@ -129,3 +129,19 @@ def test_a_link_out_of_the_folder_is_refused(fields, pattern, tmp_path):
     with pytest.raises(UserError, match="is a link out of the data set"):
         open_source("channel_files", "train", path=pattern)
     assert len(open_source("channel_files", "train", path=pattern, follow_links=True)) == 6
+
+
+def test_linked_folders_are_read_and_hidden_ones_are_not(fields, pattern, tmp_path):
+    drug = tmp_path / "plate" / "train" / "drug"
+    drug.rename(tmp_path / "plate" / "away")
+    drug.symlink_to(tmp_path / "plate" / "away")
+    (drug / ".A9_s0_DNA.png").write_bytes(b"hidden")
+    assert len(open_source("channel_files", "train", path=pattern)) == 6
+
+
+def test_two_files_of_one_channel_are_refused(fields, pattern, tmp_path):
+    """Refuse them: the second took the first one's place without a word."""
+    drug = tmp_path / "plate" / "train" / "drug"
+    (drug / "A1_s1_DNA.tif").write_bytes((drug / "A1_s1_DNA.png").read_bytes())
+    with pytest.raises(UserError, match=r"A1_s1_DNA.png and .*A1_s1_DNA.tif are the channel DNA"):
+        open_source("channel_files", "train", path=pattern.replace(".png", ".{}"))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,6 +303,34 @@ def test_damage_is_found(image_tree: Path, tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match=r"00001-of-00003.array_record' is missing"):
         open_source("array_record", "train", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("class_names", "abc"), ("class_names", ["ant", 3, "cat"]), ("class_names", None), ("channel_names", "RGB"),
+        ("source_records", 31), ("shards", []), ("shards.0", None), ("shards.0.records", 1e20),
+        ("shards.0.records", -3), ("shards.0.sha256", None), ("shards.1.bytes", "9"), ("shards.1.file", 3),
+        ("left_out", {"0": "a"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_named(
+    field: str, value: Any, image_tree: Path, tmp_path: Path
+) -> None:
+    """Name a damaged manifest, rather than read fewer records or take a text for a list of letters."""
+    tree = open_source("image_folder", "train", path=str(image_tree))
+    prepare(tree, tmp_path / "out", "train", shard_records=15)
+    file = tmp_path / "out" / "train.json"
+    manifest = inner = json.loads(file.read_text())
+    *path, last = field.split(".")
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train.json.*(is damaged|lacks shards or records)"):
+        open_source("array_record", "train", path=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"train.json.*(is damaged|prepared with other)"):
+        prepare(tree, tmp_path / "out", "train", shard_records=15)
 
 
 _FULL = """

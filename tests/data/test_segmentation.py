@@ -133,6 +133,56 @@ def test_patterns_span_folders(root):
         open_masks(config(root, mask_pattern="fine/x.png"), "training")
 
 
+def test_linked_folders_are_read_and_hidden_ones_are_not(root, tmp_path_factory):
+    """Read linked folders, which were left out without a word, and leave out hidden ones."""
+    for folder, ending in (("images", "jpg"), ("annotations", "png")):
+        training = root / folder / "training"
+        (root / "more" / folder).mkdir(parents=True)
+        shutil.copy(training / f"scene_0.{ending}", root / "more" / folder / f"again.{ending}")
+        (training / "linked").symlink_to(root / "more" / folder)
+        shutil.copytree(root / "more" / folder, training / ".ipynb_checkpoints")
+    source = open_masks(config(root), "training")
+    assert len(source) == 5 and source[0].name.endswith("training/linked/again.jpg")
+    outside = tmp_path_factory.mktemp("elsewhere") / "images"
+    (root / "more/images").rename(outside)
+    (root / "images/training/linked").unlink()
+    (root / "images/training/linked").symlink_to(outside)
+    with pytest.raises(UserError, match="is a link out of the data set's folder"):
+        open_masks(config(root), "training")
+    assert len(open_masks(config(root, follow_links=True), "training")) == 5
+
+
+def test_two_images_of_one_name_are_refused(root):
+    shutil.copy(root / "images/training/scene_1.jpg", root / "images/training/scene_1.jpeg")
+    with pytest.raises(UserError, match=r"scene_1.jpeg and .*scene_1.jpg both match"):
+        open_masks(config(root, image_pattern="images/{split}/{name}.*"), "training")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Idx,Name\n1,mur\n2,fenêtre\n3,ciel\n".encode("latin-1"), None),
+        ("\ufeffIdx,Name\n1,wall\n2,box\n3,sky\n".encode(), None),
+        (b"Idx,Name\n1,wall\n2\n3,sky\n", r"row 2 has no name"),
+        (b"Idx,Name\n1,wall\n2,\x00\x80\n", r"is no text"),
+        (b"Idx,Title\n1,wall\n", r"needs a header"),
+        (b"", r"needs a header"),
+        (b"Idx,Name\n1," + b"x" * 200_000 + b"\n", r"cannot be read as a table"),
+    ],
+)
+def test_class_tables_are_read_as_people_have_them_or_named(root, content, message):
+    (root / "classes.txt").unlink()
+    (root / "objectInfo150.csv").write_bytes(content)
+    if message is None:
+        source = open_masks(config(root, zero_is_ignored=True), "training")
+        assert len(source.class_names) == 3
+        with pytest.raises(UserError, match="zero_is_ignored"):
+            open_masks(config(root), "training")
+        return
+    with pytest.raises(UserError, match=rf"objectInfo150.csv.*{message}"):
+        open_masks(config(root, zero_is_ignored=True), "training")
+
+
 def test_missing_masks_are_counted_and_named(root):
     (root / "annotations/training/scene_1.png").unlink()
     with pytest.raises(UserError, match=r"1 of 4 images.*have no mask.*scene_1.jpg.*Add the masks"):

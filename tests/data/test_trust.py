@@ -16,6 +16,8 @@ from fastvim_jax.data import DecodeError, open_source
 from fastvim_jax.data.files import read_file, walk
 from fastvim_jax.data.prepare.check import check
 from fastvim_jax.data.prepare.shards import prepare
+from fastvim_jax.data.sources.layout import guess_source, list_splits
+from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
 
 
@@ -96,6 +98,26 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         with pytest.raises(DecodeError, match=r"not a regular file|Is a directory") as raised:
             read_file(file)
         assert str(raised.value).count(str(file)) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "itself"])
+@pytest.mark.parametrize("file", ["train-0.tar", "train.json"])
+def test_neither_a_fifo_nor_a_device_in_the_place_of_a_shard_or_manifest_is_opened(
+    kind: str, file: str, tmp_path: Path
+) -> None:
+    """Refuse them, in finding out what kind of set it is, too: a FIFO waits for a writer, a device never ends."""
+    place = tmp_path / file
+    if kind == "fifo":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero" if kind == "device" else place)
+    for read in (
+        lambda: open_source("webdataset", "train", path=str(tmp_path)),
+        lambda: open_source("pixels", "train", path=str(tmp_path)),
+        lambda: list_splits(guess_source(str(tmp_path)), str(tmp_path)) and 1 / 0,
+    ):
+        with pytest.raises((UserError, ZeroDivisionError)):
+            read()
 
 
 def _npz(folder: Path, **members: Any) -> str:
@@ -191,6 +213,40 @@ def test_every_image_of_a_shard_is_a_record(tmp_path: Path) -> None:
     found = [(source[i].image, source[i].target) for i in range(len(source))]
     labels = [0, 1, 2, 1, 2, 2, 0, 0]
     assert found == [(str(i + 1).encode(), label) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("damage", ["header", "cut", "zeros", "joined"])
+def test_a_shard_that_cannot_be_read_to_its_end_is_refused(damage: str, tmp_path: Path) -> None:
+    """Refuse damage behind the first member: `tarfile` ends there without an error, and later images are missing."""
+    members = [(f"{i}.{kind}", b"1") for i in range(3) for kind in ("png", "cls")]
+    shard = Path(_tar(tmp_path, members)) / "train-0000.tar"
+    content = bytearray(shard.read_bytes())
+    if damage == "header":
+        content[2 * 1024 + 3] ^= 1
+    elif damage == "cut":
+        del content[2 * 1024 + 100 :]
+    elif damage == "zeros":
+        content[2 * 1024 : 2 * 1024 + 512] = bytes(512)
+    else:
+        content += bytes(content)
+    shard.write_bytes(content)
+    for read in (
+        lambda: open_source("webdataset", "train", path=str(tmp_path)),
+        lambda: list_members(str(shard)),
+    ):
+        with pytest.raises(
+            UserError, match=r"train-0000.tar cannot be read as a tar file from byte"
+        ):
+            read()
+
+
+def test_a_shard_without_an_end_mark_is_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = Path(_tar(tmp_path, [("a.png", b"1"), ("a.cls", b"0")])) / "train-0000.tar"
+    shard.write_bytes(shard.read_bytes()[: 2 * 1024])
+    assert len(open_source("webdataset", "train", path=str(tmp_path))) == 1
+    assert "train-0000.tar has no end mark: it may be cut short" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,21 @@ def test_patterns_and_lists_name_folders_too(tmp_path, rng):
         find_images([f"@{tmp_path}/list.txt"])
 
 
+def test_linked_folders_are_listed_and_links_to_nothing_are_told(tmp_path, rng):
+    folder = tmp_path / "photos"
+    (folder / "cat").mkdir(parents=True)
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "2.png").write_bytes(png(rng))
+    (folder / "cat" / "1.png").write_bytes(png(rng))
+    (folder / "linked").symlink_to(tmp_path / "away")
+    (folder / "circle").symlink_to(folder)
+    (folder / "lost.png").symlink_to(tmp_path / "nothing.png")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "3.png").write_bytes(png(rng))
+    names = ("cat/1.png", "linked/2.png", "lost.png")
+    assert find_images([folder]) == [f"{folder}/{name}" for name in names]
+
+
 def test_a_tar_file_that_changed_is_read_anew(shards, tmp_path, rng):
     name = next(iter(shards))
     assert read_image_file(name) == shards[name]

@@ -22,7 +22,7 @@ from fastvim_jax.data.prepare.writing import explain_shard_errors
 from fastvim_jax.data.records import DecodeError, Source, printable, read_record
 from fastvim_jax.data.sources.array_record import FORMAT
 from fastvim_jax.data.sources.labels import refuse_stray_labels, stray_label
-from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT
+from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, check_manifest
 from fastvim_jax.data.sources.pixels import FORMAT as PIXELS_FORMAT
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
@@ -274,6 +274,7 @@ def _resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             f"{str(file)!r} holds this split prepared with other {', '.join(changed)}: choose another folder, "
             "or remove that file."
         )
+    check_manifest(found, file)
     return found
 
 

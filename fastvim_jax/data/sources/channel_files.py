@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvim_jax.data.files import check_link
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.listing import SharedArray, Texts
 from fastvim_jax.data.multichannel import find_channel_files, read_channel_files, to_uint8
@@ -63,8 +62,12 @@ class ChannelFilesSource:
                 f"{pattern!r} has no {{split}}, so the only split is 'all', not {split!r}. A slice takes a part of "
                 "it: all[1000:]."
             )
-        found = _find(root, pattern, split, channels)
-        classes = read_class_list(class_list) if class_list else _classes(root, pattern, found)
+        found = _find(root, pattern, split, channels, follow_links)
+        classes = (
+            read_class_list(class_list)
+            if class_list
+            else _classes(root, pattern, found, follow_links)
+        )
         label_of = folder_labels(classes)
         unknown = sorted({_class_of(key) for key in found} - set(label_of))
         if unknown:
@@ -76,13 +79,8 @@ class ChannelFilesSource:
         self.channel_names = tuple(channels) or _channels_of(found)
         if not self.channel_names:
             raise UserError(f"{pattern!r} finds no channel.")
-        home, files = os.path.realpath(root), []
-        for image in found.values():
-            for channel in self.channel_names:
-                file = image.get(channel)
-                if file is not None and file.is_symlink():
-                    check_link(str(file), home, follow_links=follow_links)
-                files.append("" if file is None else os.path.relpath(file, root))
+        in_order = (image.get(name) for image in found.values() for name in self.channel_names)
+        files = ["" if file is None else os.path.relpath(file, root) for file in in_order]
         self._root, self._files = root, Texts(files)
         self._labels = SharedArray(np.asarray([label_of[_class_of(key)] for key in found]))
 
@@ -127,17 +125,20 @@ def split_pattern(path: str) -> tuple[str, str]:
 
 
 def _find(
-    root: Path, pattern: str, split: str, channels: Sequence[str]
+    root: Path, pattern: str, split: str, channels: Sequence[str], follow_links: bool
 ) -> dict[Key, dict[str, Path]]:
     braces = split.replace("{", "{{").replace("}", "}}")
-    return find_channel_files(root, pattern.replace("{split}", braces), channels or None)
+    filled = pattern.replace("{split}", braces)
+    return find_channel_files(root, filled, channels or None, follow_links=follow_links)
 
 
-def _classes(root: Path, pattern: str, found: dict[Key, dict[str, Path]]) -> ClassList:
+def _classes(
+    root: Path, pattern: str, found: dict[Key, dict[str, Path]], follow_links: bool
+) -> ClassList:
     names = {_class_of(key) for key in found}
     try:
         if "{split}" in pattern:
-            names = {_class_of(key) for key in _find(root, pattern, "train", ())}
+            names = {_class_of(key) for key in _find(root, pattern, "train", (), follow_links)}
     except UserError:  # There is no split train: the classes are the split's own.
         pass
     ordered = tuple(sorted(names))

@@ -38,7 +38,7 @@ def read_class_list(file: Path) -> ClassList:
     """
     if not file.is_file():
         raise UserError(f"The class list {str(file)!r} does not exist.")
-    lines = _text(file).splitlines()
+    lines = read_list_text(file).splitlines()
     if file.suffix.lower() not in _DELIMITERS:
         names = tuple(line.strip() for line in lines if line.strip())
         if not names:
@@ -69,7 +69,12 @@ def find_class_list(root: Path) -> ClassList | None:
     return next((read_class_list(root / name) for name in FILES if (root / name).is_file()), None)
 
 
-def _text(file: Path) -> str:
+def read_list_text(file: Path) -> str:
+    """Read a class list's text; see `read_class_list` for what is understood.
+
+    Raises:
+        UserError: the file cannot be read, is too large or is no text.
+    """
     try:
         size = file.stat().st_size
         if size > _MOST_BYTES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvim_jax.data.files import check_link, read_file, walk
+from fastvim_jax.data.files import check_link, is_folder, read_file, walk
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.listing import SharedArray, Texts, listed
 from fastvim_jax.data.records import Record, printable
@@ -166,4 +166,4 @@ def _holds_images(folder: Path) -> bool:
 def folders_in(root: Path) -> list[str]:
     """List the names of the sub-folders, sorted, without hidden ones."""
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if is_folder(e) and not e.name.startswith("."))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.data.files import read_file
+from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.json_text import parse_json
 
@@ -40,7 +42,57 @@ def read_manifest(root: Path, split: str, format: str) -> dict[str, Any]:
         raise UserError(
             f"{str(file)!r}: the preparation was not finished; give the same `fastvim data prepare` command again."
         )
+    check_manifest(manifest, file)
+    if len(manifest["shards"]) != _count(manifest["shards"]) or _records(manifest) != manifest.get(
+        "source_records"
+    ):
+        raise UserError(f"{str(file)!r} lacks shards or records: prepare the split again.")
     return manifest
+
+
+def check_manifest(manifest: dict[str, Any], file: Path) -> None:
+    """Check the types of a manifest's fields, because files that were edited or damaged hold anything.
+
+    Raises:
+        UserError: naming the first field that is not as `fastvim data prepare` writes it.
+    """
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**53
+
+    sound: dict[str, Any] = {
+        "source_records": whole,
+        "class_names": texts,
+        "channel_names": lambda value: value is None or texts(value),
+        "shards": lambda value: isinstance(value, dict),
+        "left_out": lambda value: isinstance(value, dict) and all(map(texts, value.values())),
+    }
+    wrong = [name for name, fits in sound.items() if not fits(manifest.get(name))]
+    of_shard = {"file": str, "records": whole, "bytes": whole, "sha256": str}
+    for number, shard in {} if wrong else manifest["shards"].items():
+        for name, kind in of_shard.items():
+            value = shard.get(name) if isinstance(shard, dict) else None
+            if not (isinstance(value, str) if kind is str else whole(value)):
+                wrong.append(f"shards.{number}.{name}")
+    if wrong:
+        raise UserError(
+            f"{str(file)!r} is damaged: {printable(wrong[0])} is not what `fastvim data prepare` writes. Remove the "
+            "file and prepare the split again."
+        )
+
+
+def _count(shards: dict[str, Any]) -> int:
+    """Count the shards that are numbered from 0 without a gap."""
+    return next(number for number in range(len(shards) + 1) if str(number) not in shards)
+
+
+def _records(manifest: dict[str, Any]) -> int:
+    """Count the records in the shards, and those that were left out."""
+    written = sum(shard["records"] for shard in manifest["shards"].values())
+    return written + sum(map(len, manifest["left_out"].values()))
 
 
 def prepared_splits(root: Path, source: str) -> list[str]:
@@ -80,7 +132,7 @@ def _source_of(file: Path) -> str | None:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse_json(read_file(file))
+    except (DecodeError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -18,10 +18,14 @@ from jaxtyping import Int
 from PIL import Image
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
-from fastvim_jax.data.files import read_inside
+from fastvim_jax.data.files import check_link, read_inside, walk
 from fastvim_jax.data.listing import listed, packed_texts, unpacked_texts
 from fastvim_jax.data.records import DecodeError, Record, printable
-from fastvim_jax.data.sources.class_lists import find_class_list, read_class_list
+from fastvim_jax.data.sources.class_lists import (
+    find_class_list,
+    read_class_list,
+    read_list_text,
+)
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.errors import UserError
 
@@ -70,8 +74,8 @@ class MaskFolderSource:
         self._follow_links = follow_links
 
         def list_pairs() -> dict[str, np.ndarray]:
-            images = _find(root, split, image_pattern)
-            masks = _find(root, split, mask_pattern) if images else {}
+            images = _find(root, split, image_pattern, follow_links)
+            masks = _find(root, split, mask_pattern, follow_links) if images else {}
             names = sorted(images)
             lists = {
                 "images": [images[name] for name in names],
@@ -132,10 +136,15 @@ def segmentation_classes(root: Path, class_list: Path | None, count: int) -> tup
         return read_class_list(class_list).names
     table = root / _ADE20K_CLASSES if class_list is None else class_list
     if table.is_file():
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+        rows = _rows(table)
         if not rows or "Name" not in rows[0]:
             raise UserError(f"the class list {str(table)!r} needs a header with the column Name.")
-        return tuple(row["Name"].split(";")[0] for row in rows)
+        names = tuple((row["Name"] or "").split(";")[0].strip() for row in rows)
+        if not all(names):
+            raise UserError(
+                f"the class list {str(table)!r}: row {names.index('') + 1} has no name in the column Name."
+            )
+        return names
     if class_list is not None:
         raise UserError(f"The class list {str(class_list)!r} does not exist.")
     found = find_class_list(root)
@@ -154,8 +163,21 @@ def counts_from_one(root: Path, class_list: Path | None) -> bool:
     table = root / _ADE20K_CLASSES if class_list is None else class_list
     if table.suffix != ".csv" or not table.is_file():
         return False
-    first = next(csv.DictReader(table.read_text(encoding="utf-8").splitlines()), {})
-    return (first.get("Idx") or "").strip() == "1"
+    return any((row.get("Idx") or "").strip() == "1" for row in _rows(table)[:1])
+
+
+def _rows(table: Path) -> list[dict[str, str | None]]:
+    """Read a table with a header.
+
+    Raises:
+        UserError: it is no text or no table.
+    """
+    try:
+        return list(csv.DictReader(read_list_text(table).splitlines()))
+    except csv.Error as error:
+        raise UserError(
+            f"the class list {str(table)!r} cannot be read as a table: {error}."
+        ) from None
 
 
 def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
@@ -192,8 +214,12 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
     return labels.astype(np.int32)
 
 
-def _find(root: Path, split: str, pattern: str) -> dict[str, str]:
-    """List the paths below `root` that match a pattern, by what `{name}` stands for."""
+def _find(root: Path, split: str, pattern: str, follow_links: bool) -> dict[str, str]:
+    """List the paths below `root` that match a pattern, by what `{name}` stands for.
+
+    Raises:
+        UserError: a link leads out of `root`, and `follow_links` is not set.
+    """
     filled = pattern.replace("{split}", split)
     before, _, _ = filled.partition("{name}")
     start = before.rpartition("/")[0]
@@ -202,14 +228,21 @@ def _find(root: Path, split: str, pattern: str) -> dict[str, str]:
     ending = re.escape(tail.removesuffix(".*")) + (r"\.[^.]+" if any_image else "")
     matcher = re.compile(re.escape(head) + "(.+?)" + ending)
     found: dict[str, str] = {}
-    for directory, subfolders, files in os.walk(root / start):
-        subfolders.sort()
-        for file in sorted(files):
-            path = os.path.relpath(os.path.join(directory, file), root).replace(os.sep, "/")
-            match = matcher.fullmatch(path)
-            if match is None or file.startswith("."):
-                continue
-            if any_image and os.path.splitext(file)[1].lower() not in EXTENSIONS:
-                continue
-            found[match.group(1)] = path
+    if not (root / start).is_dir():
+        return found
+    check_link(str(root / start), os.path.realpath(root), follow_links=follow_links)
+    for file in walk(root / start, root, follow_links=follow_links):
+        path = os.path.relpath(file, root).replace(os.sep, "/")
+        match = matcher.fullmatch(path)
+        if match is None:
+            continue
+        if any_image and os.path.splitext(path)[1].lower() not in EXTENSIONS:
+            continue
+        name = match.group(1)
+        if name in found:
+            raise UserError(
+                f"{printable(found[name])} and {printable(path)} both match {pattern!r} with the name "
+                f"{printable(name)!r}: move one away, or write the ending into the pattern."
+            )
+        found[name] = path
     return found

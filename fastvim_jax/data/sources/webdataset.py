@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvim_jax.data.files import require_regular
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.listing import SharedArray, Texts, listed
 from fastvim_jax.data.records import Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
+from fastvim_jax.data.tar_members import regular_members
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.json_text import parse_json
 
@@ -120,12 +122,10 @@ def _index(shard: Path) -> list[tuple[str, int, int, int]]:
     labels: dict[str, list[int]] = {}
     bad: dict[str, str] = {}
     try:
+        require_regular(shard)
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+            for member in regular_members(tar, str(shard)):
                 stem, extension = _split(member.name)
-                # Links and devices are no files; a sparse file's bytes do not lie in one piece.
-                if not member.isfile() or member.issparse():
-                    continue
                 if extension in EXTENSIONS:
                     images.append((member.name, member.offset_data, member.size))
                 elif extension in (".cls", ".json") and member.size <= _MOST_LABEL_BYTES:
