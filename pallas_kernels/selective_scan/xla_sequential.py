@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.exponential import LOG2E, exp2
 from pallas_kernels.selective_scan import chunks
 
 
@@ -30,7 +31,9 @@ def _dot(subscripts: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _decay(step: jax.Array, A: jax.Array) -> jax.Array:
-    return jnp.exp(step[..., None, :] * A)
+    if step.dtype != jnp.float32:
+        return jnp.exp(step[..., None, :] * A)
+    return exp2(step[..., None, :] * (A * LOG2E))
 
 
 class _Sequential:
