@@ -76,7 +76,7 @@ def test_equals_the_oracle_under_given_masks(family, options, padded, rng):
         removed = np.stack([rng.permuted(removed[0].ravel()).reshape(GRID) for _ in range(3)])
     with x64():
         model = tiny(family, dtype="float64", param_dtype="float64", **options)
-        masking = masking_of(jnp.asarray(removed), places=12 if padded else None)
+        masking = masking_of(jnp.asarray(removed), places=GRID[0] * GRID[1] if padded else None)
         assert (masking.counts is not None) == padded
         graphdef, params = nnx.split(model)
         params = jax.tree.map(lambda p: p + 0.2 * rng.standard_normal(p.shape), params)
