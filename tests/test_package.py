@@ -30,10 +30,20 @@ from fastvim_jax.precision import Precision
 from tests.support import ROOT
 
 # Which rooms a room may import from, besides itself. Arrows point down only.
-BASE = {"errors", "typing", "precision", "serialise", "config_checks", "json_text", "version"}
+BASE = {
+    "errors",
+    "closed_output",
+    "typing",
+    "precision",
+    "serialise",
+    "config_checks",
+    "json_text",
+    "version",
+}
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "errors": set(),
+    "closed_output": set(),
     "typing": set(),
     "json_text": set(),
     "version": set(),

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from fastvim_jax.cli.usage import UsageError
+from fastvim_jax.closed_output import open_standard_streams, say
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.version import __version__
 
@@ -65,6 +66,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 75 training was asked to stop and 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    open_standard_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = _take(arguments, "--traceback")
     cache = not _take(arguments, "--no-compilation-cache")
@@ -111,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         cause = None if show_traceback else _cause_outside(error)
         if cause is None:
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
         else:
             _complain(cause)
         return _failed(1)
@@ -194,4 +196,4 @@ def _take(arguments: list[str], flag: str) -> bool:
 
 
 def _complain(message: str) -> None:
-    print(f"fastvim: {message}", file=sys.stderr)
+    say(f"fastvim: {message}", sys.stderr)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastvim_jax.cli.usage import as_usage_error, command, parse
+from fastvim_jax.closed_output import say
 
 _RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there is continued."
 _PROFILE_HELP = "Steps of this start to trace for xprof or TensorBoard, into the folder profile of the run: 10:13."
@@ -97,16 +98,15 @@ def run(arguments: Sequence[str]) -> int:
     except Stopped as stopped:
         watch.leave()
         if is_first_process():
-            print(
-                f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", file=sys.stderr
-            )
+            say(f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", sys.stderr)
         return STOPPED_STATUS
     watch.leave()
     if not is_first_process():
         return 0
-    print(f"Finished at step {result.step} after {result.seconds:.0f} s: {result.headline}.")
-    print(
-        f"Everything is in {result.run_dir}, the curves in summary.png.{_next(chosen.config, result.run_dir)}"
+    say(
+        f"Finished at step {result.step} after {result.seconds:.0f} s: {result.headline}.\n"
+        f"Everything is in {result.run_dir}, the curves in summary.png.{_next(chosen.config, result.run_dir)}",
+        sys.stdout,
     )
     return 0
 

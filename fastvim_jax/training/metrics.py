@@ -11,11 +11,10 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, cast, runtime_checkable
@@ -23,6 +22,7 @@ from typing import Any, Protocol, TextIO, cast, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastvim_jax.closed_output import survive_closed_output
 from fastvim_jax.distributed import is_first_process, on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
@@ -196,8 +196,10 @@ class _StandardError(io.TextIOBase):
 
     def __init__(self) -> None:
         # Keep the streams themselves: while a bar is live, Rich puts proxies in their place that write to this object.
-        self._stdout: Any = sys.stdout
-        self._stderr: Any = sys.stderr
+        # A process without a terminal may have none: then the messages go nowhere.
+        nowhere = io.StringIO() if sys.stdout is None or sys.stderr is None else None
+        self._stdout: Any = sys.stdout or nowhere
+        self._stderr: Any = sys.stderr or nowhere
 
     def write(self, text: str) -> int:
         """Write `text`; drop it if nobody can read it."""
@@ -218,16 +220,6 @@ class _StandardError(io.TextIOBase):
     def fileno(self) -> int:
         """Return the file descriptor. The console uses it to find the width of the terminal."""
         return self._stderr.fileno()
-
-
-@contextlib.contextmanager
-def survive_closed_output(stream: Any) -> Iterator[None]:
-    """Ignore an error while writing to `stream`, and send everything after it to the null device."""
-    try:
-        yield
-    except (OSError, ValueError):  # ValueError: I/O operation on closed file.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def read_metrics(folder: Path | str, kind: str | None = None) -> list[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from fastvim_jax.cli import compilation_cache
-from fastvim_jax.cli.main import COMMANDS
+from fastvim_jax.cli.main import COMMANDS, main
 from fastvim_jax.cli.usage import parse
 from fastvim_jax.errors import UserError
+from fastvim_jax.training import RunResult, Stopped
+from fastvim_jax.training.metrics import RunLog
 from tests.cli.conftest import Cli
 
 
@@ -159,6 +163,52 @@ def test_the_machines_limits_are_said_without_a_traceback(
     monkeypatch.setattr("fastvim_jax.cli.models.run", lambda arguments: [][0])
     status, _, err = fastvim("models")
     assert status == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize("streams", ["broken", "none"])
+def test_a_training_keeps_its_status_when_nobody_reads_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, streams: str
+) -> None:
+    """Keep it, because schedulers go by it: `fastvim train ... | head` has finished, a closed terminal has stopped."""
+    ended: dict[int, RunResult | Exception] = {
+        0: RunResult(tmp_path, 3, {}, 1.0, "done"), 75: Stopped("SIGHUP", 2, 9), 1: UserError("no"),
+    }  # fmt: skip
+    monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
+    for status, end in ended.items():
+
+        def train(*_: object, end: RunResult | Exception = end, **__: object) -> RunResult:
+            if isinstance(end, RunResult):
+                return end
+            raise end
+
+        with monkeypatch.context() as patch, contextlib.ExitStack() as opened:
+            patch.setattr("fastvim_jax.training.train", train)
+            for name in ("stdout", "stderr"):
+                reading, writing = os.pipe()
+                os.close(reading)
+                pipe = opened.enter_context(os.fdopen(writing, "w"))
+                patch.setattr(sys, name, pipe if streams == "broken" else None)
+            command = ["train", "digits/fastvim_digits", "--run-dir", str(tmp_path)]
+            assert main(command) == status
+            if streams == "none":  # The null device is in their place now.
+                sys.stdout.close(), sys.stderr.close()
+
+
+def test_a_run_log_needs_no_standard_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with RunLog(tmp_path, step=0, total_steps=1) as log:
+        log.advance()
+        log.say("to nobody")
+
+
+def test_no_file_takes_the_place_of_a_closed_standard_stream(tmp_path: Path) -> None:
+    """Open the null device there: what a library writes to standard error would end up in a checkpoint."""
+    program = (
+        "import os, sys; from fastvim_jax.cli.main import main; status = main(['--version'])\n"
+        f"sys.exit(status or os.open({str(tmp_path / 'x')!r}, os.O_CREAT | os.O_WRONLY) <= 2)"
+    )
+    closing = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closing]).returncode == 0
 
 
 @pytest.mark.drawn("commands", one_in=6)
