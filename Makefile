@@ -63,7 +63,8 @@ REDUCED := tests/test_package.py tests/parity/test_fixtures.py $(addprefix tests
 	test_a_damaged_checkpoint_is_refused_and_the_previous_one_offered test_an_unfinished_checkpoint_is_never_taken) \
 	$(addprefix test_steps.py::, test_one_step_of_plain_descent test_keys_differ_by_seed_and_step_and_not_by_history \
 	test_counts_by_class_are_those_of_a_loop)) tests/distributed/test_many_devices.py tests/distributed/test_mesh.py \
-	tests/inference/test_export.py::test_a_portable_program_takes_any_batch_and_runs_alone[mean]
+	$(addprefix tests/inference/test_export.py::, \
+	test_a_portable_program_takes_any_batch_and_runs_alone[mean] test_programs_of_other_versions_run_as_the_documentation_says)
 
 test-reduced:
 	@scripts/setup.sh test

@@ -27,6 +27,9 @@ from tests.training.tiny import tiny_config, tiny_model
 
 NAMES = tuple("zero one two three four five six seven eight nine".split())
 
+EXPORTED = ROOT / "tests" / "inference" / "exported"
+MESSAGE = "Failed to deserialize StableHLO"
+
 
 def make_run(key, **changes):
     config = tiny_config(model=tiny_model(**changes))
@@ -89,6 +92,35 @@ def test_a_portable_program_takes_any_batch_and_runs_alone(tmp_path, key, rng, p
     subprocess.run([sys.executable, "-c", "import sys\n" + script], cwd=tmp_path, check=True)
     expected = run.model(make_preprocess(run.config.data)(jnp.asarray(images)))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("file", sorted(EXPORTED.glob("jax_*.npz")), ids=lambda file: file.stem)
+def test_programs_of_other_versions_run_as_the_documentation_says(tmp_path, file, monkeypatch):
+    """JAX 0.10 reads what it wrote, and later versions read the programs of all."""
+    with np.load(file) as arrays:
+        images, logits = arrays["images"], arrays["logits"]
+        written_by = json.loads(str(arrays["about"]))["versions"]["jax"]
+    assert file.stem == f"jax_{written_by}"
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "model.npz").write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    script, found = the_documented_script(), {}
+    try:
+        if jax.__version_info__ < (0, 11) and not written_by.startswith("0.10."):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=MESSAGE):
+                exec(script, found)
+            return
+        exec(script, found)
+        np.testing.assert_allclose(found["logits"], logits, rtol=2e-5, atol=2e-5)
+    finally:
+        found["file"].close()
+
+
+def test_the_page_names_the_versions_and_the_message():
+    page = (ROOT / "docs" / "inference.md").read_text()
+    assert MESSAGE in page
+    for file in EXPORTED.glob("jax_*.npz"):
+        assert file.stem.removeprefix("jax_").rpartition(".")[0] in page, file
 
 
 def test_the_file_says_what_is_in_it(tmp_path, key):
