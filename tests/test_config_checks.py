@@ -80,6 +80,13 @@ def test_a_model_too_large_to_be_meant_is_refused():
         VisionMambaConfig(depth=100_000)
     with pytest.raises(UserError, match=r"embed_dim=10000000 must be at most 65536"):
         ViTConfig(embed_dim=10_000_000)
+    most = {
+        "state_size": 1024, "conv_width": 1024, "expand": 64, "dt_rank": 65536, "channels": 65536,
+        "num_classes": 2**24, "image_size": 65536, "patch_size": 65536,
+    }  # fmt: skip
+    for field, value in most.items():
+        with pytest.raises(UserError, match=rf"{field}=.* must be at most {value}"):
+            VisionMambaConfig(**{field: 2**31 - 1})
 
 
 def test_every_bad_field_is_named_at_once():

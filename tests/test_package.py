@@ -31,6 +31,7 @@ from tests.support import ROOT
 
 # Which rooms a room may import from, besides itself. Arrows point down only.
 BASE = {
+    "regular_file",
     "errors",
     "closed_output",
     "typing",
@@ -44,6 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "errors": set(),
     "closed_output": set(),
+    "regular_file": set(),
     "typing": set(),
     "json_text": set(),
     "version": set(),

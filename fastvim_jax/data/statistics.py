@@ -98,6 +98,6 @@ def read_statistics(
         found = [float(mean[name]) for name in names], [float(std[name]) for name in names]
     except KeyError as error:
         raise UserError(f"{str(file)!r} has no channel or entry {error}: {command}.") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{str(file)!r} is damaged ({error}): {command}.") from None
     return tuple(found[0]), tuple(found[1])

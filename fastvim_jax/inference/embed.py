@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.cells_device import make_preprocess
+from fastvim_jax.data.files import read_file
 from fastvim_jax.data.multichannel import (
     Depth,
     MultiChannel,
@@ -390,11 +391,7 @@ def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChan
     if isinstance(field.files, dict):
         known = {n: f for n, f in field.files.items() if rename.get(n, n) in data.names}
         return read_channel_files(known or field.files)
-    try:
-        content = field.files.read_bytes()
-    except OSError as error:
-        raise DecodeError(f"{field.files}: {error.strerror or error}.") from None
-    image = read_channels(content, str(field.files))
+    image = read_channels(read_file(field.files), str(field.files))
     if image.names:
         return image
     if image.pixels.shape[-1] != data.channels:

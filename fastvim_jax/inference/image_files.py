@@ -12,6 +12,7 @@ from fastvim_jax.data.files import walk
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
+from fastvim_jax.regular_file import read_regular_file
 
 SUFFIXES = tuple(sorted(EXTENSIONS))
 
@@ -80,7 +81,7 @@ def _in_tar(name: str) -> list[str]:
 
 def _listed(name: str) -> list[str]:
     try:
-        lines = Path(name).read_text("utf-8-sig").splitlines()
+        lines = read_regular_file(name).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of files {name}: {error}") from error
     names = [line.strip() for line in lines if line.strip()]

@@ -23,6 +23,7 @@ from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import replace_options
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
 from fastvim_jax.models.pretrained import Preprocessing, default_preprocessing, save_pretrained
+from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.training.start_from import Report, load_source
 from fastvim_jax.training.weights_source import Source, source_arrays
 
@@ -213,7 +214,7 @@ def _class_names(path: Path | str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = read_regular_file(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class names in {path}: {error}") from error
     return tuple(line.strip() for line in lines if line.strip())

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fastvim_jax.config_checks import NonNegativeInt, PositiveInt
 from fastvim_jax.distributed.sharding import with_auto_axes
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.channel_embed import ChannelIds, ChannelPatchEmbed, strided_grid
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import add_table, resize_pos_embed
 from fastvim_jax.models.channel_mamba import ChannelGrid, mean_over_channels
-from fastvim_jax.models.config import ViTConfig
+from fastvim_jax.models.config import Classes, ViTConfig, Width
 from fastvim_jax.models.vit import VisionTransformer
 from fastvim_jax.typing import Images, Tokens
 
@@ -38,9 +37,9 @@ class ChannelViTConfig(ViTConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    channels: PositiveInt = 8
+    channels: Width = 8
     """Channels that have an embedding; an image may hold any subset of them."""
-    num_classes: NonNegativeInt = 161
+    num_classes: Classes = 161
     """Classes of the head; 0 for none (the model then returns its pooled features)."""
 
     def __post_init__(self) -> None:

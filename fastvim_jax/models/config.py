@@ -10,9 +10,7 @@ from annotated_types import Interval
 
 from fastvim_jax.config_checks import (
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Rate,
     check_fields,
 )
@@ -30,7 +28,10 @@ from fastvim_jax.precision import (
 # Larger ones, a typing error, would take all memory or compile for hours.
 Depth = Annotated[int, Interval(ge=1, le=1024)]
 Width = Annotated[int, Interval(ge=1, le=65536)]
-Pixels = PositiveInt | tuple[PositiveInt, PositiveInt]
+Pixels = Width | tuple[Width, Width]
+Classes = Annotated[int, Interval(ge=0, le=2**24)]
+Taps = Annotated[int, Interval(ge=0, le=1024)]
+States = Annotated[int, Interval(ge=1, le=1024)]
 PoolingMethod = Literal["mean", "max", "attention", "none"]
 PoolAxes = Literal["alternate", "columns", "rows"]
 BlockMode = Literal["scan", "unroll"]
@@ -53,9 +54,9 @@ class BackboneConfig:
     accepts other sizes when it is called."""
     patch_size: Pixels = 16
     """Height and width of a patch in pixels (one number: square)."""
-    channels: PositiveInt = 3
+    channels: Width = 3
     """Image channels."""
-    num_classes: NonNegativeInt = 1000
+    num_classes: Classes = 1000
     """Classes of the head; 0 for none (the model then returns its pooled features)."""
     embed_dim: Width = 192
     """Model width d."""
@@ -139,7 +140,7 @@ class VisionMambaConfig(BackboneConfig):
     """Norm between the scan and the gate."""
     class_token: Literal["none", "middle", "head"] = "none"
     """Put a class token into the middle of the sequence, or at its head. The classifier then reads it (Table 16)."""
-    conv_width: NonNegativeInt = 4
+    conv_width: Taps = 4
     """Width of the depthwise causal convolution; 0 leaves it out (Table 7)."""
     unpool: Literal["before_skip", "after_skip"] = "before_skip"
     """Repeat the scan's result along the row before or after the skip (D · tokens) is added (Table 18)."""
@@ -147,11 +148,11 @@ class VisionMambaConfig(BackboneConfig):
     """Factor on pooled means. After masked pre-training it is 1 - mask_ratio, for example 0.25."""
     layer_scale: float | None = None
     """Initial value of a learned per-channel factor on mixer outputs; None for no such factor."""
-    state_size: PositiveInt = 16
+    state_size: States = 16
     """States n of each channel."""
-    expand: PositiveInt = 2
+    expand: Annotated[int, Interval(ge=1, le=64)] = 2
     """Inner width e over model width d."""
-    dt_rank: PositiveInt | None = None
+    dt_rank: Width | None = None
     """Rank r of the projection to step sizes; None: ceil(embed_dim / 16)."""
     proj_bias: bool = False
     """Biases in in_proj and out_proj."""
@@ -218,7 +219,7 @@ class ViTConfig(BackboneConfig):
         UserError: on construction, for an impossible value; the message names the field and the fix.
     """
 
-    num_heads: PositiveInt = 3
+    num_heads: Width = 3
     """Attention heads; must divide embed_dim."""
     mlp_ratio: PositiveFloat = 4.0
     """Hidden width of the MLP over embed_dim."""
@@ -231,7 +232,7 @@ class ViTConfig(BackboneConfig):
     token is not pooled."""
     pool_axes: PoolAxes = "alternate"
     """alternate: pool over the columns in even blocks and over the rows in odd ones; columns, rows: always these."""
-    conv_width: NonNegativeInt = 0
+    conv_width: Taps = 0
     """Width of a depthwise causal convolution with SiLU before the pooling; 0 for none."""
     norm_eps: NonNegativeFloat = 1e-6
     """Added to the variance in every norm."""

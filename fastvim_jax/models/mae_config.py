@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from fastvim_jax.config_checks import PositiveInt, check_fields
+from fastvim_jax.config_checks import check_fields
 from fastvim_jax.errors import UserError, suggest
 from fastvim_jax.layers.masking import kept_count
 from fastvim_jax.models.config import Depth, VisionMambaConfig, ViTConfig, Width
@@ -31,7 +31,7 @@ class MaskedAutoencoderConfig:
     """Width of the decoder."""
     decoder_depth: Depth = 2
     """Blocks of the decoder."""
-    decoder_heads: PositiveInt = 16
+    decoder_heads: Width = 16
     """Attention heads of a ViT's decoder; must divide decoder_dim. Unused with a Mamba encoder."""
     divisor: Literal["row_length", "count"] = "row_length"
     """What a pooled row's sum is divided by. row_length: the columns of the whole grid. count: the number of the row's

@@ -27,6 +27,7 @@ from fastvim_jax.models.parameters import (
 )
 from fastvim_jax.models.registry import build_model, config_class
 from fastvim_jax.models.safetensors_file import read_safetensors, write_safetensors
+from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.serialise import from_dict, to_dict
 from fastvim_jax.version import __version__
 
@@ -225,11 +226,11 @@ def _is_float(value: Any) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        about = parse_json(path.read_bytes())
+        about = parse_json(read_regular_file(path))
         found = about["format"]
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no model: it has no {CONFIG_FILE}.") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} describes no model of save_pretrained: {error}.") from error
     if found != FORMAT or not {"model", "preprocessing", "class_names"} <= about.keys():
         raise UserError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+from annotated_types import Interval
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -16,7 +17,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, Width
 from fastvim_jax.models.segmentation.heads import FCNHead, UPerHead
 from fastvim_jax.models.segmentation.necks import DeconvolutionNeck, MultiLevelNeck
 from fastvim_jax.precision import Precision
@@ -37,11 +38,11 @@ class UperNetConfig:
     """Classes to tell apart; ignored pixels are no class."""
     neck: Literal["none", "deconvolution", "multilevel"] = "none"
     """none: four maps of stride 16 (FastVim); deconvolution: Vim's pyramid; multilevel: DeiT + MLN."""
-    channels: PositiveInt = 512
+    channels: Width = 512
     """Width of UPerHead."""
-    pool_scales: tuple[PositiveInt, ...] = (1, 2, 3, 6)
+    pool_scales: tuple[Width, ...] = (1, 2, 3, 6)
     """Grid sizes of the pooling pyramid."""
-    auxiliary_channels: NonNegativeInt = 256
+    auxiliary_channels: Annotated[int, Interval(ge=0, le=65536)] = 256
     """Width of the auxiliary head, which only training runs; 0: no such head."""
     auxiliary_level: NonNegativeInt = 2
     """Which of the four maps the auxiliary head reads, from 0."""

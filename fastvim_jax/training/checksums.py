@@ -8,6 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from fastvim_jax.json_text import parse_json
+from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.training.disk import replace_file
 
 
@@ -44,9 +45,11 @@ def find_damage(folder: Path, record: Path, items: Container[str] | None = None)
         FileNotFoundError: there is no record.
     """
     try:
-        listing = parse_json(record.read_bytes())
+        listing = parse_json(read_regular_file(record))
         expected = {name: (int(size), str(digest)) for name, (size, digest) in listing.items()}
-    except (AttributeError, TypeError, ValueError, OverflowError):
+    except FileNotFoundError:
+        raise
+    except (AttributeError, TypeError, ValueError, OverflowError, OSError):
         return f"its record of checksums {record} cannot be read"
     if not expected:
         return f"its record of checksums {record} is empty"

@@ -36,6 +36,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import check_class_names
+from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.choice import best_step, better_weights
@@ -304,8 +305,8 @@ def read_config(run_dir: Path | str) -> RunConfig:
             f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote."
         )
     try:
-        return config_from_json(path.read_text())
-    except (UserError, UnicodeDecodeError) as error:
+        return config_from_json(read_regular_file(path).decode())
+    except (UserError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
 
@@ -317,7 +318,7 @@ def read_class_names(run_dir: Path | str) -> tuple[str, ...]:
     """
     path = Path(run_dir) / CLASSES_FILE
     try:
-        names = parse_json(path.read_text())
+        names = parse_json(read_regular_file(path))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it is no list of names")
         return tuple(names)

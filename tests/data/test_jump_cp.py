@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,16 @@ def test_an_object_store_is_asked_again_and_its_answer_kept(
     for _ in range(2):
         assert (source[0].image == 9).all()
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("name", ["load_data.csv", "load_data.csv.gz", "index.parquet"])
+def test_a_damaged_index_is_named(tables: Path, name: str) -> None:
+    index = tables / name
+    for content in (b"", b"\xff\xfe,\x00\n1", b"a,b\n" + b"x" * 200_000, b"PAR1" * 9):
+        index.write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            open_source("jump_cp", "train", path=str(index))
+    index.unlink()
+    os.mkfifo(index)
+    with pytest.raises(UserError, match="is no index of images"):
+        open_source("jump_cp", "train", path=str(index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import jax
@@ -87,6 +88,14 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
             arrays | {first: np.full_like(arrays[first], np.nan)}, other / "model.safetensors"
         )
 
+    def as_fifo(file):
+        file.unlink()
+        os.mkfifo(file)
+
+    def as_device(file):
+        file.unlink()
+        file.symlink_to("/dev/zero")
+
     def other_model(**changes):
         return json.dumps(about | {"model": about["model"] | changes})
 
@@ -94,6 +103,9 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
         (broken("a", lambda f: (f / "config.json").unlink()), "it has no config.json"),
         (broken("nan", with_nan), "holds NaN or infinite numbers"),
         (broken("b", lambda f: (f / "model.safetensors").unlink()), "it has no model.safetensors"),
+        (broken("fifo", lambda f: as_fifo(f / "config.json")), "not a regular file"),
+        (broken("zero", lambda f: as_device(f / "config.json")), "not a regular file"),
+        (broken("fifo2", lambda f: as_fifo(f / "model.safetensors")), "it has no model.safetensors|there is no file"),
         (broken("c", lambda f: (f / "config.json").write_text("{")), "describes no model"),
         (broken("d", lambda f: (f / "config.json").write_text(json.dumps(about | {"format": 2}))), "has format 2"),
         (broken("e", lambda f: (f / "model.safetensors").write_bytes(header[:-8])), "it is damaged"),

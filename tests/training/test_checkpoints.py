@@ -288,6 +288,14 @@ def test_a_damaged_record_is_damage(run, text):
     assert_same_bits(store.restore_state(make_state(), step=10), states[10])
 
 
+def test_a_fifo_in_the_place_of_a_record_is_damage(run):
+    path, _ = run
+    (path / "checksums" / "20.json").unlink()
+    os.mkfifo(path / "checksums" / "20.json")
+    with pytest.raises(CheckpointError, match=r"record of checksums .*20\.json cannot be read"):
+        reopen(path).read_meta()
+
+
 def test_a_checkpoint_under_another_number_is_refused(run):
     path, _ = run
     shutil.copytree(path / "checkpoints" / "10", path / "checkpoints" / "30")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -119,3 +120,11 @@ def test_a_config_of_an_earlier_version_is_read(folder):
     path.write_text(json.dumps(old))
     with pytest.raises(UserError, match="mix_mode"):
         read_config(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "classes.json"])
+def test_no_fifo_is_opened_in_a_run_folder(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"is no run folder|{name}.*not a regular file"):
+        (read_config if name == "config.json" else read_class_names)(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def open_source(
         )
     if name == "jump_cp":
         url = path if "://" in path else str(expand_path(path))
-        return JumpCpSource(url, split, tables=expand_path(class_list) if class_list else None)
+        tables = expand_path(class_list) if class_list else None
+        with _errors_of(name, split, url):
+            return JumpCpSource(url, split, tables=tables)
     folder, pattern = split_pattern(path) if name == "channel_files" else (path, "")
     root = expand_path(folder)
     classes = expand_path(class_list) if class_list else None
@@ -111,19 +114,25 @@ def open_source(
             root, split, class_list=classes, any_label=any_label, follow_links=follow_links
         ),
     }
-    try:
+    with _errors_of(name, split, str(root)):
         source = kinds[name]()
         if getattr(source, "counts_classes", False) and split != "train":
             _take_classes_of_train(source, len(source.class_names), name, options)
+    return source
+
+
+@contextlib.contextmanager
+def _errors_of(name: str, split: str, place: str) -> Iterator[None]:
+    """Name the data set in any error: damaged files, or files of another kind, make their readers raise anything."""
+    try:
+        yield
     except (UserError, ImportError):
         raise
-    # Damaged files, or files of another kind, make their readers raise almost anything.
     except Exception as error:
         raise UserError(
-            f"The split {split!r} in {printable(str(root))!r} cannot be read as {name} ({type(error).__name__}: "
+            f"The split {split!r} in {printable(place)!r} cannot be read as {name} ({type(error).__name__}: "
             f"{printable(str(error))}). Name the right kind of data set with data.source, or mend the files."
         ) from error
-    return source
 
 
 def _take_classes_of_train(source: Any, count: int, name: str, options: dict[str, Any]) -> None:

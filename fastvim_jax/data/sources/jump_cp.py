@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
+from fastvim_jax.data.files import read_file
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record
@@ -168,9 +169,9 @@ class JumpCpSource:
         """Return a file's bytes. A file of an object store is kept on the local disk once it was fetched."""
         if "://" not in file:
             try:
-                return Path(file).read_bytes()
-            except OSError as error:
-                raise DecodeError(f"{name}: {file}: {error.strerror or error}.") from None
+                return read_file(file)
+            except DecodeError as error:
+                raise DecodeError(f"{name}: {error}") from None
         kept = self._cache / hashlib.blake2b(file.encode(), digest_size=16).hexdigest()
         if kept.is_file():
             return kept.read_bytes()
@@ -244,7 +245,7 @@ def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]
     Raises:
         UserError: the file is damaged or lacks a column.
     """
-    data = fetch(index) if "://" in index else Path(index).read_bytes()
+    data = fetch(index) if "://" in index else read_file(index)
     if index.endswith((".csv", ".csv.gz")):
         return _read_load_data(index, data)
     rows = _read_parquet(index, data)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from fastvim_jax.config_checks import (
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -15,9 +16,10 @@ from fastvim_jax.config_checks import (
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, Width, replace_options
 from fastvim_jax.precision import Precision
 
+Convs = Annotated[int, Interval(ge=0, le=64)]
 Four = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 
 
@@ -25,7 +27,7 @@ Four = tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat]
 class ProposalConfig:
     """The region proposal network: its anchors, its training targets, and how many boxes it proposes."""
 
-    convs: NonNegativeInt = 2
+    convs: Convs = 2
     """Convolutions before the scores and deltas."""
     scale: PositiveFloat = 8.0
     """Side of a square anchor in cells of its level."""
@@ -90,7 +92,7 @@ class DetectorConfig:
     """FastVim, Vim or ViT with one entry in `out_indices` and square patches of 16 pixels."""
     num_classes: PositiveInt = 80
     """Classes of objects; background is one more."""
-    width: PositiveInt = 256
+    width: Width = 256
     """Channels of the pyramid and of the heads."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the variance in the norms of neck and heads. The released detectors were trained with 1e-5, because
@@ -101,11 +103,11 @@ class DetectorConfig:
     """Stages of the cascade; a single one makes a Mask R-CNN."""
     masks: bool = True
     """Predict masks; without them one stage makes a Faster R-CNN."""
-    box_convs: NonNegativeInt = 4
+    box_convs: Convs = 4
     """Convolutions of a box head."""
-    hidden: PositiveInt = 1024
+    hidden: Width = 1024
     """Width of a box head's fully connected layer."""
-    mask_convs: NonNegativeInt = 4
+    mask_convs: Convs = 4
     """Convolutions of a mask head before it doubles its resolution."""
     class_agnostic: bool = False
     """One set of deltas for all classes, instead of one for each."""
