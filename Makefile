@@ -96,6 +96,7 @@ docs-check:
 figures:
 	@scripts/setup.sh base
 	$(python) -m fastvim_jax plot all --out docs/figures
+	$(python) -m fastvim_jax plot throughput --card h200 --out docs/figures/throughput_h200.png
 	$(python) docs/model_table.py
 
 notebooks:

@@ -89,18 +89,13 @@ def gmacs(config: AnyModelConfig, image_size: int | tuple[int, int] | None = Non
         return _masked_gmacs(config, image_size)
     shape = _shape_of(config, image_size)
     patch_weights = math.prod(_pair(config.patch_size)) * shape.inputs * config.embed_dim
-    if isinstance(config, VisionMambaConfig):
-        blocks = sum(_mixer(config, shape.tokens, s) for s in shape.steps)
-    else:
-        blocks = sum(_vit_block(config, shape.tokens, s) for s in shape.steps)
+    blocks = sum(_block_macs(config, shape.tokens, s) for s in shape.steps)
     head = shape.head_tokens * config.embed_dim * shape.classes
     return (shape.patches * patch_weights + blocks + head) / 1e9
 
 
-def activations(
-    config: VisionMambaConfig | ViTConfig, image_size: int | tuple[int, int] | None = None
-) -> float:
-    """Return millions of activations per image of a classifier (the module's docstring says which are counted).
+def activations(config: AnyModelConfig, image_size: int | tuple[int, int] | None = None) -> float:
+    """Return millions of activations per image (the module's docstring says which are counted).
 
     Args:
         config: the model.
@@ -109,11 +104,10 @@ def activations(
     Raises:
         UserError: for an image smaller than a patch.
     """
+    if isinstance(config, MaskedAutoencoderConfig):
+        return _masked_activations(config, image_size)
     shape = _shape_of(config, image_size)
-    if isinstance(config, VisionMambaConfig):
-        blocks = sum(_mixer_results(config, shape.tokens, s) for s in shape.steps)
-    else:
-        blocks = sum(_vit_results(config, shape.tokens, s) for s in shape.steps)
+    blocks = sum(_block_results(config, shape.tokens, s) for s in shape.steps)
     head = shape.head_tokens * shape.classes
     return (shape.patches * config.embed_dim + blocks + head) / 1e6
 
@@ -177,36 +171,88 @@ def parallel_steps(
     return tuple(math.ceil(math.log2(s)) for s in scan_steps(config, image_size))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Masked:
+    """Hold what a masked autoencoder computes for one image.
+
+    Attributes:
+        patches: patches of the image, which the decoder predicts.
+        kept: patches that the encoder sees.
+        pixels: numbers of a patch.
+        tokens: the encoder's tokens: the kept patches, and the class token if there is one.
+        steps: scan steps of each block of the encoder, or tokens attended to.
+        decoder: the config of the decoder's blocks.
+        decoder_tokens: all patches, and the class token if there is one.
+    """
+
+    patches: int
+    kept: int
+    pixels: int
+    tokens: int
+    steps: list[int]
+    decoder: VisionMambaConfig | ViTConfig
+    decoder_tokens: int
+
+
+def _masked(config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None) -> _Masked:
+    encoder = config.encoder
+    rows, columns = _grid(encoder, image_size)
+    patches, kept = rows * columns, _kept(config, image_size)
+    decoder: VisionMambaConfig | ViTConfig
+    if isinstance(encoder, VisionMambaConfig):
+        extra = int(encoder.class_token != "none")
+        decoder = dataclasses.replace(
+            encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
+        )
+        pooled = encoder.pooling != "none"
+    else:
+        extra, pooled = 1, False
+        decoder = dataclasses.replace(
+            encoder, embed_dim=config.decoder_dim, num_heads=config.decoder_heads
+        )
+    tokens = kept + extra
+    return _Masked(
+        patches=patches,
+        kept=kept,
+        pixels=math.prod(_pair(encoder.patch_size)) * encoder.channels,
+        tokens=tokens,
+        steps=_steps_per_block(encoder, rows, columns) if pooled else [tokens] * encoder.depth,
+        decoder=decoder,
+        decoder_tokens=patches + extra,
+    )
+
+
 def _masked_gmacs(
     config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None
 ) -> float:
     """Count an encoder over the kept patches and a decoder over all of them."""
-    encoder = config.encoder
-    rows, columns = _grid(encoder, image_size)
-    patches, kept = rows * columns, _kept(config, image_size)
-    pixels = math.prod(_pair(encoder.patch_size)) * encoder.channels
-    total = kept * pixels * encoder.embed_dim + patches * config.decoder_dim * pixels
-    if isinstance(encoder, VisionMambaConfig):
-        extra = int(encoder.class_token != "none")
-        every = kept + extra
-        steps = (
-            [every] * encoder.depth
-            if encoder.pooling == "none"
-            else _steps_per_block(encoder, rows, columns)
-        )
-        total += sum(_mixer(encoder, every, s) for s in steps)
-        decoder = dataclasses.replace(
-            encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
-        )
-        total += config.decoder_depth * _mixer(decoder, patches + extra, patches + extra)
-    else:
-        every = kept + 1
-        total += encoder.depth * _vit_block(encoder, every, every)
-        inner = dataclasses.replace(
-            encoder, embed_dim=config.decoder_dim, num_heads=config.decoder_heads
-        )
-        total += config.decoder_depth * _vit_block(inner, patches + 1, patches + 1)
-    return (total + every * encoder.embed_dim * config.decoder_dim) / 1e9
+    m, encoder = _masked(config, image_size), config.encoder
+    ends = m.kept * m.pixels * encoder.embed_dim + m.patches * config.decoder_dim * m.pixels
+    blocks = sum(_block_macs(encoder, m.tokens, s) for s in m.steps)
+    decoder = config.decoder_depth * _block_macs(m.decoder, m.decoder_tokens, m.decoder_tokens)
+    between = m.tokens * encoder.embed_dim * config.decoder_dim
+    return (ends + blocks + between + decoder) / 1e9
+
+
+def _masked_activations(
+    config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None
+) -> float:
+    """Count the results of the same parts, and the embedding of all patches, of which the kept ones are taken."""
+    m, encoder = _masked(config, image_size), config.encoder
+    ends = m.patches * (encoder.embed_dim + m.pixels)
+    blocks = sum(_block_results(encoder, m.tokens, s) for s in m.steps)
+    decoder = config.decoder_depth * _block_results(m.decoder, m.decoder_tokens, m.decoder_tokens)
+    return (ends + blocks + m.tokens * config.decoder_dim + decoder) / 1e6
+
+
+def _block_macs(config: VisionMambaConfig | ViTConfig, tokens: int, steps: int) -> int:
+    count = _mixer if isinstance(config, VisionMambaConfig) else _vit_block
+    return count(config, tokens, steps)  # type: ignore[arg-type]
+
+
+def _block_results(config: VisionMambaConfig | ViTConfig, tokens: int, steps: int) -> int:
+    count = _mixer_results if isinstance(config, VisionMambaConfig) else _vit_results
+    return count(config, tokens, steps)  # type: ignore[arg-type]
 
 
 def _kept(config: MaskedAutoencoderConfig, image_size: int | tuple[int, int] | None) -> int:

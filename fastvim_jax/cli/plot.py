@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastvim_jax.cli.usage import UsageError, parse
 from fastvim_jax.errors import suggest
 
-RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h100"
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,10 @@ class Arguments:
     """PNG file to write (default: NAME.png). With `all`, the folder for all figures (default: this folder)."""
     records: Path | None = None
     """Folder with the JSON files of `fastvim bench ... --json`, for `throughput` and `stages`. Default: the
-    project's own records on an H100."""
+    project's own records on the card that --card names."""
+    card: Literal["h100", "h200"] = "h100"
+    """Whose records to draw without --records. Those of an H200 are newer, of fewer models, and for `throughput`
+    alone."""
     image: Path | None = None
     """Photograph for `selection`. Default: a photograph that comes with scikit-learn."""
     run: Path | None = None
@@ -51,8 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"unknown figure {chosen.name!r}.{hint}")
     if chosen.records is not None and not chosen.records.is_dir():
         raise UsageError(f"--records {chosen.records} is no folder.")
+    own = RECORDS / chosen.card
     inputs = Inputs(
-        records=chosen.records or (RECORDS if RECORDS.is_dir() else None),
+        records=chosen.records or (own if own.is_dir() else None),
         image=chosen.image,
         **({} if chosen.run is None else _of_run(chosen.run)),
     )

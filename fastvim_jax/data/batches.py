@@ -195,6 +195,19 @@ def open_split(config: DataConfig, split: str) -> Source:
     )
 
 
+def evaluation_batch(batch_size: int | None, config: Any) -> int:
+    """Return the number of images per batch of an evaluation: `batch_size`, or the config's if it is None.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if batch_size is None:
+        return config.eval_batch_size or config.batch_size
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1, or None for the config's.")
+    return batch_size
+
+
 def local_batch(batch_size: int, process_count: int, name: str) -> int:
     """Return this process's share of a batch.
 

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from fastvim_jax.data.batches import BatchIterator, local_batch
+from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
 from fastvim_jax.data.multichannel import MultiChannel, in_order, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source
@@ -95,11 +95,11 @@ def make_eval_iterator(
         process_count: how many processes share a batch.
 
     Raises:
-        UserError: when the data cannot be found.
+        UserError: when the data cannot be found, or a batch size below 1.
     """
     split = split or config.eval_split
     source = _open(config, split)
-    size = batch_size or config.eval_batch_size or config.batch_size
+    size = evaluation_batch(batch_size, config)
     local = local_batch(size, process_count, "eval_batch_size")
     steps = -(-len(source) // size)
     positions = grain.MapDataset.source(range(steps * size))

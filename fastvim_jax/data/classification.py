@@ -21,7 +21,13 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from fastvim_jax.data.augment import DRAWN, eval_transform, train_example
-from fastvim_jax.data.batches import BatchIterator, decode_record, local_batch, open_split
+from fastvim_jax.data.batches import (
+    BatchIterator,
+    decode_record,
+    evaluation_batch,
+    local_batch,
+    open_split,
+)
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_crops import (
     CROP,
@@ -152,11 +158,11 @@ def make_eval_iterator(
         process_count: number of processes that share a global batch.
 
     Raises:
-        UserError: the data set cannot be found.
+        UserError: the data set cannot be found, or a batch size below 1.
     """
     split = split or config.eval_split
     source = open_split(config, split)
-    size = batch_size or config.eval_batch_size or config.batch_size
+    size = evaluation_batch(batch_size, config)
     local = local_batch(size, process_count, "eval_batch_size")
     if config.resident and not in_shares(config):
         return resident_evaluation(

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from fastvim_jax.data.batches import BatchIterator, local_batch
+from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
@@ -113,10 +113,10 @@ def make_eval_iterator(
     (of the record) and `valid` bool `b`, False for padding and for records that cannot be read.
 
     Raises:
-        UserError: the data set cannot be found.
+        UserError: the data set cannot be found, or a batch size below 1.
     """
     source = open_coco(config, split or config.eval_split)
-    size = batch_size or config.eval_batch_size or config.batch_size
+    size = evaluation_batch(batch_size, config)
     local = local_batch(size, process_count, "eval_batch_size")
     steps = math.ceil(len(source) / size)
     positions = grain.MapDataset.source(range(steps * size))

@@ -218,8 +218,12 @@ def test_the_command(tmp_path: Path, records: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "speed.png"
     assert main(["plot", "throughput", "--records", str(records), "--out", str(out)]) == 0
     assert out.stat().st_size > 1000 and str(out) in capsys.readouterr().out
+    own = tmp_path / "own.png"
+    assert main(["plot", "throughput", "--card", "h200", "--out", str(own)]) == 0
+    assert own.stat().st_size > 1000
     for wrong, said in (
         (["plot"], "name a figure"),
+        (["plot", "throughput", "--card", "h300"], "h200"),
         (["plot", "gmac"], "Did you mean 'gmacs'"),
         (["plot", "stages", "--records", "nowhere"], "--records nowhere is no folder"),
     ):

@@ -161,6 +161,33 @@ def test_activations_of_a_mamba_are_the_results_of_its_program(
     assert round(activations(config) * 1e6) == products + sum(sizes)
 
 
+@pytest.mark.parametrize(
+    "encoder", ["vim", "vit"]
+)  # FastMaskVim pools by products, which are not counted.
+def test_activations_of_a_masked_autoencoder_are_the_results_of_its_program(
+    encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(x, *args, **kwargs):
+        sizes.append(x.size)
+        return x
+
+    monkeypatch.setattr(direction_module, "selective_scan", counted)
+    monkeypatch.setattr(conv_module, "causal_conv1d", counted)
+    options: dict = {"image_size": (24, 40), "patch_size": 8, "embed_dim": 16, "depth": 2}
+    if encoder == "vit":
+        options |= {"num_heads": 2, "decoder_heads": 2}
+    config = model_config(
+        f"mae_{encoder}_base_patch16_224", **options, blocks="unroll", decoder_dim=8
+    )
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+    images, noise = jnp.zeros((1, 24, 40, 3)), jnp.linspace(0, 1, 15)[None]
+    program = jax.make_jaxpr(lambda p, x, n: nnx.merge(graphdef, p)(x, noise=n))
+    products = _results(program(params, images, noise).jaxpr)
+    assert round(activations(config) * 1e6) == products + sum(sizes)
+
+
 def _results(jaxpr: jax.extend.core.Jaxpr) -> int:
     """Count the entries of the results of all matrix products in a program without loops."""
     total = 0

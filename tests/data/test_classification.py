@@ -203,6 +203,9 @@ def test_impossible_requests_fail_early() -> None:
         make_train_iterator(dataclasses.replace(DIGITS, batch_size=2000), seed=0)
     with pytest.raises(UserError, match=r"seed is -1"):
         make_train_iterator(DIGITS, seed=-1)
+    for size in (0, -4):
+        with pytest.raises(UserError, match=rf"batch_size={size} must be at least 1"):
+            make_eval_iterator(DIGITS, batch_size=size)
 
 
 def _damage(tree: Path) -> Path:
