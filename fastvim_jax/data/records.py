@@ -63,4 +63,9 @@ def read_record(source: Source, index: int) -> Record:
 
 def printable(name: str) -> str:
     """Return a file's name with bytes that are not UTF-8 written out, so that it can be printed and stored."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except (
+        UnicodeEncodeError
+    ):  # Halves of surrogate pairs that stand for no byte, as JSON may hold them.
+        return name.encode("utf-8", "backslashreplace").decode()

@@ -65,6 +65,16 @@ class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
         ]
 
 
+def step_folders(directory: Path) -> list[str]:
+    """List the names of the finished checkpoints' folders; [] without a directory. Other files may lie there."""
+    if not directory.is_dir():
+        return []
+    names = (path.name for path in directory.iterdir() if path.is_dir())
+    return [
+        name for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name
+    ]
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, of another model, or cannot be written."""
 
@@ -144,8 +154,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """List the steps of the finished checkpoints, ascending."""
-        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
-        return sorted(map(int, names))
+        return sorted(map(int, step_folders(self.directory)))
 
     def latest(self) -> int | None:
         """Return the last finished checkpoint's step, or None."""

@@ -90,7 +90,7 @@ def _load(path: Path) -> object:
         place = f"\n  {error.filename}, line {error.lineno}" if error.lineno else ""
         line = f"\n  {error.text.strip()}" if error.text else ""
         raise UserError(f"{path} is not valid Python: {error.msg}{place}{line}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The last line of the file itself, not of what it called.
         own = str(path.absolute())
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]

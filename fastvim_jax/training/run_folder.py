@@ -38,7 +38,7 @@ from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import check_class_names
 from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.serialise import to_dict
-from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training.checkpoints import Checkpoints, step_folders
 from fastvim_jax.training.choice import best_step, better_weights
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import explain_write_errors, keep_damaged, replace_file
@@ -412,7 +412,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+    return bool(step_folders(folder / CHECKPOINTS))
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:

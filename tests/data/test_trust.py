@@ -16,6 +16,7 @@ from fastvim_jax.data import DecodeError, open_source
 from fastvim_jax.data.files import read_file, walk
 from fastvim_jax.data.prepare.check import check
 from fastvim_jax.data.prepare.shards import prepare
+from fastvim_jax.data.records import printable
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.data.tar_members import list_members
 from fastvim_jax.errors import UserError
@@ -272,6 +273,21 @@ def test_names_that_are_not_utf8_are_printed_and_stored(tmp_path: Path, image_tr
     assert any("\\xff\\xfe.png" in name for name in names)
     json.dumps(names).encode()
     "".join(names).encode()
+
+
+def test_halves_of_surrogate_pairs_are_written_out(tmp_path: Path) -> None:
+    """Write out halves of surrogate pairs, which JSON of strangers may hold and no file can."""
+    assert printable("a\ud800") == "a\\ud800" and printable("a\udcff") == "a\\xff"
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    feature = {"_type": "ClassLabel", "names": ["a\ud800", "b"]}
+    about = json.dumps({"info": {"features": {"label": feature}}})
+    table = pa.table({"image": [{"bytes": b"x", "path": None}], "label": [1]})
+    table = table.replace_schema_metadata({"huggingface": about})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    source = open_source("hugging_face", "train", path=str(tmp_path))
+    assert source.class_names == ("a\\ud800", "b")
 
 
 def test_an_evaluation_split_may_lack_the_highest_class(tmp_path: Path) -> None:

@@ -345,6 +345,20 @@ def test_the_first_checkpoint_is_read_back(tmp_path, rng, monkeypatch):
     gc.collect()
 
 
+def test_other_files_among_the_checkpoints_are_none(run):
+    """Pass over them: the two odd digits here are `str.isdigit`, and `int` takes only one of them."""
+    path, states = run
+    for name in ("\u00b2", "\u0663", "007"):
+        (path / "checkpoints" / name).mkdir()
+    (path / "checkpoints" / "99").write_text("")
+    store = reopen(path, read_only=True)
+    assert store.steps() == [10, 20]
+    assert_same_bits(store.restore_state(make_state()), states[20])
+    store.close()
+    with reopen(path) as store:
+        assert store.latest() == 20
+
+
 def test_an_unfinished_checkpoint_is_never_taken(run):
     path, _ = run
     whole = path / "checkpoints" / "20"

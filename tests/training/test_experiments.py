@@ -278,6 +278,7 @@ def test_a_file_of_ones_own(tmp_path):
             ["ModuleNotFoundError", "line 2", "import no_such_module"],
         ),
         ("def f():\n    return 1 / 0\n\nf()", ["ZeroDivisionError", "line 2", "return 1 / 0"]),
+        ("import sys\nsys.exit('set DATA')", ["SystemExit: set DATA", "line 2", "sys.exit"]),
     ],
 )
 def test_an_error_of_the_file_itself_is_said_with_its_place(tmp_path, monkeypatch, text, said):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fastvim_jax.data.listing import packed_texts
+from fastvim_jax.data.records import printable
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 
@@ -71,7 +72,7 @@ def pack_records(
                 "names": names,
                 "ids": [json.dumps(image["id"]) for image in images],
                 "shapes": [json.dumps(each.shapes) for each in objects],
-                "class_names": [str(c["name"]) for c in categories],
+                "class_names": [printable(c["name"]) for c in categories],
                 "problems": list(problems),
                 "missing": [n for n in names if n not in present and not (folder / n).is_file()],
             }

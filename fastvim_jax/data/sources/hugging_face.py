@@ -263,7 +263,9 @@ def _values(column: Any, file: Path) -> np.ndarray:
 def _names(feature: Any) -> tuple[str, ...] | None:
     """Return the class names that a column's metadata give, if they are a list as they should be."""
     names = feature.get("names") if isinstance(feature, dict) else None
-    return tuple(map(str, names)) if isinstance(names, list) and names else None
+    return (
+        tuple(printable(str(name)) for name in names) if isinstance(names, list) and names else None
+    )
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def check_manifest(manifest: dict[str, Any], file: Path) -> None:
     """
 
     def texts(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+        return isinstance(value, list) and all(
+            isinstance(each, str) and printable(each) == each for each in value
+        )
 
     def whole(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**53

@@ -161,6 +161,9 @@ def test_another_run_in_the_folder_is_refused_by_field(finished):
         train(other, folder, progress=False)
     assert "optimizer.eps: 1e-08 there, 1e-07 now" in str(caught.value)
     assert "seed: 0 there, 5 now" in str(caught.value)
+    assert f"begin a new run from its weights, in another folder: --init {folder}" in str(
+        caught.value
+    )
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
