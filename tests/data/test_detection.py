@@ -151,6 +151,7 @@ def test_run_lengths_are_unpacked_as_pycocotools_packs_them(rng: np.random.Gener
         ("images", {"height": 40.5}, "'height' that is no whole number"),
         ("images", {"height": 0}, "impossible size"),
         ("images", {"id": 11}, "several images have the same id, such as 11"),
+        ("images", {"id": "11"}, "numbers and some texts as ids"),
         ("annotations", {"category_id": "7"}, "'category_id' that is no whole number"),
         ("annotations", {"image_id": None}, "'image_id' that is no whole number"),
         ("categories", {"id": 3.5}, "'id' that is no whole number"),

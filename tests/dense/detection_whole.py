@@ -164,7 +164,9 @@ def targets_of(model: CascadeRCNN, golden: Golden, dtype: Any) -> AnchorTargets:
     """Return the anchors' targets as the detector finds them, sampling what the reference sampled."""
     objects = padded_objects(golden, "gt_bboxes", dtype)
     padded = tuple(golden.meta["pad_shape"])
-    grids = [(-(-padded[0] // s), -(-padded[1] // s)) for s in model.config.strides]
+    images = jax.ShapeDtypeStruct((2, *padded, 3), dtype)
+    levels = jax.eval_shape(lambda x: model.features(x), images)
+    grids = [level.shape[1:3] for level in levels]
     anchors = make_anchors(grids, model.config.strides, padded, model.config.rpn)
     draws = stored_draws(golden, model.config, objects, dtype)
     size = jnp.asarray(golden.meta["img_shapes"], dtype)

@@ -11,9 +11,11 @@ import pytest
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import VisionMambaConfig, cascade_mask_rcnn
-from fastvim_jax.models.detection import DetectorConfig
+from fastvim_jax.models.detection import DetectorConfig, ProposalConfig, StageConfig
 from fastvim_jax.models.detection.nms import nms
 from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
+from fastvim_jax.models.detection.rpn import AnchorTargets
+from fastvim_jax.training.detection.losses import Sampled, boxes_of_next_stage, rpn_losses
 
 SIZE = 256
 STRIDES = (4, 8, 16, 32)
@@ -98,3 +100,40 @@ def test_gradients_of_a_cell_that_many_boxes_read_are_added_up_wide(key):
 
     exact, half = gradient(x), gradient(x.astype(jnp.bfloat16)).astype(jnp.float32)
     assert float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.01
+
+
+def test_a_box_moved_out_of_the_image_stays_for_the_next_stage():
+    """Keep a box without area, as the reference does, and remove ground truth."""
+    boxes = jnp.asarray([[[0.0, 0, 8, 8], [4, 4, 12, 12], [2, 2, 6, 6], [0, 0, 0, 0]]])
+    marks = jnp.asarray([[True, False, True, False]])
+    sampled = Sampled(
+        boxes, jnp.asarray([[0, 1, 0, 1]]), boxes, jnp.zeros((1, 4), jnp.int32), positive=marks,
+        valid=jnp.asarray([[True, True, True, False]]), is_object=jnp.asarray([[True, False, False, False]]),
+    )  # fmt: skip
+    deltas = (
+        jnp.zeros((1, 4, 1, 4)).at[0, 1, 0, 0].set(100.0)
+    )  # The second box leaves to the right.
+    size = jnp.asarray([[16.0, 16.0]])
+    moved, valid = boxes_of_next_stage(sampled, jnp.zeros((1, 4, 2)), deltas, StageConfig(), size)
+    assert np.asarray(valid).tolist() == [[False, True, True, False]]
+    assert moved[0, 1].tolist() == [16, 4, 16, 12] and moved[0, 2].tolist() == [2, 2, 6, 6]
+
+
+def test_an_image_without_objects_counts_one_anchor_more_in_the_proposals_losses(rng):
+    """Divide as the reference does, in which an image has at least one positive anchor."""
+    scores, deltas = rng.normal(size=(2, 6)), rng.normal(size=(2, 6, 4))
+    sampled = np.asarray([[1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]], bool)
+    positive = np.asarray([[1, 0, 1, 0, 0, 0], [0] * 6], bool)
+    wanted = rng.normal(size=(2, 6, 4))
+    entropy = np.log1p(np.exp(np.where(positive, -scores, scores)))
+    apart = np.abs(deltas - wanted)
+    smooth = np.where(apart < 1 / 9, apart**2 * 4.5, apart - 1 / 18).sum(-1)
+    found = rpn_losses(
+        *(jnp.asarray(x, jnp.float32) for x in (scores, deltas)),
+        AnchorTargets(
+            jnp.asarray(sampled), jnp.asarray(positive), jnp.asarray(wanted, jnp.float32)
+        ),
+        ProposalConfig(),
+    )
+    np.testing.assert_allclose(found["rpn_cls"], entropy[sampled].sum() / 8, rtol=1e-5)
+    np.testing.assert_allclose(found["rpn_box"], smooth[positive].sum() / 8, rtol=1e-5)

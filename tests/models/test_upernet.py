@@ -13,7 +13,9 @@ from flax import nnx
 from fastvim_jax.analysis.segmentation_flops import segmentation_gmacs
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import build_model, model_config, upernet
+from fastvim_jax.models.segmentation.necks import MultiLevelNeck
 from fastvim_jax.models.upernet import quarter_blocks
+from fastvim_jax.precision import Precision
 from tests.support import checked
 
 SMALL = {"embed_dim": 8, "depth": 4, "patch_size": 8, "num_classes": 10}
@@ -53,6 +55,17 @@ def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
     assert logits.auxiliary.shape == (2, 5, 3, 3)
     assert np.isfinite(logits.main).all()
     assert segmentation_gmacs(small(backbone, neck=neck))["backbone"] > 0
+
+
+def test_the_multilevel_neck_halves_odd_sizes_by_means_of_2_x_2_cells(rng):
+    neck = MultiLevelNeck((3,) * 4, 3, precision=Precision("float32", "float32"), rngs=nnx.Rngs(0))
+    x = rng.normal(size=(2, 5, 7, 3)).astype(np.float32)
+    lateral, output = neck.laterals[3], neck.outputs[3]
+    lateral.kernel[...] = jnp.eye(3)[None, None]  # Both convolutions copy.
+    output.kernel[...] = jnp.zeros((3, 3, 3, 3)).at[1, 1].set(jnp.eye(3))
+    *_, last = neck([jnp.asarray(x)] * 4, train=False)
+    expected = x[:, :4, :6].reshape(2, 2, 2, 3, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(last, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_and_drop_path_are_drawn_by_key():

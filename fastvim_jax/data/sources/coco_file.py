@@ -226,7 +226,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read an annotation file and check that it has COCO's parts.
 
     Raises:
-        UserError: no such file, no JSON, a part is missing, a field has another type, or an id comes twice.
+        UserError: no such file, no JSON, a part is missing, a field has another type, or ids come twice or are of
+            two kinds.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
@@ -261,6 +262,10 @@ def read_json(file: Path) -> dict[str, Any]:
         if twice := [str(id) for id, count in counts.items() if count > 1]:
             raise UserError(
                 f"{str(file)!r}: several {part} have the same id, such as {twice[0][:80]}: number them anew."
+            )
+        if len({type(id) for id in counts}) > 1:
+            raise UserError(
+                f"{str(file)!r}: some {part} have numbers and some texts as ids: use one kind."
             )
     for image in content["images"]:
         if not (0 < image["width"] <= _MOST_PIXELS and 0 < image["height"] <= _MOST_PIXELS):

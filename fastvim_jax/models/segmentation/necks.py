@@ -36,7 +36,10 @@ class DeconvolutionNeck(nnx.Module):
 
 
 class MultiLevelNeck(nnx.Module):
-    """For each level: 1 x 1 convolution, bilinear resize by 4, 2, 1, 0.5, 3 x 3 convolution; no norm, no activation."""
+    """For each level: 1 x 1 convolution, bilinear resize by 4, 2, 1, 0.5, 3 x 3 convolution; no norm, no activation.
+
+    Halving is the mean of 2 x 2 cells, for odd sizes too: there the last row or column is left out.
+    """
 
     def __init__(
         self, features_in: Sequence[int], features_out: int, *, precision: Precision, rngs: nnx.Rngs
@@ -74,5 +77,7 @@ class MultiLevelNeck(nnx.Module):
                     f"a feature map of {x.shape[1]}x{x.shape[2]} is too small for the multilevel neck, whose last "
                     "level halves it; use larger images."
                 )
+            if scale < 1:  # The reference does not read what is left over of an odd size.
+                x = x[:, : int(size[0] / scale), : int(size[1] / scale)]
             levels.append(output(resize_bilinear(lateral(x), size)))
         return tuple(levels)

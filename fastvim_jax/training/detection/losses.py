@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from fastvim_jax.models.detection.boxes import encode_deltas, not_empty
+from fastvim_jax.models.detection.boxes import encode_deltas
 from fastvim_jax.models.detection.cascade import CascadeRCNN, deltas_of, refine
 from fastvim_jax.models.detection.config import DetectorConfig, ProposalConfig, StageConfig
 from fastvim_jax.models.detection.masks import mask_targets
@@ -130,9 +130,24 @@ def detection_loss(
         stage_losses, logits, offsets = losses_of_stage(model, i, levels, sampled, objects, padded)
         losses |= stage_losses
         if i < len(config.stages) - 1:
-            boxes = refine(sampled.boxes, logits, offsets, stage, size, sampled.labels)
-            valid = sampled.valid & ~sampled.is_object & not_empty(boxes)
+            boxes, valid = boxes_of_next_stage(sampled, logits, offsets, stage, size)
     return losses
+
+
+def boxes_of_next_stage(
+    sampled: Sampled,
+    logits: Float[Array, "b k classes"],
+    deltas: Float[Array, "b k sets 4"],
+    stage: StageConfig,
+    size: Float[Array, "b 2"],
+) -> tuple[Float[Array, "b k 4"], Bool[Array, "b k"]]:
+    """Refine a stage's boxes, and mark those that the next stage samples from: all but ground truth itself.
+
+    A box that is moved out of the image has no area left and stays, as in the reference: the next stage takes it for
+    background.
+    """
+    boxes = refine(sampled.boxes, logits, deltas, stage, size, sampled.labels)
+    return boxes, sampled.valid & ~sampled.is_object
 
 
 def rpn_losses(
@@ -141,8 +156,13 @@ def rpn_losses(
     targets: AnchorTargets,
     config: ProposalConfig,
 ) -> dict[str, Float[Array, ""]]:
-    """Sum cross-entropy over sampled anchors and smooth L1 over positives, and divide by the number sampled."""
-    count = jnp.sum(targets.sampled) + EPSILON
+    """Sum cross-entropy over sampled anchors and smooth L1 over positives, and divide by the number sampled.
+
+    An image without positives, or without negatives, counts as if it had one, as in the reference.
+    """
+    negative = targets.sampled & ~targets.positive
+    count = jnp.sum(sum(jnp.maximum(jnp.sum(x, -1), 1) for x in (targets.positive, negative)))
+    count = count + EPSILON
     entropy = optax.sigmoid_binary_cross_entropy(scores, targets.positive.astype(scores.dtype))
     distance = smooth_l1(deltas - targets.deltas.astype(deltas.dtype), config.beta).sum(-1)
     return {
