@@ -17,6 +17,10 @@ import json, logging
 import jax, jax.numpy as jnp, numpy as np
 import fastvim_jax
 from fastvim_jax.models import VisionMambaConfig, ViTConfig
+from fastvim_jax.data import open_source
+from fastvim_jax.inference import Classifier
+from fastvim_jax.models.pretrained import default_preprocessing
+from fastvim_jax.training.start_from import load_weights
 from pallas_kernels import *
 from pallas_kernels.mixer_core import add_norm
 from pallas_kernels.patch_embed import embed_patches
@@ -28,6 +32,7 @@ models = {
     "channels": fastvim_jax.create_model("fastchannelvim_tiny_patch16_224", channels=3, **small),
 }
 cases = {}
+looks = default_preprocessing(models["fastvim"].config)
 images = jnp.ones((1, 8, 8, 3))
 for name, model in models.items():
     for method in ("__call__", "features", "intermediates", "embed"):
@@ -126,6 +131,21 @@ cases |= {
 cases["fast as text"] = (
     lambda: fastvim_jax.create_model("vit_tiny_patch16_224", fast="false", **small), ["fast='false'"]
 )
+# A single text is no list of its letters: allow="head.*" would allow everything by its "*".
+one = models["fastvim"]
+cases |= {
+    "class names, saved": (
+        lambda: fastvim_jax.save_pretrained(one, "/none", class_names="ab"), ["class_names='ab'", "['ab']"]
+    ),
+    "class names, loaded": (lambda: load_weights(one, "/none", class_names="ab"), ["class_names='ab'"]),
+    "allow": (lambda: load_weights(one, "/none", allow="head.*"), ["allow='head.*'", "['head.*']"]),
+    "class names": (lambda: Classifier(one, looks, "ab"), ["class_names='ab'"]),
+    "numbers as class names": (lambda: Classifier(one, looks, [0, 1]), ["class_names", "0"]),
+    "outputs": (lambda: Classifier(one, looks, outputs="embeddings"), ["outputs='embeddings'"]),
+    "channels": (
+        lambda: open_source("channel_files", "train", path="/x{channel}", channels="DNA"), ["channels='DNA'"]
+    ),
+}
 assert VisionMambaConfig(dtype=jnp.bfloat16).dtype == "bfloat16"
 wrong = []
 for name, (call, words) in cases.items():

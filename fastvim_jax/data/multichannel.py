@@ -25,7 +25,7 @@ from PIL import Image
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import read_file, walk
 from fastvim_jax.data.records import DecodeError, printable
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, require_texts
 
 Depth = Literal["full", "percentile"]
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -155,6 +155,7 @@ def find_channel_files(
     Raises:
         UserError: the pattern has no `{channel}`, no file matches it, or two files match for one channel of an image.
     """
+    channels = None if channels is None else require_texts(channels, "channels")
     expression = _expression(pattern)
     images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
     for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):

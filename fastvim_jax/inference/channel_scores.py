@@ -12,6 +12,7 @@ from flax import nnx
 
 from fastvim_jax.data.cells import make_eval_iterator, take_channels
 from fastvim_jax.data.labelled import make_preprocess
+from fastvim_jax.errors import require_texts
 from fastvim_jax.inference.channel_model import channel_data
 from fastvim_jax.training.classification.evaluation import evaluate_weights, make_eval_step
 from fastvim_jax.training.run_folder import load_run
@@ -54,7 +55,10 @@ def score_subsets(
     """
     run = load_run(run_dir, weights=weights)
     data = dataclasses.replace(channel_data(run.config, run_dir), **changes, eval_channels=())
-    ids = [dataclasses.replace(data, eval_channels=tuple(s)).eval_ids for s in subsets]
+    ids = [
+        dataclasses.replace(data, eval_channels=require_texts(s, "subset")).eval_ids
+        for s in subsets
+    ]
     graphdef, params = nnx.split(run.model)
     eval_step = make_eval_step(graphdef, preprocess=make_preprocess(data))
 

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_preprocess
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, one_or_several, require_texts
 from fastvim_jax.inference.decoding import decoded_batches
 from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
 from fastvim_jax.models import build_model
@@ -121,6 +121,8 @@ class Classifier:
         blocks: Literal["scan", "unroll"] | None = None,
         workers: int = 0,
     ) -> None:
+        outputs = require_texts(outputs, "outputs")
+        class_names = require_texts(class_names, "class_names")
         config: Any = model.config  # type: ignore[attr-defined]
         if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
@@ -152,8 +154,8 @@ class Classifier:
         if workers < 0:
             raise UserError(f"workers={workers} must be at least 0.")
         self.workers = workers
-        self.outputs = tuple(outputs)
-        self.class_names = tuple(class_names)
+        self.outputs = outputs
+        self.class_names = class_names
         self.data = photographs_data(preprocessing, config.channels)
         mesh = Mesh(np.array(devices), ("data",))
         self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -284,18 +286,21 @@ class Classifier:
             errors |= {start + i: problem for i, problem in problems.items()}
         return _result(found, errors)
 
-    def each_file(self, files: Sequence[str | Path]) -> Iterator[tuple[str, int, Result]]:
+    def each_file(
+        self, files: Sequence[str | Path] | str | Path
+    ) -> Iterator[tuple[str, int, Result]]:
         """Classify any number of image files, in batches of which a few are in memory at a time.
 
         Yields:
             For each file, in order: its name, its row in the result of its batch, and that result.
         """
-        for start, outputs, errors in self.each_batch([str(file) for file in files]):
+        names = [str(file) for file in one_or_several(files)]
+        for start, outputs, errors in self.each_batch(names):
             if errors:  # Arrays from the devices are read-only.
                 outputs = {name: np.array(each) for name, each in outputs.items()}
             result = _result(outputs, errors)
             for i in range(len(result.logits)):
-                yield str(files[start + i]), i, result
+                yield names[start + i], i, result
 
     def decoded(self, images: Any) -> Iterator[tuple[int, Array, dict[int, str]]]:
         """Decode images by all cores, some batches before they are asked for.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.errors import one_or_several
 from fastvim_jax.training.run_folder import Run
 
 DRAWERS = {
@@ -44,7 +45,7 @@ def draws(run: Run) -> bool:
     return type(run.config).__name__ in DRAWERS
 
 
-def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+def draw_files(run: Run, files: Sequence[str | Path] | str | Path, out: Path) -> list[Drawing]:
     """Predict image files and write drawings to the folder `out`. A file that is no image has its `error` set.
 
     Args:
@@ -54,7 +55,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     """
     out.mkdir(parents=True, exist_ok=True)
     module = importlib.import_module(DRAWERS[type(run.config).__name__])
-    drawn: list[Drawing] = module.draw_files(run, files, out)
+    drawn: list[Drawing] = module.draw_files(run, one_or_several(files), out)
     return drawn
 
 

@@ -30,7 +30,7 @@ from fastvim_jax.data.multichannel import (
     to_uint8,
 )
 from fastvim_jax.data.records import DecodeError, printable
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, one_or_several, require_texts, suggest
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
@@ -94,7 +94,7 @@ class Embeddings:
         writers[file.suffix](pyarrow.table(columns), str(file))
 
 
-def find_fields(paths: Sequence[Path], pattern: str | None) -> list[Field]:
+def find_fields(paths: Sequence[Path] | Path, pattern: str | None) -> list[Field]:
     """List the fields that files and folders hold.
 
     Args:
@@ -105,7 +105,7 @@ def find_fields(paths: Sequence[Path], pattern: str | None) -> list[Field]:
         UserError: a path does not exist, or no file matches the pattern.
     """
     fields = []
-    for path in paths:
+    for path in map(Path, one_or_several(paths)):
         if not path.exists():
             raise UserError(f"{str(path)!r} does not exist.")
         if path.is_dir() and pattern is None:
@@ -148,6 +148,7 @@ def embed_fields(
     Raises:
         UserError: a channel is not one of the model's, or no field could be embedded.
     """
+    channels = None if channels is None else require_texts(channels, "channels")
     for name in [*(channels or ()), *(rename or {}).values()]:
         if name not in data.names:
             raise UserError(
@@ -211,7 +212,7 @@ def photograph_columns(classifier: Classifier) -> dict[str, str]:
 
 
 def iter_features(
-    classifier: Classifier, files: Sequence[str | Path]
+    classifier: Classifier, files: Sequence[str | Path] | str | Path
 ) -> Iterator[PhotographFeatures]:
     """Embed any number of photographs, and yield each one's features as soon as its part of the files is done.
 
@@ -254,6 +255,7 @@ def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
     Raises:
         UserError: none of the columns is there.
     """
+    by = require_texts(by, "by")
     keys = [key for key in by if key in table.metadata]
     if not keys:
         raise UserError(

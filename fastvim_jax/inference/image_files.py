@@ -11,13 +11,13 @@ from pathlib import Path
 from fastvim_jax.data.files import walk
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.tar_members import list_members
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.regular_file import read_regular_file
 
 SUFFIXES = tuple(sorted(EXTENSIONS))
 
 
-def find_images(names: Iterable[str | Path]) -> list[str]:
+def find_images(names: Iterable[str | Path] | str | Path) -> list[str]:
     """List image files in the given order, each one once.
 
     Args:
@@ -34,7 +34,7 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
             or nothing matches a pattern. A missing file is listed: the caller reports it when it reads the file.
     """
     found: dict[str, None] = {}
-    for name in map(str, names):
+    for name in map(str, one_or_several(names)):
         found.update(dict.fromkeys(_expand(name)))
     return list(found)
 

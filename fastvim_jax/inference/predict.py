@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from fastvim_jax.data import Batch
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.records import printable
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.training.classification.evaluation import preprocess_of
 from fastvim_jax.training.run_folder import Run
@@ -73,7 +73,7 @@ class Prediction:
 
 def predict_files(
     source: Run | Classifier,
-    files: Sequence[str | Path],
+    files: Sequence[str | Path] | str | Path,
     *,
     top_k: int = 5,
     batch_size: int = 32,
@@ -82,7 +82,7 @@ def predict_files(
 
     Args:
         source: a trained model, from `load_run`, or a classifier.
-        files: image files of any size and kind that Pillow reads.
+        files: image files of any size and kind that Pillow reads; or one.
         top_k: classes to return for each, best first; all of them if there are fewer.
         batch_size: images at a time; a classifier has its own.
 
@@ -92,6 +92,7 @@ def predict_files(
     Raises:
         UserError: for a `top_k` or `batch_size` below 1, or a run that is no classifier of images.
     """
+    files = one_or_several(files)
     if isinstance(source, Run):
         size = min(batch_size, max(1, len(files)))
         source = Classifier.of_run(source, batch_size=size, outputs=["probabilities"])
@@ -99,7 +100,7 @@ def predict_files(
 
 
 def iter_predictions(
-    classifier: Classifier, files: Sequence[str | Path], *, top_k: int = 5
+    classifier: Classifier, files: Sequence[str | Path] | str | Path, *, top_k: int = 5
 ) -> Iterator[Prediction]:
     """Classify any number of image files, and yield each prediction as soon as its part of the files is done.
 

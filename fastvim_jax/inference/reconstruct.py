@@ -15,7 +15,7 @@ from flax import nnx
 from fastvim_jax.data import DecodeError, load_image
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_preprocess
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.models import MaskedAutoencoderConfig
 from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
 from fastvim_jax.training.masked.config import PretrainConfig
@@ -71,7 +71,7 @@ def load_masked(
 
 def reconstruct_files(
     run: Run,
-    files: Sequence[str | Path],
+    files: Sequence[str | Path] | str | Path,
     out: Path,
     *,
     mask_ratio: float | None = None,
@@ -104,7 +104,7 @@ def reconstruct_files(
         model.config = dataclasses.replace(config.model, mask_ratio=mask_ratio)
         graphdef, params = nnx.split(model)
     images, problems = [], []
-    for file in files:
+    for file in one_or_several(files):
         try:
             images.append(load_image(file, config.data))
         except DecodeError as error:

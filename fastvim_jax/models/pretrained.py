@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, require_texts
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.parameters import (
     check_numbers,
@@ -110,6 +110,7 @@ def save_pretrained(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
     config: Any = model.config  # type: ignore[attr-defined]
+    class_names = require_texts(class_names, "class_names")
     check_class_names(class_names, config)
     preprocessing = preprocessing or default_preprocessing(config)
     folder = Path(folder)

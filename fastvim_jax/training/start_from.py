@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, require_texts
 from fastvim_jax.layers.pos_embed import resize_pos_embed
 from fastvim_jax.models.config import BackboneConfig
 from fastvim_jax.models.parameters import (
@@ -124,6 +124,7 @@ def load_weights(
         UserError: no such source; numbers that are complex or not finite; a misfit that is not allowed, with all
             names in one message.
     """
+    class_names, allow = require_texts(class_names, "class_names"), require_texts(allow, "allow")
     found = read_source(source, weights=weights, step=step)
     return load_source(model, found, class_names=class_names, allow=allow)
 
@@ -136,6 +137,7 @@ def load_source(
     allow: Sequence[str] = (),
 ) -> Report:
     """Load the weights of a source that was read already. See `load_weights`."""
+    class_names, allow = require_texts(class_names, "class_names"), require_texts(allow, "allow")
     state = nnx.state(model)
     arrays, report = fit(
         source,

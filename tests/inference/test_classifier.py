@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.inference.classifier import MAPS, OUTPUTS
 from fastvim_jax.inference.decoding import decoding_workers
+from fastvim_jax.inference.image_files import find_images
+from fastvim_jax.inference.predict import predict_files
 from fastvim_jax.models import VisionMambaConfig, build_model, shares
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.pretrained import Preprocessing
@@ -99,6 +102,13 @@ def test_one_image_and_none(model, classifier, files):
         np.testing.assert_allclose(classifier(image).logits, logits, rtol=2e-4, atol=2e-5)
     empty = classifier([])
     assert empty.logits.shape == (0, 3) and empty.embeddings.shape == (0, 8)
+
+
+def test_one_path_is_one_file_and_no_list_of_letters(classifier, files):
+    for file in (str(files[0]), Path(files[0])):
+        (one,), (same,) = predict_files(classifier, file), predict_files(classifier, [file])
+        assert one == same and one.file == str(files[0]) and one.error is None
+        assert find_images(file) == [str(files[0])]
 
 
 def test_one_program_serves_every_number_of_images(classifier, files):

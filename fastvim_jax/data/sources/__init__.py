@@ -20,7 +20,7 @@ from fastvim_jax.data.sources.part import SourcePart, split_and_part
 from fastvim_jax.data.sources.pixels import PixelsSource
 from fastvim_jax.data.sources.tfds import TfdsSource
 from fastvim_jax.data.sources.webdataset import WebDatasetSource
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, require_texts, suggest
 
 SOURCES: tuple[str, ...] = (
     "digits",
@@ -63,6 +63,7 @@ def open_source(
             or not of the source's kind.
     """
     whole, part = split_and_part(split)
+    channels = require_texts(channels, "channels")
     options: Any = {
         "path": path,
         "class_list": class_list,
