@@ -183,6 +183,9 @@ def _print_advice(chosen: Check, kind: str, reports: dict[str, Any], found: bool
         for reason in advice.refused:
             print(f"  {reason}")
         return not chosen.split
+    if channels := max(report.channels for report in reports.values()):
+        print(f"Train on images of {counted(channels, 'channel')}: see docs/cells.md.")
+        return False
     options = {
         "data.path": "" if kind == "digits" else chosen.path,
         "data.source": "" if kind == "image_folder" else kind,

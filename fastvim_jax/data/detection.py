@@ -161,8 +161,7 @@ def draw_placement(
 
 def fit(size: tuple[int, int], bounds: tuple[int, int], factor: float = 1.0) -> tuple[int, int]:
     """Return the size, aspect kept, at which an image fits into `bounds` (height, width) times `factor`."""
-    height, width = fitted_size(size, max(bounds) * factor, min(bounds) * factor)
-    return max(height, 1), max(width, 1)
+    return fitted_size(size, max(bounds) * factor, min(bounds) * factor)
 
 
 def place(

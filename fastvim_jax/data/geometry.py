@@ -34,13 +34,15 @@ class Scene:
 def fitted_size(size: tuple[int, int], long: int | float, short: int | float) -> tuple[int, int]:
     """Return the largest size of the same aspect whose sides fit into `long` and `short`, rounded half up.
 
+    A strip keeps at least one pixel in its width.
+
     Args:
         size: height and width.
         long: upper bound of the longer side.
         short: upper bound of the shorter side.
     """
     factor = min(long / max(size), short / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
 
 
 def resize(scene: Scene, size: tuple[int, int]) -> Scene:

@@ -18,6 +18,7 @@ from fastvim_jax.data import (
 )
 from fastvim_jax.data.prepare.advice import BATCH_SIZE, training_advice
 from fastvim_jax.data.prepare.check import check
+from fastvim_jax.data.records import Record
 from fastvim_jax.errors import UserError
 from tests.data.test_sources import _pack
 
@@ -72,6 +73,40 @@ def test_images_that_all_look_the_same_are_named(tmp_path: Path, rng: np.random.
     report = check(open_source("image_folder", "train", path=str(tmp_path)))
     assert [p.kind for p in report.problems] == ["alike"]
     assert "all 3 images look the same" in report.problems[0].message
+
+
+def test_images_of_many_channels_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        np.save(folder / f"{i}.npy", rng.integers(0, 60000, (9, 7, 5)).astype(np.uint16))
+    source = open_source("image_folder", "train", path=str(tmp_path))
+    report = check(source)
+    assert not report.problems and report.channels == 5
+    named = NamedChannels([rng.integers(0, 255, (9, 7, n)).astype(np.uint8) for n in (2, 2, 3)])
+    report = check(named)
+    assert [p.message for p in report.problems] == [
+        "field 2: 3 channels, but the data set names 2."
+    ]
+    np.save(folder / "2.npy", np.zeros((9, 7, 2), np.uint8))
+    (folder / "1.npy").write_bytes(b"\x93NUMPY damaged")
+    kinds = [problem.kind for problem in check(source).problems]
+    assert kinds == ["undecodable", "channels"]
+
+
+class NamedChannels:
+    """Fields whose source names two channels, as shards of a plate do."""
+
+    class_names, channel_names = ("a",), ("x", "y")
+
+    def __init__(self, images: list[np.ndarray]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.images[index], 0, f"field {index}")
 
 
 def test_damaged_metadata_are_counted(tmp_path: Path, rng: np.random.Generator) -> None:

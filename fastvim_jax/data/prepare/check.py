@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data.decode import decode_image, open_header, orientation
+from fastvim_jax.data.multichannel import NPY, in_order, read_channels
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
@@ -28,7 +29,7 @@ class Problem:
 
     Attributes:
         kind: `undecodable`, `label` (outside the classes), `conflict` (one image under several labels), `empty class`,
-            `checksum`, or `alike` (all images look the same).
+            `checksum`, `alike` (all images look the same), or `channels` (their number differs).
         message: what and where, in a line.
         index: the record's number in its split, or None.
     """
@@ -51,6 +52,8 @@ class Report:
         unread: files in an image folder's split that are no record: of an unknown extension, or of no class.
         digests: index of one record for every image met, by a digest of its bytes.
         damaged_metadata: images whose EXIF cannot be read; they are taken as upright.
+        channels: largest number of channels of an image that is no photograph (`.npy`, or with named channels), 0 if
+            all are photographs.
     """
 
     records: int
@@ -61,6 +64,7 @@ class Report:
     unread: tuple[str, ...]
     digests: dict[bytes, int]
     damaged_metadata: int = 0
+    channels: int = 0
 
 
 def check(source: Source, *, workers: int = 0, progress: Progress | None = None) -> Report:
@@ -110,6 +114,10 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
             f"all {pictures.total()} images look the same: {_where(source, 0)} and all others."
         )
         problems.append(Problem("alike", message))
+    channels = Counter(record.channels for record in scanned if record.channels)
+    if len(channels) > 1:
+        many = ", ".join(f"{count} of {number}" for number, count in sorted(channels.items()))
+        problems.append(Problem("channels", f"images differ in their number of channels: {many}."))
     counts = Counter(record.label for record in scanned if record.label is not None)
     empty = [label for label in range(len(names)) if not counts[label]]
     problems += [
@@ -129,6 +137,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         tuple(source.unread()) if isinstance(source, ImageFolderSource) else (),
         digests,
         sum(record.damaged_metadata for record in scanned),
+        max(channels, default=0),
     )
 
 
@@ -140,6 +149,7 @@ class _Scanned:
     picture: bytes
     error: str | None
     damaged_metadata: bool = False
+    channels: int = 0
 
 
 def _scan(source: Source, indices: range) -> list[_Scanned]:
@@ -147,22 +157,51 @@ def _scan(source: Source, indices: range) -> list[_Scanned]:
 
 
 def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
+    names = tuple(getattr(source, "channel_names", ()))
     for index in indices:
         try:
             record = read_record(source, index)
         except DecodeError as error:
             yield _Scanned(index, None, b"", b"", str(error))
             continue
-        picture, error_text, damaged = b"", None, False
+        picture, channels, error_text, damaged = b"", 0, None, False
         try:
-            decoded = decode_image(record.image, channels=3, name=record.name)
-            small = decoded.resize((16, 16), Image.Resampling.BOX)
-            picture = hashlib.blake2b(small.tobytes(), digest_size=16).digest()
-            if isinstance(record.image, bytes) and b"exif" in record.image.lower():
-                damaged = not orientation(open_header(record.image, record.name))[1]
+            if names or _has_channels(record.image):
+                picture, channels = _channels_of(record, names)
+            else:
+                decoded = decode_image(record.image, channels=3, name=record.name)
+                small = decoded.resize((16, 16), Image.Resampling.BOX)
+                picture = hashlib.blake2b(small.tobytes(), digest_size=16).digest()
+                if isinstance(record.image, bytes) and b"exif" in record.image.lower():
+                    damaged = not orientation(open_header(record.image, record.name))[1]
         except DecodeError as error:
             error_text = str(error)
-        yield _Scanned(index, record.target, _digest(record), picture, error_text, damaged)
+        yield _Scanned(
+            index, record.target, _digest(record), picture, error_text, damaged, channels
+        )
+
+
+def _has_channels(image: bytes | np.ndarray) -> bool:
+    """Return whether an image is read as one of any number of channels (docs/cells.md), not as a photograph."""
+    if isinstance(image, np.ndarray):
+        return image.ndim == 3 and image.shape[-1] not in (1, 3, 4)
+    return image.startswith(NPY)
+
+
+def _channels_of(record: Record, names: tuple[str, ...]) -> tuple[bytes, int]:
+    """Return a digest of 16 x 16 pixels of each channel, and the number of channels.
+
+    Raises:
+        DecodeError: the image cannot be read, or its channels are not those that the data set names.
+    """
+    pixels = in_order(read_channels(record.image, record.name), names, record.name)
+    if names and pixels.shape[-1] != len(names):
+        raise DecodeError(
+            f"{record.name}: {pixels.shape[-1]} channels, but the data set names {len(names)}."
+        )
+    rows, columns = (np.arange(16) * side // 16 for side in pixels.shape[:2])
+    small = np.ascontiguousarray(pixels[rows[:, None], columns])
+    return hashlib.blake2b(small.tobytes(), digest_size=16).digest(), pixels.shape[-1]
 
 
 def _digest(record: Record) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import check_link, read_inside, walk
@@ -191,6 +191,9 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels")
         opened.load()
+    except UnidentifiedImageError:
+        what = "not an image, or of a kind that is not read" if data else "the file is empty"
+        raise DecodeError(f"{name}: the mask cannot be read ({what}).") from None
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         raise DecodeError(
             f"{name}: the mask cannot be read ({error or type(error).__name__})."
