@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import string
 import threading
@@ -29,6 +30,8 @@ from fastvim_jax.errors import UserError, require_texts
 
 Depth = Literal["full", "percentile"]
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_VALUES = 2**28
+"""Pixels times channels of the largest TIFF that is decoded, 268 million: 537 MB of 16 bits."""
 SATURATED_SHARE = 0.01
 """An image counts as saturated if more than this share of a channel's pixels hold the largest value of its type."""
 
@@ -229,6 +232,15 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
             if end > len(image):
                 raise DecodeError(f"{name}: cut short ({len(image)} bytes of at least {end}).")
         series = opened.series[0]
+        sides = dict(zip(series.axes, series.shape, strict=True))
+        if (
+            sides.get("Y", 1) * sides.get("X", 1) > MAX_PIXELS
+            or math.prod(series.shape) > MAX_VALUES
+        ):
+            raise DecodeError(
+                f"{name}: an image of shape {series.shape} has more than {MAX_PIXELS:,} pixels or {MAX_VALUES:,} "
+                "values, the most read: cut it into tiles."
+            )
         pixels, axes = series.asarray(), series.axes
         names = _ome_names(opened.ome_metadata)
     wanted = {"Y", "X"}

@@ -81,6 +81,27 @@ def test_what_is_no_image_is_refused_by_name(image: bytes, what: str) -> None:
         read_channels(image, "somewhere")
 
 
+@pytest.mark.parametrize("shape", [(20_000, 20_000), (300, 1000, 1000)])
+def test_a_tiff_of_too_many_values_is_refused_before_it_is_decoded(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refuse it by its header: some hundred kilobytes hold gigabytes of equal pixels."""
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    row = np.zeros(shape[1:], np.uint8)
+    tifffile.imwrite(
+        buffer, (row for _ in range(shape[0])) if len(shape) == 3 else np.zeros(shape, np.uint8),
+        shape=shape, dtype=np.uint8, compression="zlib",
+    )  # fmt: skip
+
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", decode)
+    with pytest.raises(DecodeError, match=r"^x: an image of shape .* has more than"):
+        read_channels(buffer.getvalue(), "x")
+
+
 def test_sixteen_bits_become_eight_by_division(pixels: np.ndarray) -> None:
     assert np.array_equal(to_uint8(pixels), np.round(pixels / 257).astype(np.uint8))
     narrow = pixels.astype(np.uint8)

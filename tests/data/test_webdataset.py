@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.data import ClassificationData, make_eval_iterator, open_source
+from fastvim_jax.data import ClassificationData, DecodeError, make_eval_iterator, open_source
 from fastvim_jax.data.fingerprint import fingerprint
 from fastvim_jax.data.sources.layout import list_splits
 from fastvim_jax.errors import UserError
@@ -107,6 +107,15 @@ def test_a_split_is_its_own_shards_only(
     for split in ("trai", "val-0", "fol"):
         with pytest.raises(UserError, match="No tar shards of a split"):
             open_source("webdataset", split, path=str(root))
+
+
+def test_a_member_too_large_for_an_image_is_not_read(
+    shards: tuple[Path, list[bytes], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvim_jax.data.sources.webdataset.MAX_BYTES", 9)
+    source = open_source("webdataset", "train", path=str(shards[0]))
+    with pytest.raises(DecodeError, match=r"1000.png: \d+ bytes are too many"):
+        source[5]
 
 
 def test_it_feeds_the_pipeline(shards: tuple[Path, list[bytes], list[int]]) -> None:

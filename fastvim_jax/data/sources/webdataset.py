@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvim_jax.data.files import require_regular
+from fastvim_jax.data.files import MAX_BYTES, require_regular
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.listing import SharedArray, Texts, listed
-from fastvim_jax.data.records import Record, printable
+from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
 from fastvim_jax.data.tar_members import regular_members
@@ -82,9 +82,12 @@ class WebDatasetSource:
     def __getitem__(self, index: int) -> Record:
         number, offset, size, label = (int(v) for v in self._places.values[index])
         shard = self._shards[number]
+        name = printable(f"{shard}/{self._keys[index]}")
+        if size > MAX_BYTES:
+            raise DecodeError(f"{name}: {size:,} bytes are too many for an image.")
         with shard.open("rb") as file:
             file.seek(offset)
-            return Record(file.read(size), label, printable(f"{shard}/{self._keys[index]}"))
+            return Record(file.read(size), label, name)
 
     def stamp(self, index: int) -> str:
         """Return a text that changes when a record does: its shard, place there and label (`fingerprint.Stamped`)."""
