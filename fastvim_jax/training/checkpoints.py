@@ -75,6 +75,19 @@ def step_folders(directory: Path) -> list[str]:
     ]
 
 
+def _is_meta(meta: Any) -> bool:
+    """Tell whether the parts of a checkpoint's `meta` have their types; without checksums, a damaged one gets here."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("parameters"), dict):
+        return False
+    records = meta.get("window", [])
+    return (
+        isinstance(meta.get("data", {}), dict)
+        and isinstance(records, list)
+        and all(isinstance(record, dict) for record in records)
+        and all(isinstance(value, int | float) for record in records for value in record.values())
+    )
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged, of another model, or cannot be written."""
 
@@ -233,13 +246,15 @@ class Checkpoints:
         step = self._existing(step)
         self._verify(step, "meta")
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        if not _is_meta(meta):
+            raise self.damaged(step, "its file meta/metadata is not what training writes")
         if meta.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self._name(step)} has format {meta.get('format')!r}; this version reads {FORMAT}: "
                 "use the version of fastvim-jax that environment.json names."
             )
         if meta.get("step") != step:
-            raise self._damaged(
+            raise self.damaged(
                 step, f"it is the checkpoint of step {meta.get('step')}, moved or copied"
             )
         return meta
@@ -331,7 +346,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds of errors for damage.
             first = str(error).strip().splitlines()[:1]
-            raise self._damaged(step, f"{type(error).__name__}: {''.join(first)}") from error
+            raise self.damaged(step, f"{type(error).__name__}: {''.join(first)}") from error
 
     def _refuse_other_model(self, step: int, meta: Mapping[str, Any], params: Any) -> None:
         saved, ours = meta["parameters"], _signature(params)
@@ -350,7 +365,8 @@ class Checkpoints:
             "Use the model that the run folder's config.json describes, or another run folder."
         )
 
-    def _damaged(self, step: int, reason: str) -> CheckpointError:
+    def damaged(self, step: int, reason: str) -> CheckpointError:
+        """Return the error to raise for a damaged checkpoint. It offers the previous one."""
         earlier = [s for s in self.steps() if s < step]
         offer = (
             f"The previous one is step {earlier[-1]}: evaluate it with step={earlier[-1]}, or delete "
@@ -412,7 +428,7 @@ class Checkpoints:
                 )  # fmt: skip
                 return
             if reason is not None:
-                raise self._damaged(step, reason)
+                raise self.damaged(step, reason)
 
         on_first_process(compare)
         self._verified |= {(step, item) for item in new}

@@ -17,6 +17,7 @@ import jax
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.distributed import all_gather_set, barrier
+from fastvim_jax.errors import UserError
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.evaluators import Evaluator
@@ -87,8 +88,14 @@ def begin_or_resume(
         return state, []
     meta = run.checkpoints.read_meta()
     state = run.checkpoints.restore_state(shapes)
-    batches.set_state(meta["data"])
-    return state, meta["window"]
+    try:
+        batches.set_state(meta["data"])
+        return state, meta["window"]
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"its position in the data cannot be used ({type(error).__name__}: {error})"
+        raise run.checkpoints.damaged(meta["step"], reason) from error
 
 
 def run_loop(

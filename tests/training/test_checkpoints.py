@@ -296,6 +296,22 @@ def test_a_fifo_in_the_place_of_a_record_is_damage(run):
         reopen(path).read_meta()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": None}, {"data": 3}, {"window": True}, {"window": [3]}, {"window": [{"loss": {}}]}, {"step": {}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_meta_is_named_without_the_record_too(run, change):
+    path, _ = run
+    (path / "checksums" / "20.json").unlink()
+    file = path / "checkpoints" / "20" / "meta" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match="20 is damaged: .*The previous one is step 10"):
+        reopen(path, read_only=True).restore_state(make_state())
+
+
 def test_a_checkpoint_under_another_number_is_refused(run):
     path, _ = run
     shutil.copytree(path / "checkpoints" / "10", path / "checkpoints" / "30")

@@ -15,12 +15,13 @@ from flax import nnx
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.distributed import make_mesh, on_mesh
+from fastvim_jax.errors import UserError
 from fastvim_jax.training import Stopped, loop, read_metrics
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.loop import begin_or_resume, run_loop
-from fastvim_jax.training.runs import TrainCall, open_run
+from fastvim_jax.training.runs import OpenRun, TrainCall, open_run
 from fastvim_jax.training.steps import (
     Loss,
     TrainState,
@@ -192,3 +193,18 @@ def test_evaluators_are_due_at_their_own_intervals():
     last, second = (Evaluator("x", lambda *_: Evaluation({}), every_epochs=n) for n in (0, 2))
     assert [s for s in range(1, 11) if last.due(s, 2, 10)] == [10]
     assert [s for s in range(1, 11) if second.due(s, 2, 10)] == [4, 8, 10]
+
+
+@pytest.mark.parametrize("meta", [{}, {"data": {}}])
+def test_a_position_that_cannot_be_used_is_damage(tmp_path, meta):
+    """Name the damage: without its record of checksums, a checkpoint's `meta` is used unchecked."""
+    state = TrainState(jnp.asarray(1, jnp.int32), {"w": jnp.ones(2)}, {"m": jnp.ones(2)}, None)
+    opened = object.__new__(OpenRun)
+    with Checkpoints(tmp_path) as checkpoints:
+        object.__setattr__(opened, "checkpoints", checkpoints)
+        checkpoints.save(state, {"window": [], **meta})
+        checkpoints.wait()
+        with pytest.raises(
+            UserError, match="1 is damaged: its position in the data cannot be used"
+        ):
+            begin_or_resume(lambda: state, state, opened, Numbers())
