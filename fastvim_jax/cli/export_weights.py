@@ -49,7 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     files = sorted(out.iterdir()) if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)
-    print(f"{out}: {size / 1e6:.1f} MB, {', '.join(file.name for file in files)}.")
+    names = f", {', '.join(file.name for file in files)}" if out.is_dir() else ""
+    print(f"{out}: {size / 1e6:.1f} MB{names}.")
     if chosen.to == "folder":
         print(f"Load it by from_pretrained({str(out)!r}), or: {command()} predict {out} PHOTO")
     return 0

@@ -28,7 +28,7 @@ def write_results(
         made_by: see `inference.row_files.claim`.
 
     Returns:
-        The exit status: 1 if a file could not be read.
+        The exit status: 1 if a file could not be read, now or when its record was made.
     """
     from rich.console import Console
     from rich.progress import track
@@ -41,7 +41,7 @@ def write_results(
     left = [file for file in files if printable(file) not in done]
     console = Console(stderr=True)
     records = write_records(make(left), out, columns)
-    failed = 0
+    failed = sum(done.get(printable(file), False) for file in files)
     for each in track(records, verb, len(left), console=console, disable=not console.is_terminal):
         failed += complain(each)
     before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""

@@ -33,8 +33,10 @@ class Record(Protocol):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def already_written(out: Path) -> set[str]:
-    """List the image files whose records `out` holds already. A command that is given again skips them.
+def already_written(out: Path) -> dict[str, bool]:
+    """Say of each image file whose record `out` holds already whether that record is an error.
+
+    A command that is given again skips these files.
 
     Raises:
         UserError: `out` has an unknown ending, is an existing Parquet file, or holds something else.
@@ -42,7 +44,7 @@ def already_written(out: Path) -> set[str]:
     if out.suffix not in KINDS:
         raise UserError(f"{out}: results are written to a file that ends in {', '.join(KINDS)}.")
     if not out.exists():
-        return set()
+        return {}
     if out.suffix == ".parquet":
         raise UserError(
             f"{out} exists, and Parquet files cannot be continued: name another, or use .jsonl or .csv."
@@ -50,9 +52,12 @@ def already_written(out: Path) -> set[str]:
     try:
         text = _without_torn_record(out)
         if out.suffix == ".jsonl":
-            return {parse_json(line)["file"] for line in text.split("\n")[:-1]}
-        return {row[0] for row, _ in list(_rows_of(text))[1:]}
-    except (ValueError, LookupError, TypeError, csv.Error, OSError) as error:
+            found = map(parse_json, text.split("\n")[:-1])
+            return {each["file"]: each.get("error") is not None for each in found}
+        header, *rows = [row for row, _ in _rows_of(text)] or [[]]
+        place = header.index("error") if "error" in header else None
+        return {row[0]: place is not None and row[place] != "" for row in rows}
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(f"{out} holds no results that could be continued: {error}") from error
 
 

@@ -31,7 +31,9 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+        raise UserError(
+            f"{path} is no safetensors file, or it is damaged ({error}): copy or download it again."
+        ) from error
 
 
 def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: str) -> None:

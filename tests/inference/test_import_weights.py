@@ -232,8 +232,10 @@ def test_three_commands_from_a_checkpoint_to_predictions(checkpoint, tmp_path, r
     records = [json.loads(line) for line in whole.splitlines()]
     assert [r["file"] for r in records if "error" in r] == [str(photos / "broken.jpg")]
     out.write_text("".join(line + "\n" for line in whole.splitlines()[:3]) + '{"file": "to')
-    main(command)
-    assert "(3 were there)" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "(3 were there), 1 of which could not be read" in capsys.readouterr().out
+    assert main(command) == 1  # The file holds everything, and one record is an error.
+    assert "(6 were there), 1 of which could not be read" in capsys.readouterr().out
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["file"] for r in again] == [r["file"] for r in records]
     other = str(tmp_path / "other model")

@@ -49,7 +49,7 @@ def read(out: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_holds_the_same(records: list[Said], tmp_path: Path, kind: str) -> None:
     out = tmp_path / "new folder" / f"found{kind}"
-    assert already_written(out) == set()
+    assert already_written(out) == {}
     assert list(write_records(records, out, COLUMNS)) == records
     expected = [tuple(each.to_dict().values()) for each in records]
     for (*names, value, error), (*wanted, number, reason) in zip(read(out), expected, strict=True):
@@ -69,16 +69,19 @@ def test_an_interrupted_file_is_gone_on_with(
     made = write_records(records, out, COLUMNS)
     for _ in range(3):
         next(made)
-    assert already_written(out) == {each.file for each in records[:3]}  # Before the fourth is made.
+    assert set(already_written(out)) == {
+        each.file for each in records[:3]
+    }  # Before the fourth is made.
     made.close()
     torn = out.read_bytes()
     list(write_records(records[3:4], out, COLUMNS))
     line = out.read_bytes()[len(torn) :]
     out.write_bytes(torn + line[:-4])  # A crash in the middle of the fourth line.
     done = already_written(out)
-    assert done == {each.file for each in records[:3]}
+    assert set(done) == {each.file for each in records[:3]}
     list(write_records([each for each in records if each.file not in done], out, COLUMNS))
     assert out.read_bytes() == whole.read_bytes()
+    assert already_written(out) == {each.file: each.error is not None for each in records}
 
 
 def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: Path) -> None:
@@ -88,7 +91,7 @@ def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: P
     made = write_records(records, table, COLUMNS)
     next(made)
     made.close()
-    assert already_written(table) == set()  # Without its last part a Parquet file is none.
+    assert already_written(table) == {}  # Without its last part a Parquet file is none.
     list(write_records(records, table, COLUMNS))
     with pytest.raises(UserError, match="cannot be continued"):
         already_written(table)
