@@ -103,7 +103,7 @@ def dense_sets(root: Path, rng: np.random.Generator) -> dict[str, Callable[[], A
         (root / folder).mkdir(parents=True)
         for i in range(3):
             (root / folder / f"{i}.{ending}").write_bytes(rng.bytes(9))
-    shapes = [None, [[1.1, 2, 3, 4, 5, 6]], {"size": [9, 8], "counts": "abc"}]
+    shapes = [None, [[1.1, 2, 3, 4, 5, 6]], {"size": [9, 8], "counts": "X2"}]
     content = {
         "images": [
             {"id": i + 5, "file_name": f"{i}.jpg", "width": 8, "height": 9} for i in range(3)
@@ -160,7 +160,7 @@ def test_dense_sets_are_listed_once_and_small_when_pickled(
         # 9 x 8 is the size of the RLE's image, so both kinds of mask and none come back as they were.
         assert [found.objects(i).shapes for i in range(2)] == [
             (None, [[1.1, 2, 3, 4, 5, 6]]),
-            ({"size": [9, 8], "counts": "abc"},),
+            ({"size": [9, 8], "counts": "X2"},),
         ]
         np.testing.assert_array_equal(found.objects(0).boxes, [[0, 1, 2, 3.5], [1, 1, 3, 3.5]])
         assert found.truth("bbox") == expected.truth("bbox")
