@@ -227,7 +227,11 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
             f"{name}: TIFF files need tifffile: pip install 'fastvim-jax[cells]'."
         ) from None
     with _errors_of(tifffile.logger(), name), tifffile.TiffFile(io.BytesIO(image)) as opened:
+        seen: set[int] = set()
         for page in opened.pages:
+            if page.offset in seen:  # tifffile would follow the pages around for ever.
+                raise DecodeError(f"{name}: damaged image (its pages are linked in a circle).")
+            seen.add(page.offset)
             end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
             if end > len(image):
                 raise DecodeError(f"{name}: cut short ({len(image)} bytes of at least {end}).")

@@ -81,6 +81,20 @@ def test_what_is_no_image_is_refused_by_name(image: bytes, what: str) -> None:
         read_channels(image, "somewhere")
 
 
+def test_a_tiff_whose_pages_are_linked_in_a_circle_is_refused(pixels: np.ndarray) -> None:
+    """Refuse it, because tifffile would read its pages without end."""
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels[..., 0])
+    image = bytearray(file.getvalue())
+    first = int.from_bytes(image[4:8], "little")
+    entries = int.from_bytes(image[first : first + 2], "little")
+    after = first + 2 + 12 * entries  # Where the offset of the next page stands.
+    image[after : after + 4] = image[4:8]
+    with pytest.raises(DecodeError, match="linked in a circle"):
+        read_channels(bytes(image), "somewhere")
+
+
 @pytest.mark.parametrize("shape", [(20_000, 20_000), (300, 1000, 1000)])
 def test_a_tiff_of_too_many_values_is_refused_before_it_is_decoded(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
