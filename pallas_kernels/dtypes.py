@@ -1,4 +1,4 @@
-"""Choose the dtype of sums and states."""
+"""Choose the dtype that sums and states are computed in: float32 at least, because half precision loses small terms."""
 
 from __future__ import annotations
 

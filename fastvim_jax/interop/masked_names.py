@@ -1,4 +1,4 @@
-"""Map the authors' PyTorch names of masked autoencoders to ours. The encoder has the names of a classifier."""
+"""Map the authors' PyTorch names of masked autoencoders to ours. The encoder's names are those of a classifier."""
 
 from __future__ import annotations
 

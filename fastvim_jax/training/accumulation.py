@@ -22,7 +22,7 @@ def mean_value_and_grad(
     Args:
         loss_of: `loss_of(params, carry, part) -> (loss, (report, carry))`, the means over a part.
         params: the parameters that the loss is differentiated by.
-        carry: passed to the first part. Each part returns the carry of the next one.
+        carry: what the first part starts from, e.g. running statistics. Each part returns the carry of the next one.
         parts: a pytree from `in_parts`; its leading axis counts the parts.
 
     Returns:

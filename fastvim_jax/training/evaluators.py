@@ -40,5 +40,5 @@ class Evaluator:
     def due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
         """Tell whether the evaluator runs after `step`."""
         epoch, rest = divmod(step, steps_per_epoch)
-        whole = rest == 0 and self.every_epochs > 0 and epoch % self.every_epochs == 0
-        return whole or step == total_steps
+        epoch_is_due = rest == 0 and self.every_epochs > 0 and epoch % self.every_epochs == 0
+        return epoch_is_due or step == total_steps

@@ -48,10 +48,10 @@ def averaged_gradient(
             report = jax.tree.map(lambda leaf: mean(leaf, leaf.dtype), report)
             return report, jax.tree.map(lambda leaf: mean(leaf, _dtype(leaf, reduction)), gradient)
 
-        split = jax.shard_map(
+        on_each_device = jax.shard_map(
             one_device, mesh=mesh, in_specs=(P(), BATCH), out_specs=P(), check_vma=False
         )
-        return split(params, batch)
+        return on_each_device(params, batch)
 
     return run
 

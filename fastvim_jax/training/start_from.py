@@ -39,7 +39,7 @@ _BACKBONES = ("", "backbone.", "encoder.")
 # Parameters of a backbone that belong to its task: a misfit there is expected.
 _TASK_PARTS = ("head.", "out_norms.", "fc_norm.")
 # Fields of a backbone's config that change neither the shapes of its parameters nor what they mean.
-_FREE = frozenset(
+_MAY_DIFFER = frozenset(
     {
         "image_size", "num_classes", "drop_path", "out_indices", "dtype", "param_dtype", "matmul_precision", "blocks",
         "remat", "activations", "residual_in_fp32", "scan_implementation",
@@ -208,9 +208,11 @@ def fit(
     """
     check_numbers(source.arrays, source.name)
     here, there = backbone_of(config), backbone_of(source.config)
-    inside, outside = _prefix(shapes), _prefix(source.arrays)
+    prefix_here, prefix_there = _prefix(shapes), _prefix(source.arrays)
     renamed = {
-        inside + name.removeprefix(outside) if name.startswith(outside) else name: name
+        prefix_here + name.removeprefix(prefix_there)
+        if name.startswith(prefix_there)
+        else name: name
         for name in source.arrays
     }
     arrays: dict[str, np.ndarray] = {}
@@ -225,11 +227,11 @@ def fit(
     # A model with dense features has one norm per feature (`out_norms`) instead of the final norm.
     dense_here, dense_there = (
         not any(name.startswith(f"{prefix}norm.") for name in names)
-        for prefix, names in ((inside, shapes), (outside, source.arrays))
+        for prefix, names in ((prefix_here, shapes), (prefix_there, source.arrays))
     )
     for name, shape in shapes.items():
-        in_backbone = name.startswith(inside)
-        part = name.removeprefix(inside)
+        in_backbone = name.startswith(prefix_here)
+        part = name.removeprefix(prefix_here)
         belongs_to_task = not in_backbone or part.startswith(_TASK_PARTS)
         belongs_to_task |= dense_there and part.startswith("norm.")
         if name not in renamed:
@@ -259,14 +261,17 @@ def fit(
     masked = getattr(config, "encoder", None) is not None
     for name, original in renamed.items():
         if name not in shapes:
-            part = original.removeprefix(outside)
+            part = original.removeprefix(prefix_there)
             unused = (
                 part.startswith(_TASK_PARTS)
                 or (dense_here and part.startswith("norm."))
                 or (masked and part == "pos_embed")
             )
             misfit(
-                original, "left", "not in this model", unused or not original.startswith(outside)
+                original,
+                "left",
+                "not in this model",
+                unused or not original.startswith(prefix_there),
             )
     if misfits:
         raise UserError(_misfits_in_words(source, misfits, here, there))
@@ -359,7 +364,7 @@ def _differences(here: BackboneConfig | None, there: BackboneConfig | None) -> l
         return []
     if type(here) is not type(there):
         return [f"the model is a {type(there).__name__} there, a {type(here).__name__} here"]
-    names = [field.name for field in dataclasses.fields(here) if field.name not in _FREE]
+    names = [field.name for field in dataclasses.fields(here) if field.name not in _MAY_DIFFER]
     return [
         f"{name} is {getattr(there, name)!r} there, {getattr(here, name)!r} here"
         for name in names

@@ -21,6 +21,8 @@ def check_arrays(
 ) -> jax.Array:
     """Return `xz` as a JAX array; check that it and the weights are floats whose shapes fit together.
 
+    The last axis of `xz` holds x, which is convolved and scanned, and then z, which gates the result.
+
     Raises:
         ValueError: an argument does not fit; the message says what it must be and what it is.
     """
@@ -45,7 +47,7 @@ def check_arrays(
         ("the norm's scale", scale, "e", (e,)),
         ("the norm's shift", shift, "e", (e,)),
     ):
-        if name == "D" and x is None:  # of a core whose scans add the skip
+        if name == "D" and x is None:  # where the scans themselves add the skip connection D * x
             continue
         expect_shape(operation, name, as_floats(operation, name, x), letters, shape, beside)
     return xz

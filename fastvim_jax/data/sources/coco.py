@@ -37,7 +37,7 @@ class CocoSource:
         images: the folder of the images below `root`.
         training: leave out images without objects and images with a side below `least_side`.
         least_side: smallest side of a training image, in pixels.
-        allow_missing: accept images whose file is missing, for a scan that lists them.
+        allow_missing: accept images whose file is missing, for `fastvim data check-coco`, which lists them.
         follow_links: follow links that lead out of the root.
 
     Attributes:

@@ -32,7 +32,7 @@ from fastvim_jax.errors import UserError
 IMAGE_PATTERN = "images/{split}/{name}.jpg"
 MASK_PATTERN = "annotations/{split}/{name}.png"
 _ADE20K_CLASSES = "objectInfo150.csv"
-_SHOWN = 3
+_SHOWN = 3  # images without a mask that an error message names
 
 
 class MaskFolderSource:
@@ -46,7 +46,7 @@ class MaskFolderSource:
         image_pattern: where images lie; see the module.
         mask_pattern: where the mask of an image lies.
         class_names: one name per class.
-        allow_missing: accept images without a mask, for a scan that lists them.
+        allow_missing: accept images without a mask, for `fastvim data check-masks`, which lists them.
         follow_links: read what links point to outside the root.
 
     Raises:
@@ -218,15 +218,14 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
 
 
 def _find(root: Path, split: str, pattern: str, follow_links: bool) -> dict[str, str]:
-    """List the paths below `root` that match a pattern, by what `{name}` stands for.
+    """Find the paths below `root` that match a pattern. The keys are the texts that `{name}` stands for.
 
     Raises:
         UserError: a link leads out of `root`, and `follow_links` is not set.
     """
     filled = pattern.replace("{split}", split)
-    before, _, _ = filled.partition("{name}")
-    start = before.rpartition("/")[0]
     head, _, tail = filled.partition("{name}")
+    start = head.rpartition("/")[0]
     any_image = tail.endswith(".*")
     ending = re.escape(tail.removesuffix(".*")) + (r"\.[^.]+" if any_image else "")
     matcher = re.compile(re.escape(head) + "(.+?)" + ending)

@@ -64,8 +64,8 @@ def score_run(
     Args:
         run_dir: the run folder.
         data: what to evaluate on; the run's own config has the transforms it was trained for.
-        weights: which of them; all: those that the run kept.
-        step: which checkpoint, `best` for the one with the best score in the log; by default the latest.
+        weights: which weights to evaluate; `all` is the raw ones and, if the run kept it, their average.
+        step: step of the checkpoint, or `best` for the one with the best score in the log; by default the latest.
         per_class: also count by class.
 
     Raises:
@@ -80,7 +80,7 @@ def score_run(
     mesh = make_mesh()
     place = replicated(mesh)
     wanted = [weights] if weights != "all" else ["raw", "ema"]
-    if weights == "all" and read_config(run_dir).ema_decay is None:
+    if weights == "all" and config.ema_decay is None:
         wanted = ["raw"]
     batches = make_eval_iterator(
         data,
