@@ -19,6 +19,9 @@ for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_l
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+# Programs are compiled and thrown away, so the source lines of their operations are not recorded.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # The interpreter of GPU kernels blocks one XLA thread per warpgroup, and one more. XLA has one thread per core. On two
 # cores, kernels of two warpgroups sometimes waited forever, and kernels of more warpgroups always.
 os.environ.setdefault("PJRT_NPROC", "8")
@@ -26,12 +29,12 @@ os.environ.setdefault("PJRT_NPROC", "8")
 # Drawn once by the first process; the parallel workers inherit it.
 RUN_SEED = int(os.environ.setdefault("FASTVIM_TEST_SEED", str(secrets.randbelow(2**31))))
 
-import jaxtyping  # noqa: E402
-
-# Every annotated shape and dtype of both packages is checked at every call, inside NNX modules too. With them,
-# tracing takes 1.7 times as long; no version of JAX changes what they find, so the set for Python 3.11 goes without.
+# Every annotated shape and dtype of both packages is checked at every call, inside NNX modules too. No version of JAX
+# changes what this finds, so the set for Python 3.11 goes without.
 if os.environ.get("FASTVIM_TEST_ANNOTATIONS") != "off":
-    jaxtyping.install_import_hook(["fastvim_jax", "pallas_kernels"], "beartype.beartype")
+    from tests.annotations import install
+
+    install(["fastvim_jax", "pallas_kernels"])
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
