@@ -13,8 +13,8 @@ python = "$(VENV)/bin/python"
 
 help:
 	@echo "make quickstart   train a small FastVim on handwritten digits, then classify held-out images (about 3 minutes)"
-	@echo "make test         run the test suite (about half an hour on 2 cores)"
-	@echo "make test-slow    run the tests that take long each (about 8 minutes on 2 cores)"
+	@echo "make test         run the test suite (about 10 minutes on 2 free cores, 40 on old or busy ones)"
+	@echo "make test-slow    run the tests that take long each (about 2 minutes on 2 free cores)"
 	@echo "make test-all     run both with every case; of the tests marked drawn, the two above run a part, another one each time"
 	@echo "make lint types   ruff and mypy;  make format  lets ruff rewrite"
 	@echo "make docs         serve the documentation and the API reference at http://127.0.0.1:8000;  make docs-check  builds it strictly"
