@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio.base_events
+import logging
+import re
 import sys
 from typing import Any
 
@@ -14,9 +16,11 @@ def drop_late_results() -> None:
 
     Orbax writes all files of a checkpoint in one event loop, which ends with the first file that cannot be written.
     TensorStore's threads then report each other file to a closed loop, and Python would print dozens of tracebacks
-    above the message that says what is wrong. All other errors are printed as before.
+    above the message that says what is wrong. A file that failed before the loop was closed is reported to a future
+    that nobody asks any more, and asyncio would log it. All other errors are printed and logged as before.
     """
     global _print
+    logging.getLogger("asyncio").addFilter(_is_no_forgotten_write)
     if sys.unraisablehook is not _print_unless_late:
         _print, sys.unraisablehook = sys.unraisablehook, _print_unless_late
 
@@ -24,6 +28,16 @@ def drop_late_results() -> None:
 def _print_unless_late(found: Any) -> None:
     if not _is_late(found):
         _print(found)
+
+
+def _is_no_forgotten_write(record: logging.LogRecord) -> bool:
+    """Return False for the message that TensorStore's failed write was reported to a future that nobody asked."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (
+        record.getMessage().startswith("Future exception was never retrieved")
+        and isinstance(error, ValueError)
+        and re.match(r"[A-Z_]+: Error writing ", str(error)) is not None
+    )
 
 
 def _is_late(found: Any) -> bool:

@@ -4,7 +4,9 @@ No file of the process may grow beyond a limit (RLIMIT_FSIZE), so that the real 
 the log fail. The rest of the disk stays as it is, for the machine's sake.
 """
 
+import asyncio
 import errno
+import gc
 import json
 import os
 import resource
@@ -18,6 +20,7 @@ import pytest
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import load_run, read_metrics, train
 from fastvim_jax.training.disk import explain_write_errors, replace_file, why_not_written
+from fastvim_jax.training.late_results import drop_late_results
 from fastvim_jax.training.metrics import RunLog
 from tests.support import ROOT
 from tests.training.compare_runs import steps_of
@@ -86,6 +89,25 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_the_last_one_stands(tm
 
     assert train(CONFIG, folder, progress=False).step == 2 * STEPS_PER_EPOCH
     assert [line["step"] for line in read_metrics(folder, "train")] == [*range(3, 22, 3), 22]
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        ('OUT_OF_RANGE: Error writing "w/0.0" in OCDBT database', False),
+        ("another error", True),
+    ],
+)
+def test_failed_writes_that_nobody_asks_for_are_not_logged(caplog, error, logged):
+    """Log none of them: the checkpoint's own message says what is wrong."""
+    drop_late_results()
+
+    async def forget():
+        asyncio.get_running_loop().create_future().set_exception(ValueError(error))
+
+    asyncio.run(forget())
+    gc.collect()
+    assert ("never retrieved" in caplog.text) == logged
 
 
 def test_a_log_that_does_not_fit_says_so_and_keeps_its_whole_lines(tmp_path):
