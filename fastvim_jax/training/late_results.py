@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 _print = sys.unraisablehook
+_NEVER_ASKED = tuple(f"{kind} exception was never retrieved" for kind in ("Future", "Task"))
 
 
 def drop_late_results() -> None:
@@ -31,10 +32,10 @@ def _print_unless_late(found: Any) -> None:
 
 
 def _is_no_forgotten_write(record: logging.LogRecord) -> bool:
-    """Return False for the message that TensorStore's failed write was reported to a future that nobody asked."""
+    """Return False for the message that a failed write was reported to a future or task that nobody asked."""
     error = record.exc_info[1] if record.exc_info else None
     return not (
-        record.getMessage().startswith("Future exception was never retrieved")
+        record.getMessage().startswith(_NEVER_ASKED)
         and isinstance(error, ValueError)
         and re.match(r"[A-Z_]+: Error writing ", str(error)) is not None
     )

@@ -104,10 +104,16 @@ def test_failed_writes_that_nobody_asks_for_are_not_logged(caplog, error, logged
 
     async def forget():
         asyncio.get_running_loop().create_future().set_exception(ValueError(error))
+        task = asyncio.create_task(fail())
+        await asyncio.wait([task])
+
+    async def fail():
+        raise ValueError(error)
 
     asyncio.run(forget())
     gc.collect()
-    assert ("never retrieved" in caplog.text) == logged
+    for kind in ("Future", "Task"):
+        assert (f"{kind} exception was never retrieved" in caplog.text) == logged
 
 
 def test_a_log_that_does_not_fit_says_so_and_keeps_its_whole_lines(tmp_path):
