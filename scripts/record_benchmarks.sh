@@ -26,11 +26,17 @@ wanted() { # NAME: $FASTVIM_BENCH_ONLY may hold patterns of the names to run
   done
   return 1
 }
+again() { # COMMAND...: once more if a signal ended it; PyTorch's compiler crashes now and then beside others of its kind
+  local code=0
+  "$@" || code=$?
+  ((code < 128)) || { code=0; "$@" || code=$?; }
+  return "$code"
+}
 bench() { # NAME BENCH-OR-PROGRAM.py OPTIONS...: run in the background, result in NAME.json
   local name=$1 command=(-m fastvim_jax bench "${@:2}")
   wanted "$name" || return
   case $2 in *.py) command=("${@:2}") ;; esac
-  "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 8>&- 9>&- &
+  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 8>&- 9>&- &
   running[$!]=$name
   begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
@@ -74,7 +80,7 @@ part=$(awk -v all="${gpu_memory:-81559}" 'BEGIN { printf "%.3f", 0.96 * 81559 / 
 large=() rest=()
 later() {
   wanted "$1" || return
-  FASTVIM_BENCH_LOCK=$locks/required_later bench "$@"
+  BENCH_NICE=10 FASTVIM_BENCH_LOCK=$locks/required_later bench "$@"
   rest+=($!)
   sleep "${STAGGER:-1}"
 }
@@ -85,7 +91,8 @@ largest() { # NAME BLOCKS BATCH...
 torch=
 "$python" -c 'import timm, torch; assert torch.cuda.is_available()' >/dev/null 2>&1 && torch=yes
 peer() { # NAME OPTIONS...: where its libraries are
-  [ -n "$torch" ] && TORCHINDUCTOR_COMPILE_THREADS=4 start "$1" benchmarks/peers/deit.py "${@:2}"
+  [ -n "$torch" ] || return 0
+  TORCHINDUCTOR_COMPILE_THREADS=4 TORCHINDUCTOR_CACHE_DIR=$locks/$1 TRITON_CACHE_DIR=$locks/$1/triton start "$1" benchmarks/peers/deit.py "${@:2}"
 }
 
 lot required
