@@ -215,8 +215,11 @@ def _verdict(runs: dict[str, list[dict[str, Any]]]) -> str:
                 f"After {epochs} epochs of it, it is {ahead:+.2f} points ahead ({len(tuned)} and {len(scratch)} seeds; "
                 f"{overlap})."
             )
-    if len(runs.get("tenth", ())) < SEEDS:
-        said.append("The comparison as stated lacks seeds.")
+    lacking = SEEDS - len(runs.get("tenth", ()))
+    if lacking > 0:
+        said.append(
+            f"The comparison as stated is not complete: `tenth` lacks {lacking} of {SEEDS} seeds."
+        )
     used = {
         card
         for name in ("tenth_scratch", "tenth", "tenth40")

@@ -202,6 +202,10 @@ def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(program
     assert "different cards and dates (H100, H200)" in masked.page(runs)
     runs["tenth40"] = [record(f"tenth40_s{i}", ema_top1=0.6) for i in range(2)]
     assert "every pre-trained seed is ahead of every other seed" in masked.page(runs)
+    runs["tenth"] = [record(f"tenth_s{i}", ema_top1=0.7) for i in range(2)]
+    assert "`tenth` lacks 1 of 3 seeds" in masked.page(runs)
+    runs["tenth"].append(record("tenth_s2", ema_top1=0.7))
+    assert "lacks" not in masked.page(runs)
 
 
 def test_the_page_of_dense_runs_says_what_is_met(programs):

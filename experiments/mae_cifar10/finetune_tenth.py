@@ -1,6 +1,7 @@
 """Fine-tuning of mae_cifar10/pretrain with a tenth of the labels, in the epochs of scratch_tenth.py.
 
-74.40 % after 40 epochs of pre-training (three seeds), 75.77 after 200 (one); from scratch 69.02: benchmarks/masked.md.
+74.40 % after 40 epochs of pre-training (three seeds), 75.98 after 200 (two); from scratch 69.02 (three):
+benchmarks/masked.md.
 
     fastvim train mae_cifar10/finetune_tenth
 """
