@@ -46,28 +46,29 @@ def test_every_access_is_in_bounds():
     tool += ["--target-processes", "application-only"]
     tool += ["--kernel-name", "kernel_substring=mosaic_gpu"]  # ours alone: minutes less
 
-    def report(case: int) -> str:
-        """Return what the sanitizer says of one case.
+    def fault_of(case: int) -> str | None:
+        """Return what is wrong with one case, or None.
 
         Of 22 starts 4 crashed before a kernel ran, and once one hung while it compiled: start such a case again.
         """
         command = [*tool, sys.executable, "-m", "tests.gpu.sanitized", str(case), str(number)]
-        for attempt in range(5):
+        for _ in range(5):
             try:
                 done = subprocess.run(
                     command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
                 )
             except subprocess.TimeoutExpired:
-                if attempt == 4:
-                    raise
+                text, status = "it did not end within 120 s", "none"
                 continue
-            text = done.stdout + done.stderr
+            text, status = done.stdout + done.stderr, done.returncode
             if done.returncode not in CRASHED or "\nran " in text or "Invalid" in text:
                 break
-        assert done.returncode == 0, f"case {case}, status {done.returncode}: {text[-8000:]}"
-        assert "ERROR SUMMARY: 0 errors" in text
-        assert text.count("\nran ") == 1
-        return text
+        else:
+            return f"case {case}, status {status} at the last of 5 starts: {text[-2000:]}"
+        if status == 0 and "ERROR SUMMARY: 0 errors" in text and text.count("\nran ") == 1:
+            return None
+        return f"case {case}, status {status}: {text[-2000:]}"
 
     with ThreadPoolExecutor(PROCESSES) as pool:
-        assert len(list(pool.map(report, range(number)))) == number
+        faults = [fault for fault in pool.map(fault_of, range(number)) if fault]
+    assert not faults, f"{len(faults)} of {number} cases failed:\n\n" + "\n\n".join(faults)
