@@ -40,6 +40,7 @@ BASE = {
     "config_checks",
     "json_text",
     "version",
+    "stop_signals",
 }
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
@@ -49,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "typing": set(),
     "json_text": set(),
     "version": set(),
+    "stop_signals": set(),
     "precision": {"pallas_kernels", *BASE},
     "config_checks": {"errors"},
     "serialise": {"errors", "json_text"},

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from fastvim_jax.cli.usage import UsageError
 from fastvim_jax.closed_output import open_standard_streams, say
 from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.stop_signals import STOP_SIGNALS
 from fastvim_jax.version import __version__
 
 COMMANDS = {
@@ -165,11 +166,7 @@ def _stop_early() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [
-        each
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        if signal.getsignal(each) is not signal.SIG_IGN
-    ]
+    numbers = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     earlier = {each: signal.signal(each, stop) for each in numbers}
     try:
         yield

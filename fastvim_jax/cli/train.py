@@ -55,7 +55,8 @@ Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
 Train an experiment: one of the names below, or a Python file that sets `config`. Every field of the config can be
 overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
 The run goes to FOLDER, by default runs/EXPERIMENT. An unfinished run of the same config in FOLDER is continued.
-On SIGTERM or Ctrl-C the current step is finished and saved, and the exit status is 75. The same command continues.
+On SIGTERM, SIGUSR1 or Ctrl-C the current step is finished and saved, and the exit status is 75. The same command
+continues.
 
 Experiments:
 """

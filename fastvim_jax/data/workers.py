@@ -15,13 +15,15 @@ import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
-SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+from fastvim_jax.stop_signals import STOP_SIGNALS
+
+SIGNALS = frozenset(STOP_SIGNALS)
 _LOOK_EVERY = 0.5  # seconds
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block the terminal's signals in this thread, and so in the processes and threads that it starts."""
+    """Block the signals that ask a run to stop in this thread, and so in the processes and threads that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         # Start the tracker now. Otherwise Python starts it with the first worker and unblocks two of the signals.

@@ -1,4 +1,4 @@
-"""Stop a run on SIGTERM (sent before a machine is taken away), SIGINT (Ctrl-C) or SIGHUP.
+"""Stop a run on the signals of `stop_signals`: SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2.
 
 The loop finishes the current step, saves its state, and the process ends with exit status 75 (EX_TEMPFAIL: try again).
 A second SIGINT stops at once and saves nothing. A run whose data worker died is saved and ends with the same status.
@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastvim_jax.data.stream import WorkersEnded
+from fastvim_jax.stop_signals import STOP_SIGNALS
 
 T = TypeVar("T")
 
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL of sysexits.h."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ASK_EVERY = 4  # steps; only with several processes
 
 
@@ -43,7 +43,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Context manager that notes SIGTERM, SIGINT and SIGHUP, and restores the earlier handlers on exit.
+    """Context manager that notes the signals of `stop_signals`, and restores the earlier handlers on exit.
 
     Python handles signals in the main thread only. In any other thread, only `ask` can request a stop. A signal that
     the process ignores, such as SIGHUP under `nohup`, stays ignored.
@@ -59,7 +59,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._earlier = {
                 each: signal.signal(each, self._note)
-                for each in _SIGNALS
+                for each in STOP_SIGNALS
                 if signal.getsignal(each) is not signal.SIG_IGN
             }
         return self

@@ -21,6 +21,7 @@ import pytest
 from fastvim_jax.data import stream
 from fastvim_jax.data.stream import WorkersEnded, grain_stream
 from fastvim_jax.errors import UserError
+from fastvim_jax.stop_signals import STOP_SIGNALS
 from tests.support import ROOT
 
 SCRIPT = """
@@ -71,7 +72,7 @@ def _wait_for_workers(run: subprocess.Popen[str]) -> set[int]:
 
 
 def _send(workers: set[int]) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in STOP_SIGNALS:
         for pid in workers:
             os.kill(pid, each)
 

@@ -11,6 +11,7 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import stream
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.data.stream import WorkersEnded
+from fastvim_jax.stop_signals import STOP_SIGNALS
 from fastvim_jax.training import STOPPED_STATUS, Stopped, load_run, read_metrics, train
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.stopping import StopRequest
@@ -149,6 +150,15 @@ def test_the_exit_code_of_a_worker_is_explained():
         next(stream.grain_stream(grain.MapDataset.range(3), 2)(0))
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])  # of SLURM scripts
+def test_user_signals_stop_as_well(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.agreed(1) and stop.reason == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
 def test_a_hang_up_stops_as_well_unless_it_is_ignored():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -165,9 +175,9 @@ def test_a_hang_up_stops_as_well_unless_it_is_ignored():
         signal.signal(signal.SIGHUP, earlier)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_before_training_asks_to_be_started_again(monkeypatch, capsys, number):
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
     monkeypatch.setenv("FASTVIM_COMPILATION_CACHE", "off")
     monkeypatch.setattr(
         "fastvim_jax.cli.main.importlib.import_module", lambda name: os.kill(os.getpid(), number)
@@ -175,9 +185,7 @@ def test_a_signal_before_training_asks_to_be_started_again(monkeypatch, capsys, 
     assert main(["train", "digits/fastvim_digits"]) == 75
     said = capsys.readouterr().err
     assert f"{signal.Signals(number).name}: stopped before training began" in said
-    assert handlers == [
-        signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    ]
+    assert handlers == [signal.getsignal(each) for each in STOP_SIGNALS]
 
 
 def test_a_second_interrupt_stops_at_once_and_a_second_sigterm_does_not():
