@@ -277,9 +277,10 @@ def largest_table(rows: list[Row]) -> str:
             r["model"].split("_patch")[0],
             ", ".join([_mode(r), r["blocks"]]),
             str(t["batch"]),
-            f"{t['peak_bytes'] / 1e9:.1f}",
-            "ran" if t["batch"] == r["largest_batch"] else "too large",
-            f"{t['trace_seconds']:.0f} + {t['compile_seconds']:.0f}",
+            f"{t['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in t else "",
+            # Older records do not say which of the smaller batches ran.
+            "ran" if t.get("fits", t["batch"] == r["largest_batch"]) else "too large",
+            f"{t['trace_seconds']:.0f} + {t['compile_seconds']:.0f}" if "peak_bytes" in t else "",
         ]
         for r in rows
         for t in r["tried"]

@@ -371,34 +371,56 @@ def _scaled(moment: Any) -> Any:
 def _largest_batch(config: Config, batches: Sequence[int], recipe: bool) -> timing.Case:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     tried: list[dict[str, Any]] = []
-    fitting: dict[int, timing.Program] = {}
+    best: dict[str, Any] = {"largest_batch": None}
 
     def fits(batch: int) -> bool:
-        program = step_program(config, batch, recipe)
-        costs = program.costs()
-        tried.append({"batch": batch, **costs})
-        if limit is not None and costs["peak_bytes"] > limit:
+        nonlocal best
+        attempt: dict[str, Any] = {"batch": batch, "fits": False}
+        tried.append(attempt)
+        try:
+            program = step_program(config, batch, recipe)
+            costs = program.costs()
+            attempt |= costs
+            if limit is not None and costs["peak_bytes"] > limit:
+                return False
+            ran = _run_once(program, config, batch, recipe)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # The allocator had less to give than the program's count says, for instance between other arrays.
+            attempt["refused"] = str(error).split("\n")[0][:300]
             return False
-        fitting.clear()  # One program at a time.
-        fitting[batch] = program
+        attempt["fits"] = True
+        best = {"largest_batch": batch, **ran, **costs}
         return True
 
+    yield None
+    # The tries run while nobody else uses the device, because whether a batch fits is known only once it has run.
     if len(batches) == 2 and batches[0] < batches[1]:
         bisect(fits, *batches)
     else:
         any(map(fits, batches))
-    yield None
-    for batch, program in fitting.items():
-        state, inputs = _state(config, recipe), make_batch(config, batch, 0, recipe)
-        start = time.perf_counter()
-        state, metrics = program(state, inputs)
-        loss = float(metrics["loss"])
-        seconds = time.perf_counter() - start
-        yield {
-            "largest_batch": batch, "loss": loss, "correct": bool(jnp.isfinite(loss)), "ms": 1e3 * seconds,
-            "limit_bytes": limit, "tried": tried, **program.costs(),
-        }  # fmt: skip
-    yield {"largest_batch": None, "limit_bytes": limit, "tried": tried}
+    yield {**best, "limit_bytes": limit, "tried": tried}
+
+
+def _run_once(program: timing.Program, config: Config, batch: int, recipe: bool) -> dict[str, Any]:
+    """Run one step and return its loss and milliseconds. Every array is freed before this returns or raises."""
+    state, inputs = _state(config, recipe), make_batch(config, batch, 0, recipe)
+    jax.block_until_ready((state, inputs))
+    start = time.perf_counter()
+    try:
+        # The new state is dropped here, because the next try needs its memory.
+        loss = float(program(state, inputs)[1]["loss"])
+    finally:
+        # An exception's traceback holds this frame, and with it the arrays.
+        for array in jax.tree.leaves((state, inputs)):
+            array.delete()
+        del state, inputs
+    return {
+        "loss": loss,
+        "correct": bool(jnp.isfinite(loss)),
+        "ms": 1e3 * (time.perf_counter() - start),
+    }
 
 
 def bisect(fits: Callable[[int], bool], low: int, high: int) -> None:

@@ -57,7 +57,7 @@ def test_steps_are_timed_and_their_gradients_compared_with_float32(monkeypatch):
 @pytest.mark.drawn("benchmarks")
 def test_the_recipes_step_is_compared_with_the_same_draws():
     (row,) = rows(benchmark.step_cases([(*SETTING[:3], "f32")], recipe=True, **SMALL, depth=2))
-    assert row["recipe"] and row["correct"], row
+    assert row["recipe"] and row["correct"], str(row)
     assert row["gradient_error"] < 1e-4 and row["last_loss"] > 0
 
 
@@ -108,6 +108,48 @@ def test_the_largest_batch_is_the_first_that_fits(monkeypatch):
     assert row["largest_batch"] == 2, row
     assert [t["batch"] for t in row["tried"]] == [64, 2]
     assert row["tried"][0]["peak_bytes"] > 10**6 > row["tried"][1]["peak_bytes"]
+
+
+def test_a_batch_whose_allocation_fails_is_too_large_and_the_search_goes_on(monkeypatch):
+    """Programs count 10 bytes an image, but only 5 images get memory; arrays of a try are freed before the next."""
+    live = []
+
+    class Program(timing.Program):
+        def __init__(self, config, batch, recipe):
+            self.batch = batch
+            live.append(sum(not array.is_deleted() for array in drawn))
+
+        def costs(self):
+            return {"peak_bytes": 10 * self.batch}
+
+        def __call__(self, state, inputs):
+            if self.batch > 5:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nof 10 bytes")
+            return state + 1, {"loss": jnp.float32(self.batch)}
+
+    drawn = []
+
+    def draw(*_):
+        drawn.append(jnp.zeros(3))
+        return drawn[-1]
+
+    monkeypatch.setattr(benchmark, "step_program", Program)
+    monkeypatch.setattr(benchmark, "_state", draw)
+    monkeypatch.setattr(benchmark, "make_batch", draw)
+    settings = [(*SETTING[:2], batch, "f32") for batch in (2, 8)]
+    (row,) = rows(benchmark.largest_batch_cases(settings, **SMALL, depth=1))
+    assert row.get("largest_batch") == row.get("loss") == 5 and row["correct"], str(row)
+    tried = {t["batch"]: (t["fits"], t.get("refused")) for t in row["tried"]}
+    refused = (False, "RESOURCE_EXHAUSTED: Out of memory")
+    assert tried == {2: (True, None), 8: refused, 5: (True, None), 6: refused}
+    assert len(drawn) == 8 and live == [0, 0, 0, 0]
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
+
+    monkeypatch.setattr(Program, "__call__", broken)
+    (row,) = rows(benchmark.largest_batch_cases(settings, **SMALL, depth=1))
+    assert "INTERNAL" in row["failed"]
 
 
 def test_more_devices_than_there_are_are_refused():
