@@ -39,3 +39,8 @@ def require_texts(values: Iterable[str], name: str) -> tuple[str, ...]:
 def one_or_several(files: Any) -> list[Any]:
     """Return paths as a list, also if there is only one, not in a list."""
     return [files] if isinstance(files, str | os.PathLike) else list(files)
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun, or noun and verb: "1 file", "2 files"; "1 class has", "2 classes have"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 from fastvim_jax.json_text import parse_json
 
 Config = TypeVar("Config")
@@ -116,7 +116,7 @@ def _typed_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ..
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(value)
     if len(args) != len(value):
-        raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
+        raise UserError(f"{where}: expected {counted(len(args), 'value')}, got {len(value)}")
     return tuple(
         _typed(arg, item, f"{where}[{i}]")
         for i, (arg, item) in enumerate(zip(args, value, strict=True))

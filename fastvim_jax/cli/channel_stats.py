@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+from fastvim_jax.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,12 @@ def run(arguments: Sequence[str]) -> int:
             except DecodeError as error:
                 skipped.append(str(error))
 
-    counted = count_statistics(images(), chosen.channels)
+    statistics = count_statistics(images(), chosen.channels)
     folder = data_folder(chosen.path)
-    file = write_statistics(folder if folder.is_dir() else folder.parent, counted)
-    for name, mean, std in zip(counted.names, counted.mean, counted.std, strict=True):
+    file = write_statistics(folder if folder.is_dir() else folder.parent, statistics)
+    for name, mean, std in zip(statistics.names, statistics.mean, statistics.std, strict=True):
         print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")
     for reason in skipped:
         print(f"  left out: {reason}")
-    print(f"{file}: {counted.images} images of {chosen.split}")
+    print(f"{file}: {counted(statistics.images, 'image')} of {chosen.split}")
     return 0

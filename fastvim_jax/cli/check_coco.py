@@ -12,6 +12,7 @@ import tyro
 
 from fastvim_jax.cli.usage import as_usage_error, command, parse
 from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
+from fastvim_jax.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,10 @@ def run(arguments: Sequence[str]) -> int:
         used = sum(count > 0 for count in report.objects.values())
         objects = sum(report.objects.values())
         print(
-            f"{split}: {report.records} images ({report.empty} without objects), {objects} objects and {report.crowds} "
-            f"crowds, {used} of {len(report.objects)} categories, {len(report.problems)} problems"
+            f"{split}: {counted(report.records, 'image')} ({report.empty} without objects), "
+            f"{counted(objects, 'object')} and "
+            f"{counted(report.crowds, 'crowd')}, {used} of {counted(len(report.objects), 'category', 'categories')}, "
+            f"{counted(len(report.problems), 'problem')}"
         )
         for note in report.notes:
             print(f"  note: {note}")

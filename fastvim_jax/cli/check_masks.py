@@ -12,6 +12,7 @@ import tyro
 
 from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
 from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
+from fastvim_jax.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,9 @@ def run(arguments: Sequence[str]) -> int:
             continue
         used = int((report.images > 0).sum())
         print(
-            f"{split}: {report.records} images, {used} of {len(source.class_names)} classes, "
-            f"{report.ignored:.1%} of the pixels ignored, {len(report.problems)} problems"
+            f"{split}: {counted(report.records, 'image')}, {used} of "
+            f"{counted(len(source.class_names), 'class', 'classes')}, "
+            f"{report.ignored:.1%} of the pixels ignored, {counted(len(report.problems), 'problem')}"
         )
         for note in report.notes:
             print(f"  note: {note}")

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from fastvim_jax.cli.progress import progress_bar
-from fastvim_jax.cli.usage import UsageError, as_usage_error, command, counted, parse
-from fastvim_jax.errors import suggest
+from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
+from fastvim_jax.errors import counted, suggest
 
 HELP = """\
 Usage: fastvim data check PATH [OPTIONS]
@@ -133,7 +133,8 @@ def _check(arguments: Sequence[str]) -> int:
             classes = range(len(source.class_names))
             used = sum(report.counts.get(label, 0) > 0 for label in classes)
             print(
-                f"{kind} {split}: {counted(report.records, 'record')}, {used} of {len(classes)} classes, "
+                f"{kind} {split}: {counted(report.records, 'record')}, {used} of "
+                f"{counted(len(classes), 'class', 'classes')}, "
                 f"{counted(report.duplicates, 'repeated image')}, {counted(len(report.problems), 'problem')}"
             )
             if report.unread:
@@ -145,7 +146,8 @@ def _check(arguments: Sequence[str]) -> int:
                 )
             if report.damaged_metadata:
                 print(
-                    f"  note: {report.damaged_metadata} images have EXIF that cannot be read; they are taken as upright"
+                    f"  note: {counted(report.damaged_metadata, 'image has', 'images have')} EXIF that cannot be "
+                    "read; taken as upright"
                 )
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
@@ -238,7 +240,7 @@ def _prepare(arguments: Sequence[str]) -> int:
             notes.append(f"{done.changed} written again, as their records have changed")
         kept = f" ({'; '.join(notes)})" if notes else ""
         print(
-            f"{split}: {counted(done.records, 'record')} of {len(source.class_names)} classes, "
+            f"{split}: {counted(done.records, 'record')} of {counted(len(source.class_names), 'class', 'classes')}, "
             f"{done.bytes / 1e6:.1f} MB in {counted(done.shards, 'shard')}{kept}"
         )
         for reason in done.left_out:

@@ -13,6 +13,7 @@ import tyro
 
 from fastvim_jax.cli.records import write_results
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+from fastvim_jax.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _written(table: Any, chosen: Arguments) -> int:
 
     table.write(chosen.out)
     print(
-        f"{chosen.out}: {table.features.shape[0]} rows of {table.features.shape[1]} features, "
+        f"{chosen.out}: {counted(table.features.shape[0], 'row')} of {table.features.shape[1]} features, "
         f"columns {', '.join(table.metadata)}"
     )
     if chosen.plot:

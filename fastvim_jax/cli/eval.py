@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastvim_jax.cli.usage import as_usage_error, parse
+from fastvim_jax.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _summary(chosen: Any, split: str, found: Any) -> dict[str, Any]:
 
 def _print(chosen: Any, data: str, found: Any) -> None:
     count = next(iter(found.scores.values()))["count"]
-    print(f"{chosen.run} at step {found.step}, on the {count} images of {data}:")
+    print(f"{chosen.run} at step {found.step}, on {counted(count, 'image')} of {data}:")
     print(f"{'weights':<8} {'top-1':>8} {'top-5':>8} {'loss':>8}")
     for weights, score in found.scores.items():
         print(f"{weights:<8} {score['top1']:>8.2%} {score['top5']:>8.2%} {score['loss']:>8.4f}")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastvim_jax.cli.eval_options import EvalOptions
 from fastvim_jax.cli.usage import parse
+from fastvim_jax.errors import counted
 
 _KINDS = {"bbox_ap": "box AP", "segm_ap": "mask AP"}
 
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(whole, indent=2, ensure_ascii=False))
         return 0
     what = f"{chosen.run} at step {found.step} ({found.weights} weights)"
-    print(f"{what}, on the {found.count} images of {data.eval_split}:")
+    print(f"{what}, on {counted(found.count, 'image')} of {data.eval_split}:")
     for key, name in _KINDS.items():
         if key in found.scores:
             parts = {part: found.scores[f"{key}{part}"] for part in ("", "50", "75")}

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastvim_jax.cli.eval_options import EvalOptions
 from fastvim_jax.cli.usage import parse
+from fastvim_jax.errors import counted
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps({**whole, "scores": scores | more}, indent=2, ensure_ascii=False))
         return 0
     print(
-        f"{chosen.run} at step {found.step}, on the {found.count} images of {data.eval_split}: mIoU "
+        f"{chosen.run} at step {found.step}, on {counted(found.count, 'image')} of {data.eval_split}: mIoU "
         f"{scores['miou']:.2%}, mAcc {scores['macc']:.2%}, aAcc {scores['aacc']:.2%}"
     )
     for row in classes if chosen.per_class else ():

@@ -30,7 +30,10 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights: bfloat16 halves the file and rounds the weights."""
     licence: str = ""
-    """Licence to name in the model card."""
+    """Licence for the model card and the Hugging Face hub, such as cc-by-4.0 or apache-2.0. By default none is named,
+    or for a saved model the one that its card names."""
+    overwrite: bool = False
+    """Replace a saved model that the folder holds."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         step=chosen.step,
         dtype=chosen.dtype,
         licence=chosen.licence,
+        overwrite=chosen.overwrite,
     )
     files = sorted(out.iterdir()) if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files)

@@ -13,7 +13,7 @@ from fastvim_jax.cli.usage import command, parse
 
 _LICENCE = (
     "The weights keep the licence of whoever made them: those of the FastVim authors are CC BY-NC-SA 4.0 "
-    "(no commercial use, name the authors, share alike), whatever this library's own licence is."
+    "(no commercial use, name the authors, share alike), whatever this library's own licence is. The model card names "
 )
 
 
@@ -43,6 +43,11 @@ class Arguments:
     """Standard deviation of each channel, for pixels from 0 to 1."""
     seed: int = 0
     """Seed of parameters that are drawn at random, such as a new head."""
+    licence: str = ""
+    """Licence of the weights for the model card, such as cc-by-4.0 or apache-2.0. By default cc-by-nc-sa-4.0, that of
+    the FastVim authors' weights, for models that only they released; otherwise none is named."""
+    overwrite: bool = False
+    """Replace a saved model that the folder holds."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -68,8 +73,10 @@ def run(arguments: Sequence[str]) -> int:
         mean=chosen.mean,
         std=chosen.std,
         seed=chosen.seed,
+        licence=chosen.licence,
+        overwrite=chosen.overwrite,
     )
     print(imported.in_words())
-    print(_LICENCE)
+    print(_LICENCE + (f"{imported.licence}." if imported.licence else "none: give --licence."))
     print(f"Everything is in {chosen.out}. Next: {command()} {imported.next_command}")
     return 0

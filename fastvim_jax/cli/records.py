@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvim_jax.cli.usage import counted
+from fastvim_jax.errors import counted
 
 
 def write_results(

@@ -31,11 +31,6 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun: "1 file", "2 files"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def command() -> str:
     """Return what to type to call this program: `fastvim` if the shell finds it, otherwise `python -m fastvim_jax`."""
     beside = Path(sys.executable).with_name("fastvim")

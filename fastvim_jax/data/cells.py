@@ -24,7 +24,7 @@ from fastvim_jax.data.records import DecodeError, Record, Source
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.data.tar_members import read_image_file
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 _REPLACEMENTS = 100
 _CHANNEL_STREAM = 0xCE11
@@ -56,7 +56,7 @@ def make_train_iterator(
     if steps == 0:
         raise UserError(
             f"data.batch_size is {config.batch_size}, but {config.source} {config.train_split} holds only "
-            f"{len(source)} images: use a batch size of at most {len(source)}."
+            f"{counted(len(source), 'image')}: use a batch size of at most {len(source)}."
         )
     records = grain.MapDataset.source(range(len(source))).seed(seed).shuffle()
     images = records.random_map(_LoadForTraining(source, config))
@@ -192,7 +192,7 @@ def _pixels(record: Record, config: CellsData) -> UInt8[np.ndarray, "h w c"]:
     pixels = in_order(image, config.names, record.name)
     if pixels.shape[-1] != config.channels:
         raise DecodeError(
-            f"{record.name}: {pixels.shape[-1]} channels, but data.channels is {config.channels}."
+            f"{record.name}: {counted(pixels.shape[-1], 'channel')}, but data.channels is {config.channels}."
         )
     return to_uint8(pixels)
 

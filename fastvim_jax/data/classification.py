@@ -42,7 +42,7 @@ from fastvim_jax.data.resident_shares import in_shares, sharded_training
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.data.turbo import available_decoder, chosen_decoder, open_image
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 _Example = Callable[[Source, int, ClassificationData, np.random.Generator], dict[str, Any]]
 _REPLACEMENTS = 100
@@ -81,7 +81,7 @@ def make_train_iterator(
     if steps == 0:
         raise UserError(
             f"data.batch_size is {config.batch_size}, but {config.source} {config.train_split} holds only "
-            f"{len(source)} images: use a batch size of at most {len(source)}."
+            f"{counted(len(source), 'image')}: use a batch size of at most {len(source)}."
         )
     if in_shares(config):
         mesh = mesh or Mesh(np.asarray(jax.devices()), ("data",))

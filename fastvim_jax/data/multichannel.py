@@ -26,7 +26,7 @@ from PIL import Image
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import read_file, walk
 from fastvim_jax.data.records import DecodeError, printable
-from fastvim_jax.errors import UserError, require_texts
+from fastvim_jax.errors import UserError, counted, require_texts
 
 Depth = Literal["full", "percentile"]
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -123,7 +123,7 @@ def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
         pixels = read_channels(data, str(file)).pixels
         if pixels.shape[-1] != 1:
             raise DecodeError(
-                f"{file}: {pixels.shape[-1]} channels, but one file per channel was expected."
+                f"{file}: {counted(pixels.shape[-1], 'channel')}, but one file per channel was expected."
             )
         if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
             first = next(iter(files.values()))

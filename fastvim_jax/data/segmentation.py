@@ -35,7 +35,7 @@ from fastvim_jax.data.sources.mask_folder import (
     segmentation_classes,
 )
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 IGNORED = 255
 """Label of pixels that do not count, whatever label the files use."""
@@ -223,7 +223,7 @@ def label_problem(
         return None
     shift = 1 if config.zero_is_ignored else 0
     shown = ", ".join(str(value + shift) for value in outside[:5])
-    text = f"labels {shown}{' ...' if outside.size > 5 else ''} outside the {classes} classes"
+    text = f"labels {shown}{' ...' if outside.size > 5 else ''} outside the {counted(classes, 'class', 'classes')}"
     if not config.zero_is_ignored and outside.max() == classes:
         return f"{text}: if 0 means unlabelled and classes start at 1, set data.zero_is_ignored."
     if config.zero_is_ignored:

@@ -19,6 +19,7 @@ from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.tar_members import read_image_file
+from fastvim_jax.errors import counted
 from fastvim_jax.inference.drawings import Drawing, output_names
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -91,7 +92,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
             annotations.append({**place, **each, "area": area, "iscrowd": 0})
         by_name = [{"class": names[d["category_id"]], **d} for d in found]
         best = ", ".join(f"{names[d['category_id']]} {d['score']:.0%}" for d in shown[:_NAMED])
-        text = f"{len(shown)} objects with a score of {LEAST_SCORE} or more{': ' if best else ''}{best}"
+        text = f"{counted(len(shown), 'object')} with a score of {LEAST_SCORE} or more{': ' if best else ''}{best}"
         drawings.append(Drawing(str(file), (str(drawn),), by_name, text))
     categories = [{"id": i, "name": name} for i, name in names.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}

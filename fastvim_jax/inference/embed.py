@@ -30,7 +30,7 @@ from fastvim_jax.data.multichannel import (
     to_uint8,
 )
 from fastvim_jax.data.records import DecodeError, printable
-from fastvim_jax.errors import UserError, one_or_several, require_texts, suggest
+from fastvim_jax.errors import UserError, counted, one_or_several, require_texts, suggest
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
@@ -301,7 +301,8 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
         chosen = rows & np.isin(table.metadata["well"], list(controls))
         if chosen.sum() < 2:
             raise UserError(
-                f"plate {plate!r} has {int(chosen.sum())} rows in the wells {', '.join(controls)}: it needs two."
+                f"plate {plate!r} has {counted(int(chosen.sum()), 'row')} in the wells {', '.join(controls)}: it "
+                "needs two."
             )
         reference = table.features[chosen]
         median = np.median(reference, axis=0)
@@ -354,7 +355,9 @@ def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) 
         rows = np.array([v == value for v in values])
         axes.plot(*points[rows].T, "o", ms=4, alpha=0.7, label=value)
     labels = [f"component {i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(share)]
-    axes.set(xlabel=labels[0], ylabel=labels[-1], title=f"{len(points)} rows{_by(colour)}")
+    axes.set(
+        xlabel=labels[0], ylabel=labels[-1], title=f"{counted(len(points), 'row')}{_by(colour)}"
+    )
     if colour is not None:
         axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
@@ -398,7 +401,8 @@ def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChan
         return image
     if image.pixels.shape[-1] != data.channels:
         raise DecodeError(
-            f"{field.files}: {image.pixels.shape[-1]} channels without names, but the model has {data.channels}."
+            f"{field.files}: {counted(image.pixels.shape[-1], 'channel')} without names, but the model has "
+            f"{data.channels}."
         )
     return MultiChannel(image.pixels, data.names)
 

@@ -25,7 +25,7 @@ from jax import export
 from jaxtyping import Array
 
 from fastvim_jax.data.labelled import make_preprocess
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.inference.preprocessing import photographs_data
 from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import Pretrained
@@ -135,7 +135,8 @@ def _data_of(source: Run | Pretrained) -> Any:
     if not getattr(config, "num_classes", 0) or config.channels not in (1, 3):
         raise UserError(
             f"export takes classifiers of photographs, not a {type(source.model).__name__} with "
-            f"{getattr(config, 'num_classes', 0)} classes and {config.channels} channels."
+            f"{counted(getattr(config, 'num_classes', 0), 'class', 'classes')} and "
+            f"{counted(config.channels, 'channel')}."
         )
     return photographs_data(source.preprocessing, config.channels)
 

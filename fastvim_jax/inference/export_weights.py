@@ -10,13 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.interop import to_torch_state_dict
+from fastvim_jax.models.model_card import LICENCE
 from fastvim_jax.models.pretrained import (
     is_pretrained,
     load_pretrained,
     refuse_choice,
+    require_room,
     save_pretrained,
 )
 from fastvim_jax.models.safetensors_file import write_safetensors
@@ -37,6 +39,7 @@ def export_weights(
     step: int | Literal["best"] | None = None,
     dtype: str = "float32",
     licence: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Write the weights of a run or a saved model.
 
@@ -49,28 +52,32 @@ def export_weights(
         weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
         step: for a run, the checkpoint's step or `best`; by default the latest.
         dtype: "float32", or "bfloat16" for half as many bytes.
-        licence: licence of the weights, a text for the model card.
+        licence: licence of the weights, for the model card; of a saved model, by default the one that its card names.
+        overwrite: replace a saved model that `out` holds.
 
     Raises:
-        UserError: there is no such source; `out` has another ending or holds other files; PyTorch is missing.
+        UserError: there is no such source; `out` has another ending, or holds other files or a saved model that may
+            not be replaced; a licence is given for a file, which has no card; PyTorch is missing.
     """
     out = Path(out)
     if to == "torch" and out.suffix not in (".safetensors", *TORCH):
         raise UserError(f"{out}: name a file that ends in .safetensors or {', '.join(TORCH)}.")
-    if to == "folder" and out.exists() and not is_pretrained(out):
-        if not out.is_dir() or any(out.iterdir()):
-            raise UserError(f"{out} exists and holds no saved model: name another folder.")
+    if to == "torch" and licence:
+        raise UserError("a file for PyTorch has no model card that could name the licence.")
+    if to == "folder":
+        require_room(out, overwrite=overwrite)
     if is_pretrained(source):
         refuse_choice(source, weights, step)
         found = load_pretrained(source)
         model, preprocessing, classes = found.model, found.preprocessing, found.class_names
         card = {"Source": f"Copied from {Path(source).name}."}
+        licence = licence or found.licence
     else:
         run = load_run(source, weights=weights, step=step)
         model, preprocessing, classes = run.model, preprocessing_of(run), run.class_names
         card = card_of(run, source)
     if licence:
-        card["Licence"] = licence
+        card[LICENCE] = licence
     if to == "folder":
         return save_pretrained(
             model, out, preprocessing=preprocessing, class_names=classes, card=card, dtype=dtype
@@ -119,7 +126,7 @@ def card_of(run: Run, folder: Path | str) -> dict[str, str]:
     where = f" in a folder {Path(data.path).name}" if data.path else ""
     card = {
         "Data": f"{data.source}{where}: trained on {data.train_split}, evaluated on {data.eval_split}.",
-        "Training": f"{type(config).__name__} of {config.epochs} epochs; step {run.step}, "
+        "Training": f"{type(config).__name__} of {counted(config.epochs, 'epoch')}; step {run.step}, "
         f"{'averaged' if run.weights == 'ema' else 'trained'} weights.",
     }
     results = _results(run, folder)

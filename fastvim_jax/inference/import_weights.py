@@ -13,19 +13,28 @@ from flax import nnx
 
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.cells_config import JUMP_CP_MEAN, JUMP_CP_STD
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
 from fastvim_jax.interop.recognise import assumptions, table_side
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model, model_config
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
-from fastvim_jax.models.config import replace_options
+from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
-from fastvim_jax.models.pretrained import Preprocessing, default_preprocessing, save_pretrained
+from fastvim_jax.models.model_card import LICENCE
+from fastvim_jax.models.pretrained import (
+    Preprocessing,
+    default_preprocessing,
+    require_room,
+    save_pretrained,
+)
 from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.training.start_from import Report, load_source
 from fastvim_jax.training.weights_source import Source, source_arrays
+
+AUTHORS_LICENCE = "CC BY-NC-SA 4.0"
+"""Licence of the weights that the FastVim authors release."""
 
 # What may be changed while weights are imported; other fields say what the weights are.
 _CHANGES = ("image_size", "num_classes")
@@ -44,6 +53,7 @@ class Imported:
         assumed: fields of the config that neither the file nor an option tells, with the values taken.
         named: the model's name that these values are taken from; None if they are the usual ones of such weights.
         preprocessing: how images become the model's input, which the file does not tell either.
+        licence: licence that the model card names; empty if it names none.
         next_command: the command line that uses such a model.
     """
 
@@ -55,6 +65,7 @@ class Imported:
     assumed: dict[str, Any]
     named: str | None
     preprocessing: Preprocessing
+    licence: str
     next_command: str
 
     def in_words(self) -> str:
@@ -92,6 +103,8 @@ def import_weights(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     seed: int = 0,
+    licence: str = "",
+    overwrite: bool = False,
 ) -> Imported:
     """Import the weights of a file under the authors', the original Vim's or timm's names.
 
@@ -107,11 +120,15 @@ def import_weights(
             eight of cell images, else 0.
         std: of each channel, likewise.
         seed: seed of parameters that are drawn at random.
+        licence: of the weights, for the model card. By default that of the FastVim authors' weights if the model is
+            one that only they trained, else none is named.
+        overwrite: replace a saved model that `folder` holds.
 
     Raises:
         UserError: the file cannot be read, is of no known model or of another one than named; every entry that fits
-            nowhere is listed.
+            nowhere is listed. The folder holds other files, or a saved model that may not be replaced.
     """
+    require_room(Path(folder), overwrite=overwrite)
     options = dict(options or {})
     found = read_weights_file(file, place=entry)
     changes = {field: options.pop(field) for field in _CHANGES if field in options}
@@ -140,15 +157,14 @@ def import_weights(
     place = f"{file} ({found.place})" if found.place else str(file)
     report = load_source(model, Source(place, source_arrays(whole), config))
     preprocessing = _preprocessing(changed, mean, std)
+    licence = licence or _usual_licence(config)
     save_pretrained(
         model,
         folder,
         preprocessing=preprocessing,
         class_names=_class_names(classes),
-        card={
-            "Source": f"Imported from {Path(file).name}.",
-            "Licence": "That of the file's makers.",
-        },
+        card={"Source": f"Imported from {Path(file).name}."}
+        | ({LICENCE: licence} if licence else {}),
     )
     how = "named" if name is not None else "recognised from names and shapes"
     assumed = {f: value for f, value in assumptions(changed).items() if f not in options}
@@ -161,8 +177,17 @@ def import_weights(
     elif not changed.num_classes:
         uses = f"embed {folder} PHOTO --out features.csv"
     return Imported(
-        Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, uses
-    )
+        Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, licence, uses
+    )  # fmt: skip
+
+
+def _usual_licence(config: Any) -> str:
+    """Return the authors' licence for a model that only they released weights of: FastVim, masked or of cell images."""
+    inner = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config
+    if isinstance(inner, ViTConfig | ChannelViTConfig):
+        return ""
+    plain_vim = config is inner and type(inner) is VisionMambaConfig and inner.pooling == "none"
+    return "" if plain_vim else AUTHORS_LICENCE
 
 
 def _in_words(config: Any) -> str:
@@ -185,7 +210,9 @@ def _preprocessing(config: Any, mean: Sequence[float], std: Sequence[float]) -> 
     given = {"mean": tuple(mean) or found.mean, "std": tuple(std) or found.std}
     for field, values in given.items():
         if len(values) != config.channels or not all(map(math.isfinite, values)):
-            raise UserError(f"{field}={values}: the model has {config.channels} channels.")
+            raise UserError(
+                f"{field}={values}: the model has {counted(config.channels, 'channel')}."
+            )
     if min(given["std"]) <= 0:
         raise UserError(f"std={given['std']}: deviations are above 0.")
     return dataclasses.replace(found, mean=given["mean"], std=given["std"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 from fastvim_jax.interop.torch_file import read_torch_file
 from fastvim_jax.models.parameters import check_numbers
 from fastvim_jax.models.safetensors_file import read_safetensors
@@ -148,11 +148,14 @@ def _unwrap(found: WeightsFile) -> WeightsFile:
     return WeightsFile(
         {n.removeprefix(wrapper): a for n, a in arrays.items() if n.startswith(wrapper)},
         found.place,
-        (*found.ignored, *(f"{name}: {n} arrays beside {wrapper}*" for name, n in counts.items())),
+        (
+            *found.ignored,
+            *(f"{name}: {counted(n, 'array')} beside {wrapper}*" for name, n in counts.items()),
+        ),
     )
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Mapping | list | tuple):
-        return f"{type(value).__name__} of {len(value)} entries"
+        return f"{type(value).__name__} of {counted(len(value), 'entry', 'entries')}"
     return repr(value)[:60]

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.linear import product
 from fastvim_jax.layers.patch_embed import check_image_array
@@ -124,7 +124,8 @@ def check_channel_ids(
     count = shape[-1]
     if count > channels:
         raise UserError(
-            f"images have {count} channels (shape {shape}, read as batch, height, width, channels) but the model was "
+            f"images have {counted(count, 'channel')} (shape {shape}, read as batch, height, width, channels) but "
+            "the model was "
             f"built for {channels}; it takes any subset of them."
         )
     if channel_ids is None:

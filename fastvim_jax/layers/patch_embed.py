@@ -10,7 +10,7 @@ from flax import nnx
 from jax.nn.initializers import zeros
 from jaxtyping import Array, Float
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.layers import initializers as init
 from fastvim_jax.layers.linear import product
 from fastvim_jax.precision import Precision
@@ -114,7 +114,7 @@ def check_images(images: Any, channels: int, patch: tuple[int, int]) -> jax.Arra
             else ""
         )
         raise UserError(
-            f"images have {shape[3]} channels ({given}, read as batch, height, width, channels) "
+            f"images have {counted(shape[3], 'channel')} ({given}, read as batch, height, width, channels) "
             f"but the model was built for {channels}.{fix}"
         )
     if shape[1] < patch[0] or shape[2] < patch[1]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.errors import UserError, require_texts
+from fastvim_jax.errors import UserError, counted, require_texts
 from fastvim_jax.json_text import parse_json
+from fastvim_jax.models.model_card import CARD_FILE, card_text, read_licence
 from fastvim_jax.models.parameters import (
     check_numbers,
     count_parameters,
@@ -34,7 +34,6 @@ from fastvim_jax.version import __version__
 FORMAT = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-CARD_FILE = "README.md"
 HUB = "hf://"
 """Prefix that tells the name of a repository on the Hugging Face hub from a folder."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -70,11 +69,13 @@ class Pretrained:
         model: the NNX model with its weights.
         preprocessing: how images become its input.
         class_names: names of the classes in order; empty for a model without classes.
+        licence: licence of the weights, as the model card names it; empty if it names none.
     """
 
     model: nnx.Module
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    licence: str = ""
 
 
 def default_preprocessing(config: Any) -> Preprocessing:
@@ -102,6 +103,7 @@ def save_pretrained(
         preprocessing: how images become the model's input; by default `default_preprocessing(model.config)`.
         class_names: names of the classes in order, or none.
         card: sections of the model card, text by heading, for example {"Data": ..., "Results": ..., "Licence": ...}.
+            The hub shows the licence if the section is its name, such as "CC BY 4.0" or "apache-2.0".
         dtype: "float32", or "bfloat16", which rounds the weights and halves the file.
 
     Raises:
@@ -131,7 +133,8 @@ def save_pretrained(
     (folder / CONFIG_FILE).write_text(
         json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8"
     )
-    (folder / CARD_FILE).write_text(_card(model, about, card or {}, dtype), "utf-8")
+    text = card_text(about, count_parameters(nnx.state(model)), card or {}, dtype)
+    (folder / CARD_FILE).write_text(text, "utf-8")
     write_safetensors(arrays, folder / WEIGHTS_FILE, format="np", library="fastvim-jax")
     return folder
 
@@ -163,7 +166,8 @@ def load_pretrained(
     params = replace_parameters(nnx.state(model), arrays)
     names = tuple(map(str, about["class_names"]))
     check_class_names(names, config, f" by {folder / CONFIG_FILE}")
-    return Pretrained(nnx.merge(nnx.graphdef(model), params), preprocessing, names)
+    model = nnx.merge(nnx.graphdef(model), params)
+    return Pretrained(model, preprocessing, names, read_licence(folder))
 
 
 def from_pretrained(source: Path | str, **options: Any) -> Any:
@@ -186,6 +190,21 @@ def is_pretrained(source: Path | str) -> bool:
     folder = Path(source).expanduser()
     files = (folder / WEIGHTS_FILE, folder / CONFIG_FILE)
     return str(source).startswith(HUB) or all(file.is_file() for file in files)
+
+
+def require_room(folder: Path, *, overwrite: bool) -> None:
+    """Raise a `UserError` unless a saved model may be written to `folder`.
+
+    A missing or empty folder is free. With `overwrite` a saved model is replaced. Other files never are.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not is_pretrained(folder):
+        raise UserError(f"{folder} exists and holds no saved model: name another folder.")
+    if not overwrite:
+        raise UserError(
+            f"{folder} holds a saved model: name another folder, or replace the model by --overwrite (overwrite=True)."
+        )
 
 
 def refuse_choice(source: Path | str, weights: object, step: object) -> None:
@@ -218,7 +237,10 @@ def check_class_names(names: Sequence[str], config: Any, where: str = "") -> Non
     """
     classes = getattr(config, "num_classes", len(names))
     if names and len(names) != classes:
-        raise UserError(f"{len(names)} class names are given{where} for {classes} classes.")
+        raise UserError(
+            f"{counted(len(names), 'class name is', 'class names are')} given{where} for "
+            f"{counted(classes, 'class', 'classes')}."
+        )
 
 
 def _is_float(value: Any) -> bool:
@@ -270,19 +292,3 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{name} cannot be loaded from the hub: {first}") from error
-
-
-def _card(model: nnx.Module, about: dict[str, Any], card: Mapping[str, str], dtype: str) -> str:
-    config = about["model"]
-    size = "x".join(map(str, about["preprocessing"]["image_size"]))
-    count = count_parameters(nnx.state(model))
-    parts = [
-        "---\nlibrary_name: fastvim-jax\ntags: [image-classification, jax, mamba, vision]\n---",
-        f"# {config['class'].removesuffix('Config')}",
-        f"{count:,} parameters, stored as {dtype}; images of {size} pixels; "
-        f"{len(about['class_names']) or config.get('num_classes', 0)} classes.",
-        '```python\nfrom fastvim_jax import from_pretrained\n\nmodel = from_pretrained("FOLDER_OR_OWNER/NAME")\n```',
-        *(f"## {heading}\n\n{text}" for heading, text in card.items()),
-        f"Written by fastvim-jax {about['fastvim_jax']}, JAX {jax.__version__}.",
-    ]
-    return "\n\n".join(parts) + "\n"

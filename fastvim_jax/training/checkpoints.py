@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from jax.tree_util import DictKey, KeyPath
 
 from fastvim_jax.distributed import is_first_process, on_first_process
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
 from fastvim_jax.training.late_results import drop_late_results
@@ -361,7 +361,8 @@ class Checkpoints:
         ]
         shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
         raise CheckpointError(
-            f"{self._name(step)} is of another model; {len(lines)} parameters differ:\n  {shown}\n"
+            f"{self._name(step)} is of another model; "
+            f"{counted(len(lines), 'parameter differs', 'parameters differ')}:\n  {shown}\n"
             "Use the model that the run folder's config.json describes, or another run folder."
         )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastvim_jax.errors import UserError, require_texts
+from fastvim_jax.errors import UserError, counted, require_texts
 from fastvim_jax.layers.pos_embed import resize_pos_embed
 from fastvim_jax.models.config import BackboneConfig
 from fastvim_jax.models.parameters import (
@@ -246,7 +246,7 @@ def fit(
         if array.shape != shape:
             reason = f"{_times(array.shape)} there, {_times(shape)} here"
             if part.startswith("head.") and array.shape[:-1] == shape[:-1]:
-                reason = f"{array.shape[-1]} classes there, {shape[-1]} here"
+                reason = f"{counted(array.shape[-1], 'class', 'classes')} there, {shape[-1]} here"
             misfit(name, "drawn", reason, belongs_to_task)
         elif (
             belongs_to_task
@@ -391,7 +391,8 @@ def _misfits_in_words(
     differences = _differences(here, there)
     models = f"\nThe models differ: {'; '.join(differences)}." if differences else ""
     return (
-        f"the weights of {source.name} do not fit this model; {len(misfits)} parameters:\n  {shown}{models}\n"
+        f"the weights of {source.name} do not fit this model; {counted(len(misfits), 'parameter')}:\n  "
+        f"{shown}{models}\n"
         "Give this run the same model, or allow misfits by name: they are then drawn anew, or left out "
         "(init_allow, on the command line --init-allow 'patch_embed.*')."
     )

@@ -17,10 +17,18 @@ import pytest
 from fastvim_jax.cli import compilation_cache
 from fastvim_jax.cli.main import COMMANDS, main
 from fastvim_jax.cli.usage import parse
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.training import RunResult, Stopped
 from fastvim_jax.training.metrics import RunLog
 from tests.cli.conftest import Cli
+
+
+def test_numbers_agree_with_their_nouns_and_verbs():
+    assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [counted(n, "class has", "classes have") for n in (1, 2)] == [
+        "1 class has",
+        "2 classes have",
+    ]
 
 
 def _shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

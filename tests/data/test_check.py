@@ -59,7 +59,7 @@ def test_labels_outside_the_classes_are_listed(tmp_path: Path, rng: np.random.Ge
     source = open_source("packed_npz", "train", path=str(tmp_path), any_label=True)
     report = check(source)
     assert [(p.kind, p.index) for p in report.problems] == [("label", 1), ("label", 3)]
-    assert "train.npz[3]: label 7, but there are 2 classes" in report.problems[1].message
+    assert "train.npz[3]: label 7, outside the 2 classes" in report.problems[1].message
     assert not check(digits).problems
 
 

@@ -21,6 +21,7 @@ from fastvim_jax.data.detection import (
     place_objects,
 )
 from fastvim_jax.data.detection_config import DetectionData
+from fastvim_jax.data.sources.coco import CocoSource
 from fastvim_jax.data.sources.coco_file import Objects, examine
 from fastvim_jax.errors import UserError
 
@@ -189,7 +190,7 @@ def test_odd_fields_of_annotations_are_counted_or_computed(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "train/1.png").unlink(), "1 of 2 images"),
+        (lambda root: (root / "train/1.png").unlink(), "of 2 images.* 1 cannot be found"),
         (lambda root: (root / "annotations/instances_train.json").write_text("{"), "is no JSON"),
         (
             lambda root: (root / "annotations/instances_train.json").write_text("[" * 100_000),
@@ -315,7 +316,27 @@ def test_a_scan_lists_what_is_wrong(tmp_path: Path, capsys) -> None:
     ]
     assert report["objects"] == {"cat": 0, "dog": 4}
     assert any("3 gaps" in note for note in report["notes"])
-    assert any("1 of 2 categories" in note for note in report["notes"])
+    assert "1 category has no object, of 2: cat." in report["notes"]
+
+
+def test_categories_of_one_name_stay_apart(tmp_path: Path, capsys) -> None:
+    """Use the ids where a name stands for several categories, as exporters write a parent beside its only child."""
+    names = {0: "fish", 1: "fish", 2: "fish (id 1)", 3: "crab"}
+    categories = [{"id": i, "name": name} for i, name in names.items()]
+    root = write(
+        tmp_path, [box(4, 4, 20, 10, category_id=1)] * 2 + [box(4, 4, 20, 10, category_id=3)], 1,
+        categories=categories,
+    )  # fmt: skip
+    source = CocoSource(root, "train")
+    assert len(set(source.class_names)) == 4
+    assert source.class_names[0] == "fish (id 0)" and source.class_names[3] == "crab"
+    assert check_coco.run([str(root), "--split", "train", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["train"]
+    assert list(report["objects"].values()) == [0, 2, 0, 1]
+    assert (
+        "1 name stands for several categories, which are told apart by their ids: fish (2)."
+        in report["notes"]
+    )
 
 
 def test_a_path_out_of_the_folder_is_not_read(tmp_path: Path) -> None:

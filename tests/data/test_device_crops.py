@@ -129,7 +129,7 @@ def test_a_label_of_no_class_is_replaced(config: ClassificationData, seed: int) 
     with contextlib.closing(make_train_iterator(some, seed=seed)) as batches:
         labels = [label for _ in range(9) for label in np.asarray(next(batches)["label"])]
         assert set(labels) == {0} and batches.corrupt
-    with pytest.raises(UserError, match="outside the 1 classes"):
+    with pytest.raises(UserError, match="outside the 1 class"):
         _taken(config, seed, 9)
 
 

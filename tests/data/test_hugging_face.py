@@ -160,7 +160,7 @@ def test_it_says_what_is_wrong(hub: tuple[Path, list[bytes], list[int]]) -> None
     with pytest.raises(UserError, match=r"splits found there: test, train. Did you mean 'train'"):
         open_source("hugging_face", "trian", path=path)
     _write(data / "secret-00000-of-00001.parquet", images[:2], [-1, -1])
-    with pytest.raises(UserError, match=r"label -1: 2 of 2 records have none"):
+    with pytest.raises(UserError, match=r"label -1, which means none, 2 times in 2 records"):
         open_source("hugging_face", "secret", path=path)
     _write(data / "high.parquet", images[:2], [1, 4])
     with pytest.raises(UserError, match=r"label 4, but the class list names only 4"):

@@ -193,7 +193,9 @@ def test_class_tables_are_read_as_people_have_them_or_named(root, content, messa
 
 def test_missing_masks_are_counted_and_named(root):
     (root / "annotations/training/scene_1.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 4 images.*have no mask.*scene_1.jpg.*Add the masks"):
+    with pytest.raises(
+        UserError, match=r"of 4 images.* 1 lacks a mask.*scene_1.jpg.*Add the masks"
+    ):
         open_masks(config(root), "training")
 
 

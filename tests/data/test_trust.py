@@ -305,7 +305,7 @@ def test_an_evaluation_split_may_lack_the_highest_class(tmp_path: Path) -> None:
         ([0, 1, 1], [0, 1, 1]), ([0.0, 1.0, 1.0], [0, 1, 1]), ([False, True, True], [0, 1, 1]),
         (["ant", "bee", "bee"], [0, 1, 1]), ([[1, 0], [0, 1], [0, 1]], [0, 1, 1]),
         ([0, 1, None], r"holds the label -1"), ([0.5, 1, 1], r"record 0 is 0.5"),
-        (["ant", "bee", "cow"], "'cow' is none"), (["ant", "bee", None], r"1 records have no label"),
+        (["ant", "bee", "cow"], "'cow' is none"), (["ant", "bee", None], r"1 record has no label"),
     ],
     ids=str,
 )  # fmt: skip

@@ -56,7 +56,7 @@ def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
     assert found.class_names == trained.class_names and len(found.class_names) == 10
     assert found.preprocessing == Preprocessing((8, 8), 1.0, (0.3,), (0.4,))
     card = (out / "README.md").read_text()
-    for part in ("digits: trained on train", "1 epochs; step 11", "top-1", "on 360", "CC BY 4.0"):
+    for part in ("digits: trained on train", "1 epoch; step 11", "top-1", "on 360", "CC BY 4.0"):
         assert part in card
     Image.fromarray(rng.integers(0, 256, (9, 12), np.uint8)).save(photo)
     said = []
@@ -124,7 +124,10 @@ def test_a_folder_is_replaced_by_another_model(tmp_path):
     models = [build_model(tiny_model(), rngs=nnx.Rngs(i)) for i in (1, 2)]
     for i, model in enumerate(models):
         save_pretrained(model, tmp_path / str(i))
-    same(load_pretrained(export_weights(tmp_path / "1", tmp_path / "0")).model, models[1])
+    same(
+        load_pretrained(export_weights(tmp_path / "1", tmp_path / "0", overwrite=True)).model,
+        models[1],
+    )
 
 
 def test_a_masked_autoencoder_of_plain_pixels_stays_one(tmp_path):

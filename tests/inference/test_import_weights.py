@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from fastvim_jax import UserError, load_pretrained, to_torch_state_dict
 from fastvim_jax.cli.main import main
 from fastvim_jax.inference import import_weights
+from fastvim_jax.inference.export_weights import export_weights
 from fastvim_jax.inference.import_weights import parse_options
 from fastvim_jax.models import (
     MaskedAutoencoderConfig,
@@ -23,6 +24,7 @@ from fastvim_jax.models import (
     build_model,
 )
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.model_card import card_text, read_licence
 from fastvim_jax.training.start_from import load_weights
 from tests.support import ROOT
 
@@ -56,6 +58,56 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def test_a_saved_model_is_replaced_on_request_alone(tmp_path):
+    file, out = tmp_path / "model.safetensors", tmp_path / "out"
+    write(build_model(CONFIGS["vit"], rngs=nnx.Rngs(2)), file)
+    import_weights(file, out, licence="Apache License 2.0")
+    assert "\nlicense: apache-2.0\n" in (out / "README.md").read_text()
+    before = (out / "model.safetensors").read_bytes()
+    write(build_model(CONFIGS["vit"], rngs=nnx.Rngs(3)), file)
+    with pytest.raises(
+        UserError, match="holds a saved model: name another folder, or .* --overwrite"
+    ):
+        import_weights(file, out)
+    with pytest.raises(UserError, match="holds a saved model"):
+        export_weights(out, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    import_weights(file, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for write_to in (import_weights, export_weights):
+        with pytest.raises(UserError, match="holds no saved model: name another folder"):
+            write_to(file if write_to is import_weights else out, tmp_path / "run", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("licence", "header"),
+    [
+        ("CC BY-NC-SA 4.0", ["license: cc-by-nc-sa-4.0"]),
+        ("The MIT License", ["license: mit"]),
+        ("Apache License, Version 2.0", ["license: apache-2.0"]),
+        ("Our lab's: ask \"us\"\nlicense: mit", ["license: other", "license_name: our-lab-s-ask-us"]),
+        ("\u00a9", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_licences_in_the_words_of_the_hub(tmp_path, licence, header):
+    about = {
+        "model": {"class": "ViTConfig", "num_classes": 2}, "preprocessing": {"image_size": [8, 8]},
+        "class_names": [], "fastvim_jax": "0",
+    }  # fmt: skip
+    text = card_text(about, 3, {"Licence": licence} if licence else {}, "float32")
+    lines = text.splitlines()
+    assert lines[:2] == ["---", "library_name: fastvim-jax"]
+    assert lines[2 : lines.index("---", 1) - 1] == header
+    (tmp_path / "README.md").write_text(text)
+    assert read_licence(tmp_path) == licence  # of the section
+    (tmp_path / "README.md").write_text('---\nlicense: "mit"\n---\n# Of another program')
+    assert read_licence(tmp_path) == "mit"
+    assert read_licence(tmp_path / "none") == ""
+
+
 @pytest.mark.drawn("weights in and out")
 def test_the_command_recognises_the_model_and_keeps_every_bit(checkpoint, tmp_path, capsys):
     file, model = checkpoint
@@ -63,6 +115,10 @@ def test_the_command_recognises_the_model_and_keeps_every_bit(checkpoint, tmp_pa
     said = capsys.readouterr().out
     assert "64 wide, 2 blocks (recognised from names and shapes)" in said
     assert "CC BY-NC-SA" in said and "taken" in said
+    authors = isinstance(model.config, VisionMambaConfig) and model.config.pooling != "none"
+    assert ("names CC BY-NC-SA 4.0." in said) is authors  # FastVim, not Vim and ViT
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("\nlicense: cc-by-nc-sa-4.0\n" in card) is authors is ("license" in card)
     found = load_pretrained(tmp_path / "out").model
     same(found, model)
     assert type(found) is type(model) and found.config.image_size == (16, 16)
@@ -193,7 +249,7 @@ def test_normalisation_is_given_by_name(checkpoint, tmp_path):
     assert load_pretrained(tmp_path / "out").preprocessing.std == given["std"]
     for wrong in ({"mean": (0.5,)}, {"std": (0.1, 0.1, 0.0)}, {"mean": (float("nan"),) * 3}):
         with pytest.raises(UserError, match="the model has 3 channels|deviations are above 0"):
-            import_weights(checkpoint[0], tmp_path / "out", **wrong)
+            import_weights(checkpoint[0], tmp_path / "other", **wrong)
 
 
 def test_a_table_of_no_square_grid_needs_the_image_s_size(tmp_path):

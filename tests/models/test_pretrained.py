@@ -43,6 +43,8 @@ def test_a_model_comes_back_with_its_bits(saved):
     assert loaded.preprocessing.mean == (0.1, 0.2, 0.3) and loaded.preprocessing.crop == 0.9
     card = (folder / "README.md").read_text()
     assert "## Data\n\nHandwritten digits." in card and "CC BY 4.0" in card
+    assert card.startswith("---\nlibrary_name: fastvim-jax\nlicense: cc-by-4.0\ntags: [")
+    assert loaded.licence == "CC BY 4.0"
     same_bits(from_pretrained(str(folder)), model)
     modes = {file.stat().st_mode for file in folder.iterdir()}
     assert len(modes) == 1  # who may read the card may read the weights

@@ -233,7 +233,7 @@ def test_a_label_of_no_class_is_never_scored(rng, label):
     batch = {**tiny_batch(rng), "valid": np.ones(6, bool)}
     batch["label"] = batch["label"].copy()
     batch["label"][2] = label
-    with pytest.raises(UserError, match="1 of 6 images have a label that is none of the model's"):
+    with pytest.raises(UserError, match="1 of 6 images has a label that is none of the model's"):
         evaluate(Linear(), [batch])
     batch["valid"][2] = False
     assert evaluate(Linear(), [batch])["count"] == 5

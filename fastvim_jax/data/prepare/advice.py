@@ -6,6 +6,7 @@ import dataclasses
 
 from fastvim_jax.data.prepare.check import Report
 from fastvim_jax.data.sources.image_folder import HELD_OUT, TRAINED, WHOLE
+from fastvim_jax.errors import counted
 
 BATCH_SIZE = 32
 """Batch size of the experiment that the options are for, `your_images/fastvim`."""
@@ -64,19 +65,23 @@ def training_advice(reports: dict[str, Report]) -> Advice:
     for name, each in used.items():
         stray = sum(problem.kind == "label" for problem in each.problems)
         if stray:
-            refused.append(f"{name} has {stray} labels outside its {each.classes} classes.")
+            refused.append(
+                f"{name} has {counted(stray, 'label')} outside its {counted(each.classes, 'class', 'classes')}."
+            )
         broken = sum(problem.kind == "undecodable" for problem in each.problems)
         if 2 * broken >= each.records:
-            refused.append(f"{name} has {each.records} records, {broken} of them undecodable.")
+            refused.append(
+                f"{name} has {counted(each.records, 'record')}, {broken} of them undecodable."
+            )
     if held_out and reports[held_out].classes != report.classes:
         refused.append(
-            f"{train} has {report.classes} classes, {held_out} {reports[held_out].classes}: put a classes.txt with all "
-            "names beside the data."
+            f"{train} has {counted(report.classes, 'class', 'classes')}, {held_out} {reports[held_out].classes}: "
+            "put a classes.txt with all names beside the data."
         )
     corrupt = max(sum(p.kind == "undecodable" for p in each.problems) for each in used.values())
     if corrupt:
         options["data.max-corrupt"] = str(corrupt)
-        notes.append(f"up to {corrupt} undecodable records of a split are left out.")
+        notes.append(f"up to {counted(corrupt, 'undecodable record')} of a split left out.")
     if records < 1:
         refused.append(f"{train} leaves no record to train on.")
     elif records < BATCH_SIZE:

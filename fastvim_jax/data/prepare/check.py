@@ -18,6 +18,7 @@ from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.pixels import PixelsSource
+from fastvim_jax.errors import counted
 
 _CHUNK = 256
 _EMPTY = 100  # classes without a record that are listed one by one
@@ -91,7 +92,10 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         if record.error:
             problems.append(Problem("undecodable", record.error, record.index))
         if record.label is not None and not 0 <= record.label < len(names):
-            message = f"{_where(source, record.index)}: label {record.label}, but there are {len(names)} classes."
+            message = (
+                f"{_where(source, record.index)}: label {record.label}, outside the "
+                f"{counted(len(names), 'class', 'classes')}."
+            )
             problems.append(Problem("label", message, record.index))
         if record.digest:
             same[record.digest].append(record)
@@ -125,7 +129,8 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         for label in empty[:_EMPTY]
     ]
     if len(empty) > _EMPTY:
-        message = f"{len(empty) - _EMPTY} more of the {len(names)} classes have no record."
+        more = counted(len(empty) - _EMPTY, "class has", "classes have")
+        message = f"{more} no record either, of {len(names)} classes."
         problems.append(Problem("empty class", message))
     digests = {digest: records[0].index for digest, records in same.items()}
     return Report(
@@ -197,7 +202,7 @@ def _channels_of(record: Record, names: tuple[str, ...]) -> tuple[bytes, int]:
     pixels = in_order(read_channels(record.image, record.name), names, record.name)
     if names and pixels.shape[-1] != len(names):
         raise DecodeError(
-            f"{record.name}: {pixels.shape[-1]} channels, but the data set names {len(names)}."
+            f"{record.name}: {counted(pixels.shape[-1], 'channel')}, but the data set names {len(names)}."
         )
     rows, columns = (np.arange(16) * side // 16 for side in pixels.shape[:2])
     small = np.ascontiguousarray(pixels[rows[:, None], columns])

@@ -10,9 +10,10 @@ from fastvim_jax.data.detection import load
 from fastvim_jax.data.prepare.check import Problem
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress
-from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.data.sources.coco import CocoSource, draw_shape
 from fastvim_jax.data.sources.coco_file import examine
+from fastvim_jax.errors import counted
 
 _CHUNK = 32
 
@@ -115,10 +116,16 @@ def _notes(source: CocoSource, unused: list[str]) -> list[str]:
     if ids and ids != tuple(range(ids[0], ids[0] + len(ids))):
         gaps = ids[-1] - ids[0] + 1 - len(ids)
         notes.append(
-            f"category ids run from {ids[0]} to {ids[-1]} with {gaps} gaps: labels count the {len(ids)} listed ones "
-            "from 0."
+            f"category ids run from {ids[0]} to {ids[-1]} with {counted(gaps, 'gap')}: labels count the {len(ids)} "
+            "listed ones from 0."
         )
+    counts = Counter(category["name"] for category in source.content["categories"])
+    if several := [f"{printable(name)} ({count})" for name, count in counts.items() if count > 1]:
+        shown = ", ".join(several[:5]) + (" ..." if several[5:] else "")
+        has = counted(len(several), "name stands", "names stand")
+        notes.append(f"{has} for several categories, which are told apart by their ids: {shown}.")
     if unused:
         shown = ", ".join(unused[:5]) + (" ..." if unused[5:] else "")
-        notes.append(f"{len(unused)} of {len(ids)} categories have no object: {shown}.")
+        has = counted(len(unused), "category has", "categories have")
+        notes.append(f"{has} no object, of {len(ids)}: {shown}.")
     return notes

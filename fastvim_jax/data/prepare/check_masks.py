@@ -16,6 +16,7 @@ from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.segmentation import IGNORED, load_scene
 from fastvim_jax.data.segmentation_config import SegmentationData
 from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask
+from fastvim_jax.errors import counted
 
 _CHUNK = 32
 
@@ -130,8 +131,8 @@ def _shift(raw: np.ndarray, classes: int, config: SegmentationData) -> str | Non
         return None
     if not config.zero_is_ignored and used.max() == classes:
         return (
-            f"labels run from {used.min()} to {classes}, but {classes} classes are numbered from 0: if 0 means "
-            "unlabelled, set --zero-is-ignored (data.zero_is_ignored)."
+            f"labels run from {used.min()} to {classes}, but {counted(classes, 'class is', 'classes are')} numbered "
+            "from 0: if 0 means unlabelled, set --zero-is-ignored (data.zero_is_ignored)."
         )
     if config.zero_is_ignored and used.max() == classes - 1 and used.min() == 0:
         return (
@@ -144,7 +145,7 @@ def _shift(raw: np.ndarray, classes: int, config: SegmentationData) -> str | Non
 def _notes(raw: np.ndarray, unused: list[str]) -> Iterator[str]:
     if unused:
         shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
-        yield f"{len(unused)} classes have no pixel: {shown}"
+        yield f"{counted(len(unused), 'class has', 'classes have')} no pixel: {shown}"
     if raw.size and raw.max() > IGNORED:
         yield f"16-bit masks: labels up to {int(raw.max())} are read as they are."
 

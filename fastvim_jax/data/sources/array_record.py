@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.prepared import PreparedSplit
+from fastvim_jax.errors import counted
 from fastvim_jax.json_text import parse_json
 
 FORMAT = "fastvim-array-record-1"
@@ -47,7 +48,8 @@ class ArrayRecordSource(PreparedSplit):
                     reader = ArrayRecordReader(str(self.files[shard]), _OPTIONS)
                     if reader.num_records() != self.shards[shard]["records"]:
                         raise DecodeError(
-                            f"{self.files[shard]} holds {reader.num_records()} records, not what its manifest says."
+                            f"{self.files[shard]} holds {counted(reader.num_records(), 'record')}, not what its "
+                            "manifest says."
                         )
                     self._readers[shard] = reader
                 return self._readers[shard].read([place])[0]

@@ -20,7 +20,7 @@ from fastvim_jax.data.files import read_inside
 from fastvim_jax.data.listing import SharedArray, listed, unpacked_texts
 from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.coco_file import FATAL, Objects, examine, pack_records, read_json
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 ANNOTATIONS = "annotations/instances_{split}.json"
 IMAGES = "{split}"
@@ -89,8 +89,8 @@ class CocoSource:
         if self.missing and not allow_missing:
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
             raise UserError(
-                f"{len(self.missing)} of {len(self)} images named in {str(self.file)!r} are not in "
-                f"{str(root / self._images)!r}: {shown}. Add the files, or correct data.images."
+                f"of {counted(len(self), 'image')} named in {str(self.file)!r} {len(self.missing)} cannot be "
+                f"found in {str(root / self._images)!r}: {shown}. Add the files, or correct data.images."
             )
         if not len(self):
             raise UserError(

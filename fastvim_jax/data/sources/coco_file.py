@@ -72,7 +72,7 @@ def pack_records(
                 "names": names,
                 "ids": [json.dumps(image["id"]) for image in images],
                 "shapes": [json.dumps(each.shapes) for each in objects],
-                "class_names": [printable(c["name"]) for c in categories],
+                "class_names": _distinct([printable(c["name"]) for c in categories], category_ids),
                 "problems": list(problems),
                 "missing": [n for n in names if n not in present and not (folder / n).is_file()],
             }
@@ -84,6 +84,16 @@ def pack_records(
         "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(o.boxes for o in objects)]),
         "labels": np.concatenate([np.zeros(0, np.int32), *(o.labels for o in objects)]),
     }
+
+
+def _distinct(names: list[str], ids: tuple[int, ...]) -> list[str]:
+    """Add its id to each name that several categories have, as in files whose first category is the others' parent."""
+    while len(counts := Counter(names)) < len(names):
+        names = [
+            f"{name} (id {id})" if counts[name] > 1 else name
+            for name, id in zip(names, ids, strict=True)
+        ]
+    return names
 
 
 def _images_with_objects(

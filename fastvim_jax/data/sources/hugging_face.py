@@ -21,7 +21,7 @@ from fastvim_jax.data.listing import SharedArray
 from fastvim_jax.data.records import DecodeError, Record, Source, printable
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.labels import list_for, names_of_labels, whole_labels
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 from fastvim_jax.json_text import parse_json
 
 CACHE_BYTES = 256 * 2**20
@@ -255,7 +255,9 @@ def _values(column: Any, file: Path) -> np.ndarray:
     if str(column.type).startswith("int"):
         column = column.fill_null(-1)
     elif column.null_count:
-        raise UserError(f"{str(file)!r}: {column.null_count} records have no label.")
+        raise UserError(
+            f"{str(file)!r}: {counted(column.null_count, 'record has', 'records have')} no label."
+        )
     values = column.to_numpy()
     return np.asarray(values.tolist()) if values.dtype == object else values
 

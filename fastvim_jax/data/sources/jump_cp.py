@@ -35,7 +35,7 @@ from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.multichannel import MultiChannel, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.jump_target import PlateLabels, read_plate_labels, well_name
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 
 SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
 SPLIT_SEED = 0
@@ -286,7 +286,7 @@ def _labelled(
         if wells:
             named = sorted(set(wells))
             shown = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
-            notes.append(f"{len(wells)} images {what} are left out ({shown}).")
+            notes.append(f"left out: {counted(len(wells), 'image')} {what} ({shown}).")
     return kept, np.asarray(targets, np.int64), tuple(notes)
 
 

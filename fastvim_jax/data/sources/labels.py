@@ -9,7 +9,7 @@ import numpy as np
 
 from fastvim_jax.data.records import Source
 from fastvim_jax.data.sources.class_lists import ClassList, find_class_list, read_class_list
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 MOST_CLASSES = 1_000_000
 """Labels from here on are refused where no class list says that there are so many classes."""
@@ -106,12 +106,13 @@ def names_of_labels(
     lowest = int(labels.min())
     if highest >= len(names):
         raise UserError(
-            f"{where} holds the label {highest}, but the class list names only {len(names)} classes."
+            f"{where} holds the label {highest}, but the class list names only "
+            f"{counted(len(names), 'class', 'classes')}."
         )
     if lowest < 0:
         raise UserError(
-            f"{where} holds the label {lowest}: {int((labels < 0).sum())} of {len(labels)} records have none, "
-            "as in a test split whose labels are secret. Use another split."
+            f"{where} holds the label {lowest}, which means none, {int((labels < 0).sum())} times in "
+            f"{counted(len(labels), 'record')}, as in a test split whose labels are secret. Use another split."
         )
     return names
 
@@ -137,7 +138,7 @@ def refuse_stray_labels(source: Source) -> None:
     stray = np.flatnonzero((labels < 0) | (labels >= len(source.class_names)))
     if len(stray):
         first = int(stray[0])
-        others = f" ({len(stray)} of {len(labels)} records have such a label)"
+        others = f" (such a label: {len(stray)} of {counted(len(labels), 'record')})"
         raise UserError(
             stray_label(source[first].name, int(labels[first]), len(source.class_names), others)
         )
@@ -146,6 +147,7 @@ def refuse_stray_labels(source: Source) -> None:
 def stray_label(name: str, label: int, classes: int, others: str = "") -> str:
     """Say what is wrong with a record whose label is no class, and what to do."""
     return (
-        f"{name}: the label {label} is outside the {classes} classes{others}. `fastvim data check` lists all such "
-        "records: mend them, give the class list that they belong to, or leave this split out (--split)."
+        f"{name}: the label {label} is outside the {counted(classes, 'class', 'classes')}{others}. "
+        "`fastvim data check` lists all such records: mend them, "
+        "give the class list that they belong to, or leave this split out (--split)."
     )

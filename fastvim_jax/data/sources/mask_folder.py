@@ -27,7 +27,7 @@ from fastvim_jax.data.sources.class_lists import (
     read_list_text,
 )
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 IMAGE_PATTERN = "images/{split}/{name}.jpg"
 MASK_PATTERN = "annotations/{split}/{name}.png"
@@ -97,7 +97,8 @@ class MaskFolderSource:
             expected = mask_pattern.replace("{split}", split)
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
             raise UserError(
-                f"{len(self.missing)} of {len(self)} images in {str(root)!r} have no mask at {expected!r}: {shown}. "
+                f"of {counted(len(self), 'image')} in {str(root)!r} {len(self.missing)} "
+                f"{'lacks' if len(self.missing) == 1 else 'lack'} a mask at {expected!r}: {shown}. "
                 "Add the masks, remove the images, or correct data.mask_pattern."
             )
 

@@ -10,6 +10,7 @@ import numpy as np
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.class_lists import read_class_list
 from fastvim_jax.data.sources.manifest import find_shards, read_manifest
+from fastvim_jax.errors import counted
 
 
 class PreparedSplit:
@@ -54,6 +55,6 @@ class PreparedSplit:
     def _check_label(self, label: int, name: str) -> int:
         if not (self._any_label or 0 <= label < len(self.class_names)):
             raise DecodeError(
-                f"{name}: the label {label} is outside the {len(self.class_names)} classes."
+                f"{name}: the label {label} is outside the {counted(len(self.class_names), 'class', 'classes')}."
             )
         return label

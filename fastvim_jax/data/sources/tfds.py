@@ -14,7 +14,7 @@ from typing import Any
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.class_lists import read_class_list
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -47,7 +47,7 @@ class TfdsSource:
         label = int(record[self._label])
         if not (self._any_label or 0 <= label < len(self.class_names)):
             raise DecodeError(
-                f"{name}: the label {label} is outside the {len(self.class_names)} classes."
+                f"{name}: the label {label} is outside the {counted(len(self.class_names), 'class', 'classes')}."
             )
         return Record(record[self._image], label, name)
 

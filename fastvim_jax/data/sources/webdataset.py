@@ -27,7 +27,7 @@ from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.image_folder import EXTENSIONS
 from fastvim_jax.data.sources.labels import list_for, names_of_labels
 from fastvim_jax.data.tar_members import regular_members
-from fastvim_jax.errors import UserError, suggest
+from fastvim_jax.errors import UserError, counted, suggest
 from fastvim_jax.json_text import parse_json
 
 _MOST_LABEL_BYTES = 2**24
@@ -172,8 +172,8 @@ def _labelled(
         wrong = bad.get(_split(first)[0]) or bad.get(_key(_split(first)[0]))
         cause = f" ({printable(wrong)} holds no whole number as its label)" if wrong else ""
         raise UserError(
-            f"{str(shard)!r}: {len(missing)} images have no label in a .cls or .json file beside them, "
-            f"among them {printable(first)}{cause}."
+            f"{str(shard)!r}: {counted(len(missing), 'image has', 'images have')} no label in a .cls or .json file "
+            f"beside them, among them {printable(first)}{cause}."
         )
     return found
 

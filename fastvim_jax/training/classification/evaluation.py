@@ -187,8 +187,8 @@ def _shares(total: Metrics) -> ClassificationScores:
         raise UserError("there is no valid image to evaluate: check data.eval_split and data.path.")
     if wrong := total["no_class"]:
         raise UserError(
-            f"{wrong} of {total['count']} images have a label that is none of the model's classes (0 to classes - 1)."
-            " Leave them out, or set `valid` to False for them."
+            f"{wrong} of {total['count']} images {'has' if wrong == 1 else 'have'} a label that is none of the "
+            "model's classes (0 to classes - 1). Leave them out, or set `valid` to False for them."
         )
     count = total["count"]
     shares = {key: total[key] / count for key in ("top1", "top5", "loss")}

@@ -14,7 +14,7 @@ from flax import nnx
 from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_preprocess
 from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
 from fastvim_jax.distributed.mesh import on_mesh
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.classification.evaluation import (
     ClassificationScores,
@@ -95,7 +95,8 @@ def score_run(
         runs = {run.weights: run} | {w: load(weights=w, step=run.step) for w in wanted[1:]}
         if len(names) != len(run.class_names):
             raise UserError(
-                f"The data have {len(names)} classes, the run {len(run.class_names)}: choose data of the run's "
+                f"The data have {counted(len(names), 'class', 'classes')}, the run {len(run.class_names)}: choose "
+                "data of the run's "
                 "classes, or name them by data.class_list."
             )
         graphdef = nnx.graphdef(run.model)

@@ -14,7 +14,7 @@ from fastvim_jax.data import make_eval_iterator, make_train_iterator
 from fastvim_jax.data.labelled import make_augment, make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models import build_model
 from fastvim_jax.models.channels import channel_inputs
 from fastvim_jax.training.accumulation import batch_first, batch_last
@@ -171,7 +171,8 @@ def _check_classes(
         missing = [name for name in class_names if name not in evaluated_names][:5]
         more = [name for name in evaluated_names if name not in class_names][:5]
         raise UserError(
-            f"data.train_split={data.train_split!r} has {len(class_names)} classes, data.eval_split="
+            f"data.train_split={data.train_split!r} has {counted(len(class_names), 'class', 'classes')}, "
+            "data.eval_split="
             f"{data.eval_split!r} {len(evaluated_names)} (only in the first: {', '.join(missing) or 'none'}; only in "
             f"the second: {', '.join(more) or 'none'}), so their numbers mean different classes: give both the same "
             "classes in the same order, an empty folder for one without images, or a list of all in data.class_list."

@@ -27,7 +27,7 @@ from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.prefetch import place_ahead
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks
 from fastvim_jax.distributed import all_gather_set, is_first_process, on_every_device
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.detection.boxes import overlaps
 from fastvim_jax.models.detection.cascade import Detections
 from fastvim_jax.models.detection.masks import paste_masks
@@ -292,7 +292,10 @@ def draw(
     names = source.class_names
     truth = [(box, names[i], None) for box, i in zip(objects.boxes, objects.labels, strict=True)]
     predicted = captioned(shown, dict(zip(source.category_ids, names, strict=True)))
-    title = f"image {source.image_ids[index]}: {len(truth)} objects, {len(shown)} found ({LEAST_SCORE} or more)"
+    title = (
+        f"image {source.image_ids[index]}: {counted(len(truth), 'object')}, {len(shown)} found ({LEAST_SCORE} or "
+        "more)"
+    )
     return title, (draw_objects(image, truth), draw_objects(image, predicted))
 
 

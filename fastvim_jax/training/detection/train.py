@@ -13,7 +13,7 @@ from fastvim_jax.data.detection import make_eval_iterator, make_train_iterator
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models import build_model
 from fastvim_jax.training.accumulation import batch_first, batch_last
 from fastvim_jax.training.clock import Clock
@@ -187,12 +187,14 @@ def _check_classes(
 ) -> None:
     if class_names != evaluated:
         raise UserError(
-            f"data.train_split={config.data.train_split!r} has {len(class_names)} categories, data.eval_split="
+            f"data.train_split={config.data.train_split!r} has "
+            f"{counted(len(class_names), 'category', 'categories')}, data.eval_split="
             f"{config.data.eval_split!r} {len(evaluated)}, or other names: their labels would mean different classes. "
             "List the same categories in both files."
         )
     if config.model.num_classes != len(class_names):
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but the data have {len(class_names)} categories: set "
+            f"model.num_classes is {config.model.num_classes}, but the data have "
+            f"{counted(len(class_names), 'category', 'categories')}: set "
             f"model.num_classes={len(class_names)}."
         )

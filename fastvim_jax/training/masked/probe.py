@@ -19,7 +19,7 @@ from fastvim_jax.distributed import (
     replicated,
     round_up,
 )
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models import build_model
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
@@ -106,7 +106,8 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
         eval_features = compute_features(extract, backbone_params, eval_images, place)
         if len(features.label) < config.data.batch_size:
             raise UserError(
-                f"data.batch_size is {config.data.batch_size}, but only {len(features.label)} images are readable."
+                f"data.batch_size is {config.data.batch_size}, but only "
+                f"{counted(len(features.label), 'image is', 'images are')} readable."
             )
         batches = FeatureBatches(
             features, batch_size=config.data.batch_size, seed=config.seed, place=place

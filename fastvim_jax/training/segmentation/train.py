@@ -14,7 +14,7 @@ from fastvim_jax.analysis.segmentation_flops import segmentation_gmacs
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.data.segmentation import EvaluationImages, make_train_iterator, normalise
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models import build_model
 from fastvim_jax.models.upernet import SegmentationDraws
 from fastvim_jax.training.accumulation import batch_first, batch_last
@@ -60,7 +60,8 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
     class_names = batches.source.class_names
     if config.model.num_classes != len(class_names):
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but the data have {len(class_names)} classes: set "
+            f"model.num_classes is {config.model.num_classes}, but the data have "
+            f"{counted(len(class_names), 'class', 'classes')}: set "
             f"model.num_classes={len(class_names)}."
         )
 
