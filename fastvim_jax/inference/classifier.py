@@ -235,7 +235,10 @@ class Classifier:
             UserError: the run is of another task, or of cell images.
         """
         if not isinstance(run.config, TrainConfig):
-            raise UserError(f"a run of a {type(run.config).__name__} is no classifier.")
+            raise UserError(
+                f"a run of a {type(run.config).__name__} is no classifier: a classifier starts from its weights with "
+                "`fastvim train EXPERIMENT --init RUN`."
+            )
         if not isinstance(run.config.data, ClassificationData):
             raise UserError("a run of cell images classifies no photographs: use `fastvim embed`.")
         return cls(run.model, preprocessing_of(run), run.class_names, **options)

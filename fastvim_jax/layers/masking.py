@@ -7,6 +7,7 @@ k patches kept (of an image with fewer, the last of its k places are padding).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,20 +78,28 @@ def random_masking(noise: Float[Array, "b l"], kept: int, *, by_position: bool =
     return Masking(first, restore, (restore >= kept).astype(noise.dtype))
 
 
-def masking_of(removed: Bool[Array, "b rows columns"], *, places: int | None = None) -> Masking:
+def masking_of(removed: Any, *, places: int | None = None) -> Masking:
     """Turn given masks into a `Masking`; kept patches are sorted by position.
 
     Args:
-        removed: True where a patch is removed; every image may have a mask of its own.
+        removed: Booleans `b rows columns`, True where a patch is removed; every image may have a mask of its own.
         places: Number k of places for kept patches; images that keep fewer are padded. None: every image must keep
             equally many. It must be given where `removed` is traced (inside `jax.jit`), because shapes must be known.
 
     Raises:
-        UserError: an image keeps no patch or more than `places`; unequal counts without `places`; a traced mask
-            without `places`. Values of a traced mask cannot be checked: it then keeps the first `places` patches.
+        UserError: no booleans `b rows columns`; an image keeps no patch or more than `places`; unequal counts without
+            `places`; a traced mask without `places`. Values of a traced mask cannot be checked: it then keeps the first
+            `places` patches, and removes the others.
     """
+    if not isinstance(removed, jax.Array):
+        removed = np.asarray(removed)
+    if removed.ndim != 3 or removed.dtype != bool:
+        raise UserError(
+            "a mask is an array of booleans for batch, rows and columns of patches, True where a patch is removed; "
+            f"got {removed.dtype} of shape {removed.shape}."
+        )
     grid = removed.shape[1], removed.shape[2]
-    flat = removed.reshape(removed.shape[0], -1)
+    flat = removed.reshape(removed.shape[0], grid[0] * grid[1])
     known = not isinstance(removed, jax.core.Tracer)
     equal = False
     if known:
@@ -117,11 +126,12 @@ def masking_of(removed: Bool[Array, "b rows columns"], *, places: int | None = N
         )
     order = jnp.argsort(flat, axis=1, stable=True)  # kept (False) first, each part by position
     kept = jnp.minimum((~flat).sum(axis=1), places)
+    restore = jnp.argsort(order, axis=1)
     full = known and equal and int(counts[0]) == places
     return Masking(
         order[:, :places],
-        jnp.argsort(order, axis=1),
-        flat.astype(jnp.float32),
+        restore,
+        (restore >= kept[:, None]).astype(jnp.float32),
         None if full else kept,
         grid,
     )

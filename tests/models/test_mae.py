@@ -283,6 +283,11 @@ def test_bad_masks_are_refused(key):
         masking_of(jnp.asarray(removed), places=11)
     with pytest.raises(UserError, match="inside jax.jit"):
         jax.jit(masking_of)(jnp.asarray(removed))
+    for wrong in (removed[0], removed.astype(int), removed.astype(np.float32)):
+        with pytest.raises(UserError, match=rf"booleans .* got {wrong.dtype} of shape"):
+            masking_of(wrong)
+    with pytest.raises(UserError, match="the batch is empty"):
+        masking_of(removed[:0])
     with pytest.raises(UserError, match="image 1 of the batch removes all"):
         masking_of(jnp.asarray(np.stack([removed[0], np.ones(GRID, bool)])))
     with pytest.raises(UserError, match="a ViT attends to padding"):
@@ -323,6 +328,17 @@ def test_options_reach_the_encoder_or_are_suggested():
         tiny("fastvim", mask_ration=0.5)
     with pytest.raises(UserError, match="no option 'num_classes'"):
         create_model("mae_fastvim_tiny_patch16_224", num_classes=10, rngs=nnx.Rngs(0))
+
+
+def test_a_traced_mask_that_keeps_too_many_removes_the_others():
+    """A place of the grid that the encoder does not see must be predicted, not copied from another one."""
+    removed = np.zeros((2, *GRID), bool)
+    removed[0, 0] = removed[1, 1:] = True  # keep 10 and 5
+    masking = jax.jit(lambda mask: masking_of(mask, places=7))(removed)
+    np.testing.assert_array_equal(masking.counts, [7, 5])
+    np.testing.assert_array_equal(masking.removed.sum(axis=1), [8, 10])
+    np.testing.assert_array_equal(masking.ids_keep[0], np.arange(5, 12))
+    assert not masking.removed[0, 5:12].any()
 
 
 def test_masks_of_a_batch_are_the_noise_of_each_image(rng):

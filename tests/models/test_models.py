@@ -125,6 +125,15 @@ def test_every_parameter_of_each_family_gets_a_gradient(name, key):
         assert np.any(leaf != 0), f"{jax.tree_util.keystr(path)} gets no gradient"
 
 
+def test_a_head_is_drawn_with_the_deviation_that_is_asked():
+    """Fine-tuning at 448 px starts from a head of 2e-5."""
+    sizes = {"image_size": 8, "patch_size": 4, "depth": 1}
+    for std in (0.02, 2e-5):
+        model = create_model("fastvim_tiny_patch16_224", head_std=std, rngs=nnx.Rngs(0), **sizes)
+        np.testing.assert_allclose(np.std(model.head.kernel[...]), std, rtol=0.02)
+        assert not np.any(model.head.bias[...])
+
+
 def test_no_model_is_missing_from_the_counts():
     assert set(list_models()) == set(PARAMETERS)
     assert len(list_models("vit_*")) == 4 and set(list_models("vit_*")) < set(list_models("vit"))

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -22,7 +22,9 @@ from fastvim_jax.serialise import to_dict
 from fastvim_jax.training import TrainConfig, experiment_docs, list_experiments, load_experiment
 from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.experiments import experiment_claims
+from fastvim_jax.training.masked.config import PretrainConfig, ProbeConfig
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.start_from import backbone_of
 from fastvim_jax.training.steps import init_state, make_train_step
 from fastvim_jax.training.tasks import config_from_json
 
@@ -32,6 +34,8 @@ MASKED = [name for name in ALL if name.startswith("mae")]  # tests/training/mask
 EXPERIMENTS = [
     n for n in ALL if n not in JUMPCP + MASKED and isinstance(load_experiment(n), TrainConfig)
 ]
+
+STARTED = [name for name in MASKED if getattr(load_experiment(name), "init", None)]
 
 # What each experiment changes of another, by name, and nothing else but that.
 CHANGES = {
@@ -95,11 +99,15 @@ def test_every_experiment_builds_what_it_claims(name):
     assert command, "the docstring says how to run it"
     starts = re.findall(r"--init runs/(\S+)", command[0])
     assert set(starts) <= set(ALL), "it starts from the run of another experiment"
-    if name.startswith(("imagenet/", "mae/")) and "parameters" in docs:
+    if name.startswith("mae/") or (name.startswith("imagenet/") and "parameters" in docs):
         assert f"{claims['parameters']:,} parameters" in docs
         cost = gmacs(config.model)
-        flops = f"{6e9 * cost * config.epochs * 1_281_167:.1e}".replace("e+", "e")
-        assert f"Cost: {flops} FLOPs (6 × {cost:.2f} GMACs per image)" in " ".join(docs.split())
+        # A multiply-add is two operations, and gradients cost twice the forward pass. A probe computes features once.
+        probe = isinstance(config, ProbeConfig)
+        factor, epochs = (2, 1) if probe else (6, config.epochs)
+        flops = f"{factor * 1e9 * cost * epochs * 1_281_167:.1e}".replace("e+", "e")
+        said = f"Cost: {flops} FLOPs ({factor} × {cost:.2f} GMACs per image)"
+        assert said in " ".join(docs.split())
         pretraining = not config.model.num_classes
         assert pretraining or "% top-1" in docs or "No result of the paper" in docs
 
@@ -119,6 +127,21 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(name):
     assert before.keys() == after.keys()
     changed = {key: after[key] for key in after if after[key] != before[key]}
     assert changed == {f"model.{field}": value for field, value in change.items()}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_what_starts_from_masked_pre_training_has_its_encoder(name):
+    """Compare the model with the encoder of the experiment whose run `init` names."""
+    config = load_experiment(name)
+    source = load_experiment(config.init.removeprefix("runs/"))
+    assert isinstance(source, PretrainConfig)
+    here, there = backbone_of(config.model), backbone_of(source.model)
+    free = {
+        "image_size", "num_classes", "drop_path", "head_std", "residual_in_fp32", "blocks", "remat",
+    }  # fmt: skip
+    assert type(here) is type(there)
+    for field in fields(here):
+        assert field.name in free or getattr(here, field.name) == getattr(there, field.name)
 
 
 def test_every_ablation_is_held_to_its_base():
