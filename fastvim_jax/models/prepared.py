@@ -21,6 +21,12 @@ VIEWS = ("slice", "split", "unstack", "squeeze", "reshape", "broadcast_in_dim")
 """Operations on weights that every call repeats. Kernels read slices of a stacked array where it lies, while every
 argument costs the host time; and a broadcast array takes longer to read than to repeat."""
 
+PARTS = ("slice", "split", "unstack")
+MANY, LARGE = 2**22, 2**15
+"""Calls with at least `MANY` numbers beside the weights (28 images of 224 pixels) get each matrix with at least `LARGE`
+entries, out of a stacked array, as an argument of its own. For so many tokens XLA takes products of cuBLAS, which cannot
+read a slice, and would copy the matrix in every call: 2 microseconds a block of FastVim-T, 5 of -S and 7 of -B."""
+
 
 class Split(NamedTuple):
     """The two parts of a function.
@@ -38,7 +44,7 @@ def split_weights(function: Callable[..., Any], weights: Any, *arguments: Any) -
     """Split `function(weights, *arguments)` into what depends on the weights alone and the rest.
 
     Both parts compute the same operations as the function, so results differ at most by how XLA fuses them. They hold
-    for arguments of the given shapes only.
+    for arguments of the given shapes only. Large calls get the blocks' matrices one by one (see `MANY`).
 
     Args:
         function: traceable by JAX, without side effects.
@@ -49,7 +55,8 @@ def split_weights(function: Callable[..., Any], weights: Any, *arguments: Any) -
     jaxpr, structure = closed.jaxpr, jax.tree.structure(result)
     count = len(jax.tree.leaves(weights))
     given, others = jaxpr.invars[:count], jaxpr.invars[count:]
-    early, late, kept = _split(jaxpr, count)
+    apart = sum(var.aval.size for var in others) >= MANY
+    early, late, kept = _split(jaxpr, count, apart)
 
     def part(equations: list[JaxprEqn], inputs: list[Var], outputs: list[Any]) -> Callable:
         chosen = jaxpr.replace(eqns=equations, invars=inputs, outvars=outputs)
@@ -67,8 +74,13 @@ def split_weights(function: Callable[..., Any], weights: Any, *arguments: Any) -
     return Split(prepare, run)
 
 
-def _split(jaxpr: Jaxpr, count: int) -> tuple[list[JaxprEqn], list[JaxprEqn], list[Var]]:
-    """Return the equations of both parts and the variables that pass between them; `count` inputs are weights."""
+def _split(
+    jaxpr: Jaxpr, count: int, apart: bool
+) -> tuple[list[JaxprEqn], list[JaxprEqn], list[Var]]:
+    """Return the equations of both parts and the variables that pass between them.
+
+    Of the inputs, `count` are weights. `apart` keeps large parts of stacked arrays one by one.
+    """
     weights = jaxpr.invars[:count]
     known, derived, stored = {*jaxpr.constvars, *weights}, set(weights), set(weights)
     for eqn in jaxpr.eqns:
@@ -78,11 +90,19 @@ def _split(jaxpr: Jaxpr, count: int) -> tuple[list[JaxprEqn], list[JaxprEqn], li
         known.update(eqn.outvars)
         if any(var in derived for var in _variables(eqn.invars)):
             derived.update(eqn.outvars)
-            stored.update(eqn.outvars if eqn.primitive.name not in VIEWS else ())
+            view = eqn.primitive.name in VIEWS
+            part = apart and eqn.primitive.name in PARTS
+            stored.update(v for v in eqn.outvars if not view or (part and _is_large_matrix(v)))
     late = _needed(jaxpr.eqns, jaxpr.outvars, stored)
     read = [var for eqn in late for var in _variables(eqn.invars)] + _variables(jaxpr.outvars)
     kept = [var for var in dict.fromkeys(read) if var in stored]
     return _needed(jaxpr.eqns, kept, set()), late, kept
+
+
+def _is_large_matrix(var: Var) -> bool:
+    """Tell matrices of products, also several of a block, from decays, whose 16 states are no inputs or outputs."""
+    shape = var.aval.shape
+    return var.aval.size >= LARGE and len(shape) >= 2 and min(shape[-2:]) > 16
 
 
 def _needed(

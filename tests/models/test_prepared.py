@@ -56,6 +56,26 @@ def test_slices_of_stacked_weights_stay_in_the_call():
     np.testing.assert_array_equal(split.run(prepared, x), function(w, x))
 
 
+def test_large_calls_get_matrices_one_by_one():
+    """Products of cuBLAS cannot read a slice: XLA would copy it in every call. Decays stay stacked, as kernels read them."""
+    shape = jax.ShapeDtypeStruct
+    weights = {"kernel": shape((3, 256, 128), "float32"), "decay": shape((3, 2**12, 16), "float32")}
+
+    def function(weights, x):
+        parts = zip(
+            jnp.unstack(weights["kernel"].mT)[:2], jnp.unstack(-weights["decay"]), strict=False
+        )
+        return [(x + decay[0, 0]) @ kernel for kernel, decay in parts]
+
+    counts = {}
+    for rows in (2**14, 2**15):
+        x = shape((rows, 128), "float32")
+        split = split_weights(function, weights, x)
+        counts[rows] = sorted(shapes(jax.eval_shape(split.prepare, weights)))
+    decay, kernel = (3, 2**12, 16), (128, 256)
+    assert counts == {2**14: [(3, *kernel), decay], 2**15: [decay, kernel, kernel]}
+
+
 def test_constants_and_the_platform_are_no_weights():
     twos = np.full(4, 2.0, np.float32)
 
