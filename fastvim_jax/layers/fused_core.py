@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -196,20 +197,31 @@ def joined_block(
         update = _update(unprojected, pooling, both, post_norm, projection.weight)
         return add_norm(update, residual, projection.gain, norm_eps=norm_eps, keep=keep)
     lines = _lines(both.config, pooling)
-    params, middle, directions = _pooled(both, lines, pooling.method)
-    return mixer_block(
-        unprojected,
-        residual,
-        directions,
-        _norm(post_norm, both),
-        projection,
-        params,
-        middle=middle,
-        scale=pooling.scale,
-        eps=both.config.norm_eps,
-        norm_eps=norm_eps,
-        keep=keep,
-        **_grid_options(lines, pooling.method),
+    graphdef, params = nnx.split((both, post_norm))
+
+    def run(scanned, unprojected, residual, params, projection, keep):
+        both, post_norm = nnx.merge(graphdef, params)
+        params, middle, directions = _pooled(both, lines, pooling.method, scanned)
+        return mixer_block(
+            unprojected,
+            residual,
+            directions,
+            _norm(post_norm, both),
+            projection,
+            params,
+            middle=middle,
+            scale=pooling.scale,
+            eps=both.config.norm_eps,
+            norm_eps=norm_eps,
+            keep=keep,
+            **_grid_options(lines, pooling.method),
+        )
+
+    # Δ and the scans' outputs have the compute dtype where nothing is differentiated: activations are "compute" here.
+    return differentiated_as(
+        partial(run, None),
+        partial(run, both.config.precision.compute),
+        *(unprojected, residual, params, projection, keep),
     )
 
 
@@ -421,7 +433,7 @@ def _scans(
     The function projects u to Δ, B and C and runs the scans. It treats both directions at once: one product for each
     projection and one kernel for the scans, because there are so few pooled tokens that launching a kernel takes longer
     than running it. With `skip`, the scans add D · u. Δ and both results are rounded to the dtype `scanned` if it is
-    given, except where `projected_scan` takes the products: Δ is not written there.
+    given. Where `projected_scan` takes the products, Δ is not written, and stays float32.
     """
     config = both.config
     wide = config.precision.wide
@@ -459,7 +471,7 @@ def _scans(
     def projected(params, u):
         weights = nnx.merge(graphdef, params).scan_weights
         arrays = ScanWeights(*(w[...] for w in weights))
-        return projected_scan(u, arrays, params, step_by_step=scans)
+        return projected_scan(u, arrays, params, step_by_step=scans, y_dtype=scanned)
 
     return params, scans if skip or both.scan_weights is None else projected
 

@@ -233,6 +233,11 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
+def _as_read(y):
+    """Return the scans' outputs in bfloat16, if they are, and in float32 otherwise."""
+    return tuple(side if side.dtype == jnp.bfloat16 else _float32(side) for side in y)
+
+
 def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptions):
     """See `xla.front`; reads x out of xz in place."""
     directions32 = _float32(directions)
@@ -259,8 +264,8 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
 def back(xz, skip, y, norm: Norm, ids: RowIds, options: CoreOptions) -> jax.Array:
     """See `xla.back`. Scans' outputs in bfloat16 are read as they are."""
     ids = Visit(*ids).stored_rows if ids else ()
-    y = tuple(side if side.dtype == jnp.bfloat16 else _float32(side) for side in y)
-    out = mosaic_back.back(xz, skip, y, ids, *_float32(norm), options, interpret=gpu.interpreted())
+    y, norm = _as_read(y), _float32(norm)
+    out = mosaic_back.back(xz, skip, y, ids, *norm, options, interpret=gpu.interpreted())
     return gpu.run_once(out)
 
 
@@ -297,14 +302,14 @@ def back_project(
     """Compute everything behind the scans: see `block.mixer_block`.
 
     Use `back`, a product, and a kernel for residual sum and norm where one kernel cannot. Only that one kernel takes z
-    in the place of xz.
+    in the place of xz. Scans' outputs in bfloat16 are read as they are.
     """
     outputs, width = residual.shape[-1], skip.shape[-1]
     if back_project_unsupported(width, outputs, options) is not None:
         g = back(xz, skip, y, norm, (), options)
         return _add_and_normalise(g, residual, projection, keep, norm_eps)
     out = mosaic_back_project.back_project(
-        *(_on_grid(x, options) for x in (skip, xz)), _float32(y), _on_grid(residual, options),
+        *(_on_grid(x, options) for x in (skip, xz)), _as_read(y), _on_grid(residual, options),
         *_float32(norm), projection.weight.astype(skip.dtype), projection.gain.astype(jnp.float32),
         keep, _back_project_work(skip.shape[0], width, outputs, options),
         eps=options.eps, norm_eps=norm_eps, interpret=gpu.interpreted(),

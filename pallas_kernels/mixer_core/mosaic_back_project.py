@@ -214,7 +214,7 @@ def back_project(
     Args:
         skip: ``b rows columns e`` in half precision.
         z: ``b rows columns e``; or x and z, ``b rows columns 2e``.
-        y: scan outputs, forward and backward, ``b lines e`` float32 each.
+        y: scan outputs, forward and backward, ``b lines e`` float32 or bfloat16 each.
         residual: ``b rows columns d`` float32 or bfloat16.
         scale, shift: parameters of the LayerNorm, ``e`` float32.
         weight: transpose of the projection, ``d e`` in skip's dtype.
@@ -276,7 +276,8 @@ def back_project(
             They are one vector of channels if the tokens are of one line, and tokens by eights otherwise.
             """
             image, row, begin = work.place(lax.min(first + item, stop - 1))
-            load = loaded(layouts.tokens if work.transposed else layouts.of_channels)
+            layout = layouts.tokens if work.transposed else layouts.of_channels
+            load = lambda ref: wide(loaded(layout)(ref), layout)
             lines = [pl.ds(begin + start, 8) for start, _ in eights] if work.transposed else [row]
             sides = [
                 [[load(ref.at[image, at, b]) for ref in y_refs] for b in range(blocks)]

@@ -237,23 +237,24 @@ def unsupported(u: Any, rank: int, states: int) -> str | None:
     return None
 
 
-def forward(u: jax.Array, weights: Any) -> tuple[jax.Array, jax.Array]:
+def forward(u: jax.Array, weights: Any, y_dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
     """See `projected.projected_scan`."""
-    first, second = _run(u, weights, keep=False)
+    first, second = _run(u, weights, keep=False, y_dtype=jnp.dtype(y_dtype))
     return first, second
 
 
 def forward_keeping(u: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
     """Return y of both directions and what a gradient reads; see `projected.xla_keeping`."""
-    *outputs, columns, bc = _run(u, weights, keep=True)
+    *outputs, columns, bc = _run(u, weights, keep=True, y_dtype=jnp.dtype("float32"))
     return *outputs, columns.reshape(*columns.shape[:3], -1), bc
 
 
-def _run(u: jax.Array, weights: Any, *, keep: bool) -> list[jax.Array]:
+def _run(u: jax.Array, weights: Any, *, keep: bool, y_dtype: jnp.dtype) -> list[jax.Array]:
     _, batch, lines, width = u.shape
     cut = choose_cut(batch, lines, width, weights.step.shape[-1])
     assert cut is not None, "unsupported"
-    return gpu.run_once(projected_scan(u, *weights, cut, keep=keep, interpret=gpu.interpreted()))
+    options = {"keep": keep, "y_dtype": y_dtype, "interpret": gpu.interpreted()}
+    return gpu.run_once(projected_scan(u, *weights, cut, **options))
 
 
 class Layouts:
@@ -296,8 +297,10 @@ def _exchanged(ctx: Any, product: mgpu.FragmentedArray, shape, layout) -> mgpu.F
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "keep", "interpret"))
-def projected_scan(u, project, step, bias, A, cut: Cut, *, keep: bool, interpret: bool):
+@functools.partial(jax.jit, static_argnames=("cut", "keep", "y_dtype", "interpret"))
+def projected_scan(
+    u, project, step, bias, A, cut: Cut, *, keep: bool, y_dtype: jnp.dtype, interpret: bool
+):
     """Project the pooled tokens and scan them in both directions.
 
     Args:
@@ -308,10 +311,11 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, keep: bool, interpret
         A: ``2 e 16`` float32.
         cut: how the work is cut.
         keep: also return what a gradient reads; for `KEPT_ROWS` lines and more.
+        y_dtype: float32 or bfloat16.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        y of the first and of the second direction, ``b lines e`` float32 each. With `keep`, also Δ before bias and
+        y of the first and of the second direction, ``b lines e`` each. With `keep`, also Δ before bias and
         softplus ``2 b lines e``, the columns of the first product ``2 b lines c 16``, and B and C ``2 2 b lines 16``.
     """
     layouts, states = Layouts(cut.part), StateLayouts(1, STATES)
@@ -456,7 +460,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, keep: bool, interpret
                     shares.append((t, jnp.sum(state * c, axis=2)))
                 # Write all results after all reads, because the compiler does not move a read before a write.
                 for t, share in shares:
-                    store(y_ref.at[first + image, pl.ds(t, 1), here], share)
+                    store(y_ref.at[first + image, pl.ds(t, 1), here], share.astype(y_dtype))
                 for t, raw in raws:
                     store(kept_refs[0].at[direction, first + image, t, here], raw)
                 return (state,)
@@ -506,7 +510,7 @@ def projected_scan(u, project, step, bias, A, cut: Cut, *, keep: bool, interpret
 
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     sequences, columns = (2, *u.shape[1:3]), cut.columns // STATES
-    y = float32(*u.shape[1:])
+    y = jax.ShapeDtypeStruct(u.shape[1:], y_dtype)
     kept = [
         float32(*u.shape),
         float32(*sequences, columns, STATES),

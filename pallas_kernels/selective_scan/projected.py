@@ -86,6 +86,7 @@ def projected_scan(
     params: Any,
     *,
     step_by_step: Callable[[Any, jax.Array, Known | None], tuple[jax.Array, jax.Array]],
+    y_dtype: Any = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
     """Project the tokens u to Δ, B and C, and scan them in both directions.
@@ -107,10 +108,11 @@ def projected_scan(
         step_by_step: function (params, u, known) -> (y_f, y_b) that computes the same from the original parameters.
             It must put what `known` holds, if it is not None, in the place of its own results by `instead`; the number
             of its columns must be that of `weights` then. It must not close over tracers.
+        y_dtype: dtype of the results, float32 or bfloat16; by default u's.
         implementation: "pallas" (the kernel), "xla" (`step_by_step`), or "auto": the kernel where it can run.
 
     Returns:
-        y of the first and of the second direction, in u's dtype.
+        y of the first and of the second direction.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.
@@ -124,10 +126,16 @@ def projected_scan(
     _check(u, weights)
     # If "auto" finds a reason against the kernel, no warning is logged, because `step_by_step` has kernels of its own.
     covered = implementation == "pallas" or projected_unsupported(u, weights) is None
+    dtype = jnp.dtype(u.dtype if y_dtype is None else y_dtype)
+
+    def rounded(params: Any, u: jax.Array, known: Known | None) -> tuple[jax.Array, jax.Array]:
+        first, second = step_by_step(params, u, known)
+        return first.astype(dtype), second.astype(dtype)
+
     if not (covered and gpu.choose(implementation, NAME, lambda: _unsupported(u, weights))):
-        return step_by_step(params, u, None)
+        return rounded(params, u, None)
     with reverse_mode_only(NAME, "FASTVIM_KERNELS=off and fastvim_jax.jvp"):
-        return _scan(step_by_step, implementation == "pallas", u, weights, params)
+        return _scan(rounded, dtype, implementation == "pallas", u, weights, params)
 
 
 def _check(u: jax.Array, weights: ScanWeights) -> None:
@@ -161,12 +169,13 @@ KEPT_STEPS = range(8, 17)
 """Lengths of scans whose gradient needs no states of the forward pass, and of which the kernel writes what it needs."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(step_by_step, always: bool, u, weights: ScanWeights, params):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(step_by_step, dtype, always: bool, u, weights: ScanWeights, params):
     """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
     from pallas_kernels.selective_scan import mosaic_projected
 
-    return _on_shares(mosaic_projected.forward, xla, ("b l e", "b l e"), always, u, weights)
+    kernel, other = (functools.partial(run, y_dtype=dtype) for run in (mosaic_projected.forward, xla))
+    return _on_shares(kernel, other, ("b l e", "b l e"), always, u, weights)
 
 
 def _on_shares(kernel, other, results, always: bool, u, weights: ScanWeights):
@@ -178,7 +187,7 @@ def _on_shares(kernel, other, results, always: bool, u, weights: ScanWeights):
     return run(u, weights)
 
 
-def _forward(step_by_step, always, u, weights, params):
+def _forward(step_by_step, dtype, always, u, weights, params):
     if u.shape[2] not in KEPT_STEPS:
         return jax.vjp(lambda params, u: step_by_step(params, u, None), params, u)
     from pallas_kernels.selective_scan import mosaic_projected
@@ -190,10 +199,10 @@ def _forward(step_by_step, always, u, weights, params):
     known = Known(delta, columns, BC)
     # Nobody reads the result, so that XLA removes what computes it.
     _, pull = jax.vjp(lambda params, u: step_by_step(params, u, known), params, u)
-    return tuple(y), pull
+    return tuple(side.astype(dtype) for side in y), pull
 
 
-def _backward(step_by_step, always, pull, y_bar):
+def _backward(step_by_step, dtype, always, pull, y_bar):
     params_bar, u_bar = pull(y_bar)
     return u_bar, None, params_bar
 
@@ -201,10 +210,13 @@ def _backward(step_by_step, always, pull, y_bar):
 _scan.defvjp(_forward, _backward)
 
 
-def xla(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, jax.Array]:
+def xla(
+    u: jax.Array, weights: ScanWeights, y_dtype: Any = None
+) -> tuple[jax.Array, jax.Array]:
     """Define what the kernel computes, rounding included, on any platform and in the dtype of u."""
     first, second, *_ = xla_keeping(u, weights)
-    return first, second
+    dtype = first.dtype if y_dtype is None else y_dtype
+    return first.astype(dtype), second.astype(dtype)
 
 
 def xla_keeping(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, ...]:
