@@ -98,9 +98,10 @@ peer() { # NAME OPTIONS...: where its libraries are
 lot required
 # Alone at first, since its compile time counts.
 largest train_base_largest_batch scan 1152 1024 896 && sleep "${HEAD_START:-35}"
-peer peer_deit_base --train --models base
-peer peer_deit_small --train --models small
-peer peer_deit_tiny --train --models tiny
+for size in base small tiny; do
+  peer "peer_deit_$size" --models "$size"
+  peer "peer_deit_${size}_step" --models "$size" --rows step
+done
 peer peer_deit_512 --models tiny --pixels 512 --batch 32
 peer peer_deit_1024 --models tiny --pixels 1024 --batch 8
 peer peer_deit_2048 --models tiny --pixels 2048 --batch 2

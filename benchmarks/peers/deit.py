@@ -2,8 +2,8 @@
 
     python benchmarks/peers/deit.py --models tiny small base --json benchmarks/results/CARD/peer_deit.json
 
-It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), and with --train
-the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py`
+It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), or with --rows
+step the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py`
 divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes minutes. Programs that
 share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn.
 """
@@ -136,11 +136,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--train", action="store_true", help="time training steps as well")
+    parser.add_argument("--rows", nargs="+", choices=("forward", "step"), default=["forward"])
     parser.add_argument("--autotune", action="store_true", help="let PyTorch try more kernels")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    kinds = ("forward", "step") if chosen.train else ("forward",)
     cases = [
         (
             {"row": what, "model": name, "pixels": chosen.pixels, "batch": chosen.batch,
@@ -148,7 +147,7 @@ def main() -> None:
             case(name, chosen.pixels, chosen.batch, what, chosen.autotune),
         )
         for name in (f"deit_{size}_patch16_224" for size in chosen.models)
-        for what in kinds
+        for what in chosen.rows
     ]  # fmt: skip
     rows: list[timing.Row] = []
     for row in timing.run(cases):
