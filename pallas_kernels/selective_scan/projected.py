@@ -174,7 +174,9 @@ def _scan(step_by_step, dtype, always: bool, u, weights: ScanWeights, params):
     """Run the kernel on each device's share of the batch if the program is lowered for CUDA, otherwise XLA."""
     from pallas_kernels.selective_scan import mosaic_projected
 
-    kernel, other = (functools.partial(run, y_dtype=dtype) for run in (mosaic_projected.forward, xla))
+    kernel, other = (
+        functools.partial(run, y_dtype=dtype) for run in (mosaic_projected.forward, xla)
+    )
     return _on_shares(kernel, other, ("b l e", "b l e"), always, u, weights)
 
 
@@ -210,9 +212,7 @@ def _backward(step_by_step, dtype, always, pull, y_bar):
 _scan.defvjp(_forward, _backward)
 
 
-def xla(
-    u: jax.Array, weights: ScanWeights, y_dtype: Any = None
-) -> tuple[jax.Array, jax.Array]:
+def xla(u: jax.Array, weights: ScanWeights, y_dtype: Any = None) -> tuple[jax.Array, jax.Array]:
     """Define what the kernel computes, rounding included, on any platform and in the dtype of u."""
     first, second, *_ = xla_keeping(u, weights)
     dtype = first.dtype if y_dtype is None else y_dtype

@@ -57,7 +57,7 @@ def test_slices_of_stacked_weights_stay_in_the_call():
 
 
 def test_large_calls_get_matrices_one_by_one():
-    """Products of cuBLAS cannot read a slice: XLA would copy it in every call. Decays stay stacked, as kernels read them."""
+    """Products of cuBLAS cannot read a slice: XLA would copy it in every call. Decays stay stacked for the kernels."""
     shape = jax.ShapeDtypeStruct
     weights = {"kernel": shape((3, 256, 128), "float32"), "decay": shape((3, 2**12, 16), "float32")}
 
