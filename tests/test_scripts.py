@@ -122,9 +122,14 @@ def test_the_quickstart_learns_and_draws_its_picture(tmp_path: Path) -> None:
 
 
 def record(tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Return the recording of benchmarks, by a stand-in for Python that fails at scan_pair."""
+    """Return the recording of benchmarks, by a stand-in for Python that fails at scan_pair.
+
+    With CRASH, the name of a file that does not exist yet, a signal ends the first start of scan_bf16.
+    """
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *scan_pair.json) exit 3 ;; esac\n')
+    crash = '[ -z "$CRASH" ] || [ -e "$CRASH" ] || { : >"$CRASH"; kill -SEGV $$; }'
+    cases = f"*scan_pair.json) exit 3 ;; *scan_bf16.json) {crash} ;;"
+    python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in {cases} esac\n')
     python.chmod(0o755)
     quick = {"PYTHON": str(python), "STAGGER": "0", "HEAD_START": "0"}
     return run("record_benchmarks.sh", str(tmp_path / "out"), **quick, **environment)
@@ -135,8 +140,16 @@ def test_recording_says_which_program_failed(tmp_path):
     assert done.returncode == 1 and re.findall(r"FAILED (.*)", done.stdout) == [
         "scan_pair (status 3)"
     ]
-    assert len(set(re.findall(r"started (\w+)", done.stdout))) == 48
+    assert len(set(re.findall(r"started (\w+)", done.stdout))) == 51
     assert "bench scan --tune" in done.stdout and "train_base_compile.json" in done.stdout
+
+
+def test_recording_starts_a_crashed_program_again(tmp_path):
+    done = record(tmp_path, FASTVIM_BENCH_ONLY="scan_pair scan_bf16", CRASH=str(tmp_path / "crash"))
+    assert done.returncode == 1 and re.findall(r"FAILED (.*)", done.stdout) == [
+        "scan_pair (status 3)"
+    ]
+    assert (tmp_path / "crash").exists()
 
 
 def test_recording_ends_at_once_without_the_packages(tmp_path):

@@ -2,10 +2,10 @@
 
     python benchmarks/peers/deit.py --models tiny small base --json benchmarks/results/CARD/peer_deit.json
 
-It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), or with --rows
-step the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph. `benchmarks/report.py`
-divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes minutes. Programs that
-share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn.
+It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), or with
+--rows step the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph.
+`benchmarks/report.py` divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes
+minutes. Programs that share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn.
 """
 
 from __future__ import annotations

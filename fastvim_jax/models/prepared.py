@@ -11,6 +11,7 @@ of the time of one image with FastVim-T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ argument costs the host time; and a broadcast array takes longer to read than to
 PARTS = ("slice", "split", "unstack")
 MANY, LARGE = 2**22, 2**15
 """Calls with at least `MANY` numbers beside the weights (28 images of 224 pixels) get each matrix with at least `LARGE`
-entries, out of a stacked array, as an argument of its own. For so many tokens XLA takes products of cuBLAS, which cannot
-read a slice, and would copy the matrix in every call: 2 microseconds a block of FastVim-T, 5 of -S and 7 of -B."""
+entries, out of a stacked array, as an argument of its own. For so many tokens XLA takes products of cuBLAS, which
+cannot read a slice, and would copy the matrix in every call: 2 microseconds a block of FastVim-T, 5 of -S and 7 of -B.
+"""
 
 
 class Split(NamedTuple):
@@ -55,7 +57,7 @@ def split_weights(function: Callable[..., Any], weights: Any, *arguments: Any) -
     jaxpr, structure = closed.jaxpr, jax.tree.structure(result)
     count = len(jax.tree.leaves(weights))
     given, others = jaxpr.invars[:count], jaxpr.invars[count:]
-    apart = sum(var.aval.size for var in others) >= MANY
+    apart = sum(math.prod(_shape(var)) for var in others) >= MANY
     early, late, kept = _split(jaxpr, count, apart)
 
     def part(equations: list[JaxprEqn], inputs: list[Var], outputs: list[Any]) -> Callable:
@@ -101,8 +103,12 @@ def _split(
 
 def _is_large_matrix(var: Var) -> bool:
     """Tell matrices of products, also several of a block, from decays, whose 16 states are no inputs or outputs."""
-    shape = var.aval.shape
-    return var.aval.size >= LARGE and len(shape) >= 2 and min(shape[-2:]) > 16
+    shape = _shape(var)
+    return math.prod(shape) >= LARGE and len(shape) >= 2 and min(shape[-2:]) > 16
+
+
+def _shape(var: Var) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def _needed(

@@ -277,10 +277,13 @@ def back_project(
             """
             image, row, begin = work.place(lax.min(first + item, stop - 1))
             layout = layouts.tokens if work.transposed else layouts.of_channels
-            load = lambda ref: wide(loaded(layout)(ref), layout)
+            load = loaded(layout)
             lines = [pl.ds(begin + start, 8) for start, _ in eights] if work.transposed else [row]
             sides = [
-                [[load(ref.at[image, at, b]) for ref in y_refs] for b in range(blocks)]
+                [
+                    [wide(load(ref.at[image, at, b]), layout) for ref in y_refs]
+                    for b in range(blocks)
+                ]
                 for at in lines
             ]
             return [[forward + backward for forward, backward in of_blocks] for of_blocks in sides]
