@@ -144,6 +144,39 @@ def test_what_starts_from_masked_pre_training_has_its_encoder(name):
         assert field.name in free or getattr(here, field.name) == getattr(there, field.name)
 
 
+@pytest.mark.parametrize("name", [name for name in MASKED if name.startswith("mae/")])
+def test_recipes_of_masked_autoencoders_are_those_of_the_paper(name):
+    """Compare pre-training, fine-tuning and probes with the paper's tables of hyperparameters."""
+    config, base = load_experiment(name), "base" in name
+    optimizer, data = config.optimizer, config.data
+    assert optimizer.learning_rate_scaling == "linear" and config.ema_decay is None
+    warmup = optimizer.warmup_epochs or optimizer.warmup_share * config.epochs
+    got = (data.batch_size, config.epochs, optimizer.learning_rate, warmup, optimizer.weight_decay)
+    if name.endswith("pretrain"):
+        assert got == (4096, 1600, 1.5e-4, 40, 0.05)
+        assert (optimizer.beta2, optimizer.final_learning_rate) == (0.95, 0.0)
+        assert config.model.mask_ratio == 0.75 and config.normalise_pixels
+        depth = 8 if "vit_" in name else 2
+        assert (config.model.decoder_depth, config.model.decoder_dim) == (depth, 512)
+        assert config.model.divisor == ("count" if "true_mean" in name else "row_length")
+        assert data.crop_scale == (0.2, 1.0) and data.rand_augment is None
+        return
+    assert config.scale_from_init == ("unscaled" not in name)
+    if name.endswith("probe"):
+        assert got == (4096, 90, 0.1, 10, 0.0)
+        assert config.algorithm == "sgd" and optimizer.final_learning_rate == 0.0
+        return
+    assert got == (1024, 100 if base else 50, 5e-4 if base else 1e-3, 5, 0.05)
+    assert optimizer.final_learning_rate == 1e-5 and optimizer.decay_groups == "finetune"
+    assert optimizer.layer_decay == (0.65 if base else 0.75)
+    assert optimizer.layer_rule == ("blocks" if "every_block" in name else "pairs")
+    assert optimizer.clip_grad_norm == (3.0 if "448" in name else None)
+    assert config.model.drop_path == 0.3 and config.label_smoothing == 0.1
+    assert config.model.head_std == (2e-5 if "448" in name else 0.02)
+    assert config.model.image_size == ((448, 448) if "448" in name else (224, 224))
+    assert (data.rand_augment, data.random_erasing, data.mixup, data.cutmix) == (9, 0.25, 0.8, 1)
+
+
 def test_every_ablation_is_held_to_its_base():
     stand_alone = {
         "digits/fastvim_digits", "imagenet/fastvim_tiny", "imagenet/vit_small", "imagenet/deit_tiny",

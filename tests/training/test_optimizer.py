@@ -83,16 +83,19 @@ def test_masks_do_not_depend_on_how_blocks_run(fastvim, blocks):
     )
 
 
-@pytest.mark.parametrize("depth", [1, 4, 5])
-def test_layer_scale_changes_every_two_blocks(depth):
+@pytest.mark.parametrize(
+    ("depth", "rule"), [(1, "pairs"), (4, "pairs"), (5, "pairs"), (5, "blocks")]
+)
+def test_layer_scale_changes_every_two_blocks_or_at_every_block(depth, rule):
     params = params_of(tiny_model(depth=depth))
-    decay, layers = 0.7, depth + 1
-    for name, group in parameter_groups(params, "finetune", layer_decay=decay).items():
+    decay, layers, each = 0.7, depth + 1, {"pairs": 2, "blocks": 1}[rule]
+    options = {"layer_decay": decay, "layer_rule": rule}
+    for name, group in parameter_groups(params, "finetune", **options).items():
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         else:
             layer = 0 if name.startswith(("patch_embed.", "pos_embed")) else layers
-        expected = decay ** np.ceil((layers - layer) / 2)
+        expected = decay ** np.ceil((layers - layer) / each)
         assert group.learning_rate_scale == pytest.approx(expected, rel=1e-12), name
 
 
@@ -157,7 +160,8 @@ def test_adamw_with_everything_equals_its_definition(fastvim, rng, clip):
 
 
 def test_a_config_builds_what_it_says(fastvim, rng):
-    config = OptimizerConfig(weight_decay=0.3, beta1=0.0, beta2=0.0)
+    layers = {"layer_decay": 0.5, "layer_rule": "blocks", "decay_groups": "finetune"}
+    config = OptimizerConfig(weight_decay=0.3, beta1=0.0, beta2=0.0, **layers)
     optimizer = make_optimizer(config, fastvim, learning_rate=constant(0.5), total_steps=10)
     weights = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), fastvim)
     grads = jax.tree.map(jnp.ones_like, weights)
@@ -165,8 +169,11 @@ def test_a_config_builds_what_it_says(fastvim, rng):
     params, changes = named_parameters(weights), named_parameters(updates)
     # With both betas zero Adam's step is the gradient's sign.
     np.testing.assert_allclose(changes["head.bias"], -0.5, rtol=1e-6)
-    kernel = params["head.kernel"]
-    np.testing.assert_allclose(changes["head.kernel"], -0.5 * (1 + 0.3 * kernel), rtol=1e-5)
+    scales = {"head": 1.0} | {f"blocks.{i}.mixer.in_proj": 0.5 ** (3 - i) for i in range(3)}
+    for layer, scale in scales.items():
+        name = f"{layer}.kernel"
+        wanted = -0.5 * scale * (1 + 0.3 * params[name])
+        np.testing.assert_allclose(changes[name], wanted, rtol=1e-5)
 
 
 @pytest.mark.drawn("trainings", one_in=6)
