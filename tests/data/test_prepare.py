@@ -262,7 +262,7 @@ def test_a_label_outside_the_classes_is_refused(
     if known:
         part = SourcePart(Stray(), slice(2, 4), "part")
         assert prepare(part, tmp_path / "out", "train").records == 2
-        with pytest.raises(UserError, match=r"record 5: the label -1 is.*1 of 1 records"):
+        with pytest.raises(UserError, match=r"record 5: the label -1 is.*1 of 1 record"):
             prepare(SourcePart(Stray(), slice(5, 6), "part"), tmp_path / "last", "train")
 
 

@@ -45,7 +45,7 @@ def test_a_lightning_checkpoint_gives_its_model_and_lists_the_rest(tmp_path, wei
     assert found.place == "state_dict"
     listed = "\n".join(found.ignored)
     for part in (
-        "criterion: 1 arrays beside net.model.*",
+        "criterion: 1 array beside net.model.*",
         "accuracy: 1",
         "epoch: 3",
         "hyper_parameters",
