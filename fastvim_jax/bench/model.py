@@ -2,13 +2,14 @@
 
 Weights are prepared once, as `Classifier` does, and not at every call: in bf16 those of products are rounded
 (`round_products`), and what depends on weights alone is computed (`split_weights`). The timed calls take the result.
+Masked autoencoders run whole, encoder and decoder, at their mask ratio; channel models see all their channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 
 from fastvim_jax.analysis.flops import gmacs
 from fastvim_jax.bench.record import Columns
-from fastvim_jax.models import ViTConfig, build_model, model_config
+from fastvim_jax.models import MaskedAutoencoderConfig, ViTConfig, build_model, model_config
 from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.prepared import split_weights
@@ -112,6 +113,23 @@ def cases(
     return found
 
 
+def forward_of(config: Any, graphdef: Any) -> Callable[[Any, jax.Array], jax.Array]:
+    """Return a forward pass, a function of parameters and images.
+
+    A masked autoencoder needs a mask, too. The first pixel of each patch serves as its noise, so that every image has a
+    mask of its own, the same in all dtypes, and XLA cannot compute the masks beforehand.
+    """
+
+    def forward(params: Any, images: jax.Array) -> jax.Array:
+        model: Any = nnx.merge(graphdef, params)
+        if not isinstance(config, MaskedAutoencoderConfig):
+            return model(images)
+        noise = images[:, :: config.patch[0], :: config.patch[1], 0].astype(jnp.float32)
+        return model(images, noise=noise.reshape(len(images), -1)).predicted
+
+    return forward
+
+
 def _case(
     name: str,
     pixels: int,
@@ -129,12 +147,9 @@ def _case(
     shape = (batch, pixels, pixels, config.channels)
     once = round_products(params, config.precision.compute) if precision == "bf16" else params
 
-    def forward(graphdef):
-        return lambda params, images: nnx.merge(graphdef, params)(images)
-
     share = share_of(jax.ShapeDtypeStruct(shape, images_dtype))
     with tracing_share_of(batch):
-        split = split_weights(forward(graphdef), once, share)
+        split = split_weights(forward_of(config, graphdef), once, share)
     prepared = jax.jit(split.prepare)(once)
     del once
 
@@ -148,7 +163,7 @@ def _case(
         split.run, arguments, compiler_options=forward_options(config.precision.compute)
     )
     images = arguments(0)[1][:CHECKED]
-    reference = timing.Program(forward(plain_graphdef), params, images, hasty=True)
+    reference = timing.Program(forward_of(plain, plain_graphdef), params, images, hasty=True)
     wanted = reference(params, images)
     error = timing.relative_error(measured.result()[:CHECKED], wanted)
     del images, wanted, reference

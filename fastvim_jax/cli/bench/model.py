@@ -21,7 +21,10 @@ Precision = Literal["bf16", "tf32", "f32"]
 
 @dataclasses.dataclass(frozen=True)
 class Model(Options):
-    """Measure forward passes of models, for all combinations of models, pixels, batches and precisions."""
+    """Measure forward passes of models, for all combinations of models, pixels, batches and precisions.
+
+    Masked autoencoders encode a quarter of the patches and decode all; channel models see all their channels.
+    """
 
     models: tuple[str, ...] = ()
     """Names of models, see `fastvim models`; by default FastVim-T, Vim-T and ViT-T on a GPU, FastVim-T elsewhere."""
