@@ -1,4 +1,4 @@
-"""Run the experiments of masked pre-training on the GPUs of one host, keep their results, and write masked.md.
+"""Run the experiments of masked pre-training on the GPUs of one host, keep their results, and write masked.md and .png.
 
     FASTVIM_DATA_DIR=... python benchmarks/masked.py run RUNS --devices 0,1,2,3 --seconds 540
     python benchmarks/masked.py collect RUNS --commit HASH
@@ -139,8 +139,41 @@ differ in seed.
 
 
 def report() -> None:
-    """Write masked.md from the kept runs."""
-    (HERE / "masked.md").write_text(page(load(JOBS, TOPIC)))
+    """Write masked.md and its plot from the kept runs."""
+    runs = load(JOBS, TOPIC)
+    plot(runs)
+    (HERE / "masked.md").write_text(page(runs))
+
+
+def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw the loss of every pre-training by epoch, and the accuracy of every other run."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    for place, name in enumerate(name for name in runs if "pretrain" in name):
+        for run in runs[name]:
+            epochs, losses = [x["epoch"] for x in run["log"]], [x["loss"] for x in run["log"]]
+            label = name if run is runs[name][0] else None
+            left.plot(epochs, losses, f"C{place}", lw=1, label=label)
+    left.set(xlabel="epoch", ylabel="reconstruction loss of training images", xscale="log")
+    left.set_title("Pre-training", loc="left")
+    left.legend(fontsize=8)
+    labels: list[str] = []
+    for number, (title, rows) in enumerate(_groups()):
+        found = [row for row in rows if row[1] in runs]
+        for name, key, _ in found:
+            values = [top1(record) for record in runs[key]]
+            label = title if name == found[0][0] else None
+            right.plot(values, [len(labels)] * len(values), f"C{number}o", alpha=0.7, label=label)
+            labels.append(name)
+    right.set_yticks(range(len(labels)), labels)
+    right.invert_yaxis()
+    right.set(xlabel="test top-1 %, one point per seed")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(HERE / "masked.png", dpi=110)
+    plt.close(figure)
 
 
 def page(runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -166,7 +199,9 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> str:
         losses += ["", textwrap.fill(f"Not run to the end: {', '.join(missing)}.", 116)]
     records = [record for found in runs.values() for record in found]
     end = f"{circumstances(records)}.\nEvery record has its curve: `results/*/masked/`."
-    return "\n".join([HEAD, _verdict(runs), *lines, "", *losses, "", *_readings(runs), end]) + "\n"
+    picture = "![Loss of pre-training by epoch; test accuracy of every other run](masked.png)"
+    parts = [HEAD, _verdict(runs), *lines, "", picture, "", *losses, "", *_readings(runs), end]
+    return "\n".join(parts) + "\n"
 
 
 def _groups() -> list[tuple[str, list[tuple[str, str, str]]]]:

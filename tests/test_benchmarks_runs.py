@@ -179,7 +179,9 @@ def test_pages_of_runs_are_those_made_from_the_records(programs):
         assert text == kept, f"run `python benchmarks/{name}.py report`"
 
 
-def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(programs):
+def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(
+    programs, tmp_path, monkeypatch
+):
     masked = programs("masked")
     runs = {
         "pretrain40": [record("pretrain40_s0", raw_loss=0.4)],
@@ -206,6 +208,9 @@ def test_the_page_of_masked_runs_gives_the_verdict_that_the_numbers_give(program
     assert "`tenth` lacks 1 of 3 seeds" in masked.page(runs)
     runs["tenth"].append(record("tenth_s2", ema_top1=0.7))
     assert "lacks" not in masked.page(runs)
+    monkeypatch.setattr(masked, "HERE", tmp_path)
+    masked.plot(runs)
+    assert (tmp_path / "masked.png").stat().st_size > 10_000
 
 
 def test_the_page_of_dense_runs_says_what_is_met(programs):
