@@ -56,8 +56,7 @@ def policy(
     }[precision]
     if precision == "bf16":
         wide = activations == "wide" if residual_in_fp32 is None else residual_in_fp32
-        options |= {"residual_in_fp32": wide}
-        options |= {} if _is_vit(name) else {"activations": activations}
+        options |= {"residual_in_fp32": wide, "activations": activations}
     return options | {"blocks": blocks}
 
 

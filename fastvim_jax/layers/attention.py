@@ -18,6 +18,8 @@ from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
 from pallas_kernels import gpu
+from pallas_kernels.derivatives import differentiated_as
+from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.sharding import mark_varying
 
 
@@ -67,11 +69,28 @@ class Attention(nnx.Module):
         x = pooling.to_scan_order(h)
         if self.conv is not None:
             x = self.conv(x, reverse=False)
-        qkv = linear(self.qkv, pooling.pool(x), p).astype(p.compute)
-        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, h.shape[-1] // self.heads)
-        attended = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], p)
+        attended = attend(*self._query_key_value(pooling.pool(x)), p)
         y = pooling.from_scan_order(pooling.unpool(jax.lax.collapse(attended, 2, 4)))
         return linear(self.proj, y.astype(p.compute), p)
+
+
+    def _query_key_value(self, x: Tokens) -> list[jax.Array]:
+        """Return q, k and v `b l heads width` in the compute dtype.
+
+        With activations="compute" each has a product of its own, because cuDNN wants them apart: to copy them out of
+        one result takes longer than the product. The barrier keeps XLA from joining the products again.
+        """
+        p, width = self.precision, x.shape[-1]
+        if p.activations == "compute":
+            parts = [slice(i * width, (i + 1) * width) for i in range(3)]
+            inputs = jax.lax.optimization_barrier((x, x, x))
+            found = [
+                linear(self.qkv, each, p, columns=part)
+                for each, part in zip(inputs, parts, strict=True)
+            ]
+        else:
+            found = jnp.split(linear(self.qkv, x, p).astype(p.compute), 3, axis=-1)
+        return [part.reshape(*x.shape[:2], self.heads, width // self.heads) for part in found]
 
 
 class Mlp(nnx.Module):
@@ -86,7 +105,19 @@ class Mlp(nnx.Module):
         """Apply the MLP to tokens h `b l d`; return `b l d`, float32 or wider."""
         p = self.precision
         hidden = linear(self.fc1, h, p).astype(p.compute)
+        if p.activations == "compute":
+            return linear(self.fc2, _gelu(hidden), p)
         return linear(self.fc2, jax.nn.gelu(hidden, approximate=False), p)
+
+
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    """Compute x · Φ(x) in float32 and round the result; save only x for the gradient.
+
+    By erf, as PyTorch does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6 and costs twice as much.
+    """
+    wide = x.astype(wide_dtype(x.dtype))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
@@ -103,9 +134,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> ja
     known = all(isinstance(size, int) for size in q.shape) and q.shape[0] != 0
     if q.dtype != jnp.bfloat16 or not known or _cudnn_refusal(width) is not None:
         return _attend_in_xla(mode, tokens, q, k, v)
-    if tokens % 2:  # cuDNN's gradient needs an even number of tokens: add one that is masked.
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend_by_platform(mode, tokens, q, k, v)[:, :tokens]
+    by_platform = functools.partial(_attend_by_platform, mode, tokens)
+    if tokens % 2 == 0:
+        return by_platform(q, k, v)
+
+    def padded(*qkv: jax.Array) -> jax.Array:
+        """Add a token that is masked, because cuDNN's gradient needs an even number of tokens."""
+        return by_platform(*(jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv))[:, :tokens]
+
+    return differentiated_as(padded, by_platform, q, k, v)
 
 
 def _cudnn_refusal(width: int) -> str | None:

@@ -77,6 +77,12 @@ class BackboneConfig:
     """Dtype in which parameters are stored."""
     matmul_precision: MatmulPrecision = "highest"
     """How a GPU computes float32 matrix products: in true float32, or in TF32 (10 mantissa bits, faster)."""
+    activations: Activations = "wide"
+    """What linear layers between tokens return. wide: float32 or wider; in mixers each token is split into two terms of
+    `dtype`, so gradients are close to exact. compute: `dtype`, from tokens rounded once, which is faster. Largest errors
+    in bfloat16, relative to the largest entry of the authors' float64 values, on four-block Mamba models: wide 2e-2 in
+    outputs and 5e-2 in gradients, compute 1e-1 and 3e-1. Where a maximum is taken (max pooling, head_pool=max), the
+    rounding of compute may let another token win; then the gradients of both tokens are entirely different."""
     residual_in_fp32: bool = True
     """Store the residual stream between blocks in float32 or wider. False: in `dtype`, which moves fewer bytes; every
     sum is still computed in float32 and rounded once, and norms read the rounded sum. docs/models.md has the bounds."""
@@ -103,7 +109,8 @@ class BackboneConfig:
             self.dtype,
             self.param_dtype,
             self.matmul_precision,
-            residual_in_fp32=self.residual_in_fp32,
+            self.activations,
+            self.residual_in_fp32,
         )
 
     @property
@@ -163,12 +170,6 @@ class VisionMambaConfig(BackboneConfig):
     head_pool: Literal["mean", "last", "max", "all"] = "mean"
     """What the classifier reads: the mean of the tokens, the last token, or every token. Of every token's logits, max
     returns the largest for each class, and all returns all. If there is a class token, the classifier reads that."""
-    activations: Activations = "wide"
-    """What the mixers' linear layers return. wide: float32 or wider; each token is split into two terms of `dtype`, so
-    gradients are close to exact. compute: `dtype`, from tokens rounded once, which is faster. Largest errors in
-    bfloat16, relative to the largest entry of the authors' float64 values, on their four-block models: wide 2e-2 in
-    outputs and 5e-2 in gradients, compute 1e-1 and 3e-1. Where a maximum is taken (max pooling, head_pool=max), the
-    rounding of compute may let another token win; then the gradients of both tokens are entirely different."""
     scan_implementation: ScanName = "auto"
     """Implementation of the selective scan. auto: GPU kernels where there are any, otherwise XLA (docs/kernels.md)."""
 
@@ -178,17 +179,6 @@ class VisionMambaConfig(BackboneConfig):
             raise UserError(
                 f"pool_scale={self.pool_scale} only acts on pooling='mean', not {self.pooling!r}."
             )
-
-    @property
-    def precision(self) -> Precision:
-        """The dtype policy."""
-        return Precision(
-            self.dtype,
-            self.param_dtype,
-            self.matmul_precision,
-            self.activations,
-            self.residual_in_fp32,
-        )
 
     @property
     def mixer(self) -> MixerConfig:

@@ -27,8 +27,6 @@ def test_the_fast_mode_is_within_its_bounds(name: str, record_property: Any) -> 
     if root is None:
         pytest.skip("no golden numbers here: set FASTVIM_PARITY_DIR")
     options = {key: FAST[key] for key in ("activations", "residual_in_fp32")}
-    if name.startswith("vit"):
-        del options["activations"]
     golden = read(root / f"{name}.npz")
     errors = compare_model(golden, str(FAST["dtype"]), str(FAST["blocks"]), **options).errors
     outputs, gradients = (max(errors[kind].values()) for kind in ("output", "grad"))
