@@ -5,8 +5,8 @@ Parameters are kept in `param_dtype` (float32; float64 in tests), and `dtype` is
 convolution, Δ, B, C, scan, gate, norms, residual stream, pooled sums, head, losses — is held in `wide`, that is
 float32 or more. `matmul_precision` says how float32 products are carried out on a GPU, whose default would be TF32:
 "highest" is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide
-results of the mixers' linear layers: images and tokens are rounded once and results stored in `dtype`, for half the
-memory traffic; pooled tokens, steps, state and norms stay wide, and with a half-precision `dtype` the
+results of linear layers: images and tokens are rounded once and results stored in `dtype`, for half the memory
+traffic; pooled tokens, steps, state and norms stay wide, and with a half-precision `dtype` the
 few pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
 hardware's tanh, wrong by up to 2^-12. `residual_in_fp32` = False stores the residual stream in `dtype` between blocks:
 sums are still computed in `wide`, and rounded once. How far both are from exact values stands at

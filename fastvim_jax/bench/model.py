@@ -48,7 +48,11 @@ def policy(
     """Return the model options behind "bf16", "tf32" and "f32" (products in full float32 precision).
 
     In bf16, `residual_in_fp32` is by default as in the fast mode (False), unless activations are "wide".
+
+    Raises:
+        UserError: there is no model of this name.
     """
+    model_config(name)
     options: dict[str, Any] = {
         "bf16": {"dtype": "bfloat16"},
         "tf32": {"dtype": "float32", "matmul_precision": "tf32"},

@@ -54,7 +54,7 @@ class Arguments:
     """Images, or tiles of microscope images, per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype for photographs, with the model's own activations. By default the model's own dtype; on a GPU
-    bfloat16, and for Mamba models activations="compute"."""
+    its fast mode, in bfloat16."""
     workers: int | None = None
     """Processes that decode photographs; 0: threads of this process. By default one per core, at most 16, for 5,000
     files or more, and threads for fewer."""

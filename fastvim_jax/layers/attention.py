@@ -73,7 +73,6 @@ class Attention(nnx.Module):
         y = pooling.from_scan_order(pooling.unpool(jax.lax.collapse(attended, 2, 4)))
         return linear(self.proj, y.astype(p.compute), p)
 
-
     def _query_key_value(self, x: Tokens) -> list[jax.Array]:
         """Return q, k and v `b l heads width` in the compute dtype.
 

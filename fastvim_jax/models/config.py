@@ -78,9 +78,9 @@ class BackboneConfig:
     matmul_precision: MatmulPrecision = "highest"
     """How a GPU computes float32 matrix products: in true float32, or in TF32 (10 mantissa bits, faster)."""
     activations: Activations = "wide"
-    """What linear layers between tokens return. wide: float32 or wider; in mixers each token is split into two terms of
-    `dtype`, so gradients are close to exact. compute: `dtype`, from tokens rounded once, which is faster. Largest errors
-    in bfloat16, relative to the largest entry of the authors' float64 values, on four-block Mamba models: wide 2e-2 in
+    """What linear layers return. wide: float32 or wider; in mixers each token is split into two terms of `dtype`, so
+    gradients are close to exact. compute: `dtype`, from tokens rounded once, which is faster. Largest errors in
+    bfloat16, relative to the largest entry of the authors' float64 values, on four-block Mamba models: wide 2e-2 in
     outputs and 5e-2 in gradients, compute 1e-1 and 3e-1. Where a maximum is taken (max pooling, head_pool=max), the
     rounding of compute may let another token win; then the gradients of both tokens are entirely different."""
     residual_in_fp32: bool = True

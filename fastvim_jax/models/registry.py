@@ -123,7 +123,7 @@ def create_model(
         name: One of `list_models()`.
         num_classes: Classes of a classifier's head, by default 1000; 0 for no head.
         rngs: Source of the parameters' randomness: a seed, a JAX key, or `nnx.Rngs`.
-        fast: Compute and store the mixers' activations and the residual stream in bfloat16, and compile every block.
+        fast: Compute and store activations and the residual stream in bfloat16, and compile every block.
             Parameters, sums, states, norms and logits stay float32. `docs/models.md` says how much outputs and
             gradients then differ from the exact default. `options` take precedence.
         **options: Fields of the model's config to change; timm's `in_chans`, `img_size`, `drop_path_rate` and

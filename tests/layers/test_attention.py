@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as library
 
 from fastvim_jax.layers import attention
+from fastvim_jax.layers.pooling import NoPooling
 from fastvim_jax.precision import Precision
 from pallas_kernels import gpu
 from tests.pallas_kernels.mosaic_support import abstract_h100, needs_mosaic, relative_errors
@@ -88,6 +90,40 @@ def test_the_platform_is_known_when_a_program_is_lowered(hopper, tokens):
         on_cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
         assert "cudnn" not in on_cpu
         assert "stablehlo.exponential" in on_cpu
+
+
+def test_only_gradients_add_a_token(hopper):
+    """cuDNN wants an even number of tokens for its gradient alone; inference copies no q, k and v."""
+    q = tokens_of((2, 7, 3, 16))
+    for run, arrays, padded in ((attend, (q, q, q), False), (gradients, (q, q, q, q), True)):
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("stablehlo.pad" in text) == padded
+
+
+def test_products_of_query_key_and_value(rng):
+    """With activations="compute" each has a product of its own, of the same columns of the layer."""
+    h = jnp.asarray(rng.standard_normal((2, 7, 24)), jnp.float32)
+    outputs = {}
+    for activations in ("wide", "compute"):
+        precision = Precision(activations=activations)
+        options = {"qkv_bias": True, "conv_width": 0, "precision": precision}
+        layer = attention.Attention(24, 3, rngs=nnx.Rngs(0), **options)
+        outputs[activations] = layer(h, NoPooling(7))
+        run = lambda h: layer(h, NoPooling(7))  # noqa: B023, E731
+        products = str(jax.make_jaxpr(run)(h)).count("f32[24,24]")
+        assert (products >= 3) == (activations == "compute")
+    np.testing.assert_allclose(*outputs.values(), rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_is_exact_in_float32():
+    x = jnp.linspace(-8, 8, 4001, dtype=jnp.float32)
+    with x64():
+        wide = jnp.asarray(np.asarray(x, np.float64))
+        exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+        wanted = jax.device_get((exact(wide), jax.vmap(jax.grad(exact))(wide)))
+    got = jax.device_get((attention._gelu(x), jax.vmap(jax.grad(attention._gelu))(x)))
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
 
 
 def test_export_for_either_platform(hopper):
