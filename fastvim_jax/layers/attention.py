@@ -64,12 +64,13 @@ class Attention(nnx.Module):
         self.proj = dense(width, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
-        """Attend over tokens h `b l d` in stored order; return `b l d`, float32 or wider."""
+        """Attend over tokens h `b l d` in stored order; return `b l d`, as `linear` does."""
         p = self.precision
         x = pooling.to_scan_order(h)
         if self.conv is not None:
             x = self.conv(x, reverse=False)
-        attended = attend(*self._query_key_value(pooling.pool(x)), p)
+        q, k, v = self._query_key_value(pooling.pool(x))
+        attended = attend(q, k, v, p)
         y = pooling.from_scan_order(pooling.unpool(jax.lax.collapse(attended, 2, 4)))
         return linear(self.proj, y.astype(p.compute), p)
 
@@ -101,7 +102,7 @@ class Mlp(nnx.Module):
         self.fc2 = dense(hidden, width, bias=True, precision=precision, rngs=rngs)
 
     def __call__(self, h: Tokens) -> Tokens:
-        """Apply the MLP to tokens h `b l d`; return `b l d`, float32 or wider."""
+        """Apply the MLP to tokens h `b l d`; return `b l d`, as `linear` does."""
         p = self.precision
         hidden = linear(self.fc1, h, p).astype(p.compute)
         if p.activations == "compute":
@@ -113,7 +114,7 @@ class Mlp(nnx.Module):
 def _gelu(x: jax.Array) -> jax.Array:
     """Compute x · Φ(x) in float32 and round the result; save only x for the gradient.
 
-    By erf, as PyTorch does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6 and costs twice as much.
+    By erf, as PyTorch does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6, and slower.
     """
     wide = x.astype(wide_dtype(x.dtype))
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
