@@ -95,10 +95,10 @@ def _split(
             view = eqn.primitive.name in VIEWS
             part = apart and eqn.primitive.name in PARTS
             stored.update(v for v in eqn.outvars if not view or (part and _is_large_matrix(v)))
-    late = _needed(jaxpr.eqns, jaxpr.outvars, stored)
+    late = needed(jaxpr.eqns, jaxpr.outvars, stored)
     read = [var for eqn in late for var in _variables(eqn.invars)] + _variables(jaxpr.outvars)
     kept = [var for var in dict.fromkeys(read) if var in stored]
-    return _needed(jaxpr.eqns, kept, set()), late, kept
+    return needed(jaxpr.eqns, kept, set()), late, kept
 
 
 def _is_large_matrix(var: Var) -> bool:
@@ -111,9 +111,7 @@ def _shape(var: Var) -> tuple[int, ...]:
     return getattr(var.aval, "shape", ())
 
 
-def _needed(
-    equations: Sequence[JaxprEqn], wanted: Iterable[Any], given: set[Var]
-) -> list[JaxprEqn]:
+def needed(equations: Sequence[JaxprEqn], wanted: Iterable[Any], given: set[Var]) -> list[JaxprEqn]:
     """List the equations that compute the wanted variables from those given and from the inputs."""
     missing = set(_variables(wanted)) - given
     chosen = []

@@ -1,8 +1,8 @@
 """Run a stack of equal blocks whose parameters are stored with a leading `depth` axis.
 
 Poolings repeat with a period, for instance rows, columns, rows, columns. Mode "scan" compiles one period and runs
-`lax.scan` over the periods; mode "unroll" compiles every block. Both modes read the same stacked parameters, so names,
-masks and checkpoints are the same.
+`lax.scan` over the periods, or `indexed_scan` if kernels join the blocks; mode "unroll" compiles every block. Both
+modes read the same stacked parameters, so names, masks and checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fastvim_jax.distributed.sharding import gather
-from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.layers.channel_pooling import ChannelPooling
+from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
+from fastvim_jax.models.indexed_scan import indexed_scan
 from fastvim_jax.models.parts import run_in_parts
 
 Block = TypeVar("Block", bound=nnx.Module)
@@ -71,6 +73,10 @@ def run_blocks(
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], static_argnums=(0,))
 
+    # Joined blocks, whose kernels have a reverse-mode gradient only; poolings without arrays.
+    indexed = not isinstance(residual, jax.Array) and all(
+        isinstance(p, GridPooling | ChannelPooling | NoPooling) for p in poolings
+    )
     by_block = _unstack((stacked, keep)) if mode == "unroll" else None
 
     def one(i: int, residual):
@@ -81,8 +87,13 @@ def run_blocks(
 
     def segment(start: int, stop: int, residual):
         periods = (stop - start) // period if mode == "scan" else 0
-        if periods > 1:
-            end = start + periods * period
+        end = start + periods * period
+        if periods > 1 and indexed:
+            params, keeps = jax.tree.map(lambda leaf: leaf[start:end], (stacked, keep))
+            step = lambda j, *args: apply((start + j) % period, *args)[0]  # noqa: E731
+            residual = indexed_scan(step, params, keeps, residual, period)
+            start = end
+        elif periods > 1:
 
             def one_period(xs, residual):
                 for j in range(period):

@@ -130,14 +130,16 @@ COMPUTE = {"dtype": "bfloat16", "activations": "compute"}
 
 
 @pytest.mark.drawn("models on kernels", one_in=20)
-def test_joined_blocks_equal_plain_ones(seed):
+@pytest.mark.parametrize("blocks", ["unroll", "scan"])
+def test_joined_blocks_equal_plain_ones(seed, blocks):
     """Compare with plain blocks. The program is traced for an H100 and run on this CPU.
 
     XLA takes the kernels' place, derivative rules included.
 
     With drop path, which drops half of the second block's outputs.
     """
-    graphdef, params = split(seed, **SMALL, **COMPUTE, blocks="unroll", drop_path=0.5)
+    options = SMALL | COMPUTE | {"blocks": blocks, "depth": 2 if blocks == "unroll" else 4}
+    graphdef, params = split(seed, **options, drop_path=0.5)
     images = jax.random.normal(jax.random.key(seed), (88, 48, 48, 3))
 
     def run(params, images):
