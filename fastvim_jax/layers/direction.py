@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import ones, zeros
 
 from fastvim_jax.layers import initializers as init
@@ -26,6 +27,9 @@ from fastvim_jax.typing import Inner, Pooled
 from pallas_kernels import selective_scan
 from pallas_kernels.selective_scan import RANK_MULTIPLE, instead, scan_weights
 from pallas_kernels.sharding import cast_parameter
+
+KEPT = "kept of a scan's inputs"
+"""Name of the arrays that the backward pass reads where it computes Δ again."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class ScanDirection(nnx.Module):
         projected = multiply(u, self.x_proj.kernel[...])
         if columns is not None:
             projected = instead(projected, columns)
+        projected = checkpoint_name(projected, KEPT)
         # `pad_rank` may have added rows of zeros to the kernel, up to the number of columns of `projected`.
         step = multiply(projected[..., : kernel.shape[0]], kernel)
         B, C = jnp.split(projected[..., -2 * self.config.state_size :], 2, axis=-1)

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers.channel_pooling import ChannelLines, ChannelPooling
-from fastvim_jax.layers.direction import MixerConfig, ScanDirection
+from fastvim_jax.layers.direction import KEPT, MixerConfig, ScanDirection
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling, max_by_argmax
 from fastvim_jax.layers.ragged_pooling import RaggedPooling
 from fastvim_jax.typing import Tokens
@@ -33,6 +34,7 @@ from pallas_kernels.mixer_core import (
     Norm,
     Projection,
     Unprojected,
+    WithGradientForm,
     add_norm,
     add_norm_unsupported,
     block_unsupported,
@@ -41,11 +43,13 @@ from pallas_kernels.mixer_core import (
     sequence_core,
 )
 from pallas_kernels.selective_scan import (
+    KEPT_STEPS,
     Known,
     ScanWeights,
     bidirectional_scan,
     instead,
     projected_scan,
+    projected_unsupported,
 )
 from pallas_kernels.sharding import cast_parameter
 
@@ -441,7 +445,7 @@ def _scans(
 
     def inputs(params, u, *known):
         direction = nnx.merge(graphdef, params)
-        A = -jnp.exp(direction.A_log[...].astype(wide))
+        A = checkpoint_name(-jnp.exp(direction.A_log[...].astype(wide)), KEPT)
         D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
         return *direction.select(u, *known), A, D, bias
 
@@ -453,7 +457,7 @@ def _scans(
             delta = delta.astype(scanned)
         both_selected = jnp.stack([B, C]).astype(wide)
         if known is None:
-            B, C = _written_at_once(both_selected)
+            B, C = checkpoint_name(_written_at_once(both_selected), KEPT)
         else:
             B, C = instead(both_selected, known.BC)
         return bidirectional_scan(
@@ -469,11 +473,27 @@ def _scans(
         )
 
     def projected(params, u):
-        weights = nnx.merge(graphdef, params).scan_weights
-        arrays = ScanWeights(*(w[...] for w in weights))
-        return projected_scan(u, arrays, params, step_by_step=scans, y_dtype=scanned)
+        return projected_scan(u, arrays(params), params, step_by_step=scans, y_dtype=scanned)
 
-    return params, scans if skip or both.scan_weights is None else projected
+    def arrays(params):
+        return ScanWeights(*(w[...] for w in nnx.merge(graphdef, params).scan_weights))
+
+    one_kernel = not skip and both.scan_weights is not None
+    middle = projected if one_kernel else scans
+
+    def for_gradient(params, u):
+        if one_kernel and projected_unsupported(u, arrays(params)) is None:
+            return projected(params, u)
+        # Longer scans keep states of the forward pass beside Δ, and computing these again would take another scan.
+        keeps_states = u.shape[2] not in KEPT_STEPS
+        return (scans if keeps_states else jax.checkpoint(scans, policy=_KEEP_NO_DELTA))(params, u)
+
+    forms: Any = WithGradientForm(middle, for_gradient)
+    return params, forms
+
+
+# Δ is as large as the pooled tokens, and a product of few terms makes it from x_proj's columns, which are kept anyway.
+_KEEP_NO_DELTA = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 @jax.custom_vjp

@@ -22,22 +22,26 @@ from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
 from pallas_kernels.selective_scan.implementations import IMPLEMENTATIONS
 from pallas_kernels.selective_scan.projected import (
+    KEPT_STEPS,
     RANK_MULTIPLE,
     Known,
     ScanWeights,
     instead,
     projected_scan,
+    projected_unsupported,
     scan_weights,
 )
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KEPT_STEPS",
     "RANK_MULTIPLE",
     "Known",
     "ScanWeights",
     "bidirectional_scan",
     "instead",
     "projected_scan",
+    "projected_unsupported",
     "scan_weights",
     "selective_scan",
 ]

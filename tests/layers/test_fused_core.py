@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.layers.channel_pooling import channel_poolings
-from fastvim_jax.layers.direction import MixerConfig
-from fastvim_jax.layers.fused_core import runs_fused, unsupported
+from fastvim_jax.layers.direction import MixerConfig, stack_directions
+from fastvim_jax.layers.fused_core import _scans, runs_fused, unsupported
 from fastvim_jax.layers.mixer import Mixer, stack_mixer_directions
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
@@ -39,6 +39,18 @@ def value_and_gradients(graphdef, pooling):
         return out, pull(jnp.cos(out))
 
     return jax.jit(run)
+
+
+def test_the_gradient_of_pooled_scans_keeps_no_step_sizes(key):
+    """Compare both forms of the scans. The one for gradients keeps u and nothing else of u's size."""
+    mixer = Mixer(MixerConfig(16, precision=NARROW), rngs=nnx.Rngs(key))
+    params, scans = _scans(stack_directions(mixer.forward, mixer.backward, axis=0), skip=False)
+    u = jax.random.normal(key, (2, 3, 8, 32))
+    pulled = [jax.vjp(run, params, u) for run in (scans.for_gradient, scans.run)]
+    kept = [sum(leaf.shape == u.shape for leaf in jax.tree.leaves(pull)) for _, pull in pulled]
+    assert kept[0] == 1 < kept[1]
+    got, wanted = ((y, pull(tuple(map(jnp.cos, y)))) for y, pull in pulled)
+    assert max(relative_errors(got, wanted)) < 1e-5
 
 
 @pytest.mark.drawn("models on kernels", one_in=20)
