@@ -65,7 +65,8 @@ class Result:
     Attributes:
         logits: `n classes`, float32; `n 0` if the classifier's `outputs` do not name them.
         probabilities: `n classes`, float32, or `n 0`.
-        embeddings: `n d`, float32, or `n 0`: the pooled features that the head reads.
+        embeddings: `n d`, float32, or `n 0`: the pooled features that the head reads; with head_pool="max" the
+            maximum of each feature over the patches.
         errors: for each image that could not be read, by its index, the reason.
         features: `n rows columns d`, float32: the features of every patch, after the final norm; None unless the
             classifier's `outputs` name them.
@@ -126,6 +127,11 @@ class Classifier:
         config: Any = model.config  # type: ignore[attr-defined]
         if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
             raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
+        if config.head_pool == "all" and not set(outputs) <= set(MAPS):
+            raise UserError(
+                'a model with head_pool="all" has features and logits of every patch, none of the whole image: '
+                'outputs=["features", "class_maps"] has them.'
+            )
         unknown = [name for name in outputs if name not in OUTPUTS + MAPS]
         if unknown or not outputs:
             raise UserError(f"outputs={outputs!r}: choose from {', '.join(OUTPUTS + MAPS)}.")
@@ -176,7 +182,9 @@ class Classifier:
                 found["logits"] = model.forward_head(tokens).astype(jnp.float32)
                 found["probabilities"] = jax.nn.softmax(found["logits"])
             if "embeddings" in outputs:
-                found["embeddings"] = model.forward_head(tokens, pre_logits=True)
+                pooled = model.forward_head(tokens, pre_logits=True)
+                # With head_pool="max" the head reads every patch, and the maximum is that of the logits.
+                found["embeddings"] = pooled if pooled.ndim == 2 else pooled.max(axis=1)
             if not set(MAPS).isdisjoint(outputs):
                 found["features"] = model.feature_maps(tokens, self.data.height_width)
             if "class_maps" in outputs:

@@ -61,6 +61,8 @@ def export_classifier(
     file = Path(file)
     if file.suffix != ".npz":
         raise UserError(f"{file}: name a file that ends in .npz.")
+    if not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}.")
     if batch is not None and not 1 <= batch < 2**31:
         raise UserError(f"batch={batch} must be at least 1 and less than {2**31}.")
     if fast and batch is None:
@@ -132,6 +134,9 @@ def _data_of(source: Run | Pretrained) -> Any:
             )
         return source.config.data
     config: Any = source.model.config  # type: ignore[attr-defined]
+    maps = getattr(config, "out_indices", ()) or getattr(config, "head_pool", "") == "all"
+    if maps:
+        raise UserError("export takes classifiers of whole images, not models of feature maps.")
     if not getattr(config, "num_classes", 0) or config.channels not in (1, 3):
         raise UserError(
             f"export takes classifiers of photographs, not a {type(source.model).__name__} with "

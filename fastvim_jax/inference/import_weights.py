@@ -128,6 +128,8 @@ def import_weights(
         UserError: the file cannot be read, is of no known model or of another one than named; every entry that fits
             nowhere is listed. The folder holds other files, or a saved model that may not be replaced.
     """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be at least 0 and less than 2**63.")
     require_room(Path(folder), overwrite=overwrite)
     options = dict(options or {})
     found = read_weights_file(file, place=entry)
@@ -192,10 +194,10 @@ def _usual_licence(config: Any) -> str:
 
 def _in_words(config: Any) -> str:
     if isinstance(config, MaskedAutoencoderConfig):
-        decoder = f"decoder {config.decoder_dim} wide, {config.decoder_depth} blocks"
+        decoder = f"decoder {config.decoder_dim} wide, {counted(config.decoder_depth, 'block')}"
         return f"Masked autoencoder: encoder {_in_words(config.encoder)}; {decoder}"
     kind = type(config).__name__.removesuffix("Config")
-    return f"{kind}, {config.embed_dim} wide, {config.depth} blocks"
+    return f"{kind}, {config.embed_dim} wide, {counted(config.depth, 'block')}"
 
 
 def _preprocessing(config: Any, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
@@ -209,10 +211,12 @@ def _preprocessing(config: Any, mean: Sequence[float], std: Sequence[float]) -> 
         found = default_preprocessing(config)
     given = {"mean": tuple(mean) or found.mean, "std": tuple(std) or found.std}
     for field, values in given.items():
-        if len(values) != config.channels or not all(map(math.isfinite, values)):
+        if len(values) != config.channels:
             raise UserError(
                 f"{field}={values}: the model has {counted(config.channels, 'channel')}."
             )
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"{field}={values} must be finite numbers.")
     if min(given["std"]) <= 0:
         raise UserError(f"std={given['std']}: deviations are above 0.")
     return dataclasses.replace(found, mean=given["mean"], std=given["std"])

@@ -113,6 +113,8 @@ def reconstruct_files(
         raise UserError("no image could be read: " + " ".join(problems))
     pixels = np.stack(images)
     rows, columns = config.model.grid
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be at least 0 and less than 2**63.")
     noise = jax.random.uniform(jax.random.key(seed), (len(pixels), rows * columns))
     reconstruct = jax.jit(make_reconstruct(graphdef, normalise=config.normalise_pixels))
     parts = reconstruct(params, make_preprocess(config.data)(jnp.asarray(pixels)), noise)

@@ -50,7 +50,7 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
         raise UserError(
             f"the weights have no entry {error}, as every {plain.__name__} has."
         ) from None
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"the weights have other axes than a {plain.__name__}: {error}.") from None
     side = table_side(arrays)
     if side is not None:
@@ -59,8 +59,8 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
         fields["image_size"] = tuple(size)
     elif "pos_embed" in arrays and "image_size" not in options:
         raise UserError(
-            f"the position table has {arrays['pos_embed'].shape[1]} entries, which are no square grid: give "
-            "image_size (height, width)."
+            f"the position table pos_embed, of shape {arrays['pos_embed'].shape}, has no entry for each patch of a "
+            "square grid: give image_size (height, width)."
         )
     if _has_channels(arrays):
         return replace_options(of_channels(**fields), **options)
@@ -106,9 +106,9 @@ def table_side(arrays: Arrays) -> int | None:
     # The class token of ChannelVim has no position.
     mamba_of_channels = _has_channels(arrays) and "norm_f.weight" in arrays
     token = "cls_token" in arrays and not mamba_of_channels
-    patches = arrays["pos_embed"].shape[1] - token
+    patches = max(0, arrays["pos_embed"].shape[1] - token)
     side = math.isqrt(patches)
-    return side if side * side == patches else None
+    return side if side and side * side == patches else None
 
 
 def _unknown(arrays: Arrays) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 _DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -120,7 +120,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[Any, Any]:
     with archive.open(described[0]) as file:
         saved = _Unpickler(file, archive, prefix).load()
     if not isinstance(saved, Mapping):
-        raise UserError(f"{path} holds {saved!r}, no dictionary of tensors.")
+        raise UserError(f"{path} holds {described_value(saved)}, no dictionary of tensors.")
     return dict(saved)
 
 
@@ -148,7 +148,9 @@ class _Unpickler(pickle.Unpickler):
         """Return the storage that a tensor refers to. Each storage is read once."""
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise UserError(f"a tensor has an unknown kind of storage: {pid!r}.")
+            raise UserError(
+                f"a tensor has an unknown kind of storage: {getattr(dtype, 'name', type(dtype).__name__)}."
+            )
         key = str(key)
         if key not in self._storages:
             member = self._archive.getinfo(f"{self._prefix}data/{key}")
@@ -162,9 +164,26 @@ class _Unpickler(pickle.Unpickler):
         return self._storages[key]
 
 
+def described_value(value: Any) -> str:
+    """Describe a value of a checkpoint in a few words.
+
+    The text of a collection is not made, because a hostile file of a few bytes describes one of 2**60 items.
+    """
+    if isinstance(value, np.ndarray):
+        return f"array of shape {value.shape}"
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        return f"{type(value).__name__} of {counted(len(value), 'entry', 'entries')}"
+    if isinstance(value, type) and issubclass(value, Unread):
+        value = value()
+    return repr(value)[:60]
+
+
 def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> np.ndarray:
     """Rebuild a tensor: a strided view of its storage, checked against the storage's end, and copied."""
     shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    flags = rest[2] if len(rest) > 2 else None  # after requires_grad and hooks
+    if isinstance(flags, Mapping) and any(flags.values()):
+        raise UserError(f"a tensor is stored with {', '.join(map(str, flags))} to be applied.")
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise UserError("a tensor has no storage, or not as many strides as axes.")
     if offset < 0 or min(shape + strides, default=0) < 0:

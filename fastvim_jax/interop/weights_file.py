@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastvim_jax.errors import UserError, counted, suggest
-from fastvim_jax.interop.torch_file import read_torch_file
+from fastvim_jax.interop.torch_file import described_value, read_torch_file
 from fastvim_jax.models.parameters import check_numbers
 from fastvim_jax.models.safetensors_file import read_safetensors
 
@@ -59,6 +59,10 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        if place is not None:
+            raise UserError(
+                f"{path} has no entries to choose from, as any safetensors file: leave out {place!r}."
+            )
         found = _unwrap(WeightsFile(read_safetensors(path), "", ()))
     elif path.suffix in _TORCH:
         found = _unwrap(_choose(path, read_torch_file(path), place))
@@ -108,11 +112,19 @@ def _choose(path: Path, saved: Mapping[Any, Any], place: str | None) -> WeightsF
         raise UserError(
             f"{path} has no weights under {place!r}.{suggest(place, holders)} It has: {known}."
         )
-    chosen = _tensors(holders[place] if place else saved)
-    ignored = [
-        f"{name}: {_describe(value)}" for name, value in saved.items() if place and name != place
-    ]
-    return WeightsFile(chosen, place, tuple(ignored))
+    within = holders[place] if place else saved
+    chosen = _tensors(within)
+    if not chosen and holders:
+        raise UserError(f"{path} holds weights under {', '.join(holders)}: choose by --entry.")
+    ignored = {str(name): value for name, value in saved.items() if place and str(name) != place}
+    ignored |= {
+        f"{place}.{name}" if place else str(name): value
+        for name, value in within.items()
+        if not isinstance(value, np.ndarray)
+    }
+    return WeightsFile(
+        chosen, place, tuple(f"{name}: {described_value(value)}" for name, value in ignored.items())
+    )
 
 
 def _tensors(value: Any) -> dict[str, np.ndarray]:
@@ -153,9 +165,3 @@ def _unwrap(found: WeightsFile) -> WeightsFile:
             *(f"{name}: {counted(n, 'array')} beside {wrapper}*" for name, n in counts.items()),
         ),
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Mapping | list | tuple):
-        return f"{type(value).__name__} of {counted(len(value), 'entry', 'entries')}"
-    return repr(value)[:60]

@@ -255,10 +255,17 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} holds no model: it has no {CONFIG_FILE}.") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} describes no model of save_pretrained: {error}.") from error
-    if found != FORMAT or not {"model", "preprocessing", "class_names"} <= about.keys():
+    if found != FORMAT:
         raise UserError(
             f"{path} has format {found!r}; this version reads {FORMAT}: use a newer fastvim-jax."
         )
+    model, names = about.get("model"), about.get("class_names")
+    if not isinstance(model, dict) or not isinstance(model.get("class"), str):
+        raise UserError(f"{path} describes no model of save_pretrained: 'model' names no class.")
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise UserError(f"{path} describes no model of save_pretrained: class_names is no list.")
+    if "preprocessing" not in about:
+        raise UserError(f"{path} describes no model of save_pretrained: it has no preprocessing.")
     return about
 
 

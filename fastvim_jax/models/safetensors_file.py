@@ -37,10 +37,18 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: str) -> None:
-    """Write arrays by name to a file with the usual permissions. The safetensors package would make it private."""
+    """Write arrays by name to a file with the usual permissions. The safetensors package would make it private.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(dict(arrays), path, metadata=metadata)
+    try:
+        save_file(dict(arrays), path, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be written: {error}.") from error
     mask = os.umask(0)
     os.umask(mask)
     with contextlib.suppress(OSError):  # Some network file systems keep no permissions.

@@ -23,11 +23,12 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.stream import WorkersEnded
 from fastvim_jax.inference.classifier import MAPS, OUTPUTS
 from fastvim_jax.inference.decoding import decoding_workers
+from fastvim_jax.inference.export import export_classifier
 from fastvim_jax.inference.image_files import find_images
 from fastvim_jax.inference.predict import predict_files
 from fastvim_jax.models import VisionMambaConfig, build_model, shares
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
-from fastvim_jax.models.pretrained import Preprocessing
+from fastvim_jax.models.pretrained import Preprocessing, Pretrained
 from tests.support import ROOT
 
 SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 3}
@@ -281,6 +282,21 @@ def test_models_without_classes_embed_and_do_no_more(model, classifier, files):
 
 
 @pytest.mark.drawn("commands", one_in=6)
+def test_heads_that_read_every_patch(files):
+    """Give an image one embedding where the head takes the maximum over patches, and none where it gives all."""
+    models = {
+        pool: build_model(VisionMambaConfig(**SIZES, head_pool=pool), rngs=nnx.Rngs(1))
+        for pool in ("max", "all")
+    }
+    outputs = ["embeddings", "features"]
+    found = Classifier(models["max"], PREPROCESSING, batch_size=2, outputs=outputs)(files[:2])
+    np.testing.assert_array_equal(found.embeddings, found.features.max((1, 2)))
+    with pytest.raises(UserError, match="logits of every patch, none of the whole image"):
+        Classifier(models["all"], PREPROCESSING)
+    with pytest.raises(UserError, match="not models of feature maps"):
+        export_classifier(Pretrained(models["all"], PREPROCESSING, ()), "all.npz")
+
+
 def test_processes_decode_what_threads_decode(classifier, files, tmp_path):
     """Compare workers with threads: the same pixels and messages, in the same order."""
     damaged = tmp_path / "damaged.png"

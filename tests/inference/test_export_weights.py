@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from fastvim_jax import UserError, load_pretrained
 from fastvim_jax.cli.main import main
+from fastvim_jax.inference.export import export_classifier
 from fastvim_jax.inference.export_weights import export_weights
 from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.inference.reconstruct import load_masked
@@ -128,6 +129,17 @@ def test_a_folder_is_replaced_by_another_model(tmp_path):
         load_pretrained(export_weights(tmp_path / "1", tmp_path / "0", overwrite=True)).model,
         models[1],
     )
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    saved = save_pretrained(build_model(tiny_model(), rngs=nnx.Rngs(1)), tmp_path / "saved")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="folder.safetensors cannot be written"):
+        export_weights(saved, tmp_path / "folder.safetensors", to="torch")
+    with pytest.raises(UserError, match="no model card that could name the licence"):
+        export_weights(saved, tmp_path / "a.safetensors", to="torch", licence="mit")
+    with pytest.raises(UserError, match="there is no folder"):
+        export_classifier(load_pretrained(saved), tmp_path / "none" / "a.npz")
 
 
 def test_a_masked_autoencoder_of_plain_pixels_stays_one(tmp_path):

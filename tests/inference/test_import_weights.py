@@ -247,8 +247,14 @@ def test_normalisation_is_given_by_name(checkpoint, tmp_path):
     imported = import_weights(checkpoint[0], tmp_path / "out", **given)
     assert imported.preprocessing.mean == given["mean"]
     assert load_pretrained(tmp_path / "out").preprocessing.std == given["std"]
-    for wrong in ({"mean": (0.5,)}, {"std": (0.1, 0.1, 0.0)}, {"mean": (float("nan"),) * 3}):
-        with pytest.raises(UserError, match="the model has 3 channels|deviations are above 0"):
+    for wrong, said in (
+        ({"mean": (0.5,)}, "the model has 3 channels"),
+        ({"std": (0.1, 0.1, 0.0)}, "deviations are above 0"),
+        ({"mean": (float("nan"),) * 3}, "must be finite numbers"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be"),
+        ({"entry": "model"}, "has no entries to choose from"),
+    ):
+        with pytest.raises(UserError, match=said):
             import_weights(checkpoint[0], tmp_path / "other", **wrong)
 
 

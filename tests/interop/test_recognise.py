@@ -88,5 +88,13 @@ def test_heads_given_as_options_are_taken_whatever_the_usual_number_is():
 def test_options_override_and_other_weights_are_refused():
     arrays = shapes_of(model_config("fastvim_tiny_patch16_224", **SMALL))
     assert recognise(arrays, pooling="max").pooling == "max"
+    vit = shapes_of(model_config("vit_tiny_patch16_224", num_heads=4, **SMALL))
+    for name, shape, said in (
+        ("patch_embed.proj.weight", (0, 3, 16, 16), "other axes than a ViTConfig"),
+        ("pos_embed", (), r"pos_embed, of shape \(\), has no entry for each patch"),
+        ("pos_embed", (1, 0, 12), r"pos_embed, of shape \(1, 0, 12\), has no entry"),
+    ):
+        with pytest.raises(UserError, match=said):
+            recognise(vit | {name: np.zeros(shape)})
     with pytest.raises(UserError, match="of no model that is known here"):
         recognise({"conv1.weight": np.zeros((3, 3))})

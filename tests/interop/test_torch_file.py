@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.interop import read_weights_file
 from fastvim_jax.interop.torch_file import Unread, read_torch_file
 from tests.interop.torch_files import Tensor, pretend_torch, write
 
@@ -58,6 +59,31 @@ def test_tensors_come_back_and_all_else_is_inert(tmp_path, rng, torch_names):
     assert model["steps"] == 7 and model["empty"].shape == (0, 2)
     assert saved["epoch"] == 3
     assert isinstance(saved["args"], Unread) and "Arguments, not read" in repr(saved["args"])
+
+
+def test_everything_beside_the_weights_is_listed(tmp_path, rng, torch_names):
+    weights = Tensor(rng.normal(size=(3, 4)).astype(np.float32))
+    flat = {"w": weights, "epoch": 3, "args": Arguments}
+    found = read_weights_file(write(tmp_path / "flat.pth", flat))
+    assert list(found.arrays) == ["w"]
+    assert found.ignored[0] == "epoch: 3" and "Arguments, not read" in found.ignored[1]
+    nested = {"state_dict": {"w": weights, "version": (1, 2)}, "epoch": 3}
+    found = read_weights_file(write(tmp_path / "nested.pth", nested))
+    assert found.ignored == ("epoch: 3", "state_dict.version: tuple of 2 entries")
+    with pytest.raises(UserError, match="holds weights under net: choose by --entry"):
+        read_weights_file(write(tmp_path / "net.pth", {"net": {"w": weights}}))
+
+
+def test_the_text_of_a_collection_is_not_made(tmp_path, rng, torch_names):
+    """Read a tuple of tuples: a few bytes describe 2**60 items."""
+    laughs = ("ha",)
+    for _ in range(60):
+        laughs = (laughs, laughs)
+    with pytest.raises(UserError, match="holds tuple of 2 entries, no dictionary"):
+        read_torch_file(write(tmp_path / "a.pth", laughs))
+    weights = Tensor(rng.normal(size=3).astype(np.float32))
+    found = read_weights_file(write(tmp_path / "b.pth", {"w": weights, "x": [laughs]}))
+    assert found.ignored == ("x: list of 1 entry",)
 
 
 def test_nothing_is_run(tmp_path, torch_names):

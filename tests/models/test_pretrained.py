@@ -101,6 +101,10 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
     def other_model(**changes):
         return json.dumps(about | {"model": about["model"] | changes})
 
+    def edited(name, **changes):
+        text = json.dumps(about | changes)
+        return broken(name, lambda folder: (folder / "config.json").write_text(text))
+
     cases = [
         (broken("a", lambda f: (f / "config.json").unlink()), "it has no config.json"),
         (broken("nan", with_nan), "holds NaN or infinite numbers"),
@@ -109,6 +113,10 @@ def test_damaged_folders_are_refused_by_name(tmp_path, saved):
         (broken("zero", lambda f: as_device(f / "config.json")), "not a regular file"),
         (broken("fifo2", lambda f: as_fifo(f / "model.safetensors")), "it has no model.safetensors|there is no file"),
         (broken("c", lambda f: (f / "config.json").write_text("{")), "describes no model"),
+        (edited("c1", model=[1]), "'model' names no class"),
+        (edited("c2", model={"class": ["VisionMambaConfig"]}), "'model' names no class"),
+        (edited("c3", class_names=None), "class_names is no list"),
+        (edited("c4", class_names=[["a"]]), "class_names is no list"),
         (broken("d", lambda f: (f / "config.json").write_text(json.dumps(about | {"format": 2}))), "has format 2"),
         (broken("e", lambda f: (f / "model.safetensors").write_bytes(header[:-8])), "it is damaged"),
         (broken("f", lambda f: (f / "model.safetensors").write_bytes(lying)), "it is damaged"),
