@@ -183,6 +183,7 @@ def joined_block(
     projection: Projection,
     norm_eps: float,
     keep: jax.Array | None,
+    keep_tokens: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Run everything from in_proj of one block to the input of in_proj of the next. Call `runs_joined` first.
 
@@ -193,6 +194,7 @@ def joined_block(
         projection: out_proj's kernel, transposed, and the scale of the next block's RMSNorm.
         norm_eps: epsilon of the RMSNorm.
         keep: drop-path factors `b` on the block's output, or None.
+        keep_tokens: see `mixer_block`; blocks that pool no lines keep their tokens in any case.
 
     Returns:
         The new residual stream, and its normalised tokens in the dtype of the tokens given.
@@ -218,6 +220,7 @@ def joined_block(
             eps=both.config.norm_eps,
             norm_eps=norm_eps,
             keep=keep,
+            keep_tokens=keep_tokens,
             **_grid_options(lines, pooling.method),
         )
 

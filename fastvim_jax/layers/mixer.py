@@ -122,6 +122,7 @@ class Mixer(nnx.Module):
         projection: Projection,
         norm_eps: float,
         keep: Keep | None,
+        keep_tokens: bool,
     ) -> tuple[Tokens, Tokens]:
         """Mix normalised tokens, add the result to the residual stream, and apply the next block's norm to the sum.
 
@@ -132,7 +133,9 @@ class Mixer(nnx.Module):
         """
         both = self.both or stack_directions(self.forward, self.backward, axis=0)
         norm = self.post_norm
-        return joined_block(unprojected, residual, pooling, both, norm, projection, norm_eps, keep)
+        return joined_block(
+            unprojected, residual, pooling, both, norm, projection, norm_eps, keep, keep_tokens
+        )
 
     def core(self, xz: Float[Array, "b l e2"], pooling: Pooling) -> Inner:
         """Run everything between the two projections: xz `b l 2e` → `b l e`.

@@ -67,6 +67,7 @@ def mixer_block(
     eps: float = 1e-5,
     norm_eps: float = 1e-6,
     keep: Float[Array, " b"] | None = None,
+    keep_tokens: bool = True,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
     """Compute everything between in_proj of one block and in_proj of the next.
@@ -91,6 +92,9 @@ def mixer_block(
         projection: float parameters; the weight is rounded to xz's dtype.
         norm_eps: epsilon of the RMSNorm.
         keep: one factor for each image, as drop path draws them; no gradient flows to it. None for 1.
+        keep_tokens: whether the gradient keeps the tokens of `Unprojected`. If not, they must be what this function
+            would return for `residual`, normalised with a gain of ones; the gradient keeps `residual` in their place,
+            which the block before keeps as well, and normalises it once more.
         implementation: "pallas" (the kernel), "xla", or "auto": the kernels if the program is lowered for a Hopper GPU,
             otherwise `mixer_core` and XLA.
         directions, norm, middle_params, middle, rows, columns, transposed, per_position, method, scale, eps: see
@@ -129,7 +133,8 @@ def mixer_block(
     options = CoreOptions(
         rows, columns, transposed, float(scale), float(eps), method, per_position=per_position
     )
-    call = _Call(middle, options, float(norm_eps), implementation)
+    keep_tokens = keep_tokens or not isinstance(given, Unprojected)
+    call = _Call(middle, options, float(norm_eps), keep_tokens, implementation)
     if keep is not None:
         expect_shape("mixer_block", "keep", keep, "b", xz.shape[:1], beside)
         keep = lax.stop_gradient(keep.astype(xla.at_least_float32(residual.dtype)))
@@ -192,6 +197,7 @@ class _Call(NamedTuple):
     middle: Callable
     options: CoreOptions
     norm_eps: float
+    keep_tokens: bool
     implementation: str
 
     @property
@@ -236,6 +242,8 @@ def _forward(call, given, residual, directions, norm, projection, keep, middle_p
     weights = (norm, projection, keep)
     total, normed = _project(call, xz, skip, y, residual, *weights)
     unprojected = given if isinstance(given, Unprojected) else None
+    if not call.keep_tokens:
+        unprojected = given._replace(tokens=residual)
     core = Saved(xz, skip, y, places, pull)
     return (total, normed), (unprojected, core, total, directions, *weights)
 
@@ -258,6 +266,10 @@ def _backward(call, saved, bars):
     (weight_bar,) = jax.linear_transpose(lambda weight: xla.project(g, weight), weight)(update_bar)
     # 4) The input projection.
     if unprojected is not None:
+        if not call.keep_tokens:
+            ones = jnp.ones(total.shape[-1], xla.at_least_float32(total.dtype))
+            tokens = xla.rms_norm(unprojected.tokens, ones, call.norm_eps, core.skip.dtype)
+            unprojected = unprojected._replace(tokens=tokens)
         _, pull_xz = jax.vjp(Unprojected.projected, unprojected)
         (xz_bar,) = pull_xz(xz_bar)
     projection_bar = Projection(weight_bar, gain_bar)

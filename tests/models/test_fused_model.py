@@ -154,6 +154,27 @@ def test_joined_blocks_equal_plain_ones(seed, blocks):
     assert max(relative_errors(got, wanted)) < 2e-2
 
 
+@pytest.mark.drawn("models on kernels", one_in=20)
+def test_a_loop_over_joined_blocks_keeps_the_residual_stream_alone():
+    """Of two blocks: the stream before, between and behind them, and no normalised tokens."""
+    options = SMALL | COMPUTE | {"depth": 4, "blocks": "scan", "residual_in_fp32": False}
+    graphdef, params = split(**options)
+    images = jax.ShapeDtypeStruct((88, 48, 48, 3), jnp.float32)
+
+    def loss(params, images):
+        return nnx.merge(graphdef, params)(images).sum()
+
+    with abstract_h100():
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(params, images).jaxpr
+    stacks = [
+        variable.aval.shape
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "scan" and not equation.params["reverse"]
+        for variable in equation.outvars
+    ]
+    assert stacks.count((2, 88, 144, 64)) == 3, stacks
+
+
 @pytest.mark.drawn
 @pytest.mark.parametrize(
     ("options", "call", "joined"),
