@@ -84,12 +84,17 @@ def assumptions(config: AnyModelConfig) -> dict[str, Any]:
     """Return the fields of a configuration that names and shapes do not determine, with their assumed values."""
     inner = config.encoder if isinstance(config, MaskedAutoencoderConfig) else config
     if isinstance(inner, ViTConfig):
-        names = ["num_heads"]
-    elif inner.pooling in ("none", "attention"):
-        names = ["pooling"] if inner.pooling == "none" else ["pool_axes"]
-        names += ["class_token"] if inner.class_token != "none" else []
+        names = ["num_heads"] + ["pooling"] * (type(config) is ViTConfig)
+    elif inner.pooling == "none":
+        names = ["pooling"] + ["class_token"] * (inner.class_token != "none")
+    elif inner.pooling == "attention":
+        names = ["pool_axes", "unpool"]
     else:
-        names = ["pooling", "pool_axes", "pool_scale"]
+        names = ["pooling", "pool_axes", "pool_scale", "unpool"]
+    if not isinstance(inner, ViTConfig):
+        with_mean = inner is config and inner.num_classes and inner.class_token == "none"
+        names += ["token_order"] + ["head_pool"] * bool(with_mean)
+    names += ["norm_eps"]
     names += ["scan_order", "stride"] if isinstance(inner, ChannelMambaConfig) else []
     found = {name: getattr(inner, name) for name in names}
     if isinstance(config, MaskedAutoencoderConfig):

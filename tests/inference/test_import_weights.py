@@ -261,7 +261,9 @@ def test_normalisation_is_given_by_name(checkpoint, tmp_path):
 def test_a_table_of_no_square_grid_needs_the_image_s_size(tmp_path):
     model = build_model(VisionMambaConfig(**{**SIZES, "image_size": (8, 24)}), rngs=nnx.Rngs(2))
     write(model, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="12 entries, which are no square grid: give image_size"):
+    with pytest.raises(
+        UserError, match=r"shape \(1, 12, 64\), has no entry for each .* give image_size"
+    ):
         import_weights(tmp_path / "a.safetensors", tmp_path / "out")
     options = parse_options(["image_size=[8, 24]"])
     import_weights(tmp_path / "a.safetensors", tmp_path / "out", options=options)

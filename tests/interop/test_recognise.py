@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 from fastvim_jax import UserError
 from fastvim_jax.interop import recognise, to_torch_names
 from fastvim_jax.interop.recognise import assumptions
 from fastvim_jax.models import build_model, list_models, model_config
+from fastvim_jax.models.config import replace_options
 
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 3}
 
@@ -81,8 +83,42 @@ def test_heads_given_as_options_are_taken_whatever_the_usual_number_is():
     assert (found.encoder.num_heads, found.decoder_heads) == (4, 5)
     assert recognise(arrays, num_heads=4).decoder_heads == 2
     assert assumptions(recognise(arrays)) == {
-        "num_heads": 2, "decoder_heads": 2, "mask_ratio": config.mask_ratio,
+        "num_heads": 2, "norm_eps": 1e-6, "decoder_heads": 2, "mask_ratio": config.mask_ratio,
     }  # fmt: skip
+
+
+OTHER = {
+    "pooling": ("max", "mean", "none"), "pool_axes": ("columns", "two_axes"), "pool_scale": (0.5,),
+    "unpool": ("after_skip",), "token_order": ("column",), "head_pool": ("max", "last", "mean"),
+    "norm_eps": (1e-3,), "class_token": ("head",), "norm": ("layer",), "post_norm": ("none", "rms"),
+    "conv_width": (3, 0), "conv_bias": (False,), "proj_bias": (True,), "state_size": (8,), "expand": (1,),
+    "dt_rank": (3,), "num_heads": (2,), "mlp_ratio": (3.0,), "qkv_bias": (False,), "scan_order": ("spatial",),
+    "stride": (2,), "layer_scale": (0.1,), "pos_embed": (False,),
+}  # fmt: skip
+
+
+@pytest.mark.drawn("more of the models", one_in=6)
+@pytest.mark.parametrize("name", ["fastvim", "vim", "vit", "fastchannelvim", "channelvit"])
+def test_what_names_and_shapes_do_not_tell_is_listed(name):
+    """Change one field at a time: it comes back, or `assumptions` lists it, or another field leaves it no effect."""
+    heads = {"num_heads": 1} if "vit" in name else {}
+    base = model_config(f"{name}_tiny_patch16_224", **SMALL | heads | {"depth": 1})
+    silent = []
+    for field, values in OTHER.items():
+        for value in values if hasattr(base, field) else ():
+            try:
+                config = replace_options(base, **{field: value})
+                arrays = shapes_of(config)
+            except (UserError, TypeCheckError):  # no value of this class, or not beside the others
+                continue
+            if field in ("pool_axes", "conv_width") and config.pooling == "none" and name != "vim":
+                continue
+            if field in ("unpool", "head_pool", "pool_axes") and name == "vim":  # nothing is pooled
+                continue
+            found = recognise(arrays)
+            if field not in assumptions(found) and not np.all(found.__dict__[field] == value):
+                silent.append((field, value, found.__dict__[field]))
+    assert not [each for each in silent if each[0] != "layer_scale"]
 
 
 def test_options_override_and_other_weights_are_refused():
