@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def export_classifier(
         The description (the file's entry `about`).
 
     Raises:
-        UserError: the model is not a classifier; or the program is to be fast, and `batch` is None or no kernel runs
-            this model.
+        UserError: the model is not a classifier; the file cannot be written; or the program is to be fast, and `batch`
+            is None or no kernel runs this model.
     """
     data = _data_of(source)
     model: Any = source.model
@@ -115,13 +116,16 @@ def export_classifier(
         "calling_convention": program.calling_convention_version,
     }
     entries: dict[str, Any] = {f"weight_{i}": array for i, array in enumerate(arrays)}
-    with file.open("wb") as out:
-        np.savez(
-            out,
-            about=np.array(json.dumps(about, ensure_ascii=False)),
-            program=np.frombuffer(serialised, np.uint8),
-            **entries,
-        )
+    entries["about"] = np.array(json.dumps(about, ensure_ascii=False))
+    entries["program"] = np.frombuffer(serialised, np.uint8)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("wb") as out:
+            np.savez(out, **entries)
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written: {error.strerror or error}.") from error
     return about
 
 

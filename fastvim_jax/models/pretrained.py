@@ -186,10 +186,20 @@ def read_model_config(source: Path | str) -> Any:
 
 
 def is_pretrained(source: Path | str) -> bool:
-    """Return whether `source` names a saved model: a folder of `save_pretrained`, or `hf://owner/name`."""
+    """Return whether `source` names a saved model: a folder of `save_pretrained`, or `hf://owner/name`.
+
+    A folder whose weights are missing, as after a full disk, is one, too: loading it says what is missing.
+    """
     folder = Path(source).expanduser()
-    files = (folder / WEIGHTS_FILE, folder / CONFIG_FILE)
-    return str(source).startswith(HUB) or all(file.is_file() for file in files)
+    if str(source).startswith(HUB) or not (folder / CONFIG_FILE).is_file():
+        return str(source).startswith(HUB)
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
+    try:
+        about = parse_json(read_regular_file(folder / CONFIG_FILE))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and {"format", "model", "preprocessing"} <= about.keys()
 
 
 def require_room(folder: Path, *, overwrite: bool) -> None:

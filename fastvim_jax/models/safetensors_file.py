@@ -39,17 +39,22 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: str) -> None:
     """Write arrays by name to a file with the usual permissions. The safetensors package would make it private.
 
+    A file that is there already is replaced once all is written.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written; nothing is left of it.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    try:
-        save_file(dict(arrays), path, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be written: {error}.") from error
     mask = os.umask(0)
     os.umask(mask)
-    with contextlib.suppress(OSError):  # Some network file systems keep no permissions.
-        path.chmod(0o666 & ~mask)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(dict(arrays), partial, metadata=metadata)
+        with contextlib.suppress(OSError):  # Some network file systems keep no permissions.
+            partial.chmod(0o666 & ~mask)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error}.") from error

@@ -132,6 +132,15 @@ def test_of_a_saved_model_neither_weights_nor_a_step_can_be_chosen(saved, tmp_pa
         assert "holds one set of weights: only run folders take weights and step" in said
 
 
+def test_a_saved_model_without_its_weights_is_named(tmp_path, capsys):
+    folder = save_pretrained(build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(1)), tmp_path)
+    (folder / "model.safetensors").unlink()
+    for command in ("predict", "export", "export-weights"):
+        arguments = ["photo.png"] if command == "predict" else ["--out", str(tmp_path / "x.npz")]
+        assert main([command, str(folder), *arguments]) == 1
+        assert "holds no model: it has no model.safetensors" in capsys.readouterr().err
+
+
 def test_a_masked_autoencoder_of_the_hub_is_asked_for_by_its_name(monkeypatch, capsys):
     def load(source, **options):
         raise UserError(f"asked for {source}")

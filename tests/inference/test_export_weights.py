@@ -138,6 +138,10 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
         export_weights(saved, tmp_path / "folder.safetensors", to="torch")
     with pytest.raises(UserError, match="no model card that could name the licence"):
         export_weights(saved, tmp_path / "a.safetensors", to="torch", licence="mit")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UserError, match="folder.npz cannot be written: Is a directory"):
+        export_classifier(load_pretrained(saved), tmp_path / "folder.npz")
+    assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(UserError, match="there is no folder"):
         export_classifier(load_pretrained(saved), tmp_path / "none" / "a.npz")
 
