@@ -110,10 +110,12 @@ class MaskedAutoencoder(nnx.Module):
             masking: A mask from `masking_of`, instead of noise.
 
         Raises:
-            UserError: neither noise nor masking; a mask of another grid; a wrong channel count or image size; padding
-                with a ViT.
+            UserError: neither noise nor masking, or both; a mask of another grid; a wrong channel count or image size;
+                padding with a ViT.
         """
         grid = self._grid(images)
+        if masking is not None and noise is not None:
+            raise UserError("give a masked autoencoder noise= or masking=, not both.")
         if masking is None:
             if noise is None:
                 raise UserError("a masked autoencoder needs noise= or masking= beside the images.")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import truncated_normal
+from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
@@ -62,13 +62,13 @@ class VisionTransformer(Backbone):
     """ViT / DeiT with the class token first. Build it through `fastvim_jax.create_model`."""
 
     _mask_axes = (2,)  # attention and MLP
-    _head_init = staticmethod(truncated_normal)
+    _head_init = staticmethod(normal)
 
     def __init__(self, config: ViTConfig, *, rngs: RngsLike):
         rngs, p, d = as_rngs(rngs), config.precision, config.embed_dim
         self.config = config
         self.patch_embed = self.make_patch_embed(rngs)
-        small = truncated_normal(0.02)
+        small = normal(0.02)
         self.class_token = nnx.Param(small(rngs.params(), (1, 1, d), p.params))
         tokens = config.grid[0] * config.grid[1] + 1
         self.pos_embed = nnx.Param(small(rngs.params(), (1, tokens, d), p.params))

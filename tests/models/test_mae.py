@@ -276,6 +276,10 @@ def test_bad_masks_are_refused(key):
     with pytest.raises(UserError, match=r"2 images of 16 patches, but .* 3 x 5 = 15"):
         model(images, noise=jnp.zeros((2, 16)))
     removed = np.zeros((2, *GRID), bool)
+    removed[:, 0] = True
+    with pytest.raises(UserError, match="not both"):
+        model(images, noise=jnp.zeros((2, 15)), masking=masking_of(jnp.asarray(removed)))
+    removed = np.zeros((2, *GRID), bool)
     removed[0, 0] = removed[1, :, 0] = True
     with pytest.raises(UserError, match="between 10 and 12 patches: give places=12"):
         masking_of(jnp.asarray(removed))

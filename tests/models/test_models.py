@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -128,10 +129,20 @@ def test_every_parameter_of_each_family_gets_a_gradient(name, key):
 def test_a_head_is_drawn_with_the_deviation_that_is_asked():
     """Fine-tuning at 448 px starts from a head of 2e-5."""
     sizes = {"image_size": 8, "patch_size": 4, "depth": 1}
-    for std in (0.02, 2e-5):
-        model = create_model("fastvim_tiny_patch16_224", head_std=std, rngs=nnx.Rngs(0), **sizes)
+    for name, std in itertools.product(("fastvim", "vit"), (0.02, 2e-5)):
+        options = {"head_std": std, "rngs": nnx.Rngs(0), **sizes}
+        model = create_model(f"{name}_tiny_patch16_224", **options)
         np.testing.assert_allclose(np.std(model.head.kernel[...]), std, rtol=0.02)
         assert not np.any(model.head.bias[...])
+
+
+def test_a_vit_is_drawn_as_deit_is():
+    """timm cuts a normal of 0.02 at ±2, a hundred deviations; cut at two deviations it would be 0.0176."""
+    model = create_model("vit_tiny_patch16_224", depth=1, rngs=nnx.Rngs(0))
+    block = jax.tree.map(lambda x: x[0], nnx.state(model.blocks))
+    for layer in (block["attn"]["qkv"], block["mlp"]["fc1"], block["mlp"]["fc2"]):
+        np.testing.assert_allclose(np.std(layer["kernel"][...]), 0.02, rtol=0.02)
+    np.testing.assert_allclose(np.std(model.pos_embed[...]), 0.02, rtol=0.02)
 
 
 def test_no_model_is_missing_from_the_counts():
