@@ -197,9 +197,9 @@ def test_which_calls_join_their_blocks(monkeypatch, options, call, joined):
     built = []
 
     class Watched(vision_mamba.JoinedBlock):
-        def __init__(self, blocks, tokens):
+        def __init__(self, blocks, tokens, **options):
             built.append(blocks)
-            super().__init__(blocks, tokens)
+            super().__init__(blocks, tokens, **options)
 
     monkeypatch.setattr(vision_mamba, "JoinedBlock", Watched)
     graphdef, params = split(**SMALL, **options)
