@@ -67,9 +67,11 @@ def test_what_is_taken_out_of_x_projs_columns(monkeypatch, options, taken):
     text = lower_for_h100(forward, params, images)
     widths = re.findall(r"stablehlo.slice .* -> tensor<2x(?:3x14|42)x(\d+)xb?f\d+>", text)
     assert set(map(int, widths)) == taken
-    # Pooled tokens go as they are into a product of float32, or TF32, and are in float32 for the scan.
+    # Pooled tokens go as they are into a product of float32, or TF32, and are in float32 for the scan. Of half
+    # precision is each block's Δ alone, since nothing is differentiated.
     assert re.search(r"\(tensor<2x3x14x384xf32>, tensor<2x384x\d+xf32>\)", text)
-    assert not re.search(r"\(tensor<2x3x14x384xf32>\) -> tensor<2x3x14x384xbf16>", text)
+    rounded = re.findall(r"\(tensor<2x3x14x384xf32>\) -> tensor<2x3x14x384xbf16>", text)
+    assert len(rounded) == (2 if options else 0)
 
 
 @pytest.mark.drawn("models on kernels", one_in=20)
