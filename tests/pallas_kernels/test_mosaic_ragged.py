@@ -121,7 +121,10 @@ def test_fronts_agree(seed, case, moved):
             run(module.front).lower().compile()(xz, ids, places, *directions)
             for module in (mosaic_ragged_staged, mosaic_ragged_front)
         )
-    assert max(relative_errors(got, wanted)) < 1e-6
+    # The skips have the tokens' dtype: of numbers in half precision a few are rounded to the other side.
+    bounds = 1e-6, 1e-4 if "dtype" in case else 1e-6
+    errors = relative_errors(got, wanted)
+    assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), errors
 
 
 @needs_mosaic
