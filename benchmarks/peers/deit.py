@@ -5,7 +5,8 @@
 It needs torch with CUDA and timm. It times the forward pass (weights stored in bfloat16, no autocast), or with
 --rows step the whole training step: forward in bfloat16 autocast, backward and fused AdamW in one graph.
 `benchmarks/report.py` divides the rows of `fastvim bench model` and `fastvim bench train` by these. --autotune takes
-minutes. Programs that share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn.
+minutes. Programs that share $FASTVIM_BENCH_LOCK compile side by side and are timed in turn. Records that name --train
+are older: it stood for --rows forward step.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ _scan.defvjp(_forward, _backward)
 
 
 def xla(u: jax.Array, weights: ScanWeights, y_dtype: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Define what the kernel computes, rounding included, on any platform and in the dtype of u."""
+    """Define what the kernel computes, rounding included, on any platform; by default y has the dtype of u."""
     first, second, *_ = xla_keeping(u, weights)
     dtype = first.dtype if y_dtype is None else y_dtype
     return first.astype(dtype), second.astype(dtype)
