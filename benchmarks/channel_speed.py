@@ -51,10 +51,7 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
     from fastvim_jax.training.steps import init_state, make_train_step
     from pallas_kernels import timing
 
-    options: dict[str, Any] = {"dtype": "bfloat16", "num_classes": 161}
-    if "vit" not in name.split("_")[0]:
-        options["activations"] = "compute"
-    config = model_config(name, **options)
+    config = model_config(name, dtype="bfloat16", activations="compute", num_classes=161)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     params = jax.eval_shape(lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(

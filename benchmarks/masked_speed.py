@@ -39,9 +39,8 @@ MODELS = ("mae_fastvim_base_patch16_224", "mae_vim_base_patch16_224", "mae_vit_b
 
 
 def config_of(name: str, **options: Any) -> Any:
-    """Return the model's config in bfloat16, with blocks unrolled."""
-    narrow = {} if "_vit_" in name else {"activations": "compute"}
-    return model_config(name, dtype="bfloat16", blocks="unroll", **narrow, **options)
+    """Return the model's config in bfloat16 with activations "compute" and blocks unrolled."""
+    return model_config(name, dtype="bfloat16", activations="compute", blocks="unroll", **options)
 
 
 def measure(one: Any) -> dict[str, float]:
