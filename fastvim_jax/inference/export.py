@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from fastvim_jax.models.pretrained import Pretrained
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.version import __version__
+from fastvim_jax.whole_file import whole_file
 from pallas_kernels import gpu
 
 FORMAT = 1
@@ -118,14 +118,8 @@ def export_classifier(
     entries: dict[str, Any] = {f"weight_{i}": array for i, array in enumerate(arrays)}
     entries["about"] = np.array(json.dumps(about, ensure_ascii=False))
     entries["program"] = np.frombuffer(serialised, np.uint8)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        with partial.open("wb") as out:
-            np.savez(out, **entries)
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{file} cannot be written: {error.strerror or error}.") from error
+    with whole_file(file) as partial, partial.open("wb") as out:
+        np.savez(out, **entries)
     return about
 
 

@@ -25,6 +25,7 @@ from fastvim_jax.models.safetensors_file import write_safetensors
 from fastvim_jax.training.choice import headline_of
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.run_folder import Run, load_run
+from fastvim_jax.whole_file import whole_file
 
 TORCH = (".pth", ".pt", ".ckpt")
 Target = Literal["folder", "torch"]
@@ -90,8 +91,8 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
     """Write a model's weights under the authors' names. A .pth file holds them in `state_dict`.
 
     Raises:
-        UserError: `dtype` is another one; there is no table of names for the model; PyTorch is missing; the folder of
-            `out` cannot be made.
+        UserError: `dtype` is another one; there is no table of names for the model; PyTorch is missing; `out`
+            cannot be written, and an earlier file is as it was.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: weights are saved as float32 or bfloat16.")
@@ -116,7 +117,8 @@ def write_torch_file(model: nnx.Module, out: Path, *, dtype: str = "float32") ->
         name: torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype))
         for name, array in arrays.items()
     }
-    torch.save({"state_dict": tensors}, out)
+    with whole_file(out, RuntimeError) as partial:
+        torch.save({"state_dict": tensors}, partial)
 
 
 def card_of(run: Run, folder: Path | str) -> dict[str, str]:

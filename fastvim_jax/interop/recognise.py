@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.interop.torch_names import resolve_aliases
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -33,8 +33,8 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
             of its encoder.
 
     Raises:
-        UserError: no model of this library has these names, or the position table fits no square grid and `options` has
-            no `image_size`.
+        UserError: no model of this library has these names; the position table fits no square grid and `options` has no
+            `image_size`; there are norms of feature maps and `options` has no `out_indices`.
     """
     plain: Any
     of_channels: Any
@@ -52,6 +52,13 @@ def recognise(arrays: Arrays, **options: Any) -> AnyModelConfig:
         ) from None
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"the weights have other axes than a {plain.__name__}: {error}.") from None
+    maps = sum(name.startswith("outnorm_") and name.endswith(".weight") for name in arrays)
+    if maps and "out_indices" not in options:
+        raise UserError(
+            f"the weights are of a backbone with {counted(maps, 'feature map')} (outnorm_*), and nothing in them says "
+            f"after which of the {fields['depth']} blocks: give out_indices, for example out_indices="
+            f"{[(i + 1) * fields['depth'] // maps - 1 for i in range(maps)]}."
+        )
     side = table_side(arrays)
     if side is not None:
         step = _pair(options.get("stride") or fields["patch_size"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvim_jax.errors import UserError
+from fastvim_jax.whole_file import whole_file
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
@@ -49,12 +50,7 @@ def write_safetensors(arrays: Mapping[str, np.ndarray], path: Path, **metadata: 
 
     mask = os.umask(0)
     os.umask(mask)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole_file(path, SafetensorError) as partial:
         save_file(dict(arrays), partial, metadata=metadata)
         with contextlib.suppress(OSError):  # Some network file systems keep no permissions.
             partial.chmod(0o666 & ~mask)
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}.") from error

@@ -134,3 +134,13 @@ def test_options_override_and_other_weights_are_refused():
             recognise(vit | {name: np.zeros(shape)})
     with pytest.raises(UserError, match="of no model that is known here"):
         recognise({"conv1.weight": np.zeros((3, 3))})
+
+
+@pytest.mark.parametrize("name", ["fastvim", "vit"])
+def test_feature_maps_are_asked_for_by_their_blocks(name):
+    config = model_config(
+        f"{name}_tiny_patch16_224", **SMALL | {"embed_dim": 192, "depth": 4, "out_indices": (1, 3)}
+    )
+    with pytest.raises(UserError, match=r"2 feature maps .* 4 blocks: .* out_indices=\[1, 3\]"):
+        recognise(shapes_of(config))
+    assert recognise(shapes_of(config), out_indices=(1, 3)).out_indices == (1, 3)
