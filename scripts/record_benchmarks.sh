@@ -36,7 +36,7 @@ bench() { # NAME BENCH-OR-PROGRAM.py OPTIONS...: run in the background, result i
   local name=$1 command=(-m fastvim_jax bench "${@:2}")
   wanted "$name" || return
   case $2 in *.py) command=("${@:2}") ;; esac
-  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 8>&- 9>&- &
+  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 7>&- 8>&- 9>&- &
   running[$!]=$name
   begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
@@ -69,20 +69,24 @@ finish() {
   printf '%4d s  done with the %s lot\n' "$SECONDS" "$lot"
 }
 
-# What is required, with the peer in the same run. The first rows are timed first; `later` ones when those are done, and the
-# largest batches last, one after the other, because they want the memory of a GPU of 80 GB.
-exec 8>"$locks/required_later.timing" 9>"$locks/required_last.timing"
-flock -x 8 && flock -x 9
+# What is required, with the peer in the same run. The first rows are timed first and `later` ones when those are done. Then comes the
+# row by the clock, when no other program computes, and at the end the largest batches, one after the other, because they want the memory
+# of a GPU of 80 GB.
+exec 7>"$locks/required_clock.timing" 8>"$locks/required_later.timing" 9>"$locks/required_last.timing"
+flock -x 7 && flock -x 8 && flock -x 9
 touch "$locks/required.compiling"
-for late in later last; do ln -s required.compiling "$locks/required_$late.compiling"; done
+for late in later clock last; do ln -s required.compiling "$locks/required_$late.compiling"; done
 gpu_memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
 part=$(awk -v all="${gpu_memory:-81559}" 'BEGIN { printf "%.3f", 0.96 * 81559 / all }')
-large=() rest=()
+large=() rest=() clock=()
 later() {
   wanted "$1" || return
   BENCH_NICE=10 FASTVIM_BENCH_LOCK=$locks/required_later bench "$@"
   rest+=($!)
   sleep "${STAGGER:-1}"
+}
+by_clock() {
+  FASTVIM_BENCH_LOCK=$locks/required_clock bench "$@" && clock+=($!)
 }
 largest() { # NAME BLOCKS BATCH...
   XLA_PYTHON_CLIENT_MEM_FRACTION=$part FASTVIM_BENCH_LOCK=$locks/required_last bench "$1" \
@@ -110,7 +114,7 @@ start train_tiny train --models "$tiny" --batches 128
 start model_base model --models "$base"
 start model_small model --models "$small"
 start model_tiny_224 model --models "$tiny"
-start model_tiny_1 model --models "$tiny" --batches 1
+by_clock model_tiny_1 model --models "$tiny" --batches 1
 for pixels in 512 1024 2048; do start "model_tiny_$pixels" model --models "$tiny" --pixels "$pixels"; done
 start model_vim_2048 model --models "$vim" --pixels 2048
 start model_tiny_f32 model --models "$tiny" --precisions f32
@@ -128,6 +132,8 @@ later fallbacks_options benchmarks/fallbacks.py --only 9 10 11 12
 finish
 exec 8>&-
 ended "${rest[@]}"
+exec 7>&-
+ended "${clock[@]}"
 exec 9>&-
 ended "${large[@]}"
 printf '%4d s  largest batches done\n' "$SECONDS"
