@@ -57,6 +57,8 @@ class Train(Model):
     """Groups of GPUs of this host; --batches are the images of each GPU."""
     fsdp: int = 1
     """GPUs of a group, over which parameters, optimizer state and average are spread."""
+    remat: Literal["none", "block", "dots"] = "none"
+    """What the backward pass recomputes, to save memory: nothing, whole blocks, or all but matrix products (dots)."""
     largest_batch: bool = False
     """Instead find the largest batch whose step fits into the device's memory: the first of --batches that fits. With
     two batches in rising order, search between them by bisection."""
@@ -89,8 +91,8 @@ def train(arguments: Sequence[str]) -> int:
     make = bench.largest_batch_cases if chosen.largest_batch else bench.step_cases
     make = bench.compile_cases if chosen.compile_only else make
     with as_usage_error():
-        mesh = {"data": chosen.data, "fsdp": chosen.fsdp}
-        cases = make(_settings(chosen), recipe=chosen.recipe, **mesh, **_how(chosen))
+        more = {"data": chosen.data, "fsdp": chosen.fsdp, "remat": chosen.remat}
+        cases = make(_settings(chosen), recipe=chosen.recipe, **more, **_how(chosen))
     return status(measure("train", cases, bench.COLUMNS, arguments, chosen.json))
 
 
