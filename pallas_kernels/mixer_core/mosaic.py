@@ -319,7 +319,8 @@ def back_project(
 
 def _add_and_normalise(g, residual, projection, keep, norm_eps):
     """See `xla.add_and_normalise`."""
-    return add_norm(xla.project(g, projection.weight), residual, projection.gain, keep, norm_eps)
+    update = xla.project(g, projection.weight)
+    return add_norm(update, residual, projection.gain, None, None, keep, norm_eps)
 
 
 def add_norm_unsupported(update, residual) -> str | None:
@@ -330,13 +331,13 @@ def add_norm_unsupported(update, residual) -> str | None:
     return mosaic_sum_norm.unsupported(batch * tokens, width)
 
 
-def add_norm(update, residual, gain, keep, norm_eps):
+def add_norm(update, residual, gain, shift, bias, keep, norm_eps):
     """See `xla.add_and_normalise_update`, which takes what the kernel does not."""
     tokens, width = residual.size // residual.shape[-1], residual.shape[-1]
     if mosaic_sum_norm.unsupported(tokens, width) is not None:
-        return xla.add_and_normalise_update(update, residual, gain, keep, norm_eps)
+        return xla.add_and_normalise_update(update, residual, gain, shift, bias, keep, norm_eps)
     out = mosaic_sum_norm.sum_norm(
-        update, residual, gain.astype(jnp.float32), keep,
+        update, residual, *_float32((gain, shift, bias)), keep,
         eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)
@@ -352,6 +353,18 @@ def norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps):
         eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)
+
+
+def layer_norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps):
+    """See `xla.layer_norm_gradient`, which takes what the kernel does not."""
+    tokens, width = total.size // total.shape[-1], total.shape[-1]
+    if mosaic_norm_gradient.unsupported(tokens, width) is not None:
+        return xla.layer_norm_gradient(total_bar, normed_bar, total, gain, keep, norm_eps)
+    *bars, parts = mosaic_norm_gradient.norm_gradient(
+        total_bar, normed_bar, total, gain.astype(jnp.float32), keep,
+        eps=norm_eps, layer=True, interpret=gpu.interpreted(),
+    )  # fmt: skip
+    return *gpu.run_once(tuple(bars)), parts.sum(0)
 
 
 def back_gradients(xz, skip, y, norm: Norm, out_bar, ids: RowIds, options: CoreOptions):

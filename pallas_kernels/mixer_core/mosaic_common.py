@@ -217,4 +217,4 @@ def whole_tokens_unsupported(tokens: int, width: int, unit: int, widest: int) ->
     """Return why warps that own whole tokens, in parts of `unit` channels, cannot take these tokens, or None."""
     if width % unit or width > widest:
         return f"{width} channels are no multiple of {unit} up to {widest}"
-    return f"{tokens} tokens are no multiple of {WARPS}" if tokens % WARPS else None
+    return f"{tokens} tokens are fewer than {WARPS}" if tokens < WARPS else None

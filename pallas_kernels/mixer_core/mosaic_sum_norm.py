@@ -1,10 +1,13 @@
-"""Add to the residual stream and apply the next RMSNorm as one Mosaic GPU kernel.
+"""Add to the residual stream and apply the next norm as one Mosaic GPU kernel.
 
-    r += keep · update,   n = r / sqrt(mean(r²) + eps) · gain
+    r += keep · (update + bias)
+    n = r / sqrt(mean(r²) + eps) · gain                              RMSNorm
+    n = (r - mean(r)) / sqrt(variance(r) + eps) · gain + shift       LayerNorm, if there is a shift
 
 r is float32 or bfloat16, and n is that of the rounded r. The kernel reads r and the update once, and writes r and n
-once. A warp owns a token, and a lane owns four neighbouring channels of each 128. All loads of a warp's tokens are on
-their way at the same time.
+once. A warp owns a token, and a lane owns neighbouring channels: four of each 128, or two of each 64 where 128 do not
+divide a token. All loads of a warp's tokens are on their way at the same time. If the number of tokens is no
+multiple of four, one thread block computes the last four once more, to the same numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixer_core.grid import largest_divisor
-from pallas_kernels.mixer_core.mosaic_back_project import Layouts, mean, rounded, spread
-from pallas_kernels.mixer_core.mosaic_common import BLOCK, blocked, whole_tokens_unsupported
+from pallas_kernels.mixer_core.mosaic_back_project import COLUMNS, Layouts, mean, rounded, spread
+from pallas_kernels.mixer_core.mosaic_common import BLOCK, whole_tokens_unsupported
 from pallas_kernels.mosaic import WARPS, gpu_kernel, interpret_params, store
 
 WIDEST = 1280  # channels of a token; more do not fit registers
@@ -28,17 +31,19 @@ TOGETHER = 768  # channels of the tokens of a warp, unless one token has more
 
 def unsupported(tokens: int, width: int) -> str | None:
     """Return why the kernel does not take `tokens` tokens of `width` channels, or None."""
-    return whole_tokens_unsupported(tokens, width, BLOCK, WIDEST)
+    return whole_tokens_unsupported(tokens, width, COLUMNS, WIDEST)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
+def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret: bool):
     """Add an update to the residual stream and normalise the sum.
 
     Args:
         update: ``b l d`` in half precision.
         residual: ``b l d`` float32 or bfloat16.
         gain: of the norm, ``d`` float32.
+        shift: of a LayerNorm, ``d`` float32; or None for an RMSNorm.
+        bias: of the update, ``d`` float32; or None.
         keep: factors of each image's update, ``b`` float32; or None.
         eps: epsilon of the norm.
         interpret: run in Pallas' interpreter.
@@ -47,54 +52,78 @@ def sum_norm(update, residual, gain, keep, *, eps: float, interpret: bool):
         The sum in the dtype of `residual`, and the normalised tokens in the dtype of `update`.
     """
     shape, width = residual.shape, residual.shape[-1]
-    count, blocks = residual.size // width, width // BLOCK
-    steps = largest_divisor(count // WARPS, max(1, TOGETHER // width))  # tokens of a warp
+    unit = COLUMNS if width % BLOCK else BLOCK
+    count, parts = residual.size // width, width // unit
+    groups = count // WARPS
+    steps = largest_divisor(groups, max(1, TOGETHER // width))  # tokens of a warp
+    blocks = groups // steps
     layouts = Layouts()
+    of_tokens, of_vector, of_numbers = (
+        (layouts.outputs, layouts.of_columns, layouts.of_outputs)
+        if unit == COLUMNS
+        else (layouts.tokens, layouts.of_channels, layouts.of_tokens)
+    )
 
     def body(update_ref, residual_ref, gain_ref, *refs):
-        *keep_refs, sum_ref, normed_ref = refs
-        # From the last tokens to the first: the product wrote its last rows last, so the L2 cache may still have them.
-        block = count // (steps * WARPS) - 1 - lax.axis_index("block")
-        first = block * (steps * WARPS)
+        *more, sum_ref, normed_ref = refs
+        shift_ref, bias_ref, keep_ref = (
+            None if x is None else more.pop(0) for x in (shift, bias, keep)
+        )
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
-        over = lambda x, axis: spread(x, (WARPS, BLOCK), axis, layouts.tokens)  # noqa: E731
+        over = lambda x, axis: spread(x, (WARPS, unit), axis, of_tokens)  # noqa: E731
 
-        def tokens(ref, step):
-            at = pl.ds(first + step * WARPS, WARPS)
-            return [load(ref.at[at, c], layouts.tokens) for c in range(blocks)]
+        def tokens(ref, at):
+            return [load(ref.at[at, c], of_tokens) for c in range(parts)]
 
-        loaded = [
-            [tokens(ref, step) for ref in (residual_ref, update_ref)] for step in range(steps)
-        ]
-        gains = [over(load(gain_ref.at[c], layouts.of_channels), 1) for c in range(blocks)]
-        for step, (old, updates) in enumerate(loaded):
-            at = pl.ds(first + step * WARPS, WARPS)
-            updates = [x.astype(jnp.float32) for x in updates]
-            for ref in keep_refs:
-                factor = over(load(ref.at[at], layouts.of_tokens), 0)
-                updates = [x * factor for x in updates]
-            new = [
-                rounded(r.astype(jnp.float32) + x, residual.dtype)
-                for r, x in zip(old, updates, strict=True)
-            ]
-            scaling = over(lax.rsqrt(mean([part * part for part in new]) + eps), 0)
-            for c, part in enumerate(new):
-                store(sum_ref.at[at, c], part.astype(residual.dtype))
-                store(normed_ref.at[at, c], (part * scaling * gains[c]).astype(update.dtype))
+        def vector(ref):
+            return [over(load(ref.at[c], of_vector), 1) for c in range(parts)]
 
-    flat = lambda x: blocked(x.reshape(-1, width))  # noqa: E731
+        def run(places):
+            loaded = [[tokens(ref, at) for ref in (residual_ref, update_ref)] for at in places]
+            gains = vector(gain_ref)
+            shifts, biases = (None if ref is None else vector(ref) for ref in (shift_ref, bias_ref))
+            for at, (old, updates) in zip(places, loaded, strict=True):
+                updates = [x.astype(jnp.float32) for x in updates]
+                if biases is not None:
+                    updates = [x + b for x, b in zip(updates, biases, strict=True)]
+                if keep_ref is not None:
+                    factor = over(load(keep_ref.at[at], of_numbers), 0)
+                    updates = [x * factor for x in updates]
+                new = [
+                    rounded(r.astype(jnp.float32) + x, residual.dtype)
+                    for r, x in zip(old, updates, strict=True)
+                ]
+                for c, part in enumerate(new):
+                    store(sum_ref.at[at, c], part.astype(residual.dtype))
+                if shifts is not None:
+                    middle = over(mean(new), 0)
+                    new = [part - middle for part in new]
+                scaling = over(lax.rsqrt(mean([part * part for part in new]) + eps), 0)
+                for c, part in enumerate(new):
+                    normed = part * scaling * gains[c]
+                    normed = normed if shifts is None else normed + shifts[c]
+                    store(normed_ref.at[at, c], normed.astype(update.dtype))
+
+        # From the last tokens to the first: the product wrote its last rows last, so the L2 cache may still have them.
+        block = blocks - 1 - lax.axis_index("block")
+        run([pl.ds((block * steps + step) * WARPS, WARPS) for step in range(steps)])
+        if count % WARPS:
+            pl.when(block == blocks - 1)(lambda: run([pl.ds(count - WARPS, WARPS)]))
+
+    flat = lambda x: x.reshape(-1, parts, unit)  # noqa: E731
+    vectors = [x.reshape(parts, unit) for x in (gain, shift, bias) if x is not None]
     total, normed = gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((count, blocks, BLOCK), residual.dtype),
-            jax.ShapeDtypeStruct((count, blocks, BLOCK), update.dtype),
+            jax.ShapeDtypeStruct((count, parts, unit), residual.dtype),
+            jax.ShapeDtypeStruct((count, parts, unit), update.dtype),
         ],
         interpret=interpret_params(interpret),
         kernel_name="mixer_sum_norm",
-        grid=(count // (steps * WARPS),),
+        grid=(blocks,),
         grid_names=("block",),
     )(
-        flat(update), flat(residual), blocked(gain),
+        flat(update), flat(residual), *vectors,
         *(() if keep is None else (jnp.repeat(keep, count // keep.size),)),
     )  # fmt: skip
     return total.reshape(shape), normed.reshape(shape)

@@ -256,19 +256,25 @@ def add_and_normalise(
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Project g, add it to the residual stream, and normalise the sum; see `block.mixer_block`."""
-    return add_and_normalise_update(project(g, weight), residual, gain, keep, eps)
+    return add_and_normalise_update(project(g, weight), residual, gain, None, None, keep, eps)
 
 
 def add_and_normalise_update(
     update: jax.Array,
     residual: jax.Array,
     gain: jax.Array,
+    shift: jax.Array | None,
+    bias: jax.Array | None,
     keep: jax.Array | None,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Add an update to the residual stream, and normalise the sum; see `add_norm.add_norm`."""
+    dtype = update.dtype
+    if bias is not None:
+        wide = at_least_float32(residual.dtype)
+        update = update.astype(wide) + bias.astype(wide)
     total = add_to_residual(residual, update, keep)
-    return total, rms_norm(total, gain, eps, update.dtype)
+    return total, norm_of_sum(total, gain, shift, eps, dtype)
 
 
 def add_to_residual(
@@ -302,14 +308,29 @@ def project(g: jax.Array, weight: Float[Array, "o e"]) -> jax.Array:
 
 def rms_norm(total: jax.Array, gain: jax.Array, eps: float, dtype: Any) -> jax.Array:
     """Apply an RMSNorm over the last axis in float32 or wider, and round to `dtype`; save `total` alone."""
+    return norm_of_sum(total, gain, None, eps, dtype)
+
+
+def norm_of_sum(
+    total: jax.Array, gain: jax.Array, shift: jax.Array | None, eps: float, dtype: Any
+) -> jax.Array:
+    """Apply a LayerNorm, or an RMSNorm if there is no shift, as `rms_norm` does."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def run(total, gain):
-        total = total.astype(at_least_float32(total.dtype))
-        factor = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
-        return (total * (factor * gain.astype(total.dtype))).astype(dtype)
+    def run(total, gain, shift):
+        normed = standardised(total, eps, layer=shift is not None) * gain.astype(wide)
+        return (normed if shift is None else normed + shift.astype(wide)).astype(dtype)
 
-    return run(total, gain)
+    wide = at_least_float32(total.dtype)
+    return run(total, gain, shift)
+
+
+def standardised(total: jax.Array, eps: float, *, layer: bool) -> jax.Array:
+    """Apply a LayerNorm or an RMSNorm without parameters over the last axis, in float32 or wider."""
+    total = total.astype(at_least_float32(total.dtype))
+    if layer:
+        total = total - jnp.mean(total, axis=-1, keepdims=True)
+    return total * jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + eps)
 
 
 def norm_gradient(
@@ -319,15 +340,38 @@ def norm_gradient(
     gain: jax.Array,
     keep: jax.Array | None,
     eps: float,
+    *,
+    layer: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Add the gradient of `total` through its RMSNorm to `total_bar`.
+    """Add the gradient of `total` through its RMSNorm, or LayerNorm, to `total_bar`.
 
     Returns:
         The sum, in the dtype of `total`; and the sum times each image's factor, rounded to the dtype of `normed_bar`.
     """
     wide = total.astype(at_least_float32(total.dtype))
-    _, pull = jax.vjp(lambda total: rms_norm(total, gain, eps, normed_bar.dtype), wide)
+    shift = jnp.zeros_like(gain) if layer else None
+    _, pull = jax.vjp(lambda total: norm_of_sum(total, gain, shift, eps, normed_bar.dtype), wide)
     (bar,) = pull(normed_bar)
     bar = total_bar.astype(wide.dtype) + bar
     scaled = bar if keep is None else bar * keep[:, None, None]
     return bar.astype(total.dtype), scaled.astype(normed_bar.dtype)
+
+
+def layer_norm_gradient(
+    total_bar: jax.Array,
+    normed_bar: jax.Array,
+    total: jax.Array,
+    gain: jax.Array,
+    keep: jax.Array | None,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, Float[Array, "3 o"]]:
+    """Compute `norm_gradient` of a LayerNorm, and sums over all tokens.
+
+    Returns:
+        Both results of `norm_gradient`; and the gradients of gain, shift and the update's bias, float32 or wider.
+    """
+    bar, scaled = norm_gradient(total_bar, normed_bar, total, gain, keep, eps, layer=True)
+    normed = standardised(total, eps, layer=True)
+    wide = normed_bar.astype(normed.dtype)
+    terms = (wide * normed, wide, scaled.astype(normed.dtype))
+    return bar, scaled, jnp.stack([jnp.sum(x, axis=(0, 1)) for x in terms])
