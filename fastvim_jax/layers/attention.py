@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal, zeros
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from fastvim_jax.layers.conv import DepthwiseConv
 from fastvim_jax.layers.linear import linear, promote_parameters
@@ -19,8 +21,7 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
 from pallas_kernels import gpu
 from pallas_kernels.derivatives import differentiated_as
-from pallas_kernels.dtypes import wide_dtype
-from pallas_kernels.sharding import mark_varying
+from pallas_kernels.sharding import cast_parameter, mark_varying
 
 
 def dense(
@@ -39,6 +40,9 @@ def dense(
         promote_dtype=promote_parameters,
         rngs=rngs,
     )
+
+
+PARTS = ("query", "key", "value")
 
 
 class Attention(nnx.Module):
@@ -65,28 +69,62 @@ class Attention(nnx.Module):
 
     def __call__(self, h: Tokens, pooling: Pooling) -> Tokens:
         """Attend over tokens h `b l d` in stored order; return `b l d`, as `linear` does."""
+        y = self._attended(h, pooling, biased=PARTS)
+        return linear(self.proj, y, self.precision)
+
+    def without_bias(self, h: Tokens, pooling: Pooling) -> Tokens:
+        """Compute `__call__` less `bias`, with fewer passes over the tokens.
+
+        The biases of keys and values are left out. That of the keys adds the same number to all scores of a query,
+        which the softmax cancels. That of the values is added to every output, since the weights sum to 1, and so goes
+        through `proj` into `bias`.
+        """
+        return linear(
+            self.proj, self._attended(h, pooling, biased=("query",)), self.precision, biased=False
+        )
+
+    def bias(self) -> Float[Array, "*stack d"]:
+        """Return what `without_bias` leaves out of every token, float32 or wider; also for stacked layers."""
+        wide = self.precision.wide
+        assert self.proj.bias is not None
+        bias = self.proj.bias[...].astype(wide)
+        if self.qkv.bias is None:
+            return bias
+        values = self.qkv.bias[..., 2 * bias.shape[-1] :].astype(wide)
+        kernel = self.proj.kernel[...].astype(wide)
+        return bias + jnp.einsum("...d,...de->...e", values, kernel, precision="highest")
+
+    def _attended(self, h: Tokens, pooling: Pooling, *, biased: Sequence[str]) -> Tokens:
+        """Return the input of `proj` in the compute dtype, `b l d`."""
         p = self.precision
         x = pooling.to_scan_order(h)
         if self.conv is not None:
             x = self.conv(x, reverse=False)
-        q, k, v = self._query_key_value(pooling.pool(x))
-        attended = attend(q, k, v, p)
+        q, k, v = self._query_key_value(pooling.pool(x), biased)
+        if padding := getattr(pooling, "padding", 0):
+            k, v = _padded_keys(padding, k), _padded_keys(padding, v)
+        attended = attend(q, k, v, p, padding)
         y = pooling.from_scan_order(pooling.unpool(jax.lax.collapse(attended, 2, 4)))
-        return linear(self.proj, y.astype(p.compute), p)
+        return y.astype(p.compute)
 
-    def _query_key_value(self, x: Tokens) -> list[jax.Array]:
-        """Return q, k and v `b l heads width` in the compute dtype.
+    def _query_key_value(self, x: Tokens, biased: Sequence[str]) -> list[jax.Array]:
+        """Return q, k and v `b l heads width` in the compute dtype; which have their bias is up to `biased`.
 
         With activations="compute" each has a product of its own, because cuDNN wants them apart: to copy them out of
         one result takes longer than the product. The barrier keeps XLA from joining the products again.
         """
         p, width = self.precision, x.shape[-1]
         if p.activations == "compute":
-            parts = [slice(i * width, (i + 1) * width) for i in range(3)]
             inputs = jax.lax.optimization_barrier((x, x, x))
             found = [
-                linear(self.qkv, each, p, columns=part)
-                for each, part in zip(inputs, parts, strict=True)
+                linear(
+                    self.qkv,
+                    each,
+                    p,
+                    columns=slice(i * width, (i + 1) * width),
+                    biased=name in biased,
+                )
+                for i, (name, each) in enumerate(zip(PARTS, inputs, strict=True))
             ]
         else:
             found = jnp.split(linear(self.qkv, x, p).astype(p.compute), 3, axis=-1)
@@ -103,44 +141,57 @@ class Mlp(nnx.Module):
 
     def __call__(self, h: Tokens) -> Tokens:
         """Apply the MLP to tokens h `b l d`; return `b l d`, as `linear` does."""
+        return linear(self.fc2, self._hidden(h), self.precision)
+
+    def without_bias(self, h: Tokens) -> Tokens:
+        """Compute `__call__` less the bias of the second layer."""
+        return linear(self.fc2, self._hidden(h), self.precision, biased=False)
+
+    def _hidden(self, h: Tokens) -> Float[Array, "b l hidden"]:
         p = self.precision
-        hidden = linear(self.fc1, h, p).astype(p.compute)
         if p.activations == "compute":
-            return linear(self.fc2, _gelu(hidden), p)
-        return linear(self.fc2, jax.nn.gelu(hidden, approximate=False), p)
+            assert self.fc1.bias is not None
+            hidden = linear(self.fc1, h, p, biased=False)
+            return _gelu(hidden, cast_parameter(self.fc1.bias[...], p.wide, hidden))
+        return jax.nn.gelu(linear(self.fc1, h, p).astype(p.compute), approximate=False)
 
 
 @jax.checkpoint
-def _gelu(x: jax.Array) -> jax.Array:
-    """Compute x · Φ(x) in float32 and round the result; save only x for the gradient.
+def _gelu(x: Float[Array, "*rows d"], bias: Float[Array, " d"]) -> Float[Array, "*rows d"]:
+    """Compute GELU(x + bias) in float32 and round the result to the dtype of x; save only x for the gradient.
 
-    By erf, as PyTorch does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6, and slower.
+    x is what the product wrote, so that no other array of its size is written for the gradient. By erf, as PyTorch
+    does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6, and slower.
     """
-    wide = x.astype(wide_dtype(x.dtype))
+    wide = x.astype(bias.dtype) + bias
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision) -> jax.Array:
-    """Compute softmax attention of q, k, v `b l heads width`, scaled by width^-0.5.
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, precision: Precision, padding: int = 0
+) -> jax.Array:
+    """Compute softmax attention of q, k, v `b l heads width`, scaled by width^-0.5, to all but the last `padding` keys.
 
     In bfloat16 this is cuDNN's fused kernel if the program is lowered for CUDA and cuDNN takes the heads. Otherwise it
     is XLA, with the softmax in float32 or wider.
     """
     if q.dtype == jnp.float64:  # the library's attention would go through float32
+        k, v = k[:, : k.shape[1] - padding], v[:, : v.shape[1] - padding]
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
     mode = "highest" if precision.matmul_precision == "highest" else "default"
-    tokens, width = q.shape[1], q.shape[-1]
+    length, width = q.shape[1], q.shape[-1]
+    tokens = length - padding
     known = all(isinstance(size, int) for size in q.shape) and q.shape[0] != 0
     if q.dtype != jnp.bfloat16 or not known or _cudnn_refusal(width) is not None:
         return _attend_in_xla(mode, tokens, q, k, v)
     by_platform = functools.partial(_attend_by_platform, mode, tokens)
-    if tokens % 2 == 0:
+    if length % 2 == 0:
         return by_platform(q, k, v)
 
     def padded(*qkv: jax.Array) -> jax.Array:
         """Add a token that is masked, because cuDNN's gradient needs an even number of tokens."""
-        return by_platform(*(jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv))[:, :tokens]
+        return by_platform(*(jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv))[:, :length]
 
     return differentiated_as(padded, by_platform, q, k, v)
 
@@ -241,8 +292,32 @@ def _attend_on_gpu(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax
 
 
 def _lengths(tokens: Any, q: jax.Array) -> dict[str, Any]:
-    """Return the arguments that mask tokens from number `tokens` on, if there are any."""
+    """Return the arguments that mask keys from number `tokens` on, if there are any.
+
+    Queries are not masked, because cuDNN may leave the outputs of masked queries unwritten.
+    """
     if tokens == q.shape[1]:
         return {}
-    lengths = jnp.full((q.shape[0],), tokens, jnp.int32)
-    return {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    return {"key_value_seq_lengths": jnp.full((q.shape[0],), tokens, jnp.int32)}
+
+
+def pads_for_gradient(precision: Precision, tokens: int, width: int) -> bool:
+    """Return whether the gradient of `attend` would pad each of its arrays by a token here.
+
+    It is faster to pad the tokens once before all blocks, by `NoPooling`'s padding.
+    """
+    halves = precision.compute == jnp.bfloat16
+    return halves and tokens % 2 == 1 and _cudnn_refusal(width) is None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _padded_keys(padding: int, x: jax.Array) -> jax.Array:
+    """Return keys or values of which the last `padding` are masked; their gradient is 0, whatever cuDNN writes."""
+    del padding
+    return x
+
+
+_padded_keys.defvjp(
+    lambda padding, x: (x, None),
+    lambda padding, _, x_bar: (x_bar.at[:, x_bar.shape[1] - padding :].set(0),),
+)

@@ -26,6 +26,8 @@ def linear(
     x: Float[Array, "*rows i"],
     precision: Precision,
     columns: slice | None = None,
+    *,
+    biased: bool = True,
 ) -> Float[Array, "*rows o"]:
     """Apply a linear layer through `product`. The result, bias included, is float32 or wider.
 
@@ -36,8 +38,10 @@ def linear(
         x: Any float dtype.
         precision: Gives the dtype of the operands (`compute`) and XLA's precision for float32 products (`lax`).
         columns: Which of the layer's outputs to compute, by default all.
+        biased: Whether to add the layer's bias, if it has one.
     """
-    kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
+    kernel = layer.kernel[...]
+    bias = None if layer.bias is None or not biased else layer.bias[...]
     if columns is not None:
         kernel, bias = kernel[:, columns], None if bias is None else bias[columns]
     if precision.activations == "compute":

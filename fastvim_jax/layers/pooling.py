@@ -67,9 +67,15 @@ class Pooling(Protocol):
 
 @dataclass(frozen=True)
 class NoPooling:
-    """Vim: every token is a step of the scan."""
+    """Vim: every token is a step of the scan.
+
+    Args:
+        tokens: Number of tokens.
+        padding: How many of them, at the end, attention ignores as keys. Scans know no padding.
+    """
 
     tokens: int
+    padding: int = 0
 
     @property
     def scan_length(self) -> int:

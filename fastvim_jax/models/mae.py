@@ -38,7 +38,7 @@ from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.models.vision_mamba import Block, VisionMamba
-from fastvim_jax.models.vit import VisionTransformer, ViTBlock
+from fastvim_jax.models.vit import VisionTransformer, ViTBlock, run_vit_blocks
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Images, Tokens
 from pallas_kernels.moves import move_tokens
@@ -188,15 +188,20 @@ class MaskedAutoencoder(nnx.Module):
             parts = (class_token, tokens) if self._is_vit else (tokens, class_token)
             tokens = jnp.concatenate(parts, axis=1)
         poolings = (NoPooling(tokens.shape[1]),)
-        tokens, _ = run_blocks(
-            decoder.blocks if self._is_vit else prepare_blocks(decoder.blocks, poolings),
-            tokens.astype(p.residual),
-            poolings,
-            depth=self.config.decoder_depth,
-            keep=None,
-            mode=self.config.encoder.blocks,
-            remat=self.config.encoder.remat,
-        )
+        tokens, depth = tokens.astype(p.residual), self.config.decoder_depth
+        if isinstance(self.config.encoder, ViTConfig):
+            config = _decoder_config(self.config, self.config.encoder)
+            tokens, _ = run_vit_blocks(decoder.blocks, tokens, poolings, config, depth=depth)
+        else:
+            tokens, _ = run_blocks(
+                prepare_blocks(decoder.blocks, poolings),
+                tokens,
+                poolings,
+                depth=depth,
+                keep=None,
+                mode=self.config.encoder.blocks,
+                remat=self.config.encoder.remat,
+            )
         predicted = linear(decoder.pixels, decoder.norm(tokens), p)
         if class_token is None:
             return predicted
@@ -261,15 +266,20 @@ def _parts(
     if isinstance(encoder, ViTConfig):
         transformer = VisionTransformer(encoder, rngs=rngs)
         transformer.pos_embed = nnx.data(None)  # type: ignore[arg-type]
-        heads = {"embed_dim": config.decoder_dim, "num_heads": config.decoder_heads}
-        wide = dataclasses.replace(encoder, **heads)  # type: ignore[arg-type]
-        return transformer, lambda rngs: ViTBlock(wide, rngs=rngs)
+        inner_vit = _decoder_config(config, encoder)
+        return transformer, lambda rngs: ViTBlock(inner_vit, rngs=rngs)
     mamba = VisionMamba(dataclasses.replace(encoder, pos_embed=False), rngs=rngs)
     # Keep the encoder's depth, because the authors scale the decoder's out_proj by it, too.
     inner = dataclasses.replace(
         encoder, embed_dim=config.decoder_dim, pooling="none", pool_scale=1.0
     )
     return mamba, lambda rngs: Block(inner, rngs=rngs)
+
+
+def _decoder_config(config: MaskedAutoencoderConfig, encoder: ViTConfig) -> ViTConfig:
+    """Return the configuration of a ViT decoder's blocks."""
+    heads = {"embed_dim": config.decoder_dim, "num_heads": config.decoder_heads}
+    return dataclasses.replace(encoder, **heads)  # type: ignore[arg-type]
 
 
 def fixed_table(

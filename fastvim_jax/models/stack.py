@@ -45,7 +45,7 @@ def run_blocks(
     mode: str,
     remat: str,
     output_blocks: Sequence[int] = (),
-) -> tuple[Any, dict[int, tuple[jax.Array, jax.Array]]]:
+) -> tuple[Any, dict[int, tuple[Any, Any]]]:
     """Run the blocks over the residual stream.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,17 +13,18 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.layers.attention import Attention, Mlp
+from fastvim_jax.layers.attention import Attention, Mlp, pads_for_gradient
 from fastvim_jax.layers.norms import checkpointed_norm, make_norm
 from fastvim_jax.layers.patch_embed import GridSize, PatchEmbed
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import add_table, resize_with_class_row
-from fastvim_jax.models.backbone import Backbone
+from fastvim_jax.models.backbone import Backbone, Stream
 from fastvim_jax.models.config import ViTConfig
 from fastvim_jax.models.rngs import RngsLike, as_rngs
-from fastvim_jax.models.stack import stack_blocks
+from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Tokens
-from pallas_kernels.mixer_core import add_to_residual
+from pallas_kernels.derivatives import differentiated_as
+from pallas_kernels.mixer_core import add_norm, add_norm_unsupported, add_to_residual
 
 
 class ViTBlock(nnx.Module):
@@ -56,6 +59,107 @@ class ViTBlock(nnx.Module):
             factors = None if keep is None else keep[branch]
             residual = add_to_residual(residual, update(residual), factors)
         return residual, residual
+
+
+class JoinedViTBlock(nnx.Module):
+    """Attention and MLP, each joined to the norm behind it, so that it maps normalised tokens to normalised tokens.
+
+    The norm behind the MLP is the next block's first. Behind the last block's nobody reads the result.
+
+    Args:
+        blocks: stacked blocks from `stack_blocks`; they are copied.
+    """
+
+    def __init__(self, blocks: Any):
+        copy = nnx.clone(blocks)
+        self.attn, self.mlp, self.middle_norm = copy.attn, copy.mlp, copy.norm2
+        self.attn_bias = nnx.Param(copy.attn.bias())
+        self.next_norm = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), copy.norm1)
+
+    def __call__(
+        self,
+        stream: tuple[Tokens, Tokens],
+        pooling: Pooling,
+        keep: Float[Array, "2 b"] | None,
+    ) -> tuple[tuple[Tokens, Tokens], Tokens]:
+        """Map (residual stream, its normalised tokens) to the same pair after the block; return the stream again."""
+        residual, normed = stream
+        branches = (
+            (lambda x: self.attn.without_bias(x, pooling), self.attn_bias, self.middle_norm),
+            (self.mlp.without_bias, self.mlp.fc2.bias, self.next_norm),
+        )
+        for branch, (update, bias, norm) in enumerate(branches):
+            residual, normed = add_norm(
+                update(normed),
+                residual,
+                norm.scale[...],
+                norm.bias[...],
+                bias[...],
+                norm_eps=norm.epsilon,
+                keep=None if keep is None else keep[branch],
+            )
+        return (residual, normed), residual
+
+
+def run_vit_blocks(
+    blocks: Any,
+    tokens: Tokens,
+    poolings: Sequence[Pooling],
+    config: ViTConfig,
+    *,
+    depth: int,
+    keep: Float[Array, "depth 2 b"] | None = None,
+    output_blocks: Sequence[int] = (),
+) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+    """Run stacked `ViTBlock`s over tokens `b l d` in the dtype of the residual stream, as `run_blocks` does.
+
+    Where kernels can add to the stream and normalise it, they run joined.
+    """
+    static: dict[str, Any] = {
+        "depth": depth,
+        "keep": keep,
+        "mode": config.blocks,
+        "remat": config.remat,
+        "output_blocks": output_blocks,
+    }
+    if not _runs_joined(tokens, config):
+        return run_blocks(blocks, tokens, poolings, **static)
+    graphdef, params = nnx.split(blocks)
+
+    def run(poolings: Sequence[Pooling], params: Any, tokens: Tokens, keep: Any) -> Any:
+        static["keep"] = keep
+        return _run_joined(nnx.merge(graphdef, params), tokens, poolings, config, **static)
+
+    def padded(params: Any, tokens: Tokens, keep: Any) -> Any:
+        """Pad the tokens once, where the gradient of every block's attention would pad its arrays."""
+        count = tokens.shape[1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))
+        out = run([NoPooling(count + 1, padding=1)], params, tokens, keep)
+        return jax.tree.map(lambda x: x[:, :count], out)
+
+    plain = functools.partial(run, poolings)
+    head = config.embed_dim // config.num_heads
+    unpooled = all(isinstance(pooling, NoPooling) for pooling in poolings)
+    if unpooled and pads_for_gradient(config.precision, tokens.shape[1], head):
+        return differentiated_as(padded, plain, params, tokens, keep)
+    return plain(params, tokens, keep)
+
+
+def _run_joined(
+    blocks: Any, tokens: Tokens, poolings: Sequence[Pooling], config: ViTConfig, **static: Any
+) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
+    first = jax.tree.map(lambda leaf: leaf[0], blocks.norm1)
+    normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
+    (last, _), outputs = run_blocks(JoinedViTBlock(blocks), (tokens, normed), poolings, **static)
+    return last, {i: (before[0], output) for i, (before, output) in outputs.items()}
+
+
+def _runs_joined(tokens: Tokens, config: ViTConfig) -> bool:
+    p = config.precision
+    if p.activations != "compute" or config.remat != "none":
+        return False
+    update = jax.ShapeDtypeStruct(tokens.shape, p.compute)
+    return add_norm_unsupported(update, tokens, layer=True) is None
 
 
 class VisionTransformer(Backbone):
@@ -103,6 +207,24 @@ class VisionTransformer(Backbone):
             for transposed in orders[self.config.pool_axes]
         )
 
+    def _run_blocks(
+        self,
+        stream: Stream,
+        poolings: Sequence[Pooling],
+        output_blocks: Sequence[int],
+        keep: jax.Array | None,
+    ) -> tuple[Stream, dict[int, tuple[Tokens, Tokens]]]:
+        residual, outputs = run_vit_blocks(
+            self.blocks,
+            stream.residual,
+            poolings,
+            self.config,
+            depth=self.config.depth,
+            keep=keep,
+            output_blocks=output_blocks,
+        )
+        return Stream(residual), outputs
+
     def _norm(self, rngs: nnx.Rngs):
         config = self.config
         return make_norm(
@@ -123,6 +245,12 @@ class VisionTransformer(Backbone):
 
     def _final_norm(self, residual: Tokens) -> Tokens:
         return residual if self.norm is None else self.norm(residual)
+
+    def _features(self, stream: Stream) -> Float[Array, "b d"]:
+        if self.config.head_pool == "token":
+            # Normalise the class token alone, in the gradient as well.
+            stream = Stream(stream.residual[:, :1])
+        return super()._features(stream)
 
     def _pool(self, tokens: Tokens) -> Float[Array, "b d"]:
         if self.config.head_pool == "token":

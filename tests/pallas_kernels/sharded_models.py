@@ -40,6 +40,16 @@ def test_vit(seed):
 
 
 @pytest.mark.drawn("sharded models")
+@needs_mosaic
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_joined_vit(seed, monkeypatch, types):
+    """Run a ViT whose residual sums and norms are split over the devices as kernels are; it computes in bfloat16."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    options = {"num_heads": 2, "fast": True, "blocks": "scan"}
+    check_model(seed, types, "vit_tiny_patch16_224", bound=3e-2, **options)
+
+
+@pytest.mark.drawn("sharded models")
 def test_model_inside_a_partly_manual_shard_map(seed):
     """Turn axes that are still Explicit inside the shard_map into Auto; the caller's own stay Manual."""
     from flax import nnx
@@ -89,7 +99,7 @@ def test_weights_gradients_inside_a_shard_map_are_summed_in_float32(seed, activa
     np.testing.assert_array_equal(got.bias, np.float64(y_bar.sum(0)))
 
 
-def check_model(seed, types, name, **options):
+def check_model(seed, types, name, bound=1e-4, **options):
     """Compare training and evaluation with one device; gradients lie like parameters, features like images."""
     from flax import nnx
 
@@ -117,9 +127,9 @@ def check_model(seed, types, name, **options):
     params = put(params, jax.tree.map(spread, params), mesh)
     images = jax.device_put(images, NamedSharding(mesh, P(BATCH)))
     got = run(params, images)
-    assert max(relative_errors(got, wanted)) < 1e-4
+    assert max(relative_errors(got, wanted)) < bound
     looked = look(params, images)
-    assert max(relative_errors(looked, seen)) < 1e-4
+    assert max(relative_errors(looked, seen)) < bound
     if types == AxisType.Explicit:
         assert jax.tree.map(jax.typeof, got[1]) == jax.tree.map(jax.typeof, params)
         assert all(jax.typeof(x).sharding.spec[0] == BATCH for x in jax.tree.leaves(looked))
