@@ -24,7 +24,7 @@ from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Tokens
 from pallas_kernels.derivatives import differentiated_as
-from pallas_kernels.mixer_core import add_norm, add_norm_unsupported, add_to_residual
+from pallas_kernels.mixer_core import add_norm, add_norm_unsupported, add_to_residual, norm_stream
 
 
 class ViTBlock(nnx.Module):
@@ -148,9 +148,15 @@ def run_vit_blocks(
 def _run_joined(
     blocks: Any, tokens: Tokens, poolings: Sequence[Pooling], config: ViTConfig, **static: Any
 ) -> tuple[Tokens, dict[int, tuple[Tokens, Tokens]]]:
-    first = jax.tree.map(lambda leaf: leaf[0], blocks.norm1)
-    normed = checkpointed_norm(first, tokens).astype(config.precision.compute)
-    (last, _), outputs = run_blocks(JoinedViTBlock(blocks), (tokens, normed), poolings, **static)
+    first = blocks.norm1
+    stream = norm_stream(
+        tokens,
+        first.scale[...][0],
+        first.bias[...][0],
+        dtype=config.precision.compute,
+        norm_eps=first.epsilon,
+    )
+    (last, _), outputs = run_blocks(JoinedViTBlock(blocks), stream, poolings, **static)
     return last, {i: (before[0], output) for i, (before, output) in outputs.items()}
 
 

@@ -11,14 +11,14 @@ Read in this order:
   share.
 - `block`: `mixer_block` adds in_proj (`mosaic_project_front`), out_proj, the residual sum and the next block's norm
   (`mosaic_back_project`; `mosaic_sum_norm` and `mosaic_norm_gradient` for sum and norm alone).
-- `add_norm`: the residual sum and the next block's norm behind any other mixer.
+- `add_norm`: the residual sum and the next norm behind any other mixer, and behind attention and MLP.
 - `sequence`, `sequence_xla`, `mosaic_sequence...`: the same as `api`, `xla` and `mosaic` for mixers that pool nothing.
 
 Letters: b images, l tokens, s steps of the scan, e inner width, w = 2e, k taps of a convolution, d the two directions.
 `x_bar`, in the kernels also dx, is the gradient of the loss with respect to x. s is also the norm's input.
 """
 
-from pallas_kernels.mixer_core.add_norm import add_norm, add_norm_unsupported
+from pallas_kernels.mixer_core.add_norm import add_norm, add_norm_unsupported, norm_stream
 from pallas_kernels.mixer_core.api import mixer_core
 from pallas_kernels.mixer_core.block import (
     Projection,
@@ -44,5 +44,6 @@ __all__ = [
     "block_unsupported",
     "mixer_block",
     "mixer_core",
+    "norm_stream",
     "sequence_core",
 ]

@@ -1,7 +1,8 @@
-"""Define `add_norm`: a residual sum and the norm behind it, which is the next block's or the next branch's."""
+"""Define `add_norm`: a residual sum and the norm behind it; and `norm_stream`: the norm before the first sum."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -67,8 +68,34 @@ def add_norm(
         keep = as_floats("add_norm", "keep", keep, "b")
         expect_shape("add_norm", "keep", keep, "b", update.shape[:1], beside)
         keep = lax.stop_gradient(keep.astype(xla.at_least_float32(residual.dtype)))
-    kernels = add_norm_unsupported(update, residual, layer=shift is not None) is None
-    return _add_norm(kernels, float(norm_eps), update, residual, *vectors.values(), keep)
+    call = _Call.of(update, residual, vectors["shift"], norm_eps)
+    return _add_norm(call, update, residual, *vectors.values(), keep)
+
+
+def norm_stream(
+    residual: Float[Array, "b l o"],
+    gain: Float[Array, " o"],
+    shift: Float[Array, " o"] | None = None,
+    *,
+    dtype: Any,
+    norm_eps: float = 1e-6,
+) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
+    """Normalise a residual stream to which nothing is added yet, as `add_norm` does for the first block.
+
+    Args:
+        residual, gain, shift, norm_eps: see `add_norm`.
+        dtype: of the normalised tokens.
+
+    Returns:
+        The residual stream as it is, and its normalised tokens. Take both from here, so that one kernel computes the
+        gradient of both.
+    """
+    residual = as_floats("norm_stream", "residual", residual, "b l o")
+    vectors = [
+        None if x is None else as_floats("norm_stream", "gain", x, "o") for x in (gain, shift)
+    ]
+    call = _Call.of(jax.ShapeDtypeStruct(residual.shape, dtype), residual, shift, norm_eps)
+    return _add_norm(call, None, residual, *vectors, None, None)
 
 
 def add_norm_unsupported(update: Any, residual: Any, *, layer: bool = False) -> str | None:
@@ -116,65 +143,71 @@ def _trial(update: Any, residual: Any, layer: bool) -> Trial:
 TOKENS = "b l o"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _add_norm(kernels, eps, update, residual, gain, shift, bias, keep):
-    from pallas_kernels.mixer_core import mosaic
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Hold what is not an array: whether kernels run, the norm's epsilon, and the normalised tokens' dtype."""
 
-    kernel: Callable = functools.partial(mosaic.add_norm, norm_eps=eps)
-    other: Callable = functools.partial(xla.add_and_normalise_update, eps=eps)
+    kernels: bool
+    eps: float
+    dtype: Any
+
+    @classmethod
+    def of(cls, update: Any, residual: Any, shift: Any, eps: float) -> _Call:
+        """Decide for an update of this type."""
+        reason = add_norm_unsupported(update, residual, layer=shift is not None)
+        return cls(reason is None, float(eps), jnp.dtype(update.dtype))
+
+    def on_shares(self, name: str, other_name: str, operands, results, arrays, **static: Any):
+        """Run on each device's share of the batch: the kernel if the program is lowered for CUDA, otherwise XLA."""
+        from pallas_kernels.mixer_core import mosaic
+
+        kernel: Callable = functools.partial(getattr(mosaic, name), norm_eps=self.eps, **static)
+        other: Callable = functools.partial(getattr(xla, other_name), eps=self.eps, **static)
+
+        def on_share(_, *arrays):
+            return on_cuda(kernel, other, *arrays) if self.kernels else other(*arrays)
+
+        return per_shard(on_share, operands, results, split="b", opaque=self.kernels)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_norm(call: _Call, update, residual, gain, shift, bias, keep):
     vectors = (gain, shift, bias)
-    operands = (TOKENS, TOKENS, *(_dims("o", x) for x in vectors), _dims("b", keep))
+    operands = (_dims(TOKENS, update), TOKENS, *(_dims("o", x) for x in vectors), _dims("b", keep))
     arrays = (update, residual, *vectors, keep)
-    return _on_shares(kernels, kernel, other, operands, (TOKENS, TOKENS), arrays)
+    names = ("add_norm", "add_and_normalise_update")
+    return call.on_shares(*names, operands, (TOKENS, TOKENS), arrays, dtype=call.dtype)
 
 
-def _forward(kernels, eps, update, residual, gain, shift, bias, keep):
-    total, normed = _add_norm(kernels, eps, update, residual, gain, shift, bias, keep)
-    return (total, normed), (total, gain, shift, bias, keep)
+def _forward(call, update, residual, gain, shift, bias, keep):
+    total, normed = _add_norm(call, update, residual, gain, shift, bias, keep)
+    return (total, normed), (total, gain, shift, bias, keep, update is None)
 
 
-def _backward(kernels, eps, saved, bars):
-    total, gain, shift, bias, keep = saved
+def _backward(call, saved, bars):
+    total, gain, shift, bias, keep, alone = saved
     total_bar, normed_bar = bars
     arrays = total_bar, normed_bar, total, gain, keep
+    operands = (*[TOKENS] * 3, "o", _dims("b", keep))
     if shift is None:
-        residual_bar, update_bar = _gradient(kernels, eps, arrays, layer=False)
-        normalise = lambda gain: xla.rms_norm(total, gain, eps, normed_bar.dtype)  # noqa: E731
+        names = ("norm_gradient",) * 2
+        residual_bar, update_bar = call.on_shares(*names, operands, (TOKENS, TOKENS), arrays)
+        normalise = lambda gain: xla.rms_norm(total, gain, call.eps, normed_bar.dtype)  # noqa: E731
         (gain_bar,) = jax.vjp(normalise, gain)[1](
             normed_bar
         )  # Dead code where the gain is constant.
         vector_bars = gain_bar, None, None
     else:
-        residual_bar, update_bar, sums = _gradient(kernels, eps, arrays, layer=True)
+        names, results = ("layer_norm_gradient",) * 2, (TOKENS, TOKENS, "n o")
+        residual_bar, update_bar, sums = call.on_shares(*names, operands, results, arrays)
         found = sums[0], sums[1], None if bias is None else sums[2]
         vector_bars = match_types(found, (gain, shift, bias))
     keep_bar = None if keep is None else jnp.zeros_like(keep)
-    return update_bar, residual_bar, *vector_bars, keep_bar
-
-
-def _gradient(kernels: bool, eps: float, arrays, *, layer: bool):
-    """Run `xla.norm_gradient`, or `xla.layer_norm_gradient`, or the kernel that computes the same."""
-    from pallas_kernels.mixer_core import mosaic
-
-    name = "layer_norm_gradient" if layer else "norm_gradient"
-    kernel: Callable = functools.partial(getattr(mosaic, name), norm_eps=eps)
-    other: Callable = functools.partial(getattr(xla, name), eps=eps)
-    operands = (*[TOKENS] * 3, "o", _dims("b", arrays[-1]))
-    results = (TOKENS, TOKENS, "n o") if layer else (TOKENS, TOKENS)
-    return _on_shares(kernels, kernel, other, operands, results, arrays)
+    return None if alone else update_bar, residual_bar, *vector_bars, keep_bar
 
 
 def _dims(letters: str, array: Any) -> str | None:
     return None if array is None else letters
-
-
-def _on_shares(kernels: bool, kernel: Callable, other: Callable, operands, results, arrays):
-    """Run on each device's share of the batch: the kernel if the program is lowered for CUDA, otherwise the other."""
-
-    def on_share(_, *arrays):
-        return on_cuda(kernel, other, *arrays) if kernels else other(*arrays)
-
-    return per_shard(on_share, operands, results, split="b", opaque=kernels)(*arrays)
 
 
 _add_norm.defvjp(_forward, _backward)

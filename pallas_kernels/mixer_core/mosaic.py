@@ -331,14 +331,17 @@ def add_norm_unsupported(update, residual) -> str | None:
     return mosaic_sum_norm.unsupported(batch * tokens, width)
 
 
-def add_norm(update, residual, gain, shift, bias, keep, norm_eps):
+def add_norm(update, residual, gain, shift, bias, keep, norm_eps, dtype=None):
     """See `xla.add_and_normalise_update`, which takes what the kernel does not."""
     tokens, width = residual.size // residual.shape[-1], residual.shape[-1]
+    dtype = update.dtype if dtype is None else dtype
     if mosaic_sum_norm.unsupported(tokens, width) is not None:
-        return xla.add_and_normalise_update(update, residual, gain, shift, bias, keep, norm_eps)
+        return xla.add_and_normalise_update(
+            update, residual, gain, shift, bias, keep, norm_eps, dtype
+        )
     out = mosaic_sum_norm.sum_norm(
         update, residual, *_float32((gain, shift, bias)), keep,
-        eps=norm_eps, interpret=gpu.interpreted(),
+        dtype=jnp.dtype(dtype).name, eps=norm_eps, interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)
 

@@ -34,22 +34,23 @@ def unsupported(tokens: int, width: int) -> str | None:
     return whole_tokens_unsupported(tokens, width, COLUMNS, WIDEST)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret: bool):
+@functools.partial(jax.jit, static_argnames=("dtype", "eps", "interpret"))
+def sum_norm(update, residual, gain, shift, bias, keep, *, dtype: str, eps: float, interpret: bool):
     """Add an update to the residual stream and normalise the sum.
 
     Args:
-        update: ``b l d`` in half precision.
+        update: ``b l d`` in half precision; or None, to normalise the residual stream as it is.
         residual: ``b l d`` float32 or bfloat16.
         gain: of the norm, ``d`` float32.
         shift: of a LayerNorm, ``d`` float32; or None for an RMSNorm.
         bias: of the update, ``d`` float32; or None.
         keep: factors of each image's update, ``b`` float32; or None.
+        dtype: of the normalised tokens.
         eps: epsilon of the norm.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        The sum in the dtype of `residual`, and the normalised tokens in the dtype of `update`.
+        The sum in the dtype of `residual`, which is `residual` itself without an update; and the normalised tokens.
     """
     shape, width = residual.shape, residual.shape[-1]
     unit = COLUMNS if width % BLOCK else BLOCK
@@ -64,11 +65,12 @@ def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret
         else (layouts.tokens, layouts.of_channels, layouts.of_tokens)
     )
 
-    def body(update_ref, residual_ref, gain_ref, *refs):
-        *more, sum_ref, normed_ref = refs
-        shift_ref, bias_ref, keep_ref = (
-            None if x is None else more.pop(0) for x in (shift, bias, keep)
+    def body(*refs):
+        inputs = iter(refs)
+        update_ref, residual_ref, gain_ref, shift_ref, bias_ref, keep_ref = (
+            None if x is None else next(inputs) for x in (update, residual, gain, shift, bias, keep)
         )
+        *sum_refs, normed_ref = inputs
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
         over = lambda x, axis: spread(x, (WARPS, unit), axis, of_tokens)  # noqa: E731
 
@@ -79,22 +81,27 @@ def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret
             return [over(load(ref.at[c], of_vector), 1) for c in range(parts)]
 
         def run(places):
-            loaded = [[tokens(ref, at) for ref in (residual_ref, update_ref)] for at in places]
+            loaded = [
+                [None if ref is None else tokens(ref, at) for ref in (residual_ref, update_ref)]
+                for at in places
+            ]
             gains = vector(gain_ref)
             shifts, biases = (None if ref is None else vector(ref) for ref in (shift_ref, bias_ref))
             for at, (old, updates) in zip(places, loaded, strict=True):
-                updates = [x.astype(jnp.float32) for x in updates]
-                if biases is not None:
-                    updates = [x + b for x, b in zip(updates, biases, strict=True)]
-                if keep_ref is not None:
-                    factor = over(load(keep_ref.at[at], of_numbers), 0)
-                    updates = [x * factor for x in updates]
-                new = [
-                    rounded(r.astype(jnp.float32) + x, residual.dtype)
-                    for r, x in zip(old, updates, strict=True)
-                ]
-                for c, part in enumerate(new):
-                    store(sum_ref.at[at, c], part.astype(residual.dtype))
+                new = [part.astype(jnp.float32) for part in old]
+                if updates is not None:
+                    updates = [x.astype(jnp.float32) for x in updates]
+                    if biases is not None:
+                        updates = [x + b for x, b in zip(updates, biases, strict=True)]
+                    if keep_ref is not None:
+                        factor = over(load(keep_ref.at[at], of_numbers), 0)
+                        updates = [x * factor for x in updates]
+                    new = [
+                        rounded(r + x, residual.dtype) for r, x in zip(new, updates, strict=True)
+                    ]
+                for ref in sum_refs:
+                    for c, part in enumerate(new):
+                        store(ref.at[at, c], part.astype(residual.dtype))
                 if shifts is not None:
                     middle = over(mean(new), 0)
                     new = [part - middle for part in new]
@@ -102,7 +109,7 @@ def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret
                 for c, part in enumerate(new):
                     normed = part * scaling * gains[c]
                     normed = normed if shifts is None else normed + shifts[c]
-                    store(normed_ref.at[at, c], normed.astype(update.dtype))
+                    store(normed_ref.at[at, c], normed.astype(dtype))
 
         # From the last tokens to the first: the product wrote its last rows last, so the L2 cache may still have them.
         block = blocks - 1 - lax.axis_index("block")
@@ -111,19 +118,18 @@ def sum_norm(update, residual, gain, shift, bias, keep, *, eps: float, interpret
             pl.when(block == blocks - 1)(lambda: run([pl.ds(count - WARPS, WARPS)]))
 
     flat = lambda x: x.reshape(-1, parts, unit)  # noqa: E731
+    tokens_given = [flat(x) for x in (update, residual) if x is not None]
     vectors = [x.reshape(parts, unit) for x in (gain, shift, bias) if x is not None]
-    total, normed = gpu_kernel(
+    dtypes = [dtype] if update is None else [residual.dtype, dtype]
+    *total, normed = gpu_kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((count, parts, unit), residual.dtype),
-            jax.ShapeDtypeStruct((count, parts, unit), update.dtype),
-        ],
+        out_type=[jax.ShapeDtypeStruct((count, parts, unit), kind) for kind in dtypes],
         interpret=interpret_params(interpret),
         kernel_name="mixer_sum_norm",
         grid=(blocks,),
         grid_names=("block",),
     )(
-        flat(update), flat(residual), *vectors,
+        *tokens_given, *vectors,
         *(() if keep is None else (jnp.repeat(keep, count // keep.size),)),
     )  # fmt: skip
-    return total.reshape(shape), normed.reshape(shape)
+    return total[0].reshape(shape) if total else residual, normed.reshape(shape)

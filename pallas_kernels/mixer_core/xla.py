@@ -260,20 +260,26 @@ def add_and_normalise(
 
 
 def add_and_normalise_update(
-    update: jax.Array,
+    update: jax.Array | None,
     residual: jax.Array,
     gain: jax.Array,
     shift: jax.Array | None,
     bias: jax.Array | None,
     keep: jax.Array | None,
     eps: float,
+    dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Add an update to the residual stream, and normalise the sum; see `add_norm.add_norm`."""
-    dtype = update.dtype
-    if bias is not None:
-        wide = at_least_float32(residual.dtype)
-        update = update.astype(wide) + bias.astype(wide)
-    total = add_to_residual(residual, update, keep)
+    """Add an update to the residual stream, and normalise the sum; see `add_norm.add_norm`.
+
+    Without an update, normalise the stream as it is. `dtype` is that of the normalised tokens, by default the update's.
+    """
+    total = residual
+    if update is not None:
+        dtype = update.dtype if dtype is None else dtype
+        if bias is not None:
+            wide = at_least_float32(residual.dtype)
+            update = update.astype(wide) + bias.astype(wide)
+        total = add_to_residual(residual, update, keep)
     return total, norm_of_sum(total, gain, shift, eps, dtype)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mixer_core import add_norm, add_norm_unsupported
+from pallas_kernels.mixer_core import add_norm, add_norm_unsupported, norm_stream
 from tests.pallas_kernels.mosaic_support import (
     abstract_h100,
     interpreted,
@@ -77,7 +77,7 @@ def test_sum_and_norm_in_the_interpreter(seed, options, stream, width):
     assert unsupported(shape[0] * shape[1], width) is None
     args = draw(rng, shape, **{**options, "stream": stream})
     with abstract_h100(), interpreted():
-        run = jax.jit(lambda *a: sum_norm(*a, eps=1e-6, interpret=True))
+        run = jax.jit(lambda *a: sum_norm(*a, dtype="bfloat16", eps=1e-6, interpret=True))
         total, normed = jax.device_get(run.trace(*args).lower().compile()(*args))
     assert total.dtype == stream and normed.dtype == "bfloat16"
     wanted = plain(*in_float64(args), xp=np)
@@ -165,6 +165,38 @@ def test_what_runs_as_kernels(shape, reason, layer):
     with abstract_h100():
         found = add_norm_unsupported(*args[:2], layer=layer)
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("stream", ["float32", "bfloat16"])
+def test_norm_of_a_stream_alone(seed, stream):
+    """Normalise without an update: in the interpreter, and its gradient, for which XLA takes the kernel's place."""
+    from pallas_kernels.mixer_core.mosaic_sum_norm import sum_norm
+
+    rng = np.random.default_rng(seed)
+    _, residual, gain, shift, *_ = draw(rng, (3, 5, 192), stream=stream, layer=True)
+    options = {"dtype": "bfloat16", "eps": 1e-6, "interpret": True}
+    given = None, residual, gain, shift, None, None
+    with abstract_h100(), interpreted():
+        run = jax.jit(lambda *a: sum_norm(*a, **options))
+        same, normed = jax.device_get(run.trace(*given).lower().compile()(*given))
+    np.testing.assert_array_equal(same, residual)
+    wanted = plain(0.0, *in_float64((residual, gain, shift)), None, None, xp=np)[1]
+    assert normed.dtype == "bfloat16" and max(relative_errors(normed, wanted)) < BOUND
+
+    def pulled(function):
+        out, pull = jax.vjp(function, residual, gain, shift)
+        return out, pull(jax.tree.map(jnp.cos, out))
+
+    ours = lambda *args: norm_stream(*args, dtype="bfloat16")  # noqa: E731
+    reference = lambda r, *args: plain(0 * r, r, *args, None, None)  # noqa: E731
+    with abstract_h100():
+        traced = jax.jit(lambda: pulled(ours)).trace()
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert launches(text, "mixer_sum_norm") == launches(text, "mixer_norm_gradient") == 1
+    assert (
+        max(relative_errors(*map(jax.tree.leaves, (traced.lower().compile()(), pulled(reference)))))
+        < 2e-2
+    )
 
 
 def test_bias_needs_a_shift():
