@@ -229,8 +229,7 @@ def test_block_gradients(seed, case):
     by = case.get("by", "pallas")
     run = jax.jit(lambda *a: block.value_and_gradients(*a, by, options))
     compiled = run.lower(args, bars).compile()
-    fours = args[1].shape[0] * args[1].shape[1] % 4 == 0
-    assert ("mixer_norm_gradient" in compiled.as_text()) == fours
+    assert "mixer_norm_gradient" in compiled.as_text()
     first = jax.device_get(compiled(args, bars))
     with jax.default_device(jax.devices("cpu")[0]):
         wanted = block.wanted_gradients(*jax.device_get((args, bars)), options)

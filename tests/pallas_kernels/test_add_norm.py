@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +199,28 @@ def test_norm_of_a_stream_alone(seed, stream):
         max(relative_errors(*map(jax.tree.leaves, (traced.lower().compile()(), pulled(reference)))))
         < 2e-2
     )
+
+
+@pytest.mark.parametrize("kernel", ["sum_norm", "norm_gradient"])
+def test_kernels_under_vmap(seed, kernel):
+    """Compare two examples at once in the interpreter with each by itself, with a token left for one thread block."""
+    from pallas_kernels.mixer_core import mosaic_norm_gradient, mosaic_sum_norm
+
+    rng = np.random.default_rng(seed)
+    drawn = [draw(rng, (1, 9, 64), layer=True, biased=True) for _ in range(2)]
+    if kernel == "sum_norm":
+        options = {"dtype": "bfloat16", "eps": 1e-6, "interpret": True}
+        run = functools.partial(mosaic_sum_norm.sum_norm, **options)
+    else:
+        options = {"layer": True, "eps": 1e-6, "interpret": True}
+        run = functools.partial(mosaic_norm_gradient.norm_gradient, **options)
+        drawn = [(a[1], a[0], a[1] * 2, a[2], None) for a in drawn]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
+    with abstract_h100(), interpreted():
+        on = lambda f, args: jax.jit(f).trace(*args).lower().compile()(*args)  # noqa: E731
+        got = jax.device_get(on(jax.vmap(run), stacked))
+        wanted = [jax.device_get(on(run, args)) for args in drawn]
+    jax.tree.map(lambda g, *w: np.testing.assert_array_equal(g, np.stack(w)), got, *wanted)
 
 
 def test_bias_needs_a_shift():
