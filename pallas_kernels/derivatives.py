@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+_nothing_differentiated: contextvars.ContextVar[bool] = contextvars.ContextVar("no", default=False)
+
+
+@contextlib.contextmanager
+def nothing_differentiated() -> Iterator[None]:
+    """Trace programs that nobody will differentiate: `differentiated_as` leaves the function's operations in sight."""
+    before = _nothing_differentiated.set(True)
+    try:
+        yield
+    finally:
+        _nothing_differentiated.reset(before)
 
 
 def differentiated_as(other: Callable[..., Any], run: Callable[..., Any], *arrays: Any) -> Any:
@@ -14,6 +27,8 @@ def differentiated_as(other: Callable[..., Any], run: Callable[..., Any], *array
 
     For a form that is faster as long as nothing is differentiated. Neither function may close over tracers.
     """
+    if _nothing_differentiated.get():
+        return run(*arrays)
     call = jax.custom_vjp(run)
     call.defvjp(lambda *arrays: jax.vjp(other, *arrays), lambda pull, bars: pull(bars))
     return call(*arrays)

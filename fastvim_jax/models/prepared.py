@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from pallas_kernels.derivatives import nothing_differentiated
+
 VIEWS = ("slice", "split", "unstack", "squeeze", "reshape", "broadcast_in_dim")
 """Operations on weights that every call repeats. Kernels read slices of a stacked array where it lies, while every
 argument costs the host time; and a broadcast array takes longer to read than to repeat."""
@@ -46,14 +48,16 @@ def split_weights(function: Callable[..., Any], weights: Any, *arguments: Any) -
     """Split `function(weights, *arguments)` into what depends on the weights alone and the rest.
 
     Both parts compute the same operations as the function, so results differ at most by how XLA fuses them. They hold
-    for arguments of the given shapes only. Large calls get the blocks' matrices one by one (see `MANY`).
+    for arguments of the given shapes only. Large calls get the blocks' matrices one by one (see `MANY`). Differentiate
+    the function and not these parts, which hold the forms that are fastest without a gradient.
 
     Args:
         function: traceable by JAX, without side effects.
         weights: pytree of arrays, or of their `jax.ShapeDtypeStruct`.
         arguments: further pytrees of the same kind.
     """
-    closed, result = jax.make_jaxpr(function, return_shape=True)(weights, *arguments)
+    with nothing_differentiated():
+        closed, result = jax.make_jaxpr(function, return_shape=True)(weights, *arguments)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(result)
     count = len(jax.tree.leaves(weights))
     given, others = jaxpr.invars[:count], jaxpr.invars[count:]

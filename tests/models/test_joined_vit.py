@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.models import create_model, vit
+from fastvim_jax.models.prepared import split_weights
 from pallas_kernels import gpu
 from tests.pallas_kernels.mosaic_support import (
     abstract_h100,
@@ -160,3 +161,24 @@ def test_masked_autoencoder_joins():
         return nnx.merge(graphdef, params)(images, noise=noise).predicted
 
     assert launches(lower_for_h100(run, params, images, noise), "mixer_sum_norm") == 2 * 3 + 2
+
+
+def test_a_call_with_prepared_weights_computes_nothing_of_them(monkeypatch):
+    """Take biases through proj once for all calls, though a gradient would pad the tokens."""
+    monkeypatch.setattr(vit, "pads_for_gradient", lambda *_: True)
+    graphdef, params = nnx.split(build(blocks="unroll"))
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    with abstract_h100():
+        split = split_weights(lambda params, x: nnx.merge(graphdef, params)(x), params, images)
+        prepared = jax.eval_shape(split.prepare, params)
+        call = jax.make_jaxpr(split.run)(prepared, images)
+    results = [variable.aval.shape for eqn in call.eqns for variable in eqn.outvars]
+    assert (2, TOKENS, 256) in results  # the MLPs are in sight
+    of_weights = [
+        variable.aval.shape
+        for eqn in call.eqns
+        if eqn.primitive.name in ("dot_general", "concatenate")
+        for variable in eqn.outvars
+        if variable.aval.shape[0] == SMALL["depth"] and len(variable.aval.shape) == 2
+    ]
+    assert of_weights == [(2, SMALL["num_classes"])]  # the head's product, of two images
