@@ -164,7 +164,19 @@ def _gelu(x: Float[Array, "*rows d"], bias: Float[Array, " d"]) -> Float[Array, 
     does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6, and slower.
     """
     wide = x.astype(bias.dtype) + bias
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    return (0.5 * wide * (1 + _erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _erf(x: jax.Array) -> jax.Array:
+    """Compute erf. JAX 0.12 cannot differentiate its own inside a caller's shard_map."""
+    return jax.lax.erf(x)
+
+
+@_erf.defjvp
+def _erf_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    return _erf(x), tangent * (2 / math.sqrt(math.pi) * jnp.exp(-x * x))
 
 
 def attend(

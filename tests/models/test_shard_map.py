@@ -14,6 +14,7 @@ from fastvim_jax.models import build_model, cascade_mask_rcnn, model_config, upe
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic
 
 JOINED = "joined"
+JOINED_VIT = "vit, joined"
 SMALL = {"embed_dim": 16, "depth": 2, "image_size": 16, "patch_size": 4, "dtype": "bfloat16"}
 
 
@@ -65,6 +66,7 @@ CASES = {
         logits,
     ),
     "vit": (named("vit_tiny_patch16_224", num_heads=4), logits),
+    JOINED_VIT: (named("vit_tiny_patch16_224", num_heads=4, fast=True, embed_dim=64), logits),
     "channels": (named("fastchannelvim_tiny_patch8_224", channels=3), logits),
     "masked": (
         named("mae_fastvim_tiny_patch16_224", decoder_dim=8, decoder_depth=1),
@@ -77,10 +79,14 @@ CASES = {
 
 @pytest.mark.drawn("processes and devices", one_in=6)
 @pytest.mark.parametrize(
-    "case", [*(case for case in CASES if case != JOINED), pytest.param(JOINED, marks=needs_mosaic)]
+    "case",
+    [
+        pytest.param(case, marks=needs_mosaic if case in (JOINED, JOINED_VIT) else ())
+        for case in CASES
+    ],
 )
 def test_no_parameters_gradient_is_summed_over_devices_in_half_precision(case, monkeypatch):
-    device = abstract_device() if case == JOINED else None
+    device = abstract_device() if case in (JOINED, JOINED_VIT) else None
     if case == JOINED:  # of a batch that would not fill the GPU
         from pallas_kernels.mixer_core import mosaic
 
