@@ -36,7 +36,8 @@ from jax import lax
 COLD_BYTES = 256e6  # bytes that calls read before the same inputs are read again
 MOST_SETS = 64  # sets of inputs; calls that read less than 4 MB would need more, and find some inputs in the cache
 LONG = 20.0  # milliseconds; a longer call is timed by the clock alone, because its launches do not matter
-PATIENCE = 300.0  # seconds after which a timing no longer waits for others to finish compiling
+PATIENCE = float(os.environ.get("FASTVIM_BENCH_PATIENCE", "300"))
+"""Seconds after which a timing no longer waits for others to finish compiling."""
 _started = time.monotonic()
 
 Row = dict[str, Any]

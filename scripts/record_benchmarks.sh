@@ -4,6 +4,7 @@
 # About 20 minutes on a GPU with 16 cores. The programs of a lot compile side by side and are timed one after the other, when none of them
 # compiles. What matters most for the page starts first; a file holds what was measured so far, if the time runs out. Ends with
 # status 1 if a program failed, or none was to run. FASTVIM_BENCH_ONLY="scan_* train_tiny" runs those alone.
+# FASTVIM_BENCH_PATIENCE: seconds after which a lot is timed even if a program of it still compiles (300).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
