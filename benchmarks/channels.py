@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ HERE = Path(__file__).resolve().parent
 TOPIC = "channels"
 NAMES = tuple(f"{signal}{row}{column}" for signal in "YC" for row in "01" for column in "01")
 BLOCK = 4
+NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
+"""XLA times variants of a program's products while it compiles. Sampling channels takes 8 programs for training and 5
+for evaluation, so compiling took most of a run's time, and runs side by side disturbed each other's timings."""
 SUBSETS = 6
 """Number of random subsets of 2, 4 and 6 channels that a model is evaluated on, besides all 8 and each one alone."""
 MAIN = ("vit", "vim", "channelvit", "channelvim", "fastchannelvim")
@@ -192,6 +196,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
                 "--test-images", str(options.test_images), "--workers", str(options.workers),
             ),
             like=f"{row}_s0" if seed else "",
+            environment=(("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {NO_AUTOTUNING}".strip()),),
         )
         for row, seed in pairs
         if not options.only or row in options.only
