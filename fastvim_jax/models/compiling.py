@@ -7,7 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_OPTIONS = {
+    # Products go to Eigen, and only sums to YNNPACK.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    # Vectors as wide as the processor has them: with AVX-512, LLVM uses half of that by itself.
+    "xla_cpu_prefer_vector_width": "512",
+}
 
 
 def forward_options(compute: jnp.dtype) -> dict[str, str] | None:
@@ -16,16 +21,16 @@ def forward_options(compute: jnp.dtype) -> dict[str, str] | None:
     On CPUs, XLA gives products to the library YNNPACK. Eigen, which XLA takes without it, multiplies float32 matrices
     of a few hundred rows faster: docs/performance.md. Half precision stays with YNNPACK, and so do sums.
     """
-    return dict(_EIGEN) if compute == jnp.float32 and _known() else None
+    if jax.default_backend() != "cpu" or compute != jnp.float32:
+        return None
+    return {name: value for name, value in _OPTIONS.items() if _known(name, value)} or None
 
 
 @functools.cache
-def _known() -> bool:
-    """Return whether programs are for CPUs, and this XLA has the option: an experimental one, which may go."""
-    if jax.default_backend() != "cpu":
-        return False
+def _known(name: str, value: str) -> bool:
+    """Return whether this XLA has the option. Experimental ones may go."""
     try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=_EIGEN).lower().compile()
+        jax.jit(lambda: jnp.zeros(()), compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
