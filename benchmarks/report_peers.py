@@ -1,4 +1,4 @@
-"""Compare FastVim with the DeiT that `peers/deit.py` recorded on the same card in the same run."""
+"""Compare FastVim and our ViTs with the DeiT that `peers/deit.py` recorded on the same card in the same run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jobs import card
 from report_tables import table
 from targets import Row, clock_images_per_s, device_images_per_s, find, half_mode, number
 
+FAMILIES = {"fastvim": "FastVim", "vit": "our ViT"}
 SAME_RUN = timedelta(minutes=30)
 """Two measurements count as one run if they were made on the same kind of card within this time."""
 
@@ -29,10 +30,11 @@ def _same_run(ours: Row, how: Row) -> bool:
 
 
 def peer_of(ours: Row, peers: list[Row]) -> Row | None:
-    """Return the latest row of the DeiT with the size and setting of the FastVim row `ours`, of the same run."""
-    name = ours.get("model", "").replace("fastvim_", "deit_").replace("_patch16_224", "")
+    """Return the latest row of the DeiT with the size and setting of `ours`, a FastVim or ViT row, of the same run."""
+    family, _, rest = ours.get("model", "").partition("_")
+    name = f"deit_{rest.removesuffix('_patch16_224')}" if family in FAMILIES else ""
     what = {"model": "forward", "train": "step"}.get(ours["bench"])
-    if not name.startswith("deit_") or what is None or ours.get("kind", "time") != "time":
+    if not name or what is None or ours.get("kind", "time") != "time":
         return None
     match = {key: ours.get(key) for key in ("pixels", "batch", "precision")}
     found = [
@@ -58,9 +60,9 @@ def peer_section(peers: list[Row], rows: list[Row]) -> str:
         said[how["command"]] = (
             f"- DeiT, `{how['command']}`: {how['device']}, torch {how['torch']}, timm {how['timm']}, {how['date']}\n"
         )
-        size = ours["model"].split("_")[1]
+        family, size = ours["model"].split("_")[:2]
         lines.append(
-            [f"FastVim-{size[0].upper()}", f"{peer['row']}, {half_mode(ours)}", str(peer["pixels"]),
+            [f"{FAMILIES[family]}-{size[0].upper()}", f"{peer['row']}, {half_mode(ours)}", str(peer["pixels"]),
              str(peer["batch"]), ours["blocks"],
              f"{fast:,.0f}", number(clock_images_per_s(ours)), f"{slow:,.0f}", f"**{fast / slow:.2f}**",
              ours.get("commit", ""), how["date"]]

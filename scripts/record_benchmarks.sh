@@ -122,10 +122,10 @@ start model_tiny_f32 model --models "$tiny" --precisions f32
 later train_base train --models "$base" --batches 128
 later train_base_scanned train --models "$base" --batches 128 --blocks scan
 later train_tiny_scanned train --models "$tiny" --batches 128 --blocks scan
-later train_vit_tiny train --models vit_tiny_patch16_224 --batches 128
+for size in tiny small base; do later "train_vit_$size" train --models "vit_${size}_patch16_224" --batches 128; done
 later model_base_scanned model --models "$base" --blocks scan
 later model_tiny_scanned model --models "$tiny" --blocks scan
-later model_vit model --models vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224
+for size in tiny small base; do later "model_vit_$size" model --models "vit_${size}_patch16_224"; done
 later model_vim_224 model --models "$vim"
 later fallbacks_lines benchmarks/fallbacks.py --only 0 1 2 3
 later fallbacks_masked benchmarks/fallbacks.py --only 4 5 6 7 8

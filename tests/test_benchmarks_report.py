@@ -107,6 +107,9 @@ def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
     date = "2026-01-02 10:00 UTC"
     write(tmp_path, "model_a", date, row | {"images_per_s": 60000}, bench="model")
     write(tmp_path, "train_a", date, row | {"images_per_s": 14000}, bench="train")
+    ours = {"model": "vit_tiny_patch16_224", "images_per_s": 44000}
+    write(tmp_path, "model_v", date, row | ours, bench="model")
+    write(tmp_path, "model_w", date, row | ours | {"model": "vim_tiny_patch16_224"}, bench="model")
     peer = {"pixels": 224, "batch": 128, "precision": "bf16", "model": "deit_tiny_patch16_224"}
     rows = [
         peer | {"row": "forward", "images_per_s": 40000},
@@ -120,6 +123,8 @@ def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
 
     text = section(date="2026-01-02 10:29 UTC")
     assert "| 60,000 | 40,000 | **1.50** |" in text and "| 14,000 | 20,000 | **0.70** |" in text
+    assert "| our ViT-T | forward, " in text and "| 44,000 | 40,000 | **1.10** |" in text
+    assert "im-T" not in text.replace("FastVim-T", "")  # Vim is compared with nothing.
     assert section(date="2026-01-02 10:31 UTC") == ""  # another run
     assert section(date="2026-01-02 10:00 UTC", device="NVIDIA H200") == ""  # another card
 
