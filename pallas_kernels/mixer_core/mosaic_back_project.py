@@ -111,9 +111,14 @@ class Work:
         """Thread blocks that take half as many segments as the others.
 
         They are the second ones of every processor. Otherwise all blocks would load and multiply at the same time, and
-        each would wait for what the others keep busy.
+        each would wait for what the others keep busy. There are none where a few thread blocks would be left for one
+        more round because of them.
         """
-        return PROCESSORS if self.segments > 2 * PROCESSORS * PER_TILE else 0
+        if self.segments <= 2 * PROCESSORS * PER_TILE:
+            return 0
+        tiles, more = pl.cdiv(self.segments, PER_TILE), PROCESSORS // 2
+        rounds, with_short = (pl.cdiv(n, RESIDENT * PROCESSORS) for n in (tiles, tiles + more))
+        return PROCESSORS if with_short == rounds else 0
 
     @property
     def per_block(self) -> int:

@@ -103,12 +103,31 @@ def test_every_segment_has_one_thread_block(seed):
     from pallas_kernels.mixer_core.mosaic_back_project import Work
 
     rng = np.random.default_rng(seed)
-    for rows in (5, rng.integers(133, 1056), 1056, rng.integers(1057, 5000)):
-        work = Work(1, int(rows), 14, False, 384, 192)
+    grids = [
+        (1, int(rows), 14) for rows in (5, rng.integers(133, 1056), 1056, rng.integers(1057, 5000))
+    ]
+    for batch, rows, columns in [*grids, *MODELS, (4, 512, 16), (1, 1848, 16), (1, 1849, 16)]:
+        work = Work(batch, rows, columns, False, 384, 192)
         first, stop = jax.vmap(work.share)(jnp.arange(work.thread_blocks, dtype=jnp.int32))
-        assert first[0] == 0 and stop[-1] == rows
+        assert first[0] == 0 and stop[-1] == work.segments
         np.testing.assert_array_equal(first[1:], stop[:-1])
         assert np.all((stop - first >= 1) & (stop - first <= 4))
+
+
+MODELS = {(128, 14, 14): 514, (32, 32, 32): 512, (8, 64, 64): 512, (2, 128, 128): 512}
+"""Thread blocks by batch and grid, as FastVim-T is measured."""
+
+
+@needs_mosaic
+def test_short_thread_blocks_add_no_round():
+    """At 224 px 132 thread blocks are short. At larger sizes two rounds hold as many whole tiles as there are."""
+    from pallas_kernels.mixer_core.mosaic_back_project import Work
+
+    found = {grid: Work(*grid, True, 384, 192).thread_blocks for grid in MODELS}
+    assert found == MODELS
+    for segments in range(1057, 6000, 37):
+        work = Work(1, segments, 16, False, 384, 192)
+        assert -(-work.thread_blocks // 264) == -(-segments // 4 // 264)
 
 
 @pytest.mark.drawn("kernels lowered")
