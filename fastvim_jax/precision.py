@@ -7,7 +7,8 @@ float32 or more. `matmul_precision` says how float32 products are carried out on
 "highest" is true float32, "tf32" gives 10 mantissa bits and more speed. `activations` = "compute" gives up the wide
 results of linear layers: images and tokens are rounded once and results stored in `dtype`, for half the memory
 traffic; pooled tokens, steps, state and norms stay wide, and with a half-precision `dtype` the
-few pooled tokens' projections are TF32 products. The GPU kernels then take the logistic function of SiLU from the
+few pooled tokens' projections are TF32 products. Where nothing is differentiated and one GPU kernel computes these and
+the scans, means are rounded to bfloat16 for it. The GPU kernels then take the logistic function of SiLU from the
 hardware's tanh, wrong by up to 2^-12. `residual_in_fp32` = False stores the residual stream in `dtype` between blocks:
 sums are still computed in `wide`, and rounded once. How far both are from exact values stands at
 `VisionMambaConfig.activations` and `BackboneConfig.residual_in_fp32`.

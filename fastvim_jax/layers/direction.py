@@ -205,7 +205,9 @@ def prepare_scan(both: ScanDirection) -> ScanDirection:
         weights = scan_weights(
             both.x_proj.kernel[...], both.dt_proj.kernel[...], both.dt_proj.bias[...], A
         )
-        both.scan_weights = nnx.data(tuple(map(nnx.Param, weights)))
+        again = weights[:2] if precision.compute == jnp.bfloat16 else ()  # for tokens in bfloat16
+        arrays = (*weights, *(w.astype(jnp.bfloat16) for w in again))
+        both.scan_weights = nnx.data(tuple(map(nnx.Param, arrays)))
     return both
 
 

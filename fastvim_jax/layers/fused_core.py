@@ -221,6 +221,7 @@ def joined_block(
             norm_eps=norm_eps,
             keep=keep,
             keep_tokens=keep_tokens,
+            pooled_dtype=_pooled_dtype(both, lines, pooling.method, residual.shape[0], scanned),
             **_grid_options(lines, pooling.method),
         )
 
@@ -230,6 +231,29 @@ def joined_block(
         partial(run, both.config.precision.compute),
         *(unprojected, residual, params, projection, keep),
     )
+
+
+def _pooled_dtype(
+    both: ScanDirection, lines: ChannelLines, method: str, batch: int, scanned: jnp.dtype | None
+) -> jnp.dtype | None:
+    """Return `scanned` if the pooled tokens are rounded to it, or None if they stay wide.
+
+    They are means that one kernel for projections and scans reads, and nothing else does: no skip, no second pooling.
+    """
+    plain = method == "mean" and lines.rest is None and both.config.unpool != "after_skip"
+    if scanned != jnp.bfloat16 or not plain or both.scan_weights is None:
+        return None
+    shape = (2, batch, lines.lines * lines.per_position, both.D.shape[-1])
+    u = jax.ShapeDtypeStruct(shape, scanned)
+    return scanned if projected_unsupported(u, _scan_weights(both, scanned)) is None else None
+
+
+def _scan_weights(both: ScanDirection, dtype: jnp.dtype) -> ScanWeights:
+    """Return what `projected_scan` reads for tokens of a dtype; see `prepare_scan`."""
+    project, step, bias, A, *narrow = both.scan_weights
+    if dtype == jnp.bfloat16:
+        project, step = narrow
+    return ScanWeights(*(w[...] for w in (project, step, bias, A)))
 
 
 def _update(
@@ -475,17 +499,21 @@ def _scans(
             implementation=config.scan_implementation,
         )
 
-    def projected(params, u):
-        return projected_scan(u, arrays(params), params, step_by_step=scans, y_dtype=scanned)
+    def steps(params, u, known: Known | None = None):
+        return scans(params, u.astype(wide), known)
 
-    def arrays(params):
-        return ScanWeights(*(w[...] for w in nnx.merge(graphdef, params).scan_weights))
+    def projected(params, u):
+        weights = arrays(params, u.dtype)
+        return projected_scan(u, weights, params, step_by_step=steps, y_dtype=scanned)
+
+    def arrays(params, dtype):
+        return _scan_weights(nnx.merge(graphdef, params), dtype)
 
     one_kernel = not skip and both.scan_weights is not None
     middle = projected if one_kernel else scans
 
     def for_gradient(params, u):
-        if one_kernel and projected_unsupported(u, arrays(params)) is None:
+        if one_kernel and projected_unsupported(u, arrays(params, u.dtype)) is None:
             return projected(params, u)
         # Longer scans keep states of the forward pass beside Δ, and computing these again would take another scan.
         keeps_states = u.shape[2] not in KEPT_STEPS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ def mixer_block(
     norm_eps: float = 1e-6,
     keep: Float[Array, " b"] | None = None,
     keep_tokens: bool = True,
+    pooled_dtype: Any = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l o"]]:
     """Compute everything between in_proj of one block and in_proj of the next.
@@ -95,6 +97,8 @@ def mixer_block(
         keep_tokens: whether the gradient keeps the tokens of `Unprojected`. If not, they must be what this function
             would return for `residual`, normalised with a gain of ones; the gradient keeps `residual` in their place,
             which the block before keeps as well, and normalises it once more.
+        pooled_dtype: of the pooled tokens that `middle` gets where the kernels run and nothing is differentiated;
+            float32 by default, and for a gradient. Only of method "mean".
         implementation: "pallas" (the kernel), "xla", or "auto": the kernels if the program is lowered for a Hopper GPU,
             otherwise `mixer_core` and XLA.
         directions, norm, middle_params, middle, rows, columns, transposed, per_position, method, scale, eps: see
@@ -130,9 +134,14 @@ def mixer_block(
         ("the gain", projection.gain, "o", (outputs,)),
     ):
         expect_shape("mixer_block", name, x, letters, shape, beside)
+    if pooled_dtype is not None:
+        pooled_dtype = jnp.dtype(pooled_dtype)
+        if method != "mean":
+            raise ValueError(f"mixer_block: pooled_dtype is of the method mean, not {method}")
     options = CoreOptions(
-        rows, columns, transposed, float(scale), float(eps), method, per_position=per_position
-    )
+        rows, columns, transposed, float(scale), float(eps), method,
+        per_position=per_position, pooled_dtype=pooled_dtype,
+    )  # fmt: skip
     keep_tokens = keep_tokens or not isinstance(given, Unprojected)
     call = _Call(middle, options, float(norm_eps), keep_tokens, implementation)
     if keep is not None:
@@ -205,6 +214,11 @@ class _Call(NamedTuple):
         """The kernels of `mixer_core`."""
         return Stages(always=self.implementation == "pallas")
 
+    @property
+    def differentiated(self) -> _Call:
+        """The same call with float32 pooled tokens, of which alone there are gradients."""
+        return self._replace(options=dataclasses.replace(self.options, pooled_dtype=None))
+
     def step_by_step(self, xz, residual, directions, norm, projection, keep, middle_params):
         """Compute the block with the kernels of `mixer_core`, where they run, and XLA."""
         options = self.options
@@ -237,6 +251,7 @@ def _fused(call: _Call, xz, residual, directions, norm, projection, keep, middle
 
 
 def _forward(call, given, residual, directions, norm, projection, keep, middle_params):
+    call = call.differentiated
     xz, skip, u, places = _front(call, given, directions)
     y, pull = linearise(call.middle, middle_params, u)
     weights = (norm, projection, keep)
@@ -249,6 +264,7 @@ def _forward(call, given, residual, directions, norm, projection, keep, middle_p
 
 
 def _backward(call, saved, bars):
+    call = call.differentiated
     unprojected, core, total, directions, norm, projection, keep = saved
     total_bar, normed_bar = bars
     weight, gain = projection

@@ -255,7 +255,8 @@ def front(xz: jax.Array, directions: Directions, ids: RowIds, options: CoreOptio
     grid = cut("front", xz, directions.kernels.shape[1], options)
     out = mosaic_front.front(
         _on_grid(xz, options), *directions32, grid,
-        method=options.method, scale=options.scale, interpret=gpu.interpreted(),
+        method=options.method, scale=options.scale,
+        pooled_dtype=options.pooled_dtype or jnp.float32, interpret=gpu.interpreted(),
     )  # fmt: skip
     u, skip, *places = gpu.run_once(out)
     return u, _flat(skip), tuple(places)
@@ -283,7 +284,8 @@ def project_front(tokens, weight, directions: Directions, options: CoreOptions, 
     out = mosaic_project_front.project_front(
         tokens, weight, *_float32(directions),
         _project_front_work(tokens, directions.kernels, options, with_x=with_x),
-        scale=options.scale, interpret=gpu.interpreted(),
+        scale=options.scale, pooled_dtype=options.pooled_dtype or jnp.float32,
+        interpret=gpu.interpreted(),
     )  # fmt: skip
     return gpu.run_once(out)
 

@@ -8,6 +8,7 @@ the scan is written here, because the convolutions would have to be computed aga
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,13 @@ from pallas_kernels.mixer_core.mosaic_common import CHANNELS, Convolutions, read
 from pallas_kernels.mosaic import gpu_kernel, interpret_params, store
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "method", "scale", "interpret"))
-def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, interpret: bool):
+@functools.partial(
+    jax.jit, static_argnames=("grid", "method", "scale", "pooled_dtype", "interpret")
+)
+def front(
+    x, kernels, biases, D, grid: Grid,
+    *, method: str, scale: float, pooled_dtype: Any = jnp.float32, interpret: bool,
+):  # fmt: skip
     """Compute the pooled tokens of both directions and the mean of their skips.
 
     Args:
@@ -31,11 +37,12 @@ def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, inter
         grid: how the grid of tokens is divided.
         method: "mean" or "max".
         scale: factor of the mean.
+        pooled_dtype: of the pooled tokens.
         interpret: run on the CPU, by Pallas' interpreter.
 
     Returns:
-        A list. First the pooled tokens, ``2 b steps e`` float32: forward and backward in one array, because the
-        projections of both directions read one. Then the mean of both skips,
+        A list. First the pooled tokens, ``2 b steps e`` in `pooled_dtype`: forward and backward in one array, because
+        the projections of both directions read one. Then the mean of both skips,
         ``b rows (columns per_position) e`` in x's dtype. With "max", two arrays ``b steps e`` int32 follow: for each
         direction, the index in its line of the first token that attains the maximum (any token pooled with it if one
         is a NaN).
@@ -111,7 +118,7 @@ def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, inter
                 step = (first + index) * per_position + k
                 for d in range(2):
                     value = pooled[d][k] if largest else pooled[d][k] * factor
-                    store(pooled_ref.at[d, batch, step, columns], value)
+                    store(pooled_ref.at[d, batch, step, columns], value.astype(pooled_dtype))
                 for side, ref in zip(places, place_refs, strict=True):
                     store(ref.at[batch, step, columns], side[k].astype(jnp.int32))
             return ()
@@ -123,7 +130,7 @@ def front(x, kernels, biases, D, grid: Grid, *, method: str, scale: float, inter
     return gpu_kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((2, *shape), jnp.float32),
+            jax.ShapeDtypeStruct((2, *shape), pooled_dtype),
             jax.ShapeDtypeStruct((*x.shape[:3], grid.width), x.dtype),
             *[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2 * largest,
         ],

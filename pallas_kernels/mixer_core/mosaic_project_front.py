@@ -194,8 +194,11 @@ class Layouts:
         return plgpu.layout_cast(spread, self.tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("work", "scale", "interpret"))
-def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, interpret: bool):
+@functools.partial(jax.jit, static_argnames=("work", "scale", "pooled_dtype", "interpret"))
+def project_front(
+    h, weight, kernels, biases, D, work: Work,
+    *, scale: float, pooled_dtype: Any = jnp.float32, interpret: bool,
+):  # fmt: skip
     """Project tokens, convolve, pool, and add up the skips.
 
     Args:
@@ -205,11 +208,12 @@ def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, in
         biases, D: ``2 e`` float32.
         work: the sizes, and whether x is wanted.
         scale: factor of the mean.
+        pooled_dtype: of the pooled tokens.
         interpret: run in Pallas' interpreter.
 
     Returns:
         z, ``b l e`` in h's dtype, or x and z in one array; the skips, ``b l e`` in h's dtype; and the pooled tokens
-        of both directions, ``2 b lines e`` float32.
+        of both directions, ``2 b lines e`` in `pooled_dtype`.
     """
     layouts = Layouts()
     parts, slots, halves, halo = work.parts, work.slots, work.halves, work.halo
@@ -405,7 +409,7 @@ def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, in
                     for d in range(2):
                         store(
                             pooled_ref.at[d, image, pl.ds(first, LINES), channels],
-                            sums[d] * (scale / work.tokens),
+                            (sums[d] * (scale / work.tokens)).astype(pooled_dtype),
                         )
                     return ()
 
@@ -426,7 +430,7 @@ def project_front(h, weight, kernels, biases, D, work: Work, *, scale: float, in
         out_type=[
             jax.ShapeDtypeStruct((work.batch * work.size, halves * work.width), h.dtype),
             jax.ShapeDtypeStruct((work.batch, work.rows, work.columns, work.width), h.dtype),
-            jax.ShapeDtypeStruct((2, work.batch, work.lines, work.width), jnp.float32),
+            jax.ShapeDtypeStruct((2, work.batch, work.lines, work.width), pooled_dtype),
         ],
         scratch_types=work.scratch(h.dtype),
         interpret=interpret_params(interpret, MULTIPLIERS + CONVOLVERS),

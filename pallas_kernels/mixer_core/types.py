@@ -135,3 +135,4 @@ class CoreOptions(Lines):
     padding: int = 0  # channels at the end of x and of z that are zeros and count in no norm
     norm_kind: str = "layer"
     per_position: int = 1
+    pooled_dtype: Any = None  # of the pooled tokens of a whole grid; None for float32 or wider

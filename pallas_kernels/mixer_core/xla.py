@@ -73,7 +73,8 @@ def front(
     both = _convolved(x, directions, options)
     skip = skips(both, directions, options).astype(x.dtype)
     if options.method == "mean":
-        return _mean(both, ids, options), skip, ()
+        u = _mean(both, ids, options)
+        return u if options.pooled_dtype is None else u.astype(options.pooled_dtype), skip, ()
     lines = [_on_lines(c, options) for c in both]
     first = jnp.arange(options.per_position, dtype=jnp.int32)[:, None]
     forward, backward = (

@@ -10,8 +10,9 @@ A thread block scans some channels of one direction of a few images. It
 3. walks over the steps of these channels, image by image. A lane owns a channel with all its states.
 
 One warpgroup does 1; all share 2 and 3. The products are in TF32 with rounded operands; step sizes and states are
-float32. Δ, B and C never exist in global memory, unless a gradient will read them (`keep`): then the thread block also
-writes the columns of 1, B and C once more by themselves, and Δ before bias and softplus.
+float32. Of bfloat16 tokens, the first product is in bfloat16, and the second is two of them: of p rounded, and of what
+the rounding left. Δ, B and C never exist in global memory, unless a gradient will read them (`keep`): then the thread
+block also writes the columns of 1, B and C once more by themselves, and Δ before bias and softplus.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ from pallas_kernels.selective_scan.mosaic_walk import Plan, StepReader, in_turns
 STATES = 16
 CHANNELS = 128  # that a warpgroup scans at a time, one a lane
 TALL = 64  # rows of a wgmma instruction
-MOST_TOKENS = 64  # of a thread block
+MOST_TOKENS = (
+    64  # of a thread block; for 128 in bfloat16 a lane would need all of its 255 registers
+)
 RANK_TILE = 16  # columns of p that a swizzled row of 64 bytes holds
 PADDING = 4  # channels; keeps neighbouring rows of step sizes in different banks
-MOST_CHANNELS = (
-    768  # of 1,536, the separate kernels are faster: a thread block loads half a megabyte of W_x
-)
+MOST_CHANNELS = 768  # of float32; of 1,536, the separate kernels are faster: each block loads half a megabyte of W_x
 UNROLL = 2  # steps per iteration of the walk's loop
 KEPT_ROWS = 8  # steps that a warpgroup writes at once of what a gradient reads
 START = 6000  # clocks of a thread block beside loads and exponentials, as measured
@@ -73,6 +74,7 @@ class Cut:
         warpgroups: Warpgroups of a thread block that share its channels.
         part: Channels of a part of W_x.
         slots: Parts of W_x on their way.
+        narrow: Whether tokens and weights are bfloat16, not float32.
     """
 
     batch: int
@@ -84,6 +86,7 @@ class Cut:
     warpgroups: int
     part: int
     slots: int
+    narrow: bool = False
 
     @property
     def rows(self) -> int:
@@ -139,23 +142,32 @@ class Cut:
     @property
     def shared_memory(self) -> int:
         """Bytes of a thread block's tiles."""
-        walk = self.warpgroups * self.tokens * (CHANNELS + PADDING)
-        product = self.part * (self.slots * self.tall + 2 * self.tokens)
-        small = self.tokens * (self.tall + self.rank) + self.warpgroups * CHANNELS * self.rank
-        return 4 * (self.width * self.tokens + max(walk, product) + small)
+        size = self.itemsize
+        walk = 4 * self.warpgroups * self.tokens * (CHANNELS + PADDING)
+        product = size * self.part * (self.slots * self.tall + 2 * self.tokens)
+        small = 4 * self.tokens * (self.tall + self.rank)
+        steps = size * self.warpgroups * CHANNELS * self.rank
+        return size * self.width * self.tokens + max(walk, product) + small + steps
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of tokens and weights."""
+        return 2 if self.narrow else 4
 
     @property
     def clocks(self) -> int:
         """Estimate a processor's clocks: loads at 64 bytes a clock, then exponentials at 16 a clock."""
+        blocks = self.splits * self.groups * 2
         resident = SHARED_MEMORY // (self.shared_memory + OVERHEAD)
-        waves = pl.cdiv(self.splits * self.groups * 2, PROCESSORS * resident)
+        resident = min(resident, pl.cdiv(blocks, PROCESSORS))
+        waves = pl.cdiv(blocks, PROCESSORS * resident)
         own = self.width // self.splits
         values = self.width * (self.columns + self.tokens) + own * self.rank
         walk = own * self.images * self.lines * STATES // 16 * resident
         missing = max(
             0, 3 - self.warpgroups * resident
         )  # warpgroups that would hide each other's latencies
-        return waves * (START + values * 4 * resident // 64 + walk * (4 + missing) // 4)
+        return waves * (START + values * self.itemsize * resident // 64 + walk * (4 + missing) // 4)
 
     def unsupported(self) -> str | None:
         """Return why no thread block can do this work, or None."""
@@ -170,18 +182,24 @@ class Cut:
     def scratch(self) -> list[Any]:
         """Return the shared memory and the barriers of a thread block."""
         transforms: Any = plgpu  # mypy takes them for abstract classes
-        wide = (transforms.TilingTransform((8, 32)), transforms.SwizzleTransform(128))
-        narrow = (transforms.TilingTransform((8, RANK_TILE)), transforms.SwizzleTransform(64))
+        size = self.itemsize
+        wide = (transforms.TilingTransform((8, 128 // size)), transforms.SwizzleTransform(128))
+        narrow = (
+            transforms.TilingTransform((8, RANK_TILE)),
+            transforms.SwizzleTransform(RANK_TILE * size),
+        )
         f32, pieces = jnp.float32, self.width // CHANNELS
+        dtype = jnp.bfloat16 if self.narrow else f32
+        terms = 2 if self.narrow else 1
         return [
-            plgpu.SMEM((pieces, self.images, self.rows, CHANNELS), f32),
+            plgpu.SMEM((pieces, self.images, self.rows, CHANNELS), dtype),
             plgpu.SMEM((self.tokens, self.tall // STATES, STATES), f32),
-            plgpu.SMEM((self.tokens, self.rank), f32, transforms=narrow),
-            plgpu.SMEM((self.warpgroups, CHANNELS, self.rank), f32, transforms=narrow),
+            plgpu.SMEM((terms, self.tokens, self.rank), dtype, transforms=narrow),
+            plgpu.SMEM((self.warpgroups, CHANNELS, self.rank), dtype, transforms=narrow),
             plgpu.RefUnion(
                 [
-                    plgpu.SMEM((self.slots, self.tall, self.part), f32, transforms=wide),
-                    plgpu.SMEM((2, self.tokens, self.part), f32, transforms=wide),
+                    plgpu.SMEM((self.slots, self.tall, self.part), dtype, transforms=wide),
+                    plgpu.SMEM((2, self.tokens, self.part), dtype, transforms=wide),
                 ],
                 [plgpu.SMEM((self.warpgroups, self.tokens, CHANNELS + PADDING), f32)],
             ),
@@ -192,7 +210,7 @@ class Cut:
         ]
 
 
-def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
+def choose_cut(batch: int, lines: int, width: int, rank: int, narrow: bool = False) -> Cut | None:
     """Choose the thread blocks that take the fewest clocks by `Cut.clocks`; None if none fits shared memory."""
     blocks = width // CHANNELS
     fitting = []
@@ -209,9 +227,11 @@ def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
                     warpgroups=warpgroups,
                     part=part,
                     slots=slots,
+                    narrow=narrow,
                 )
                 for warpgroups in range(min(3, blocks // splits), 0, -1)
                 for part, slots in ((128, 3), (128, 2), (64, 3), (64, 2), (32, 2))
+                if part >= 64 or not narrow
             )
             fitting += [cut for cut in cuts if cut.unsupported() is None][:1]
     return min(fitting, key=lambda cut: cut.clocks, default=None)
@@ -219,8 +239,9 @@ def choose_cut(batch: int, lines: int, width: int, rank: int) -> Cut | None:
 
 def unsupported(u: Any, rank: int, states: int) -> str | None:
     """Return why the kernel cannot take this call, or None. Of u `2 b l e` only shape and dtype matter."""
-    if u.dtype != jnp.float32:
-        return f"u is {u.dtype}, not float32"
+    if u.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"u is {u.dtype}, not float32 or bfloat16"
+    narrow = u.dtype == jnp.bfloat16
     if not all(isinstance(size, int) for size in u.shape):
         return f"u {u.shape} has a symbolic size"
     if u.size == 0:
@@ -230,9 +251,10 @@ def unsupported(u: Any, rank: int, states: int) -> str | None:
     _, batch, lines, width = u.shape
     if width % CHANNELS:
         return f"{width} channels are not made of whole blocks of {CHANNELS}"
-    if width > MOST_CHANNELS:
-        return f"{width} channels are more than {MOST_CHANNELS}"
-    if choose_cut(batch, lines, width, rank) is None:
+    most = 2 * MOST_CHANNELS if narrow else MOST_CHANNELS
+    if width > most:
+        return f"{width} channels are more than {most}"
+    if choose_cut(batch, lines, width, rank, narrow) is None:
         return f"{lines} steps of {width} channels do not fit shared memory"
     return None
 
@@ -251,7 +273,11 @@ def forward_keeping(u: jax.Array, weights: Any) -> tuple[jax.Array, ...]:
 
 def _run(u: jax.Array, weights: Any, *, keep: bool, y_dtype: jnp.dtype) -> list[jax.Array]:
     _, batch, lines, width = u.shape
-    cut = choose_cut(batch, lines, width, weights.step.shape[-1])
+    narrow = u.dtype == jnp.bfloat16
+    if narrow:
+        project, step = (w.astype(u.dtype) for w in weights[:2])
+        weights = weights._replace(project=project, step=step)
+    cut = choose_cut(batch, lines, width, weights.step.shape[-1], narrow)
     assert cut is not None, "unsupported"
     options = {"keep": keep, "y_dtype": y_dtype, "interpret": gpu.interpreted()}
     return gpu.run_once(projected_scan(u, *weights, cut, **options))
@@ -260,7 +286,8 @@ def _run(u: jax.Array, weights: Any, *, keep: bool, y_dtype: jnp.dtype) -> list[
 class Layouts:
     """Register layouts: products with their rows and columns exchanged, and tiles that become operands."""
 
-    def __init__(self, part: int):
+    def __init__(self, part: int, owned: int):
+        """Of a part of tokens, of `part` channels, a lane has `owned` neighbours."""
         # A product holds column 8 a + 2 (lane % 4) + i of row 16 warp + 8 r + lane / 4, in the order a, r, i.
         tiles: Any = ((8, TALL), (8, 16), (8, 8), (2, 1), (1, 1))
         base, self.steps = tiled(tiles, (-9,), (-5, -6), -1)
@@ -268,10 +295,13 @@ class Layouts:
         tiles = ((8, 4, 16), (8, 1, 16), (8, 1, 8), (2, 1, 1), (1, 1, 1))
         _, self.columns = tiled(tiles, (-14,), (-7, -9), -1)
         _, self.rank = tiled(((8, 16), (2, 16), (1, 1)), (-6,), (-4, -3), -1)
-        lanes = part // 4  # of a row
+        lanes = part // owned  # of a row
         rows = LANES // lanes
         _, self.part = tiled(
-            ((WARPS * rows, part), (rows, part), (1, 4)), (-6,), (-4, -3) if rows > 1 else (-3,), -1
+            ((WARPS * rows, part), (rows, part), (1, owned)),
+            (-6,),
+            (-4, -3) if rows > 1 else (-3,),
+            -1,
         )
 
 
@@ -318,7 +348,7 @@ def projected_scan(
         y of the first and of the second direction, ``b lines e`` each. With `keep`, also Δ before bias and
         softplus ``2 b lines e``, the columns of the first product ``2 b lines c 16``, and B and C ``2 2 b lines 16``.
     """
-    layouts, states = Layouts(cut.part), StateLayouts(1, STATES)
+    layouts, states = Layouts(cut.part, 4), StateLayouts(1, STATES)
     images, rows, tokens, part = cut.images, cut.rows, cut.tokens, cut.part
     reader = StepReader(cut.plan, states, interpret)
     load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
@@ -375,8 +405,8 @@ def projected_scan(
 
                 for i in range(images):
                     x = load(u_tile.at[piece, i, :, pl.ds(start, part)], layouts.part)
-                    at = pl.ds(i * rows, rows)
-                    store(tokens_tile.at[buffer, at], tf32(x, layouts.part, interpret))
+                    x = x if cut.narrow else tf32(x, layouts.part, interpret)
+                    store(tokens_tile.at[buffer, pl.ds(i * rows, rows)], x)
                 plgpu.barrier_wait(part_barrier.at[slot])
                 plgpu.commit_smem()
                 operand = tokens_tile.at[buffer].transpose((1, 0))
@@ -394,8 +424,13 @@ def projected_scan(
             store(columns_tile, exchanged(accumulator[...], shape, layouts.columns, interpret))
             plgpu.commit_smem()
             for j in range(cut.rank // STATES):
-                p = tf32(load(columns_tile.at[:, j], layouts.rank), layouts.rank, interpret)
-                store(p_tile.at[:, pl.ds(j * STATES, STATES)], p)
+                p, at = load(columns_tile.at[:, j], layouts.rank), pl.ds(j * STATES, STATES)
+                if cut.narrow:
+                    high = p.astype(jnp.bfloat16)
+                    store(p_tile.at[0, :, at], high)
+                    store(p_tile.at[1, :, at], (p - high.astype(jnp.float32)).astype(jnp.bfloat16))
+                else:
+                    store(p_tile.at[0, :, at], tf32(p, layouts.rank, interpret))
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
 
@@ -454,7 +489,7 @@ def projected_scan(
                     if keep:
                         raws.append((t, size))
                         size = softplus(size + bias_lane, states.channel, interpret)
-                    x = reader.channel(u_tile.at[block, image, t])
+                    x = reader.channel(u_tile.at[block, image, t]).astype(jnp.float32)
                     factor = lax.exp2(reader.over_state(size) * decays)
                     state = factor * state + reader.over_state(x * size) * b
                     shares.append((t, jnp.sum(state * c, axis=2)))
@@ -472,7 +507,9 @@ def projected_scan(
             plgpu.barrier_wait(step_barrier.at[group])
 
             def multiply(accumulator):
-                plgpu.wgmma(accumulator, step_tile.at[group], p_tile.transpose((1, 0)))
+                for term in range(2 if cut.narrow else 1):
+                    operand = p_tile.at[term].transpose((1, 0))
+                    plgpu.wgmma(accumulator, step_tile.at[group], operand)
                 plgpu.wgmma_wait(0)
                 return accumulator[...]
 

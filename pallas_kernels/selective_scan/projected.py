@@ -94,12 +94,14 @@ def projected_scan(
         [p, B, C] = u · project^T;   Δ = softplus(p · step^T + bias);   y = scan(u, Δ, A, B, C)
 
     On Hopper GPUs, and only there, one kernel computes this; `step_by_step` takes four or more. u, p and the products'
-    weights are rounded to nearest in TF32; sums, Δ, B, C and the states are float32. The kernel takes float32 tokens,
-    16 states and at most 64 steps. The number of channels must be a multiple of 128 and fit shared memory.
+    weights are rounded to nearest in TF32; sums, Δ, B, C and the states are float32. Of bfloat16 tokens the weights are
+    rounded to bfloat16, and p to two numbers of bfloat16, a more exact one than in TF32. The kernel takes 16 states and
+    at most 64 steps. The number of channels must be a multiple of 128 and fit shared memory: at most 768 of float32
+    tokens, and 1,536 of bfloat16.
 
     The gradient is that of `step_by_step`. In the forward pass of a gradient of 8 to 16 steps, the kernel also writes
-    Δ, B, C and the columns of x_proj, and `step_by_step` is differentiated around them. For other lengths, and wherever
-    the kernel does not run, `step_by_step` takes its place.
+    Δ, B, C and the columns of x_proj, and `step_by_step` is differentiated around them. For other lengths, for bfloat16
+    tokens, and wherever the kernel does not run, `step_by_step` takes its place.
 
     Args:
         u: inputs of both directions, in stored order; the second direction visits the steps from last to first.
@@ -190,7 +192,7 @@ def _on_shares(kernel, other, results, always: bool, u, weights: ScanWeights):
 
 
 def _forward(step_by_step, dtype, always, u, weights, params):
-    if u.shape[2] not in KEPT_STEPS:
+    if u.shape[2] not in KEPT_STEPS or u.dtype != jnp.float32:
         return jax.vjp(lambda params, u: step_by_step(params, u, None), params, u)
     from pallas_kernels.selective_scan import mosaic_projected
 
@@ -215,16 +217,22 @@ _scan.defvjp(_forward, _backward)
 def xla(u: jax.Array, weights: ScanWeights, y_dtype: Any = None) -> tuple[jax.Array, jax.Array]:
     """Define what the kernel computes, rounding included, on any platform; by default y has the dtype of u."""
     first, second, *_ = xla_keeping(u, weights)
-    dtype = first.dtype if y_dtype is None else y_dtype
+    dtype = u.dtype if y_dtype is None else y_dtype
     return first.astype(dtype), second.astype(dtype)
 
 
 def xla_keeping(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, ...]:
     """Return the results of `xla`, and the arrays of `Known`."""
+    narrow = u.dtype == jnp.bfloat16
+    if narrow:
+        project, step = (_bfloat16(w.astype(jnp.float32)) for w in weights[:2])
+        weights, u = weights._replace(project=project, step=step), u.astype(jnp.float32)
     rank, states = weights.step.shape[-1], weights.A.shape[-1]
     multiply = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     projected = multiply("dble,dce->dblc", _tf32(u), weights.project)
-    delta = multiply("dblr,der->dble", _tf32(projected[..., :rank]), weights.step)
+    p = projected[..., :rank]
+    p = _bfloat16(p) + _bfloat16(p - _bfloat16(p)) if narrow else _tf32(p)
+    delta = multiply("dblr,der->dble", p, weights.step)
     B, C = jnp.split(projected[..., rank:], [states], axis=-1)
     y = bidirectional_scan(u, delta, weights.A, B, C, delta_bias=weights.bias, implementation="xla")
     return *y, delta, projected, jnp.stack([B, C])
@@ -233,3 +241,7 @@ def xla_keeping(u: jax.Array, weights: ScanWeights) -> tuple[jax.Array, ...]:
 def _tf32(x: jax.Array) -> jax.Array:
     """Round to the 10 bits of mantissa that TF32 products read."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

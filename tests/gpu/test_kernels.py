@@ -123,6 +123,25 @@ def test_projected_scan(seed, case):
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
 
 
+ROUNDED = [(128, 14, 384), (127, 14, 768, 24), (127, 14, 1536, 48), (5, 9, 256, 20), (3, 64, 384)]
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_projected_scan_of_rounded_tokens(seed, case):
+    u, params = projected.draw(np.random.default_rng(seed), *case)
+    args = u.astype("bfloat16"), params
+    run = jax.jit(lambda a: projected.run(a, "pallas", y_dtype="float32"))
+    compiled = run.lower(args).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    # Leave NaN where the results will be.
+    jax.block_until_ready([jnp.full(u.shape[1:], jnp.nan) for _ in range(8)])
+    first = jax.device_get(compiled(args))
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = projected.wanted_of_rounded(*jax.device_put(args, jax.devices("cpu")[0]))
+    assert max(relative_errors(first, wanted)) < projected.EXACT
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args)))
+
+
 @pytest.mark.parametrize("case", [c for c in PROJECTED if c[1] in (14, 7)])
 def test_gradients_of_projected_scan(seed, case):
     """Compare outputs and gradients, of which the kernel writes what the gradient reads if there are 14 steps."""

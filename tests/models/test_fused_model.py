@@ -18,6 +18,7 @@ from tests.pallas_kernels.mosaic_support import (
     needs_mosaic,
     relative_errors,
 )
+from tests.support import relative_error
 
 pytestmark = needs_mosaic
 
@@ -175,6 +176,62 @@ def test_a_loop_over_joined_blocks_keeps_the_residual_stream_alone():
         for variable in equation.outvars
     ]
     assert stacks.count((2, 88, 144, 64)) == 3, stacks
+
+
+def rounds_pooled_tokens(text):
+    """Tell whether a kernel before the scans writes bfloat16."""
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    fronts = [line for line in calls if re.search(r"mixer_(project_)?front", line)]
+    assert fronts
+    return any("tensor<2x88x12x128xbf16>" in line for line in fronts)
+
+
+@pytest.mark.parametrize(
+    ("options", "rounded"),
+    [
+        (COMPUTE, True),
+        (COMPUTE | {"unpool": "after_skip"}, False),
+        (COMPUTE | {"pooling": "max"}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({}, False),
+    ],
+    ids=["compute", "after_skip", "max", "wide", "float32"],
+)
+def test_pooled_tokens_are_rounded_where_one_kernel_reads_them(options, rounded):
+    """Round means in bfloat16 that `projected_scan` reads and nothing is differentiated by."""
+    graphdef, params = split(**SMALL | options, blocks="unroll")
+    images = jax.ShapeDtypeStruct((88, 48, 48, 3), jnp.float32)
+    forward = lambda params, images: nnx.merge(graphdef, params)(images)  # noqa: E731
+    assert rounds_pooled_tokens(lower_for_h100(forward, params, images)) == rounded
+    if options == COMPUTE:
+        text = lower_for_h100(jax.grad(lambda *args: jnp.sum(forward(*args))), params, images)
+        assert not rounds_pooled_tokens(text) and launches(text, "projected_scan") == 2
+
+
+def test_long_scans_read_wide_pooled_tokens():
+    """Of 80 steps there is no kernel for projections and scan: the separate ones read what they read before."""
+    graphdef, params = split(**SMALL | COMPUTE | {"image_size": 320, "depth": 1}, blocks="unroll")
+    images = jax.ShapeDtypeStruct((2, 320, 320, 3), jnp.float32)
+    text = lower_for_h100(lambda p, x: nnx.merge(graphdef, p)(x), params, images)
+    assert launches(text, "mixer_back_project") == 1 and launches(text, "projected_scan") == 0
+    assert "tensor<2x2x80x128xf32>" in text
+
+
+def test_logits_of_rounded_pooled_tokens(seed):
+    """Compare the fast mode at inference with the float32 model, which shares its weights.
+
+    The program is traced for an H100 and run on this CPU.
+    """
+    fast = SMALL | COMPUTE | {"depth": 4, "residual_in_fp32": False}
+    graphdef, params = split(seed, **fast, blocks="unroll")
+    exact, _ = split(seed, **SMALL | {"depth": 4}, blocks="unroll")
+    images = jax.random.normal(jax.random.key(seed), (88, 48, 48, 3))
+    with abstract_h100():
+        traced = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x)).trace(params, images)
+    assert "bf16[2,88,12,128]" in str(traced.jaxpr)
+    got = jax.device_get(traced.lower().compile()(params, images))
+    wanted = jax.device_get(jax.jit(lambda p, x: nnx.merge(exact, p)(x))(params, images))
+    assert 0 < relative_error(got, wanted) < 3e-2
 
 
 @pytest.mark.drawn

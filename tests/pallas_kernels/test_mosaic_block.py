@@ -88,6 +88,7 @@ def test_kernel(seed, monkeypatch, processors, stream):
     width = 128 if processors > 1 else 256  # so that there are more parts than on their way
     case = {"b": 2, "rows": 5, "columns": columns, "e": width, "transposed": transposed}
     case |= {"stream": stream, "scanned": str(rng.choice(["float32", "bfloat16"]))}
+    case |= {"pooled_dtype": [None, "bfloat16"][rng.integers(2)]}
     print(case)
     args, _ = draw(rng, **case)
     with abstract_h100(), interpreted():
@@ -315,6 +316,27 @@ def test_derivative_rule(seed, more):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (args, bars))
         wanted = jax.jit(lambda *a: run(*a, "xla"))(*wide)
     assert max(relative_errors(got, wanted)) < 2e-2
+
+
+@needs_mosaic
+def test_pooled_tokens_are_rounded_unless_they_are_differentiated(seed):
+    """Compare programs traced for an H100 and run on this CPU: gradients are those of float32 pooled tokens."""
+    case = {"b": 64, "rows": 9, "columns": 8, "e": 128}
+    args, bars = draw(np.random.default_rng(seed), **case)
+
+    def results(dtype):
+        more = case | {"pooled_dtype": dtype}
+        with abstract_h100():
+            alone = jax.jit(lambda args: block(args, "auto", **more)).trace(args)
+            program = jax.jit(lambda *a: value_and_gradients(*a, "auto", more)).trace(args, bars)
+        gradients = program.lower().compile()(args, bars)
+        return jax.device_get((alone.lower().compile()(args), gradients))
+
+    (out, wide), (rounded, differentiated) = results(None), results("bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, wide, differentiated)
+    assert 1e-5 < max(relative_errors(rounded, out)) < BOUND
+    with pytest.raises(ValueError, match="pooled_dtype"):
+        block(args, "xla", **case, pooled_dtype="bfloat16", method="max")
 
 
 @pytest.mark.drawn("kernels lowered")
