@@ -48,6 +48,8 @@ from pallas_kernels.selective_scan import (
     ScanWeights,
     bidirectional_scan,
     instead,
+    known_scan,
+    known_scan_unsupported,
     projected_scan,
     projected_unsupported,
 )
@@ -468,6 +470,7 @@ def _scans(
     """
     config = both.config
     wide = config.precision.wide
+    narrow = config.precision.compute == jnp.bfloat16
     graphdef, params = nnx.split(both)
 
     def inputs(params, u, *known):
@@ -476,7 +479,18 @@ def _scans(
         D, bias = (p[...].astype(wide) for p in (direction.D, direction.dt_proj.bias))
         return *direction.select(u, *known), A, D, bias
 
+    def around_known(params, u, known: Known):
+        direction = nnx.merge(graphdef, params)
+        A = -jnp.exp(direction.A_log[...].astype(wide))
+        step = direction.dt_proj
+        kernels = direction.x_proj.kernel[...], step.kernel[...]
+        weights = (w.astype(jnp.float32) for w in (*kernels, A, step.bias[...]))
+        return known_scan(config.scan_implementation == "pallas", u, *weights, known)
+
     def scans(params, u, known: Known | None = None):
+        if known is not None and narrow:
+            if known_scan_unsupported(u, known.columns.shape[-1]) is None:
+                return around_known(params, u, known)
         # All arrays have a leading axis of two, the directions.
         given = () if known is None else (known.delta, known.columns)
         delta, B, C, A, D, bias = jax.vmap(inputs)(params, u, *given)

@@ -5,6 +5,7 @@ Public functions, each in a file:
 - `api`: `selective_scan`, one direction.
 - `bidirectional`: `bidirectional_scan`, both directions of a mixer as one operation.
 - `projected`: `projected_scan`, both directions with their projections to Δ, B and C.
+- `known`: `known_scan`, whose gradient is that of `projected_scan` around what its kernel kept.
 
 Read on in this order:
 
@@ -21,6 +22,7 @@ Read on in this order:
 from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.bidirectional import bidirectional_scan
 from pallas_kernels.selective_scan.implementations import IMPLEMENTATIONS
+from pallas_kernels.selective_scan.known import known_scan, known_scan_unsupported
 from pallas_kernels.selective_scan.projected import (
     KEPT_STEPS,
     RANK_MULTIPLE,
@@ -40,6 +42,8 @@ __all__ = [
     "ScanWeights",
     "bidirectional_scan",
     "instead",
+    "known_scan",
+    "known_scan_unsupported",
     "projected_scan",
     "projected_unsupported",
     "scan_weights",

@@ -295,6 +295,30 @@ def backward(
         assert isinstance(y_bar, jax.Array), "of one direction"
         y_bar, z_bar = _through_gate(inputs, options, y_bar)
     o = _operands(inputs._replace(z=None), options, options.chunk)
+    cut, shares = _gradient_shares(o, y_bar, boundaries, last_state_bar)
+    bc = shares["bc"].reshape(groups, -1, *shares["bc"].shape[1:4], cut.warps * cut.rest).sum(1)
+    bc = jax.lax.optimization_barrier(bc)  # the sums first, in one piece, then their parts
+    bc = jnp.moveaxis(bc[:, :, :length], 0, 2)[..., :states]  # b l g 2 n
+
+    def summed(name):
+        return _summed(shares[name], cut)
+
+    of_channels = {name: summed(name)[..., :width] for name in ("D", "bias") if name in shares}
+    gradients = ScanInputs(
+        u=shares["u"][:, :length, :width],
+        delta=shares["delta"][:, :length, :width],
+        A=_state_out(summed("A"), width, states),
+        B=bc[..., 0, :],
+        C=bc[..., 1, :],
+        D=of_channels.get("D"),
+        z=z_bar,
+        delta_bias=of_channels.get("bias"),
+    )
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+
+
+def _gradient_shares(o: _Operands, y_bar, boundaries, last_state_bar) -> tuple[Plan, dict]:
+    """Return the plan of the gradients' kernel and what it returns, see `mosaic_backward.scan_gradients`."""
     sequences = _sequences(o.plan)
     cut = dataclasses.replace(
         o.plan, sequences=sequences, slots=2 if sequences > 1 else o.plan.slots
@@ -313,34 +337,31 @@ def backward(
             y_bars, o.delta, o.C, o.A, o.bias, dataclasses.replace(cut, reverse=not cut.reverse),
             scaled=False, post_decay=True, interpret=gpu.interpreted(),
         )  # fmt: skip
-    shares = mosaic_backward.scan_gradients(
+    return cut, mosaic_backward.scan_gradients(
         o.u, o.delta, o.B, o.C, o.A, o.D, o.bias, boundaries, y_bars, leaving, last_state_bar, cut,
         interpret=gpu.interpreted(),
     )  # fmt: skip
 
-    bc = shares["bc"].reshape(groups, -1, *shares["bc"].shape[1:4], cut.warps * cut.rest).sum(1)
-    bc = jax.lax.optimization_barrier(bc)  # the sums first, in one piece, then their parts
-    bc = jnp.moveaxis(bc[:, :, :length], 0, 2)[..., :states]  # b l g 2 n
 
-    def summed(name):
-        """Sum over sequences and splits, for each direction."""
-        x = shares[name]
-        if cut.directions == 1:
-            return x.sum((0, 1))
-        return x.reshape(cut.directions, -1, *x.shape[1:]).sum((1, 2))
+def _summed(share: jax.Array, cut: Plan) -> jax.Array:
+    """Sum over sequences and splits, for each direction."""
+    if cut.directions == 1:
+        return share.sum((0, 1))
+    return share.reshape(cut.directions, -1, *share.shape[1:]).sum((1, 2))
 
-    of_channels = {name: summed(name)[..., :width] for name in ("D", "bias") if name in shares}
-    gradients = ScanInputs(
-        u=shares["u"][:, :length, :width],
-        delta=shares["delta"][:, :length, :width],
-        A=_state_out(summed("A"), width, states),
-        B=bc[..., 0, :],
-        C=bc[..., 1, :],
-        D=of_channels.get("D"),
-        z=z_bar,
-        delta_bias=of_channels.get("bias"),
-    )
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
+
+def short_gradients(inputs: ScanInputs, options: ScanOptions, y_bar: tuple[jax.Array, jax.Array]):
+    """Return the gradients of u, Δ, A and Δ's bias of scans of one chunk, and B's and C's as shares.
+
+    The shares ``shares b l 2 n`` are still to be added up.
+    """
+    _, length, width = inputs.u.shape
+    o = _operands(inputs, options, options.chunk)
+    cut, shares = _gradient_shares(o, y_bar, None, None)
+    A_bar = _state_out(_summed(shares["A"], cut), width, inputs.A.shape[-1])
+    bc = shares["bc"].reshape(*shares["bc"].shape[:4], -1)
+    streamed = (shares[name][:, :length, :width] for name in ("u", "delta"))
+    return *streamed, A_bar, _summed(shares["bias"], cut)[..., :width], bc
 
 
 def _through_gate(inputs: ScanInputs, options: ScanOptions, y_bar: jax.Array):

@@ -80,7 +80,8 @@ def scan_gradients(
 
     Returns:
         A dict: u, delta ``b l e`` in their dtypes; "bc" ``blocks b l 2 w r``, dB and dC, of
-        whole chunks, and A ``p s e w r``, D and bias ``p s e``: float32 shares still to be added up.
+        whole chunks if there are several, and A ``p s e w r``, D and bias ``p s e``: float32 shares still to be added
+        up.
     """
     layouts = StateLayouts(plan.warps, plan.rest)
     sources = {"x": u, "delta": delta, "g": y_bar[0], "b": B, "c": C}
@@ -236,7 +237,11 @@ def scan_gradients(
             rows = pl.ds(start, plan.chunk)
             plgpu.copy_smem_to_gmem(du_tile, du_ref.at[batch, rows, columns])
             plgpu.copy_smem_to_gmem(ddelta_tile, ddelta_ref.at[batch, rows, columns])
-            plgpu.copy_smem_to_gmem(dbc_tile, dbc_ref.at[block, batch, rows])
+            if plan.chunks == 1:  # A bulk copy is not clipped.
+                steps = pl.ds(0, plan.length)
+                plgpu.copy_smem_to_gmem(dbc_tile.at[steps], dbc_ref.at[block, batch, steps])
+            else:
+                plgpu.copy_smem_to_gmem(dbc_tile, dbc_ref.at[block, batch, rows])
             stream.refill(k, slot)
             return (carry, dA, *sums)
 
@@ -252,6 +257,7 @@ def scan_gradients(
     tile = (plan.chunk, plan.channels)
     parts = (plan.parts, plan.splits)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    bc_steps = plan.length if plan.chunks == 1 else plan.chunks * plan.chunk
     tiles = input_tiles(plan, plan.slots, {n: s.dtype for n, s in sources.items() if n != "h"})
     if states is not None:
         stored = (plan.channels, plan.warps, plan.rest)
@@ -261,9 +267,9 @@ def scan_gradients(
         out_type=[
             jax.ShapeDtypeStruct(u.shape, u.dtype),
             jax.ShapeDtypeStruct(delta.shape, delta.dtype),
-            # Of whole chunks: contiguous tiles leave by plain bulk copies, which are not
-            # clipped at the end of a sequence.
-            float32(plan.blocks, plan.batch, plan.chunks * plan.chunk, 2, plan.warps, plan.rest),
+            # Of several chunks, whole ones: contiguous tiles leave by plain bulk copies, which are
+            # not clipped at the end of a sequence.
+            float32(plan.blocks, plan.batch, bc_steps, 2, plan.warps, plan.rest),
             float32(*parts, *plan.stored_shape),
             *[float32(*parts, plan.padded_width) for _ in sums_of],
         ],

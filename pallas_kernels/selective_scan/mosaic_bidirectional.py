@@ -61,3 +61,10 @@ def backward(
     bars = mosaic.backward(_folded(inputs), options, boundaries, y_bar, last_state_bar)
     streamed = {name: _unfolded(getattr(bars, name)) for name in ("u", "delta", "B", "C")}
     return bars._replace(**streamed)
+
+
+def short_gradients(
+    inputs: ScanInputs, options: ScanOptions, y_bar: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, ...]:
+    """See `mosaic.short_gradients`; the shares of both directions' B and C lie one behind the other."""
+    return mosaic.short_gradients(_folded(inputs), options, y_bar)

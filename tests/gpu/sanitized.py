@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.mixer_core import mixer_core
 from tests.pallas_kernels import test_bidirectional_scan as pair
+from tests.pallas_kernels import test_known_scan as known
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_project_front as project_front
@@ -65,6 +66,9 @@ def cases(rng):
         args = projected.draw(rng, *sizes)
         run = lambda a, g: projected.gradients_of(a, "pallas", g)  # noqa: E731
         yield f"gradients of projected scan {sizes}", run, args, (args[0][0], args[0][1])
+    for sizes in ((16, 12, 384, 16), (8, 8, 768, 32)):
+        run = lambda a, g: known.gradients_of(a, "pallas", g)  # noqa: E731
+        yield f"gradients of known scan {sizes}", run, *known.draw(rng, *sizes)
     for case, by in (
         # The end of a block as one kernel. With 256 channels, loading it under the sanitizer took more than 50 s.
         ({"b": 2, "rows": 13, "columns": 9, "e": 128}, "pallas"),

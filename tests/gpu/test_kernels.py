@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from fastvim_jax.models import create_model
 from pallas_kernels import gpu, mixer_core, selective_scan
+from tests.pallas_kernels import test_known_scan as known
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_project_front as project_front
@@ -160,6 +161,43 @@ def test_gradients_of_projected_scan(seed, case):
     print(errors)
     assert max(errors) < projected.GRADIENT_BOUND
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args, bars)))
+
+
+KNOWN = [
+    (128, 14, 384, 16),
+    (128, 14, 768, 32),
+    (8, 8, 384, 16),
+    (64, 13, 384, 32),
+    (320, 9, 768, 16),
+]
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_gradients_of_known_scan(seed, case):
+    """Compare gradients around results that the kernel kept; with one to 45 tiles of 64 tokens."""
+    args, bars = known.draw(np.random.default_rng(seed), *case)
+    run = lambda args, bars: known.gradients_of(args, "pallas", bars)  # noqa: E731
+    compiled = jax.jit(run).lower(args, bars).compile()
+    assert all(kernel in compiled.as_text() for kernel in known.KERNELS)
+    # Leave NaN where the results will be.
+    jax.block_until_ready([jnp.full(args[0].shape, jnp.nan) for _ in range(8)])
+    first = jax.device_get(compiled(args, bars))
+    with jax.default_device(jax.devices("cpu")[0]):
+        drawn = jax.device_put((args, bars), jax.devices("cpu")[0])
+        wanted = projected.wanted_gradients_of(*drawn)
+    errors = relative_errors(first, wanted)
+    print(errors)
+    assert max(errors) < known.BOUND
+    jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args, bars)))
+
+
+def test_gradients_of_known_scan_under_vmap(seed):
+    (u, params), bars = known.draw(np.random.default_rng(seed), 64, 8, 384)
+    run = lambda u: known.gradients_of((u, params), "pallas", bars)  # noqa: E731
+    both = jax.device_get(jax.jit(jax.vmap(run))(both_ways_round(u)))
+    for i, turn in enumerate((1, -1)):
+        wanted = jax.device_get(jax.jit(run)(u[::turn]))
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, wanted)
 
 
 def test_projected_scan_under_vmap(seed):

@@ -158,6 +158,43 @@ def test_joined_blocks_equal_plain_ones(seed, blocks):
 
 
 @pytest.mark.drawn("models on kernels", one_in=20)
+@pytest.mark.parametrize(
+    "options", [{"blocks": "unroll"}, {"blocks": "scan"}, {"remat": "block"}], ids=str
+)
+def test_gradients_around_known_scans_equal_plain_ones(seed, options):
+    """Compare gradients whose projections run in two kernels with plain ones; see the test before this one."""
+    sizes = {"depth": 2, "embed_dim": 192, "image_size": 32, "patch_size": 4, "num_classes": 7}
+    graphdef, params = split(seed, **sizes, **COMPUTE, **options)
+    images = jax.random.normal(jax.random.key(seed), (8, 32, 32, 3))
+
+    def run(params, images):
+        out, pull = jax.vjp(lambda p: nnx.merge(graphdef, p)(images), params)
+        return out, pull(jnp.cos(out))[0]
+
+    with abstract_h100():
+        traced = jax.jit(run).trace(params, images)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("projection_gradients", "projection_weight_gradients"):
+        assert launches(text, kernel) == 2  # A loop goes over pairs of blocks.
+    got = traced.lower().compile()(params, images)
+    wanted = jax.jit(lambda p, x: run(p, x))(params, images)
+    assert max(relative_errors(got, wanted)) < 2e-2
+
+
+@pytest.mark.drawn("models on kernels", one_in=20)
+def test_float32_and_other_batches_keep_xlas_gradients_of_projections():
+    """Train in TF32, where operands are not rounded to bfloat16, and with tokens that do not cut into tiles."""
+    for b, options in ((64, {"matmul_precision": "tf32"}), (9, COMPUTE)):
+        graphdef, params = split(depth=1, **options)
+        images = jax.ShapeDtypeStruct((b, 224, 224, 3), jnp.float32)
+        loss = lambda p, x, g=graphdef: nnx.merge(g, p)(x).sum()  # noqa: E731
+        text = lower_for_h100(jax.grad(loss), params, images)
+        assert launches(text, "projected_scan") == 1
+        assert launches(text, "selective_scan_gradients") == 1
+        assert "projection_gradients" not in text
+
+
+@pytest.mark.drawn("models on kernels", one_in=20)
 def test_a_loop_over_joined_blocks_keeps_the_residual_stream_alone():
     """Of two blocks: the stream before, between and behind them, and no normalised tokens."""
     options = SMALL | COMPUTE | {"depth": 4, "blocks": "scan", "residual_in_fp32": False}

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import gpu, sharding
 from pallas_kernels.mixer_core import Unprojected, mixer_core, sequence_core
+from tests.pallas_kernels import test_known_scan as known
 from tests.pallas_kernels import test_mosaic_block as block
 from tests.pallas_kernels import test_mosaic_core as core
 from tests.pallas_kernels import test_mosaic_project_front as project_front
@@ -140,6 +141,44 @@ def test_projected_scan(seed, monkeypatch, mesh_is):
     program, gathers = compiled(run, args, bars)
     assert not gathers
     assert max(relative_errors(program(args, bars), wanted)) < projected.GRADIENT_BOUND
+
+
+@pytest.mark.drawn("sharded cores")
+@needs_mosaic
+@pytest.mark.parametrize("mesh_is", ["auto", "explicit", "callers"])
+def test_known_scan(seed, monkeypatch, mesh_is):
+    """Compare gradients around known results; those of the weights are summed over the devices."""
+    monkeypatch.setattr(gpu, "kernels_missing", lambda: None)
+    args, bars = known.draw(np.random.default_rng(seed), 8, 8, 384)
+    wanted = jax.jit(lambda *a: known.gradients_of(a[0], "xla", a[1]))(args, bars)
+    mesh = mesh_of(AxisType.Explicit if mesh_is == "explicit" else AxisType.Auto)
+    specs = (P(None, BATCH), jax.tree.map(lambda _: P(), args[1]))
+    both = (P(BATCH), P(BATCH))
+    run = lambda args, bars: known.gradients_of(args, "auto", bars)  # noqa: E731
+    if mesh_is == "callers":
+        run = jax.shard_map(run, mesh=mesh, in_specs=(specs, both), out_specs=(both, (specs,)))
+    args, bars = put((args, bars), (specs, both), mesh)
+    program, gathers = compiled(run, args, bars)
+    assert not gathers
+    assert max(relative_errors(program(args, bars), wanted)) < projected.GRADIENT_BOUND
+
+
+@pytest.mark.drawn("sharded cores")
+@needs_mosaic
+@pytest.mark.parametrize("images", [16, 64])
+def test_kernels_of_known_scan_for_several_gpus(images):
+    """Lower shares of 16 tokens, whose products are XLA's, and of 64 or more, whose products are kernels."""
+    mesh = jax.sharding.AbstractMesh(
+        (8,), ("data",), (AxisType.Explicit,), abstract_device=abstract_device()
+    )
+    args, bars = jax.eval_shape(lambda: known.draw(np.random.default_rng(0), images, 8, 384))
+    specs = ((P(None, "data"), jax.tree.map(lambda _: P(), args[1])), (P("data"), P("data")))
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = jax.jit(lambda args, bars: known.gradients_of(args, "auto", bars))
+        traced = run.trace(*shapes_on(mesh, (args, bars), specs))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(kernels_in(text)) == (2 if images == 16 else 4)
+    assert "all_reduce" in text
 
 
 @pytest.mark.drawn("sharded cores")
