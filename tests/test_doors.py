@@ -22,7 +22,7 @@ from fastvim_jax.inference import Classifier
 from fastvim_jax.models.pretrained import default_preprocessing
 from fastvim_jax.training.start_from import load_weights
 from pallas_kernels import *
-from pallas_kernels.mixer_core import add_norm
+from pallas_kernels.mixer_core import add_norm, norm_stream
 from pallas_kernels.patch_embed import embed_patches
 
 small = dict(image_size=8, patch_size=4, embed_dim=8, depth=1, num_classes=2, rngs=0)
@@ -83,7 +83,12 @@ operations = {
         dict(images=jnp.ones((2, 4, 6, 3)), weight=jnp.ones((2, 3, 3, 4)), table=jnp.ones((2, 2, 4))),
         ["images", "weight", "table"],
     ),
-    "add_norm": (add_norm, dict(update=u, residual=u, gain=jnp.ones(4)), ["update", "residual", "gain"]),
+    "add_norm": (
+        add_norm,
+        dict(update=u, residual=u, gain=jnp.ones(4), shift=jnp.ones(4), bias=jnp.ones(4)),
+        ["update", "residual", "gain", "shift"],
+    ),
+    "norm_stream": (norm_stream, dict(residual=u, gain=jnp.ones(4), dtype="float32"), ["residual", "gain"]),
 }
 for name, (run, good, arrays) in operations.items():
     jax.block_until_ready(run(**good))

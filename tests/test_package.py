@@ -41,6 +41,7 @@ BASE = {
     "json_text",
     "version",
     "stop_signals",
+    "whole_file",
 }
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
@@ -54,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "precision": {"pallas_kernels", *BASE},
     "config_checks": {"errors"},
     "serialise": {"errors", "json_text"},
+    "whole_file": {"errors"},
     "forward_mode": set(),
     "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},

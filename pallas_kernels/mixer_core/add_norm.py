@@ -61,7 +61,7 @@ def add_norm(
         raise ValueError("add_norm: bias is for a LayerNorm only: give a shift, too.")
     vectors: dict[str, Any] = {"gain": gain, "shift": shift, "bias": bias}
     for name, vector in vectors.items():
-        if vector is not None:
+        if vector is not None or name == "gain":
             vectors[name] = as_floats("add_norm", name, vector, "o")
             expect_shape("add_norm", name, vectors[name], "o", update.shape[2:], beside)
     if keep is not None:
@@ -91,9 +91,12 @@ def norm_stream(
         gradient of both.
     """
     residual = as_floats("norm_stream", "residual", residual, "b l o")
-    vectors = [
-        None if x is None else as_floats("norm_stream", "gain", x, "o") for x in (gain, shift)
-    ]
+    vectors = [as_floats("norm_stream", "gain", gain, "o")]
+    vectors.append(None if shift is None else as_floats("norm_stream", "shift", shift, "o"))
+    for name, vector in zip(("gain", "shift"), vectors, strict=True):
+        if vector is not None:
+            beside = f"residual {residual.shape} (b l o)"
+            expect_shape("norm_stream", name, vector, "o", residual.shape[2:], beside)
     call = _Call.of(jax.ShapeDtypeStruct(residual.shape, dtype), residual, shift, norm_eps)
     return _add_norm(call, None, residual, *vectors, None, None)
 
