@@ -70,7 +70,10 @@ def speeds(folder: Path) -> dict[str, str]:
             precision = row["precision"] + mode * (row["precision"] == "bf16")
             found = images_per_second(row), f"{precision}, batch {row['batch']}"
             best[row["model"]] = max(best.get(row["model"], (0.0, "")), found)
-    return {model: f"{value:,.0f} ({settings})" for model, (value, settings) in best.items()}
+    return {
+        model: f"{value:,.0f} ({settings})" if value >= 100 else f"{value:.3g} ({settings})"
+        for model, (value, settings) in best.items()
+    }
 
 
 def row(name: str, *recorded: dict[str, str]) -> list[str]:
