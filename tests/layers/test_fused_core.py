@@ -12,7 +12,8 @@ from flax import nnx
 
 from fastvim_jax.layers.channel_pooling import channel_poolings
 from fastvim_jax.layers.direction import MixerConfig, stack_directions
-from fastvim_jax.layers.fused_core import _scans, runs_fused, unsupported
+from fastvim_jax.layers.fused_core import runs_fused, unsupported
+from fastvim_jax.layers.fused_scans import scans_of
 from fastvim_jax.layers.mixer import Mixer, stack_mixer_directions
 from fastvim_jax.layers.pooling import GridPooling, NoPooling
 from fastvim_jax.precision import Precision
@@ -44,7 +45,7 @@ def value_and_gradients(graphdef, pooling):
 def test_the_gradient_of_pooled_scans_keeps_no_step_sizes(key):
     """Compare both forms of the scans. The one for gradients keeps u and nothing else of u's size."""
     mixer = Mixer(MixerConfig(16, precision=NARROW), rngs=nnx.Rngs(key))
-    params, scans = _scans(stack_directions(mixer.forward, mixer.backward, axis=0), skip=False)
+    params, scans = scans_of(stack_directions(mixer.forward, mixer.backward, axis=0), skip=False)
     u = jax.random.normal(key, (2, 3, 8, 32))
     pulled = [jax.vjp(run, params, u) for run in (scans.for_gradient, scans.run)]
     kept = [sum(leaf.shape == u.shape for leaf in jax.tree.leaves(pull)) for _, pull in pulled]
