@@ -8,8 +8,10 @@ pickle names (optimizers, `argparse.Namespace`, hooks) becomes an inert `Unread`
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -35,7 +37,9 @@ _DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 # In bytes. The pickle only describes the tensors, which takes 1 MB for FastVim-H.
-_LARGEST_PICKLE = 256 << 20
+_LARGEST_PICKLE = 32 << 20
+_MOST_REPEATED = 1 << 22
+"""Items of tuples that a pickle uses again, those of tuples in them included, each time that it does."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,58 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[Any, Any]:
         raise UserError(
             f"{path} holds big-endian numbers: save it again on a little-endian machine."
         )
-    with archive.open(described[0]) as file:
-        saved = _Unpickler(file, archive, prefix).load()
+    pickled = archive.read(described[0])
+    _check_tuples(pickled)
+    saved = _Unpickler(io.BytesIO(pickled), archive, prefix).load()
     if not isinstance(saved, Mapping):
         raise UserError(f"{path} holds {described_value(saved)}, no dictionary of tensors.")
     return dict(saved)
+
+
+def _check_tuples(pickled: bytes) -> None:
+    """Refuse tuples of tuples, each of the one before, twice. A few bytes describe one whose hash never ends.
+
+    Raises:
+        UserError: there are such tuples.
+    """
+    stack: list[int | None] = []  # items of a tuple, 1 of any other object, None of a mark
+    memo: dict[int, int | None] = {}
+    repeated = 0
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = operation.name
+        if name == "MARK":
+            stack.append(None)
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(argument or 0)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            size = memo[int(argument or 0)] or 1
+            stack.append(size)
+            repeated += size - 1
+            if repeated > _MOST_REPEATED:
+                raise UserError("its tuples repeat one another without end.")
+        else:
+            items = _popped(stack, operation.stack_before)
+            tuple_like = name.startswith("TUPLE") or name == "FROZENSET"
+            size = 1 + sum(items) if tuple_like else 1
+            stack += [size] * len(operation.stack_after)
+
+
+def _popped(stack: list[int | None], before: list[pickletools.StackObject]) -> list[int]:
+    """Take from the stack what an operation takes: so many objects, and all above the last mark if it wants a mark."""
+    items: list[int] = []
+    for wanted in reversed(before):
+        if wanted is pickletools.stackslice:
+            continue  # These objects lie above the mark, which comes next.
+        if wanted is pickletools.markobject:
+            while (top := stack.pop()) is not None:
+                items.append(top)
+        else:
+            items.append(stack.pop() or 1)
+    return items
 
 
 class _Unpickler(pickle.Unpickler):

@@ -75,15 +75,30 @@ def test_everything_beside_the_weights_is_listed(tmp_path, rng, torch_names):
 
 
 def test_the_text_of_a_collection_is_not_made(tmp_path, rng, torch_names):
-    """Read a tuple of tuples: a few bytes describe 2**60 items."""
-    laughs = ("ha",)
+    """Read a list of lists: a few bytes describe 2**60 items."""
+    laughs = ["ha"]
     for _ in range(60):
-        laughs = (laughs, laughs)
-    with pytest.raises(UserError, match="holds tuple of 2 entries, no dictionary"):
+        laughs = [laughs, laughs]
+    with pytest.raises(UserError, match="holds list of 2 entries, no dictionary"):
         read_torch_file(write(tmp_path / "a.pth", laughs))
     weights = Tensor(rng.normal(size=3).astype(np.float32))
-    found = read_weights_file(write(tmp_path / "b.pth", {"w": weights, "x": [laughs]}))
-    assert found.ignored == ("x: list of 1 entry",)
+    found = read_weights_file(write(tmp_path / "b.pth", {"w": weights, "x": laughs}))
+    assert found.ignored == ("x: list of 2 entries",)
+
+
+def test_a_key_whose_hash_never_ends_is_refused(tmp_path, rng, torch_names):
+    """Refuse a dictionary whose key is a tuple of 2**60 items, without hashing it."""
+    doubled = b"h\x00h\x00\x86q\x000"  # the tuple of memo 0 twice, as a tuple, into memo 0
+    pickled = b"\x80\x02})q\x000" + 60 * doubled + b"h\x00K\x01s."
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    with pytest.raises(UserError, match="tuples repeat one another without end"):
+        read_torch_file(tmp_path / "a.pth")
+    shared = (2, 3)  # as PyTorch's pickles have them: used often, and short
+    weights = Tensor(rng.normal(size=(2, 3)).astype(np.float32))
+    saved = {"w": weights, "shapes": [(shared, shared, i) for i in range(1000)], shared: "key"}
+    found = read_torch_file(write(tmp_path / "b.pth", saved))
+    assert found["shapes"] == saved["shapes"] and found[2, 3] == "key"
 
 
 def test_nothing_is_run(tmp_path, torch_names):
