@@ -117,18 +117,17 @@ def run_vit_blocks(
     """
     static: dict[str, Any] = {
         "depth": depth,
-        "keep": keep,
         "mode": config.blocks,
         "remat": config.remat,
         "output_blocks": output_blocks,
     }
     if not _runs_joined(tokens, config):
-        return run_blocks(blocks, tokens, poolings, **static)
+        return run_blocks(blocks, tokens, poolings, keep=keep, **static)
     graphdef, params = nnx.split(blocks)
 
     def run(poolings: Sequence[Pooling], params: Any, tokens: Tokens, keep: Any) -> Any:
-        static["keep"] = keep
-        return _run_joined(nnx.merge(graphdef, params), tokens, poolings, config, **static)
+        blocks = nnx.merge(graphdef, params)
+        return _run_joined(blocks, tokens, poolings, config, keep=keep, **static)
 
     def padded(params: Any, tokens: Tokens, keep: Any) -> Any:
         """Pad the tokens once, where the gradient of every block's attention would pad its arrays."""
