@@ -27,17 +27,17 @@ wanted() { # NAME: $FASTVIM_BENCH_ONLY may hold patterns of the names to run
   done
   return 1
 }
-again() { # COMMAND...: once more if a signal ended it; PyTorch's compiler crashes now and then beside others of its kind
+again() { # COMMAND...: once more if a signal ended it; PyTorch's compiler crashes now and then; the second time in one thread
   local code=0
   "$@" || code=$?
-  ((code < 128)) || { code=0; "$@" || code=$?; }
+  ((code < 128)) || { code=0; TORCHINDUCTOR_COMPILE_THREADS=1 "$@" || code=$?; }
   return "$code"
 }
 bench() { # NAME BENCH-OR-PROGRAM.py OPTIONS...: run in the background, result in NAME.json
   local name=$1 command=(-m fastvim_jax bench "${@:2}")
   wanted "$name" || return
   case $2 in *.py) command=("${@:2}") ;; esac
-  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 7>&- 8>&- 9>&- &
+  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 7>&- 8>&- &
   running[$!]=$name
   begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
@@ -71,15 +71,14 @@ finish() {
 }
 
 # What is required, with the peer in the same run. The first rows are timed first and `later` ones when those are done. Then comes the
-# row by the clock, when no other program computes, and at the end the largest batches, one after the other, because they want the memory
-# of a GPU of 80 GB.
-exec 7>"$locks/required_clock.timing" 8>"$locks/required_later.timing" 9>"$locks/required_last.timing"
-flock -x 7 && flock -x 8 && flock -x 9
+# row by the clock, when no other program computes, and at the end the largest batches, one after the other and alone.
+exec 7>"$locks/required_clock.timing" 8>"$locks/required_later.timing"
+flock -x 7 && flock -x 8
 touch "$locks/required.compiling"
-for late in later clock last; do ln -s required.compiling "$locks/required_$late.compiling"; done
+for late in later clock; do ln -s required.compiling "$locks/required_$late.compiling"; done
 gpu_memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
 part=$(awk -v all="${gpu_memory:-81559}" 'BEGIN { printf "%.3f", 0.96 * 81559 / all }')
-large=() rest=() clock=()
+rest=() clock=()
 later() {
   wanted "$1" || return
   BENCH_NICE=10 FASTVIM_BENCH_LOCK=$locks/required_later bench "$@"
@@ -89,9 +88,11 @@ later() {
 by_clock() {
   FASTVIM_BENCH_LOCK=$locks/required_clock bench "$@" && clock+=($!)
 }
-largest() { # NAME BLOCKS BATCH...
-  XLA_PYTHON_CLIENT_MEM_FRACTION=$part FASTVIM_BENCH_LOCK=$locks/required_last bench "$1" \
-    train --models "$base" --largest-batch --batches "${@:3}" --blocks "$2" && large+=($!)
+largest() { # NAME BLOCKS BATCH...: on a GPU of 80 GB, all of it one region, as a memory that grows is in pieces
+  wanted "$1" || return
+  XLA_PYTHON_CLIENT_PREALLOCATE=true XLA_PYTHON_CLIENT_MEM_FRACTION=$part bench "$1" \
+    train --models "$base" --largest-batch --batches "${@:3}" --blocks "$2"
+  ended $!
 }
 torch=
 "$python" -c 'import timm, torch; assert torch.cuda.is_available()' >/dev/null 2>&1 && torch=yes
@@ -101,8 +102,6 @@ peer() { # NAME OPTIONS...: where its libraries are
 }
 
 lot required
-# Alone at first, since its compile time counts.
-largest train_base_largest_batch scan 1152 1024 896 && sleep "${HEAD_START:-35}"
 for size in base small tiny; do
   peer "peer_deit_$size" --models "$size"
   peer "peer_deit_${size}_step" --models "$size" --rows step
@@ -127,6 +126,8 @@ later model_base_scanned model --models "$base" --blocks scan
 later model_tiny_scanned model --models "$tiny" --blocks scan
 for size in tiny small base; do later "model_vit_$size" model --models "vit_${size}_patch16_224"; done
 later model_vim_224 model --models "$vim"
+later masked_step_vit benchmarks/masked_speed.py --rows step --models mae_vit_base_patch16_224
+[ -z "$torch" ] || later peer_mae benchmarks/peers/mae_vit.py
 later fallbacks_lines benchmarks/fallbacks.py --only 0 1 2 3
 later fallbacks_masked benchmarks/fallbacks.py --only 4 5 6 7 8
 later fallbacks_options benchmarks/fallbacks.py --only 9 10 11 12
@@ -135,8 +136,7 @@ exec 8>&-
 ended "${rest[@]}"
 exec 7>&-
 ended "${clock[@]}"
-exec 9>&-
-ended "${large[@]}"
+largest train_base_largest_batch scan 1152 1024 896
 printf '%4d s  largest batches done\n' "$SECONDS"
 if wanted train_base_compile; then # alone, as nothing else compiles
   bench train_base_compile train --models "$base" --batches 128 --compile-only --blocks unroll
