@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(
     reason="no GPU that the kernels run on",
 )
 
+ORDER = 1e-6  # of float32 sums in another order
+
 PROJECTED = [
     (128, 14, 384, 12),
     (127, 14, 384, 12),
@@ -119,13 +121,28 @@ def test_gradients_of_known_scan(seed, case):
     jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(compiled(args, bars)))
 
 
+def written_and_summed(result):
+    """Split a result into what kernels write, and the parameters' gradients, which XLA sums over shares."""
+    outputs, ((of_tokens, of_params),) = result
+    return (outputs, of_tokens), of_params
+
+
+def check_equal_but_for_order(got, wanted):
+    """Compare exactly what kernels write. Compare sums by norm, because XLA adds in another order under vmap."""
+    (got_written, got_summed), (written, summed) = map(written_and_summed, (got, wanted))
+    jax.tree.map(np.testing.assert_array_equal, got_written, written)
+    errors = relative_errors(got_summed, summed)
+    print(errors)
+    assert max(errors) < ORDER
+
+
 def test_gradients_of_known_scan_under_vmap(seed):
     (u, params), bars = known.draw(np.random.default_rng(seed), 64, 8, 384)
     run = lambda u: known.gradients_of((u, params), "pallas", bars)  # noqa: E731
     both = jax.device_get(jax.jit(jax.vmap(run))(both_ways_round(u)))
     for i, turn in enumerate((1, -1)):
         wanted = jax.device_get(jax.jit(run)(u[::turn]))
-        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, wanted)
+        check_equal_but_for_order(jax.tree.map(lambda x, i=i: x[i], both), wanted)
 
 
 def test_projected_scan_under_vmap(seed):
