@@ -2,7 +2,7 @@
 
 Measured: images per second of a step of 128 images on one H100 (`results/h100/train_*.json`), images per second that a
 core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`), steps on several
-GPUs (`results/h200/scaling_four/*.json`). Assumed: the bandwidths below.
+GPUs (`results/h200/scaling/*.json`, and of four `scaling_four`). Assumed: the bandwidths below.
 """
 
 from __future__ import annotations
@@ -138,12 +138,11 @@ def several_table(rows: Sequence[dict[str, Any]]) -> str:
         "| only reducing, ms | idle, ms | state on a GPU, MB | peak on a GPU, GB |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    timed = [row for row in rows if "ms" in row]
-    for row in timed:
-        if "after" in row:  # the other GPUs of the host
-            continue
-        kind = ("model", "batch", "blocks", "remat")
-        alone = [r for r in timed if r["mesh"] == "one" and all(r[k] == row[k] for k in kind)]
+    # Without the other GPUs of the host, which ran the first GPU's program once more.
+    timed = [row for row in rows if "ms" in row and "after" not in row]
+    kinds = list(dict.fromkeys(map(_kind, timed)))
+    for row in sorted(timed, key=lambda row: (kinds.index(_kind(row)), row["mesh"] != "one")):
+        alone = [r for r in timed if r["mesh"] == "one" and _kind(r) == _kind(row)]
         held = row["state_bytes_in_use"]
         share, state = "–", f"{held / 1e6:,.0f}"
         if row["mesh"] != "one" and alone:
@@ -156,6 +155,11 @@ def several_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{max(row['peak_bytes_in_use']) / 1e9:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a step has in common with the steps that it is compared with."""
+    return tuple(row[name] for name in ("model", "batch", "blocks", "remat"))
 
 
 def _model_name(model: str) -> str:
@@ -172,27 +176,38 @@ def _mean_part(row: dict[str, Any], name: str) -> str:
     return f"{statistics.fmean(found):.2f}" if found else "–"
 
 
-def several_rows() -> list[dict[str, Any]]:
-    """Return the rows of all records of steps on several GPUs."""
-    files = sorted((HERE / "results" / "h200" / "scaling_four").glob("*.json"))
+def several_rows(folder: str) -> list[dict[str, Any]]:
+    """Return the rows of all records of `several_gpus.py` in this folder of `results/h200`."""
+    files = sorted((HERE / "results" / "h200" / folder).glob("*.json"))
     records = [json.loads(file.read_text()) for file in files]
     return [
         row for record in records if record["bench"] == "several_gpus" for row in record["rows"]
     ]
 
 
-def main() -> None:
-    """Put the tables into the page."""
-    page = PAGE.read_text()
+def updated(page: str) -> str:
+    """Return the page with its tables as the records are now.
+
+    Raises:
+        ValueError: the page has no place for a table.
+    """
     parts = {"": tables(), " reduction": reduction_table()}
-    if rows := several_rows():
-        parts[" several"] = several_table(rows)
+    for name, folder in ((" two", "scaling"), (" several", "scaling_four")):
+        if rows := several_rows(folder):
+            parts[name] = several_table(rows)
     for name, table in parts.items():
         begin, end = (mark.format(name) for mark in MARKS)
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(end)
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
+            raise ValueError(f"{PAGE.name} has no lines {begin} and {end}")
         page = f"{before}{begin}\n{table}{end}{after}"
-    PAGE.write_text(page)
+    return page
+
+
+def main() -> None:
+    """Put the tables into the page."""
+    PAGE.write_text(updated(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,36 @@ def test_programs_are_timed_in_rounds_and_failures_stop_only_their_own(
     assert "| data 2 | 12.00 | 10,667 | **0.917** | 9.00 | 0.25 | 0.75 | 404 (1.01) |" in table[3]
 
 
+def test_the_page_shows_the_records(programs):
+    scaling = programs("scaling")
+    page = scaling.PAGE.read_text()
+    assert scaling.updated(page) == page
+    assert [row["mesh"] for row in scaling.several_rows("scaling")].count("one") == 2
+    with pytest.raises(ValueError, match="begin two"):
+        scaling.updated(page.replace("begin two", "begin"))
+
+
+def test_a_table_lists_one_gpu_before_several(programs):
+    row = {
+        "batch": 128, "blocks": "scan", "remat": "none", "peak_bytes_in_use": [1e9],
+        "images_per_s_of_a_device": 1.0, "state_bytes_in_use": 1e6,
+    }  # fmt: skip
+    rows = [
+        row | {"model": "fastvim_base_x", "mesh": "fsdp 2", "ms": 2.0},
+        row | {"model": "fastvim_small_x", "mesh": "one", "ms": 3.0},
+        row | {"model": "fastvim_base_x", "mesh": "one", "ms": 1.0, "batch": 64},
+        row | {"model": "fastvim_base_x", "mesh": "one", "ms": 1.0},
+    ]
+    lines = programs("scaling").several_table(rows).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(c[0][:9], c[1], c[2], c[5]) for c in cells] == [
+        ("FastVim-B", "128", "one", "–"),
+        ("FastVim-B", "128", "fsdp 2", "**0.500**"),
+        ("FastVim-S", "128", "one", "–"),
+        ("FastVim-B", "64", "one", "–"),
+    ]
+
+
 TRAINS = """
 import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
