@@ -37,7 +37,7 @@ from pallas_kernels.mosaic import PROCESSORS, SHARED_MEMORY
 # Cost of starting a block of the gradients, in segments.
 START = {"front_gradients": 1.5}
 # Warpgroups that a processor's registers hold.
-RESIDENT = {"front": 8, "front_gradients": 4}
+RESIDENT = {"front": 8, "front_gradients": 5}
 
 
 def _bytes(kind: str, segment: int, taps: int, size: int) -> int:
@@ -65,13 +65,12 @@ def cut(kind: str, xz: Any, taps: int, options: CoreOptions) -> Grid | None:
         and _bytes(kind, s, taps, size)
         <= (SHARED_MEMORY if s <= max(8, options.per_position) else 110 * 1024)
     ]
-    # Written out for 14 tokens and not 7, the front's gradients take 200 registers and not 124.
-    limits = (8, 16, 32) if kind == "front_gradients" else (16, 32)
+    limits = (16, 32)
     dividing = [s for s in fitting if options.tokens % s == 0 and s >= min(4, options.tokens)]
     limit = next((n for n in limits if any(4 <= s <= n for s in dividing)), 32)
     segment = max((s for s in dividing if s <= limit), default=0)
     if not segment:
-        most = max(8 if kind == "front_gradients" else 16, taps - 1, options.per_position)
+        most = max(16, taps - 1, options.per_position)
         fitting = [s for s in fitting if min(4, options.tokens) <= s <= most]
         reads = lambda s: math.ceil(options.tokens / s) * (s + 2 * (taps - 1))  # noqa: E731
         segment = min(fitting, key=lambda s: (reads(s), -s), default=0)

@@ -75,13 +75,14 @@ def front(
                 slot = lax.rem(item, 2)
                 plgpu.barrier_wait(barrier.at[slot])
                 grid.wait_for_tile()
-                window = [read_row(tiles.at[slot, j], layout) for j in range(2 * grid.halo)]
+                # All tokens first and all skips last, because the compiler lets no read pass a write.
+                tokens = [read_row(tiles.at[slot, j], layout) for j in range(rows)]
+                skips = []
                 pooled, places = ([list(side) for side in sides] for sides in carry)
                 for t in range(grid.segment):
-                    window.append(read_row(tiles.at[slot, t + 2 * grid.halo], layout))
                     k = t % per_position
-                    both = convolutions.of(window)
-                    store(skip_tiles.at[slot, t], convolutions.skip(both))
+                    both = convolutions.of(tokens[t : t + 2 * grid.halo + 1])
+                    skips.append(convolutions.skip(both))
                     for d, c in enumerate(both):
                         if grid.overlaps:
                             c = jnp.where(grid.counts(part, t), c, -jnp.inf if largest else 0.0)
@@ -92,7 +93,8 @@ def front(
                         place = (grid.start(part) + t).astype(jnp.uint32)
                         places[d][k] = jnp.where(best != pooled[d][k], place, places[d][k])
                         pooled[d][k] = best
-                    window.pop(0)
+                for t, skip in enumerate(skips):
+                    store(skip_tiles.at[slot, t], skip)
                 plgpu.commit_smem()
                 line, _, start = grid.place(group, item)
                 grid.send(skip_tiles.at[slot], skip_ref, batch, line, start, columns)

@@ -135,19 +135,22 @@ def front_gradients(
                 0, wait_read_only=not grid.overlaps
             )  # The previous tile has been read.
             sums = [list(s) for s in sums]
-            window = [row(x_tiles.at[slot, j]) for j in range(taps - 1)]
+            # All tokens first and all gradients last, because the compiler lets no read pass a write.
+            tokens = [row(x_tiles.at[slot, j]) for j in range(rows)]
+            bars = [row(ds_tiles.at[slot, j]) for j in range(rows)]
+            written = []
             back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
             place_of = lambda p: before if p < 0 else here if p < segment else after  # noqa: E731
             # At turn p the window ends at token p. The forward convolution at token p and the backward one at token
             # p - halo read the same window.
             for p in range(segment + halo):
-                window.append(row(x_tiles.at[slot, p + halo]))
+                window = tokens[p : p + taps]
                 for d, at in ((0, p), (1, p - halo)):
                     total = bias[d]
                     for j in range(taps):
                         total = total + kernel[d][j] * window[taps - 1 - j if d else j]
                     sigma = logistic(total, layout, interpret, x.dtype)
-                    g = row(ds_tiles.at[slot, at + halo])
+                    g = bars[at + halo]
                     c_bar = skip[d] * g + place_of(at)(d, at)
                     c = total * sigma
                     p_bar = c_bar * (sigma + c * (1.0 - sigma))
@@ -162,7 +165,6 @@ def front_gradients(
                         sums[d][taps] = sums[d][taps] + added
                         sums[d][taps + 1] = sums[d][taps + 1] + c * g
                     back[d].append(p_bar)
-                window.pop(0)
                 if p >= halo:
                     # back[0] holds places p - halo .. p, back[1] p - 2 halo .. p - halo.
                     total = kernel[0][taps - 1] * back[0][0]
@@ -170,9 +172,11 @@ def front_gradients(
                         total = total + kernel[0][j] * back[0][taps - 1 - j]
                     for j in range(taps):
                         total = total + kernel[1][j] * back[1][j]
-                    store(dx_tile.at[p - halo], total.astype(x.dtype))
+                    written.append(total.astype(x.dtype))
                     back[0].pop(0)
                     back[1].pop(0)
+            for t, value in enumerate(written):
+                store(dx_tile.at[t], value)
             plgpu.commit_smem()
             for at, size in grid.pieces:
                 piece = grid.part(dxz_ref, batch, line, start + at, size, channels)

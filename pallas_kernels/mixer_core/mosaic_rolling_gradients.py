@@ -162,13 +162,17 @@ def front_gradients(
             dx_tile = dx_tiles.at[lax.rem(item, 2)]
             plgpu.barrier_wait(barrier.at[next_slot])
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # The tile before the last has left.
-            for k in range(segment):
-                at = k + halo  # of the forward direction, from the start of the segment
-                inside = at < segment
-                new = read(slot, at) if inside else read(next_slot, at - segment)
+            # Read all tokens first and write all gradients last, because the compiler lets no read pass a write. So one
+            # token's work hides the waits of the next one, in fewer registers, too.
+            places = range(halo, segment + halo)
+            entering = [
+                read(slot, at) if at < segment else read(next_slot, at - segment) for at in places
+            ]
+            written = []
+            for k, (at, new) in enumerate(zip(places, entering, strict=True)):
                 window.append(new[0])
                 g.append(new[1])
-                if inside:
+                if at < segment:
                     p_bar, c = gradient(0, window, g[-1], here.at(0, start + at))
                     add(sums, 0, window, p_bar, c * g[-1])
                 else:
@@ -187,9 +191,11 @@ def front_gradients(
                     total = total + kernel[0][j] * back[0][taps - 1 - j]
                 for j in range(taps):
                     total = total + kernel[1][j] * back[1][j]
-                store(dx_tile.at[k], total.astype(x.dtype))
+                written.append(total.astype(x.dtype))
                 for values in (window, g, *back):
                     values.pop(0)
+            for k, value in enumerate(written):
+                store(dx_tile.at[k], value)
             plgpu.commit_smem()
             part = grid.part(dxz_ref, batch, line, start, segment, channels)
             plgpu.copy_smem_to_gmem(dx_tile, part)

@@ -218,12 +218,17 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
             plgpu.barrier_wait(barrier.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
             sums = [list(s) for s in sums]
-            window = [row(x_tiles.at[slot, j]) for j in range(halo)]
+            # All tokens first and all gradients last, because the compiler lets no read pass a write.
+            tokens = [row(x_tiles.at[slot, j]) for j in range(segment + 2 * halo)]
+            bars = [
+                [row(tiles.at[slot, p]) for p in range(segment + halo)] for tiles in c_bar_tiles
+            ]
+            x_bars = []
             back: list[list[jax.Array]] = [[], []]  # dp of the last taps places, per direction
             # At turn p the window ends at token p: p is the place of the forward convolution
             # and p - halo that of the backward one, whose windows are then the same tokens.
             for p in range(segment + halo):
-                window.append(row(x_tiles.at[slot, p + halo]))
+                window = tokens[p : p + taps]
                 for d, at in ((0, p), (1, p - halo)):
                     seen = window[::-1] if d else window
                     total = bias[d]
@@ -231,22 +236,23 @@ def front_gradients(xz, c_bar, xz_bar, kernels, biases, cut: Sequences, *, inter
                         total = total + kernel[d][j] * seen[j]
                     sigma = logistic(total, layout, interpret, xz.dtype)
                     slope = sigma + total * sigma * (1.0 - sigma)
-                    p_bar = row(c_bar_tiles[d].at[slot, p]) * slope
+                    p_bar = bars[d][p] * slope
                     if 0 <= at < segment:
                         for j in range(taps):
                             sums[d][j] = sums[d][j] + p_bar * seen[j]
                         sums[d][taps] = sums[d][taps] + p_bar
                     back[d].append(p_bar)
-                window.pop(0)
                 if p >= halo:
                     # back[0] holds places p - halo .. p, back[1] p - 2 halo .. p - halo.
                     total = kernel[0][halo] * back[0][0] + kernel[1][halo] * back[1][halo]
                     for j in range(halo):
                         total = total + kernel[0][j] * back[0][halo - j]
                         total = total + kernel[1][j] * back[1][j]
-                    store(x_bar_tile.at[p - halo], total.astype(xz.dtype))
+                    x_bars.append(total.astype(xz.dtype))
                     back[0].pop(0)
                     back[1].pop(0)
+            for t, x_bar in enumerate(x_bars):
+                store(x_bar_tile.at[t], x_bar)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(x_bar_tile, cut.part(x_bar_ref, cut.start(item), segment))
             refill()

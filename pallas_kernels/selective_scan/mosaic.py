@@ -317,11 +317,13 @@ def backward(
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs)
 
 
-def _gradient_shares(o: _Operands, y_bar, boundaries, last_state_bar) -> tuple[Plan, dict]:
+def _gradient_shares(
+    o: _Operands, y_bar, boundaries, last_state_bar, tf32_sums: bool = False
+) -> tuple[Plan, dict]:
     """Return the plan of the gradients' kernel and what it returns, see `mosaic_backward.scan_gradients`."""
     sequences = _sequences(o.plan)
     cut = dataclasses.replace(
-        o.plan, sequences=sequences, slots=2 if sequences > 1 else o.plan.slots
+        o.plan, sequences=sequences, slots=2 if sequences > 1 else o.plan.slots, tf32_sums=tf32_sums
     )
     y_bars = [
         _pad_to(_pad_to(g, 1, o.u.shape[1]), 2, o.u.shape[2])
@@ -353,11 +355,11 @@ def _summed(share: jax.Array, cut: Plan) -> jax.Array:
 def short_gradients(inputs: ScanInputs, options: ScanOptions, y_bar: tuple[jax.Array, jax.Array]):
     """Return the gradients of u, Δ, A and Δ's bias of scans of one chunk, and B's and C's as shares.
 
-    The shares ``shares b l 2 n`` are still to be added up.
+    The shares ``shares b l 2 n`` are still to be added up. Their sums over channels are in TF32.
     """
     _, length, width = inputs.u.shape
     o = _operands(inputs, options, options.chunk)
-    cut, shares = _gradient_shares(o, y_bar, None, None)
+    cut, shares = _gradient_shares(o, y_bar, None, None, tf32_sums=True)
     A_bar = _state_out(_summed(shares["A"], cut), width, inputs.A.shape[-1])
     bc = shares["bc"].reshape(*shares["bc"].shape[:4], -1)
     streamed = (shares[name][:, :length, :width] for name in ("u", "delta"))

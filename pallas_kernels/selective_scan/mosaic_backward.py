@@ -55,7 +55,7 @@ def _ahead(plan: Plan) -> tuple[int, int]:
     if plan.rest > 4:
         return 1, 0
     if plan.channels == 32:
-        return 2, 0
+        return 2, 4 if plan.tf32_sums else 0  # Sums on the tensor cores leave registers.
     return (1, 1) if plan.splits > 1 and plan.directions == 1 else (4, plan.chunk)
 
 
@@ -203,7 +203,7 @@ def scan_gradients(
                         store(shares.at[kind, :, t, :], part)
                 terms = [term for t in sorted(group) for term in group[t][0]]
                 rows = pl.ds(min(group), len(group))
-                store(dbc_tile.at[rows], lane_sums(terms, layouts, interpret))
+                store(dbc_tile.at[rows], lane_sums(terms, layouts, interpret, plan.tf32_sums))
             plgpu.commit_smem()
 
             def shared(kind):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -50,14 +50,19 @@ class StateLayouts:
         _, self.stored = tiled(tiles, (-14, -15), (-12, -6, -9), -1)
         self.warps, self.rest = warps, rest
 
-    def sums(self, steps: int) -> Any:
-        """Return the layout of ``(steps, 2, warps, rest)``: one value per group of lanes, so at most 32 per warp."""
+    def sums(self, steps: int, quads: bool = False) -> Any:
+        """Return the layout of ``(steps, 2, warps, rest)``: one value per group of lanes, so at most 32 per warp.
+
+        With `quads`, the four lanes of a quad hold the values of different steps and kinds.
+        """
         copies, left = divmod(LANES, 2 * steps * self.rest)
         if left or self.warps != WARPS:
             raise ValueError(
                 f"no layout for sums of {steps} steps with {self.rest} states per lane"
             )
-        lanes = (-8, -7, -5, plgpu.Replicated(copies)) if copies > 1 else (-8, -7, -5)
+        lanes: Any = (-8, -7, -5, plgpu.Replicated(copies)) if copies > 1 else (-8, -7, -5)
+        if quads:
+            lanes = (-5, plgpu.Replicated(copies), -8, -7)
         return tiled(((steps, 2, WARPS, self.rest), (1, 1, 1, 1)), (-6,), lanes, -1)[1]
 
 
@@ -114,23 +119,29 @@ def relabel(
     )(keep)(x)
 
 
-def lane_sums(states: list[jax.Array], layouts: StateLayouts, interpret: bool) -> jax.Array:
+def lane_sums(
+    states: list[jax.Array], layouts: StateLayouts, interpret: bool, tf32: bool = False
+) -> jax.Array:
     """Sum over their channels two states for each of some steps: ``(steps, 2, warps, rest)``.
 
     On the device the lanes halve the list of values at every exchange, so that n values cost n - 1 shuffles and a few
     more, not 5 each. The order of the additions is fixed: the result is deterministic.
+
+    With `tf32`, tensor cores add up quads of lanes, where there are 16 values. They truncate each to 10 bits of
+    mantissa.
     """
     shape = (len(states) // 2, 2, states[0].shape[0], states[0].shape[2])
     if interpret:
         return jnp.stack([jnp.sum(state, axis=1) for state in states]).reshape(shape)
-    layout = layouts.sums(shape[0])
+    quads = tf32 and len(states) * layouts.rest == 16
+    layout = layouts.sums(shape[0], quads)
     return plgpu.inline_mgpu(
         arg_types=(layouts.state,) * len(states),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout),
-    )(functools.partial(_lane_sums, shape=shape, layout=layout.to_mgpu()))(*states)
+    )(functools.partial(_lane_sums, shape=shape, layout=layout.to_mgpu(), quads=quads))(*states)
 
 
-def _lane_sums(ctx, *states, shape, layout):
+def _lane_sums(ctx, *states, shape, layout, quads):
     del ctx
     utils = mgpu.utils
     add = functools.partial(arith.addf, fastmath=arith.FastMathFlags.contract)
@@ -148,6 +159,8 @@ def _lane_sums(ctx, *states, shape, layout):
     values = [item for state in states for item in items(state)]
     lane = arith.remui(utils.thread_idx(), utils.c(LANES, i32))
     stride = LANES // 2
+    if quads:
+        values = _quad_sums(values, lane)
     while len(values) > 1:
         half = len(values) // 2
         bit = arith.andi(lane, utils.c(stride, i32))
@@ -160,9 +173,40 @@ def _lane_sums(ctx, *states, shape, layout):
         values = merged
         stride //= 2
     (value,) = values
-    while stride:
+    while stride > (2 if quads else 0):
         value = add(value, utils.shfl_bfly(value, stride))
         stride //= 2
     registers = np.empty(layout.registers_shape(shape), dtype=object)
     registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), value)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _quad_sums(values: list[Any], lane: Any) -> list[Any]:
+    """Add 16 values up over each quad of lanes: lane q of a quad gets the sums of values 4 q to 4 q + 3.
+
+    Four products on the tensor cores, each of four values with a matrix that puts their sums into columns of their own.
+    """
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    number = mgpu.utils.c
+    zero, one = number(0.0, f32), number(1.0, f32)
+    group = arith.divui(lane, number(4, i32))
+    column = [
+        arith.select(arith.cmpi(arith.CmpIPredicate.eq, group, number(n, i32)), one, zero)
+        for n in range(8)
+    ]
+    totals = [zero] * 4
+    result = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    code = (
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    for q in range(4):
+        operands = [*values[4 * q : 4 * q + 4], *column[2 * q : 2 * q + 2]]
+        operands = [arith.bitcast(i32, x) for x in operands]
+        sums = llvm.inline_asm(
+            result, [*operands, *totals], code, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            has_side_effects=False,
+        )  # fmt: skip
+        totals = [llvm.extractvalue(f32, sums, [i]) for i in range(4)]
+    # A column holds the sums of rows 0 to 7 first, then those of rows 8 to 15.
+    return [totals[i] for i in (0, 2, 1, 3)]

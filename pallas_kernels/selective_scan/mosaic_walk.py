@@ -50,6 +50,8 @@ class Plan:
         directions: 1 or 2. With 2, the second half of the batch is scanned in the opposite direction of the first, and
             each half has its own A, D and bias.
         sequences: Sequences of a block, scanned one after another. More than one only if a sequence is a single chunk.
+        tf32_sums: Let tensor cores add up the gradients of B and C over channels, where they can. They truncate what
+            they add to 10 bits of mantissa.
     """
 
     batch: int
@@ -67,6 +69,7 @@ class Plan:
     softplus: bool
     directions: int = 1
     sequences: int = 1
+    tf32_sums: bool = False
 
     @property
     def per_split(self) -> int:

@@ -152,12 +152,12 @@ def test_lines_of_several_segments(seed, monkeypatch):
     monkeypatch.setattr(mosaic, "PROCESSORS", 1)
     rng = np.random.default_rng(seed)
     transposed, method = bool(rng.integers(2)), str(rng.choice(["mean", "max"]))
-    rows, columns = (12, 2) if transposed else (2, 12)
+    rows, columns = (24, 2) if transposed else (2, 24)
     options = CoreOptions(rows, columns, transposed, 1.0, 1e-5, method)
     grid = mosaic.cut(
-        "front_gradients", jax.ShapeDtypeStruct((4, 24, 256), jnp.float32), 4, options
+        "front_gradients", jax.ShapeDtypeStruct((4, 48, 256), jnp.float32), 4, options
     )
-    assert (grid.segment, grid.per_block) == (6, 4)
+    assert (grid.segment, grid.per_block) == (12, 4)
     case = {"b": 4, "rows": rows, "columns": columns, "e": 128, "scale": 0.25}
     compare(rng, 3e-6, **case, transposed=transposed, method=method)
 
