@@ -316,7 +316,7 @@ def match_types(gradients: Any, arrays: Any) -> Any:
     """
 
     def one(gradient, x):
-        axes = tuple(_varies(gradient) - _varies(x))
+        axes = tuple(varying_axes(gradient) - varying_axes(x))
         gradient = lax.psum(gradient, axes) if axes else gradient
         return _reshard(gradient.astype(x.dtype), jax.typeof(x).sharding)
 
@@ -328,8 +328,8 @@ def mark_varying(results: Any, arrays: Any) -> Any:
 
     Otherwise `shard_map` rejects them: the types of a kernel's results say nothing about Manual axes.
     """
-    axes = frozenset[str]().union(*(_varies(x) for x in jax.tree.leaves(arrays)))
-    cast = lambda x: lax.pcast(x, tuple(axes - _varies(x)), to="varying")  # noqa: E731
+    axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves(arrays)))
+    cast = lambda x: lax.pcast(x, tuple(axes - varying_axes(x)), to="varying")  # noqa: E731
     return jax.tree.map(cast, results) if axes else results
 
 
@@ -337,9 +337,28 @@ def cast_parameter(parameter: jax.Array, dtype: Any, tokens: jax.Array) -> jax.A
     """Cast a parameter to the dtype in which it meets `tokens`.
 
     Inside a `jax.shard_map` of the caller that splits the tokens, first mark the parameter as varying over the same
-    mesh axes. Otherwise JAX marks it after the cast, and sums its gradient over the devices in `dtype`.
+    mesh axes. Otherwise JAX marks it after the cast, and sums its gradient over the devices in `dtype`, which is done
+    inside of `sums_as_computed`.
     """
-    return mark_varying(parameter, tokens).astype(dtype)
+    marked = parameter if _as_computed.get() else mark_varying(parameter, tokens)
+    return marked.astype(dtype)
+
+
+_as_computed: contextvars.ContextVar[bool] = contextvars.ContextVar("as_computed", default=False)
+
+
+@contextlib.contextmanager
+def sums_as_computed() -> Iterator[None]:
+    """Sum gradients of `cast_parameter` over a `jax.shard_map`'s devices in the dtype to which the parameter was cast.
+
+    It has effect where the function that is differentiated is traced. Without it, they are summed in the parameter's
+    own dtype.
+    """
+    before = _as_computed.set(True)
+    try:
+        yield
+    finally:
+        _as_computed.reset(before)
 
 
 def on_cuda(kernel: Callable, other: Callable, *arrays: Any) -> Any:
@@ -351,6 +370,6 @@ def on_cuda(kernel: Callable, other: Callable, *arrays: Any) -> Any:
     )
 
 
-def _varies(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """Return the Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
     return frozenset(jax.typeof(x).mat.varying)

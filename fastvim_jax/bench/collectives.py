@@ -77,6 +77,7 @@ def compile_step(config: TrainConfig, classes: int) -> tuple[Any, Mesh]:
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        by_device=config.runs_by_device,
     )
     size, split = config.data.batch_size, NamedSharding(mesh, BATCH)
     batch = {

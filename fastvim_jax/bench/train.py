@@ -28,6 +28,7 @@ from fastvim_jax.training.config import OptimizerConfig
 from fastvim_jax.training.masked import pretrain
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.optimizer import make_optimizer
+from fastvim_jax.training.reduction import runs_by_device
 from fastvim_jax.training.steps import (
     Draw,
     LossOf,
@@ -202,6 +203,9 @@ def _train_step(
 ) -> Callable[..., Any]:
     loss_of, draw = _loss_and_draw(config, recipe)
     more: dict[str, Any] = {"augment": _augment(config), "ema_decay": EMA_DECAY} if recipe else {}
+    if places is not None:
+        mesh: Any = jax.tree.leaves(places)[0].mesh
+        more["by_device"] = runs_by_device(config, MeshConfig(**mesh.shape), averages_images=True)
     return make_train_step(loss_of, _optimizer(params), draw=draw, shardings=places, **more)
 
 

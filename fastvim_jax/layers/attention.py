@@ -21,7 +21,7 @@ from fastvim_jax.precision import Precision
 from fastvim_jax.typing import Tokens
 from pallas_kernels import gpu
 from pallas_kernels.derivatives import differentiated_as
-from pallas_kernels.sharding import cast_parameter, mark_varying
+from pallas_kernels.sharding import cast_parameter, mark_varying, varying_axes
 
 
 def dense(
@@ -252,18 +252,22 @@ def _attend_by_platform(
 def _forward(mode, tokens, q, k, v):
     """Save q, k and v, and what else cuDNN's gradient needs: the output and `b heads l` sums."""
     structure: Any = None
+    varying: list[bool] = []
 
     def on_gpu(*qkv):
-        nonlocal structure
+        nonlocal structure, varying
         out, pull = jax.vjp(functools.partial(_attend_on_gpu, tokens), *qkv)
         leaves, tree = jax.tree.flatten(pull)
         known = [next((i for i, x in enumerate(qkv) if x is leaf), None) for leaf in leaves]
         structure = (tree, known)
-        return out, [leaf for leaf, at in zip(leaves, known, strict=True) if at is None]
+        saved = [leaf for leaf, at in zip(leaves, known, strict=True) if at is None]
+        varying = [bool(varying_axes(leaf)) for leaf in saved]  # not the numbers of keys
+        return out, saved
 
     def in_xla(*qkv):
-        zeros = [mark_varying(jnp.zeros(x.shape, x.dtype), qkv) for x in shapes]
-        return _attend_in_xla(mode, tokens, *qkv), zeros
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in shapes]
+        saved = [mark_varying(x, qkv) if v else x for x, v in zip(zeros, varying, strict=True)]
+        return _attend_in_xla(mode, tokens, *qkv), saved
 
     shapes = jax.eval_shape(on_gpu, q, k, v)[1]
     out, saved = jax.lax.platform_dependent(q, k, v, cuda=on_gpu, default=in_xla)

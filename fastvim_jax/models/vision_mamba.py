@@ -37,7 +37,7 @@ from pallas_kernels import gpu
 from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.mixer_core import Projection, Unprojected, add_to_residual
 from pallas_kernels.patch_embed import embed_patches, embed_patches_unsupported
-from pallas_kernels.sharding import cast_parameter
+from pallas_kernels.sharding import cast_parameter, mark_varying
 
 
 class Block(nnx.Module):
@@ -85,6 +85,9 @@ class JoinedBlock(nnx.Module):
         self.in_weight = nnx.Param(transposed(scaled))  # `depth 2e d`
         self.out_weight = nnx.Param(transposed(copy.mixer.out_proj.kernel[...]))  # `depth d e`
         del self.mixer.in_proj, self.mixer.out_proj
+        # Inside a shard_map, sum the gradients of all blocks together over the devices. Otherwise JAX sums each block's
+        # by themselves, and XLA writes every one of them by a kernel of its own before.
+        nnx.update(self, mark_varying(nnx.state(self), tokens))
 
     def __call__(
         self, stream: tuple[Tokens, Tokens], pooling: Pooling, keep: Keep | None

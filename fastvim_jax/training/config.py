@@ -19,6 +19,7 @@ from fastvim_jax.config_checks import (
 )
 from fastvim_jax.distributed.mesh import MeshConfig
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.reduction import runs_by_device
 
 DecayGroups = Literal[
     "supervised", "pretrain", "finetune", "cell", "segmentation", "detection", "detection_released"
@@ -159,6 +160,11 @@ class RunConfig:
                 f"or shorten it, for example --optimizer.warmup-epochs {self.epochs / 8:g} (None: "
                 f"{self.optimizer.warmup_share:.0%} of the run)."
             )
+
+    @property
+    def runs_by_device(self) -> bool:
+        """Whether each device computes the gradient of its own images; see `reduction.runs_by_device`."""
+        return runs_by_device(self.model, self.mesh, averages_images=self.averages_images)
 
     @property
     def compute_dtype(self) -> str:

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from fastvim_jax.distributed.mesh import Reduction
+from fastvim_jax.distributed.mesh import MeshConfig, Reduction
 from fastvim_jax.distributed.sharding import BATCH
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.sharding import sums_as_computed
 
 
 def averaged_gradient(
@@ -54,6 +55,56 @@ def averaged_gradient(
         return on_each_device(params, batch)
 
     return run
+
+
+def runs_by_device(model: Any, mesh: MeshConfig, *, averages_images: bool) -> bool:
+    """Return whether each device of `mesh` should compute the gradient of its own images (`gradient_by_device`).
+
+    If the mesh shards parameters, blocks in a loop, and blocks that are computed again, gather theirs one after the
+    other, which takes less memory.
+
+    Args:
+        model: the model's config.
+        mesh: how the devices are used.
+        averages_images: whether the loss is a mean over images.
+    """
+    encoder = getattr(model, "encoder", model)
+    kept = encoder.blocks == "unroll" and encoder.remat == "none"
+    return averages_images and (mesh.fsdp == 1 or kept)
+
+
+def gradient_by_device(compute: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+    """Make `compute(params, batch) -> (report, gradient)` run on each device's part of the batch.
+
+    The program on a device is then that of one device alone, and JAX sums each gradient over the devices, in the dtype
+    in which it was computed. If XLA's partitioner put in the sums, it would sum the parameters of every block by
+    themselves, and one more kernel would write each of them before: 247 kernels in a step of FastVim-S.
+
+    Sharded parameters are gathered before. On one device nothing changes.
+
+    Args:
+        compute: called with `over_devices=True` inside. The loss that it differentiates, and its report, must then pass
+            through `mean_over_devices`.
+    """
+
+    def run(params: Any, batch: Any) -> tuple[Any, Any]:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return compute(params, batch)
+
+        def one_device(params: Any, part: Any) -> tuple[Any, Any]:
+            with sums_as_computed():
+                return compute(params, part, over_devices=True)
+
+        specs = P(), BATCH
+        return jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=P())(params, batch)
+
+    return run
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Average a loss or metrics over the devices of `gradient_by_device`."""
+    return jax.lax.pmean(tree, jax.sharding.get_abstract_mesh().axis_names)
 
 
 def _dtype(leaf: jax.Array, reduction: Reduction) -> Any:

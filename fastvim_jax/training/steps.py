@@ -23,7 +23,7 @@ from fastvim_jax.models.parameters import map_parameters, stacked_key
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.parameter_norms import parameter_norms, whole_norm
-from fastvim_jax.training.reduction import averaged_gradient
+from fastvim_jax.training.reduction import averaged_gradient, gradient_by_device, mean_over_devices
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -132,6 +132,7 @@ def make_train_step(
     accumulate: int = 1,
     shardings: TrainState | None = None,
     reduction: Reduction = "computed",
+    by_device: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compile `step(state, batch, norms=True) -> (state, metrics)`, which makes one update. It donates `state`.
 
@@ -159,6 +160,9 @@ def make_train_step(
         shardings: shardings of the new state. None lets the compiler choose.
         reduction: dtype in which the devices' gradients are summed; see `reduction`. Another one than "computed" wants
             a mesh that shards no parameters, a loss that is a mean over images, and no `model_state`.
+        by_device: whether every device computes the gradient of its own images, with the parameters gathered whole
+            before; see `reduction.runs_by_device`. Otherwise XLA's partitioner splits the program. Ignored without
+            `shardings`, and for a state with a `model_state`.
 
     Returns:
         The compiled step. Its metrics are scalars on the device: `loss`, those of `Loss.metrics`, `grad_norm` (before
@@ -168,15 +172,23 @@ def make_train_step(
         of the norms.
     """
 
-    def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:
-        batch, drawn = part
-        # Rebuild the state, so that its variables belong to this trace and the model may assign to them.
-        carried = () if model_state is None else (jax.tree.map(lambda leaf: leaf, model_state),)
-        found = loss_of(gather_outside_blocks(params), batch, drawn, *carried)
-        found = found if isinstance(found, Loss) else Loss(found)
-        return found.loss, (dict(found.metrics), found.model_state)
+    places = [] if shardings is None else jax.tree.leaves(shardings.params)
+    replicated = all(place.is_fully_replicated for place in places)
 
-    def loss_and_gradient(state: TrainState, batch: Batch, drawn: Any) -> Any:
+    def loss_and_gradient(
+        state: TrainState, batch: Batch, drawn: Any, *, over_devices: bool = False
+    ) -> Any:
+        def part_loss(params: Any, model_state: Any, part: tuple[Batch, Any]) -> Any:
+            batch, drawn = part
+            # Rebuild the state, so that its variables belong to this trace and the model may assign to them.
+            carried = () if model_state is None else (jax.tree.map(lambda leaf: leaf, model_state),)
+            found = loss_of(gather_outside_blocks(params), batch, drawn, *carried)
+            found = found if isinstance(found, Loss) else Loss(found)
+            loss, metrics = found.loss, dict(found.metrics)
+            if over_devices:
+                loss, metrics = mean_over_devices((loss, metrics))
+            return loss, (metrics, found.model_state)
+
         if accumulate > 1:
             parts = in_parts((batch, drawn), accumulate)
             return mean_value_and_grad(part_loss, state.params, state.model_state, parts)
@@ -185,16 +197,15 @@ def make_train_step(
         return (loss, *more), grads
 
     def reduced_loss_and_gradient(state: TrainState, batch: Batch, drawn: Any) -> Any:
-        if reduction == "computed":
-            return loss_and_gradient(state, batch, drawn)
+        def compute(params: Any, part: Any, **how: Any) -> Any:
+            return loss_and_gradient(replace(state, params=params), *part, **how)
 
-        def compute(params: Any, part: Any) -> Any:
-            return loss_and_gradient(replace(state, params=params), *part)
-
-        return averaged_gradient(compute, reduction)(state.params, (batch, drawn))
-
-    places = [] if shardings is None else jax.tree.leaves(shardings.params)
-    replicated = all(place.is_fully_replicated for place in places)
+        arguments = state.params, (batch, drawn)
+        if reduction != "computed":
+            return averaged_gradient(compute, reduction)(*arguments)
+        if by_device and places and state.model_state is None:
+            return gradient_by_device(compute)(*arguments)
+        return compute(*arguments)
 
     def norms_of(tree: Any) -> jax.Array:
         return on_every_device(parameter_norms(tree))

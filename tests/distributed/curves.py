@@ -31,6 +31,7 @@ from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
 from fastvim_jax.training import OptimizerConfig
 from fastvim_jax.training.classification.train import make_draw, make_loss
 from fastvim_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fastvim_jax.training.reduction import runs_by_device
 from fastvim_jax.training.steps import build_state, init_state, make_train_step, state_shapes
 
 STEPS, BATCH, CLASSES = 10, 32, 16
@@ -83,7 +84,8 @@ def curve(name: str) -> tuple[list[float], float, int]:
     data, fsdp = map(int, parts[1].split("x"))
     accumulate = next((int(p.removeprefix("accumulate")) for p in parts if "acc" in p), 1)
     config = model_of(parts)
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+    devices = MeshConfig(data=data, fsdp=fsdp)
+    mesh = make_mesh(devices)
 
     def build() -> nnx.Module:
         return build_model(config, rngs=nnx.Rngs(0))
@@ -106,6 +108,7 @@ def curve(name: str) -> tuple[list[float], float, int]:
         augment=make_augment(DATA, CLASSES, label_smoothing=0.1),
         accumulate=accumulate,
         shardings=places,
+        by_device=runs_by_device(config, devices, averages_images=True),
     )
     step = jax.jit(step, out_shardings=(places, None))
     lower = on_mesh(mesh, lambda *given: step.lower(*given))

@@ -11,10 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from fastvim_jax import create_model
 from fastvim_jax.models import build_model, cascade_mask_rcnn, model_config, upernet
+from pallas_kernels.sharding import sums_as_computed
+from tests.layers.test_attention import with_cudnn
 from tests.pallas_kernels.mosaic_support import abstract_device, needs_mosaic
 
 JOINED = "joined"
 JOINED_VIT = "vit, joined"
+ODD_VIT = "vit, odd tokens"
+ON_A_GPU = (JOINED, JOINED_VIT, ODD_VIT)
 SMALL = {"embed_dim": 16, "depth": 2, "image_size": 16, "patch_size": 4, "dtype": "bfloat16"}
 
 
@@ -67,6 +71,13 @@ CASES = {
     ),
     "vit": (named("vit_tiny_patch16_224", num_heads=4), logits),
     JOINED_VIT: (named("vit_tiny_patch16_224", num_heads=4, fast=True, embed_dim=64), logits),
+    # cuDNN's attention with a masked token more.
+    ODD_VIT: (
+        named(
+            "vit_tiny_patch16_224", num_heads=1, activations="compute", embed_dim=64, image_size=20
+        ),
+        logits,
+    ),
     "channels": (named("fastchannelvim_tiny_patch8_224", channels=3), logits),
     "masked": (
         named("mae_fastvim_tiny_patch16_224", decoder_dim=8, decoder_depth=1),
@@ -80,17 +91,16 @@ CASES = {
 @pytest.mark.drawn("processes and devices", one_in=6)
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=needs_mosaic if case in (JOINED, JOINED_VIT) else ())
-        for case in CASES
-    ],
+    [pytest.param(case, marks=needs_mosaic if case in ON_A_GPU else ()) for case in CASES],
 )
 def test_no_parameters_gradient_is_summed_over_devices_in_half_precision(case, monkeypatch):
-    device = abstract_device() if case in (JOINED, JOINED_VIT) else None
+    device = abstract_device() if case in ON_A_GPU else None
     if case == JOINED:  # of a batch that would not fill the GPU
         from pallas_kernels.mixer_core import mosaic
 
         monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
+    if case == ODD_VIT:
+        with_cudnn(monkeypatch)
     if case == "detection":  # JAX 0.11.2 has no rule for the exact one inside a shard_map
         exact = jax.nn.gelu
         monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x))
@@ -123,3 +133,40 @@ def summed(jaxpr):
 
 def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+@needs_mosaic
+def test_joined_blocks_sum_their_gradients_together(monkeypatch):
+    """Sum as many arrays over devices with four blocks as with two, and the weights of products in bfloat16."""
+    from pallas_kernels.mixer_core import mosaic
+
+    monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
+    device = abstract_device()
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+    def sums(depth):
+        make = named(
+            "fastvim_tiny_patch16_224",
+            activations="compute", embed_dim=64, depth=depth, blocks="unroll",
+        )  # fmt: skip
+        graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+        def loss(params, rest, images):
+            return jnp.sum(nnx.merge(graphdef, params, rest)(images).astype(jnp.float32))
+
+        def gradient(*arguments):
+            with sums_as_computed():
+                return jax.grad(loss)(*arguments)
+
+        specs = (P(), P(), P("data"))
+        run = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=P())
+        images = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
+        found = summed(jax.make_jaxpr(run)(params, rest, images).jaxpr)
+        return [
+            x for x in found if x.ndim > 1
+        ]  # not those of a block's constant gain, which nobody reads
+
+    two, four = sums(2), sums(4)
+    assert len(four) == len(two)
+    narrow = {x.shape for x in four if x.dtype == jnp.bfloat16}
+    assert {(4, 256, 64), (4, 64, 128)} <= narrow

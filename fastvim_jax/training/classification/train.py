@@ -110,6 +110,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
         accumulate=config.accumulate,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
         reduction=config.mesh.reduction,
+        by_device=config.runs_by_device,
     )
 
     # Evaluation

@@ -116,6 +116,7 @@ def pretrain(config: PretrainConfig, call: TrainCall) -> RunResult:
         accumulate=config.accumulate,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
         reduction=config.mesh.reduction,
+        by_device=config.runs_by_device,
     )
 
     # Evaluation
