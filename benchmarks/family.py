@@ -105,19 +105,26 @@ def masked(rows: list[Row]) -> Iterator[str]:
         ratio = slow["device_ms"] / fast["device_ms"]
         yield f"Required: FastMaskVim ahead of Vim. It is {ratio:.2f} times as fast; met: {yes(ratio > 1)}.\n"
     peers = [row for row in rows if row["bench"] == "masked_peer"]
-    if peers and fast:
-        best = max(row["images_per_s"] for row in peers)
-        ratio = fast["images_per_s"] / best
+    if peers:
         yield table(
-            ("PyTorch, timm's blocks", "images/s", "ms", "beside compilers"),
+            ("PyTorch, timm's blocks", "images/s", "ms", "run", "beside compilers"),
             [
-                (row["model"], f"{row['images_per_s']:,.0f}", f"{row['ms']:.1f}", noisy(row))
+                (row["model"], f"{row['images_per_s']:,.0f}", f"{row['ms']:.1f}", run_of(row), noisy(row))
                 for row in peers
             ],
-        )
+        )  # fmt: skip
+    ratios = {
+        name: row["images_per_s"] / max(other["images_per_s"] for other in beside)
+        for name, row in steps.items()
+        if (beside := [other for other in peers if run_of(other) == run_of(row)])
+    }
+    if ratios:
+        times = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        yield f"Times as fast as the fastest of PyTorch's in the same run: {times}.\n"
+    if fast and (ratio := ratios.get(fast["model"])):
         yield (
-            f"Required: FastMaskVim at least {PEER_RATIO} times as fast as the compiled PyTorch ViT-B. It is "
-            f"{ratio:.2f} times as fast as the fastest of these; met: {yes(ratio >= PEER_RATIO)}.\n"
+            f"Required: FastMaskVim at least {PEER_RATIO} times as fast as the compiled PyTorch ViT-B; "
+            f"met: {yes(ratio >= PEER_RATIO)}.\n"
         )
     encoders = [row for row in found if row["row"] == "encoder"]
     if encoders:
@@ -131,6 +138,11 @@ def masked(rows: list[Row]) -> Iterator[str]:
             ],
         )  # fmt: skip
     yield source(found + peers)
+
+
+def run_of(row: Row) -> str:
+    """Name the run of a row by its day and commit."""
+    return f"{row['about']['date'][:10]}, {row['about']['commit'][:7]}"
 
 
 def channels(rows: list[Row]) -> Iterator[str]:

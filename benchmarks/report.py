@@ -201,7 +201,7 @@ def target_table(name: str, recorded: list[Row], peers: list[Row]) -> str:
         peer = peer_of(best[1], peers) if best and target.unit == "images/s" else None
         ratio = device_images_per_s(best[1]) / peer["images_per_s"] if best and peer else None
         cells = target.row(recorded, ratio)
-        ratios.append("–" if ratio is None else f"{ratio:.2f}")
+        ratios.append("–" if ratio is None else f"{ratio:.3f}")
         body.append(cells if others else cells[:2] + cells[3:])
     header = ["what", "unit", "others", "required", "aim", "seen", "clock", "met", "record"]
     if not others:

@@ -64,7 +64,7 @@ def peer_section(peers: list[Row], rows: list[Row]) -> str:
         lines.append(
             [f"{FAMILIES[family]}-{size[0].upper()}", f"{peer['row']}, {half_mode(ours)}", str(peer["pixels"]),
              str(peer["batch"]), ours["blocks"],
-             f"{fast:,.0f}", number(clock_images_per_s(ours)), f"{slow:,.0f}", f"**{fast / slow:.2f}**",
+             f"{fast:,.0f}", number(clock_images_per_s(ours)), f"{slow:,.0f}", f"**{fast / slow:.3f}**",
              ours.get("commit", ""), how["date"]]
         )  # fmt: skip
     if not lines:

@@ -126,7 +126,7 @@ class Target:
 
 def number(x: float | None) -> str:
     """Write a number with three digits or more, and None as a dash."""
-    return "–" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    return "–" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.4g}"
 
 
 def clock_images_per_s(row: Row) -> float | None:

@@ -122,8 +122,8 @@ def test_images_a_second_are_divided_by_the_peers(report, tmp_path):
         return report.peer_section(report.read_peers(tmp_path), report.load(tmp_path))
 
     text = section(date="2026-01-02 10:29 UTC")
-    assert "| 60,000 | 40,000 | **1.50** |" in text and "| 14,000 | 20,000 | **0.70** |" in text
-    assert "| our ViT-T | forward, " in text and "| 44,000 | 40,000 | **1.10** |" in text
+    assert "| 60,000 | 40,000 | **1.500** |" in text and "| 14,000 | 20,000 | **0.700** |" in text
+    assert "| our ViT-T | forward, " in text and "| 44,000 | 40,000 | **1.100** |" in text
     assert "im-T" not in text.replace("FastVim-T", "")  # Vim is compared with nothing.
     assert section(date="2026-01-02 10:31 UTC") == ""  # another run
     assert section(date="2026-01-02 10:00 UTC", device="NVIDIA H200") == ""  # another card
@@ -160,7 +160,7 @@ def test_each_table_is_of_one_card(report, tmp_path, monkeypatch):
     (line,) = [
         x for x in second.splitlines() if "FastVim-T forward bf16 (compute) 224 px, batch 128" in x
     ]
-    assert line.split(" | ")[-5:-1] == ["**77,777**", "66,666", "yes", "1.25"]
+    assert line.split(" | ")[-5:-1] == ["**77,777**", "66,666", "yes", "1.250"]
     scans = page.split("## Selective scan")[1].split("## Both directions")[0]
     of_first, of_second = scans.split("One H100:")[1].split("One H200:")
     assert "results/h200" not in of_first and "results/h100" not in of_second.replace(
