@@ -38,6 +38,7 @@ from pallas_kernels.mosaic import (
 )
 
 HELD = 3  # blocks of 128 channels of which a warp holds z and g_bar in registers; of more it reads them again
+WIDE = 9  # blocks of channels from which on two thread blocks fit a processor, whether a warp reads ahead or not
 WAVES = 3  # thread blocks of a processor that lines are cut for, if there are few
 SHORTEST = 4  # tokens of a walk, at least, if the line has as many
 
@@ -143,6 +144,9 @@ def back_gradients(
     walk = Walk.choose(batch, options)
     kind, layouts = options.norm_kind, Layouts()
     sums = range(2 if ids else 3)  # of g_bar silu n, of g_bar silu, and of ds
+    # The compiler lets no read pass a write. So a block of channels is read before the one ahead of it is written,
+    # where that costs no thread block of a processor.
+    ahead = blocks >= WIDE
     warps = range(WARPS)
 
     def body(*given):
@@ -237,15 +241,27 @@ def back_gradients(
             inside = [inside for _, inside in visited]
             new = [jnp.logical_and(a, new) for a, (*_, new) in zip(inside, places, strict=True)]
             counted = [None] * 3 if walk.exact else [of_warps(new)] * 2 + [of_warps(inside)]
-            for c in range(blocks):
+
+            def read(c):
+                """Read what channel block c needs besides the token: gate and gradient, norm and, if ahead, sums."""
                 gate, of_out = z[c], bar[c]
                 if blocks > HELD:
                     gate, of_out = rows(xz_ref, at, blocks + c), rows(bar_ref, at, c)
+                gamma = beta = None
+                if kind != "none":
+                    gamma, beta = vector(scale_ref, c), vector(shift_ref, c)
+                return gate, of_out, gamma, beta, [of_tile(i, c) for i in sums] if ahead else []
+
+            following = read(0)
+            for c in range(blocks):
+                gate, of_out, gamma, beta, totals = following
+                if ahead and c + 1 < blocks:
+                    following = read(c + 1)
                 of_out, sigma, silu, slope = gated(gate, of_out)
                 n, shifted, ds = s[c], s[c], slope
                 if kind != "none":
-                    n, gamma = n * inverse, vector(scale_ref, c)
-                    shifted = n * gamma + vector(shift_ref, c)
+                    n = n * inverse
+                    shifted = n * gamma + beta
                     ds = (slope * gamma - middle - n * share) * inverse
                     if c == blocks - 1:
                         (ds,) = real_channels([ds])
@@ -257,7 +273,10 @@ def back_gradients(
                 for i, add in zip(sums, (slope * n, slope, ds), strict=False):
                     if not walk.exact:
                         add = jnp.where(counted[i], add, 0.0)
-                    store(tile.at[i, :, c], of_tile(i, c) + add)
+                    total = totals[i] if ahead else of_tile(i, c)
+                    store(tile.at[i, :, c], total + add)
+                if not ahead and c + 1 < blocks:
+                    following = read(c + 1)
 
         def gated(z, bar):
             """Return g's gradient, the logistic function and SiLU of z, and the shifted norm's gradient."""

@@ -248,7 +248,7 @@ def check_maxima(seed):
     [
         {"b": 2, "rows": 4, "columns": 6, "e": 128, "transposed": True, "taps": 3},
         {"b": 1, "rows": 2, "columns": 68, "e": 128, "taps": 8},  # a halo is longer than 4
-        {"b": 1, "rows": 3, "columns": 5, "e": 768},
+        {"b": 1, "rows": 3, "columns": 5, "e": 1152},  # blocks of channels are read ahead
         {"b": 1, "rows": 3, "columns": 34, "e": 128, "transposed": False},  # lines in segments
         {"b": 1, "rows": 5, "columns": 4, "e": 256, "dtype": "bfloat16"},
         {"b": 2, "rows": 34, "columns": 3, "e": 128, "transposed": True, "method": "max"},
