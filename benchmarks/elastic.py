@@ -188,7 +188,8 @@ def main() -> int:
     program = shlex.join([sys.executable, str(out / "fastvim.py")])  # A "#!" line takes no spaces.
     (out / "fastvim").write_text(f'#!/usr/bin/env bash\nexec {program} "$@"\n')
     (out / "fastvim").chmod(0o755)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
+    numbers = map(str, range(max(chosen.processes)))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(numbers)).split(",")
     runs = {name: Run(name, out) for name in ("whole", "moved", "killed")}
 
     def whole() -> None:

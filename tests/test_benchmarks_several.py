@@ -103,6 +103,7 @@ TRAINS = """
 import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
 assert arguments[arguments.index("--data.workers") + 1] == "40"
+assert set(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) <= {"0", "1", "2"}
 folder = pathlib.Path(os.environ["RUN"])
 folder.mkdir(parents=True, exist_ok=True)
 count, process = (int(arguments[arguments.index(f"--{name}") + 1]) for name in ("processes", "process"))
@@ -150,6 +151,7 @@ def test_stopped_and_killed_runs_go_on_with_other_numbers_of_processes(
         "sys.argv", ["elastic", "--out", str(tmp_path), "--processes", "3", "1", "2"]
     )
     monkeypatch.setenv("FASTVIM_DATA_DIR", "/data")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert elastic.main() == 0
     record = json.loads((tmp_path / "elastic.json").read_text())
     assert [s["statuses"] for s in record["runs"]["moved"]] == [[75] * 3, [75], [0, 0]]
