@@ -6,6 +6,7 @@ the dimension of blocks. Small parameters are replicated. Moments and averages a
 During a step, `gather` replicates the parameters of one block just before the block runs. Its backward pass splits the
 gradient again. Without `gather` the compiler may split the matrix products instead, which moves more data. The
 backward pass keeps the replicated parameters of every block, unless the model recomputes its blocks (`remat`).
+Steps that compute gradients device by device (`training.reduction.gradient_by_device`) gather all of them before.
 
 `gather`, `on_every_device` and `split_batch` read the ambient mesh (`jax.set_mesh`). Without a mesh they do nothing.
 """
