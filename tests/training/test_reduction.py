@@ -8,8 +8,9 @@ from fastvim_jax.distributed import MeshConfig
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig
 from fastvim_jax.training.masked.config import PretrainConfig
+from fastvim_jax.training.reduction import runs_by_device
 from tests.support import assert_says_same
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, tiny_model
 
 REDUCED = """
 import sys
@@ -75,3 +76,13 @@ def test_what_cannot_be_summed_whole_is_refused():
         type("Other", (TrainConfig,), {"averages_images": False})(
             model=tiny_config().model, mesh=MeshConfig(reduction="bfloat16")
         )
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_blocks_that_gather_one_after_the_other_are_left_to_the_partitioner(fsdp):
+    mesh = MeshConfig(fsdp=fsdp)
+    cases = [("unroll", "none", True), ("unroll", "block", fsdp == 1), ("scan", "none", fsdp == 1)]
+    for blocks, remat, by_device in cases:
+        model = tiny_model(depth=2, blocks=blocks, remat=remat)
+        assert runs_by_device(model, mesh, averages_images=True) == by_device
+        assert not runs_by_device(model, mesh, averages_images=False)
