@@ -25,6 +25,7 @@ from fastvim_jax.models.stack import run_blocks, stack_blocks
 from fastvim_jax.typing import Images, Tokens
 from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.mixer_core import add_norm, add_norm_unsupported, add_to_residual, norm_stream
+from pallas_kernels.sharding import mark_varying
 
 
 class ViTBlock(nnx.Module):
@@ -68,13 +69,21 @@ class JoinedViTBlock(nnx.Module):
 
     Args:
         blocks: stacked blocks from `stack_blocks`; they are copied.
+        tokens: what the blocks will be applied to.
     """
 
-    def __init__(self, blocks: Any):
+    def __init__(self, blocks: Any, tokens: Tokens):
         copy = nnx.clone(blocks)
         self.attn, self.mlp, self.middle_norm = copy.attn, copy.mlp, copy.norm2
         self.attn_bias = nnx.Param(copy.attn.bias())
         self.next_norm = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), copy.norm1)
+
+        def vectors_marked(leaf: jax.Array) -> jax.Array:
+            return mark_varying(leaf, tokens) if leaf.ndim == 2 else leaf
+
+        # Inside a shard_map, sum the gradients of all blocks' biases and norms together over the devices, as
+        # `JoinedBlock` does. Each matrix has its sum behind its product, in the dtype that this is computed in.
+        nnx.update(self, jax.tree.map(vectors_marked, nnx.state(self)))
 
     def __call__(
         self,
@@ -155,7 +164,7 @@ def _run_joined(
         dtype=config.precision.compute,
         norm_eps=first.epsilon,
     )
-    (last, _), outputs = run_blocks(JoinedViTBlock(blocks), stream, poolings, **static)
+    (last, _), outputs = run_blocks(JoinedViTBlock(blocks, tokens), stream, poolings, **static)
     return last, {i: (before[0], output) for i, (before, output) in outputs.items()}
 
 

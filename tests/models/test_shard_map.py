@@ -141,32 +141,37 @@ def test_joined_blocks_sum_their_gradients_together(monkeypatch):
     from pallas_kernels.mixer_core import mosaic
 
     monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
-    device = abstract_device()
-    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-
-    def sums(depth):
-        make = named(
-            "fastvim_tiny_patch16_224",
-            activations="compute", embed_dim=64, depth=depth, blocks="unroll",
-        )  # fmt: skip
-        graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-
-        def loss(params, rest, images):
-            return jnp.sum(nnx.merge(graphdef, params, rest)(images).astype(jnp.float32))
-
-        def gradient(*arguments):
-            with sums_as_computed():
-                return jax.grad(loss)(*arguments)
-
-        specs = (P(), P(), P("data"))
-        run = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=P())
-        images = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
-        found = summed(jax.make_jaxpr(run)(params, rest, images).jaxpr)
-        return [
-            x for x in found if x.ndim > 1
-        ]  # not those of a block's constant gain, which nobody reads
-
-    two, four = sums(2), sums(4)
+    # Not a block's constant gain, which nobody reads.
+    two, four = (
+        [x for x in sums_of("fastvim_tiny_patch16_224", depth) if x.ndim > 1] for depth in (2, 4)
+    )
     assert len(four) == len(two)
     narrow = {x.shape for x in four if x.dtype == jnp.bfloat16}
     assert {(4, 256, 64), (4, 64, 128)} <= narrow
+
+
+@needs_mosaic
+def test_joined_vit_blocks_sum_the_gradients_of_vectors_together():
+    two, four = (sums_of("vit_tiny_patch16_224", depth, num_heads=4) for depth in (2, 4))
+    wide = [[x for x in sums if x.dtype == jnp.float32] for sums in (two, four)]
+    assert len(wide[0]) == len(wide[1]) < len(two)
+
+
+def sums_of(name, depth, **options):
+    """Return the types of all arrays that a gradient inside a shard_map sums over devices, as computed."""
+    make = named(name, activations="compute", embed_dim=64, depth=depth, blocks="unroll", **options)
+    graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+    def loss(params, rest, images):
+        return jnp.sum(nnx.merge(graphdef, params, rest)(images).astype(jnp.float32))
+
+    def gradient(*arguments):
+        with sums_as_computed():
+            return jax.grad(loss)(*arguments)
+
+    mesh = AbstractMesh(
+        (4,), ("data",), axis_types=(AxisType.Auto,), abstract_device=abstract_device()
+    )
+    run = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+    images = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
+    return list(summed(jax.make_jaxpr(run)(params, rest, images).jaxpr))
