@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from fastvim_jax.layers.conv import DepthwiseConv
+from fastvim_jax.layers.gelu import erf, gelu
 from fastvim_jax.layers.linear import linear, promote_parameters
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.precision import Precision
@@ -153,7 +154,7 @@ class Mlp(nnx.Module):
             assert self.fc1.bias is not None
             hidden = linear(self.fc1, h, p, biased=False)
             return _gelu(hidden, cast_parameter(self.fc1.bias[...], p.wide, hidden))
-        return jax.nn.gelu(linear(self.fc1, h, p).astype(p.compute), approximate=False)
+        return gelu(linear(self.fc1, h, p).astype(p.compute))
 
 
 @jax.checkpoint
@@ -164,19 +165,7 @@ def _gelu(x: Float[Array, "*rows d"], bias: Float[Array, " d"]) -> Float[Array, 
     does: `jax.nn.gelu` takes erfc, which is exact where Φ is below 1e-6, and slower.
     """
     wide = x.astype(bias.dtype) + bias
-    return (0.5 * wide * (1 + _erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
-@jax.custom_jvp
-def _erf(x: jax.Array) -> jax.Array:
-    """Compute erf. JAX 0.12 cannot differentiate its own inside a caller's shard_map."""
-    return jax.lax.erf(x)
-
-
-@_erf.defjvp
-def _erf_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    return _erf(x), tangent * (2 / math.sqrt(math.pi) * jnp.exp(-x * x))
+    return (0.5 * wide * (1 + erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def attend(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan.types import ScanInputs, ScanOptions
+from pallas_kernels.sharding import mark_varying
 
 
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
@@ -36,6 +37,7 @@ def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array
         return h, jnp.sum(h * C_t, axis=-1)
 
     h0 = jnp.zeros((u.shape[0], *A.shape), wide) if initial_state is None else initial_state
+    h0 = mark_varying(h0, (step, u, A, B, C))
     time_major = [jnp.moveaxis(x, 1, 0) for x in (step, u, B, C)]
     last_state, y = jax.lax.scan(visit, h0, time_major, reverse=options.reverse)
     y = jnp.moveaxis(y, 0, 1)

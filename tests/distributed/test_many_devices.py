@@ -36,7 +36,7 @@ MESHES = {
     "float64-2x4-accumulate4": (0.35, 16 * 64),
 }
 SINGLE = "float32-2x4-accumulate4"
-QUICK = ("float32-2x4-accumulate2-vit", "float32-1x1-vit")
+QUICK = ("float32-2x4-accumulate2-vit-unroll", "float32-1x1-vit")
 
 
 def launch(program: str, *arguments: str, devices: int, **variables: str) -> subprocess.Popen:

@@ -69,7 +69,12 @@ CASES = {
         named("fastvim_tiny_patch16_224", activations="compute", embed_dim=64),
         logits,
     ),
+    "fastvim-reference": (
+        named("fastvim_tiny_patch16_224", scan_implementation="reference"),
+        logits,
+    ),
     "vit": (named("vit_tiny_patch16_224", num_heads=4), logits),
+    "vit-float32": (named("vit_tiny_patch16_224", num_heads=4, dtype="float32"), logits),
     JOINED_VIT: (named("vit_tiny_patch16_224", num_heads=4, fast=True, embed_dim=64), logits),
     # cuDNN's attention with a masked token more.
     ODD_VIT: (
@@ -101,9 +106,6 @@ def test_no_parameters_gradient_is_summed_over_devices_in_half_precision(case, m
         monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
     if case == ODD_VIT:
         with_cudnn(monkeypatch)
-    if case == "detection":  # JAX 0.11.2 has no rule for the exact one inside a shard_map
-        exact = jax.nn.gelu
-        monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x))
     make, apply = CASES[case]
     graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import he_normal, zeros
 from jaxtyping import Array, Float
 
+from fastvim_jax.layers.gelu import gelu
 from fastvim_jax.layers.linear import promote_parameters
 from fastvim_jax.layers.norms import make_norm
 from fastvim_jax.precision import Precision
@@ -82,7 +82,7 @@ class SimpleFPN(nnx.Module):
     def __call__(self, x: Grid) -> tuple[Float[Array, "b _h _w out"], ...]:
         """Return p2 to p6 of `b rows columns d`, in the compute dtype. Odd sizes are floored by the pooling."""
         first = self.up4_first(x)
-        first = jax.nn.gelu(self.up4_norm(first), approximate=False).astype(first.dtype)
+        first = gelu(self.up4_norm(first)).astype(first.dtype)
         pooled = nnx.max_pool(x, (2, 2), strides=(2, 2))
         maps = (self.up4_second(first), self.up2(x), x, pooled)
         levels = [

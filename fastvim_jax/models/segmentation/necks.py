@@ -12,6 +12,7 @@ from flax import nnx
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.batch_norm import BatchNorm, UpConv, convolution
+from fastvim_jax.layers.gelu import gelu
 from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.precision import Precision
 from fastvim_jax.typing import FeatureMap
@@ -31,7 +32,7 @@ class DeconvolutionNeck(nnx.Module):
     def __call__(self, maps: Sequence[FeatureMap], *, train: bool) -> tuple[FeatureMap, ...]:
         """Resize four maps `b h w d` of one size by 4, 2, 1 and 1/2 (odd sizes are floored)."""
         x0, x1, x2, x3 = maps
-        up = nnx.gelu(self.up4_norm(self.up4_first(x0), train=train), approximate=False)
+        up = gelu(self.up4_norm(self.up4_first(x0), train=train))
         return self.up4_second(up), self.up2(x1), x2, nnx.max_pool(x3, (2, 2), strides=(2, 2))
 
 
