@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fastvim_jax.layers.channel_pooling import ChannelLines
 from fastvim_jax.layers.direction import KEPT, ScanDirection
-from pallas_kernels.mixer_core import WithGradientForm
+from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.selective_scan import (
     KEPT_STEPS,
     Known,
@@ -115,17 +116,18 @@ def scans_of(
         return _scan_weights(nnx.merge(graphdef, params), dtype)
 
     one_kernel = not skip and both.scan_weights is not None
-    middle = projected if one_kernel else scans
+
+    def plain(params, u):
+        return projected(params, u) if one_kernel else scans(params, u)
 
     def for_gradient(params, u):
         if one_kernel and projected_unsupported(u, arrays(params, u.dtype)) is None:
             return projected(params, u)
         # Longer scans keep states of the forward pass beside Δ, and computing these again would take another scan.
-        keeps_states = u.shape[2] not in KEPT_STEPS
+        keeps_states = skip or u.shape[2] not in KEPT_STEPS
         return (scans if keeps_states else jax.checkpoint(scans, policy=_KEEP_NO_DELTA))(params, u)
 
-    forms: Any = WithGradientForm(middle, for_gradient)
-    return params, forms
+    return params, functools.partial(differentiated_as, for_gradient, plain)
 
 
 # Δ is as large as the pooled tokens, and a product of few terms makes it from x_proj's columns, which are kept anyway.

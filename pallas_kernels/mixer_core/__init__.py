@@ -28,7 +28,7 @@ from pallas_kernels.mixer_core.block import (
 )
 from pallas_kernels.mixer_core.sequence import sequence_core
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
-from pallas_kernels.mixer_core.types import Directions, Norm, WithGradientForm
+from pallas_kernels.mixer_core.types import Directions, Norm
 from pallas_kernels.mixer_core.xla import add_to_residual
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "Norm",
     "Projection",
     "Unprojected",
-    "WithGradientForm",
     "add_norm",
     "add_norm_unsupported",
     "add_to_residual",

@@ -28,7 +28,7 @@ from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
 from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, linearise
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.moves import move_tokens
 from pallas_kernels.sharding import match_types, on_cuda, per_shard
 from pallas_kernels.trial import Trial
@@ -316,7 +316,7 @@ def _core(stages, middle, options, xz, directions, norm, middle_params, ids):
 
 def _forward(stages, middle, options, xz, directions, norm, middle_params, ids):
     u, skip, places = stages.front(xz, directions, ids, options)
-    y, pull = linearise(middle, middle_params, u)
+    y, pull = jax.vjp(middle, middle_params, u)
     out = stages.back(xz, skip, y, norm, ids, options)
     return out, (xz, skip, y, places, pull, ids, directions, norm)
 

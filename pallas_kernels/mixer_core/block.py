@@ -27,7 +27,7 @@ from pallas_kernels.mixer_core.api import (
     mixer_core,
 )
 from pallas_kernels.mixer_core.checks import check_arrays
-from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm, linearise
+from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.sharding import cast_parameter, on_cuda, per_shard
 
 
@@ -253,7 +253,7 @@ def _fused(call: _Call, xz, residual, directions, norm, projection, keep, middle
 def _forward(call, given, residual, directions, norm, projection, keep, middle_params):
     call = call.differentiated
     xz, skip, u, places = _front(call, given, directions)
-    y, pull = linearise(call.middle, middle_params, u)
+    y, pull = jax.vjp(call.middle, middle_params, u)
     weights = (norm, projection, keep)
     total, normed = _project(call, xz, skip, y, residual, *weights)
     unprojected = given if isinstance(given, Unprojected) else None

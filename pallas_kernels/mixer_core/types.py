@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import Array, Float, Int
 
 RowIds = tuple[Int[Array, "b l"], ...]  # the arrays of a ragged grid's `Visit`, else ()
-
-
-Pair = tuple[jax.Array, jax.Array]
-
-
-class WithGradientForm(NamedTuple):
-    """A `middle` of `mixer_core` with another form to differentiate, which keeps less for the backward pass.
-
-    Attributes:
-        run, for_gradient: functions (params, u) -> (y_f, y_b) of equal values and gradients.
-    """
-
-    run: Callable[[Any, jax.Array], Pair]
-    for_gradient: Callable[[Any, jax.Array], Pair]
-
-    def __call__(self, params: Any, u: jax.Array) -> Pair:
-        """Compute what both forms compute, where nothing is differentiated."""
-        return self.run(params, u)
-
-
-def linearise(middle: Callable[[Any, jax.Array], Pair], params: Any, u: jax.Array) -> Any:
-    """Return `middle(params, u)` and the function that maps its gradient to those of both arguments."""
-    form = middle.for_gradient if isinstance(middle, WithGradientForm) else middle
-    return jax.vjp(form, params, u)
 
 
 class Visit(NamedTuple):
