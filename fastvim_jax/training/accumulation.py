@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvim_jax.distributed import split_batch
+from pallas_kernels.sharding import mark_varying
 
 # (params, carry, part) → (loss, (report, carry)): reports are averaged over the parts, the carry goes to the next part.
 PartLoss = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
@@ -37,8 +38,10 @@ def mean_value_and_grad(
 
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     (loss, (report, _)), gradient = jax.eval_shape(value_and_grad, params, carry, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, report, gradient))
-    (total, carry), _ = jax.lax.scan(add, (zeros, carry), parts)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)  # noqa: E731
+    # Inside a shard_map, the gradient of parameters that vary over the devices varies as well.
+    begin = zeros(loss), zeros(report), mark_varying(zeros(gradient), params)
+    (total, carry), _ = jax.lax.scan(add, (begin, carry), parts)
     count = len(jax.tree.leaves(parts)[0])
     loss, report, gradient = jax.tree.map(lambda leaf: leaf / count, total)
     return (loss, report, carry), gradient

@@ -68,9 +68,10 @@ def runs_by_device(model: Any, mesh: MeshConfig, *, averages_images: bool) -> bo
         mesh: how the devices are used.
         averages_images: whether the loss is a mean over images.
     """
+    if not averages_images or mesh.fsdp == 1:
+        return averages_images
     encoder = getattr(model, "encoder", model)
-    kept = encoder.blocks == "unroll" and encoder.remat == "none"
-    return averages_images and (mesh.fsdp == 1 or kept)
+    return encoder.blocks == "unroll" and encoder.remat == "none"
 
 
 def gradient_by_device(compute: Callable[..., tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
@@ -105,6 +106,11 @@ def gradient_by_device(compute: Callable[..., tuple[Any, Any]]) -> Callable[[Any
 def mean_over_devices(tree: Any) -> Any:
     """Average a loss or metrics over the devices of `gradient_by_device`."""
     return jax.lax.pmean(tree, jax.sharding.get_abstract_mesh().axis_names)
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Add up what varies over the devices of `gradient_by_device`."""
+    return jax.lax.psum(tree, jax.sharding.get_abstract_mesh().axis_names)
 
 
 def _dtype(leaf: jax.Array, reduction: Reduction) -> Any:

@@ -23,7 +23,13 @@ from fastvim_jax.models.parameters import map_parameters, stacked_key
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
 from fastvim_jax.training.parameter_norms import parameter_norms, whole_norm
-from fastvim_jax.training.reduction import averaged_gradient, gradient_by_device, mean_over_devices
+from fastvim_jax.training.reduction import (
+    averaged_gradient,
+    gradient_by_device,
+    mean_over_devices,
+    sum_over_devices,
+)
+from pallas_kernels.sharding import mark_varying
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
@@ -191,7 +197,10 @@ def make_train_step(
 
         if accumulate > 1:
             parts = in_parts((batch, drawn), accumulate)
-            return mean_value_and_grad(part_loss, state.params, state.model_state, parts)
+            # Over devices, gradients are summed once, after all parts.
+            params = mark_varying(state.params, batch) if over_devices else state.params
+            found, grads = mean_value_and_grad(part_loss, params, state.model_state, parts)
+            return found, sum_over_devices(grads) if over_devices else grads
         value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
         (loss, more), grads = value_and_grad(state.params, state.model_state, (batch, drawn))
         return (loss, *more), grads
