@@ -125,7 +125,7 @@ class Target:
 
 
 def number(x: float | None) -> str:
-    """Write a number with three digits or more, and None as a dash."""
+    """Write a number with four digits or more, and None as a dash."""
     return "–" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.4g}"
 
 

@@ -7,6 +7,8 @@ There JAX 0.12 cannot differentiate its own erf and erfc in float32. Steps on se
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,30 +21,19 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * _erfc(-x * jnp.asarray(math.sqrt(0.5), x.dtype))
 
 
-@jax.custom_jvp
-def erf(x: jax.Array) -> jax.Array:
-    """Compute erf."""
-    return jax.lax.erf(x)
+def _with_slope(function: Callable[[jax.Array], jax.Array], sign: float) -> Any:
+    """Give `function` the derivative of erf times `sign`, in float32 or wider, rounded to the dtype of x."""
+    differentiable: Any = jax.custom_jvp(function)
+
+    @differentiable.defjvp
+    def _rule(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (x,), (tangent,) = primals, tangents
+        wide = x.astype(wide_dtype(x.dtype))
+        slope = (2 / math.sqrt(math.pi) * jnp.exp(-wide * wide)).astype(x.dtype)
+        return differentiable(x), sign * tangent * slope
+
+    return differentiable
 
 
-@erf.defjvp
-def _erf_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    return erf(x), tangent * _slope(x)
-
-
-@jax.custom_jvp
-def _erfc(x: jax.Array) -> jax.Array:
-    return jax.lax.erfc(x)
-
-
-@_erfc.defjvp
-def _erfc_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    return _erfc(x), -tangent * _slope(x)
-
-
-def _slope(x: jax.Array) -> jax.Array:
-    """Compute the derivative of erf in float32 or wider, rounded to the dtype of x."""
-    wide = x.astype(wide_dtype(x.dtype))
-    return (2 / math.sqrt(math.pi) * jnp.exp(-wide * wide)).astype(x.dtype)
+erf = _with_slope(jax.lax.erf, 1.0)
+_erfc = _with_slope(jax.lax.erfc, -1.0)

@@ -81,7 +81,8 @@ def gradient_by_device(compute: Callable[..., tuple[Any, Any]]) -> Callable[[Any
     in which it was computed. If XLA's partitioner put in the sums, it would sum the parameters of every block by
     themselves, and one more kernel would write each of them before: 247 kernels in a step of FastVim-S.
 
-    Sharded parameters are gathered before. On one device nothing changes.
+    A batch in parts (`accumulate`) is summed over the devices once, in the parameters' dtype. Sharded parameters are
+    gathered before. On one device nothing changes.
 
     Args:
         compute: called with `over_devices=True` inside. The loss that it differentiates, and its report, must then pass

@@ -40,8 +40,9 @@ def known_scan(
 
     with all that `known` holds in its place. On Hopper GPUs three kernels compute it: the scans' gradients, those of
     the tokens through the projections, and those of the projections' weights. The operands of products are rounded to
-    bfloat16 for the latter, and are in TF32 for the former. Call `known_scan_unsupported` first. A device's share of a
-    sharded batch may still not cut into tiles; then XLA computes the products.
+    bfloat16 for the latter, and are in TF32 for the former, as are the scans' gradients of B and C where tensor cores
+    add them up over channels. Call `known_scan_unsupported` first. A device's share of a sharded batch may still not
+    cut into tiles; then XLA computes the products, and the sums are float32.
 
     Args:
         always: run the kernels on any platform (in the interpreter), not only if the program is lowered for CUDA.
