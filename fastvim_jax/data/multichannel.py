@@ -226,7 +226,7 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
         raise UserError(
             f"{name}: TIFF files need tifffile: pip install 'fastvim-jax[cells]'."
         ) from None
-    with _errors_of(tifffile.logger(), name), tifffile.TiffFile(io.BytesIO(image)) as opened:
+    with errors_of(tifffile.logger(), name), tifffile.TiffFile(io.BytesIO(image)) as opened:
         seen: set[int] = set()
         for page in opened.pages:
             if page.offset in seen:  # tifffile would follow the pages around for ever.
@@ -265,7 +265,7 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
 
 
 @contextlib.contextmanager
-def _errors_of(logger: logging.Logger, name: str) -> Iterator[None]:
+def errors_of(logger: logging.Logger, name: str) -> Iterator[None]:
     """Raise DecodeError for what a library only logs of a damaged file and then reads on."""
     said: list[str] = []
     thread = threading.get_ident()

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data.decode import decode_image, open_header, orientation
-from fastvim_jax.data.multichannel import NPY, in_order, read_channels
+from fastvim_jax.data.multichannel import MultiChannel, in_order, read_channels
 from fastvim_jax.data.prepare.processes import map_source
 from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
 from fastvim_jax.data.sources.pixels import PixelsSource
+from fastvim_jax.data.stacks import as_stack
 from fastvim_jax.errors import counted
 
 _CHUNK = 256
@@ -171,8 +172,8 @@ def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
             continue
         picture, channels, error_text, damaged = b"", 0, None, False
         try:
-            if names or _has_channels(record.image):
-                picture, channels = _channels_of(record, names)
+            if (stack := _stack_of(record, names)) is not None:
+                picture, channels = _channels_of(stack, names, record.name)
             else:
                 decoded = decode_image(record.image, channels=3, name=record.name)
                 small = decoded.resize((16, 16), Image.Resampling.BOX)
@@ -186,23 +187,30 @@ def _scan_records(source: Source, indices: range) -> Iterator[_Scanned]:
         )
 
 
-def _has_channels(image: bytes | np.ndarray) -> bool:
-    """Return whether an image is read as one of any number of channels (docs/cells.md), not as a photograph."""
-    if isinstance(image, np.ndarray):
-        return image.ndim == 3 and image.shape[-1] not in (1, 3, 4)
-    return image.startswith(NPY)
+def _stack_of(record: Record, names: tuple[str, ...]) -> MultiChannel | None:
+    """Decode an image of many channels (docs/cells.md); return None for a photograph.
+
+    Raises:
+        DecodeError: the image cannot be read.
+    """
+    image = record.image
+    if names or (
+        isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] not in (1, 3, 4)
+    ):
+        return read_channels(image, record.name)
+    return None if isinstance(image, np.ndarray) else as_stack(image, record.name)
 
 
-def _channels_of(record: Record, names: tuple[str, ...]) -> tuple[bytes, int]:
+def _channels_of(stack: MultiChannel, names: tuple[str, ...], name: str) -> tuple[bytes, int]:
     """Return a digest of 16 x 16 pixels of each channel, and the number of channels.
 
     Raises:
-        DecodeError: the image cannot be read, or its channels are not those that the data set names.
+        DecodeError: the channels are not those that the data set names.
     """
-    pixels = in_order(read_channels(record.image, record.name), names, record.name)
+    pixels = in_order(stack, names, name)
     if names and pixels.shape[-1] != len(names):
         raise DecodeError(
-            f"{record.name}: {counted(pixels.shape[-1], 'channel')}, but the data set names {len(names)}."
+            f"{name}: {counted(pixels.shape[-1], 'channel')}, but the data set names {len(names)}."
         )
     rows, columns = (np.arange(16) * side // 16 for side in pixels.shape[:2])
     small = np.ascontiguousarray(pixels[rows[:, None], columns])

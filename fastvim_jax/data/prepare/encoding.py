@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 
 from fastvim_jax.data.decode import GREY_MODES, decode_image, open_header
-from fastvim_jax.data.multichannel import NPY, MultiChannel, read_channels, to_uint8
-from fastvim_jax.data.records import Record
+from fastvim_jax.data.multichannel import MultiChannel, to_uint8
+from fastvim_jax.data.records import DecodeError, Record
 from fastvim_jax.data.sources.array_record import join_record
 from fastvim_jax.data.sources.pixels import PixelWriter
+from fastvim_jax.data.stacks import as_stack
 from fastvim_jax.data.transforms import to_array
+from fastvim_jax.errors import counted
 
 JPEG_QUALITY = 95
 """Quality of images that were resized (4:2:0 chroma). Other images keep their bytes."""
@@ -69,18 +71,14 @@ def encoded(record: Record, max_size: int | None) -> bytes:
         return _saved(pixels, "PNG")
     if max_size is None:
         return image
-    if image.startswith(NPY):
-        return _as_npy(read_channels(image, record.name).pixels, max_size)
+    if (stack := as_stack(image, record.name)) is not None:
+        if min(stack.pixels.shape[:2]) <= max_size:
+            return image
+        return _as_ome(stack, max_size) if stack.names else _as_npy(stack.pixels, max_size)
     header = open_header(image, record.name)
     if min(header.size) <= max_size:
         return image
-    grey = header.mode in GREY_MODES
-    # Grey pages are channels. A photograph may have a second page, too: a thumbnail, or the next sheet of a scan.
-    if grey and getattr(header, "n_frames", 1) > 1 and header.format == "TIFF":
-        stack = read_channels(image, record.name)
-        if stack.pixels.shape[-1] > 1:
-            return _as_ome(stack, max_size) if stack.names else _as_npy(stack.pixels, max_size)
-    channels = 1 if grey else 3
+    channels = 1 if header.mode in GREY_MODES else 3
     pixels = _reduced(decode_image(image, channels=channels, name=record.name), max_size)
     return _saved(pixels, "JPEG", quality=JPEG_QUALITY)
 
@@ -94,6 +92,11 @@ def as_pixels(record: Record, max_size: int | None) -> np.ndarray:
     image = record.image
     if isinstance(image, np.ndarray):
         grey = image.ndim == 2 or image.shape[-1] == 1
+    elif (stack := as_stack(image, record.name)) is not None:
+        raise DecodeError(
+            f"{record.name}: shards of pixels hold photographs, but this image has "
+            f"{counted(stack.pixels.shape[-1], 'channel')}: leave pixels out, and every image keeps its file."
+        )
     else:
         grey = open_header(image, record.name).mode in GREY_MODES
     plain = _reduced(decode_image(image, channels=1 if grey else 3, name=record.name), max_size)
