@@ -7,7 +7,6 @@ import io
 
 from fastvim_jax.data.decode import GREY_MODES, open_header
 from fastvim_jax.data.multichannel import NPY, TIFF, MultiChannel, errors_of, read_channels
-from fastvim_jax.data.records import DecodeError
 
 _PHOTOGRAPH = 4
 """Samples per pixel of a colour photograph with transparency; files of more hold channels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from fastvim_jax.data import DecodeError, open_source
+from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.prepare.shards import prepare
-from fastvim_jax.data.sources import jump_cp
+from fastvim_jax.data.sources import object_store, plate_images
 from fastvim_jax.data.sources.jump_target import read_plate_labels, well_name
 from fastvim_jax.errors import UserError
 from tests.support import data_dir
@@ -126,10 +128,70 @@ def test_the_gallerys_layout_becomes_shards_and_says_what_it_left_out(
     assert done.records == 2 and len(done.left_out) == 2
     assert len(done.notes) == 1 and "saturated in DNA" in done.notes[0]
     shards = open_source("array_record", "all", path=str(out))
-    from fastvim_jax.data.multichannel import read_channels
-
     assert np.array_equal(read_channels(shards[1].image, "a").pixels, source[1].image)
     assert prepare(source, out, "all", max_corrupt=2).kept == done.shards
+
+
+@pytest.mark.parametrize("ending", [".csv.gz", ".parquet", " of a spreadsheet.csv"])
+def test_a_load_data_table_of_another_kind_is_read(
+    tables: Path, rng: np.random.Generator, ending: str
+) -> None:
+    """Read load_data tables as the Gallery has them: compressed, as Parquet; and in UTF-16 with rows cut short."""
+    write_gallery(tables, rng)
+    plain = open_source("jump_cp", "all", path=str(tables))
+    given = tables / "load_data.csv"
+    path, text = tables, given.read_text()
+    if ending == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(
+            pyarrow.Table.from_pylist(list(csv.DictReader(text.splitlines()))),
+            tables / "load_data.parquet",
+        )
+    elif ending == ".csv.gz":
+        (tables / "load_data.csv.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        path = tables / f"load_data{ending}"
+        path.write_bytes((text + "P\n\n").encode("utf-16"))
+    given.unlink()
+    found = open_source("jump_cp", "all", path=str(path))
+    assert found.channel_names == plain.channel_names and len(found) == len(plain) == 4
+    assert np.array_equal(found[1].image, plain[1].image)
+    cut = [note for note in found.notes if "whose well is none (no name)" in note]
+    assert len(cut) == (path != tables)
+
+
+def test_files_of_all_channels_are_decoded_before_they_are_stored(
+    tables: Path, rng: np.random.Generator, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Leave damaged files of a Parquet index out of the shards, and name saturated ones, as those of a CSV."""
+    tifffile = pytest.importorskip("tifffile")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    pixels = rng.integers(0, 60000, (6, 6, 3)).astype(np.uint16)
+    np.save(tables / "good.npy", pixels)
+    np.save(tables / "saturated.npy", np.where([0, 1, 0], 65535, pixels).astype(np.uint16))
+    (tables / "cut.npy").write_bytes((tables / "good.npy").read_bytes()[:-9])
+    np.save(tables / "float.npy", pixels.astype(np.float32))
+    named = {"axes": "CYX", "Channel": {"Name": ["c", "b", "a"]}}
+    tifffile.imwrite(tables / "named.tif", pixels.transpose(2, 0, 1), ome=True, metadata=named)
+    paths = ["good.npy", "saturated.npy", "cut.npy", "float.npy", "named.tif"]
+    table = {"path": paths, "well": ["A01"] * 5, "plate": ["P"] * 5}
+    parquet.write_table(pyarrow.table(table), tables / "index.parquet")
+    source = open_source("jump_cp", "all", path=str(tables))
+    assert np.array_equal(source[0].image, np.round(pixels / 257))
+    done = prepare(source, tmp_path_factory.mktemp("shards"), "all", max_corrupt=2)
+    assert done.records == 3 and len(done.left_out) == 2
+    assert "cut.npy" in done.left_out[0] and "float.npy" in done.left_out[1]
+    assert [note.endswith("saturated.npy]: saturated in 1.") for note in done.notes] == [True]
+    assert read_channels(source[4].image, "a").names == ("c", "b", "a")
+
+
+def test_a_plate_at_a_url_says_that_it_needs_tables(tables: Path) -> None:
+    with pytest.raises(UserError, match="is a URL: name the folder of the plate maps"):
+        open_source("jump_cp", "all", path="memory://plate/index.parquet")
 
 
 def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> None:
@@ -204,8 +266,8 @@ def test_an_object_store_is_asked_again_and_its_answer_kept(
         return opened(url, mode)
 
     monkeypatch.setattr(fsspec, "open", unsteady)
-    monkeypatch.setattr(jump_cp.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(jump_cp.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(object_store.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tmp_path))
     source = open_source("jump_cp", "all", path=str(tables))
     for _ in range(2):
         assert (source[0].image == 9).all()

@@ -1,4 +1,4 @@
-"""Tell images of many channels from photographs: multi-page TIFF, satellite TIFF of many samples, scans of two sheets."""
+"""Tell images of many channels from photographs: TIFFs of pages, planes and samples, and photographs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def tiff(pixels: np.ndarray, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", BANDS)
-@pytest.mark.parametrize(("bands", "dtype"), [(13, np.uint16), (4, np.uint16), (2, np.uint16), (5, np.uint8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bands", "dtype"), [(13, np.uint16), (4, np.uint16), (2, np.uint16), (5, np.uint8)]
+)
 def test_bands_of_satellite_images_are_channels(
     kind: str, bands: int, dtype: Any, rng: np.random.Generator, tmp_path: Path, capfd: Any
 ) -> None:

@@ -7,8 +7,9 @@ from fastvim_jax.data.sources import data_folder, expand_path
 from fastvim_jax.data.sources.channel_files import split_pattern
 from fastvim_jax.data.sources.hugging_face import parquet_splits
 from fastvim_jax.data.sources.image_folder import WHOLE, folders_in, has_no_splits
-from fastvim_jax.data.sources.jump_cp import INDEX, SHARES
+from fastvim_jax.data.sources.jump_cp import SHARES
 from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, prepared_splits
+from fastvim_jax.data.sources.plate_index import INDEX
 from fastvim_jax.data.sources.tfds import tfds_splits
 from fastvim_jax.data.sources.webdataset import shard_splits
 from fastvim_jax.errors import UserError

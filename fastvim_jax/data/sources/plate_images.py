@@ -1,0 +1,127 @@
+"""Read the images of a plate: one file per channel or one for all, on disk or in an object store."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fastvim_jax.data.files import read_file
+from fastvim_jax.data.multichannel import MultiChannel, read_channels
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.sources.object_store import fetch
+from fastvim_jax.data.sources.plate_index import Site
+
+
+class PlateImages:
+    """Reader of the sites of an index. Files of an object store are kept on the local disk once they were fetched.
+
+    Args:
+        index: path or URL of the index; errors name it.
+    """
+
+    def __init__(self, index: str) -> None:
+        self.index = index
+
+    def name(self, site: Site) -> str:
+        """Return a site's name for messages."""
+        return f"{self.index}[{site.name}]"
+
+    def read(
+        self, site: Site, channels: Sequence[str] | None = None
+    ) -> tuple[MultiChannel, tuple[str, ...]]:
+        """Read a site's channels, in the file's integers, and correct their illumination.
+
+        Args:
+            site: where the files are.
+            channels: names of the channels to read, in this order; None: all. A file of all channels is read whole.
+
+        Returns:
+            The image, and the channels that were saturated before they were corrected: their names, or their numbers
+            where the file names none.
+
+        Raises:
+            DecodeError: a channel is missing, or a file damaged or of another size or type than the first.
+        """
+        name = self.name(site)
+        if not site.channels:
+            image = read_channels(self._read(site.files[0], name), name)
+            names = image.names or tuple(str(i) for i in range(image.pixels.shape[-1]))
+            return image, tuple(names[i] for i in image.saturated())
+        image = self._stack(site, site.channels if channels is None else channels, name)
+        saturated = tuple(image.names[i] for i in image.saturated())
+        return MultiChannel(self._corrected(image, site, name), image.names), saturated
+
+    def encoded(self, site: Site) -> bytes:
+        """Return the bytes of a site's file of all channels.
+
+        Raises:
+            DecodeError: it cannot be read.
+        """
+        return self._read(site.files[0], self.name(site))
+
+    @cached_property
+    def _cache(self) -> Path:
+        """Local folder for files of an object store; each index has its own."""
+        digest = hashlib.blake2b(self.index.encode(), digest_size=8).hexdigest()
+        folder = Path(tempfile.gettempdir()) / "fastvim-jump-cp" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _stack(self, site: Site, channels: Sequence[str], name: str) -> MultiChannel:
+        planes: list[np.ndarray] = []
+        for channel in channels:
+            file = site.file(channel)
+            if not file:
+                raise DecodeError(f"{name}: the channel {channel} is missing.")
+            pixels = read_channels(self._read(file, name), f"{name} {channel} ({file})").pixels
+            if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
+                raise DecodeError(
+                    f"{name}: the channel {channel} is {pixels.dtype} {pixels.shape}, the first one "
+                    f"{planes[0].dtype} {planes[0].shape}."
+                )
+            planes.append(pixels)
+        return MultiChannel(np.concatenate(planes, axis=-1), tuple(channels))
+
+    def _corrected(self, image: MultiChannel, site: Site, name: str) -> np.ndarray:
+        """Divide each channel by its illumination function, whose mean is near 1, and clip to the dtype's range."""
+        if not site.illumination:
+            return image.pixels
+        top = np.iinfo(image.pixels.dtype).max
+        corrected = image.pixels.copy()
+        for place, channel in enumerate(image.names):
+            file = site.illumination[site.channels.index(channel)]
+            if not file:
+                continue
+            try:
+                function = np.load(io.BytesIO(self._read(file, name)), allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise DecodeError(
+                    f"{name}: {file} is no illumination function ({error})."
+                ) from None
+            if function.shape != image.pixels.shape[:2] or not (function > 0).all():
+                raise DecodeError(f"{name}: {file} is no illumination function of this image.")
+            divided = image.pixels[..., place] / function
+            corrected[..., place] = np.clip(np.round(divided), 0, top)
+        return corrected
+
+    def _read(self, file: str, name: str) -> bytes:
+        """Return a file's bytes."""
+        if "://" not in file:
+            try:
+                return read_file(file)
+            except DecodeError as error:
+                raise DecodeError(f"{name}: {error}") from None
+        kept = self._cache / hashlib.blake2b(file.encode(), digest_size=16).hexdigest()
+        if kept.is_file():
+            return kept.read_bytes()
+        data = fetch(file)
+        partial = kept.with_suffix(f".{np.random.default_rng().integers(2**63)}")
+        partial.write_bytes(data)
+        partial.replace(kept)
+        return data

@@ -1,0 +1,251 @@
+"""Read the index of a plate: which images there are, of which well, plate and site, and where their files lie.
+
+An index has one of two layouts:
+
+- one file per image, as the published models were trained with. A Parquet file with the columns `path` (a `.npy` file
+  or multi-channel image, absolute, relative to the index, or a URL), `well` and optionally `id`, `plate` and `site`.
+- one file per channel, as the Cell Painting Gallery has it (CellProfiler's load_data). A CSV file, perhaps compressed
+  by gzip, or a Parquet file with the columns `Metadata_Plate`, `Metadata_Well`, `Metadata_Site`; for each channel
+  either `FileName_Orig<name>` and `PathName_Orig<name>` (one 16-bit TIFF per channel) or `URL_Orig<name>`; optionally
+  `FileName_Illum<name>` (the illumination function, `.npy`, that divides the pixels).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.data.cells_channels import CHANNEL_ORDER
+from fastvim_jax.data.files import MAX_BYTES, read_file
+from fastvim_jax.data.sources.object_store import fetch
+from fastvim_jax.errors import UserError
+
+LOAD_DATA = (".csv", ".csv.gz", ".parquet")
+INDEX = (
+    "index.parquet",
+    *(f"load_data_with_illum{ending}" for ending in LOAD_DATA),
+    *(f"load_data{ending}" for ending in LOAD_DATA),
+)
+"""Names of an index in a plate's folder; the first that exists is read."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One field of view.
+
+    Attributes:
+        name: plate, well and site, or the id or path in an index of one file per image.
+        well: name of the well, as in the index.
+        files: paths or URLs: one file with all channels, or one per channel, "" for one that is missing.
+        illumination: path or URL of each channel's illumination function, "" for a channel that has none, or ().
+        channels: names of the channels that `files` hold one by one, or () if one file holds all channels.
+        plate: name of the plate, "" where the index does not say it.
+        site: name of the site in its well, "" where the index does not say it.
+    """
+
+    name: str
+    well: str
+    files: tuple[str, ...]
+    illumination: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    plate: str = ""
+    site: str = ""
+
+    def file(self, channel: str) -> str:
+        """Return the path or URL of a channel's own file, "" if there is none."""
+        files = dict(zip(self.channels, self.files, strict=True))
+        return files.get(channel, "")
+
+
+def find_index(path: str) -> str:
+    """Return `path` if it is an index file or a URL, else the index file in the folder `path`.
+
+    Raises:
+        UserError: there is no index.
+    """
+    if "://" in path:
+        return path
+    given = Path(path)
+    if given.is_file():
+        return str(given)
+    for name in INDEX:
+        if (given / name).is_file():
+            return str(given / name)
+    raise UserError(
+        f"{path!r} is no index of images and holds none of {', '.join(INDEX)} (data.path)."
+    )
+
+
+def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
+    """Read an index of either layout.
+
+    Returns:
+        The sites, the channels' names (() where a file holds all channels), and notes.
+
+    Raises:
+        UserError: the file is damaged or lacks a column.
+    """
+    data = fetch(index) if "://" in index else read_file(index)
+    is_csv = index.endswith((".csv", ".csv.gz"))
+    rows = _read_csv(index, data) if is_csv else _read_parquet(index, data)
+    columns = tuple(rows[0]) if rows else ()
+    if is_csv or _channels(columns):
+        return _read_load_data(index, rows)
+    missing = [column for column in ("path", "well") if column not in columns]
+    if missing:
+        raise UserError(
+            f"{index!r} has no column {', '.join(missing)} (found: {', '.join(columns) or 'none'})."
+        )
+    sites = [
+        Site(
+            row.get("id") or row["path"],
+            row["well"],
+            (_absolute(index, row["path"]),),
+            plate=row.get("plate", ""),
+            site=row.get("site", ""),
+        )
+        for row in rows
+    ]
+    return sites, (), ()
+
+
+def _read_csv(index: str, data: bytes) -> list[dict[str, str]]:
+    """Read a CSV file with a header, perhaps compressed by gzip. A value that a row lacks is ""."""
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+                data = packed.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise UserError(f"{index!r} has more than {MAX_BYTES:,} bytes: it is no index.")
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text), restval="")
+        return [{k: v for k, v in row.items() if k is not None} for row in reader]
+    except UserError:
+        raise
+    except (csv.Error, ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{index!r} cannot be read as CSV: {error}.") from None
+
+
+def _read_parquet(index: str, data: bytes) -> list[dict[str, str]]:
+    """Read a Parquet file as texts. A missing value is ""."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{index}: Parquet files need pyarrow: pip install 'fastvim-jax[cells]'."
+        ) from None
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    except Exception as error:
+        raise UserError(f"{index!r} cannot be read as Parquet: {error}") from None
+    return [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+
+
+def _channels(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the channels of a load_data table in the order of its columns."""
+    found = [c.removeprefix("FileName_Orig") for c in columns if c.startswith("FileName_Orig")]
+    return tuple(found or [c.removeprefix("URL_Orig") for c in columns if c.startswith("URL_Orig")])
+
+
+def _read_load_data(
+    index: str, rows: list[dict[str, str]]
+) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
+    """Read a load_data table. Channels come in the order of JUMP-CP; other channels follow in the table's order."""
+    columns = tuple(rows[0]) if rows else ()
+    found = _channels(columns)
+    if not found or "Metadata_Well" not in columns:
+        raise UserError(
+            f"{index!r} is no load_data file of CellProfiler: it needs Metadata_Well and FileName_Orig<channel> or "
+            f"URL_Orig<channel> (found: {', '.join(columns[:12])[:200] or 'nothing'})."
+        )
+    place = {name: i for i, name in enumerate(CHANNEL_ORDER)}
+    channels = tuple(sorted(found, key=lambda name: place.get(name, len(place))))
+    files = _FilesBelow(Path(index).parent)
+    sites: list[Site] = []
+    for row in rows:
+        plate, well, site = (row.get(f"Metadata_{key}", "") for key in ("Plate", "Well", "Site"))
+        name = "_".join(filter(None, (plate, well, site))) or f"row {len(sites) + 1}"
+        originals = tuple(files.find(row, "Orig", channel) for channel in channels)
+        illumination = tuple(files.illumination(row, channel) for channel in channels)
+        illumination = illumination if any(illumination) else ()
+        sites.append(Site(name, well, originals, illumination, channels, plate, site))
+    functions = {file for site in sites for file in site.illumination if file}
+    if functions and not any("://" in file or Path(file).is_file() for file in functions):
+        note = "The index names illumination functions, of which none is there: pixels are not corrected."
+        sites = [dataclasses.replace(site, illumination=()) for site in sites]
+        return sites, channels, (note,)
+    return sites, channels, ()
+
+
+class _FilesBelow:
+    """Find files of a load_data CSV: at the path that it names, or else by name anywhere below the CSV's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for file in _files(self._folder):
+            found.setdefault(file.name, []).append(file)
+        return found
+
+    def find(self, row: dict[str, str], kind: str, channel: str) -> str:
+        """Return the path or URL of a channel's file, "" where there is none.
+
+        Raises:
+            UserError: several files have its name, and the path in the CSV does not tell them apart.
+        """
+        if url := row.get(f"URL_{kind}{channel}"):
+            return url
+        name = row.get(f"FileName_{kind}{channel}")
+        if not name:
+            return ""
+        told = Path(row.get(f"PathName_{kind}{channel}") or "", name)
+        for file in (told, self._folder / told):
+            if file.is_file():
+                return str(file)
+        # Microscopes give the fields of every plate the same names, so folders decide.
+        alike = [(_common_end(told, file), file) for file in self._by_name.get(name, [])]
+        most = max((count for count, _ in alike), default=0)
+        best = [file for count, file in alike if count == most]
+        if len(best) > 1:
+            raise UserError(
+                f"{name!r} lies in several folders below {str(self._folder)!r}: {best[0]}, {best[1]}. Correct "
+                f"PathName_{kind}{channel}, or put each plate's load_data file beside its own images."
+            )
+        return str(best[0]) if best else ""
+
+    def illumination(self, row: dict[str, str], channel: str) -> str:
+        """Return a channel's illumination function, "" where none is named; a named one may not exist."""
+        name = row.get(f"FileName_Illum{channel}")
+        found = self.find(row, "Illum", channel)
+        return found or (str(self._folder / name) if name else "")
+
+
+def _common_end(a: Path, b: Path) -> int:
+    """Count the last parts in which two paths agree."""
+    count = 0
+    for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _absolute(index: str, path: str) -> str:
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return f"{index.rpartition('/')[0]}/{path}" if "/" in index else path
