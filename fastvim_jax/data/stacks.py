@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 from fastvim_jax.data.decode import GREY_MODES, open_header
 from fastvim_jax.data.multichannel import NPY, TIFF, MultiChannel, errors_of, read_channels
@@ -46,7 +47,7 @@ def _has_many_samples(image: bytes, name: str) -> bool:
     with contextlib.suppress(Exception):  # Whoever decodes a damaged file says what is wrong.
         logger = tifffile.logger()
         with errors_of(logger, name), tifffile.TiffFile(io.BytesIO(image)) as opened:
-            page = opened.pages[0]
+            page: Any = opened.pages[0]
             grey = int(page.photometric) in _GREY
             most = 1 if grey and page.bitspersample > 8 else 2 if grey else _PHOTOGRAPH
             return bool(page.samplesperpixel > most)
