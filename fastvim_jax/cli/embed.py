@@ -24,13 +24,14 @@ class Arguments:
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name per line. Microscope images:
-    files of all channels (.npy, TIFF), or with --pattern folders of one file per channel."""
+    files of all channels (.npy, TIFF); a plate's load_data.csv or Parquet index, or its folder; or with --pattern any
+    folder."""
     out: Path = Path("features.parquet")
     """The table to write: .parquet or .csv; for photographs also .jsonl. If a .jsonl or .csv file of photographs
     exists, images that it holds already are skipped."""
     pattern: str | None = None
     """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
-    braces become columns; {} matches anything."""
+    braces become columns; {} matches anything. Without {channel}, each file holds all channels."""
     channels: tuple[str, ...] = ()
     """Channels of the model to use; by default all that an image has."""
     rename: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Arguments:
     plot: Path | None = None
     """Draw the first two principal components to this PNG file."""
     colour: str | None = None
-    """Column that colours the points of the plot; by default the well, or one colour for photographs."""
+    """Column that colours the points of the plot; by default the well if there is one, else one colour."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, if the run kept one."""
     batch_size: int = 32
@@ -81,15 +82,25 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"--dtype is of photographs; {chosen.run} reads microscope images.")
     from fastvim_jax.inference.embed import (
         embed_fields,
-        find_fields,
         normalise_to_controls,
+        require_controls,
+        require_table,
     )
+    from fastvim_jax.inference.fields import find_fields
 
+    with as_usage_error():
+        if chosen.batch_size < 1:
+            raise UsageError(f"--batch-size {chosen.batch_size} must be at least 1")
+        require_table(chosen.out)
+    fields = find_fields(chosen.paths, chosen.pattern, note=_note)
+    if chosen.controls:  # Said before all images are read.
+        wells = (field.metadata["well"] for field in fields if "well" in field.metadata)
+        require_controls(wells, chosen.controls)
     model, data = load_channel_model(chosen.run, weights=chosen.weights)
     table = embed_fields(
         model,
         data,
-        find_fields(chosen.paths, chosen.pattern),
+        fields,
         channels=chosen.channels or None,
         rename={a: b for a, _, b in pairs},
         level=chosen.per or "site",
@@ -99,6 +110,10 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
     return _written(table, chosen)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _photographs(chosen: Arguments) -> int:
@@ -147,7 +162,8 @@ def _written(table: Any, chosen: Arguments) -> int:
         f"columns {', '.join(table.metadata)}"
     )
     if chosen.plot:
-        draw_embeddings(table, chosen.colour or "well", chosen.plot)
+        well = "well" if "well" in table.metadata else None
+        draw_embeddings(table, chosen.colour or well, chosen.plot)
         print(f"{chosen.plot}: the first two principal components")
     for problem in table.problems:
         print(f"left out: {problem}", file=sys.stderr)

@@ -160,6 +160,10 @@ def find_channel_files(
     """
     channels = None if channels is None else require_texts(channels, "channels")
     expression = _expression(pattern)
+    if "channel" not in expression.groupindex:
+        raise UserError(
+            f"{pattern!r} has no {{channel}}: say where a file's name holds its channel."
+        )
     images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
     for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
         match = expression.fullmatch(file.relative_to(folder).as_posix())
@@ -184,6 +188,40 @@ def find_channel_files(
         key: {name: found[name] for name in order if name in found}
         for key, found in sorted(images.items())
     }
+
+
+def find_image_files(
+    folder: Path, pattern: str, *, follow_links: bool = True
+) -> dict[tuple[tuple[str, str], ...], Path]:
+    """List the files of a folder, of all channels each, by the fields of a naming pattern.
+
+    Args:
+        folder: searched with all its sub-folders.
+        pattern: as of `find_channel_files`, without `{channel}`.
+        follow_links: list what links lead to outside the folder. Otherwise such a link is an error.
+
+    Returns:
+        (field, value) pairs of each image, sorted → its file.
+
+    Raises:
+        UserError: no file matches the pattern, or two files have the same values.
+    """
+    expression = _expression(pattern)
+    images: dict[tuple[tuple[str, str], ...], Path] = {}
+    for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
+        match = expression.fullmatch(file.relative_to(folder).as_posix())
+        if match is None:
+            continue
+        key = tuple(sorted(match.groupdict().items()))
+        if key in images:
+            raise UserError(
+                f"{printable(str(images[key]))} and {printable(str(file))} are one image by {pattern!r}: name a field "
+                "for the part in which they differ, {channel} if that is the channel."
+            )
+        images[key] = file
+    if not images:
+        raise UserError(f"no file below {str(folder)!r} matches {pattern!r}.")
+    return dict(sorted(images.items()))
 
 
 def to_uint8(pixels: np.ndarray, depth: Depth = "full") -> UInt8[np.ndarray, "h w c"]:
@@ -315,8 +353,4 @@ def _expression(pattern: str) -> re.Pattern[str]:
             parts.append(f"(?P<{field}>[^/]+?)")
         else:
             raise UserError(f"{{{field}}} in {pattern!r} is no field name: use letters and digits.")
-    if "channel" not in seen:
-        raise UserError(
-            f"{pattern!r} has no {{channel}}: say where a file's name holds its channel."
-        )
     return re.compile("".join(parts))

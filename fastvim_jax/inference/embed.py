@@ -20,18 +20,11 @@ from jaxtyping import Float, UInt8
 
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.cells_device import make_preprocess
-from fastvim_jax.data.files import read_file
-from fastvim_jax.data.multichannel import (
-    Depth,
-    MultiChannel,
-    find_channel_files,
-    read_channel_files,
-    read_channels,
-    to_uint8,
-)
+from fastvim_jax.data.multichannel import Depth
 from fastvim_jax.data.records import DecodeError, printable
-from fastvim_jax.errors import UserError, counted, one_or_several, require_texts, suggest
+from fastvim_jax.errors import UserError, counted, require_texts, suggest
 from fastvim_jax.inference.classifier import Classifier
+from fastvim_jax.inference.fields import Field, read_field
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
 
@@ -39,24 +32,6 @@ Level = Literal["tile", "site", "well"]
 PREFIX = "Metadata_"
 MAD_TO_DEVIATION = 1.4826
 """Ratio of standard deviation to median absolute deviation in a normal distribution."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field of view to embed.
-
-    Attributes:
-        metadata: the values that identify it, for example plate, well and site.
-        files: one file with all channels, or one file per channel, by the channel's name.
-    """
-
-    metadata: dict[str, str]
-    files: Path | dict[str, Path]
-
-    @property
-    def name(self) -> str:
-        """Name of the field in messages."""
-        return "_".join(self.metadata.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,41 +60,18 @@ class Embeddings:
             import pyarrow.parquet
         except ImportError:
             raise UserError("tables need pyarrow: pip install 'fastvim-jax[cells]'.") from None
+        require_table(file)
         columns: dict[str, Any] = {f"{PREFIX}{key}": value for key, value in self.metadata.items()}
         columns |= {f"feature_{i:04}": column for i, column in enumerate(self.features.T)}
         writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
-        if file.suffix not in writers:
-            raise UserError(f"{str(file)!r}: write .parquet or .csv.")
         file.parent.mkdir(parents=True, exist_ok=True)
         writers[file.suffix](pyarrow.table(columns), str(file))
 
 
-def find_fields(paths: Sequence[Path] | Path, pattern: str | None) -> list[Field]:
-    """List the fields that files and folders hold.
-
-    Args:
-        paths: image files of all channels; with `pattern`, folders of one file per channel.
-        pattern: see `data.multichannel.find_channel_files`.
-
-    Raises:
-        UserError: a path does not exist, or no file matches the pattern.
-    """
-    fields = []
-    for path in map(Path, one_or_several(paths)):
-        if not path.exists():
-            raise UserError(f"{str(path)!r} does not exist.")
-        if path.is_dir() and pattern is None:
-            raise UserError(
-                f"{str(path)!r} is a folder: say with --pattern where the files' names hold plate, well, site and "
-                'channel, for example "{plate}_{well}_s{site}/ch{}_{channel}.png".'
-            )
-        if path.is_dir():
-            assert pattern is not None
-            found = find_channel_files(path, pattern)
-            fields += [Field(dict(key), files) for key, files in found.items()]
-        else:
-            fields.append(Field({"file": str(path)}, path))
-    return fields
+def require_table(file: Path) -> None:
+    """Raise UserError unless the file's name ends in `.parquet` or `.csv`."""
+    if file.suffix not in (".parquet", ".csv"):
+        raise UserError(f"{str(file)!r}: write .parquet or .csv.")
 
 
 def embed_fields(
@@ -160,7 +112,7 @@ def embed_fields(
     problems: list[str] = []
     for field in fields:
         try:
-            pixels, ids = _channels_of(field, data, channels, rename or {}, depth)
+            pixels, ids = read_field(field, data, channels, rename or {}, depth)
         except DecodeError as error:
             problems.append(str(error))
             continue
@@ -284,16 +236,7 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
         UserError: there is no well, a control is no well of the table, or a plate has fewer than two rows of its
             control wells.
     """
-    if "well" not in table.metadata:
-        raise UserError(
-            "controls are wells, but the table has no column well: name it in --pattern."
-        )
-    wells = sorted(set(table.metadata["well"]))
-    if unknown := [well for well in controls if well not in wells]:
-        raise UserError(
-            f"there is no row of the control {', '.join(unknown)}: wells are named {', '.join(wells[:5])}"
-            f"{', ...' if len(wells) > 5 else ''}.{suggest(unknown[0], wells)}"
-        )
+    require_controls(table.metadata.get("well", ()), controls)
     plates = table.metadata.get("plate", [""] * len(table.features))
     features = np.empty_like(table.features)
     for plate in dict.fromkeys(plates):
@@ -311,6 +254,20 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
         deviation = np.where(deviation > 0, deviation, positive.min() if len(positive) else 1.0)
         features[rows] = (table.features[rows] - median) / deviation
     return dataclasses.replace(table, features=features)
+
+
+def require_controls(wells: Iterable[str], controls: Sequence[str]) -> None:
+    """Raise UserError if there is no well, or a control is none of the wells."""
+    known = sorted(set(wells))
+    if not known:
+        raise UserError(
+            "controls are wells, but the table has no column well: name it in --pattern."
+        )
+    if unknown := [well for well in controls if well not in known]:
+        raise UserError(
+            f"there is no row of the control {', '.join(unknown)}: wells are named {', '.join(known[:5])}"
+            f"{', ...' if len(known) > 5 else ''}.{suggest(unknown[0], known)}"
+        )
 
 
 def cut_tiles(
@@ -366,45 +323,6 @@ def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) 
 
 def _by(colour: str | None) -> str:
     return "" if colour is None else f" by {colour}"
-
-
-def _channels_of(
-    field: Field,
-    data: CellsData,
-    channels: Sequence[str] | None,
-    rename: Mapping[str, str],
-    depth: Depth,
-) -> tuple[UInt8[np.ndarray, "h w k"], tuple[int, ...]]:
-    """Read the channels of a field that the model knows, in the model's order, and return their numbers."""
-    image = _read(field, data, rename)
-    names = [rename.get(name, name) for name in image.names]
-    wanted = [name for name in data.names if name in (channels or names)]
-    if missing := [name for name in wanted if name not in names]:
-        raise DecodeError(
-            f"{field.name}: the channel {', '.join(missing)} is missing (found: {', '.join(names)})."
-        )
-    if not wanted:
-        raise DecodeError(
-            f"{field.name}: none of its channels {', '.join(names)} is one of the model's "
-            f"({', '.join(data.names)}): say with --rename which is which."
-        )
-    pixels = to_uint8(image.pixels[..., [names.index(name) for name in wanted]], depth)
-    return pixels, tuple(data.names.index(name) for name in wanted)
-
-
-def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChannel:
-    if isinstance(field.files, dict):
-        known = {n: f for n, f in field.files.items() if rename.get(n, n) in data.names}
-        return read_channel_files(known or field.files)
-    image = read_channels(read_file(field.files), str(field.files))
-    if image.names:
-        return image
-    if image.pixels.shape[-1] != data.channels:
-        raise DecodeError(
-            f"{field.files}: {counted(image.pixels.shape[-1], 'channel')} without names, but the model has "
-            f"{data.channels}."
-        )
-    return MultiChannel(image.pixels, data.names)
 
 
 def _make_features(model: Any, data: CellsData) -> Any:

@@ -105,6 +105,12 @@ def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     assert {w["Metadata_channels"] for w in wells} == {"ER+DNA"}
     for name in ("feature_0000", "feature_0003"):  # The median of two controls lies between them.
         assert abs(float(wells[0][name]) + float(wells[2][name])) < 1e-3
+    by_index = tmp_path / "by_index.csv"
+    assert main(["embed", str(trained), str(plate), "--out", str(by_index), *options]) == 1
+    again = list(csv.DictReader(by_index.read_text().splitlines()))
+    assert [w["Metadata_well"] for w in again] == [w["Metadata_well"] for w in wells]
+    features = [[float(w["feature_0000"]) for w in rows] for rows in (again, wells)]
+    np.testing.assert_allclose(*features, rtol=1e-3, atol=1e-3)
     assert main([*common, "--channels", "Golgi"]) == 1
     assert "no channel 'Golgi'" in capsys.readouterr().err
 

@@ -1,0 +1,103 @@
+"""Fields of view to embed: plates by their index, folders by a pattern with and without channels, single files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvim_jax.cli.main import main
+from fastvim_jax.data import CellsData, DecodeError
+from fastvim_jax.errors import UserError
+from fastvim_jax.inference.embed import require_controls
+from fastvim_jax.inference.fields import find_fields, read_field
+
+CHANNELS = ("ER", "DNA", "Golgi")
+DATA = CellsData(
+    source="digits", channels=3, channel_names=("DNA", "ER", "Mito"), image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3
+)  # fmt: skip
+
+
+@pytest.fixture
+def pixels(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 60000, (8, 8, 3)).astype(np.uint16)
+
+
+@pytest.fixture
+def plate(tmp_path: Path, pixels: np.ndarray) -> Path:
+    """Write two sites, named as microscopes name them; the second has no DNA."""
+    rows = []
+    for site in (1, 2):
+        row = {"Metadata_Plate": "P", "Metadata_Well": "B07", "Metadata_Site": str(site)}
+        for i, channel in enumerate(CHANNELS):
+            name = f"r02c07f0{site}p01-ch{i}.npy"
+            if (site, channel) != (2, "DNA"):
+                np.save(tmp_path / name, pixels[..., i])
+            row |= {f"FileName_Orig{channel}": name, f"FileName_Illum{channel}": "half.npy"}
+        rows.append(row)
+    np.save(tmp_path / "half.npy", np.full((8, 8), 2.0))
+    with (tmp_path / "load_data.csv").open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def test_sites_of_a_plate_keep_their_columns_and_are_corrected(
+    plate: Path, pixels: np.ndarray
+) -> None:
+    """Embed what a plate's index names: plates, wells and sites, with corrected illumination."""
+    first, second = find_fields([plate], None)
+    assert first.metadata == {"plate": "P", "well": "B07", "site": "1"}
+    assert [f.metadata for f in find_fields([plate / "load_data.csv"], None)] == [
+        first.metadata,
+        second.metadata,
+    ]
+    found, ids = read_field(first, DATA, None, {}, "full")
+    assert ids == (0, 1)
+    halves = np.round(np.round(pixels[..., [1, 0]] / 2) / 257)
+    assert np.array_equal(found, halves)
+    assert read_field(second, DATA, None, {}, "full")[1] == (1,)
+    renamed, ids = read_field(first, DATA, ["Mito"], {"Golgi": "Mito"}, "full")
+    assert ids == (2,) and np.array_equal(
+        renamed[..., 0], np.round(np.round(pixels[..., 2] / 2) / 257)
+    )
+    with pytest.raises(DecodeError, match="the channel DNA is missing"):
+        read_field(second, DATA, ["DNA"], {}, "full")
+    (plate / "half.npy").unlink()
+    said: list[str] = []
+    find_fields([plate], None, note=said.append)
+    assert ["pixels are not corrected" in text for text in said] == [True]
+
+
+def test_files_of_all_channels_are_found_by_a_pattern(tmp_path: Path, pixels: np.ndarray) -> None:
+    for well in ("A01", "A02"):
+        np.save(tmp_path / f"P_{well}.npy", pixels)
+    found = find_fields([tmp_path], "{plate}_{well}.npy")
+    assert [f.metadata for f in found] == [{"plate": "P", "well": w} for w in ("A01", "A02")]
+    assert np.array_equal(read_field(found[0], DATA, None, {}, "full")[0], np.round(pixels / 257))
+    with pytest.raises(UserError, match="are one image by"):
+        find_fields([tmp_path], "{plate}_{}.npy")
+    with pytest.raises(UserError, match="no file below"):
+        find_fields([tmp_path], "{plate}-{well}.npy")
+    with pytest.raises(UserError, match=r"is a folder: say with --pattern.*load_data\.csv"):
+        find_fields([tmp_path], None)
+
+
+def test_what_cannot_be_written_is_refused_before_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastvim_jax.inference.channel_model.has_channels", lambda run: True)
+    np.save(tmp_path / "A01.npy", np.zeros((8, 8, 3), np.uint8))
+    command = ["embed", "no run", str(tmp_path), "--pattern", "{well}.npy"]
+    for options, message in (
+        (["--out", "a.txt"], "write .parquet or .csv"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--controls", "A1"], "there is no row of the control A1"),
+    ):
+        assert main([*command, *options]) != 0
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="has no column well"):
+        require_controls([], ["A01"])
