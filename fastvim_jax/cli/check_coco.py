@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from fastvim_jax.cli.usage import as_usage_error, command, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, command, parse
 from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
 from fastvim_jax.errors import counted
 
@@ -21,8 +23,9 @@ class Arguments:
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The data set's folder."""
-    split: tuple[str, ...] = ("train2017", "val2017")
-    """Splits to scan: the values of {split} in --annotations and --images."""
+    split: tuple[str, ...] = ()
+    """Splits to scan: the values of {split} in --annotations and --images; by default all of which there is a file of
+    annotations."""
     annotations: str = ANNOTATIONS
     """The JSON file of annotations, relative to FOLDER."""
     images: str = IMAGES
@@ -48,7 +51,8 @@ def run(arguments: Sequence[str]) -> int:
             path=chosen.path, annotations=chosen.annotations, images=chosen.images
         )
     found, as_json = False, {}
-    for split in chosen.split:
+    splits = chosen.split or _splits(config.path, chosen.annotations)
+    for split in splits:
         source = open_coco(config, split, allow_missing=True)
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             report = check_coco(source, workers=chosen.workers, progress=progress)
@@ -77,5 +81,43 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(as_json, indent=2, ensure_ascii=False))
     else:
         print("Something is wrong, see above." if found else "Nothing is wrong.")
-        print(f"Train on it: see docs/dense.md, or {command()} train coco/fastvim_tiny --help")
+        told = _train_command(chosen, splits, len(source.class_names))
+        print(f"Train on it: {told} (docs/dense.md)")
     return int(found)
+
+
+def _splits(path: str, pattern: str) -> list[str]:
+    """List the splits whose file of annotations exists; at least one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from fastvim_jax.data.sources import expand_path
+
+    root = expand_path(path)
+    before, _, after = pattern.partition("{split}")
+    ends = len(f"{root}/{before}")
+    files = sorted(map(str, root.glob(f"{glob.escape(before)}*{glob.escape(after)}")))
+    found = [file[ends : len(file) - len(after)] for file in files] if "{split}" in pattern else []
+    if not found:
+        raise UsageError(
+            f"no file matches {str(root / pattern)!r}: correct --annotations, or name the splits with --split."
+        )
+    return found
+
+
+def _train_command(chosen: Arguments, splits: Sequence[str], classes: int) -> str:
+    """Return the command that trains on this folder."""
+    from fastvim_jax.data.prepare.advice import splits_by_name
+
+    train, held_out = splits_by_name(splits)
+    options = {
+        "data.path": chosen.path,
+        "model.num-classes": "" if classes == 80 else str(classes),
+        "data.train-split": "" if train == "train2017" else train,
+        "data.eval-split": "" if held_out == "val2017" else held_out,
+        "data.annotations": "" if chosen.annotations == ANNOTATIONS else chosen.annotations,
+        "data.images": "" if chosen.images == IMAGES else chosen.images,
+    }
+    given = [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
+    return " ".join([command(), "train coco/fastvim_tiny", *given])

@@ -70,7 +70,8 @@ def run(arguments: Sequence[str]) -> int:
             ignored_label=chosen.ignored_label,
         )
     found, as_json = False, {}
-    for split in chosen.split or _splits(config.path, chosen.image_pattern):
+    splits = chosen.split or _splits(config.path, chosen.image_pattern)
+    for split in splits:
         source = open_masks(config, split, allow_missing=True)
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             report = check_masks(source, config, workers=chosen.workers, progress=progress)
@@ -101,18 +102,21 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(as_json, indent=2, ensure_ascii=False))
     else:
         print("Something is wrong, see above." if found else "Nothing is wrong.")
-        print(f"Train on it: {_train_command(chosen, len(source.class_names))} (docs/dense.md)")
+        told = _train_command(chosen, splits, len(source.class_names))
+        print(f"Train on it: {told} (docs/dense.md)")
     return int(found)
 
 
-def _train_command(chosen: Arguments, classes: int) -> str:
+def _train_command(chosen: Arguments, splits: Sequence[str], classes: int) -> str:
     """Return the command that trains on this folder."""
-    splits = chosen.split or ("training", "validation")
+    from fastvim_jax.data.prepare.advice import splits_by_name
+
+    train, held_out = splits_by_name(splits)
     options = {
         "data.path": chosen.path,
         "model.num-classes": str(classes),
-        "data.train-split": "" if "training" in splits else splits[0],
-        "data.eval-split": "" if "validation" in splits else splits[-1],
+        "data.train-split": "" if train == "training" else train,
+        "data.eval-split": "" if held_out == "validation" else held_out,
         "data.image-pattern": "" if chosen.image_pattern == IMAGE_PATTERN else chosen.image_pattern,
         "data.mask-pattern": "" if chosen.mask_pattern == MASK_PATTERN else chosen.mask_pattern,
         "data.class-list": chosen.class_list,
@@ -125,7 +129,11 @@ def _train_command(chosen: Arguments, classes: int) -> str:
 
 
 def _splits(path: str, pattern: str) -> list[str]:
-    """List the folders that stand where the pattern has {split}."""
+    """List the folders that stand where the pattern has {split}; at least one.
+
+    Raises:
+        UsageError: there is none.
+    """
     from fastvim_jax.data.sources import expand_path
     from fastvim_jax.data.sources.image_folder import folders_in
 
@@ -133,4 +141,9 @@ def _splits(path: str, pattern: str) -> list[str]:
     parent = expand_path(path) / before.rpartition("/")[0]
     if not found or not after.startswith("/") or not parent.is_dir():
         raise UsageError(f"no splits are found in {str(parent)!r}: name them with --split.")
-    return folders_in(parent)
+    splits = folders_in(parent)
+    if not splits:
+        raise UsageError(
+            f"{str(parent)!r} holds no folder of a split: name the splits with --split."
+        )
+    return splits

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.cli import check_coco
+from fastvim_jax.cli.main import main
 from fastvim_jax.data.detection import (
     Placement,
     boxes_of,
@@ -317,6 +318,26 @@ def test_a_scan_lists_what_is_wrong(tmp_path: Path, capsys) -> None:
     assert report["objects"] == {"cat": 0, "dog": 4}
     assert any("3 gaps" in note for note in report["notes"])
     assert "1 category has no object, of 2: cat." in report["notes"]
+
+
+def test_the_scan_finds_the_splits_and_says_how_to_train(tmp_path: Path, capsys) -> None:
+    """Name splits by the files of annotations, and give a command that trains on them."""
+    root = write(tmp_path, [box(4, 4, 20, 10)], images=1)
+    assert main(["data", "check", str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "train: 1 image" in told
+    splits = "--data.train-split train --data.eval-split train"
+    assert f"train coco/fastvim_tiny --data.path {root} --model.num-classes 2 {splits} (" in told
+    (root / "train").rename(root / "val_small")
+    (root / "annotations/instances_train.json").rename(root / "annotations/val_small.json")
+    patterns = ["--annotations", "annotations/{split}.json"]
+    assert main(["data", "check-coco", str(root), *patterns]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "val_small: 1 image" in told and "--data.annotations 'annotations/{split}.json' (" in told
+    )
+    assert main(["data", "check-coco", str(root)]) != 0
+    assert "instances_{split}.json': correct --annotations" in capsys.readouterr().err
 
 
 def test_categories_of_one_name_stay_apart(tmp_path: Path, capsys) -> None:

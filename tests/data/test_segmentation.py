@@ -305,6 +305,17 @@ def test_the_command_line_knows_the_layout(root, capsys):
     out = capsys.readouterr().out
     assert "training: 4 images, 3 of 3 classes" in out and "validation: 2 images" in out
     assert "--model.num-classes 3 --data.no-zero-is-ignored" in out
+    for folder in ("images", "annotations"):
+        (root / folder / "training").rename(root / folder / "train_small")
+    assert main(["data", "check", str(root)]) == 0
+    assert (
+        "--model.num-classes 3 --data.train-split train_small --data.no" in capsys.readouterr().out
+    )
+    for folder in ("images", "annotations"):
+        (root / folder / "train_small").rename(root / folder / "training")
+        (root / folder / "validation").rename(root.parent / f"{root.name}_{folder}")
+    assert main(["data", "check", str(root)]) == 0
+    assert "--model.num-classes 3 --data.eval-split training --data.no" in capsys.readouterr().out
     (root / "annotations/training/scene_1.png").unlink()
     assert main(["data", "check-masks", str(root), "--split", "training"]) == 1
     assert "missing: images/training/scene_1.jpg" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from fastvim_jax.data.prepare.check import Report
 from fastvim_jax.data.sources.image_folder import HELD_OUT, TRAINED, WHOLE
@@ -88,6 +89,17 @@ def training_advice(reports: dict[str, Report]) -> Advice:
         options["data.batch-size"] = str(records)
     options["model.num-classes"] = str(report.classes)
     return Advice(tuple(refused), options, tuple(notes))
+
+
+def splits_by_name(found: Sequence[str]) -> tuple[str, str]:
+    """Choose the splits to train and to evaluate on by how their names begin; the first and the last, if none does so.
+
+    Names may go on: train2017, validation_small.
+    """
+    train = next((name for name in found if name.lower().startswith(TRAINED)), found[0])
+    others = [name for name in found if name != train] or [train]
+    held_out = (name for part in HELD_OUT for name in others if name.lower().startswith(part))
+    return train, next(held_out, others[-1])
 
 
 def _parts(report: Report) -> int:
