@@ -22,7 +22,7 @@ class Arguments:
     """The file to import, and the folder to write."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """A .pth, .pt, .ckpt, .bin or .safetensors file. Nothing in it is run, and PyTorch is not needed."""
+    """A .pth, .pth.tar, .pt, .ckpt, .bin or .safetensors file. Nothing in it is run, and PyTorch is not needed."""
     out: Path
     """Folder to write: weights, config and model card."""
     model: str | None = None
@@ -34,7 +34,8 @@ class Arguments:
     num_classes: int | None = None
     """Classes of a new head, drawn at random; by default the file's head is kept."""
     classes: Path | None = None
-    """A text file of class names, one per line."""
+    """Names of the classes: a text file with one per line, or a class list (.tsv, .csv). Without it predictions show
+    the classes' numbers."""
     option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A field of the model's config, NAME=VALUE, that names and shapes do not determine. May be given several times."""
     mean: tuple[float, ...] = ()

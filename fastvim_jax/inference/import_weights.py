@@ -13,6 +13,7 @@ from flax import nnx
 
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.cells_config import JUMP_CP_MEAN, JUMP_CP_STD
+from fastvim_jax.data.sources.class_lists import read_class_list
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
 from fastvim_jax.interop.recognise import assumptions, table_side
@@ -29,7 +30,6 @@ from fastvim_jax.models.pretrained import (
     require_room,
     save_pretrained,
 )
-from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.training.start_from import Report, load_source
 from fastvim_jax.training.weights_source import Source, source_arrays
 
@@ -53,6 +53,7 @@ class Imported:
         assumed: fields of the config that neither the file nor an option tells, with the values taken.
         named: the model's name that these values are taken from; None if they are the usual ones of such weights.
         preprocessing: how images become the model's input, which the file does not tell either.
+        unnamed: number of classes that predictions will show as numbers, because nothing names them.
         licence: licence that the model card names; empty if it names none.
         next_command: the command line that uses such a model.
     """
@@ -65,6 +66,7 @@ class Imported:
     assumed: dict[str, Any]
     named: str | None
     preprocessing: Preprocessing
+    unnamed: int
     licence: str
     next_command: str
 
@@ -89,6 +91,11 @@ class Imported:
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         lines.append(f"Pixels from 0 to 1 are normalised by mean {mean} and deviation {std}.")
+        if self.unnamed:
+            lines.append(
+                f"The {counted(self.unnamed, 'class has', 'classes have')} no names, so predictions show numbers: "
+                "--classes FILE names them."
+            )
         return "\n".join(lines)
 
 
@@ -115,7 +122,7 @@ def import_weights(
         entry: of a checkpoint, the part that holds the weights.
         options: fields of the model's config. `image_size` resamples the position embeddings, `num_classes` draws a
             new head; other fields say what the weights are.
-        classes: a text file of class names, one a line.
+        classes: a file of class names, as `data.sources.class_lists.read_class_list` takes it.
         mean: of each channel, for pixels from 0 to 1; by default ImageNet's for three channels, JUMP-CP's for the
             eight of cell images, else 0.
         std: of each channel, likewise.
@@ -159,12 +166,13 @@ def import_weights(
     place = f"{file} ({found.place})" if found.place else str(file)
     report = load_source(model, Source(place, source_arrays(whole), config))
     preprocessing = _preprocessing(changed, mean, std)
+    class_names = read_class_list(Path(classes)).names if classes is not None else ()
     licence = licence or _usual_licence(config)
     save_pretrained(
         model,
         folder,
         preprocessing=preprocessing,
-        class_names=_class_names(classes),
+        class_names=class_names,
         card={"Source": f"Imported from {Path(file).name}."}
         | ({LICENCE: licence} if licence else {}),
     )
@@ -178,8 +186,9 @@ def import_weights(
         uses = f"embed {folder} FIELD --out features.parquet"
     elif not changed.num_classes:
         uses = f"embed {folder} PHOTO --out features.csv"
+    unnamed = changed.num_classes if uses.startswith("predict") and not class_names else 0
     return Imported(
-        Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, licence, uses
+        Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, unnamed, licence, uses
     )  # fmt: skip
 
 
@@ -239,13 +248,3 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             options[name.replace("-", "_")] = value
     return options
-
-
-def _class_names(path: Path | str | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        lines = read_regular_file(path).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class names in {path}: {error}") from error
-    return tuple(line.strip() for line in lines if line.strip())

@@ -16,7 +16,7 @@ from fastvim_jax.interop.torch_file import described_value, read_torch_file
 from fastvim_jax.models.parameters import check_numbers
 from fastvim_jax.models.safetensors_file import read_safetensors
 
-_TORCH = (".pth", ".pt", ".ckpt", ".bin")
+_TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")  # The last one is timm's.
 # Entries in which training programs keep weights. Averaged ones come first, as the authors evaluate and release them.
 _PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # Prefixes that programs put before every name.
@@ -50,7 +50,7 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
     """Read the weights of a safetensors file or a PyTorch checkpoint, without running anything in the file.
 
     Args:
-        path: a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file.
+        path: a `.safetensors`, `.pth`, `.pt`, `.ckpt`, `.bin` or `.pth.tar` file.
         place: the entry of a checkpoint that holds the weights; by default the averaged weights if there are any
             (`state_dict_ema`, `model_ema`), else `state_dict`, `model` or the file itself.
 
@@ -64,7 +64,7 @@ def read_weights_file(path: Path | str, *, place: str | None = None) -> WeightsF
                 f"{path} has no entries to choose from, as any safetensors file: leave out {place!r}."
             )
         found = _unwrap(WeightsFile(read_safetensors(path), "", ()))
-    elif path.suffix in _TORCH:
+    elif path.name.endswith(_TORCH):
         found = _unwrap(_choose(path, read_torch_file(path), place))
     else:
         raise UserError(f"{path} is no weights file: use .safetensors or {', '.join(_TORCH)}.")

@@ -115,6 +115,7 @@ def test_the_command_recognises_the_model_and_keeps_every_bit(checkpoint, tmp_pa
     said = capsys.readouterr().out
     assert "64 wide, 2 blocks (recognised from names and shapes)" in said
     assert "CC BY-NC-SA" in said and "taken" in said
+    assert "The 5 classes have no names, so predictions show numbers: --classes FILE" in said
     authors = isinstance(model.config, VisionMambaConfig) and model.config.pooling != "none"
     assert ("names CC BY-NC-SA 4.0." in said) is authors  # FastVim, not Vim and ViT
     card = (tmp_path / "out" / "README.md").read_text()
@@ -164,6 +165,11 @@ def test_another_size_and_other_classes(checkpoint, tmp_path):
     assert set(imported.report.names("drawn")) == {"head.kernel", "head.bias"}
     found = load_pretrained(tmp_path / "out")
     assert found.class_names == ("cat", "dog", "fish")
+    assert "no names" not in imported.in_words()
+    table = tmp_path / "classes.tsv"  # A class list, as data sets have it.
+    table.write_text("label\twnid\tname\n" + "".join(f"{i}\tn{i}\tkind {i}\n" for i in range(5)))
+    import_weights(file, tmp_path / "named", classes=table)
+    assert load_pretrained(tmp_path / "named").class_names == tuple(f"kind {i}" for i in range(5))
     assert found.model.config.image_size == (24, 24) and found.model.config.num_classes == 3
     np.testing.assert_array_equal(
         found.model.patch_embed.proj.kernel[...], model.patch_embed.proj.kernel[...]

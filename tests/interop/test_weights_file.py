@@ -56,18 +56,17 @@ def test_a_lightning_checkpoint_gives_its_model_and_lists_the_rest(tmp_path, wei
 def test_averages_come_first_wherever_they_are_kept(tmp_path, weights, monkeypatch):
     pretend_torch(monkeypatch)
     other = {name: array + 1 for name, array in weights.items()}
-    for i, saved in enumerate(
-        (
-            {"model": prefixed("", other), "model_ema": prefixed("module.", weights)},
-            {"state_dict": prefixed("", other), "state_dict_ema": prefixed("", weights)},
-            {"state_dict": prefixed("model.", other) | prefixed("ema_model.module.", weights)},
-        )
-    ):
-        same(read_weights_file(write(tmp_path / f"{i}.pth", saved)), weights)
-    found = read_weights_file(tmp_path / "1.pth", place="state_dict")
+    timm = tmp_path / "model_best.pth.tar"
+    for file, saved in (
+        ("0.pth", {"model": prefixed("", other), "model_ema": prefixed("module.", weights)}),
+        (timm.name, {"state_dict": prefixed("", other), "state_dict_ema": prefixed("", weights)}),
+        ("2.pth", {"state_dict": prefixed("model.", other) | prefixed("ema_model.module.", weights)}),
+    ):  # fmt: skip
+        same(read_weights_file(write(tmp_path / file, saved)), weights)
+    found = read_weights_file(timm, place="state_dict")
     same(found, other)
     with pytest.raises(UserError, match="no weights under 'state'"):
-        read_weights_file(tmp_path / "1.pth", place="state")
+        read_weights_file(timm, place="state")
 
 
 def test_a_segmentation_model_stays_whole(tmp_path, weights):
