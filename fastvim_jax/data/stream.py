@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import logging
 import os
 import re
 import shutil
@@ -27,7 +26,6 @@ from fastvim_jax.errors import UserError
 _AHEAD = 2  # finished batches that wait in each worker
 _SMALL = 2**16
 """Bytes of an array from which on it is handed over in shared memory. A pipe takes less time for a smaller one."""
-_log = logging.getLogger(__name__)
 
 
 class WorkersEnded(UserError):
@@ -119,7 +117,18 @@ class _Claim:
 
 
 # Of the streams of this process, such as those of training and of evaluations.
+_claims: weakref.WeakSet[_Claim] = weakref.WeakSet()
 _not_started: weakref.WeakSet[_Claim] = weakref.WeakSet()
+_SHARED = Path("/dev/shm")
+
+
+def describe_shared_memory() -> str | None:
+    """Say how much shared memory the workers of all streams of this process may hold; None if they hold none."""
+    held = sum(claim.needed for claim in _claims)
+    if not held:
+        return None
+    size = shutil.disk_usage(_SHARED).total
+    return f"Data workers hold up to {held / 2**20:,.0f} MiB of batches in {_SHARED}, which has {size / 2**20:,.0f} MiB."
 
 
 def _room_for_batches(workers: int, batch_bytes: int) -> tuple[int, _Claim]:
@@ -131,17 +140,15 @@ def _room_for_batches(workers: int, batch_bytes: int) -> tuple[int, _Claim]:
     Raises:
         UserError: there is no room for even one batch per worker.
     """
-    shared = Path("/dev/shm")
-    if not workers or not batch_bytes or not shared.is_dir():
+    if not workers or not batch_bytes or not _SHARED.is_dir():
         return _AHEAD, _Claim()
     others = sum(claim.needed for claim in _not_started)
-    free = shutil.disk_usage(shared).free - others
+    free = shutil.disk_usage(_SHARED).free - others
     for ahead in range(_AHEAD, 0, -1):
         needed = (workers * (ahead + 1) + 2) * batch_bytes
         if needed <= free:
-            said = f"{workers} workers hold up to {needed / 2**20:,.0f} MiB of batches in /dev/shm"
-            _log.info("%s, of %s MiB free.", said, f"{free / 2**20:,.0f}")
             claim = _Claim(needed)
+            _claims.add(claim)
             _not_started.add(claim)
             return ahead, claim
     promised = f" beside the {others / 2**20:,.0f} MiB of this run's other streams" * bool(others)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from fastvim_jax.analysis.headline import Headline
-from fastvim_jax.data.stream import WorkersEnded
+from fastvim_jax.data.stream import WorkersEnded, describe_shared_memory
 from fastvim_jax.distributed import all_gather_set, barrier
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.clock import Clock
@@ -193,8 +193,9 @@ def run_loop(
             f"After {total_steps} steps the average (ema) will still hold {initial_share:.0%} of the initial weights: "
             f"judge the raw ones, or set an ema_decay below {config.ema_decay}."
         )
-    for message in run.messages:
-        log.say(message)
+    for message in (*run.messages, describe_shared_memory()):
+        if message:
+            log.say(message)
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
         # Make up for evaluations of a run that stopped between saving and evaluating.

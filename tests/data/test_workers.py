@@ -118,8 +118,9 @@ def test_workers_stay_ignore_signals_and_end_with_their_parent() -> None:
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Free bytes of shared memory, as a test sets them."""
     found = {"bytes": 0}
-    usage = lambda folder: SimpleNamespace(free=found["bytes"])  # noqa: E731
+    usage = lambda folder: SimpleNamespace(free=found["bytes"], total=2**30)  # noqa: E731
     monkeypatch.setattr(stream.shutil, "disk_usage", usage)
+    monkeypatch.setattr(stream, "_claims", weakref.WeakSet())
     monkeypatch.setattr(stream, "_not_started", weakref.WeakSet())
     monkeypatch.setattr(stream, "_read_ahead", lambda *_: iter([{"image": 0}]))
     return found
@@ -137,6 +138,7 @@ def test_shared_memory_is_enough_for_all_streams(free: dict[str, int]) -> None:
     with pytest.raises(UserError, match="need 6 MiB of shared memory.* has 5 MiB free: use fewer"):
         make()
     free["bytes"] = 13 * 2**20
+    assert stream.describe_shared_memory() is None
     training = make()
     with pytest.raises(UserError, match="beside the 8 MiB of this run's other streams: use fewer"):
         make()
@@ -149,6 +151,9 @@ def test_shared_memory_is_enough_for_all_streams(free: dict[str, int]) -> None:
         make()
     free["bytes"] = 12 * 2**20
     last = make()
+    assert stream.describe_shared_memory() == (
+        "Data workers hold up to 20 MiB of batches in /dev/shm, which has 1,024 MiB."
+    )
     del evaluation, last, training  # Whatever nobody holds needs no memory.
     gc.collect()
     free["bytes"] = 6 * 2**20

@@ -166,7 +166,12 @@ def test_a_task_of_ones_own_trains_logs_and_resumes(tmp_path):
 @pytest.mark.drawn("trainings", one_in=6)
 def test_norms_are_measured_where_they_are_due(tmp_path, monkeypatch):
     """Train as on a GPU, where the first step, the log, checkpoints and ends of epochs measure all norms."""
+    said: list[str] = []
+    monkeypatch.setattr(loop.RunLog, "say", lambda log, text: said.append(text))
+    monkeypatch.setattr(loop, "describe_shared_memory", lambda: "Data workers hold up to 8 MiB.")
     run(tmp_path / "always")
+    assert "Data workers hold up to 8 MiB." in said
+    monkeypatch.undo()
     measured = []
 
     def due_alone(due: bool) -> bool:
