@@ -225,7 +225,8 @@ class _LoadForTraining(grain.transforms.RandomMap):
         while len(corrupt) < _REPLACEMENTS:
             try:
                 record, pixels = decode(index)
-            except DecodeError:
+            except DecodeError as error:
+                reason = str(error)
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
@@ -233,7 +234,8 @@ class _LoadForTraining(grain.transforms.RandomMap):
             image = cut(pixels, self.config.height_width, place)
             return {"image": image, "label": record.target, "corrupt": corrupt}
         raise UserError(
-            f"{_REPLACEMENTS} records drawn one after the other are undecodable: is data.path the right folder?"
+            f"{_REPLACEMENTS} records drawn one after the other are undecodable, the last because: {reason} "
+            "Is data.path the right folder?"
         )
 
 

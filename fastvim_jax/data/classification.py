@@ -227,14 +227,15 @@ class _LoadForTraining(grain.transforms.RandomMap):
         while len(corrupt) < _REPLACEMENTS:
             try:
                 example = self.example(self.source, index, self.config, rng)
-            except DecodeError:
+            except DecodeError as error:
+                reason = str(error)
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
             return {**example, "corrupt": corrupt}
         raise UserError(
-            f"{_REPLACEMENTS} records drawn one after the other are undecodable, "
-            f"among them {self.source[corrupt[0]].name}: is data.path the right folder?"
+            f"{_REPLACEMENTS} records drawn one after the other are undecodable, the last because: {reason} "
+            "Is data.path the right folder?"
         )
 
 

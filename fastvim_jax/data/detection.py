@@ -262,12 +262,13 @@ class _LoadForTraining(grain.transforms.RandomMap):
                 placement = draw_placement((image.shape[0], image.shape[1]), self.config, rng)
                 moved = place_objects(objects, placement, self.config, f"record {index}")
                 return {"image": place(image, placement, self.config), **moved, "corrupt": corrupt}
-            except DecodeError:
+            except DecodeError as error:
+                reason = str(error)
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
         raise UserError(
-            f"{_REPLACEMENTS} records drawn one after the other cannot be read: `fastvim data check` lists what is "
-            "wrong."
+            f"{_REPLACEMENTS} records drawn one after the other cannot be read, the last because: {reason} "
+            "`fastvim data check` lists what is wrong."
         )
 
 

@@ -218,7 +218,7 @@ def label_problem(
     mask: Int[np.ndarray, "h w"], classes: int, config: SegmentationData
 ) -> str | None:
     """Return which labels are no known class, and the probable reason; None if all labels are known."""
-    outside = np.unique(mask[(mask >= classes) & (mask != IGNORED)])
+    outside = np.unique(mask[(mask < 0) | (mask >= classes) & (mask != IGNORED)])
     if not outside.size:
         return None
     shift = 1 if config.zero_is_ignored else 0
@@ -226,9 +226,10 @@ def label_problem(
     text = f"labels {shown}{' ...' if outside.size > 5 else ''} outside the {counted(classes, 'class', 'classes')}"
     if not config.zero_is_ignored and outside.max() == classes:
         return f"{text}: if 0 means unlabelled and classes start at 1, set data.zero_is_ignored."
-    if config.zero_is_ignored:
-        return f"{text}, which are labelled 1 to {classes}."
-    return f"{text}, which are labelled 0 to {classes - 1}; {config.ignored_label} is ignored."
+    allowed = f"{text}, which are labelled {shift} to {classes - 1 + shift}; {config.ignored_label} is ignored"
+    if outside.size == 1 and outside[0] > 0:
+        return f"{allowed}: if {shown} means unlabelled, set data.ignored_label={shown}."
+    return f"{allowed}."
 
 
 def choose_crop(
@@ -302,7 +303,8 @@ class _LoadForTraining(grain.transforms.RandomMap):
                 scene = train_transform(
                     load_scene(self.source, index, self.config), self.config, rng
                 )
-            except DecodeError:
+            except DecodeError as error:
+                reason = str(error)
                 corrupt.append(index)
                 index = int(rng.integers(len(self.source)))
                 continue
@@ -314,8 +316,8 @@ class _LoadForTraining(grain.transforms.RandomMap):
                 "corrupt": corrupt,
             }
         raise UserError(
-            f"{_REPLACEMENTS} records drawn one after the other cannot be read, among them "
-            f"{self.source[corrupt[0]].name}: `fastvim data check` lists what is wrong."
+            f"{_REPLACEMENTS} records drawn one after the other cannot be read, the last because: {reason} "
+            "`fastvim data check` lists what is wrong."
         )
 
 

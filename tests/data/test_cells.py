@@ -73,6 +73,17 @@ def test_a_step_sees_the_same_channels_in_every_process_and_after_a_restart(
         iterator.close()
 
 
+def test_images_of_other_channels_than_the_configs_are_named(config: CellsData) -> None:
+    """Say why nothing can be read: the number of channels, which no other record mends."""
+    less = dataclasses.replace(
+        config, channels=3, channel_names=(), mean=(0.1,) * 3, std=(1.0,) * 3, max_corrupt=99
+    )
+    batches = cells.make_train_iterator(less, seed=0)
+    with pytest.raises(UserError, match=r"the last because: .* 4 channels, but data.channels is 3"):
+        next(batches)
+    batches.close()
+
+
 def test_draws_are_uniform_in_number_and_in_channel() -> None:
     draws = [cells.draw_channels(1, step, 4, "unsorted") for step in range(4000)]
     sizes = np.bincount([len(d) for d in draws], minlength=5)[1:]

@@ -223,6 +223,15 @@ def test_a_corrupt_record_stops_the_run_by_name(image_tree: Path, seed: int) -> 
     assert str(file) in str(caught.value) and "max_corrupt allows 0" in str(caught.value)
 
 
+def test_a_set_without_a_good_record_says_why(image_tree: Path, seed: int) -> None:
+    for file in (image_tree / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    iterator = make_train_iterator(_tree(image_tree, batch_size=30, max_corrupt=30), seed=seed)
+    with pytest.raises(UserError, match=r"the last because: .*\.png: the file is empty"):
+        next(iterator)
+    iterator.close()
+
+
 @pytest.mark.drawn("data pipelines", one_in=6)
 def test_corrupt_records_are_replaced_and_counted_once(image_tree: Path, seed: int) -> None:
     _damage(image_tree)

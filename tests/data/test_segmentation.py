@@ -35,6 +35,14 @@ from fastvim_jax.errors import UserError
 from tests.training.segmentation.tiny import draw_scenes
 
 
+def signed(labels: np.ndarray, unlabelled: int) -> bytes:
+    """Return a TIFF of signed numbers, as programs write it that mark unlabelled pixels by a negative one."""
+    file = io.BytesIO()
+    values = np.where(labels == 2, unlabelled, labels.astype(np.int32))
+    Image.fromarray(values).save(file, "TIFF")
+    return file.getvalue()
+
+
 @pytest.fixture
 def root(tmp_path: Path, rng: np.random.Generator) -> Path:
     draw_scenes(tmp_path, rng)
@@ -235,6 +243,12 @@ def test_a_class_list_that_counts_from_one_makes_zero_unlabelled(root, capsys):
         (lambda m: encoded(m[:-1]), "pixels, its image"),
         (lambda m: encoded(m + 1), "zero_is_ignored"),
         (lambda m: encoded(m.astype(np.uint16) * 300), "outside the 3 classes"),
+        (lambda m: signed(m, -1), "labels -1 outside the 3 classes, which are labelled 0 to 2"),
+        (lambda m: signed(m, -2), "labels -2 outside the 3 classes, which are labelled 0 to 2"),
+        (
+            lambda m: encoded(np.where(m == 2, 65535, m.astype(np.uint16))),
+            "set data.ignored_label=65535",
+        ),
         (lambda m: b"no image", r"scene_0.png.*\(not an image"),
         (lambda m: b"", r"scene_0.png.*\(the file is empty"),
     ],
@@ -273,6 +287,17 @@ def test_strips_are_trained_on_and_evaluated(root):
     images = EvaluationImages(few, "training")
     assert next(iter(images)).image.shape == (1, 64, 3)
     images.close()
+
+
+def test_a_set_without_a_good_mask_says_why(root):
+    for file in (root / "annotations/training").iterdir():
+        with Image.open(file) as opened:
+            labels = np.asarray(opened).copy()
+        file.write_bytes(encoded(np.where(labels == 255, 255, labels + 1).astype(np.uint8)))
+    batches = make_train_iterator(config(root, max_corrupt=9), seed=0)
+    with pytest.raises(UserError, match=r"cannot be read, the last because: .*zero_is_ignored"):
+        next(batches)
+    batches.close()
 
 
 def test_deep_grey_and_palette_masks_are_read():
