@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ PAPER = {  # Table 22: images per second, batch 8
 }  # fmt: skip
 
 
-def training_cases(models: list[str], batch: int) -> list[Any]:
+def training_cases(models: list[str], batch: int, blocks: str) -> list[Any]:
     """List the measurements for `timing.run`: each model's training step in bf16, at every number of channels."""
-    return [({"model": name, "batch": batch}, training_case(name, batch)) for name in models]
+    return [
+        ({"model": name, "batch": batch, "blocks": blocks}, training_case(name, batch, blocks))
+        for name in models
+    ]
 
 
-def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
+def training_case(name: str, batch: int, blocks: str) -> Iterator[dict[str, Any] | None]:
     """Compile the step for every number of channels. Then time all, and yield the rates of all and sampled channels."""
     import jax
     import jax.numpy as jnp
@@ -51,7 +54,8 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
     from fastvim_jax.training.steps import init_state, make_train_step
     from pallas_kernels import timing
 
-    config = model_config(name, dtype="bfloat16", activations="compute", num_classes=161)
+    more = {"activations": "compute", "blocks": blocks}
+    config = model_config(name, dtype="bfloat16", num_classes=161, **more)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
     params = jax.eval_shape(lambda: nnx.state(build_model(config, rngs=nnx.Rngs(0))))
     optimizer = make_optimizer(
@@ -71,35 +75,40 @@ def training_case(name: str, batch: int) -> Iterator[dict[str, Any] | None]:
             "channel_ids": jnp.asarray(np.tile(np.arange(count, dtype=np.int32), (batch, 1))),
         }
 
-    counts = range(config.channels, 0, -1)
+    # As the trainer does, steps with sampled channels measure all norms, and other steps only what they need.
+    steps = [(config.channels, False), *((count, True) for count in range(config.channels, 0, -1))]
     shapes = jax.eval_shape(initial)
-    programs = {
-        count: timing.Program(
-            partial(step, norms=False),
-            shapes,
-            jax.eval_shape(lambda c=count: inputs(c)),
-            donate=(0,),
-        )
-        for count in counts
-    }
+    with ThreadPoolExecutor() as pool:
+        programs = {
+            (count, norms): timing.Program(
+                step.func,
+                shapes,
+                jax.eval_shape(lambda c=count: inputs(c)),
+                keywords=step.keywords,
+                static={"norms": norms},
+                pool=pool,
+            )
+            for count, norms in steps
+        }
     yield None
     state = jax.jit(initial)()
-    milliseconds: dict[int, float] = {}
-    for count in counts:
-        batch_of = inputs(count)
+    milliseconds: dict[tuple[int, bool], float] = {}
+    for which in steps:
+        program, batch_of = programs[which], inputs(which[0])
 
-        def one(_: int, count: int = count, batch_of: Any = batch_of) -> Any:
+        def one(_: int, program: Any = program, batch_of: Any = batch_of) -> Any:
             nonlocal state
-            state, metrics = programs[count](state, batch_of)
+            state, metrics = program(state, batch_of)
             return metrics["loss"]
 
-        milliseconds[count] = timing.steady_clock(one, seconds=0.2, repeats=3)[0]
+        milliseconds[which] = timing.steady_clock(one, seconds=0.2, repeats=3)[0]
+    unsampled = milliseconds.pop(steps[0])
     sampled = sum(milliseconds.values()) / len(milliseconds)
     yield {
-        "ms_by_channels": milliseconds,
-        "images_per_s": 1e3 * batch / milliseconds[config.channels],
+        "ms_by_channels": {count: ms for (count, _), ms in milliseconds.items()},
+        "images_per_s": 1e3 * batch / unsampled,
         "sampled_images_per_s": 1e3 * batch / sampled,
-        "peak_bytes": programs[config.channels].costs()["peak_bytes"],
+        "peak_bytes": programs[steps[0]].costs()["peak_bytes"],
     }
 
 
@@ -126,6 +135,7 @@ def main() -> int:
     parser.add_argument("what", choices=("train", "peer"))
     parser.add_argument("--models", nargs="*", default=list(TRAINED))
     parser.add_argument("--batch", type=int, default=32, help="batch of training steps")
+    parser.add_argument("--blocks", default="unroll", help="of training: unroll or scan")
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="peer's batches")
     parser.add_argument("--patches", type=int, nargs="*", default=[16, 8], help="peer's patches")
     parser.add_argument(
@@ -141,7 +151,7 @@ def main() -> int:
     from pallas_kernels import timing
 
     if options.what == "train":
-        rows: Any = timing.run(training_cases(options.models, options.batch))
+        rows: Any = timing.run(training_cases(options.models, options.batch, options.blocks))
         columns: Any = (
             ("model", 34, lambda r: r["model"]),
             ("batch", 5, lambda r: str(r["batch"])),

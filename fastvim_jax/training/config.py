@@ -167,6 +167,11 @@ class RunConfig:
         return runs_by_device(self.model, self.mesh, averages_images=self.averages_images)
 
     @property
+    def samples_channels(self) -> bool:
+        """Whether steps see different numbers of channels, and each number needs a compiled program of its own."""
+        return getattr(self.data, "channel_sampling", "none") != "none"
+
+    @property
     def compute_dtype(self) -> str:
         """Name of the dtype in which the model computes."""
         return str(self.model.precision.dtype)

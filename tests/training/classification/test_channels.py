@@ -20,7 +20,7 @@ from fastvim_jax.data.records import Record
 from fastvim_jax.models import VisionMambaConfig
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channels import channel_inputs, spread_channels
-from fastvim_jax.training import OptimizerConfig, TrainConfig, train
+from fastvim_jax.training import OptimizerConfig, TrainConfig, loop, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.run_folder import load_run
 from tests.support import data_dir
@@ -80,8 +80,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_a_stopped_run_goes_on_with_the_same_channels_and_ends_in_the_same_bits(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(loop, "measures_norms", lambda due: due)  # as on a GPU
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     result = train(config, whole)
     assert result.step == 6 and result.metrics["count"] == 48
@@ -90,6 +94,7 @@ def test_a_stopped_run_goes_on_with_the_same_channels_and_ends_in_the_same_bits(
     said = re.findall(r"Step (\d) compiles [^.]* image 16x8x8x(\d)", shown)
     first = [(str(counts.index(n) + 1), str(n)) for n in dict.fromkeys(counts)]
     assert said == first[1:] and len(first) == 2
+    assert shown.count("compiles the program") == 1  # one for each number of channels
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "6")
     train(config, stopped, progress=False)
