@@ -7,7 +7,7 @@ import glob
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import tyro
@@ -51,12 +51,13 @@ def run(arguments: Sequence[str]) -> int:
             path=chosen.path, annotations=chosen.annotations, images=chosen.images
         )
     found, as_json = False, {}
+    masks: dict[str, int] = {}
     splits = chosen.split or _splits(config.path, chosen.annotations)
     for split in splits:
         source = open_coco(config, split, allow_missing=True)
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
             report = check_coco(source, workers=chosen.workers, progress=progress)
-        found = found or bool(report.problems)
+        found, masks[split] = found or bool(report.problems), report.masks
         if chosen.json:
             as_json[split] = dataclasses.asdict(report)
             continue
@@ -81,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(as_json, indent=2, ensure_ascii=False))
     else:
         print("Something is wrong, see above." if found else "Nothing is wrong.")
-        told = _train_command(chosen, splits, len(source.class_names))
+        told = _train_command(chosen, masks, len(source.class_names))
         print(f"Train on it: {told} (docs/dense.md)")
     return int(found)
 
@@ -106,11 +107,11 @@ def _splits(path: str, pattern: str) -> list[str]:
     return found
 
 
-def _train_command(chosen: Arguments, splits: Sequence[str], classes: int) -> str:
-    """Return the command that trains on this folder."""
+def _train_command(chosen: Arguments, masks: Mapping[str, int], classes: int) -> str:
+    """Return the command that trains on this folder; `masks` counts those of each split."""
     from fastvim_jax.data.prepare.advice import splits_by_name
 
-    train, held_out = splits_by_name(splits)
+    train, held_out = splits_by_name(tuple(masks))
     options = {
         "data.path": chosen.path,
         "model.num-classes": "" if classes == 80 else str(classes),
@@ -120,4 +121,5 @@ def _train_command(chosen: Arguments, splits: Sequence[str], classes: int) -> st
         "data.images": "" if chosen.images == IMAGES else chosen.images,
     }
     given = [f"--{name} {shlex.quote(value)}" for name, value in options.items() if value]
+    given += [] if masks[train] else ["--data.no-masks --model.no-masks"]
     return " ".join([command(), "train coco/fastvim_tiny", *given])

@@ -54,6 +54,7 @@ def open_coco(
         annotations=config.annotations,
         images=config.images,
         training=training,
+        masks=config.masks,
         least_side=config.least_side,
         allow_missing=allow_missing,
         follow_links=config.follow_links,

@@ -103,8 +103,37 @@ def test_bad_annotations_are_counted(tmp_path: Path) -> None:
     assert source.category_ids == (3, 7)
     assert len(source) == 1
     objects = source[0].target
-    assert len(objects.boxes) == 3
-    assert [shape is None for shape in objects.shapes] == [False, True, True]
+    assert len(objects.boxes) == 1 and objects.shapes[0] is not None
+    assert len(source.notes) == 1 and "box without area (1)" in source.notes[0]
+    boxes_alone = open_coco(config(root, masks=False), "train", training=True)
+    shapes = boxes_alone[0].target.shapes
+    assert [shape is None for shape in shapes] == [False, True, True]
+
+
+def test_boxes_without_masks_are_refused_where_masks_are_trained(tmp_path: Path, capsys) -> None:
+    """Do not train on images whose objects have all been left out, as in JSON files of boxes alone."""
+    root = write(tmp_path, [box(4, 4, 20, 10, segmentation=[])] * 2 + [box(4, 4, 9, 9, image=11)])
+    file = root / "annotations/instances_train.json"
+    source = open_coco(config(root), "train", training=True)
+    assert source.problems == {"object without a mask": 2, "images without objects": 1}
+    assert (
+        len(source) == 1 and len(open_coco(config(root, masks=False), "train", training=True)) == 2
+    )
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match="no object with a mask: .*--data.no-masks --model.no-masks"
+    ):
+        open_coco(config(root), "train", training=True)
+    assert main(["data", "check", str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "3 objects have no mask, of 3" in told
+    assert "--data.no-masks --model.no-masks (docs" in told
+    file.write_text(json.dumps({**content, "annotations": []}))
+    assert main(["data", "check", str(root)]) == 1
+    assert "no object: instances_train.json has no object" in capsys.readouterr().out
 
 
 NOT_READ = [

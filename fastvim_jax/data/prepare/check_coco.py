@@ -30,6 +30,7 @@ class CocoReport:
         problems: the problems, of the kinds `missing`, `unreadable`, `unlisted image`, `unknown category`, and those of
             `examine`.
         notes: unusual properties that are no problem.
+        masks: number of objects that have a mask.
     """
 
     records: int
@@ -38,6 +39,7 @@ class CocoReport:
     empty: int
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    masks: int = 0
 
 
 def check_coco(
@@ -72,24 +74,36 @@ def check_coco(
     missing = set(source.missing)
     parts = [range(len(source))[i : i + _CHUNK] for i in range(0, len(source), _CHUNK)]
     counts: Counter[int] = Counter()
-    empty = done = 0
+    empty = done = masks = 0
     for _, scanned in map_source(partial(_scan, missing=missing), source, parts, workers=workers):
         for index, error in scanned:
             done += 1
-            labels = source.objects(index).labels
+            objects = source.objects(index)
+            labels = objects.labels
+            masks += sum(shape is not None for shape in objects.shapes)
             counts.update(int(label) for label in labels)
             empty += not len(labels)
             if error:
                 problems.append(Problem("unreadable", error, index))
         if progress:
             progress(done, len(source))
+    if not counts.total():
+        problems.append(Problem("no object", f"{source.file.name} has no object to train on."))
+    notes = _notes(source, [name for label, name in enumerate(names) if not counts[label]])
+    if lacking := counts.total() - masks:
+        has = counted(lacking, "object has", "objects have")
+        notes.append(
+            f"{has} no mask, of {counts.total()}. Masks are trained without them; boxes alone, with all objects, if "
+            "data.masks and model.masks are False."
+        )
     return CocoReport(
         len(source),
         {name: counts[label] for label, name in enumerate(names)},
         crowds,
         empty,
         tuple(sorted(problems, key=lambda p: (p.kind, p.index or 0))),
-        tuple(_notes(source, [name for label, name in enumerate(names) if not counts[label]])),
+        tuple(notes),
+        masks,
     )
 
 

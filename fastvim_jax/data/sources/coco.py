@@ -19,7 +19,14 @@ from jaxtyping import Bool, UInt8
 from fastvim_jax.data.files import read_inside
 from fastvim_jax.data.listing import SharedArray, listed, unpacked_texts
 from fastvim_jax.data.records import DecodeError, Record, printable
-from fastvim_jax.data.sources.coco_file import FATAL, Objects, examine, pack_records, read_json
+from fastvim_jax.data.sources.coco_file import (
+    FATAL,
+    WITHOUT_MASK,
+    Objects,
+    examine,
+    pack_records,
+    read_json,
+)
 from fastvim_jax.errors import UserError, counted
 
 ANNOTATIONS = "annotations/instances_{split}.json"
@@ -36,6 +43,7 @@ class CocoSource:
         annotations: the JSON file below `root`.
         images: the folder of the images below `root`.
         training: leave out images without objects and images with a side below `least_side`.
+        masks: in training, leave out objects without a mask.
         least_side: smallest side of a training image, in pixels.
         allow_missing: accept images whose file is missing, for `fastvim data check-coco`, which lists them.
         follow_links: follow links that lead out of the root.
@@ -57,6 +65,7 @@ class CocoSource:
         annotations: str = ANNOTATIONS,
         images: str = IMAGES,
         training: bool = False,
+        masks: bool = False,
         least_side: int = 32,
         allow_missing: bool = False,
         follow_links: bool = False,
@@ -70,7 +79,7 @@ class CocoSource:
             if not training:
                 self.content = content
             try:
-                return pack_records(content, root / self._images, training, least_side)
+                return pack_records(content, root / self._images, training, least_side, masks)
             except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
                 raise UserError(
                     f"{str(self.file)!r}: an entry does not follow COCO's instances format ({error!r})."
@@ -84,7 +93,7 @@ class CocoSource:
         self.category_ids = tuple(arrays["category_ids"].tolist())
         self.class_names = tuple(texts["class_names"])
         counts = arrays["problem_counts"].tolist()
-        self.problems = Counter(dict(zip(texts["problems"], counts, strict=True)))
+        self.problems = Counter({p: n for p, n in zip(texts["problems"], counts, strict=True) if n})
         self.missing = tuple(texts["missing"])
         if self.missing and not allow_missing:
             shown = ", ".join(self.missing[:_SHOWN]) + (" ..." if self.missing[_SHOWN:] else "")
@@ -92,10 +101,25 @@ class CocoSource:
                 f"of {counted(len(self), 'image')} named in {str(self.file)!r} {len(self.missing)} cannot be "
                 f"found in {str(root / self._images)!r}: {shown}. Add the files, or correct data.images."
             )
+        if not len(self) and self.problems[WITHOUT_MASK]:
+            raise UserError(
+                f"{str(self.file)!r} has no object with a mask: to train on boxes alone, set data.masks=False and "
+                "model.masks=False (--data.no-masks --model.no-masks)."
+            )
         if not len(self):
             raise UserError(
                 f"{str(self.file)!r} has no image{' with an object to train on' if training else ''}."
             )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line about the annotations that are left out, with the reasons, if there are any."""
+        if not self.problems:
+            return ()
+        reasons = ", ".join(f"{problem} ({n})" for problem, n in self.problems.most_common())
+        return (
+            f"{self.file.name}: {reasons}. What cannot be used is left out; `fastvim data check` lists it.",
+        )
 
     @cached_property
     def content(self) -> dict[str, Any]:

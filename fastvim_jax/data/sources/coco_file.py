@@ -55,14 +55,25 @@ class Objects:
     height: int
 
 
+WITHOUT_MASK = "object without a mask"
+
+
 def pack_records(
-    content: dict[str, Any], folder: Path, training: bool, least_side: int
+    content: dict[str, Any], folder: Path, training: bool, least_side: int, masks: bool
 ) -> dict[str, np.ndarray]:
-    """Pack all that records need into arrays, which processes can share: polygons and ids as JSON."""
+    """Pack all that records need into arrays, which processes can share: polygons and ids as JSON.
+
+    Args:
+        content: the JSON file.
+        folder: where the images are.
+        training: leave out images without objects and those with a side below `least_side`.
+        least_side: in pixels.
+        masks: in training, leave out objects without a mask.
+    """
     categories = sorted(content["categories"], key=lambda c: c["id"])
     category_ids = tuple(int(c["id"]) for c in categories)
     problems: Counter[str] = Counter()
-    found = _images_with_objects(content, category_ids, problems, training, least_side)
+    found = _images_with_objects(content, category_ids, problems, training, least_side, masks)
     images, objects = [image for image, _ in found], [each for _, each in found]
     names = [str(image["file_name"]) for image in images]
     present = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -102,6 +113,7 @@ def _images_with_objects(
     problems: Counter[str],
     training: bool,
     least_side: int,
+    masks: bool,
 ) -> list[tuple[dict[str, Any], Objects]]:
     """List the images to use with their objects, and count those that are left out in `problems`."""
     by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
@@ -112,7 +124,8 @@ def _images_with_objects(
             problems["annotations of an image that is not listed"] += 1
     found = []
     for image in content["images"]:
-        objects = _objects_of(image, by_image[image["id"]], category_ids, problems)
+        wanted = by_image[image["id"]]
+        objects = _objects_of(image, wanted, category_ids, problems, training and masks)
         if training and not len(objects.boxes):
             problems["images without objects"] += 1
         elif training and min(image["width"], image["height"]) < least_side:
@@ -127,6 +140,7 @@ def _objects_of(
     annotations: list[dict[str, Any]],
     category_ids: tuple[int, ...],
     problems: Counter[str],
+    need_mask: bool,
 ) -> Objects:
     boxes, labels, shapes = [], [], []
     width, height = int(image["width"]), int(image["height"])
@@ -137,6 +151,9 @@ def _objects_of(
         if problem:
             problems[problem] += 1
         if problem in FATAL or problem == "unknown category" or annotation.get("iscrowd"):
+            continue
+        if need_mask and shape is None:
+            problems[WITHOUT_MASK] += not problem
             continue
         x, y, w, h = annotation["bbox"]
         boxes.append(np.clip([x, y, x + w, y + h], 0, [width, height, width, height]))

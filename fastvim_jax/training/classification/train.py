@@ -67,6 +67,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names)
+    run.messages.extend(getattr(batches.source, "notes", ()))
 
     # Model
     def build() -> nnx.Module:

@@ -68,6 +68,7 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names, source.category_ids)
+    run.messages.extend(source.notes)
 
     # Model
     def build() -> nnx.Module:

@@ -75,12 +75,15 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(images, finished):
     assert json.loads((folder / "classes.json").read_text()) == list(images[1])
 
 
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(images, finished, tmp_path):
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(
+    images, finished, tmp_path, capsys
+):
     """Restore three of four steps; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
-    train(tiny_config(images[0]), resumed, progress=False)
+    train(tiny_config(images[0]), resumed)
     assert_same_run(resumed, finished[0])
+    assert "instances_train2017.json: images without objects (1)." in capsys.readouterr().err
 
 
 @pytest.mark.drawn("commands", one_in=6)
