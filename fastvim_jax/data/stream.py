@@ -128,7 +128,10 @@ def describe_shared_memory() -> str | None:
     if not held:
         return None
     size = shutil.disk_usage(_SHARED).total
-    return f"Data workers hold up to {held / 2**20:,.0f} MiB of batches in {_SHARED}, which has {size / 2**20:,.0f} MiB."
+    return (
+        f"Data workers hold up to {held / 2**20:,.0f} MiB of batches in {_SHARED}, "
+        f"which has {size / 2**20:,.0f} MiB."
+    )
 
 
 def _room_for_batches(workers: int, batch_bytes: int) -> tuple[int, _Claim]:
