@@ -226,8 +226,8 @@ def run_loop(
             # A line of the log and a checkpoint want all norms, which another program measures on GPUs. The first step
             # measures them to tell an update that overflows from a loss that does. With channel sampling all steps do:
             # two programs for each number of channels would take twice as long to compile.
-            due = step == 1 or logged_at(step) or saved_at(step) or closes_epoch(step)
-            norms = measures_norms(due or config.samples_channels)
+            read = step == 1 or logged_at(step) or saved_at(step) or closes_epoch(step)
+            norms = measures_norms(read or config.samples_channels)
             shapes = {name: jax.numpy.shape(values) for name, values in batch.items()}
             compiles = (shapes, norms) not in compiled_for
             if compiles and compiled_for:  # Channel sampling gives batches of other shapes.
