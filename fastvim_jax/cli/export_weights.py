@@ -21,7 +21,7 @@ class Arguments:
     out: Path
     """The folder to write; with --to torch a file that ends in .safetensors, .pth, .pt or .ckpt."""
     to: Literal["folder", "torch"] = "folder"
-    """folder: weights, config and model card, which every command takes and the Hugging Face hub shows; torch: one file
+    """folder: weights, config and model card, which other commands take and the Hugging Face hub shows; torch: one file
     under the names of the authors' PyTorch code."""
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, or what scored better in the run's log."""
@@ -40,6 +40,8 @@ def run(arguments: Sequence[str]) -> int:
     """Write the weights of a run for others: a folder to share, or a file for PyTorch."""
     chosen = parse(Arguments, "export-weights", arguments, f"{run.__doc__}")
     from fastvim_jax.inference.export_weights import export_weights
+    from fastvim_jax.inference.next_command import next_command
+    from fastvim_jax.models.pretrained import read_model_config
 
     out = export_weights(
         chosen.run,
@@ -56,5 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     names = f", {', '.join(file.name for file in files)}" if out.is_dir() else ""
     print(f"{out}: {size / 1e6:.1f} MB{names}.")
     if chosen.to == "folder":
-        print(f"Load it by from_pretrained({str(out)!r}), or: {command()} predict {out} PHOTO")
+        uses = next_command(out, read_model_config(out))
+        print(
+            f"Load it by from_pretrained({str(out)!r})"
+            + (f", or: {command()} {uses}" if uses else ".")
+        )
     return 0

@@ -52,7 +52,7 @@ class Arguments:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Import the weights of a PyTorch or safetensors file into a folder that every command takes.
+    """Import the weights of a PyTorch or safetensors file into a folder that other commands take.
 
     The table says what became of every entry. A name or shape that fits nowhere is an error.
     """

@@ -27,7 +27,7 @@ COMMANDS = {
     "train": "train an experiment, or continue an unfinished run",
     "eval": "evaluate a trained run on its data",
     "predict": "classify image files with a trained run",
-    "import-weights": "turn a PyTorch or safetensors checkpoint into a folder that every command takes",
+    "import-weights": "turn a PyTorch or safetensors checkpoint into a folder that other commands take",
     "export-weights": "write a run's weights as a folder to share, or as a file for PyTorch",
     "export": "write a trained run as one file that runs with JAX and NumPy alone",
     "reconstruct": "draw image files as a masked autoencoder reconstructs them",

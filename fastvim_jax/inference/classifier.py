@@ -33,6 +33,7 @@ from fastvim_jax.models.backbone import Backbone
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.compiling import forward_options
+from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.prepared import split_weights
 from fastvim_jax.models.pretrained import (
@@ -126,7 +127,7 @@ class Classifier:
         class_names = require_texts(class_names, "class_names")
         config: Any = model.config  # type: ignore[attr-defined]
         if not isinstance(model, Backbone) or bool(getattr(config, "out_indices", None)):
-            raise UserError(f"a {type(model).__name__} without classes classifies nothing.")
+            raise UserError(f"a {type(model).__name__} is no classifier{_instead(model)}")
         if config.head_pool == "all" and not set(outputs) <= set(MAPS):
             raise UserError(
                 'a model with head_pool="all" has features and logits of every patch, none of the whole image: '
@@ -361,6 +362,17 @@ class Classifier:
                 yield fetch()
         while waiting:
             yield fetch()
+
+
+def _instead(model: nnx.Module) -> str:
+    """Say what uses a model that is no classifier."""
+    if isinstance(model, MaskedAutoencoder):
+        return ": use `fastvim reconstruct`, or make a classifier of it by `fastvim train EXPERIMENT --init FOLDER`."
+    if isinstance(model, Backbone):
+        return ": its out_indices make it return feature maps."
+    return (
+        ": `fastvim predict RUN IMAGE --out FOLDER` takes the run folder that it was exported from."
+    )
 
 
 def platform_of(device: jax.Device) -> str:

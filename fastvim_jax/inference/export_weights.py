@@ -48,7 +48,7 @@ def export_weights(
         source: a run folder, a folder of `save_pretrained`, or `hf://owner/name`.
         out: the folder to write; with to="torch", the file to write, which ends in .safetensors, .pth, .pt or .ckpt
             (the last three need PyTorch).
-        to: "folder": safetensors under this library's names, config and model card, which every command takes.
+        to: "folder": safetensors under this library's names, config and model card, which other commands take.
             "torch": one file with the names and layouts of the authors' PyTorch code.
         weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
         step: for a run, the checkpoint's step or `best`; by default the latest.

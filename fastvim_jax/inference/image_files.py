@@ -49,7 +49,10 @@ def _expand(name: str) -> list[str]:
         return listed
     if path.is_dir():
         if not (files := _in_folder(path)):
-            raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).")
+            tars = (
+                f" For the tar files in it write '{name}/*.tar'." if any(path.glob("*.tar")) else ""
+            )
+            raise UserError(f"{name} holds no image file ({', '.join(SUFFIXES)}).{tars}")
         return files
     if not path.exists() and any(each in name for each in "*?["):
         matches = sorted(glob.glob(name, recursive=True))

@@ -15,6 +15,7 @@ from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.cells_config import JUMP_CP_MEAN, JUMP_CP_STD
 from fastvim_jax.data.sources.class_lists import read_class_list
 from fastvim_jax.errors import UserError, counted
+from fastvim_jax.inference.next_command import next_command
 from fastvim_jax.interop import from_torch_state_dict, read_weights_file, recognise
 from fastvim_jax.interop.recognise import assumptions, table_side
 from fastvim_jax.json_text import parse_json
@@ -179,13 +180,7 @@ def import_weights(
     how = "named" if name is not None else "recognised from names and shapes"
     assumed = {f: value for f, value in assumptions(changed).items() if f not in options}
     words = f"{_in_words(config)} ({how})"
-    uses = f"predict {folder} PHOTO"
-    if masked:
-        uses = f"reconstruct {folder} PHOTO"
-    elif isinstance(config, ChannelMambaConfig | ChannelViTConfig):
-        uses = f"embed {folder} FIELD --out features.parquet"
-    elif not changed.num_classes:
-        uses = f"embed {folder} PHOTO --out features.csv"
+    uses = next_command(folder, changed)
     unnamed = changed.num_classes if uses.startswith("predict") and not class_names else 0
     return Imported(
         Path(folder), words, report, found.notes, found.ignored, assumed, name, preprocessing, unnamed, licence, uses

@@ -40,22 +40,30 @@ def card_text(
         dtype: of the stored weights.
     """
     config = about["model"]
+    classes = len(about["class_names"]) or config.get("num_classes", 0)
     size = "x".join(map(str, about["preprocessing"]["image_size"]))
     header = [
         "library_name: fastvim-jax",
         *_licence_header(sections.get(LICENCE, "")),
-        "tags: [image-classification, jax, mamba, vision]",
+        f"tags: [{_task(config)}, jax, mamba, vision]",
     ]
     parts = [
         "\n".join(["---", *header, "---"]),
         f"# {config['class'].removesuffix('Config')}",
-        f"{parameters:,} parameters, stored as {dtype}; images of {size} pixels; "
-        f"{counted(len(about['class_names']) or config.get('num_classes', 0), 'class', 'classes')}.",
+        f"{parameters:,} parameters, stored as {dtype}; images of {size} pixels"
+        + (f"; {counted(classes, 'class', 'classes')}." if classes else "."),
         '```python\nfrom fastvim_jax import from_pretrained\n\nmodel = from_pretrained("FOLDER_OR_OWNER/NAME")\n```',
         *(f"## {heading}\n\n{text}" for heading, text in sections.items()),
         f"Written by fastvim-jax {about['fastvim_jax']}, JAX {jax.__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """Return the hub's name for what a model does."""
+    tasks = {"UperNetConfig": "image-segmentation", "DetectorConfig": "object-detection"}
+    plain = "image-classification" if config.get("num_classes") else "image-feature-extraction"
+    return tasks.get(config["class"], plain)
 
 
 def _licence_header(licence: str) -> list[str]:

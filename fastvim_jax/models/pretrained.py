@@ -185,6 +185,16 @@ def read_model_config(source: Path | str) -> Any:
     return from_dict(config_class(values.get("class", "")), values, "model")
 
 
+def read_preprocessing(source: Path | str) -> Preprocessing:
+    """Read how images become the model's input, as `read_model_config` reads the model's config.
+
+    Raises:
+        UserError: as `read_model_config`.
+    """
+    about = _read_config(_folder_of(source) / CONFIG_FILE)
+    return from_dict(Preprocessing, about["preprocessing"], "preprocessing")
+
+
 def is_pretrained(source: Path | str) -> bool:
     """Return whether `source` names a saved model: a folder of `save_pretrained`, or `hf://owner/name`.
 
@@ -231,7 +241,14 @@ def _folder_of(source: Path | str, revision: str | None = None, offline: bool = 
     folder = Path(source).expanduser()
     if not name.startswith(HUB) and folder.is_dir():
         return folder
-    return _from_hub(name.removeprefix(HUB), revision, offline)
+    try:
+        return _from_hub(name.removeprefix(HUB), revision, offline)
+    except UserError as error:
+        if name.startswith(HUB) or "there is no folder" in str(error):
+            raise
+        raise UserError(
+            f"there is no folder {name}; as the name of a repository, {error}"
+        ) from error
 
 
 def check_class_names(names: Sequence[str], config: Any, where: str = "") -> None:

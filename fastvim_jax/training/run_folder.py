@@ -35,7 +35,7 @@ from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model
-from fastvim_jax.models.pretrained import check_class_names
+from fastvim_jax.models.pretrained import HUB, check_class_names, is_pretrained
 from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints, step_folders
@@ -301,8 +301,13 @@ def read_config(run_dir: Path | str) -> RunConfig:
     """
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
+        hub = f", or {HUB}{run_dir} for a model of the hub" if not Path(run_dir).exists() else ""
         raise UserError(
-            f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote."
+            f"{run_dir} is no run folder: it has no {CONFIG_FILE}. Name the folder that training wrote{hub}."
+        )
+    if is_pretrained(run_dir):
+        raise UserError(
+            f"{run_dir} holds a saved model and is no run folder. Name the folder that training wrote."
         )
     try:
         return config_from_json(read_regular_file(path).decode())

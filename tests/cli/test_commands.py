@@ -207,7 +207,7 @@ def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None
     assert status == 0 and "class 9 is '9' in the run, but 'nine' in the data" in err
     shutil.rmtree(tmp_path / "held out" / "nine")
     status, _, err = fastvim("eval", run_dir, *data)
-    assert status == 1 and "The data have 9 classes, the run 10" in err
+    assert status == 1 and "The data have 9 classes, the model 10" in err
 
 
 def test_eval_help_lists_the_data_of_the_run(fastvim: Cli, run_dir: Path) -> None:

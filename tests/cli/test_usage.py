@@ -120,7 +120,7 @@ def test_failures_exit_with_1(
     (named / "classes.json").write_text('["zero", "one"]')
     for arguments, expected in [
         (("eval", tmp_path), "is no run folder"),
-        (("predict", tmp_path / "nowhere", digit), "is no run folder"),
+        (("predict", tmp_path / "nowhere", digit), "for a model of the hub"),
         (("eval", run_dir, "--step", "7"), "finished are 11, 22"),
         (("eval", run_dir, "--split", "validation"), "no split 'validation'"),
         (("eval", other), "is of another model"),

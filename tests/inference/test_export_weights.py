@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import jax
@@ -17,7 +18,7 @@ from fastvim_jax.inference.export import export_classifier
 from fastvim_jax.inference.export_weights import export_weights
 from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.inference.reconstruct import load_masked
-from fastvim_jax.models import MaskedAutoencoderConfig, build_model
+from fastvim_jax.models import MaskedAutoencoderConfig, build_model, upernet
 from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
 from fastvim_jax.training import load_run, train
 from fastvim_jax.training.masked.config import PretrainConfig
@@ -65,6 +66,49 @@ def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
         assert main(["predict", str(source), str(photo)]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "digit.png" in said[0]
+    scores = []
+    data = ["--data.source", "digits", "--split", "test[:60]", "--json"]
+    for source in (run, out):
+        assert main(["eval", str(source), *data]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["scores"])
+    assert scores[1]["saved"] == pytest.approx(scores[0][trained.weights], rel=1e-5)
+    assert scores[1]["saved"]["count"] == 60
+    assert main(["eval", str(out)]) == 2
+    assert "keeps no data: name them by --data.path FOLDER" in capsys.readouterr().err
+    assert main(["eval", str(out), *data, "--weights", "raw"]) == 1
+    assert "holds one set of weights" in capsys.readouterr().err
+    assert main(["quickstart-report", str(out)]) == 1
+    assert "holds a saved model and is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "uses"),
+    [
+        (tiny_model(), "image-classification", "predict FOLDER PHOTO"),
+        (tiny_model(num_classes=0), "image-feature-extraction", "embed FOLDER PHOTO --out features.csv"),
+        (
+            MaskedAutoencoderConfig(encoder=tiny_model(num_classes=0, drop_path=0.0), decoder_dim=8, decoder_depth=1),
+            "image-feature-extraction",
+            "reconstruct FOLDER PHOTO",
+        ),
+        (upernet(tiny_model(depth=4), channels=8, auxiliary_channels=0), "image-segmentation", None),
+    ],
+)  # fmt: skip
+def test_the_card_and_the_next_command_fit_the_kind_of_model(tmp_path, capsys, config, task, uses):
+    """Name the hub's word for the task, and a command that takes such a model. No command takes a saved UperNet."""
+    saved, out = tmp_path / "saved", tmp_path / "copy"
+    save_pretrained(build_model(config, rngs=nnx.Rngs(0)), saved)
+    assert main(["export-weights", str(saved), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(
+        f"fastvim_jax {uses.replace('FOLDER', str(out))}" if uses else f"('{out}')."
+    )
+    card = (out / "README.md").read_text()
+    assert f"\ntags: [{task}, " in card and "; 0 classes" not in card
+    if uses is None:
+        for command in ("predict", "eval"):
+            assert main([command, str(out), *["photo.png"] * (command == "predict")]) == 1
+            assert "UperNet" in (said := capsys.readouterr().err) and "run" in said
 
 
 def test_a_run_becomes_a_file_of_the_authors_names_and_comes_back(run, tmp_path, capsys):

@@ -71,6 +71,9 @@ def test_patterns_and_lists_name_folders_too(tmp_path, rng):
     assert find_images([f"@{tmp_path}/list.txt"]) == [*expected, "missing[1].png"]
     with pytest.raises(UserError, match="holds no image file"):
         find_images([f"{tmp_path}/all/n*"])
+    (tmp_path / "all" / "none" / "a.tar").touch()
+    with pytest.raises(UserError, match=r"For the tar files in it write '.*/none/\*\.tar'"):
+        find_images([f"{tmp_path}/all/none"])
     (tmp_path / "list.txt").write_text(f"\n{tmp_path}/all/none\n")
     with pytest.raises(UserError, match=r"list\.txt names no image file"):
         find_images([f"@{tmp_path}/list.txt"])

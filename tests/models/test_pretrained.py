@@ -142,6 +142,10 @@ def test_the_hub_offline_and_out_of_reach(monkeypatch, tmp_path, saved):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="owner/name: it is not in the cache"):
         load_pretrained("owner/name", offline=True)
+    with pytest.raises(UserError, match="^there is no folder owner/name; as the name of a repo"):
+        load_pretrained("owner/name", offline=True)
+    with pytest.raises(UserError, match="^owner/name: it is not in the cache"):
+        load_pretrained("hf://owner/name", offline=True)
     asked = {}
 
     def download(name, **options):

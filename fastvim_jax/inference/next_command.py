@@ -1,0 +1,35 @@
+"""Name the command that uses a saved model, by the kind of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastvim_jax.models.channel_mamba import ChannelMambaConfig
+from fastvim_jax.models.channel_vit import ChannelViTConfig
+from fastvim_jax.models.config import BackboneConfig
+from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
+
+
+def next_command(folder: Path | str, config: Any) -> str:
+    """Return the arguments of `fastvim` that use a saved model.
+
+    Args:
+        folder: folder of the saved model.
+        config: config of the model.
+
+    Returns:
+        For example `predict FOLDER PHOTO`; empty for segmentation models and detectors, whose run folders alone tell
+        how images are fitted.
+    """
+    if isinstance(config, MaskedAutoencoderConfig):
+        return f"reconstruct {folder} PHOTO"
+    if isinstance(config, ChannelMambaConfig | ChannelViTConfig):
+        return f"embed {folder} FIELD --out features.parquet"
+    if not isinstance(config, BackboneConfig):
+        return ""
+    return (
+        f"predict {folder} PHOTO"
+        if config.num_classes
+        else f"embed {folder} PHOTO --out features.csv"
+    )
