@@ -65,11 +65,17 @@ def run(arguments: Sequence[str]) -> int:
                 skipped.append(str(error))
 
     statistics = count_statistics(images(), chosen.channels)
-    folder = data_folder(chosen.path)
-    file = write_statistics(folder if folder.is_dir() else folder.parent, statistics)
     for name, mean, std in zip(statistics.names, statistics.mean, statistics.std, strict=True):
         print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")
     for reason in skipped:
         print(f"  left out: {reason}")
-    print(f"{file}: {counted(statistics.images, 'image')} of {chosen.split}")
+    counted_images = f"{counted(statistics.images, 'image')} of {chosen.split}"
+    if "://" in chosen.path:
+        given = [" ".join(map(str, each)) for each in (statistics.mean, statistics.std)]
+        print(f"{counted_images}. Nothing is stored at a URL; train with")
+        print(f"  --data.mean {given[0]} --data.std {given[1]}")
+        return 0
+    folder = data_folder(chosen.path)
+    file = write_statistics(folder if folder.is_dir() else folder.parent, statistics)
+    print(f"{file}: {counted_images}")
     return 0

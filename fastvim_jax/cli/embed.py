@@ -94,8 +94,11 @@ def run(arguments: Sequence[str]) -> int:
         require_table(chosen.out)
     fields = find_fields(chosen.paths, chosen.pattern, note=_note)
     if chosen.controls:  # Said before all images are read.
-        wells = (field.metadata["well"] for field in fields if "well" in field.metadata)
-        require_controls(wells, chosen.controls)
+        rows = [(field.metadata.get("plate", ""), field.metadata.get("well")) for field in fields]
+        rows = list(dict.fromkeys(rows)) if chosen.per == "well" else rows
+        rows = 2 * rows if chosen.per == "tile" else rows  # A field has at least one tile.
+        of_wells = [(plate, well) for plate, well in rows if well is not None]
+        require_controls([w for _, w in of_wells], [p for p, _ in of_wells], chosen.controls)
     model, data = load_channel_model(chosen.run, weights=chosen.weights)
     table = embed_fields(
         model,

@@ -10,6 +10,7 @@ from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources import data_folder
 from fastvim_jax.data.statistics import read_statistics
+from fastvim_jax.errors import UserError
 
 ChannelSampling = Literal["none", "sorted", "unsorted"]
 
@@ -93,10 +94,15 @@ class CellsData(DataConfig):
         """Return the config with the mean and deviation that `fastvim data stats` stored, if it names none.
 
         Raises:
-            UserError: there are none, or they are of other channels.
+            UserError: there are none, or they are of other channels, or the path is a URL.
         """
         if self.mean:
             return self
+        if "://" in self.path:
+            raise UserError(
+                f"data.path is the URL {self.path!r}, beside which no mean and deviation are stored: set data.mean and "
+                "data.std (`fastvim data stats` prints them)."
+            )
         mean, std = read_statistics(data_folder(self.path), self.names)
         return dataclasses.replace(self, mean=mean, std=std)
 

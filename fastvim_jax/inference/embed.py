@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -236,18 +237,12 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
         UserError: there is no well, a control is no well of the table, or a plate has fewer than two rows of its
             control wells.
     """
-    require_controls(table.metadata.get("well", ()), controls)
     plates = table.metadata.get("plate", [""] * len(table.features))
+    require_controls(table.metadata.get("well", ()), plates, controls)
     features = np.empty_like(table.features)
     for plate in dict.fromkeys(plates):
         rows = np.array([p == plate for p in plates])
-        chosen = rows & np.isin(table.metadata["well"], list(controls))
-        if chosen.sum() < 2:
-            raise UserError(
-                f"plate {plate!r} has {counted(int(chosen.sum()), 'row')} in the wells {', '.join(controls)}: it "
-                "needs two."
-            )
-        reference = table.features[chosen]
+        reference = table.features[rows & np.isin(table.metadata["well"], list(controls))]
         median = np.median(reference, axis=0)
         deviation = MAD_TO_DEVIATION * np.median(np.abs(reference - median), axis=0)
         positive = deviation[deviation > 0]
@@ -256,8 +251,18 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
     return dataclasses.replace(table, features=features)
 
 
-def require_controls(wells: Iterable[str], controls: Sequence[str]) -> None:
-    """Raise UserError if there is no well, or a control is none of the wells."""
+def require_controls(wells: Sequence[str], plates: Sequence[str], controls: Sequence[str]) -> None:
+    """Check that rows can be normalised to control wells.
+
+    Args:
+        wells: well of each row; empty if rows have none.
+        plates: plate of each row.
+        controls: names of the control wells.
+
+    Raises:
+        UserError: there is no well, a control is none of the wells, or a plate has fewer than two rows of its control
+            wells.
+    """
     known = sorted(set(wells))
     if not known:
         raise UserError(
@@ -268,6 +273,12 @@ def require_controls(wells: Iterable[str], controls: Sequence[str]) -> None:
             f"there is no row of the control {', '.join(unknown)}: wells are named {', '.join(known[:5])}"
             f"{', ...' if len(known) > 5 else ''}.{suggest(unknown[0], known)}"
         )
+    counts = Counter(p for p, well in zip(plates, wells, strict=True) if well in controls)
+    for plate in dict.fromkeys(plates):
+        if counts[plate] < 2:
+            raise UserError(
+                f"plate {plate!r} has {counted(counts[plate], 'row')} in the wells {', '.join(controls)}: it needs two."
+            )
 
 
 def cut_tiles(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvim_jax.data import DecodeError, open_source
+from fastvim_jax.cli.main import main
+from fastvim_jax.data import CellsData, DecodeError, open_source
 from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.sources import object_store, plate_images
@@ -189,9 +190,32 @@ def test_files_of_all_channels_are_decoded_before_they_are_stored(
     assert read_channels(source[4].image, "a").names == ("c", "b", "a")
 
 
-def test_a_plate_at_a_url_says_that_it_needs_tables(tables: Path) -> None:
+def test_a_plate_at_a_url_needs_tables_and_prints_its_statistics(
+    tables: Path,
+    rng: np.random.Generator,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Count what nothing can be stored beside, and print what training is to be given instead."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tables))
+    store = fsspec.filesystem("memory")
+    pixels = rng.integers(0, 256, (5, 4, 2)).astype(np.uint8)
+    rows = "Metadata_Well,URL_OrigDNA\nA02,memory://far/dna.npy\n"
+    np.save(tables / "dna.npy", pixels[..., 0])
+    store.pipe("/far/dna.npy", (tables / "dna.npy").read_bytes())
+    store.pipe("/far/load_data.csv", rows.encode())
+    url = "memory://far/load_data.csv"
     with pytest.raises(UserError, match="is a URL: name the folder of the plate maps"):
-        open_source("jump_cp", "all", path="memory://plate/index.parquet")
+        open_source("jump_cp", "all", path=url)
+    given = ["--source", "jump_cp", "--class-list", str(tables), "--split", "all"]
+    assert main(["data", "stats", url, *given, "--channels", "DNA"]) == 0
+    shown = capsys.readouterr().out
+    mean = float(shown.partition("--data.mean ")[2].split()[0])
+    assert mean == pytest.approx(pixels[..., 0].mean() / 255)
+    data = CellsData(source="jump_cp", path=url, channels=1, channel_names=("DNA",))
+    with pytest.raises(UserError, match="set data.mean and data.std"):
+        data.resolved()
 
 
 def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> None:

@@ -96,8 +96,13 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
         (["--out", "a.txt"], "write .parquet or .csv"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--controls", "A1"], "there is no row of the control A1"),
+        (["--controls", "A01"], "has 1 row in the wells A01: it needs two"),
     ):
         assert main([*command, *options]) != 0
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="has no column well"):
-        require_controls([], ["A01"])
+        require_controls([], [], ["A01"])
+    np.save(tmp_path / "A02.npy", np.zeros((8, 8, 3), np.uint8))
+    # A run is needed only then.
+    assert main([*command, "--per", "well", "--controls", "A01", "A02"]) != 0
+    assert "no run is no run folder" in capsys.readouterr().err
