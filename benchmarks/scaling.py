@@ -1,8 +1,9 @@
 """Write the tables of docs/scaling.md from recorded measurements: `python benchmarks/scaling.py`.
 
 Measured: images per second of a step of 128 images on one H100 (`results/h100/train_*.json`), images per second that a
-core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`), steps on several
-GPUs (`results/h200/scaling/*.json`, and of four `scaling_four`). Assumed: the bandwidths below.
+core decodes (`results/cpu/data_*.json`), bytes that devices send (`results/cpu/collectives*.json`), checkpoints
+(`results/cpu/checkpoint.json`), steps on several GPUs (`results/h200/scaling/*.json`, and of four `scaling_four`).
+Assumed: the bandwidths below.
 """
 
 from __future__ import annotations
@@ -49,19 +50,26 @@ def reduced_bytes(name: str) -> float:
     return sum(r["bytes"] for r in rows if r["fsdp"] == 1 and r["kind"] == "all-reduce")
 
 
-def epoch_table(model: str, rate: float, sent: float) -> list[str]:
+def checkpoint_times(name: str) -> str:
+    """Return the seconds that a checkpoint of a model holds up the loop, and the seconds until it is written."""
+    row = next(r for r in load("cpu/checkpoint")["rows"] if r["model"] == name)
+    return f"{row['held_ms'] / 1e3:.1f} / {row['written_ms'] / 1e3:.1f}"
+
+
+def epoch_table(model: str, rate: float, sent: float, checkpoint: str) -> list[str]:
     """Return the lines of a table with the cost of an epoch by number of GPUs.
 
     Args:
         model: name of the model.
         rate: images per second of one GPU.
         sent: bytes that are reduced per step.
+        checkpoint: seconds of one checkpoint, see `checkpoint_times`.
     """
     lines = [
         f"**{model}**, {rate:,.0f} images/s per GPU, {sent / 1e6:.1f} MB reduced per step:", "",
         "| GPUs | batch | step, ms | steps of an epoch, s | reduction, s | share if not overlapped | cores, pixels | "
-        "cores, JPEG | reading, GB/s: pixels / JPEG | 300 epochs, h |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "cores, JPEG | reading, GB/s: pixels / JPEG | checkpoint, s | 300 epochs, h |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     pixels, jpeg = core_rate("pixels"), core_rate("jpeg")
     for gpus in GPUS:
@@ -74,7 +82,8 @@ def epoch_table(model: str, rate: float, sent: float) -> list[str]:
         read = " / ".join(f"{total * size / 1e9:,.1f}" for size in RECORD_BYTES.values())
         lines.append(
             f"| {gpus} | {BATCH * gpus:,} | {1e3 * step:.1f} | {steps * step:.1f} | {steps * reduction:.1f} | "
-            f"{reduction / step:.0%} | {total / pixels:,.0f} | {total / jpeg:,.0f} | {read} | {hours:.2f} |"
+            f"{reduction / step:.0%} | {total / pixels:,.0f} | {total / jpeg:,.0f} | {read} | {checkpoint} | "
+            f"{hours:.2f} |"
         )
     return [*lines, ""]
 
@@ -84,9 +93,14 @@ def tables() -> str:
     lines: list[str] = []
     tiny, small = step_rate("train_tiny"), step_rate("train_small")
     sent = reduced_bytes("collectives")
-    lines += epoch_table("FastVim-T", tiny, sent)
+    lines += epoch_table("FastVim-T", tiny, sent, checkpoint_times("fastvim_tiny_patch16_224"))
     # Nearly all reduced bytes are float32 gradients, so they are proportional to the number of parameters.
-    lines += epoch_table("FastVim-S", small, sent * 25_832_680 / 7_166_056)
+    lines += epoch_table(
+        "FastVim-S",
+        small,
+        sent * 25_832_680 / 7_166_056,
+        checkpoint_times("fastvim_small_patch16_224"),
+    )
     needed = EPOCHS * IMAGES / 86400
     pixels, jpeg = core_rate("pixels"), core_rate("jpeg")
     images, hours = EPOCHS * IMAGES, EPOCHS * IMAGES / tiny / 3600

@@ -6,8 +6,12 @@ import importlib
 import json
 
 import pytest
+from flax import nnx
 
+from fastvim_jax.models import build_model
+from fastvim_jax.models.parameters import count_parameters
 from tests.support import ROOT
+from tests.training.tiny import tiny_model
 
 WORKER = """
 import json, sys
@@ -161,3 +165,13 @@ def test_stopped_and_killed_runs_go_on_with_other_numbers_of_processes(
     assert second["statuses"] == [0, 0, 0]
     for compared in record["against_whole"].values():
         assert compared["lines"] == compared["equal"] == 32
+
+
+def test_a_checkpoint_is_timed_with_all_its_bytes(programs, tmp_path):
+    """Random numbers are not compressed away: weights, two moments and average take 4 bytes each."""
+    checkpoint = programs("checkpoint")
+    model = build_model(tiny_model(embed_dim=128), rngs=0)
+    row = checkpoint.measure(checkpoint.state_of(model), tmp_path, saves=1)
+    numbers = count_parameters(nnx.state(model))
+    assert 14 * numbers < row["bytes"] < 18 * numbers
+    assert 0 < row["held_ms"] <= row["written_ms"] and not list(tmp_path.iterdir())
