@@ -19,8 +19,8 @@ class Predict(Options):
     """Measure `fastvim predict`: decoding alone, the model alone, both together, and which of the two limits.
 
     Images come from memory, already decoded, and then from the files. The column `of model` is the speed of both
-    together as a share of the model's speed alone. `limit` names the slower part, or says `sharing` if both together are
-    more than a tenth slower than it, because decoding and the model need the same cores.
+    together as a share of the model's speed alone. `limit` names the slower part, or says `sharing` if both
+    together are more than a tenth slower than it, because decoding and the model need the same cores.
     """
 
     zero: ClassVar = ("workers",)
