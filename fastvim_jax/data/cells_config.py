@@ -103,7 +103,7 @@ class CellsData(DataConfig):
                 f"data.path is the URL {self.path!r}, beside which no mean and deviation are stored: set data.mean and "
                 "data.std (`fastvim data stats` prints them)."
             )
-        mean, std = read_statistics(data_folder(self.path), self.names)
+        mean, std = read_statistics(data_folder(self.path), self.names, self.path)
         return dataclasses.replace(self, mean=mean, std=std)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +81,18 @@ def write_statistics(folder: Path, statistics: Statistics) -> Path:
 
 
 def read_statistics(
-    folder: Path, names: Sequence[str]
+    folder: Path, names: Sequence[str], path: str = ""
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Read mean and deviation of the channels `names`, in this order, from a data set's folder.
+
+    Errors name the command that counts them; `path` is what it is to be given, by default the folder.
 
     Raises:
         UserError: there is no file, it is damaged, or it lacks one of the channels.
     """
     file = (folder if folder.is_dir() else folder.parent) / FILE
-    command = f"count it with `fastvim data stats {folder} --channels {' '.join(names)}`, or set data.mean and data.std"
+    count = shlex.join(("fastvim", "data", "stats", path or str(folder), "--channels", *names))
+    command = f"count it with `{count}`, or set data.mean and data.std"
     if not file.is_file():
         raise UserError(f"{str(file)!r} does not exist: {command}.")
     try:

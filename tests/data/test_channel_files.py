@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +94,13 @@ def test_a_missing_channel_and_a_damaged_file_are_named_and_left_out(fields, pat
 def test_statistics_lie_beside_the_splits_and_training_finds_them(
     fields, pattern, tmp_path, capsys
 ):
-    assert main(["data", "stats", pattern, "--channels", *CHANNELS]) == 0
     config = CellsData(
         source="channel_files", path=pattern, channels=2, channel_names=CHANNELS, image_size=16
     )
+    with pytest.raises(UserError) as missing:
+        config.resolved()
+    command = str(missing.value).partition("`fastvim ")[2].partition("`")[0]
+    assert main(shlex.split(command)) == 0
     assert (tmp_path / "plate" / "statistics.json").is_file()
     train = np.stack([pixels for name, pixels in fields.items() if name.startswith("train")])
     assert np.allclose(config.resolved().mean, train.mean((0, 1, 2)) / 255, atol=1e-6)
