@@ -30,9 +30,10 @@ HERE = Path(__file__).resolve().parent
 TOPIC = "channels"
 NAMES = tuple(f"{signal}{row}{column}" for signal in "YC" for row in "01" for column in "01")
 BLOCK = 4
-NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
+NO_AUTOTUNING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """XLA times variants of a program's products while it compiles. Sampling channels takes 8 programs for training and 5
-for evaluation, so compiling took most of a run's time, and runs side by side disturbed each other's timings."""
+for evaluation, so compiling took most of a run's time, and runs side by side disturbed each other's timings. Untimed
+products must be cuBLAS's: Triton's have tiles of 16 x 8 then, and a step takes several times as long."""
 SUBSETS = 6
 """Number of random subsets of 2, 4 and 6 channels that a model is evaluated on, besides all 8 and each one alone."""
 MAIN = ("vit", "vim", "channelvit", "channelvim", "fastchannelvim")
