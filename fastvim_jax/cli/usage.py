@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastvim_jax.errors import UserError
 
 T = TypeVar("T")
+_EMPTY = ("None", "", "''")
 
 
 class UsageError(UserError):
@@ -57,8 +59,29 @@ def parse(kind: Callable[..., T], prog: str, arguments: Sequence[str], descripti
     # Import tyro only here, because `fastvim --help` must not wait for it.
     import tyro
 
+    _hide_empty_defaults(kind)
     with as_usage_error(), _join_lines_of_help():
         return tyro.cli(kind, prog=f"fastvim {prog}", args=list(arguments), description=description)
+
+
+def _hide_empty_defaults(kind: Callable[..., Any]) -> None:
+    """Keep tyro from adding "(default: None)" or "(default: )" to the help of a command's own options.
+
+    Their help says in words what happens by default. Fields of configs keep the hint, because None is a value there.
+    """
+    import tyro
+
+    hint = tyro.conf.arg(
+        help_behavior_hint=lambda default: "" if default in _EMPTY else f"(default: {default})"
+    )
+    hints = get_type_hints(kind, include_extras=True)
+    for part in getattr(kind, "__mro__", ()):
+        if not part.__module__.startswith("fastvim_jax.cli"):
+            continue
+        own = part.__annotations__
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            if field.name in own and isinstance(own[field.name], str):  # Not done yet.
+                own[field.name] = Annotated[hints[field.name], hint]
 
 
 @contextlib.contextmanager

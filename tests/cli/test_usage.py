@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -60,6 +61,8 @@ def test_the_module_is_the_command() -> None:
 def test_every_command_has_help(fastvim: Cli, command: str) -> None:
     status, out, _ = fastvim(command, "--help")
     assert status == 0 and f"fastvim {command}" in out
+    # The help says in words what happens without an option.
+    assert not re.search(r"\(default: (None|'')?\s*\)", out)
 
 
 @dataclasses.dataclass
