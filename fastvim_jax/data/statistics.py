@@ -88,8 +88,10 @@ def read_statistics(
     Errors name the command that counts them; `path` is what it is to be given, by default the folder.
 
     Raises:
-        UserError: there is no file, it is damaged, or it lacks one of the channels.
+        UserError: there is no folder or no file, it is damaged, or it lacks one of the channels.
     """
+    if not folder.exists():
+        raise UserError(f"{str(folder)!r} does not exist (data.path).")
     file = (folder if folder.is_dir() else folder.parent) / FILE
     count = shlex.join(("fastvim", "data", "stats", path or str(folder), "--channels", *names))
     command = f"count it with `{count}`, or set data.mean and data.std"

@@ -242,6 +242,8 @@ def test_statistics_are_counted_stored_and_used(
     plain = dataclasses.replace(config, mean=(), std=())
     with pytest.raises(UserError, match="fastvim data stats"):
         plain.resolved()
+    with pytest.raises(UserError, match=r"/none' does not exist \(data.path\)"):
+        dataclasses.replace(plain, path=str(tmp_path / "none")).resolved()
     write_statistics(tmp_path, statistics)
     resolved = plain.resolved()
     assert resolved.mean == statistics.mean and resolved.resolved() is resolved
