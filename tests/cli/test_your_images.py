@@ -8,12 +8,14 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image, ImageDraw
 
-from fastvim_jax.models import build_model
+from fastvim_jax.models import build_model, model_config
 from fastvim_jax.models.pretrained import save_pretrained
 from fastvim_jax.training import load_experiment
 from tests.cli.conftest import Cli
@@ -85,6 +87,20 @@ def test_the_page_works_as_typed(
 def test_the_page_names_the_steps_in_order() -> None:
     steps = [" ".join(arguments[:1]) for _, *arguments in _commands()]
     assert steps == ["data", "train", "eval", "predict", "data", "train"]
+
+
+def test_the_page_fine_tunes_the_model_whose_weights_it_names() -> None:
+    """Build the model that the page's options describe: it has the parameters of FastVim-T with three classes."""
+    text = (ROOT / "docs" / "your_images.md").read_text().split("FastVim-T at 224 px:")[1]
+    options = re.findall(r"--model\.([a-z-]+) (\d+)", text.split("```")[1])
+    changes = {name.replace("-", "_"): int(value) for name, value in options}
+    described = dataclasses.replace(load_experiment("your_images/fastvim").model, **changes)
+    named = model_config("fastvim_tiny_patch16_224", num_classes=3)
+    shapes = [
+        nnx.state(nnx.eval_shape(lambda config=config: build_model(config, rngs=nnx.Rngs(0))))
+        for config in (described, named)
+    ]
+    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
 
 
 def test_wrong_class_counts_and_folders_are_answered(

@@ -88,7 +88,8 @@ def test_a_portable_program_takes_any_batch_and_runs_alone(tmp_path, key, rng, p
     assert named == {"hashlib", "json", "jax", "numpy"}
     assert sum(bool(line) for line in script.splitlines()) == 10
     script += "\nassert not [name for name in sys.modules if name.startswith('fastvim')]\n"
-    script += "np.save('logits.npy', logits)"
+    script += "np.save('logits.npy', logits)\n"
+    script += "assert 'stablehlo.' in jax.export.deserialize(bytearray(program)).mlir_module()"
     subprocess.run([sys.executable, "-c", "import sys\n" + script], cwd=tmp_path, check=True)
     expected = run.model(make_preprocess(run.config.data)(jnp.asarray(images)))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=2e-5, atol=2e-5)
