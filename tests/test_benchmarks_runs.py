@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from tests.support import ROOT
@@ -396,3 +397,35 @@ def test_trials_for_cifar_read_no_test_image(programs, monkeypatch):
         "91.00",
         "90.00",
     ]
+
+
+def test_folders_of_cifar_hold_the_first_images_of_each_class(programs, tmp_path, monkeypatch):
+    folders = programs("cifar_folders")
+    monkeypatch.setattr(
+        folders, "SETS", {"source": (range(2), 2, 1), "target": (range(2, 3), 1, 2)}
+    )
+    (tmp_path / "classes.txt").write_text("cat\ndog\nship\n")
+    labels = np.array([2, 0, 1, 0, 0, 2, 2])
+    for split in ("train", "test"):  # Image i of a split is the bytes "i split".
+        files = [f"{i} {split}".encode() for i in range(len(labels))]
+        np.savez(
+            tmp_path / f"{split}.npz",
+            jpeg=np.frombuffer(b"".join(files), np.uint8),
+            offsets=np.cumsum([0, *map(len, files)]),
+            labels=labels,
+        )
+    folders.write(tmp_path, tmp_path / "out")
+    found = {
+        str(file.relative_to(tmp_path / "out")): file.read_text()
+        for file in (tmp_path / "out").rglob("*.jpg")
+    }
+    assert found == {
+        "source/train/cat/00001.jpg": "1 train",
+        "source/train/cat/00003.jpg": "3 train",
+        "source/train/dog/00002.jpg": "2 train",
+        "source/val/cat/00001.jpg": "1 test",
+        "source/val/dog/00002.jpg": "2 test",
+        "target/train/ship/00000.jpg": "0 train",
+        "target/val/ship/00000.jpg": "0 test",
+        "target/val/ship/00005.jpg": "5 test",
+    }
