@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
         f"{chosen.run} at step {found.step}, on {counted(found.count, 'image')} of {data.eval_split}: mIoU "
         f"{scores['miou']:.2%}, mAcc {scores['macc']:.2%}, aAcc {scores['aacc']:.2%}"
     )
+    if chosen.per_class:
+        print("       IoU accuracy  class")
     for row in classes if chosen.per_class else ():
         shares = (
             "       -" if row[key] is None else f"{row[key]:>8.2%}" for key in ("iou", "accuracy")

@@ -68,6 +68,7 @@ def make_evaluator(
     folder: Path,
     *,
     name: str = "eval",
+    masks: bool,
     every_epochs: int,
     pictures: int,
     progress: bool,
@@ -80,6 +81,7 @@ def make_evaluator(
         place: puts a batch on the devices.
         folder: the run folder.
         name: kind of the log's records and stem of the picture's name.
+        masks: whether the detector has masks, and is judged by them, too.
         every_epochs: epochs between evaluations; 0: only after the last step.
         pictures: images to draw, the first ones and as many of the worst of the others; 0: no picture.
         progress: say on standard error how far it is.
@@ -92,13 +94,14 @@ def make_evaluator(
         batches.rewind()
         scores: dict[str, Any] = {"count": len(seen)}
         for kind, detections in found.items():
-            precisions = judge(source, detections, seen)
+            precisions = judge(source, detections, seen, masks=masks)
             scores |= {f"{kind}_{key}": value for key, value in precisions.items()}
         if corrupt := all_gather_set(batches.corrupt):
             scores["corrupt_records"] = len(corrupt)
         picture = None
         if is_first_process():
-            write_class_scores(folder / f"{name}_{CLASS_SCORES}", source, found["raw"], seen)
+            rows = class_scores(source, found["raw"], seen, masks=masks)
+            write_class_scores(folder / f"{name}_{CLASS_SCORES}", rows)
             if pictures:
                 picture = folder / f"{name}_detections.png"
                 drawn = [*seen[:pictures], *worst(source, found["raw"], seen[pictures:], pictures)]
@@ -200,28 +203,23 @@ def as_coco(
 
 
 def judge(
-    source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
+    source: CocoSource, detections: list[dict[str, Any]], indices: list[int], *, masks: bool
 ) -> dict[str, float]:
-    """Return `bbox_ap`, `bbox_ap50`, ... and, where there are masks, `segm_ap`, ... over the records at `indices`."""
+    """Return `bbox_ap`, `bbox_ap50`, ... and, with `masks`, `segm_ap`, ... over the records at `indices`."""
     ids = [source.image_ids[i] for i in indices]
     scores: dict[str, float] = {}
-    for kind in kinds_of(detections):
+    for kind in _kinds(masks):
         evaluation = coco_evaluation(source.truth(kind), detections, kind, image_ids=ids)
         scores |= {f"{kind}_{k}": v for k, v in average_precisions(evaluation).items()}
     return scores
 
 
-def kinds_of(detections: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """Return what the detections can be judged by."""
-    masks = bool(detections) and "segmentation" in detections[0]
+def _kinds(masks: bool) -> tuple[Any, ...]:
     return ("bbox", "segm") if masks else ("bbox",)
 
 
-def write_class_scores(
-    path: Path, source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
-) -> None:
-    """Write box AP, mask AP and objects of every class as CSV; empty where a class has no object."""
-    rows = class_scores(source, detections, indices)
+def write_class_scores(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the result of `class_scores` as CSV; an AP is empty where a class has no object."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
@@ -230,16 +228,16 @@ def write_class_scores(
 
 
 def class_scores(
-    source: CocoSource, detections: list[dict[str, Any]], indices: list[int]
+    source: CocoSource, detections: list[dict[str, Any]], indices: list[int], *, masks: bool
 ) -> list[dict[str, Any]]:
-    """Return `class`, `bbox_ap`, `segm_ap` (with masks) and `objects` of every class; an AP of None: no object."""
+    """Return `class`, `bbox_ap`, `segm_ap` (with `masks`) and `objects` of every class; an AP of None: no object."""
     ids = [source.image_ids[i] for i in indices]
     columns: Mapping[str, list[float]] = {
         f"{kind}_ap": class_precisions(
             coco_evaluation(source.truth(kind), detections, kind, image_ids=ids),
             len(source.class_names),
         )
-        for kind in kinds_of(detections)
+        for kind in _kinds(masks)
     }
     counts = np.zeros(len(source.class_names), int)
     for i in indices:

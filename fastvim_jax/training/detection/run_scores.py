@@ -98,5 +98,7 @@ def score_run(
         found, seen = detect_all(
             detect, {"it": params}, batches, partial(place_batch, mesh), progress=progress
         )
-    scores, classes = judge(source, found["it"], seen), class_scores(source, found["it"], seen)
+    masks = config.model.masks
+    scores = judge(source, found["it"], seen, masks=masks)
+    classes = class_scores(source, found["it"], seen, masks=masks)
     return DetectionScores(run.step, run.weights, len(seen), scores, classes)

@@ -125,6 +125,7 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
             place,
             run.folder,
             name=name,
+            masks=config.model.masks,
             every_epochs=config.evaluate_every_epochs,
             pictures=config.pictures,
             progress=call.progress,

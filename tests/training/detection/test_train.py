@@ -19,7 +19,7 @@ from fastvim_jax.inference.drawings import draw_files
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import parameter_infos
 from fastvim_jax.training import load_run, read_metrics, train
-from fastvim_jax.training.detection.evaluation import worst
+from fastvim_jax.training.detection.evaluation import class_scores, judge, worst
 from fastvim_jax.training.start_from import fit
 from fastvim_jax.training.tasks import config_from_json
 from fastvim_jax.training.weights_source import Source
@@ -157,6 +157,15 @@ def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
 def test_a_config_survives_its_file(scenes):
     config = tiny_config(scenes)
     assert config_from_json(config.to_json()) == config
+
+
+def test_a_detector_that_finds_nothing_has_a_mask_ap_of_zero(scenes):
+    source = open_coco(tiny_config(scenes).data, "val2017")
+    scores = judge(source, [], [0, 1], masks=True)
+    assert scores["bbox_ap"] == scores["segm_ap"] == 0
+    assert "segm_ap" not in judge(source, [], [0, 1], masks=False)
+    rows = class_scores(source, [], [0, 1], masks=True)
+    assert [(row["segm_ap"], row["objects"]) for row in rows] == [(0, 2), (0, 2)]
 
 
 def test_the_worst_images_are_those_with_the_most_mistakes(scenes):
