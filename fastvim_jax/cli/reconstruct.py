@@ -10,7 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvim_jax.cli.usage import UsageError, parse
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
+
+_MOST = 100
+"""Images of one picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +22,9 @@ class Arguments:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a masked pre-training run or of a saved masked autoencoder, or hf://owner/name."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of any size and kind."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Image files of any size and kind, folders, tar files, patterns in quotes, or @FILE with one name per line;
+    together at most 100."""
     out: Path = Path("reconstructions.png")
     """PNG file to write: one row per image, with original, masked, reconstructed and pasted image."""
     mask_ratio: float | None = None
@@ -43,11 +47,18 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(
             "name at least one image file: fastvim reconstruct RUN IMAGE... --out FILE"
         )
+    from fastvim_jax.inference.image_files import find_images
     from fastvim_jax.inference.reconstruct import load_masked, reconstruct_files
 
+    with as_usage_error():
+        files = find_images(chosen.images)
+    if len(files) > _MOST:
+        raise UsageError(
+            f"the picture has one row per image, at most {_MOST}, but {len(files):,} are named: name fewer."
+        )
     loaded = load_masked(chosen.run, weights=chosen.weights, step=chosen.step)
     problems = reconstruct_files(
-        loaded, chosen.images, chosen.out, mask_ratio=chosen.mask_ratio, seed=chosen.seed
+        loaded, files, chosen.out, mask_ratio=chosen.mask_ratio, seed=chosen.seed
     )
     for problem in problems:
         print(f"fastvim: {problem}", file=sys.stderr)

@@ -156,8 +156,13 @@ def test_a_folder_without_images_is_named(saved, tmp_path, capsys):
         folder.mkdir()
         for name in content:
             (folder / name).write_text("no image")
-        assert main(["predict", str(saved), str(folder)]) == 2
-        assert f"{folder} holds no image file" in capsys.readouterr().err
+        for command in ("predict", "reconstruct"):
+            assert main([command, str(saved), str(folder)]) == 2
+            assert f"{folder} holds no image file" in capsys.readouterr().err
+    for i in range(101):
+        (folder / f"{i}.png").touch()
+    assert main(["reconstruct", str(saved), str(folder)]) == 2
+    assert "at most 100, but 101 are named" in capsys.readouterr().err
 
 
 def test_arrays_and_images_of_mixed_channel_counts(saved, rng):

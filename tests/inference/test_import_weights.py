@@ -213,9 +213,10 @@ def test_a_masked_autoencoder_is_imported_drawn_and_fine_tuned_from(tmp_path, rn
     assert "pool_scale=1.0" in said and f"reconstruct {out} PHOTO" in said
     same(load_pretrained(out).model, model)
 
-    photo, picture = tmp_path / "photo.png", tmp_path / "picture.png"
+    photo, picture = tmp_path / "photos" / "photo.png", tmp_path / "picture.png"
+    photo.parent.mkdir()
     Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(photo)
-    assert main(["reconstruct", out, str(photo), "--out", str(picture)]) == 0
+    assert main(["reconstruct", out, str(photo.parent), "--out", str(picture)]) == 0
     assert picture.stat().st_size > 0
 
     classifier = build_model(CONFIGS["fastvim"], rngs=nnx.Rngs(3))
