@@ -253,6 +253,7 @@ def report() -> None:
         "channels, and the mean over random subsets of 6, 4 and 2 channels (the same for all rows) and over all\n"
         "single ones. Models without channel embeddings see missing channels at their mean.\n",
         "\n".join(lines) + "\n",
+        *_said(rows),
         "## One channel alone\n",
         "\n".join(single) + "\n",
         "![Accuracy by number of channels](channels.png)\n",
@@ -261,6 +262,40 @@ def report() -> None:
     ]
     (HERE / "channels.md").write_text("\n".join(parts))
     _plot(rows, sizes)
+
+
+CHANCE = 12.0
+"""Percent below which a model of 10 classes counts as not having learnt."""
+
+
+def _said(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Say what the rows show, as a list of paragraphs."""
+    size = lambda name, n: _mean(rows[name], lambda channels: len(channels) == n)  # noqa: E731
+    said = []
+    if {"fastchannelvim", "fastchannelvim_all_channels"} <= rows.keys():
+        sampled, whole = (
+            f"from {size(name, 8):.1f} to {size(name, 4):.1f} %"
+            for name in ("fastchannelvim", "fastchannelvim_all_channels")
+        )
+        said.append(
+            f"- With half of the channels missing, FastChannelVim trained with sampling goes {sampled}, trained on all "
+            f"channels {whole}."
+        )
+    if {"fastchannelvim", "fastchannelvim_spatial"} <= rows.keys():
+        first, spatial = (size(name, 8) for name in ("fastchannelvim", "fastchannelvim_spatial"))
+        said.append(
+            f"- Scan order, one seed: channel-first {first:.1f} %, spatial-first {spatial:.1f} %. The paper has ChannelVim "
+            f"the other way round ({PAPER['channelvim']} and {PAPER['channelvim_spatial']} %)."
+        )
+    if stuck := [name for name in rows if size(name, 8) < CHANCE]:
+        said.append(
+            f"- Near chance, for they hardly began to learn in so few steps: {', '.join(stuck)}. A step with sampling sees "
+            "4.5 channels on average, so such rows are behind rows of as many epochs on all channels, and the order of "
+            "the rows is that of models at the beginning of their training."
+        )
+    if missing := [name for name in ROWS if name not in rows]:
+        said.append(f"- Not recorded: {', '.join(missing)}.")
+    return ["\n".join(said) + "\n"] if said else []
 
 
 def _mean(records: list[dict[str, Any]], wanted: Any) -> float:

@@ -163,7 +163,13 @@ def page(runs: dict[str, list[dict[str, Any]]], unfinished: Sequence[dict[str, A
         )
         parts += ["\n".join(head + rows) + "\n", said]
         parts += [answer for question in QUESTIONS if (answer := _answer(*question, runs))]
-    missing = [name for name in BACKBONES if f"scenes_{name}" not in runs]
+    starts = (("", "nothing"), ("_started", "the supervised run"))
+    missing = [
+        f"{name} from {start}"
+        for name in BACKBONES
+        for key, start in starts
+        if f"scenes_{name}{key}" not in runs
+    ]
     if missing:
         parts.append(f"Not run: scenes with {', '.join(missing)}.\n")
     records = [record for found in runs.values() for record in found]

@@ -1,4 +1,4 @@
-"""The Vim of cifar10/vim.py with UperNet, with all other settings of fastvim.py; no result is recorded yet.
+"""The Vim of cifar10/vim.py with UperNet, with all other settings of fastvim.py.
 
 fastvim train scenes/vim
 """

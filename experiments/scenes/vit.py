@@ -1,4 +1,4 @@
-"""The ViT of cifar10/vit.py with UperNet, with all other settings of fastvim.py; no result is recorded yet.
+"""The ViT of cifar10/vit.py with UperNet, with all other settings of fastvim.py.
 
 fastvim train scenes/vit
 """
