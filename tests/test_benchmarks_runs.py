@@ -228,7 +228,8 @@ def test_the_page_of_dense_runs_says_what_is_met(programs):
     assert "pixels right | **96.0** | 95 | yes | mIoU 70.0 |" in page
     assert "| vit | nothing | 20.0 | 80.0 | 60 | 1.0 |" in page
     assert "| vit | CIFAR-10 (71.0 %) | 40.0 | 90.0 |" in page
-    assert "Not run: scenes with fastvim, vim." in page
+    missing = "fastvim from nothing, fastvim from the supervised run, vim from nothing"
+    assert f"Not run: scenes with {missing}, vim from the supervised run." in page
     assert "FastVim ahead of Vim, from" not in page  # Neither has run.
     assert "Is FastVim ahead of Vim" in dense.page({})  # Questions come before answers.
     for name, scores in (("fastvim", (0.5, 0.6, 0.55)), ("fastvim_started", (0.61, 0.7, 0.8))):
