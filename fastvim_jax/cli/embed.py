@@ -27,8 +27,8 @@ class Arguments:
     files of all channels (.npy, TIFF); a plate's load_data.csv or Parquet index, or its folder; or with --pattern any
     folder."""
     out: Path = Path("features.parquet")
-    """The table to write: .parquet or .csv; for photographs also .jsonl. If a .jsonl or .csv file of photographs
-    exists, images that it holds already are skipped."""
+    """The table to write: .parquet or .csv; for photographs also .jsonl. After an interruption the same command
+    continues a table of photographs."""
     pattern: str | None = None
     """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
     braces become columns; {} matches anything. Without {channel}, each file holds all channels."""

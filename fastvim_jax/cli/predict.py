@@ -42,9 +42,8 @@ class Arguments:
     json: bool = False
     """Print JSON: one object per file."""
     out: Path | None = None
-    """For classifiers: a file for all predictions, ending in .jsonl, .csv or .parquet. If a .jsonl or .csv file exists,
-    images that it holds already are skipped. For segmentation and detection (required): the folder for drawings and
-    masks."""
+    """For classifiers: a file for all predictions, ending in .jsonl, .csv or .parquet. After an interruption the same
+    command continues it. For segmentation and detection (required): the folder for drawings and masks."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,4 +1,8 @@
-"""Write one record per image as it is made: to JSON lines or CSV, which can be continued, or to Parquet."""
+"""Write one record per image as it is made, to JSON lines, CSV or Parquet, so that the file can be continued.
+
+A Parquet file cannot be appended to. Until all records are made, its rows lie in a CSV file beside it,
+`<name>.partial.csv`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 
 KINDS = (".jsonl", ".csv", ".parquet")
-_ROWS = 4096  # In memory before they are written to a Parquet file.
 
 
 @runtime_checkable
@@ -39,16 +42,17 @@ def already_written(out: Path) -> dict[str, bool]:
     A command that is given again skips these files.
 
     Raises:
-        UserError: `out` has an unknown ending, is an existing Parquet file, or holds something else.
+        UserError: `out` has an unknown ending, is a complete Parquet file, or holds something else.
     """
     if out.suffix not in KINDS:
         raise UserError(f"{out}: results are written to a file that ends in {', '.join(KINDS)}.")
+    if out.suffix == ".parquet" and out.exists():
+        raise UserError(
+            f"{out} is complete, and Parquet files cannot be added to: name another, or use .jsonl or .csv."
+        )
+    out = _growing(out)
     if not out.exists():
         return {}
-    if out.suffix == ".parquet":
-        raise UserError(
-            f"{out} exists, and Parquet files cannot be continued: name another, or use .jsonl or .csv."
-        )
     try:
         text = _without_torn_record(out)
         if out.suffix == ".jsonl":
@@ -64,8 +68,7 @@ def already_written(out: Path) -> dict[str, bool]:
 def claim(out: Path, made_by: Mapping[str, Any]) -> None:
     """Write what makes the records of `out` to `<out>.made_by.json`, or compare with the note that is there.
 
-    Otherwise one model would continue the file of another model, or take its images as done. A Parquet file is never
-    continued, so it has no note.
+    Otherwise one model would continue the file of another model, or take its images as done.
 
     Args:
         out: the file, as `already_written` takes it.
@@ -74,9 +77,8 @@ def claim(out: Path, made_by: Mapping[str, Any]) -> None:
     Raises:
         UserError: something else made the records that `out` holds, the note is missing, or the folder cannot be made.
     """
-    if out.suffix == ".parquet":
-        return
-    note = out.with_name(f"{out.name}.made_by.json")
+    note = _note(out)
+    out = _growing(out)
     if not out.exists() or not out.stat().st_size:
         _make_folder(out)
         note.write_text(json.dumps(made_by, indent=2) + "\n", "utf-8")
@@ -101,8 +103,7 @@ def write_records(
 ) -> Iterator[AnyRecord]:
     """Write each record to `out` and yield it.
 
-    A JSON line or the rows of a CSV file are written before the next record is made. A Parquet file gets its name when
-    it is complete.
+    A record is written before the next one is made. A Parquet file is made of all records after the last one.
 
     Args:
         records: in the order to write.
@@ -115,6 +116,15 @@ def write_records(
     _make_folder(out)
     write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
     return write(records, out, columns)
+
+
+def _growing(out: Path) -> Path:
+    """Return the file that records are appended to."""
+    return out.with_name(f"{out.name}.partial.csv") if out.suffix == ".parquet" else out
+
+
+def _note(out: Path) -> Path:
+    return out.with_name(f"{out.name}.made_by.json")
 
 
 def _make_folder(out: Path) -> None:
@@ -161,28 +171,30 @@ def _write_parquet(
 ) -> Iterator[AnyRecord]:
     try:
         import pyarrow
+        import pyarrow.csv
         import pyarrow.parquet
     except ImportError:
         raise UserError(
             f"{out} needs pyarrow: pip install 'fastvim-jax[data]', or write .jsonl or .csv."
         ) from None
-    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in columns.items()])
-
-    def table(rows: list[Sequence[Any]]) -> Any:
-        values = zip(*rows, strict=True) if rows else [()] * len(columns)
-        return pyarrow.table(dict(zip(columns, map(list, values), strict=True)), schema=schema)
-
+    rows = _growing(out)
+    yield from _write_csv(records, rows, columns)
+    types = {name: getattr(pyarrow, kind)() for name, kind in columns.items()}
+    # Only an empty cell is null, because classes and files may be called NA or null.
+    options = pyarrow.csv.ConvertOptions(
+        column_types=types, null_values=[""], strings_can_be_null=True
+    )
+    lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
     partial = out.with_name(out.name + ".partial")
-    rows: list[Sequence[Any]] = []
-    with pyarrow.parquet.ParquetWriter(partial, schema) as file:
-        for each in records:
-            rows += each.to_rows()
-            if len(rows) >= _ROWS:
-                file.write_table(table(rows))
-                rows = []
-            yield each
-        file.write_table(table(rows))
+    with (
+        pyarrow.csv.open_csv(rows, parse_options=lines, convert_options=options) as batches,
+        pyarrow.parquet.ParquetWriter(partial, pyarrow.schema(list(types.items()))) as file,
+    ):
+        for batch in batches:
+            file.write_batch(batch)
     os.replace(partial, out)
+    for file_of_rows in (rows, _note(out)):
+        file_of_rows.unlink(missing_ok=True)
 
 
 def _without_torn_record(out: Path) -> str:

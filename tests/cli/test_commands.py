@@ -333,7 +333,7 @@ def test_predict_and_embed_go_on_where_they_stopped(
     for name in parquet.column_names[1:]:
         np.testing.assert_allclose(text[name], parquet[name], rtol=1e-4, atol=1e-5)
     status, _, error = fastvim("embed", run_dir, *digit_files, "--out", table)
-    assert status != 0 and "cannot be continued" in error
+    assert status != 0 and "Parquet files cannot be added to" in error
 
 
 @pytest.mark.drawn("commands", one_in=6)

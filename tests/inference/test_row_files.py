@@ -84,16 +84,37 @@ def test_an_interrupted_file_is_gone_on_with(
     assert already_written(out) == {each.file: each.error is not None for each in records}
 
 
+def test_an_interrupted_parquet_file_is_gone_on_with(records: list[Said], tmp_path: Path) -> None:
+    """Interrupt a table whose texts look like nulls and have line breaks: it ends as one that was written at once."""
+    texts = ["NA", "null", "nan", "two\nlines", 'a "quoted", one']
+    for each, text in zip(records, texts, strict=False):
+        each.file, each.rows = text, 2
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    list(write_records(records, whole, COLUMNS))
+    claim(out, {"model": "a"})
+    made = write_records(records, out, COLUMNS)
+    for _ in range(4):
+        next(made)
+    made.close()
+    assert not out.exists()
+    with pytest.raises(UserError, match="another model: name another file"):
+        claim(out, {"model": "b"})
+    claim(out, {"model": "a"})
+    done = already_written(out)
+    assert list(done) == texts[:4]
+    list(write_records([each for each in records if each.file not in done], out, COLUMNS))
+    assert read(out) == read(whole) and [row[0] for row in read(out)][:4:2] == texts[:2]
+    assert {file.name for file in tmp_path.iterdir()} == {"out.parquet", "whole.parquet"}
+    list(write_records([], tmp_path / "none.parquet", COLUMNS))
+    assert read(tmp_path / "none.parquet") == []
+
+
 def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .jsonl"):
         already_written(tmp_path / "found.txt")
     table = tmp_path / "found.parquet"
-    made = write_records(records, table, COLUMNS)
-    next(made)
-    made.close()
-    assert already_written(table) == {}  # Without its last part a Parquet file is none.
     list(write_records(records, table, COLUMNS))
-    with pytest.raises(UserError, match="cannot be continued"):
+    with pytest.raises(UserError, match="is complete, and Parquet files cannot be added to"):
         already_written(table)
     other = tmp_path / "other.csv"
     list(write_records(records, other, {"file": "string", "size": "int64", "error": "string"}))
@@ -115,5 +136,4 @@ def test_a_file_is_continued_only_by_what_made_it(records: list[Said], tmp_path:
     (tmp_path / "new folder" / "found.csv.made_by.json").unlink()
     with pytest.raises(UserError, match="says what made its records, cannot be read"):
         claim(out, {"model": "b", "top_k": 5})
-    claim(tmp_path / "found.parquet", {"model": "b"})
     assert [file.name for file in out.parent.iterdir()] == [out.name]
