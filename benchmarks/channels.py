@@ -284,14 +284,14 @@ def _said(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     if {"fastchannelvim", "fastchannelvim_spatial"} <= rows.keys():
         first, spatial = (size(name, 8) for name in ("fastchannelvim", "fastchannelvim_spatial"))
         said.append(
-            f"- Scan order, one seed: channel-first {first:.1f} %, spatial-first {spatial:.1f} %. The paper has ChannelVim "
-            f"the other way round ({PAPER['channelvim']} and {PAPER['channelvim_spatial']} %)."
+            f"- Scan order, one seed: channel-first {first:.1f} %, spatial-first {spatial:.1f} %. The paper has "
+            f"ChannelVim the other way round ({PAPER['channelvim']} and {PAPER['channelvim_spatial']} %)."
         )
     if stuck := [name for name in rows if size(name, 8) < CHANCE]:
         said.append(
-            f"- Near chance, for they hardly began to learn in so few steps: {', '.join(stuck)}. A step with sampling sees "
-            "4.5 channels on average, so such rows are behind rows of as many epochs on all channels, and the order of "
-            "the rows is that of models at the beginning of their training."
+            f"- Near chance, for they hardly began to learn in so few steps: {', '.join(stuck)}. A step with sampling "
+            "sees 4.5 channels on average, so such rows are behind rows of as many epochs on all channels, and the "
+            "order of the rows is that of models at the beginning of their training."
         )
     if missing := [name for name in ROWS if name not in rows]:
         said.append(f"- Not recorded: {', '.join(missing)}.")

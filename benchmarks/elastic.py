@@ -2,10 +2,11 @@
 
 python benchmarks/elastic.py --out FOLDER [--processes 4 1 2 4]
 
-Three runs of one small model on CIFAR-10, side by side. `whole` trains in one process without a stop. `moved` is
-stopped by SIGTERM to one of its processes, and goes on with another number of processes, several times. `killed`
+Three runs of one small model on CIFAR-10. `whole` trains in one process without a stop, beside the others. `moved` is
+stopped by SIGTERM to one of its processes, and goes on with another number of processes, several times. Then `killed`
 loses one of its processes by SIGKILL after some checkpoints, and the same command goes on. `elastic.json` tells how
-all processes ended, and how far the losses of the three differ. Each process has a GPU of its own.
+all processes ended, and how far the losses of the three differ. Each process of a run has a GPU of its own. Two runs
+of several processes must not share GPUs: on two H200s their reductions waited for each other and both stood still.
 """
 
 from __future__ import annotations
@@ -196,13 +197,11 @@ def main() -> int:
         runs["whole"].start(1, gpus[-1:])
         runs["whole"].wait()
 
-    works = [
-        threading.Thread(target=whole, daemon=True),
-        threading.Thread(target=moved, args=(runs["moved"], chosen.processes, gpus), daemon=True),
-        threading.Thread(
-            target=killed, args=(runs["killed"], max(chosen.processes), gpus), daemon=True
-        ),
-    ]
+    def stopped() -> None:
+        moved(runs["moved"], chosen.processes, gpus)
+        killed(runs["killed"], max(chosen.processes), gpus)
+
+    works = [threading.Thread(target=work, daemon=True) for work in (whole, stopped)]
     for work in works:
         work.start()
     while any(work.is_alive() for work in works):

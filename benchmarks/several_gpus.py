@@ -58,7 +58,11 @@ def _row(model: str, mesh: str = "one", *, gpus: str = "", **more: Any) -> dict[
 
 
 PLANS: dict[str, list[dict[str, Any]]] = {
-    "two": [_row(S), _row(S, "data 2"), _row(S, "fsdp 2"), _row(B, "data 2"), _row(B)],
+    "two": [
+        *(_row(S), _row(S, "data 2"), _row(S, "fsdp 2")),
+        *(_row(B), _row(B, "data 2"), _row(B, "fsdp 2")),
+        _row(S, gpus="1", after=0),
+    ],
     "four": [
         _row(S),
         _row(S, "data 4"),

@@ -19,6 +19,7 @@ from fastvim_jax.layers.channel_pooling import ChannelPooling
 from fastvim_jax.layers.pooling import GridPooling, NoPooling, Pooling
 from fastvim_jax.models.indexed_scan import indexed_scan
 from fastvim_jax.models.parts import run_in_parts
+from pallas_kernels.sharding import varying_axes
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -134,4 +135,29 @@ def _unstack(tree: Any) -> list[Any]:
     """
     leaves, structure = jax.tree.flatten(tree)
     blocks = zip(*map(jnp.unstack, leaves), strict=True)
-    return [jax.tree.unflatten(structure, block) for block in blocks]
+    alone = (map(_with_own_gradient, block) for block in blocks)
+    return [jax.tree.unflatten(structure, block) for block in alone]
+
+
+_LARGE = 2**17
+"""Entries of an array from which on its gradient is written alone."""
+
+
+def _with_own_gradient(leaf: jax.Array) -> jax.Array:
+    """Return `leaf`. If it is large and differs between devices, its gradient is written before it is joined.
+
+    Otherwise XLA transposes products where it joins the gradients of all blocks, number by number: for in_proj of
+    FastVim-S 0.39 ms of a step. On one device it joins and updates at once, and transposes them well.
+    """
+    return _own_gradient(leaf) if leaf.size >= _LARGE and varying_axes(leaf) else leaf
+
+
+@jax.custom_jvp
+def _own_gradient(leaf: jax.Array) -> jax.Array:
+    return leaf
+
+
+@_own_gradient.defjvp
+def _own_gradient_jvp(primals: Any, tangents: Any) -> Any:
+    flat = jax.lax.optimization_barrier(tangents[0].reshape(-1))
+    return primals[0], flat.reshape(tangents[0].shape)
