@@ -21,7 +21,7 @@ _HOMES = {
     "jvp": "fastvim_jax.forward_mode",
     "list_models": "fastvim_jax.models",
     "load_pretrained": "fastvim_jax.models.pretrained",
-    "save_pretrained": "fastvim_jax.models.pretrained",
+    "save_pretrained": "fastvim_jax.models.saving",
     "model_config": "fastvim_jax.models",
     "from_torch_state_dict": "fastvim_jax.interop",
     "to_torch_state_dict": "fastvim_jax.interop",
@@ -70,7 +70,8 @@ if TYPE_CHECKING:
         list_models,
         model_config,
     )
-    from fastvim_jax.models.pretrained import from_pretrained, load_pretrained, save_pretrained
+    from fastvim_jax.models.pretrained import from_pretrained, load_pretrained
+    from fastvim_jax.models.saving import save_pretrained
     from fastvim_jax.training import (
         TrainConfig,
         evaluate,

@@ -19,7 +19,7 @@ import fastvim_jax
 from fastvim_jax.models import VisionMambaConfig, ViTConfig
 from fastvim_jax.data import open_source
 from fastvim_jax.inference import Classifier
-from fastvim_jax.models.pretrained import default_preprocessing
+from fastvim_jax.models.saving import default_preprocessing
 from fastvim_jax.training.start_from import load_weights
 from pallas_kernels import *
 from pallas_kernels.mixer_core import add_norm, norm_stream

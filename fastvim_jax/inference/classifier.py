@@ -36,14 +36,9 @@ from fastvim_jax.models.compiling import forward_options
 from fastvim_jax.models.mae import MaskedAutoencoder
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.prepared import split_weights
-from fastvim_jax.models.pretrained import (
-    Preprocessing,
-    check_class_names,
-    is_pretrained,
-    load_pretrained,
-    refuse_choice,
-)
+from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
 from fastvim_jax.models.registry import FAST
+from fastvim_jax.models.saving import Preprocessing, check_class_names
 from fastvim_jax.models.shares import run_in_shares, share_of, tracing_share_of
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.run_folder import Run, load_run

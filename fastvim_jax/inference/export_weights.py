@@ -19,9 +19,9 @@ from fastvim_jax.models.pretrained import (
     load_pretrained,
     refuse_choice,
     require_room,
-    save_pretrained,
 )
 from fastvim_jax.models.safetensors_file import write_safetensors
+from fastvim_jax.models.saving import save_pretrained
 from fastvim_jax.training.choice import headline_of
 from fastvim_jax.training.metrics import read_metrics
 from fastvim_jax.training.run_folder import Run, load_run

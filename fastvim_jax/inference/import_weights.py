@@ -25,12 +25,8 @@ from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, replace_options
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig, replace_masked_options
 from fastvim_jax.models.model_card import LICENCE
-from fastvim_jax.models.pretrained import (
-    Preprocessing,
-    default_preprocessing,
-    require_room,
-    save_pretrained,
-)
+from fastvim_jax.models.pretrained import require_room
+from fastvim_jax.models.saving import Preprocessing, default_preprocessing, save_pretrained
 from fastvim_jax.training.start_from import Report, load_source
 from fastvim_jax.training.weights_source import Source, source_arrays
 
@@ -118,7 +114,7 @@ def import_weights(
 
     Args:
         file: see `interop.read_weights_file`.
-        folder: to write, see `models.pretrained.save_pretrained`.
+        folder: to write, see `models.saving.save_pretrained`.
         name: of the model; None: recognised from names and shapes.
         entry: of a checkpoint, the part that holds the weights.
         options: fields of the model's config. `image_size` resamples the position embeddings, `num_classes` draws a

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
-from fastvim_jax.models.pretrained import Preprocessing, default_preprocessing
+from fastvim_jax.models.saving import Preprocessing, default_preprocessing
 from fastvim_jax.training.run_folder import Run
 
 

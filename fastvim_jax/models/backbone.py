@@ -25,6 +25,7 @@ from fastvim_jax.layers.drop_path import draw_masks, keep_factors
 from fastvim_jax.layers.head import make_head
 from fastvim_jax.layers.patch_embed import GridSize, grid_of
 from fastvim_jax.layers.pooling import Pooling
+from fastvim_jax.models import saving
 from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import run_blocks
 from fastvim_jax.typing import Images, Tokens
@@ -51,6 +52,7 @@ class Backbone(nnx.Module):
     norm: Any
     head: Any
     out_norms: Any
+    save_pretrained = saving.save_pretrained
     deterministic: bool | None = None
     """Set by `train()` (False) and `eval()` (True). None: a call with a key drops paths, a call without does not."""
     _mask_axes: tuple[int, ...] = ()

@@ -33,6 +33,7 @@ from fastvim_jax.layers.patch_embed import check_images
 from fastvim_jax.layers.pooling import NoPooling, Pooling
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.layers.ragged_pooling import ragged_pooling
+from fastvim_jax.models import saving
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters
@@ -86,6 +87,8 @@ class MaskedAutoencoder(nnx.Module):
     Parameters are named `encoder...` (as in the classifier) and `decoder...`. Position tables are fixed: they are not
     parameters.
     """
+
+    save_pretrained = saving.save_pretrained
 
     def __init__(self, config: MaskedAutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = config

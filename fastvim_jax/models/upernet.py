@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate, check_fields
 from fastvim_jax.errors import UserError
 from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.models import saving
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.config import VisionMambaConfig, ViTConfig, Width
@@ -107,6 +108,8 @@ class UperNet(nnx.Module):
 
     Trained values are `nnx.Param`; running statistics of batch norms are `nnx.BatchStat`.
     """
+
+    save_pretrained = saving.save_pretrained
 
     def __init__(
         self,

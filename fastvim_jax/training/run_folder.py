@@ -35,7 +35,8 @@ from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models import build_model
-from fastvim_jax.models.pretrained import HUB, check_class_names, is_pretrained
+from fastvim_jax.models.pretrained import HUB, is_pretrained
+from fastvim_jax.models.saving import check_class_names
 from fastvim_jax.regular_file import read_regular_file
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.checkpoints import Checkpoints, step_folders

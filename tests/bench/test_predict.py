@@ -13,7 +13,7 @@ from flax import nnx
 from fastvim_jax.bench.predict import limit
 from fastvim_jax.cli.main import main
 from fastvim_jax.models import VisionMambaConfig, build_model
-from fastvim_jax.models.pretrained import save_pretrained
+from fastvim_jax.models.saving import save_pretrained
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image, ImageDraw
 
 from fastvim_jax.models import build_model, model_config
-from fastvim_jax.models.pretrained import save_pretrained
+from fastvim_jax.models.saving import save_pretrained
 from fastvim_jax.training import load_experiment
 from tests.cli.conftest import Cli
 from tests.support import ROOT

@@ -28,7 +28,8 @@ from fastvim_jax.inference.image_files import find_images
 from fastvim_jax.inference.predict import predict_files
 from fastvim_jax.models import VisionMambaConfig, build_model, shares
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
-from fastvim_jax.models.pretrained import Preprocessing, Pretrained
+from fastvim_jax.models.pretrained import Pretrained
+from fastvim_jax.models.saving import Preprocessing
 from tests.support import ROOT
 
 SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 3}

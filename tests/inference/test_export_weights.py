@@ -19,7 +19,7 @@ from fastvim_jax.inference.export_weights import export_weights
 from fastvim_jax.inference.preprocessing import preprocessing_of
 from fastvim_jax.inference.reconstruct import load_masked
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model, upernet
-from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
+from fastvim_jax.models.saving import Preprocessing, save_pretrained
 from fastvim_jax.training import load_run, train
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.run_folder import Run

@@ -14,7 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from fastvim_jax import UserError, from_pretrained, load_pretrained, save_pretrained
 from fastvim_jax.models import VisionMambaConfig, ViTConfig, build_model
-from fastvim_jax.models.pretrained import Preprocessing, is_pretrained
+from fastvim_jax.models.backbone import Backbone
+from fastvim_jax.models.detection import CascadeRCNN
+from fastvim_jax.models.mae import MaskedAutoencoder
+from fastvim_jax.models.pretrained import is_pretrained
+from fastvim_jax.models.saving import Preprocessing
+from fastvim_jax.models.upernet import UperNet
 
 SIZES = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 3, "num_classes": 2}
 
@@ -25,7 +30,8 @@ def saved(tmp_path_factory):
     model = build_model(VisionMambaConfig(**SIZES), rngs=nnx.Rngs(3))
     preprocessing = Preprocessing((8, 8), 0.9, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     card = {"Data": "Handwritten digits.", "Licence": "CC BY 4.0"}
-    save_pretrained(model, folder, preprocessing=preprocessing, class_names=("a", "b"), card=card)
+    options = {"preprocessing": preprocessing, "class_names": ("a", "b"), "card": card}
+    assert model.save_pretrained(folder, **options) == folder
     return folder, model
 
 
@@ -48,6 +54,11 @@ def test_a_model_comes_back_with_its_bits(saved):
     same_bits(from_pretrained(str(folder)), model)
     modes = {file.stat().st_mode for file in folder.iterdir()}
     assert len(modes) == 1  # who may read the card may read the weights
+
+
+def test_every_kind_of_model_has_the_method():
+    for kind in (Backbone, MaskedAutoencoder, UperNet, CascadeRCNN):
+        assert kind.save_pretrained is save_pretrained
 
 
 def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, saved):

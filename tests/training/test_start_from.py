@@ -20,7 +20,7 @@ from fastvim_jax.models import UperNetConfig, ViTConfig, build_model
 from fastvim_jax.models.mae import backbone_parameters
 from fastvim_jax.models.mae_config import MaskedAutoencoderConfig
 from fastvim_jax.models.parameters import named_parameters, parameter_infos
-from fastvim_jax.models.pretrained import Preprocessing, save_pretrained
+from fastvim_jax.models.saving import Preprocessing, save_pretrained
 from fastvim_jax.training import evaluate, load_run, train
 from fastvim_jax.training.start_from import fit, load_weights, resize_positions
 from fastvim_jax.training.weights_source import Source

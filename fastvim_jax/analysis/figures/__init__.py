@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.models.pretrained import IMAGENET_MEAN, IMAGENET_STD
+from fastvim_jax.models.saving import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from fastvim_jax.models import saving
 from fastvim_jax.models.detection.boxes import decode_deltas
 from fastvim_jax.models.detection.config import DetectorConfig, StageConfig
 from fastvim_jax.models.detection.heads import BOX_SIZE, MASK_SIZE, BoxHead, MaskHead
@@ -78,6 +79,8 @@ class Stage(nnx.Module):
 
 class CascadeRCNN(nnx.Module):
     """A detector around any backbone that returns one stride-16 map. Build it through `build_model`."""
+
+    save_pretrained = saving.save_pretrained
 
     def __init__(self, config: DetectorConfig, backbone: nnx.Module, *, rngs: nnx.Rngs):
         p, c = config.precision, config.width

@@ -19,7 +19,7 @@ from fastvim_jax.inference.reconstruct import reconstruct_files
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model
 from fastvim_jax.models.parameters import named_parameters
-from fastvim_jax.models.pretrained import Preprocessing
+from fastvim_jax.models.saving import Preprocessing
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.masked.config import PRETRAINING, PROBING, PretrainConfig, ProbeConfig

@@ -13,7 +13,7 @@ from fastvim_jax.data import ClassificationData
 from fastvim_jax.errors import UserError
 from fastvim_jax.interop import from_torch_state_dict, to_torch_state_dict
 from fastvim_jax.models import MaskedAutoencoderConfig, VisionMambaConfig, build_model, upernet
-from fastvim_jax.models.pretrained import save_pretrained
+from fastvim_jax.models.saving import save_pretrained
 from fastvim_jax.training import train
 from fastvim_jax.training.masked.config import PretrainConfig
 from fastvim_jax.training.pool_scale import with_scale_of_init
