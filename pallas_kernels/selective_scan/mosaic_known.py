@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu
 from pallas_kernels.selective_scan import mosaic_bidirectional
-from pallas_kernels.selective_scan.mosaic_projected import STATES
+from pallas_kernels.selective_scan.mosaic_projected_cut import STATES
 from pallas_kernels.selective_scan.mosaic_projection_gradients import (
     choose_cut,
     projection_gradients,

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import SHARED_MEMORY, gpu_kernel, interpret_params, store, tf32
-from pallas_kernels.selective_scan.mosaic_projected import OVERHEAD, STATES
+from pallas_kernels.selective_scan.mosaic_projected_cut import OVERHEAD, STATES
 
 ROWS = 64  # of a thread block, and of a wgmma instruction
 CHANNELS = 96  # of u_bar that a warpgroup computes

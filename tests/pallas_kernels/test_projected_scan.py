@@ -221,7 +221,7 @@ def test_every_size_has_a_cut(batch, lines, width, rank):
 
     At batch 128, two images of bfloat16 tokens were the fastest for FastVim-T, -S and -B.
     """
-    from pallas_kernels.selective_scan.mosaic_projected import choose_cut
+    from pallas_kernels.selective_scan.mosaic_projected_cut import choose_cut
 
     padded = -(-rank // 16) * 16
     for narrow in (False, True):
