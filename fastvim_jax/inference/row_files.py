@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
@@ -58,9 +59,7 @@ def already_written(out: Path) -> dict[str, bool]:
         if out.suffix == ".jsonl":
             found = map(parse_json, text.split("\n")[:-1])
             return {each["file"]: each.get("error") is not None for each in found}
-        header, *rows = [row for row, _ in _rows_of(text)] or [[]]
-        place = header.index("error") if "error" in header else None
-        return {row[0]: place is not None and row[place] != "" for row in rows}
+        return {image.name: image.is_error for image in _images_of(text)[1]}
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(f"{out} holds no results that could be continued: {error}") from error
 
@@ -197,19 +196,46 @@ def _write_parquet(
         file_of_rows.unlink(missing_ok=True)
 
 
+class _Image(NamedTuple):
+    """The rows of an image in a CSV text: how many there are, and where they end."""
+
+    name: str
+    is_error: bool
+    rows: int
+    end: int
+
+
 def _without_torn_record(out: Path) -> str:
     """Read the records; a last one that a crash cut off is left out, with all of its rows."""
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1].decode("utf-8")
-    if out.suffix == ".jsonl" or text.endswith(b"\n"):
-        return whole
-    end, last = 0, None  # Where the rows of the last image begin, and its name.
-    before = 0
-    for row, after in _rows_of(whole):
-        if row[0] != last:
-            end, last = before, row[0]
-        before = after
-    return whole[: end or before]
+    data = out.read_bytes()
+    text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    if out.suffix == ".jsonl":
+        return text
+    # With an odd number of quotes, the line break at which the file ends lies within a text.
+    torn = len(text.encode()) < len(data) or text.count('"') % 2 == 1
+    end, images = _images_of(text)
+    if not images or not (torn or _lacks_rows(images)):
+        return text
+    return text[: images[-2].end if len(images) > 1 else end]
+
+
+def _lacks_rows(images: Sequence[_Image]) -> bool:
+    """Return whether a crash may have cut off rows of the last image: several rows are not written at once."""
+    whole = [image.rows for image in images[:-1] if not image.is_error] or [1]
+    return not images[-1].is_error and images[-1].rows != whole[-1]
+
+
+def _images_of(text: str) -> tuple[int, list[_Image]]:
+    """Return where the header of a CSV text ends, and the images of its rows."""
+    rows = _rows_of(text)
+    header, start = next(rows, ([], 0))
+    place = header.index("error") if "error" in header else len(header)
+    images = []
+    told = ((row[0], any(row[place : place + 1]), end) for row, end in rows)
+    for (name, is_error), group in itertools.groupby(told, key=lambda each: each[:2]):
+        ends = [end for _, _, end in group]
+        images.append(_Image(name, is_error, len(ends), ends[-1]))
+    return start, images
 
 
 def _rows_of(text: str) -> Iterator[tuple[list[str], int]]:
@@ -227,5 +253,5 @@ def _rows_of(text: str) -> Iterator[tuple[list[str], int]]:
 
 
 def _cut_torn_record(out: Path) -> None:
-    if out.exists() and out.read_bytes()[-1:] not in (b"", b"\n"):
-        out.write_bytes(_without_torn_record(out).encode("utf-8"))
+    if out.exists():
+        os.truncate(out, len(_without_torn_record(out).encode("utf-8")))

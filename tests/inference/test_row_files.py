@@ -109,6 +109,24 @@ def test_an_interrupted_parquet_file_is_gone_on_with(records: list[Said], tmp_pa
     assert read(tmp_path / "none.parquet") == []
 
 
+@pytest.mark.parametrize("kept", (1, 2, 3))
+def test_a_crash_between_two_rows_of_an_image_loses_none(tmp_path: Path, kept: int) -> None:
+    """Cut a table where a row ends, after `kept` images and a part of the next one, and go on."""
+    said = [Said(name, 1.5, rows=3) for name in "abcd"]
+    said[1] = Said("b", error="two\nlines")
+    whole, out = tmp_path / "whole.csv", tmp_path / "out.csv"
+    list(write_records(said, whole, COLUMNS))
+    list(write_records(said[:kept], out, COLUMNS))
+    there = out.stat().st_size
+    assert list(already_written(out)) == list("a" if kept > 1 else "") + list("bc"[: kept - 1])
+    next_one = whole.read_bytes()[there:].partition(b"\n")[0] + b"\n"  # A row, or a part of one.
+    out.write_bytes(out.read_bytes() + next_one)
+    done = already_written(out)
+    assert list(done) == list("abc"[:kept]), "images without all rows count as done"
+    list(write_records([each for each in said if each.file not in done], out, COLUMNS))
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .jsonl"):
         already_written(tmp_path / "found.txt")
