@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastvim_jax.cli.eval_options import EvalOptions
-from fastvim_jax.cli.usage import parse
+from fastvim_jax.cli.usage import as_usage_error, parse
 from fastvim_jax.errors import counted
 
 _KINDS = {"bbox_ap": "box AP", "segm_ap": "mask AP"}
@@ -20,6 +20,8 @@ class Arguments(EvalOptions):
 
     weights: Literal["raw", "ema"] | None = None
     """The trained weights or their average; by default the average, unless raw scored better in the run's log."""
+    eval_sizes: tuple[tuple[int, int], ...] = ()
+    """Padded sizes, heights and widths in turn (see data.eval_sizes); by default those of the run's config."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,6 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
     initialize_distributed()
     data = chosen.data()
+    if chosen.eval_sizes:
+        with as_usage_error():
+            data = dataclasses.replace(data, eval_sizes=chosen.eval_sizes)
     found = score_run(
         chosen.run, data, weights=chosen.weights, step=chosen.step, progress=not chosen.json
     )

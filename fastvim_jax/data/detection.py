@@ -110,6 +110,8 @@ def make_eval_iterator(
 ) -> BatchIterator:
     """Return an iterator over one pass in the source's order: images resized to fit, padded, not augmented.
 
+    With config.eval_sizes the images of each padded size come together, so that a batch has one size.
+
     A batch holds `image`, `scale` float32 `b 2` (factors by which width and height were resized), `index` int32 `b`
     (of the record) and `valid` bool `b`, False for padding and for records that cannot be read.
 
@@ -119,8 +121,9 @@ def make_eval_iterator(
     source = open_coco(config, split or config.eval_split)
     size = evaluation_batch(batch_size, config)
     local = local_batch(size, process_count, "eval_batch_size")
-    steps = math.ceil(len(source) / size)
-    positions = grain.MapDataset.source(range(steps * size))
+    plan = _plan(source, config, size)
+    steps = len(plan) // size
+    positions = grain.MapDataset.source(plan)
     batches = positions.map(_LoadForEvaluation(source, config)).batch(local, batch_fn=_stack)
     stream, endless = evaluation_stream(
         batches[process_index::process_count],
@@ -136,6 +139,26 @@ def make_eval_iterator(
         reread=lambda index: load(source, index),
         ends=endless,  # The iterator ends each pass itself.
     )
+
+
+def _plan(source: CocoSource, config: DetectionData, batch: int) -> Int[np.ndarray, "n 3"]:
+    """List record, height and width of every image of a pass; each size fills whole batches with records of -1.
+
+    All processes make the same plan, from the sizes in the JSON file.
+    """
+    groups: dict[tuple[int, int], list[int]] = {size: [] for size in config.eval_sizes}
+    groups[config.height_width] = []
+    for index in range(len(source)):
+        size = config.height_width
+        if config.eval_sizes:
+            size = config.padded_size(fit(source.size(index), config.height_width))
+        groups[size].append(index)
+    rows = [
+        (index, *size)
+        for size, members in groups.items()
+        for index in [*members, *(-len(members) % batch) * [-1]]
+    ]
+    return np.asarray(rows, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +189,19 @@ def fit(size: tuple[int, int], bounds: tuple[int, int], factor: float = 1.0) -> 
 
 
 def place(
-    image: UInt8[np.ndarray, "h w 3"], placement: Placement, config: DetectionData
+    image: UInt8[np.ndarray, "h w 3"],
+    placement: Placement,
+    config: DetectionData,
+    size: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "i j 3"]:
-    """Mirror, resize, crop and pad an image."""
+    """Mirror, resize, crop and pad an image to `size`; None: to the config's image_size."""
     region = tuple(min(r, c) for r, c in zip(placement.size, config.height_width, strict=True))
     if placement.mirrored:
         image = image[:, ::-1]
     cropped = resize_image(
         image, placement.size, top=placement.top, left=placement.left, region=(region[0], region[1])
     )
-    return pad(Scene(cropped), config.height_width, image=config.pad_value).image
+    return pad(Scene(cropped), size or config.height_width, image=config.pad_value).image
 
 
 def place_objects(
@@ -280,10 +306,11 @@ class _LoadForEvaluation(grain.transforms.Map):
     source: CocoSource
     config: DetectionData
 
-    def map(self, index: int) -> dict[str, Any]:
+    def map(self, planned: Int[np.ndarray, " 3"]) -> dict[str, Any]:
+        index, height, width = planned.tolist()
         config, scale = self.config, np.ones(2, np.float32)
-        image = np.zeros((*config.height_width, 3), np.uint8)
-        valid, corrupt = index < len(self.source), []
+        image = np.zeros((height, width, 3), np.uint8)
+        valid, corrupt = index >= 0, []
         if valid:
             try:
                 pixels, _ = load(self.source, index)
@@ -302,11 +329,20 @@ class _LoadForEvaluation(grain.transforms.Map):
 def fit_image(
     image: UInt8[np.ndarray, "h w 3"], config: DetectionData
 ) -> tuple[UInt8[np.ndarray, "i j 3"], Float[np.ndarray, " 2"]]:
-    """Resize an image to fit and pad it; also return the factors of width and height."""
+    """Resize an image to fit, and pad it to the smallest size; also return the factors of width and height."""
     size: Int[np.ndarray, " 2"] = np.asarray(image.shape[:2])
     placement = Placement(fit((int(size[0]), int(size[1])), config.height_width))
     scale = (np.asarray(placement.size) / size)[::-1].astype(np.float32)
-    return place(image, placement, config), scale
+    return place(image, placement, config, config.padded_size(placement.size)), scale
+
+
+def describe_eval_sizes(config: DetectionData) -> tuple[str, ...]:
+    """Say that several sizes are compiled, in one line; () for one size."""
+    if not config.eval_sizes:
+        return ()
+    sizes = sorted({*config.eval_sizes, config.height_width}, key=math.prod)
+    shown = ", ".join(f"{height}x{width}" for height, width in sizes)
+    return (f"Evaluation pads to the smallest of {shown}: one program is compiled for each size.",)
 
 
 def _example_bytes(config: DetectionData) -> int:

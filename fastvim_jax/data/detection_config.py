@@ -52,6 +52,9 @@ class DetectionData(DataConfig):
     """Grey level of padding, from 0 to 255, before normalisation."""
     max_objects: PositiveInt = 100
     """Largest number of objects of a training image. If there are more, the largest are kept."""
+    eval_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    """Sizes (height, width) below image_size that evaluation and prediction may pad to. Each resized image gets the
+    smallest one that holds it, or image_size, with one program for each size. By default image_size alone."""
     least_side: NonNegativeInt = 32
     """Training images with a side shorter than this many pixels are left out."""
 
@@ -59,3 +62,15 @@ class DetectionData(DataConfig):
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
         self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")
+        height, width = self.height_width
+        whole = all(side % 32 == 0 for size in self.eval_sizes for side in size)
+        self._require(whole, "eval_sizes", "sizes whose sides are multiples of 32")
+        fit = all(h <= height and w <= width for h, w in self.eval_sizes)
+        self._require(
+            fit, "eval_sizes", f"sizes (height, width) within image_size, {height} x {width}"
+        )
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the smallest size of `eval_sizes` and `image_size` that holds a resized image of `size`."""
+        holding = [s for s in self.eval_sizes if size[0] <= s[0] and size[1] <= s[1]]
+        return min([*holding, self.height_width], key=lambda s: s[0] * s[1])

@@ -21,6 +21,7 @@ from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import counted
 from fastvim_jax.inference.drawings import Drawing, output_names
+from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
 from fastvim_jax.training.run_folder import Run
@@ -34,7 +35,8 @@ def make_detector(run: Run) -> DetectOne:
     """Return a function from RGB pixels of any size to detections, highest score first.
 
     A detection is a dictionary of `category_id` (see `category_ids`), `bbox` [x, y, width, height] in pixels of the
-    image, `score` and, if the detector has masks, `segmentation` (RLE). The model is compiled once for all image sizes.
+    image, `score` and, if the detector has masks, `segmentation` (RLE). The model is compiled once for all image sizes,
+    or once for each padded size if the run's data have `eval_sizes`.
 
     Args:
         run: a detection run, from `load_run`.
@@ -47,7 +49,9 @@ def make_detector(run: Run) -> DetectOne:
 
     @jax.jit
     def found_in(state: Any, images: jax.Array, scale: jax.Array) -> Any:
-        return nnx.merge(graphdef, state)(preprocess(images), scale=scale)
+        model: Any = nnx.merge(graphdef, state)
+        crop_positions(model.backbone, (images.shape[1], images.shape[2]))
+        return model(preprocess(images), scale=scale)
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> list[dict[str, Any]]:
         fitted, scale = fit_image(image, config.data)

@@ -63,6 +63,7 @@ _FREE = frozenset(
         "data.decoder",
         "data.max_corrupt",
         "data.eval_batch_size",
+        "data.eval_sizes",
         "keep_best",
         "keep_checkpoints",
         "keep_every_steps",

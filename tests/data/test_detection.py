@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -308,6 +310,54 @@ def test_batches(tmp_path: Path) -> None:
     np.testing.assert_allclose(batch["scale"][0], [32 / 60, 21 / 40])
     assert (batch["image"][0, 21:] == 114).all()
     evaluation.close()
+
+
+def test_evaluation_pads_to_the_smallest_size_that_holds_an_image(tmp_path: Path) -> None:
+    """Compare with the batches of one size: the same pixels and factors, and every image once, in batches of a size."""
+    root = write(tmp_path, [box(4, 4, 20, 10)], images=5)
+    file = root / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    for i in (0, 3):  # portraits
+        content["images"][i] |= {"width": HEIGHT, "height": WIDTH}
+        with Image.open(root / f"train/{i}.png") as image:
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.save(root / f"train/{i}.png")
+    file.write_text(json.dumps(content))
+    (root / "train/4.png").write_bytes(b"no image")
+    settings = config(root, image_size=96, max_corrupt=1)
+    several = dataclasses.replace(settings, eval_sizes=((64, 96), (96, 64)))
+
+    def rows(data: DetectionData, process: int = 0, processes: int = 1) -> dict:
+        found = {}
+        options = {"process_index": process, "process_count": processes}
+        with contextlib.closing(make_eval_iterator(data, batch_size=2, **options)) as batches:
+            for batch in batches:
+                for i in np.flatnonzero(batch["valid"]):
+                    assert int(batch["index"][i]) not in found
+                    found[int(batch["index"][i])] = batch["image"][i], batch["scale"][i]
+        return found
+
+    whole, chosen = rows(settings), rows(several)
+    assert sorted(whole) == sorted(chosen) == [0, 1, 2, 3]
+    for index, (image, scale) in chosen.items():
+        size = (96, 64) if index in (0, 3) else (64, 96)
+        assert image.shape == (*size, 3)
+        np.testing.assert_array_equal(image, whole[index][0][: size[0], : size[1]])
+        assert (whole[index][0][size[0] :] == settings.pad_value).all()
+        np.testing.assert_array_equal(scale, whole[index][1])
+    halves = rows(several, 0, 2), rows(several, 1, 2)
+    assert sorted([*halves[0], *halves[1]]) == [0, 1, 2, 3]
+    shapes = [
+        [
+            b["image"].shape
+            for b in make_eval_iterator(several, batch_size=2, process_index=i, process_count=2)
+        ]
+        for i in range(2)
+    ]
+    assert shapes[0] == shapes[1]  # All processes run the same programs.
+    for sizes, why in ((((96, 64),), "within image_size"), (((48, 64),), "multiples of 32")):
+        with pytest.raises(UserError, match=f"data.eval_sizes.*{why}"):
+            dataclasses.replace(settings, eval_sizes=sizes)
 
 
 def test_an_image_of_another_size_than_its_entry_is_refused(tmp_path: Path) -> None:

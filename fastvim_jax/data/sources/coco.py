@@ -143,6 +143,11 @@ class CocoSource:
         """Return the name of a record's image as in the JSON file."""
         return self._names[index]
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return height and width of a record's image as in the JSON file."""
+        width, height = self._sizes.values[range(len(self))[index]].tolist()
+        return height, width
+
     def objects(self, index: int) -> Objects:
         """Return a record's objects without reading its image."""
         place = range(len(self))[index]

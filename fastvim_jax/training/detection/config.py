@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.errors import UserError
+from fastvim_jax.models.channel_vit import ChannelViTConfig
 from fastvim_jax.models.detection.config import DetectorConfig
 from fastvim_jax.training.config import OptimizerConfig, RunConfig
 
@@ -61,6 +62,10 @@ class DetectionConfig(RunConfig):
             raise UserError(
                 f"model.backbone.image_size={self.model.backbone.image_size}, but data.image_size="
                 f"{self.data.image_size}: make them equal, or the position embedding is resized in every step."
+            )
+        if self.data.eval_sizes and isinstance(self.model.backbone, ChannelViTConfig):
+            raise UserError(
+                "data.eval_sizes: a ChannelViT resamples its positions for every size; leave it empty."
             )
         if any(side % 32 for side in self.data.height_width):
             raise UserError(

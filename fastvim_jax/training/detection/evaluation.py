@@ -31,6 +31,7 @@ from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.detection.boxes import overlaps
 from fastvim_jax.models.detection.cascade import Detections
 from fastvim_jax.models.detection.masks import paste_masks
+from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.metrics import (
     average_precisions,
     class_precisions,
@@ -50,11 +51,12 @@ Detect = Callable[[Any, Batch], Any]
 
 
 def make_detect(graphdef: nnx.GraphDef, preprocess: Preprocess) -> Detect:
-    """Compile the detector on a batch of `make_eval_iterator`."""
+    """Compile the detector on a batch of `make_eval_iterator`, once for each padded size."""
 
     @jax.jit
     def detect(params: Any, batch: Batch) -> Any:
-        model = nnx.merge(graphdef, gather_outside_blocks(params))
+        model: Any = nnx.merge(graphdef, gather_outside_blocks(params))
+        crop_positions(model.backbone, (batch["image"].shape[1], batch["image"].shape[2]))
         found: Detections = model(preprocess(batch["image"]), scale=batch["scale"])
         return on_every_device((found, batch["index"], batch["valid"]))
 
@@ -149,7 +151,7 @@ def detect_all(
                 print(f"evaluating: {len(seen)} of {len(source)} images", file=sys.stderr)
     if not seen:
         raise UserError("no image of the evaluation split could be read: check data.eval_split.")
-    return found, seen
+    return found, sorted(seen)
 
 
 def results(detected: Any, source: CocoSource) -> Iterator[tuple[int, list[dict[str, Any]]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from fastvim_jax.data.detection import make_eval_iterator
+from fastvim_jax.data.detection import describe_eval_sizes, make_eval_iterator
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.distributed import (
     MeshConfig,
+    is_first_process,
     make_mesh,
     on_mesh,
     place_batch,
@@ -79,6 +81,9 @@ def score_run(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    if progress and is_first_process():
+        for line in describe_eval_sizes(data):
+            print(line, file=sys.stderr)
     with contextlib.closing(batches):
         source: Any = batches.source
         run = load_run(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fastvim_jax.data.detection import make_eval_iterator, make_train_iterator
+from fastvim_jax.data.detection import describe_eval_sizes, make_eval_iterator, make_train_iterator
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
@@ -68,7 +68,7 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names, source.category_ids)
-    run.messages.extend(source.notes)
+    run.messages.extend((*source.notes, *describe_eval_sizes(data)))
 
     # Model
     def build() -> nnx.Module:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,13 +15,15 @@ from PIL import Image
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data.detection import open_coco
+from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.detect import category_ids
+from fastvim_jax.inference.detect import category_ids, make_detector
 from fastvim_jax.inference.drawings import draw_files
 from fastvim_jax.models import build_model
 from fastvim_jax.models.parameters import parameter_infos
 from fastvim_jax.training import load_run, read_metrics, train
-from fastvim_jax.training.detection.evaluation import class_scores, judge, worst
+from fastvim_jax.training.detection.evaluation import as_coco, class_scores, judge, worst
+from fastvim_jax.training.detection.run_scores import score_run
 from fastvim_jax.training.start_from import fit
 from fastvim_jax.training.tasks import config_from_json
 from fastvim_jax.training.weights_source import Source
@@ -132,6 +136,49 @@ def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, caps
         assert "knows the 2 categories" in capsys.readouterr().err
 
 
+@pytest.mark.drawn("commands", one_in=6)
+def test_images_are_padded_to_a_short_list_of_sizes(images, finished, tmp_path):
+    """Evaluate and detect with less padding: a model of that size gives the same boxes."""
+    folder, result = finished
+    run = load_run(folder)
+    root = shutil.copytree(images[0], tmp_path / "flat")
+    file = root / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    first = content["images"][0]
+    with Image.open(root / "val2017" / first["file_name"]) as image:
+        flat = image.crop((0, 0, image.width, first["width"] // 3))
+    flat.save(root / "val2017" / first["file_name"])
+    first["height"] = flat.height
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first["id"]]
+    file.write_text(json.dumps(content))
+    sizes = ((64, 32), (32, 64))
+    data = dataclasses.replace(run.config.data, eval_sizes=sizes, path=str(root), eval_batch_size=2)
+    several = score_run(folder, data)
+    assert several.count == result.metrics["count"]
+    assert 0 <= several.scores["bbox_ap"] <= 1
+    smaller = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 64, 3), np.uint8)
+    found = make_detector(smaller)(pixels)
+    # A model of that size, with the part of the position table that belongs to it, is the reference.
+    backbone = dataclasses.replace(run.config.model.backbone, image_size=(32, 64))
+    model = build_model(dataclasses.replace(run.config.model, backbone=backbone), rngs=nnx.Rngs(0))
+    state = nnx.state(run.model)
+    table = state["backbone"]["pos_embed"]
+    state["backbone"]["pos_embed"] = table.replace(
+        table[...].reshape(1, 4, 4, -1)[:, :2].reshape(1, 8, -1)
+    )
+    nnx.update(model, state)
+    padded = np.pad(pixels, ((0, 2), (0, 0), (0, 0)), constant_values=data.pad_value)
+    model.eval()
+    answer = jax.jit(lambda x: model(x))(make_preprocess(data)(jnp.asarray(padded[None])))
+    answer = jax.tree.map(lambda x: np.asarray(x[0]), answer)
+    expected = as_coco(answer, 30, 64, category_ids(run))
+    assert found and len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["category_id"] == other["category_id"]
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.01)
+
+
 @pytest.mark.drawn("trainings", one_in=6)
 def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
     """Train a Faster R-CNN: one stage and no masks, from data without masks."""
@@ -156,6 +203,8 @@ def test_boxes_alone_are_trained_and_evaluated(images, tmp_path):
 
 def test_a_config_survives_its_file(scenes):
     config = tiny_config(scenes)
+    data = dataclasses.replace(config.data, eval_sizes=((32, 64), (64, 32)))
+    config = dataclasses.replace(config, data=data)
     assert config_from_json(config.to_json()) == config
 
 
