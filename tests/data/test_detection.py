@@ -355,7 +355,7 @@ def test_evaluation_pads_to_the_smallest_size_that_holds_an_image(tmp_path: Path
         for i in range(2)
     ]
     assert shapes[0] == shapes[1]  # All processes run the same programs.
-    for sizes, why in ((((96, 64),), "within image_size"), (((48, 64),), "multiples of 32")):
+    for sizes, why in ((((128, 64),), "within image_size"), (((48, 64),), "multiples of 32")):
         with pytest.raises(UserError, match=f"data.eval_sizes.*{why}"):
             dataclasses.replace(settings, eval_sizes=sizes)
 
