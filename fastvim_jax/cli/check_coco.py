@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -96,10 +98,10 @@ def _splits(path: str, pattern: str) -> list[str]:
     from fastvim_jax.data.sources import expand_path
 
     root = expand_path(path)
-    before, _, after = pattern.partition("{split}")
-    ends = len(f"{root}/{before}")
-    files = sorted(map(str, root.glob(f"{glob.escape(before)}*{glob.escape(after)}")))
-    found = [file[ends : len(file) - len(after)] for file in files] if "{split}" in pattern else []
+    before, given, after = Path(pattern).as_posix().partition("{split}")
+    start = os.path.join(root, before)
+    files = sorted(glob.glob(f"{glob.escape(start)}*{glob.escape(after)}")) if given else []
+    found = [file[len(start) : len(file) - len(after)] for file in files]
     if not found:
         raise UsageError(
             f"no file matches {str(root / pattern)!r}: correct --annotations, or name the splits with --split."

@@ -399,7 +399,9 @@ def test_a_scan_lists_what_is_wrong(tmp_path: Path, capsys) -> None:
     assert "1 category has no object, of 2: cat." in report["notes"]
 
 
-def test_the_scan_finds_the_splits_and_says_how_to_train(tmp_path: Path, capsys) -> None:
+def test_the_scan_finds_the_splits_and_says_how_to_train(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
     """Name splits by the files of annotations, and give a command that trains on them."""
     root = write(tmp_path, [box(4, 4, 20, 10)], images=1)
     assert main(["data", "check", str(root)]) == 0
@@ -407,6 +409,10 @@ def test_the_scan_finds_the_splits_and_says_how_to_train(tmp_path: Path, capsys)
     assert "train: 1 image" in told
     splits = "--data.train-split train --data.eval-split train"
     assert f"train coco/fastvim_tiny --data.path {root} --model.num-classes 2 {splits} (" in told
+    monkeypatch.chdir(root)
+    for pattern in ("annotations/instances_{split}.json", "./annotations//instances_{split}.json"):
+        assert main(["data", "check-coco", ".", "--annotations", pattern]) == 0
+        assert "train: 1 image" in capsys.readouterr().out
     (root / "train").rename(root / "val_small")
     (root / "annotations/instances_train.json").rename(root / "annotations/val_small.json")
     patterns = ["--annotations", "annotations/{split}.json"]
