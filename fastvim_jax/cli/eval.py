@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     if found.other_names:
         number, ours, theirs = found.other_names
         print(
-            f"fastvim: class {number} is {ours!r} in the run, but {theirs!r} in the data: "
+            f"fastvim: class {number} is {ours!r} in the model, but {theirs!r} in the data: "
             "the scores mean something only if these are the same.",
             file=sys.stderr,
         )

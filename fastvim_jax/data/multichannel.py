@@ -85,6 +85,10 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
         raise
     # Readers raise almost anything on damaged files: OSError, ValueError, struct.error, zlib.error, ...
     except Exception as error:
+        if "imagecodecs" in str(
+            error
+        ):  # tifffile's words for a compression that it does not read itself.
+            raise DecodeError(f"{name}: {error}: pip install imagecodecs.") from None
         raise DecodeError(f"{name}: damaged image ({error or type(error).__name__}).") from None
 
 

@@ -204,8 +204,13 @@ def test_eval_on_other_data(fastvim: Cli, run_dir: Path, tmp_path: Path) -> None
     # Classes by another name may be others; another number of them cannot be right.
     (tmp_path / "held out" / "9").rename(tmp_path / "held out" / "nine")
     status, out, err = fastvim("eval", run_dir, *data)
-    assert status == 0 and "class 9 is '9' in the run, but 'nine' in the data" in err
-    shutil.rmtree(tmp_path / "held out" / "nine")
+    assert status == 0 and "class 9 is '9' in the model, but 'nine' in the data" in err
+    (tmp_path / "held out" / "nine").rename(tmp_path / "held out" / "9")
+    listed = tmp_path / "names.txt"
+    listed.write_text("\n".join("9123456780"))
+    status, _, err = fastvim("eval", run_dir, *data, "--data.class-list", listed)
+    assert status == 1 and "class 0 is '0' in the model, but '9' in the data. List the" in err
+    shutil.rmtree(tmp_path / "held out" / "9")
     status, _, err = fastvim("eval", run_dir, *data)
     assert status == 1 and "The data have 9 classes, the model 10" in err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,13 @@ def test_photographs_are_no_stacks(rng: np.random.Generator) -> None:
     assert as_stack(file.getvalue(), "png") is None
     with pytest.raises(DecodeError, match=r"^cut: "):
         as_stack(tiff(rng.integers(0, 9, (9, 8, 5)).astype(np.uint8), "samples")[:-20], "cut")
+
+
+def test_a_compression_that_needs_a_package_is_no_damage(rng: np.random.Generator) -> None:
+    if importlib.util.find_spec("imagecodecs"):
+        pytest.skip("imagecodecs is installed")
+    pages = [Image.fromarray(rng.integers(0, 256, (9, 8), np.uint8)) for _ in range(3)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    with pytest.raises(DecodeError, match=r"^bands: .*LZW.* package: pip install imagecodecs\.$"):
+        as_stack(file.getvalue(), "bands")

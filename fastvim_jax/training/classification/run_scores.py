@@ -71,8 +71,8 @@ def score_run(
         per_class: also count by class.
 
     Raises:
-        UserError: no such run, checkpoint or data; data of another number of classes than the model's; weights or a
-            step of a saved model.
+        UserError: no such run, checkpoint or data; data of another number of classes than the model's, or of the same
+            classes in another order; weights or a step of a saved model.
     """
     chosen = None if weights == "all" else weights
     load: Callable[[Any, tuple[str, ...]], _Loaded]
@@ -99,14 +99,19 @@ def score_run(
                 f"The data have {counted(len(names), 'class', 'classes')}, the model {len(own)}: choose data of the "
                 "model's classes, or name them by data.class_list."
             )
+        pairs = enumerate(zip(own, names, strict=True))
+        other = next(((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs), None)
+        if other and sorted(own) == sorted(names):
+            raise UserError(
+                f"The data have the model's classes in another order: class {other[0]} is {other[1]!r} in the model, "
+                f"but {other[2]!r} in the data. List the names in the model's order by data.class_list."
+            )
         graphdef = nnx.graphdef(next(iter(models.values())))
         eval_step = on_mesh(
             mesh, make_eval_step(graphdef, preprocess=make_preprocess(data), per_class=per_class)
         )
         params = {name: nnx.state(model) for name, model in models.items()}
         scores = evaluate_weights(eval_step, params, map(partial(place_batch, mesh), batches))
-    pairs = enumerate(zip(own, names, strict=True))
-    other = next(((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs), None)
     return RunScores(at, own, scores, other)
 
 
