@@ -298,6 +298,54 @@ def test_an_object_store_is_asked_again_and_its_answer_kept(
     assert len(asked) == 3
 
 
+def test_a_changed_file_of_an_object_store_is_read_again(
+    tables: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ask once a process whether a file changed, and use the kept one where the store does not answer."""
+    fsspec = pytest.importorskip("fsspec")
+    store, asked = fsspec.filesystem("memory"), []
+    (tables / "load_data.csv").write_text("Metadata_Well,URL_OrigDNA\nA02,memory://new/dna.npy\n")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tmp_path))
+    info = type(store).info
+
+    def counted(self: object, path: str, **options: object) -> object:
+        asked.append(path)
+        return info(self, path, **options)
+
+    def pixel() -> int:
+        """Read as a new process does."""
+        return int(open_source("jump_cp", "all", path=str(tables))[0].image[0, 0, 0])
+
+    def put(value: int) -> None:
+        np.save(tmp_path / "dna.npy", np.full((4, 4), 257 * value, np.uint16))
+        store.pipe("/new/dna.npy", (tmp_path / "dna.npy").read_bytes())
+
+    monkeypatch.setattr(type(store), "info", counted)
+    opened, fetched = fsspec.open, []
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: fetched.append(url) or opened(url, mode))
+    put(1)
+    assert pixel() == 1 and pixel() == 1 and len(fetched) == 1
+    put(2)  # of the same size
+    asked.clear()
+    source = open_source("jump_cp", "all", path=str(tables))
+    assert {int(source[0].image[0, 0, 0]) for _ in range(3)} == {2}
+    assert len(asked) == 1
+    (kept,) = tmp_path.rglob("version-*")  # The old file is gone.
+    kept.unlink()
+    assert int(source[0].image[0, 0, 0]) == 2
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(type(store), "info", offline)
+    monkeypatch.setattr(fsspec, "open", offline)
+    assert pixel() == 2
+    assert "dna.npy: whether it changed is not known (no network)" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["load_data.csv", "load_data.csv.gz", "index.parquet"])
 def test_a_damaged_index_is_named(tables: Path, name: str) -> None:
     index = tables / name

@@ -14,12 +14,12 @@ import numpy as np
 from fastvim_jax.data.files import read_file
 from fastvim_jax.data.multichannel import MultiChannel, read_channels
 from fastvim_jax.data.records import DecodeError
-from fastvim_jax.data.sources.object_store import fetch
+from fastvim_jax.data.sources.object_store import KeptFiles
 from fastvim_jax.data.sources.plate_index import Site
 
 
 class PlateImages:
-    """Reader of the sites of an index. Files of an object store are kept on the local disk once they were fetched.
+    """Reader of the sites of an index. Files of an object store are kept on the local disk (`KeptFiles`).
 
     Args:
         index: path or URL of the index; errors name it.
@@ -66,12 +66,12 @@ class PlateImages:
         return self._read(site.files[0], self.name(site))
 
     @cached_property
-    def _cache(self) -> Path:
-        """Local folder for files of an object store; each index has its own."""
+    def _kept(self) -> KeptFiles:
+        """Files of an object store on the local disk; each index has its own folder."""
         digest = hashlib.blake2b(self.index.encode(), digest_size=8).hexdigest()
         folder = Path(tempfile.gettempdir()) / "fastvim-jump-cp" / digest
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return KeptFiles(folder)
 
     def _stack(self, site: Site, channels: Sequence[str], name: str) -> MultiChannel:
         planes: list[np.ndarray] = []
@@ -117,11 +117,4 @@ class PlateImages:
                 return read_file(file)
             except DecodeError as error:
                 raise DecodeError(f"{name}: {error}") from None
-        kept = self._cache / hashlib.blake2b(file.encode(), digest_size=16).hexdigest()
-        if kept.is_file():
-            return kept.read_bytes()
-        data = fetch(file)
-        partial = kept.with_suffix(f".{np.random.default_rng().integers(2**63)}")
-        partial.write_bytes(data)
-        partial.replace(kept)
-        return data
+        return self._kept.read(file)
