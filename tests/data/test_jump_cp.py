@@ -16,6 +16,7 @@ from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.sources import object_store, plate_images
 from fastvim_jax.data.sources.jump_target import read_plate_labels, well_name
+from fastvim_jax.data.sources.plate_index import read_index
 from fastvim_jax.errors import UserError
 from tests.support import data_dir
 
@@ -357,3 +358,23 @@ def test_a_damaged_index_is_named(tables: Path, name: str) -> None:
     os.mkfifo(index)
     with pytest.raises(UserError, match="is no index of images"):
         open_source("jump_cp", "train", path=str(index))
+
+
+def test_numbers_of_a_parquet_table_are_called_as_in_csv(tmp_path: Path) -> None:
+    """Read sites as pandas stores them where one is missing, and channels of which one has URLs alone."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    columns = {
+        "Metadata_Plate": [7.0, None], "Metadata_Well": ["A01", "A02"], "Metadata_Site": [1.0, float("nan")],
+        "URL_OrigER": ["s3://plate/er.tif"] * 2, "FileName_OrigDNA": [None, "dna.tif"],
+    }  # fmt: skip
+    index = tmp_path / "load_data.parquet"
+    parquet.write_table(pyarrow.table(columns), index)
+    (first, second), channels, _ = read_index(str(index))
+    assert (first.plate, first.site, first.name) == ("7", "1", "7_A01_1")
+    assert (second.plate, second.site, second.name) == ("", "", "A02")
+    assert channels == ("ER", "DNA") and first.files == ("s3://plate/er.tif", "")
+    parquet.write_table(pyarrow.table(columns).slice(0, 0), index)
+    with pytest.raises(UserError, match="has no row of an image"):
+        read_index(str(index))

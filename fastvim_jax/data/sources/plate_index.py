@@ -96,13 +96,15 @@ def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]
     data = fetch(index) if "://" in index else read_file(index)
     is_csv = index.endswith((".csv", ".csv.gz"))
     rows = _read_csv(index, data) if is_csv else _read_parquet(index, data)
-    columns = tuple(rows[0]) if rows else ()
+    if not rows:
+        raise UserError(f"{index!r} has no row of an image.")
+    columns = tuple(rows[0])
     if is_csv or _channels(columns):
         return _read_load_data(index, rows)
     missing = [column for column in ("path", "well") if column not in columns]
     if missing:
         raise UserError(
-            f"{index!r} has no column {', '.join(missing)} (found: {', '.join(columns) or 'none'})."
+            f"{index!r} has no column {', '.join(missing)} (found: {', '.join(columns)})."
         )
     sites = [
         Site(
@@ -135,7 +137,10 @@ def _read_csv(index: str, data: bytes) -> list[dict[str, str]]:
 
 
 def _read_parquet(index: str, data: bytes) -> list[dict[str, str]]:
-    """Read a Parquet file as texts. A missing value is ""."""
+    """Read a Parquet file as texts. A missing value is "", a whole number has no point.
+
+    Otherwise site 1 would be called 1.0 where another site has no number, because pandas then writes floats.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
@@ -146,25 +151,33 @@ def _read_parquet(index: str, data: bytes) -> list[dict[str, str]]:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     except Exception as error:
         raise UserError(f"{index!r} cannot be read as Parquet: {error}") from None
-    return [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+    return [{k: _text(v) for k, v in row.items()} for row in rows]
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _channels(columns: Sequence[str]) -> tuple[str, ...]:
     """Return the channels of a load_data table in the order of its columns."""
-    found = [c.removeprefix("FileName_Orig") for c in columns if c.startswith("FileName_Orig")]
-    return tuple(found or [c.removeprefix("URL_Orig") for c in columns if c.startswith("URL_Orig")])
+    prefixes = ("FileName_Orig", "URL_Orig")
+    return tuple(
+        dict.fromkeys(c.removeprefix(p) for p in prefixes for c in columns if c.startswith(p))
+    )
 
 
 def _read_load_data(
     index: str, rows: list[dict[str, str]]
 ) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
     """Read a load_data table. Channels come in the order of JUMP-CP; other channels follow in the table's order."""
-    columns = tuple(rows[0]) if rows else ()
+    columns = tuple(rows[0])
     found = _channels(columns)
     if not found or "Metadata_Well" not in columns:
         raise UserError(
             f"{index!r} is no load_data file of CellProfiler: it needs Metadata_Well and FileName_Orig<channel> or "
-            f"URL_Orig<channel> (found: {', '.join(columns[:12])[:200] or 'nothing'})."
+            f"URL_Orig<channel> (found: {', '.join(columns[:12])[:200]})."
         )
     place = {name: i for i, name in enumerate(CHANNEL_ORDER)}
     channels = tuple(sorted(found, key=lambda name: place.get(name, len(place))))
