@@ -84,7 +84,7 @@ def training_case(name: str, batch: int, blocks: str) -> Iterator[dict[str, Any]
                 step.func,
                 shapes,
                 jax.eval_shape(lambda c=count: inputs(c)),
-                keywords=step.keywords,
+                keywords=jax.device_put(step.keywords),
                 static={"norms": norms},
                 pool=pool,
             )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastvim_jax.bench.model import policy, reference_options
 from fastvim_jax.bench.overlap import overlap
@@ -233,7 +233,9 @@ def step_program(
     step: Any = _train_step(config, state.params, recipe, places)
 
     # The jitted function inside has compiler options on several GPUs, which another `jit` around it would refuse.
-    more: dict[str, Any] = {"keywords": step.keywords, "static": {"norms": False}}
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    seed = jax.device_put(step.keywords, place)
+    more: dict[str, Any] = {"keywords": seed, "static": {"norms": False}}
     compile_step = lambda: timing.Program(step.func, state, inputs, **more)  # noqa: E731
     return compile_step() if mesh is None else on_mesh(mesh, compile_step)()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -264,8 +263,35 @@ def make_train_step(
         out_shardings=(shardings, None),
         compiler_options=_compiler_options(shardings, by_device and replicated),
     )
-    # Pass the seed as an argument: as a constant, every seed would need its own compiled program.
-    return partial(compiled, seed=np.uint32(seed))
+    return TrainStep(compiled, seed)
+
+
+class TrainStep:
+    """A compiled step that passes its seed along: as a constant, every seed would need a compiled program of its own.
+
+    Args:
+        func: the compiled function, `func(state, batch, seed=..., norms=...)`.
+        seed: seed of all keys.
+
+    Attributes:
+        keywords: the seed, as the keyword that `func` takes, for who calls `func`.
+    """
+
+    def __init__(self, func: Any, seed: int) -> None:
+        self.func, self.keywords = func, {"seed": np.uint32(seed)}
+        self._placed: jax.Array | None = None
+
+    def __call__(
+        self, state: TrainState, batch: Batch, **options: bool
+    ) -> tuple[TrainState, Metrics]:
+        """Make one update. The seed is copied to the devices once; else every step would wait for a copy of it."""
+        if isinstance(state.step, jax.core.Tracer):
+            return self.func(state, batch, **self.keywords, **options)
+        if self._placed is None:
+            seed = self.keywords["seed"]
+            copy = jax.jit(lambda: jnp.asarray(seed), out_shardings=state.step.sharding)
+            self._placed = copy()
+        return self.func(state, batch, seed=self._placed, **options)
 
 
 def measures_norms(due: bool) -> bool:

@@ -127,6 +127,16 @@ def test_runs_that_differ_in_the_seed_share_a_program_and_not_their_draws(rng, s
     assert losses[0] != losses[1]
 
 
+def test_only_the_first_step_copies_the_seed_to_the_device(rng):
+    graphdef, params = split(Keyed())
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_with(graphdef), optimizer, draw=draw)
+    batch = jax.device_put(tiny_batch(rng))
+    state, _ = step(init_state(params, optimizer, ema=False), batch)
+    with jax.transfer_guard_host_to_device("disallow"):
+        step(state, batch)
+
+
 def test_soft_targets_step_like_the_labels_they_come_from(rng):
     batch = tiny_batch(rng)
     graphdef, params = split(Linear())
