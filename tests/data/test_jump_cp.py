@@ -15,7 +15,9 @@ from fastvim_jax.data import CellsData, DecodeError, open_source
 from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.sources import object_store, plate_images
+from fastvim_jax.data.sources.jump_cp import JumpCpSource
 from fastvim_jax.data.sources.jump_target import read_plate_labels, well_name
+from fastvim_jax.data.sources.plate_files import RemoteFiles
 from fastvim_jax.data.sources.plate_index import read_index
 from fastvim_jax.errors import UserError
 from tests.support import data_dir
@@ -297,6 +299,45 @@ def test_an_object_store_is_asked_again_and_its_answer_kept(
     for _ in range(2):
         assert (source[0].image == 9).all()
     assert len(asked) == 3
+
+
+def test_files_named_by_paths_lie_below_the_url_of_their_table(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Find relative paths, other machines' paths by name and folder, and say which files are not there."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tmp_path))
+    url = "memory://shelf/plates/load_data.csv"
+    header = "Metadata_Well,PathName_OrigDNA,FileName_OrigDNA,FileName_IllumDNA"
+    for value, plate in enumerate(("P1", "P2"), 1):
+        np.save(tmp_path / "dna.npy", np.full((4, 4), 257 * value, np.uint16))
+        store.pipe(f"/shelf/plates/{plate}/Images/dna.npy", (tmp_path / "dna.npy").read_bytes())
+
+    def index(*rows: str) -> JumpCpSource:
+        store.pipe("/shelf/plates/load_data.csv", "\n".join((header, *rows)).encode())
+        return JumpCpSource(url, "all", tables=tables)
+
+    elsewhere = "memory://shelf/plates/P2/Images"
+    source = index(
+        "A02,P1/Images,dna.npy,", "A02,/other/P2/Images,dna.npy,", f"A02,{elsewhere},dna.npy,", "A02,P1,no.npy,"
+    )  # fmt: skip
+    assert [int(source[i].image[0, 0, 0]) for i in range(3)] == [1, 2, 2]
+    with pytest.raises(DecodeError, match="the channel DNA is missing"):
+        source[3]
+    assert any("pixels are not corrected" in n for n in index("A02,P1/Images,dna.npy,i.npy").notes)
+    with pytest.raises(UserError, match="lies in several folders below 'memory://shelf/plates'"):
+        index("A02,/other,dna.npy,")
+    with pytest.raises(UserError, match="of which none lies below 'memory://shelf/plates'"):
+        index("A02,P1,no.npy,", "A02,,,")
+    monkeypatch.setattr(type(store), "find", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    source = index("A02,P1/Images,dna.npy,", "A02,/other,no.npy,")  # taken to lie there
+    assert int(source[0].image[0, 0, 0]) == 1
+    with pytest.raises(DecodeError, match=r"memory://shelf/plates/no\.npy"):
+        source[1]
+    web = RemoteFiles("https://there.org/a/load_data.csv?key=b/c")
+    row = {"PathName_OrigDNA": "Images 1", "FileName_OrigDNA": "dna.tif"}
+    assert web.find(row, "Orig", "DNA") == "https://there.org/a/Images%201/dna.tif"
 
 
 def test_a_changed_file_of_an_object_store_is_read_again(

@@ -6,7 +6,8 @@ An index has one of two layouts:
   or multi-channel image, absolute, relative to the index, or a URL), `well` and optionally `id`, `plate` and `site`.
 - one file per channel, as the Cell Painting Gallery has it (CellProfiler's load_data). A CSV file, perhaps compressed
   by gzip, or a Parquet file with the columns `Metadata_Plate`, `Metadata_Well`, `Metadata_Site`; for each channel
-  either `FileName_Orig<name>` and `PathName_Orig<name>` (one 16-bit TIFF per channel) or `URL_Orig<name>`; optionally
+  either `FileName_Orig<name>` and `PathName_Orig<name>` (one 16-bit TIFF per channel, see `plate_files`) or
+  `URL_Orig<name>`; optionally
   `FileName_Illum<name>` (the illumination function, `.npy`, that divides the pixels).
 """
 
@@ -17,15 +18,15 @@ import dataclasses
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.files import MAX_BYTES, read_file
 from fastvim_jax.data.sources.object_store import fetch
+from fastvim_jax.data.sources.plate_files import LocalFiles, RemoteFiles
 from fastvim_jax.errors import UserError
 
 LOAD_DATA = (".csv", ".csv.gz", ".parquet")
@@ -181,7 +182,7 @@ def _read_load_data(
         )
     place = {name: i for i, name in enumerate(CHANNEL_ORDER)}
     channels = tuple(sorted(found, key=lambda name: place.get(name, len(place))))
-    files = _FilesBelow(Path(index).parent)
+    files = RemoteFiles(index) if "://" in index else LocalFiles(index)
     sites: list[Site] = []
     for row in rows:
         plate, well, site = (row.get(f"Metadata_{key}", "") for key in ("Plate", "Well", "Site"))
@@ -190,72 +191,17 @@ def _read_load_data(
         illumination = tuple(files.illumination(row, channel) for channel in channels)
         illumination = illumination if any(illumination) else ()
         sites.append(Site(name, well, originals, illumination, channels, plate, site))
+    if isinstance(files, RemoteFiles) and sites and not any(any(site.files) for site in sites):
+        raise UserError(
+            f"{index!r} names files in PathName_Orig... and FileName_Orig..., of which none lies below "
+            f"{files.folder!r}. Put the table above its images, or name them in URL_Orig<channel>."
+        )
     functions = {file for site in sites for file in site.illumination if file}
-    if functions and not any("://" in file or Path(file).is_file() for file in functions):
+    if functions and functions <= files.missing:
         note = "The index names illumination functions, of which none is there: pixels are not corrected."
         sites = [dataclasses.replace(site, illumination=()) for site in sites]
         return sites, channels, (note,)
     return sites, channels, ()
-
-
-class _FilesBelow:
-    """Find files of a load_data CSV: at the path that it names, or else by name anywhere below the CSV's folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        for file in _files(self._folder):
-            found.setdefault(file.name, []).append(file)
-        return found
-
-    def find(self, row: dict[str, str], kind: str, channel: str) -> str:
-        """Return the path or URL of a channel's file, "" where there is none.
-
-        Raises:
-            UserError: several files have its name, and the path in the CSV does not tell them apart.
-        """
-        if url := row.get(f"URL_{kind}{channel}"):
-            return url
-        name = row.get(f"FileName_{kind}{channel}")
-        if not name:
-            return ""
-        told = Path(row.get(f"PathName_{kind}{channel}") or "", name)
-        for file in (told, self._folder / told):
-            if file.is_file():
-                return str(file)
-        # Microscopes give the fields of every plate the same names, so folders decide.
-        alike = [(_common_end(told, file), file) for file in self._by_name.get(name, [])]
-        most = max((count for count, _ in alike), default=0)
-        best = [file for count, file in alike if count == most]
-        if len(best) > 1:
-            raise UserError(
-                f"{name!r} lies in several folders below {str(self._folder)!r}: {best[0]}, {best[1]}. Correct "
-                f"PathName_{kind}{channel}, or put each plate's load_data file beside its own images."
-            )
-        return str(best[0]) if best else ""
-
-    def illumination(self, row: dict[str, str], channel: str) -> str:
-        """Return a channel's illumination function, "" where none is named; a named one may not exist."""
-        name = row.get(f"FileName_Illum{channel}")
-        found = self.find(row, "Illum", channel)
-        return found or (str(self._folder / name) if name else "")
-
-
-def _common_end(a: Path, b: Path) -> int:
-    """Count the last parts in which two paths agree."""
-    count = 0
-    for one, other in zip(reversed(a.parts), reversed(b.parts), strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
 
 
 def _absolute(index: str, path: str) -> str:
