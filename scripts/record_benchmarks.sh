@@ -11,7 +11,7 @@ python=${PYTHON:-.venv/bin/python}
 out=${1:?folder for the results}
 # A missing package ends it here, and not each program by itself.
 "$python" -m fastvim_jax bench --help >/dev/null || exit 1
-mkdir -p "$out" build/benchmarks
+mkdir -p "$out/family" build/benchmarks
 logs=$(mktemp -d build/benchmarks/XXXXXX)
 locks=$(mktemp -d)
 trap 'rm -rf "$locks"' EXIT
@@ -37,7 +37,7 @@ bench() { # NAME BENCH-OR-PROGRAM.py OPTIONS...: run in the background, result i
   local name=$1 command=(-m fastvim_jax bench "${@:2}")
   wanted "$name" || return
   case $2 in *.py) command=("${@:2}") ;; esac
-  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$name.txt" 2>&1 7>&- 8>&- &
+  again nice -n "${BENCH_NICE:-0}" "$python" "${command[@]}" --json "$out/$name.json" >"$logs/$(basename "$name").txt" 2>&1 7>&- 8>&- &
   running[$!]=$name
   begun=$((begun + 1))
   printf '%4d s  started %s\n' "$SECONDS" "$name"
@@ -168,6 +168,50 @@ lot fifth # what it keeps belongs into pallas_kernels/selective_scan/tuned, unde
 for shape in "14 128" "196 128" "1024 32" "16384 2"; do
   start "scan_tune_${shape% *}" scan --tune --tuned-file "$out/tuned.json" --lengths "${shape% *}" --batches "${shape#* }"
 done
+finish
+
+# Channel models and models with dense outputs, for family.md. More than 16 programs a lot autotune on one GPU for minutes.
+torch_lot() { # NAME PROGRAM OPTIONS...: a peer of the lot, where its libraries are
+  [ -z "$torch" ] || TORCHINDUCTOR_COMPILE_THREADS=4 start "$@"
+}
+lot channels
+for patch in 16 8; do
+  for kind in fast:fastchannelvim vim:channelvim; do
+    model=${kind#*:}_small_patch${patch}_224
+    start "family/channel_${kind%:*}_$patch" model --models "$model" --batches 8 64 --precisions bf16
+  done
+  torch_lot "family/channel_peer_$patch" benchmarks/channel_speed.py peer --dtypes bfloat16 --mode default --patches "$patch"
+done
+for model in fastchannelvim channelvim channelvit; do
+  start "family/channel_train_$model" benchmarks/channel_speed.py train --models "${model}_small_patch16_224" --blocks scan
+done
+finish
+lot channels_float32
+for patch in 16 8; do
+  for model in fastchannelvim channelvim; do
+    start "family/channel_float32_${model}_$patch" model --models "${model}_small_patch${patch}_224" --batches 8 64 --precisions tf32 f32 --blocks scan
+  done
+done
+finish
+lot segmentation
+for size in tiny small base; do
+  start "family/segment_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts backbone heads classes whole --blocks scan
+  start "family/segment_train_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts train --blocks scan
+done
+start family/segment_vit_512 segment --models vit_tiny_patch16_224 --pixels 512 --batches 16 --parts whole --blocks scan
+for model in fastvim vit; do
+  start "family/segment_${model}_1024" segment --models "${model}_tiny_patch16_224" --pixels 1024 --batches 4 --parts whole --blocks scan
+done
+finish
+lot detection
+for batch in 1 8; do
+  start "family/detect_tiny_$batch" detect --models "$tiny" --batches "$batch" --parts backbone neck rpn proposals boxes detections masks whole --blocks scan
+  start "family/detect_small_base_$batch" detect --models "$small" "$base" --batches "$batch" --parts backbone neck whole --blocks scan
+done
+for size in tiny small base; do
+  start "family/detect_train_$size" detect --models "fastvim_${size}_patch16_224" --batches 8 --parts train --blocks scan
+done
+torch_lot family/detect_torchvision detect --peer eager parts --batches 1 8
 finish
 
 if ((!begun)); then
