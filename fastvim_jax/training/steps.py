@@ -285,7 +285,7 @@ class TrainStep:
         self, state: TrainState, batch: Batch, **options: bool
     ) -> tuple[TrainState, Metrics]:
         """Make one update. The seed is copied to the devices once; else every step would wait for a copy of it."""
-        if isinstance(state.step, jax.core.Tracer):
+        if not isinstance(state.step, jax.Array) or isinstance(state.step, jax.core.Tracer):
             return self.func(state, batch, **self.keywords, **options)
         if self._placed is None:
             seed = self.keywords["seed"]
