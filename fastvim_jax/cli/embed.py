@@ -28,7 +28,7 @@ class Arguments:
     folder."""
     out: Path = Path("features.parquet")
     """The table to write: .parquet or .csv; for photographs also .jsonl. After an interruption the same command
-    continues a table of photographs."""
+    continues."""
     pattern: str | None = None
     """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
     braces become columns; {} matches anything. Without {channel}, each file holds all channels."""
@@ -109,10 +109,17 @@ def run(arguments: Sequence[str]) -> int:
         level=chosen.per or "site",
         depth=chosen.depth or "full",
         batch_size=chosen.batch_size,
+        partial=_partial(chosen.out),
+        note=_note,
     )
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
     return _written(table, chosen)
+
+
+def _partial(out: Path) -> Path:
+    """Return the file that keeps finished fields until the table is written."""
+    return out.with_name(f"{out.name}.partial.jsonl")
 
 
 def _note(text: str) -> None:
@@ -158,8 +165,10 @@ def _photographs(chosen: Arguments) -> int:
 def _written(table: Any, chosen: Arguments) -> int:
     """Write the table and the plot, report images that were left out, and return the exit status."""
     from fastvim_jax.inference.embed import draw_embeddings
+    from fastvim_jax.inference.row_files import forget
 
     table.write(chosen.out)
+    forget(_partial(chosen.out))
     print(
         f"{chosen.out}: {counted(table.features.shape[0], 'row')} of {table.features.shape[1]} features, "
         f"columns {', '.join(table.metadata)}"

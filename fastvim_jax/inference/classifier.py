@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError, one_or_several, require_texts
 from fastvim_jax.inference.decoding import decoded_batches
+from fastvim_jax.inference.fingerprint import fingerprint
 from fastvim_jax.inference.preprocessing import photographs_data, preprocessing_of
 from fastvim_jax.models import build_model
 from fastvim_jax.models.backbone import Backbone
@@ -259,11 +259,7 @@ class Classifier:
 
     def fingerprint(self) -> str:
         """Digest weights, config, preprocessing and class names: two classifiers that differ have two digests."""
-        digest = hashlib.blake2b(self._described.encode(), digest_size=16)
-        for path, leaf in jax.tree.leaves_with_path(self._params):
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).view(np.uint8))
-        return digest.hexdigest()
+        return fingerprint(self._described, self._params)
 
     def compile(self) -> Classifier:
         """Compile the model now instead of at the first call; return itself."""

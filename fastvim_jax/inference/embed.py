@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError, counted, require_texts, suggest
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.inference.fields import Field, read_field
+from fastvim_jax.inference.fingerprint import fingerprint
+from fastvim_jax.inference.row_files import claim, forget, read_records, write_records
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
 
@@ -75,6 +77,47 @@ def require_table(file: Path) -> None:
         raise UserError(f"{str(file)!r}: write .parquet or .csv.")
 
 
+@dataclasses.dataclass(frozen=True)
+class FieldRows:
+    """The rows of one field.
+
+    Attributes:
+        key: `Field.key`.
+        metadata: of each row.
+        features: `rows d`, float32.
+    """
+
+    key: str
+    metadata: list[dict[str, str]]
+    features: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values. Python's floats hold float32 exactly."""
+        return {
+            "file": self.key,
+            "metadata": self.metadata,
+            "features": self.features.tolist(),
+        }
+
+    def to_rows(self) -> list[list[Any]]:
+        """Return a row of key and features for each row of the field."""
+        return [[self.key, *row] for row in self.features.tolist()]
+
+
+def _continued(partial: Path, made_by: Mapping[str, Any]) -> dict[str, FieldRows]:
+    """Return the fields that an interrupted call left in a file, and claim the file."""
+    claim(partial, made_by)
+    try:
+        return {
+            each["file"]: FieldRows(
+                each["file"], each["metadata"], np.array(each["features"], np.float32)
+            )
+            for each in read_records(partial)
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{partial} holds no fields that could be continued: {error!r}") from None
+
+
 def embed_fields(
     model: nnx.Module,
     data: CellsData,
@@ -85,6 +128,8 @@ def embed_fields(
     level: Level = "site",
     depth: Depth = "full",
     batch_size: int = 32,
+    partial: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Embeddings:
     """Embed fields. Report unreadable fields in `problems`, and embed the others.
 
@@ -97,9 +142,13 @@ def embed_fields(
         level: what a row is.
         depth: how 16-bit pixels become 8 bits; as the training data were made.
         batch_size: tiles at a time.
+        partial: a file that ends in .jsonl. Each field's rows are appended to it, and what an interrupted call left
+            there is not computed again. The caller deletes it (`row_files.forget`) once the table is written.
+        note: called with how many fields `partial` held.
 
     Raises:
-        UserError: a channel is not one of the model's, or no field could be embedded.
+        UserError: a channel is not one of the model's, no field could be embedded, or another model or other options
+            made `partial`.
     """
     channels = None if channels is None else require_texts(channels, "channels")
     for name in [*(channels or ()), *(rename or {}).values()]:
@@ -108,28 +157,47 @@ def embed_fields(
                 f"the model has no channel {name!r}: it knows {', '.join(data.names)}.{suggest(name, data.names)}"
             )
     features_of = _make_features(model, data)
-    metadata: list[dict[str, str]] = []
-    features: list[np.ndarray] = []
+    done: dict[str, FieldRows] = {}
+    if partial is not None:
+        options = (channels, dict(rename or {}), level == "tile", depth)
+        described = repr((model.config, data.names, data.height_width, data.mean, data.std))  # type: ignore[attr-defined]
+        digest = fingerprint(described, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        done = _continued(partial, {"model": digest, "set of options": repr(options)})
+        if done:
+            note(f"{partial}: {counted(len(done), 'field')} embedded before an interruption.")
+    keys: list[str] = []
     problems: list[str] = []
-    for field in fields:
-        try:
-            pixels, ids = read_field(field, data, channels, rename or {}, depth)
-        except DecodeError as error:
-            problems.append(str(error))
-            continue
-        tiles = list(cut_tiles(pixels, data.height_width))
-        found = _in_batches(features_of, tiles, ids, batch_size)
-        used = "+".join(data.names[i] for i in ids)
-        if level == "tile":
-            rows = [field.metadata | {"tile": str(i), "channels": used} for i in range(len(tiles))]
-            metadata += rows
-            features += list(found)
-        else:
-            metadata.append(field.metadata | {"tiles": str(len(tiles)), "channels": used})
-            features.append(found.mean(axis=0))
-    if not features:
+
+    def remaining() -> Iterator[FieldRows]:
+        for field in fields:
+            keys.append(field.key)
+            if field.key in done:
+                continue
+            try:
+                pixels, ids = read_field(field, data, channels, rename or {}, depth)
+            except DecodeError as error:
+                problems.append(str(error))
+                continue
+            tiles = list(cut_tiles(pixels, data.height_width))
+            found = _in_batches(features_of, tiles, ids, batch_size)
+            used = {"channels": "+".join(data.names[i] for i in ids)}
+            if level == "tile":
+                rows = [field.metadata | {"tile": str(i)} | used for i in range(len(tiles))]
+                yield FieldRows(field.key, rows, found)
+            else:
+                row = field.metadata | {"tiles": str(len(tiles))} | used
+                yield FieldRows(field.key, [row], found.mean(axis=0)[None])
+
+    new = remaining() if partial is None else write_records(remaining(), partial, {})
+    done |= {each.key: each for each in new}
+    embedded = [done[key] for key in keys if key in done]
+    if not embedded:
+        if partial is not None:
+            forget(partial)
         raise UserError("no field could be embedded.\n  " + "\n  ".join(problems[:20]))
-    table = Embeddings(_columns(metadata), np.stack(features), tuple(problems))
+    metadata = _columns([row for each in embedded for row in each.metadata])
+    features = np.concatenate([each.features for each in embedded])
+    table = Embeddings(metadata, features, tuple(problems))
     return aggregate(table, ("plate", "well")) if level == "well" else table
 
 

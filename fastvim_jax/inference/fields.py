@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -52,6 +53,14 @@ class Field:
     def name(self) -> str:
         """Name of the field in messages."""
         return "_".join(self.metadata.values())
+
+    @property
+    def key(self) -> str:
+        """Text that tells the field from all others: its metadata, files and plate."""
+        files: Any = self.files
+        if isinstance(files, PlateSite):
+            files = (files.images.index, files.site)
+        return repr((self.metadata, files))
 
 
 def find_fields(

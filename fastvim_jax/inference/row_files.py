@@ -97,6 +97,26 @@ def claim(out: Path, made_by: Mapping[str, Any]) -> None:
         )
 
 
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """Read the records of a file of JSON lines that may have been cut off; [] if there is no file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not out.exists():
+        return []
+    try:
+        return [dict(parse_json(line)) for line in _without_torn_record(out).split("\n")[:-1]]
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{out} holds no results that could be continued: {error}") from error
+
+
+def forget(out: Path) -> None:
+    """Delete a file of records and the note that `claim` wrote."""
+    for file in (out, _note(out)):
+        file.unlink(missing_ok=True)
+
+
 def write_records(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference import embed
 from fastvim_jax.inference.embed import Embeddings, cut_tiles, normalise_to_controls
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig, train
@@ -113,6 +116,45 @@ def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     np.testing.assert_allclose(*features, rtol=1e-3, atol=1e-3)
     assert main([*common, "--channels", "Golgi"]) == 1
     assert "no channel 'Golgi'" in capsys.readouterr().err
+
+
+@pytest.mark.drawn("commands", one_in=6)
+def test_an_interrupted_table_of_fields_is_continued(
+    plate: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Compute only what is missing, to the same table; another model or option does not continue it."""
+    common = ["embed", str(trained), str(plate), "--pattern", PATTERN, "--batch-size", "4"]
+    assert main([*common, "--out", str(tmp_path / "whole.csv")]) == 1
+    out, read = tmp_path / "features.csv", []
+    original = embed.read_field
+
+    def stops(field: Any, *options: Any) -> Any:
+        if len(read) == 5:
+            raise KeyboardInterrupt
+        read.append(field.key)
+        return original(field, *options)
+
+    monkeypatch.setattr(embed, "read_field", stops)
+    with contextlib.suppress(KeyboardInterrupt):
+        main([*common, "--out", str(out)])
+    partial = tmp_path / "features.csv.partial.jsonl"
+    with partial.open("a") as file:
+        file.write('{"file": "torn')
+    assert not out.exists()
+    assert main([*common, "--out", str(out), "--channels", "ER"]) == 1
+    assert "made with another set of options" in capsys.readouterr().err
+    first, read[:] = list(read), []
+    monkeypatch.setattr(embed, "read_field", lambda f, *o: read.append(f.key) or original(f, *o))
+    assert main([*common, "--out", str(out)]) == 1
+    assert "5 fields embedded before" in capsys.readouterr().err
+    assert not set(first) & set(read) and len(read) == 16 - 5
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(tmp_path.glob("features*")) == [out]
+    (tmp_path / "no.npy").write_bytes(b"nothing")
+    alone = ["embed", str(trained), str(tmp_path / "no.npy"), "--out", str(tmp_path / "none.csv")]
+    assert main(alone) == 1 and "no field could be embedded" in capsys.readouterr().err
+    assert not list(tmp_path.glob("none*"))
 
 
 @pytest.mark.drawn("commands", one_in=6)
