@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     from fastvim_jax.models.pretrained import is_pretrained
     from fastvim_jax.training import load_run
 
+    _refuse_cells(chosen.run)
     with as_usage_error():
         files = find_images(chosen.images)
         if chosen.top_k < 1 or chosen.batch_size < 1:
@@ -88,6 +89,24 @@ def run(arguments: Sequence[str]) -> int:
             raise UsageError(f"--dtype is of classifiers; {chosen.run} draws pictures.")
         return _draw(loaded, files, chosen)
     return _classify(Classifier.of_run(loaded, **options), files, chosen)
+
+
+def _refuse_cells(source: str) -> None:
+    """Raise UserError for a run of cell images, before the images, which are of other kinds, are looked for."""
+    from fastvim_jax.data import CellsData
+    from fastvim_jax.errors import UserError
+    from fastvim_jax.models.pretrained import is_pretrained
+    from fastvim_jax.training.run_folder import read_config
+
+    if is_pretrained(source):
+        return
+    if not isinstance(getattr(read_config(source), "data", None), CellsData):
+        return
+    raise UserError(
+        f"{source} was trained on images of named channels, and predict reads photographs. Use\n"
+        f"  fastvim channels {source} IMAGE    # class of an image, and what each channel contributes\n"
+        f"  fastvim embed {source} PATH...     # features of many images"
+    )
 
 
 def _classify(classifier: Any, files: list[str], chosen: Arguments) -> int:

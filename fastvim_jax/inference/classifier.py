@@ -140,8 +140,8 @@ class Classifier:
             config, ChannelMambaConfig | ChannelViTConfig
         ):
             raise UserError(
-                f"a {type(model).__name__} of {config.channels} channels classifies no photographs: use "
-                "`fastvim embed`."
+                f"a {type(model).__name__} of {config.channels} channels classifies no photographs: "
+                "`fastvim embed` writes features; for a run, `fastvim channels RUN IMAGE` says the class of an image."
             )
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1.")
@@ -244,7 +244,10 @@ class Classifier:
                 "`fastvim train EXPERIMENT --init RUN`."
             )
         if not isinstance(run.config.data, ClassificationData):
-            raise UserError("a run of cell images classifies no photographs: use `fastvim embed`.")
+            raise UserError(
+                "a run of cell images classifies no photographs: `fastvim channels RUN IMAGE` says the class of one "
+                "image and what each channel contributes, `fastvim embed RUN PATH...` writes features."
+            )
         return cls(run.model, preprocessing_of(run), run.class_names, **options)
 
     @property

@@ -15,6 +15,7 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference import embed
+from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.inference.embed import Embeddings, cut_tiles, normalise_to_controls
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig, train
@@ -155,6 +156,17 @@ def test_an_interrupted_table_of_fields_is_continued(
     alone = ["embed", str(trained), str(tmp_path / "no.npy"), "--out", str(tmp_path / "none.csv")]
     assert main(alone) == 1 and "no field could be embedded" in capsys.readouterr().err
     assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.drawn("commands", one_in=6)
+def test_predict_names_the_commands_for_cells(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(trained), str(tmp_path / "image.npy")]) == 1
+    said = capsys.readouterr().err
+    assert f"fastvim channels {trained} IMAGE" in said and f"fastvim embed {trained} PATH" in said
+    with pytest.raises(UserError, match="`fastvim channels RUN IMAGE` says the class"):
+        Classifier.load(trained)
 
 
 @pytest.mark.drawn("commands", one_in=6)
