@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from fastvim_jax import create_model
-from fastvim_jax.models import build_model, cascade_mask_rcnn, model_config, upernet
+from fastvim_jax.models import build_model, cascade_mask_rcnn, model_config, stack, upernet
 from fastvim_jax.models.stack import _own_gradient, _unstack
 from pallas_kernels.sharding import sums_as_computed
 from tests.layers.test_attention import with_cudnn
@@ -140,10 +140,16 @@ def is_jaxpr(x):
 
 @needs_mosaic
 def test_joined_blocks_sum_their_gradients_together(monkeypatch):
-    """Sum as many arrays over devices with four blocks as with two, and the weights of products in bfloat16."""
+    """Sum as many arrays over devices with four blocks as with two, and the weights of products in bfloat16.
+
+    The gradients of these weights are the large ones that each block writes alone.
+    """
     from pallas_kernels.mixer_core import mosaic
 
     monkeypatch.setattr(mosaic, "block_unsupported", lambda *arrays, by_name: None)
+    written_alone = set()
+    monkeypatch.setattr(stack, "_LARGE", 64 * 128)
+    monkeypatch.setattr(stack, "_own_gradient", lambda x: written_alone.add(x.shape) or x)
     # Not a block's constant gain, which nobody reads.
     two, four = (
         [x for x in sums_of("fastvim_tiny_patch16_224", depth) if x.ndim > 1] for depth in (2, 4)
@@ -151,6 +157,7 @@ def test_joined_blocks_sum_their_gradients_together(monkeypatch):
     assert len(four) == len(two)
     narrow = {x.shape for x in four if x.dtype == jnp.bfloat16}
     assert {(4, 256, 64), (4, 64, 128)} <= narrow
+    assert {(256, 64), (64, 128)} <= written_alone
 
 
 @needs_mosaic
