@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,20 @@ def next_command(folder: Path | str, config: Any) -> str:
     """Return the arguments of `fastvim` that use a saved model.
 
     Args:
-        folder: folder of the saved model.
+        folder: folder of the saved model; it is quoted for a shell.
         config: config of the model.
 
     Returns:
         For example `predict FOLDER PHOTO`; empty for segmentation models and detectors, whose run folders alone tell
         how images are fitted.
     """
+    name = shlex.quote(str(folder))
     if isinstance(config, MaskedAutoencoderConfig):
-        return f"reconstruct {folder} PHOTO"
+        return f"reconstruct {name} PHOTO"
     if isinstance(config, ChannelMambaConfig | ChannelViTConfig):
-        return f"embed {folder} FIELD --out features.parquet"
+        return f"embed {name} FIELD --out features.parquet"
     if not isinstance(config, BackboneConfig):
         return ""
     return (
-        f"predict {folder} PHOTO"
-        if config.num_classes
-        else f"embed {folder} PHOTO --out features.csv"
+        f"predict {name} PHOTO" if config.num_classes else f"embed {name} PHOTO --out features.csv"
     )

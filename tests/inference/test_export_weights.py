@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 import jax
@@ -96,12 +97,12 @@ def test_a_run_becomes_a_folder_that_predicts(run, tmp_path, rng, capsys):
 )  # fmt: skip
 def test_the_card_and_the_next_command_fit_the_kind_of_model(tmp_path, capsys, config, task, uses):
     """Name the hub's word for the task, and a command that takes such a model. No command takes a saved UperNet."""
-    saved, out = tmp_path / "saved", tmp_path / "copy"
+    saved, out = tmp_path / "saved", tmp_path / "a copy"
     save_pretrained(build_model(config, rngs=nnx.Rngs(0)), saved)
     assert main(["export-weights", str(saved), "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.endswith(
-        f"fastvim_jax {uses.replace('FOLDER', str(out))}" if uses else f"('{out}')."
+        f"fastvim_jax {uses.replace('FOLDER', shlex.quote(str(out)))}" if uses else f"('{out}')."
     )
     card = (out / "README.md").read_text()
     assert f"\ntags: [{task}, " in card and "; 0 classes" not in card
