@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.detection_config import DetectionData
-from fastvim_jax.data.geometry import Scene, fitted_size, pad, resize_image
+from fastvim_jax.data.geometry import Scene, pad, resize_image
 from fastvim_jax.data.records import DecodeError, read_record
 from fastvim_jax.data.sources import expand_path
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks, draw_shape
@@ -185,7 +185,8 @@ def draw_placement(
 
 def fit(size: tuple[int, int], bounds: tuple[int, int], factor: float = 1.0) -> tuple[int, int]:
     """Return the size, aspect kept, at which an image fits into `bounds` (height, width) times `factor`."""
-    return fitted_size(size, max(bounds) * factor, min(bounds) * factor)
+    ratio = min(bound * factor / side for side, bound in zip(size, bounds, strict=True))
+    return max(int(size[0] * ratio + 0.5), 1), max(int(size[1] * ratio + 0.5), 1)
 
 
 def place(

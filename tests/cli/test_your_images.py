@@ -75,7 +75,7 @@ def test_the_page_works_as_typed(
         outputs.setdefault(name, out)
     assert "Nothing is wrong." in outputs["data check"]
     assert "--data.path my_images --model.num-classes 3" in outputs["data check"]
-    assert "on the 12 images" in outputs["eval runs/my_images"]
+    assert "on 12 images of" in outputs["eval runs/my_images"]
     assert (my_images / "confusion.png").is_file()
     first = outputs["predict runs/my_images"].splitlines()
     assert first[0] == "photo.jpg" and {line.split()[-1] for line in first[1:]} == {

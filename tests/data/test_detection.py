@@ -17,6 +17,8 @@ from fastvim_jax.data.detection import (
     Placement,
     boxes_of,
     draw_placement,
+    fit,
+    fit_image,
     make_eval_iterator,
     make_train_iterator,
     open_coco,
@@ -310,6 +312,22 @@ def test_batches(tmp_path: Path) -> None:
     np.testing.assert_allclose(batch["scale"][0], [32 / 60, 21 / 40])
     assert (batch["image"][0, 21:] == 114).all()
     evaluation.close()
+
+
+@pytest.mark.parametrize("size", [(200, 100), (100, 200), (96, 64), (31, 500)])
+@pytest.mark.parametrize("bounds", [(64, 96), (96, 64), (80, 80)])
+def test_an_image_fits_whatever_its_orientation(size, bounds) -> None:
+    """Keep the aspect, stay within height and width, and fill one of them."""
+    fitted = fit(size, bounds)
+    assert fitted[0] <= bounds[0] and fitted[1] <= bounds[1]
+    assert fitted[0] == bounds[0] or fitted[1] == bounds[1]
+    shares = [side / whole for side, whole in zip(fitted, size, strict=True)]
+    assert max(shares) - min(shares) <= 0.5 / min(size) + 1e-9
+    config = DetectionData(path="unused", image_size=bounds)
+    image = np.full((*size, 3), 7, np.uint8)
+    padded, scale = fit_image(image, config)
+    assert padded.shape == (*bounds, 3) and scale == pytest.approx(shares[::-1], abs=1e-6)
+    assert (padded[: fitted[0], : fitted[1]] == 7).all()
 
 
 def test_evaluation_pads_to_the_smallest_size_that_holds_an_image(tmp_path: Path) -> None:
