@@ -26,10 +26,6 @@ TRAINED = (
     "fastchannelvim_small_patch16_224", "channelvim_small_patch16_224", "channelvit_small_patch16_224",
     "fastchannelvim_small_patch8_224", "channelvit_small_patch8_224",
 )  # fmt: skip
-PAPER = {  # Table 22: images per second, batch 8
-    "channelvim_small_patch16_224": 234, "fastchannelvim_small_patch16_224": 318,
-    "channelvim_small_patch8_224": 61, "fastchannelvim_small_patch8_224": 99,
-}  # fmt: skip
 
 
 def training_cases(models: list[str], batch: int, blocks: str) -> list[Any]:

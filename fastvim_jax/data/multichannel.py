@@ -85,9 +85,8 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
         raise
     # Readers raise almost anything on damaged files: OSError, ValueError, struct.error, zlib.error, ...
     except Exception as error:
-        if "imagecodecs" in str(
-            error
-        ):  # tifffile's words for a compression that it does not read itself.
+        # So tifffile names the package that reads a compression which it does not read itself.
+        if "imagecodecs" in str(error):
             raise DecodeError(f"{name}: {error}: pip install imagecodecs.") from None
         raise DecodeError(f"{name}: damaged image ({error or type(error).__name__}).") from None
 
@@ -169,11 +168,7 @@ def find_channel_files(
             f"{pattern!r} has no {{channel}}: say where a file's name holds its channel."
         )
     images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
-    for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
-        match = expression.fullmatch(file.relative_to(folder).as_posix())
-        if match is None:
-            continue
-        fields = match.groupdict()
+    for file, fields in _matching(folder, expression, follow_links):
         channel = fields.pop("channel")
         if channels is None or channel in channels:
             files = images.setdefault(tuple(sorted(fields.items())), {})
@@ -194,6 +189,15 @@ def find_channel_files(
     }
 
 
+def _matching(
+    folder: Path, expression: re.Pattern[str], follow_links: bool
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the files of a folder whose path below it matches, sorted, with the fields of their names."""
+    for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
+        if match := expression.fullmatch(file.relative_to(folder).as_posix()):
+            yield file, match.groupdict()
+
+
 def find_image_files(
     folder: Path, pattern: str, *, follow_links: bool = True
 ) -> dict[tuple[tuple[str, str], ...], Path]:
@@ -212,11 +216,8 @@ def find_image_files(
     """
     expression = _expression(pattern)
     images: dict[tuple[tuple[str, str], ...], Path] = {}
-    for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
-        match = expression.fullmatch(file.relative_to(folder).as_posix())
-        if match is None:
-            continue
-        key = tuple(sorted(match.groupdict().items()))
+    for file, fields in _matching(folder, expression, follow_links):
+        key = tuple(sorted(fields.items()))
         if key in images:
             raise UserError(
                 f"{printable(str(images[key]))} and {printable(str(file))} are one image by {pattern!r}: name a field "

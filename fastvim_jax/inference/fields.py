@@ -23,10 +23,14 @@ from fastvim_jax.data.multichannel import (
 )
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.plate_images import PlateImages
-from fastvim_jax.data.sources.plate_index import INDEX, Site, find_index, read_index
+from fastvim_jax.data.sources.plate_index import (
+    INDEX,
+    LOAD_DATA,
+    Site,
+    find_index,
+    read_index,
+)
 from fastvim_jax.errors import UserError, counted, one_or_several
-
-_TABLES = (".csv", ".csv.gz", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ def find_fields(
                 'channel, for example "{plate}_{well}_s{site}/ch{}_{channel}.png"; without {channel}, each file holds '
                 "all channels. A plate's folder without a pattern needs its load_data.csv."
             )
-        elif path.is_dir() or path.name.endswith(_TABLES):
+        elif path.is_dir() or path.name.endswith(LOAD_DATA):
             fields += _fields_of_plate(path, note)
         else:
             fields.append(Field({"file": str(path)}, path))

@@ -147,10 +147,15 @@ def _folder_of(source: Path | str, revision: str | None = None, offline: bool = 
     folder = Path(source).expanduser()
     if not name.startswith(HUB) and folder.is_dir():
         return folder
+    repository = name.removeprefix(HUB)
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no folder {repository}, and a repository on the Hugging Face hub would be called owner/name."
+        )
     try:
-        return _from_hub(name.removeprefix(HUB), revision, offline)
+        return _from_hub(repository, revision, offline)
     except UserError as error:
-        if name.startswith(HUB) or "there is no folder" in str(error):
+        if name.startswith(HUB):
             raise
         raise UserError(
             f"there is no folder {name}; as the name of a repository, {error}"
@@ -180,10 +185,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"there is no folder {name}, and a repository on the Hugging Face hub would be called owner/name."
-        )
     try:
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
