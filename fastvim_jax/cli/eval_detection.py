@@ -55,9 +55,12 @@ def run(arguments: Sequence[str]) -> int:
             sizes = {s: found.scores[f"{key}_{s}"] for s in ("small", "medium", "large")}
             shown = ", ".join(f"{name}{part} {_share(value)}" for part, value in parts.items())
             print(f"  {shown}; {', '.join(f'{s} {_share(value)}' for s, value in sizes.items())}")
+    if chosen.per_class:
+        heads = " ".join(f"{name:>8}" for key, name in _KINDS.items() if key in found.scores)
+        print(f"  {heads} objects  class")
     for row in found.classes if chosen.per_class else ():
         shares = " ".join(f"{_share(row[key]):>8}" for key in _KINDS if key in row)
-        print(f"  {shares} {row['objects']:>6}  {row['class']}")
+        print(f"  {shares} {row['objects']:>7}  {row['class']}")
     return 0
 
 

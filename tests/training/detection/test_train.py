@@ -131,6 +131,10 @@ def test_a_run_is_evaluated_from_the_command_line(images, finished, scenes, caps
         key = name if name == "count" else f"raw_{name}"
         assert scores[name] == result.metrics[key]
     assert [row["class"] for row in scores["classes"]] == list(images[1])
+    assert main(["eval", str(folder), "--per-class"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-1 - len(images[1]) :]
+    assert lines[0].split() == ["box", "AP", "mask", "AP", "objects", "class"]
+    assert [int(line.split()[2]) for line in lines[1:]] == [r["objects"] for r in scores["classes"]]
     if images[0] != scenes:
         assert main(["eval", str(folder), "--path", str(scenes)]) == 1
         assert "knows the 2 categories" in capsys.readouterr().err

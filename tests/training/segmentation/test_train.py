@@ -78,6 +78,10 @@ def test_a_run_is_evaluated_and_drawn_from_the_command_line(config, finished, tm
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert scores["miou"] == result.metrics["raw_miou"]
     assert scores["count"] == result.metrics["count"]
+    assert main(["eval", str(folder), "--per-class"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["IoU", "accuracy", "class"]
+    assert len(lines) == 2 + config.model.num_classes
     image = sorted((Path(config.data.path) / "images/validation").iterdir())[0]
     wrong = tmp_path / "no_image.jpg"
     wrong.write_bytes(b"text")
