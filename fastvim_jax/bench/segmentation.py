@@ -19,7 +19,7 @@ from fastvim_jax.analysis.segmentation_flops import segmentation_gmacs
 from fastvim_jax.bench.model import TOLERANCES, policy, reference_options
 from fastvim_jax.bench.record import Columns
 from fastvim_jax.data.segmentation_config import SegmentationData
-from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.layers.resize import resized_argmax
 from fastvim_jax.models import UperNetConfig, build_model, model_config, upernet
 from fastvim_jax.models.parameters import round_products
 from fastvim_jax.models.upernet import NOTHING_DROPPED
@@ -96,7 +96,7 @@ def part_functions(config: UperNetConfig) -> dict[str, Callable[..., Any]]:
         return model.decode_head(levels)
 
     def classes(state, logits):
-        return jnp.argmax(resize_bilinear(logits, size), axis=-1).astype(jnp.uint8)
+        return resized_argmax(logits, size).astype(jnp.uint8)
 
     def whole(state, images):
         return classes(state, heads(state, *backbone(state, images)))

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 from annotated_types import Interval
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastvim_jax.config_checks import NonNegativeInt, PositiveInt, Rate, check_fields
 from fastvim_jax.errors import UserError
-from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.layers.resize import resize_bilinear, resized_argmax
 from fastvim_jax.models import saving
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.models.channel_vit import ChannelViTConfig
@@ -199,6 +199,13 @@ class UperNet(nnx.Module):
     def segment(self, images: Images) -> Float[Array, "b h w classes"]:
         """Return the logits resized to the images' own size (bilinear)."""
         return resize_bilinear(self(images).main, (images.shape[1], images.shape[2]))
+
+    def classes(self, images: Images) -> Int[Array, "b h w"]:
+        """Return the class of every pixel: that of the largest logit of `segment`, the lowest number among equals.
+
+        The resized logits, gigabytes for a batch, are never written to memory.
+        """
+        return resized_argmax(self(images).main, (images.shape[1], images.shape[2]))
 
 
 def upernet(

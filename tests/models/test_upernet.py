@@ -57,6 +57,16 @@ def test_any_backbone_neck_and_crop(backbone, neck, finest, rng):
     assert segmentation_gmacs(small(backbone, neck=neck))["backbone"] > 0
 
 
+def test_classes_are_those_of_the_largest_resized_logits(rng):
+    model = build_model(small("fastvim"), rngs=nnx.Rngs(0))
+    images = jnp.asarray(rng.normal(size=(2, 40, 24, 3)), jnp.float32)
+    found = jax.jit(lambda model, x: model.classes(x))(model, images)
+    logits = np.asarray(jax.jit(lambda model, x: model.segment(x))(model, images))
+    assert logits.shape == (2, 40, 24, 3)
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+    assert len(np.unique(found)) > 1
+
+
 def test_the_multilevel_neck_halves_odd_sizes_by_means_of_2_x_2_cells(rng):
     neck = MultiLevelNeck((3,) * 4, 3, precision=Precision("float32", "float32"), rngs=nnx.Rngs(0))
     x = rng.normal(size=(2, 5, 7, 3)).astype(np.float32)

@@ -1,0 +1,79 @@
+"""The cross entropy of pixels against its definition in float64, with gradients, and what is not written to memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from fastvim_jax.data.segmentation import IGNORED
+from fastvim_jax.layers.resize import linear_matrix, resize_bilinear, resized_argmax
+from fastvim_jax.training.segmentation.losses import pixel_accuracy, pixel_loss
+from tests.support import x64
+
+SIZES = [((3, 4), (9, 17)), ((5, 8), (3, 5)), ((4, 6), (4, 6)), ((1, 1), (4, 7)), ((6, 5), (13, 5))]
+
+
+def drawn(source, target, *, scale=3.0):
+    rng = np.random.default_rng([*source, *target])
+    label = rng.integers(0, 7, (2, *target))
+    label[rng.random(label.shape) < 0.2] = IGNORED
+    return scale * rng.normal(size=(2, *source, 7)), label
+
+
+def defined(logits, label, divisor):
+    """Return the loss and its gradient, from numpy's own sums."""
+    rows, columns = (
+        linear_matrix(*pair) for pair in zip(logits.shape[1:3], label.shape[1:], strict=True)
+    )
+    large = np.einsum("mh,nw,bhwc->bmnc", rows, columns, logits)
+    logs = large - logsumexp(large, axis=-1, keepdims=True)
+    hot = (np.arange(logits.shape[-1]) == label[..., None]).astype(float)
+    valid = (label != IGNORED).astype(float)
+    count = max(valid.sum(), 1) if divisor == "valid" else label.size
+    slope = (np.exp(logs) - hot) * valid[..., None] / count
+    return -(logs * hot).sum() / count, np.einsum("mh,nw,bmnc->bhwc", rows, columns, slope)
+
+
+@pytest.mark.parametrize("divisor", ["valid", "all"])
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_loss_and_gradient(source, target, divisor):
+    logits, label = drawn(source, target)
+    with x64():
+        found = jax.value_and_grad(pixel_loss)(
+            jnp.asarray(logits), jnp.asarray(label), divisor=divisor
+        )
+    for value, wanted in zip(found, defined(logits, label, divisor), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_logits_that_differ_by_thousands():
+    logits, label = drawn((3, 4), (9, 17), scale=1e4)
+    found = jax.value_and_grad(pixel_loss)(jnp.float32(logits), jnp.asarray(label))
+    for value, wanted in zip(found, defined(logits, label, "valid"), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_all_ignored_is_zero():
+    logits, label = drawn((3, 4), (6, 8))
+    found = jax.value_and_grad(pixel_loss)(jnp.float32(logits), jnp.full_like(label, IGNORED))
+    assert found[0] == 0
+    assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_largest_class_and_accuracy(source, target):
+    logits, label = (jnp.asarray(x) for x in drawn(source, target))
+    logits = logits.astype(jnp.float32).at[..., 5].set(logits[..., 2])  # the lower of two equals
+    wanted = jnp.argmax(resize_bilinear(logits, target), axis=-1)
+    assert (resized_argmax(logits, target) == wanted).all()
+    assert not (wanted == 5).any()
+    valid = label != IGNORED
+    share = ((wanted == label) & valid).sum() / valid.sum()
+    np.testing.assert_allclose(pixel_accuracy(logits, label), share, rtol=1e-6)
+
+
+def test_largest_class_is_never_written_as_logits():
+    shape = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.float32)
+    compiled = jax.jit(lambda x: resized_argmax(x, (128, 128))).lower(shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 128 * 64 * 4 / 4
