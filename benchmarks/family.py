@@ -360,14 +360,14 @@ def yes(met: bool) -> str:
 
 
 def source(rows: Sequence[Row]) -> str:
-    """Name the devices, versions, dates and commits of the rows."""
+    """Name the devices, versions, dates and commits of the rows, and the flags of XLA that were set."""
     seen = {
-        (r["about"]["device"], r["about"]["jax"], r["about"]["date"][:10], r["about"]["commit"][:7])
-        for r in rows
-    }
+        (about["device"], about["jax"], about["date"][:10], about["commit"][:7], about.get("xla_flags", ""))
+        for about in (row["about"] for row in rows)
+    }  # fmt: skip
     runs = "; ".join(
-        f"{device}, JAX {jax}, {date}, commit {commit}"
-        for device, jax, date, commit in sorted(seen)
+        f"{device}, JAX {jax}, {date}, commit {commit}" + (f" ({flags})" if flags else "")
+        for device, jax, date, commit, flags in sorted(seen)
     )
     early = (
         ""

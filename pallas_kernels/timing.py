@@ -446,9 +446,10 @@ def _timing() -> Iterator[bool]:
 
 
 def circumstances(command: str) -> dict[str, str]:
-    """Return what a record must say beside its numbers: device, versions, commit, date and command."""
+    """Return what a record must say beside its numbers: device, versions, commit, date, command, and a GPU's XLA flags."""
     device = jax.devices()[0]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
+    flags = os.environ.get("XLA_FLAGS", "").strip() if device.platform == "gpu" else ""
     return {
         "device": device.device_kind if device.platform != "cpu" else f"cpu ({processor})",
         "platform": device.client.platform_version.strip(),
@@ -456,6 +457,7 @@ def circumstances(command: str) -> dict[str, str]:
         "commit": os.environ.get("FASTVIM_COMMIT") or _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
+        **({"xla_flags": flags} if flags else {}),
     }
 
 

@@ -170,8 +170,9 @@ for shape in "14 128" "196 128" "1024 32" "16384 2"; do
 done
 finish
 
-# Channel models and models with dense outputs, for family.md. More than 16 programs a lot autotune on one GPU for minutes.
-torch_lot() { # NAME PROGRAM OPTIONS...: a peer of the lot, where its libraries are
+# Channel models and models with dense outputs, for family.md. More than 16 programs a lot autotune on one GPU for minutes, and
+# programs that autotune at the same time choose badly. Peers are PyTorch's, where its libraries are.
+torch_lot() {
   [ -z "$torch" ] || TORCHINDUCTOR_COMPILE_THREADS=4 start "$@"
 }
 lot channels
@@ -182,9 +183,6 @@ for patch in 16 8; do
   done
   torch_lot "family/channel_peer_$patch" benchmarks/channel_speed.py peer --dtypes bfloat16 --mode default --patches "$patch"
 done
-for model in fastchannelvim channelvim channelvit; do
-  start "family/channel_train_$model" benchmarks/channel_speed.py train --models "${model}_small_patch16_224" --blocks scan
-done
 finish
 lot channels_float32
 for patch in 16 8; do
@@ -193,10 +191,11 @@ for patch in 16 8; do
   done
 done
 finish
+# Candidates for products by Triton take most of the time that the following programs compile, so XLA leaves them out. Records say it.
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_triton_gemm=false"
 lot segmentation
 for size in tiny small base; do
   start "family/segment_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts backbone heads classes whole --blocks scan
-  start "family/segment_train_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts train --blocks scan
 done
 start family/segment_vit_512 segment --models vit_tiny_patch16_224 --pixels 512 --batches 16 --parts whole --blocks scan
 for model in fastvim vit; do
@@ -208,10 +207,16 @@ for batch in 1 8; do
   start "family/detect_tiny_$batch" detect --models "$tiny" --batches "$batch" --parts backbone neck rpn proposals boxes detections masks whole --blocks scan
   start "family/detect_small_base_$batch" detect --models "$small" "$base" --batches "$batch" --parts backbone neck whole --blocks scan
 done
+torch_lot family/detect_torchvision detect --peer eager parts --batches 1 8
+finish
+lot family_training
 for size in tiny small base; do
+  start "family/segment_train_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts train --blocks scan
   start "family/detect_train_$size" detect --models "fastvim_${size}_patch16_224" --batches 8 --parts train --blocks scan
 done
-torch_lot family/detect_torchvision detect --peer eager parts --batches 1 8
+for model in fastchannelvim channelvim channelvit; do
+  start "family/channel_train_$model" benchmarks/channel_speed.py train --models "${model}_small_patch16_224" --blocks scan
+done
 finish
 
 if ((!begun)); then
