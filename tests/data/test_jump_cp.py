@@ -276,6 +276,35 @@ def test_fields_of_two_plates_are_told_apart_by_their_folders(tables: Path) -> N
         open_source("jump_cp", "all", path=str(tables))
 
 
+def test_a_missing_file_is_not_taken_from_another_plate(tables: Path) -> None:
+    """Leave out a field whose file is missing, though another plate's folder has a file of that name."""
+    for number, plate in enumerate(("P1", "P2")):
+        (tables / plate / "Images").mkdir(parents=True)
+        for name in ("r1c1.npy", "r1c2.npy", "i.npy"):
+            np.save(tables / plate / "Images" / name, np.full((4, 4), 257 * number, np.uint16))
+    (tables / "P1" / "Images" / "r1c2.npy").unlink()
+    header = "Metadata_Well,PathName_OrigDNA,FileName_OrigDNA\n"
+    for folder in ("/elsewhere/P1/Images", "P1/Images", str(tables / "P1/Images")):
+        rows = (f"{well},{folder},r1c{i}.npy\n" for i, well in enumerate(("A02", "A03"), 1))
+        (tables / "load_data.csv").write_text(header + "".join(rows))
+        source = open_source("jump_cp", "all", path=str(tables))
+        assert (source[0].image == 0).all()
+        with pytest.raises(DecodeError, match="the channel DNA is missing"):
+            source[1]
+
+
+def test_a_file_of_one_channel_holds_one_plane(tables: Path) -> None:
+    """Refuse a stack of planes where one channel is named: the planes would take the other channels' names."""
+    for channel in ("ER", "DNA"):
+        np.save(tables / f"{channel}.npy", np.zeros((4, 4, 2), np.uint16))
+    (tables / "load_data.csv").write_text(
+        "Metadata_Well,FileName_OrigER,FileName_OrigDNA\nA02,ER.npy,DNA.npy\n"
+    )
+    source = open_source("jump_cp", "all", path=str(tables))
+    with pytest.raises(DecodeError, match=r"ER\.npy holds 2 planes, but one file per channel"):
+        source[0]
+
+
 def test_an_object_store_is_asked_again_and_its_answer_kept(
     tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import urllib.parse
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -15,6 +16,10 @@ _log = logging.getLogger(__name__)
 class LocalFiles:
     """Find files of a load_data table: at the path that it names, or else by name anywhere below the table's folder.
 
+    Microscopes give the fields of every plate the same names, so the ends of the paths decide. Files of one folder in
+    the table agree equally far with their places. A file that agrees less lies in another plate's folder, and its
+    own is missing.
+
     Attributes:
         folder: the table's folder.
         missing: illumination functions that were named and not found.
@@ -23,6 +28,19 @@ class LocalFiles:
     def __init__(self, index: str) -> None:
         self.folder = str(Path(index).parent)
         self.missing: set[str] = set()
+        self._found: dict[Path, tuple[int, list[str]]] = {}
+        self._agreement: dict[Path, int] = {}  # by folder in the table: the most parts in which a file's path agrees
+
+    def learn(self, rows: Iterable[dict[str, str]], channels: Sequence[str]) -> None:
+        """Note how far the paths of the table agree with those of the files, before `find` is asked for single files."""
+        for row in rows:
+            for kind in ("Orig", "Illum"):
+                for channel in channels:
+                    told = _told(row, kind, channel)
+                    if isinstance(told, Path):
+                        parts = self._candidates(told)[0]
+                        known = self._agreement.get(told.parent, 0)
+                        self._agreement[told.parent] = max(parts, known)
 
     def find(self, row: dict[str, str], kind: str, channel: str) -> str:
         """Return the path or URL of a channel's file, "" where there is none.
@@ -30,25 +48,15 @@ class LocalFiles:
         Raises:
             UserError: several files have its name, and the path in the table does not tell them apart.
         """
-        if url := row.get(f"URL_{kind}{channel}"):
-            return url
-        name = row.get(f"FileName_{kind}{channel}")
-        if not name:
+        told = _told(row, kind, channel)
+        if not isinstance(told, Path):
+            return told
+        parts, best = self._candidates(told)
+        if told.parent.parts and parts < self._agreement.get(told.parent, 0):
             return ""
-        path = row.get(f"PathName_{kind}{channel}") or ""
-        if "://" in path:
-            return f"{path.rstrip('/')}/{name}"
-        told = Path(path, name)
-        if exact := self._at(told):
-            return exact
-        # Microscopes give the fields of every plate the same names, so folders decide.
-        files = self._by_name.get(told.name, [])
-        alike = [(_common_end(told, PurePosixPath(file)), file) for file in files]
-        most = max((count for count, _ in alike), default=0)
-        best = [file for count, file in alike if count == most]
         if len(best) > 1:
             raise UserError(
-                f"{name!r} lies in several folders below {self.folder!r}: {best[0]}, {best[1]}. Correct "
+                f"{told.name!r} lies in several folders below {self.folder!r}: {best[0]}, {best[1]}. Correct "
                 f"PathName_{kind}{channel}, or put each plate's load_data file beside its own images."
             )
         return best[0] if best else ""
@@ -61,6 +69,18 @@ class LocalFiles:
             found = f"{self.folder}/{name}"
             self.missing.add(found)
         return found
+
+    def _candidates(self, told: Path) -> tuple[int, list[str]]:
+        """Return the files whose paths agree most with one of the table, and the number of last parts that agree."""
+        if told not in self._found:
+            if exact := self._at(told):
+                self._found[told] = len(told.parts), [exact]
+            else:
+                files = self._by_name.get(told.name, [])
+                alike = [(_common_end(told, PurePosixPath(file)), file) for file in files]
+                most = max((count for count, _ in alike), default=0)
+                self._found[told] = most, [file for count, file in alike if count == most]
+        return self._found[told]
 
     def _at(self, told: Path) -> str:
         """Return the file at this path, as it is or from the table's folder; "" if there is none."""
@@ -114,6 +134,17 @@ class RemoteFiles(LocalFiles):
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
         return _grouped(list((self._listed or {}).values()))
+
+
+def _told(row: dict[str, str], kind: str, channel: str) -> Path | str:
+    """Return the path that a row tells of a channel's file; a text if it is a URL, "" if it tells none."""
+    if url := row.get(f"URL_{kind}{channel}"):
+        return url
+    name = row.get(f"FileName_{kind}{channel}")
+    if not name:
+        return ""
+    path = row.get(f"PathName_{kind}{channel}") or ""
+    return f"{path.rstrip('/')}/{name}" if "://" in path else Path(path, name)
 
 
 def _grouped(files: list[str]) -> dict[str, list[str]]:

@@ -80,6 +80,10 @@ class PlateImages:
             if not file:
                 raise DecodeError(f"{name}: the channel {channel} is missing.")
             pixels = read_channels(self._read(file, name), f"{name} {channel} ({file})").pixels
+            if pixels.shape[-1] != 1:  # Otherwise channels would take each other's names.
+                raise DecodeError(
+                    f"{name}: {file} holds {pixels.shape[-1]} planes, but one file per channel was expected."
+                )
             if planes and (pixels.shape, pixels.dtype) != (planes[0].shape, planes[0].dtype):
                 raise DecodeError(
                     f"{name}: the channel {channel} is {pixels.dtype} {pixels.shape}, the first one "

@@ -183,6 +183,7 @@ def _read_load_data(
     place = {name: i for i, name in enumerate(CHANNEL_ORDER)}
     channels = tuple(sorted(found, key=lambda name: place.get(name, len(place))))
     files = RemoteFiles(index) if "://" in index else LocalFiles(index)
+    files.learn(rows, channels)
     sites: list[Site] = []
     for row in rows:
         plate, well, site = (row.get(f"Metadata_{key}", "") for key in ("Plate", "Well", "Site"))
