@@ -86,13 +86,15 @@ def run(arguments: Sequence[str]) -> int:
         require_controls,
         require_table,
     )
-    from fastvim_jax.inference.fields import find_fields
+    from fastvim_jax.inference.fields import find_fields, require_renamed
 
     with as_usage_error():
         if chosen.batch_size < 1:
             raise UsageError(f"--batch-size {chosen.batch_size} must be at least 1")
         require_table(chosen.out)
     fields = find_fields(chosen.paths, chosen.pattern, note=_note)
+    rename = {a: b for a, _, b in pairs}
+    require_renamed(fields, rename)
     if chosen.controls:  # Said before all images are read.
         rows = [(field.metadata.get("plate", ""), field.metadata.get("well")) for field in fields]
         rows = list(dict.fromkeys(rows)) if chosen.per == "well" else rows
@@ -105,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         data,
         fields,
         channels=chosen.channels or None,
-        rename={a: b for a, _, b in pairs},
+        rename=rename,
         level=chosen.per or "site",
         depth=chosen.depth or "full",
         batch_size=chosen.batch_size,

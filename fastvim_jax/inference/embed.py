@@ -170,6 +170,10 @@ def embed_fields(
 
     def remaining() -> Iterator[FieldRows]:
         for field in fields:
+            if level == "well" and not field.metadata.get("well"):
+                # Otherwise all such fields, or a whole plate, would become one row.
+                problems.append(f"{field.name}: it has no well; name {{well}} in --pattern.")
+                continue
             keys.append(field.key)
             if field.key in done:
                 continue

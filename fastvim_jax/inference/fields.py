@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.files import read_file
+from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.multichannel import (
     Depth,
     MultiChannel,
@@ -30,7 +32,7 @@ from fastvim_jax.data.sources.plate_index import (
     find_index,
     read_index,
 )
-from fastvim_jax.errors import UserError, counted, one_or_several
+from fastvim_jax.errors import UserError, counted, one_or_several, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,19 @@ class Field:
 
     @property
     def key(self) -> str:
-        """Text that tells the field from all others: its metadata, files and plate."""
+        """Text that tells the field from all others: its metadata, files and plate. It changes when a file does."""
         files: Any = self.files
+        named: Sequence[Path | str] = [files] if isinstance(files, Path) else ()
         if isinstance(files, PlateSite):
+            named = [*files.site.files, *files.site.illumination]
             files = (files.images.index, files.site)
-        return repr((self.metadata, files))
+        elif isinstance(files, dict):
+            named = list(files.values())
+        stamps = []
+        for file in named:
+            with contextlib.suppress(OSError):  # Whoever reads it says that it is missing.
+                stamps.append("" if "://" in str(file) else file_stamp(file))
+        return repr((self.metadata, files, stamps))
 
 
 def find_fields(
@@ -82,30 +92,64 @@ def find_fields(
         note: called with what is to be said about an index.
 
     Raises:
-        UserError: a path does not exist, no file matches the pattern, or an index cannot be read.
+        UserError: a path does not exist, no file matches the pattern, an index cannot be read, or fields of two paths
+            have the same metadata, so that their rows could not be told apart, and wells of two plates be averaged.
     """
     fields: list[Field] = []
-    for path in map(Path, one_or_several(paths)):
-        if not path.exists():
-            raise UserError(f"{str(path)!r} does not exist.")
-        if path.is_dir() and pattern is not None:
-            if "{channel}" in pattern:
-                found = find_channel_files(path, pattern)
-                fields += [Field(dict(key), files) for key, files in found.items()]
-            else:
-                each = find_image_files(path, pattern)
-                fields += [Field(dict(key), file) for key, file in each.items()]
-        elif path.is_dir() and not any((path / name).is_file() for name in INDEX):
-            raise UserError(
-                f"{str(path)!r} is a folder: say with --pattern where the files' names hold plate, well, site and "
-                'channel, for example "{plate}_{well}_s{site}/ch{}_{channel}.png"; without {channel}, each file holds '
-                "all channels. A plate's folder without a pattern needs its load_data.csv."
-            )
-        elif path.is_dir() or path.name.endswith(LOAD_DATA):
-            fields += _fields_of_plate(path, note)
-        else:
-            fields.append(Field({"file": str(path)}, path))
+    path_of: dict[tuple[tuple[str, str], ...], tuple[int, Path]] = {}
+    for number, path in enumerate(map(Path, one_or_several(paths))):
+        of_path = _fields_of(path, pattern, note)
+        for field in of_path:
+            key = tuple(sorted(field.metadata.items()))
+            first, other = path_of.setdefault(key, (number, path))
+            if first != number:
+                known = ", ".join(f"{k} {v}" for k, v in field.metadata.items())
+                raise UserError(
+                    f"{str(other)!r} and {str(path)!r} both hold a field of {known}: name the plate with {{plate}} in "
+                    "--pattern or in the index's Metadata_Plate, or embed them one by one."
+                )
+        fields += of_path
     return fields
+
+
+def _fields_of(path: Path, pattern: str | None, note: Callable[[str], None]) -> list[Field]:
+    """List the fields of one path; see `find_fields`."""
+    if not path.exists():
+        raise UserError(f"{str(path)!r} does not exist.")
+    if path.is_dir() and pattern is not None:
+        if "{channel}" in pattern:
+            found = find_channel_files(path, pattern)
+            return [Field(dict(key), files) for key, files in found.items()]
+        each = find_image_files(path, pattern)
+        return [Field(dict(key), file) for key, file in each.items()]
+    if path.is_dir() and not any((path / name).is_file() for name in INDEX):
+        raise UserError(
+            f"{str(path)!r} is a folder: say with --pattern where the files' names hold plate, well, site and "
+            'channel, for example "{plate}_{well}_s{site}/ch{}_{channel}.png"; without {channel}, each file holds '
+            "all channels. A plate's folder without a pattern needs its load_data.csv."
+        )
+    if path.is_dir() or path.name.endswith(LOAD_DATA):
+        return _fields_of_plate(path, note)
+    return [Field({"file": str(path)}, path)]
+
+
+def require_renamed(fields: Sequence[Field], rename: Mapping[str, str]) -> None:
+    """Raise UserError if no field has a channel that is to be renamed, as far as that shows without reading files.
+
+    A misspelt name would otherwise leave the channel out.
+    """
+    known: set[str] = set()
+    for field in fields:
+        named = field.files.site.channels if isinstance(field.files, PlateSite) else field.files
+        if isinstance(named, Path) or not named:  # Its names lie in the file.
+            return
+        known.update(named)
+    for name in rename:
+        if name not in known:
+            raise UserError(
+                f"--rename {name}={rename[name]}: no field has a channel {name!r}, there are "
+                f"{', '.join(sorted(known))}.{suggest(name, known)}"
+            )
 
 
 def read_field(
@@ -131,6 +175,12 @@ def read_field(
         raise DecodeError(
             f"{field.name}: none of its channels {', '.join(names)} is one of the model's "
             f"({', '.join(data.names)}): say with --rename which is which."
+        )
+    if alike := [name for name in wanted if names.count(name) > 1]:
+        same = [own for own, name in zip(image.names, names, strict=True) if name == alike[0]]
+        raise DecodeError(
+            f"{field.name}: the channels {' and '.join(same)} would both be {alike[0]}: rename one of them to another "
+            "name (--rename), for example to one that the model does not know."
         )
     pixels = to_uint8(image.pixels[..., [names.index(name) for name in wanted]], depth)
     return pixels, tuple(data.names.index(name) for name in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,10 @@ def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     np.testing.assert_allclose(*features, rtol=1e-3, atol=1e-3)
     assert main([*common, "--channels", "Golgi"]) == 1
     assert "no channel 'Golgi'" in capsys.readouterr().err
+    unnamed = PATTERN.replace("{well}", "{position}")
+    command = [*common[:3], "--pattern", unnamed, "--per", "well", "--out", str(out)]
+    assert main(command) == 1  # The plate would be one row.
+    assert "it has no well; name {well} in --pattern" in capsys.readouterr().err
 
 
 @pytest.mark.drawn("commands", one_in=6)
@@ -146,10 +151,12 @@ def test_an_interrupted_table_of_fields_is_continued(
     assert main([*common, "--out", str(out), "--channels", "ER"]) == 1
     assert "made with another set of options" in capsys.readouterr().err
     first, read[:] = list(read), []
+    changed = plate / "Images" / "P_A01_s1_ER.tiff"  # of the first field, which is made again
+    os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 1))
     monkeypatch.setattr(embed, "read_field", lambda f, *o: read.append(f.key) or original(f, *o))
     assert main([*common, "--out", str(out)]) == 1
     assert "5 fields embedded before" in capsys.readouterr().err
-    assert not set(first) & set(read) and len(read) == 16 - 5
+    assert not set(first) & set(read) and len(read) == 16 - 4
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert sorted(tmp_path.glob("features*")) == [out]
     (tmp_path / "no.npy").write_bytes(b"nothing")

@@ -12,7 +12,7 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.embed import require_controls
-from fastvim_jax.inference.fields import find_fields, read_field
+from fastvim_jax.inference.fields import find_fields, read_field, require_renamed
 
 CHANNELS = ("ER", "DNA", "Golgi")
 DATA = CellsData(
@@ -84,6 +84,37 @@ def test_files_of_all_channels_are_found_by_a_pattern(tmp_path: Path, pixels: np
         find_fields([tmp_path], "{plate}-{well}.npy")
     with pytest.raises(UserError, match=r"is a folder: say with --pattern.*load_data\.csv"):
         find_fields([tmp_path], None)
+
+
+def test_fields_of_two_folders_are_told_apart(tmp_path: Path, pixels: np.ndarray) -> None:
+    """Refuse wells of two plates that have the same name: their features would be averaged."""
+    for plate in ("P1", "P2"):
+        (tmp_path / plate).mkdir()
+        np.save(tmp_path / plate / "A01.npy", pixels)
+    both = [tmp_path / "P1", tmp_path / "P2"]
+    with pytest.raises(
+        UserError, match=r"P1' and '.*P2' both hold a field of well A01: name the plate"
+    ):
+        find_fields(both, "{well}.npy")
+    assert len(find_fields([tmp_path], "{plate}/{well}.npy")) == 2
+    files = [path / "A01.npy" for path in both]
+    assert len(find_fields(files, None)) == 2
+    with pytest.raises(UserError, match="both hold a field of file"):
+        find_fields([files[0], files[0]], None)
+
+
+def test_renamed_channels_are_one_each(plate: Path, pixels: np.ndarray, tmp_path: Path) -> None:
+    """Refuse two channels of one name, of which only the first would be read, and names that no field has."""
+    first, _ = find_fields([plate], None)
+    with pytest.raises(DecodeError, match="channels DNA and Golgi would both be DNA: rename one"):
+        read_field(first, DATA, None, {"Golgi": "DNA"}, "full")
+    _, ids = read_field(first, DATA, None, {"Golgi": "DNA", "DNA": "other"}, "full")
+    assert ids == (0, 1)
+    require_renamed([first], {"Golgi": "DNA"})
+    with pytest.raises(UserError, match=r"--rename Golgy=DNA: no field has .*Golgi"):
+        require_renamed([first], {"Golgy": "DNA"})
+    np.save(tmp_path / "one.npy", pixels)
+    require_renamed(find_fields([tmp_path / "one.npy"], None), {"Golgy": "DNA"})  # not known yet
 
 
 def test_what_cannot_be_written_is_refused_before_images_are_read(

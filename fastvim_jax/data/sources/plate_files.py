@@ -29,10 +29,12 @@ class LocalFiles:
         self.folder = str(Path(index).parent)
         self.missing: set[str] = set()
         self._found: dict[Path, tuple[int, list[str]]] = {}
-        self._agreement: dict[Path, int] = {}  # by folder in the table: the most parts in which a file's path agrees
+        self._agreement: dict[
+            Path, int
+        ] = {}  # by folder in the table: the most parts in which a file's path agrees
 
     def learn(self, rows: Iterable[dict[str, str]], channels: Sequence[str]) -> None:
-        """Note how far the paths of the table agree with those of the files, before `find` is asked for single files."""
+        """Note how far the paths of the table agree with those of the files. `find` is right only afterwards."""
         for row in rows:
             for kind in ("Orig", "Illum"):
                 for channel in channels:
