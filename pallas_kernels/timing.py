@@ -446,7 +446,7 @@ def _timing() -> Iterator[bool]:
 
 
 def circumstances(command: str) -> dict[str, str]:
-    """Return what a record must say beside its numbers: device, versions, commit, date, command, and a GPU's XLA flags."""
+    """Return what a record says beside its numbers: device, versions, commit, date, command, and a GPU's XLA flags."""
     device = jax.devices()[0]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     flags = os.environ.get("XLA_FLAGS", "").strip() if device.platform == "gpu" else ""
