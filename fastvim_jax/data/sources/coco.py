@@ -261,7 +261,10 @@ def draw_shape(
         full: UInt8[np.ndarray, "m n"] = masks.decode(packed)
     except Exception as error:  # pycocotools raises almost anything on damaged counts
         raise DecodeError(f"{name}: RLE that cannot be read ({error}).") from None
-    rows, columns = (np.arange(m) * n // m for n, m in zip(full.shape, whole, strict=True))
+    # Read at the middle of each pixel; its corner would move the mask half a pixel against the image.
+    rows, columns = (
+        (2 * np.arange(m) + 1) * n // (2 * m) for n, m in zip(full.shape, whole, strict=True)
+    )
     if mirrored:
         columns = columns[::-1]
     rows = rows[offset[1] : offset[1] + height]
