@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
-from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.decode import WHITE, decode_image
 from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.geometry import Scene, pad, resize_image
 from fastvim_jax.data.records import DecodeError, read_record
@@ -257,14 +257,18 @@ def boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
     return boxes
 
 
-def load(source: CocoSource, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], Objects]:
-    """Read an image and its objects, and check that their sizes agree.
+def load(
+    source: CocoSource, index: int, *, background: int = WHITE
+) -> tuple[UInt8[np.ndarray, "h w 3"], Objects]:
+    """Read an image, on `background` where it is transparent, and its objects, and check that their sizes agree.
 
     Raises:
         DecodeError: the image cannot be read, or the sizes differ. The message names the file, the cause and the fix.
     """
     record = read_record(source, index)
-    image = np.asarray(decode_image(record.image, channels=3, name=record.name))
+    image = np.asarray(
+        decode_image(record.image, channels=3, name=record.name, background=background)
+    )
     objects: Objects = record.target
     if image.shape[:2] != (objects.height, objects.width):
         raise DecodeError(
@@ -286,7 +290,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
         corrupt: list[int] = []
         while len(corrupt) < _REPLACEMENTS:
             try:
-                image, objects = load(self.source, index)
+                image, objects = load(self.source, index, background=self.config.background)
                 placement = draw_placement((image.shape[0], image.shape[1]), self.config, rng)
                 moved = place_objects(objects, placement, self.config, f"record {index}")
                 return {"image": place(image, placement, self.config), **moved, "corrupt": corrupt}
@@ -314,7 +318,7 @@ class _LoadForEvaluation(grain.transforms.Map):
         valid, corrupt = index >= 0, []
         if valid:
             try:
-                pixels, _ = load(self.source, index)
+                pixels, _ = load(self.source, index, background=config.background)
                 image, scale = fit_image(pixels, config)
             except DecodeError:
                 valid, corrupt = False, [index]

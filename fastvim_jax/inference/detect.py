@@ -14,13 +14,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fastvim_jax.analysis.detections import draw_objects
-from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.records import DecodeError
-from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import counted
-from fastvim_jax.inference.drawings import Drawing, output_names
+from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
 from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -73,6 +71,8 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`
     and the category ids of the data set that the run was trained on.
     """
+    config = run.config
+    assert isinstance(config, DetectionConfig)
     detect = make_detector(run)
     names = dict(zip(category_ids(run), run.class_names, strict=True))
     drawings: list[Drawing] = []
@@ -80,7 +80,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     annotations: list[dict[str, Any]] = []
     for file, name in zip(files, output_names(files), strict=True):
         try:
-            image = np.asarray(decode_image(read_image_file(file), channels=3, name=str(file)))
+            image = read_pixels(file, config.data)
         except DecodeError as error:
             drawings.append(Drawing(str(file), error=str(error)))
             continue

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+
+from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import one_or_several
 from fastvim_jax.training.run_folder import Run
 
@@ -59,7 +66,30 @@ def draw_files(run: Run, files: Sequence[str | Path] | str | Path, out: Path) ->
     return drawn
 
 
+def read_pixels(file: str | Path, data: DataConfig) -> UInt8[np.ndarray, "h w 3"]:
+    """Read an image file as training reads it, with the run's background behind transparent pixels.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    encoded = read_image_file(file)
+    return np.asarray(decode_image(encoded, channels=3, name=str(file), background=data.background))
+
+
 def output_names(files: Sequence[str | Path]) -> list[str]:
-    """Return a name for each file's drawings: its stem, numbered where stems repeat."""
+    """Return a name for each file's drawings: its stem, numbered where stems repeat.
+
+    No two names differ in upper and lower case alone, because some file systems take these for one.
+    """
     stems = [Path(file).stem for file in files]
-    return [f"{stem}_{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+    counts = Counter(stem.lower() for stem in stems)
+    taken = {stem for stem, count in counts.items() if count == 1}
+    names = []
+    for i, stem in enumerate(stems):
+        if counts[stem.lower()] > 1:
+            stem = f"{stem}_{i}"
+            while stem.lower() in taken:
+                stem += f"_{i}"
+            taken.add(stem.lower())
+        names.append(stem)
+    return names

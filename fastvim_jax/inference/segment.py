@@ -13,12 +13,10 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from fastvim_jax.analysis.overlays import class_colours, overlay
-from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
-from fastvim_jax.data.tar_members import read_image_file
-from fastvim_jax.inference.drawings import Drawing, output_names
+from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import slide_of
@@ -69,7 +67,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     drawings = []
     for file, name in zip(files, output_names(files), strict=True):
         try:
-            image = _read(file)
+            image = read_pixels(file, config.data)
         except DecodeError as error:
             drawings.append(Drawing(str(file), error=str(error)))
             continue
@@ -88,7 +86,3 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
         named = ", ".join(f"{run.class_names[i]} {shares[i]:.1%}" for i in order[:_NAMED])
         drawings.append(Drawing(str(file), (str(drawn), str(masked)), by_name, named))
     return drawings
-
-
-def _read(file: str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    return np.asarray(decode_image(read_image_file(file), channels=3, name=str(file)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,15 @@ def test_evaluation_pads_to_the_smallest_size_that_holds_an_image(tmp_path: Path
     for sizes, why in ((((128, 64),), "within image_size"), (((48, 64),), "multiples of 32")):
         with pytest.raises(UserError, match=f"data.eval_sizes.*{why}"):
             dataclasses.replace(settings, eval_sizes=sizes)
+
+
+def test_transparent_pixels_show_the_background(tmp_path: Path) -> None:
+    root = write(tmp_path, [box(4, 4, 20, 10)], images=1)
+    Image.new("RGBA", (WIDTH, HEIGHT), (1, 2, 3, 0)).save(root / "train/0.png")
+    settings = config(root, batch_size=1, background=70, scale=(1.0, 1.0))
+    for make in (partial(make_train_iterator, seed=0), make_eval_iterator):
+        with contextlib.closing(make(settings)) as batches:
+            assert (next(batches)["image"][0, :21] == 70).all()
 
 
 def test_an_image_of_another_size_than_its_entry_is_refused(tmp_path: Path) -> None:

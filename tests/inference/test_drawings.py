@@ -1,0 +1,46 @@
+"""Files are drawn on as they were trained on, and every file has drawings of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from fastvim_jax.inference import detect, segment
+from fastvim_jax.inference.drawings import output_names
+from fastvim_jax.training.run_folder import Run
+from tests.training.detection import tiny as detection
+from tests.training.segmentation import tiny as segmentation
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_transparent_pixels_show_the_background_of_the_run(tmp_path, monkeypatch, task):
+    seen = []
+    tiny, module, maker = {
+        "segmentation": (segmentation, segment, "make_segmenter"),
+        "detection": (detection, detect, "make_detector"),
+    }[task]
+    config = tiny.tiny_config(tmp_path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, background=70))
+
+    def look(image):
+        seen.append(image)
+        return np.zeros(image.shape[:2], np.int32) if task == "segmentation" else []
+
+    monkeypatch.setattr(module, maker, lambda run: look)
+    run = Run(nnx.Module(), config, tiny.CLASSES, 0, "raw")
+    Image.new("RGBA", (5, 4), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    (drawing,) = module.draw_files(run, [tmp_path / "clear.png"], tmp_path)
+    assert drawing.error is None
+    np.testing.assert_array_equal(seen[0], np.full((4, 5, 3), 70))
+
+
+def test_no_two_files_share_a_name():
+    files = ["x/a.jpg", "y/a.jpg", "a_1.jpg", "b.png", "z/A_1.png"]
+    names = output_names(files)
+    assert len({name.lower() for name in names}) == len(files)
+    assert names[3] == "b"
+    assert output_names(["b.png", "c/a_1.jpg"]) == ["b", "a_1"]
