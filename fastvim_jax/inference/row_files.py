@@ -6,6 +6,7 @@ A Parquet file cannot be appended to. Until all records are made, its rows lie i
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -48,6 +49,7 @@ def already_written(out: Path) -> dict[str, bool]:
     if out.suffix not in KINDS:
         raise UserError(f"{out}: results are written to a file that ends in {', '.join(KINDS)}.")
     if out.suffix == ".parquet" and out.exists():
+        _finish(out)
         raise UserError(
             f"{out} is complete, and Parquet files cannot be added to: name another, or use .jsonl or .csv."
         )
@@ -140,6 +142,22 @@ def write_records(
 def _growing(out: Path) -> Path:
     """Return the file that records are appended to."""
     return out.with_name(f"{out.name}.partial.csv") if out.suffix == ".parquet" else out
+
+
+def _finish(out: Path) -> None:
+    """Delete the rows that a complete Parquet file was made of, if the process was killed before it did so."""
+    rows = _growing(out)
+    if not rows.exists():
+        return
+    import pyarrow.parquet
+
+    with contextlib.suppress(OSError, ValueError, csv.Error, pyarrow.ArrowException):
+        with rows.open(newline="", encoding="utf-8") as file:
+            count = sum(1 for _ in csv.reader(file)) - 1
+        # Rows of another file of this name are kept: an interrupted call made them.
+        if count == pyarrow.parquet.read_metadata(out).num_rows:
+            rows.unlink()
+            _note(out).unlink(missing_ok=True)
 
 
 def _note(out: Path) -> Path:

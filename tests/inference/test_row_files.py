@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,34 @@ def test_an_interrupted_parquet_file_is_gone_on_with(records: list[Said], tmp_pa
     assert {file.name for file in tmp_path.iterdir()} == {"out.parquet", "whole.parquet"}
     list(write_records([], tmp_path / "none.parquet", COLUMNS))
     assert read(tmp_path / "none.parquet") == []
+
+
+def test_a_process_killed_behind_its_last_step_leaves_no_rows(
+    records: list[Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill a command when the Parquet file is complete and its rows still lie there: the next one deletes them."""
+    out = tmp_path / "out.parquet"
+    claim(out, {"model": "a"})
+    replace = os.replace
+
+    def killed(*files: Path) -> None:
+        replace(*files)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        list(write_records(records, out, COLUMNS))
+    rows = tmp_path / "out.parquet.partial.csv"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])  # Of another file, as it seems.
+    with pytest.raises(UserError, match="is complete"):
+        already_written(out)
+    assert rows.exists()
+    rows.write_bytes(whole)
+    with pytest.raises(UserError, match="is complete"):
+        already_written(out)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+    assert len(read(out)) == len(records)
 
 
 @pytest.mark.parametrize("kept", (1, 2, 3))
