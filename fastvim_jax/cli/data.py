@@ -149,6 +149,9 @@ def _check(arguments: Sequence[str]) -> int:
                     f"  note: {counted(report.damaged_metadata, 'image has', 'images have')} EXIF that cannot be "
                     "read; taken as upright"
                 )
+            if report.absent:
+                have = counted(report.absent, "class has", "classes have")
+                print(f"  note: {have} no record in this part of the data")
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
             if len(report.problems) > chosen.list:
@@ -214,12 +217,14 @@ def _prepare(arguments: Sequence[str]) -> int:
             f"--out {chosen.out} is the data set's own folder, or lies in it, where its shards would be taken for "
             "images or a split: choose one outside."
         )
+    written = False
     for split in splits:
         source = _open(chosen, kind, split)
         for note in getattr(source, "notes", ()):
             print(f"  note: {note}")
         # A plate's splits are named after the kind of plate: "crispr/train".
-        split = split.rpartition("/")[2] if kind == "jump_cp" else split
+        whole, bracket, part = split.partition("[")
+        split = whole.rpartition("/")[2] + bracket + part if kind == "jump_cp" else split
         split = "train" if split == "." else split
         origin = {"source": kind, "path": str(path.absolute()), "split": split}
         with progress_bar(f"preparing {split}") as progress:
@@ -249,12 +254,27 @@ def _prepare(arguments: Sequence[str]) -> int:
             print(f"  note: {note}")
         if len(done.notes) > 20:
             print(f"  ... and {len(done.notes) - 20} more notes, see {done.manifest}")
+        written = written or done.kept < done.shards
+    if channel_names := tuple(getattr(source, "channel_names", ())):
+        _print_statistics(chosen.out, split, channel_names, written)
     reader = "array_record" if chosen.pixels is None else "pixels"
     print(
         f"Train on it with --data.source {reader} --data.path {chosen.out}; "
         f"`{command()} data check {chosen.out}` verifies the checksums."
     )
     return 0
+
+
+def _print_statistics(out: Path, split: str, names: Sequence[str], written: bool) -> None:
+    """Print how to count mean and deviation of the channels, if they are missing or older than the shards."""
+    from fastvim_jax.data.statistics import FILE
+
+    other = () if (out / "train.json").is_file() else ("--split", split)
+    count = f"{command()} {shlex.join(('data', 'stats', str(out), *other, '--channels', *names))}"
+    if not (out / FILE).is_file():
+        print(f"Training needs mean and deviation of the channels: `{count}` counts them.")
+    elif written:
+        print(f"note: {out / FILE} is older than these shards: count again with `{count}`.")
 
 
 def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
@@ -297,6 +317,7 @@ def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, in
                 "counts": report.counts,
                 "duplicates": report.duplicates,
                 "damaged_metadata": report.damaged_metadata,
+                "classes_without_records": report.absent,
                 "unread": list(report.unread),
                 "problems": [dataclasses.asdict(problem) for problem in report.problems],
             }

@@ -305,6 +305,37 @@ def test_a_file_of_one_channel_holds_one_plane(tables: Path) -> None:
         source[0]
 
 
+def test_a_part_of_a_plate_is_checked_and_prepared(
+    tables: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Count classes without a record instead of calling them faults, and say when statistics are to be counted."""
+    rows = []
+    for site in "12":
+        for channel in ("ER", "DNA"):
+            np.save(tables / f"{channel}{site}.npy", rng.integers(0, 999, (8, 8)).astype(np.uint16))
+        rows.append(f"A02,ER{site}.npy,DNA{site}.npy\n")
+    header = "Metadata_Well,FileName_OrigER,FileName_OrigDNA\n"
+    (tables / "load_data.csv").write_text(header + "".join(rows))
+    shards = tmp_path / "shards"
+
+    def said(task: str, *arguments: str, status: int = 0) -> str:
+        assert main(["data", task, *arguments]) == status
+        return "".join(capsys.readouterr())
+
+    assert "2 classes have no record" in said("check", str(tables), "--split", "all")
+    prepare_all = (str(tables), "--split", "compound/all", "--out", str(shards))
+    stats = f"stats {shards} --split all --channels ER DNA`"
+    assert f"{stats} counts them" in said("prepare", *prepare_all)
+    assert "2 classes have no record" in said("check", str(shards))
+    said("stats", str(shards), "--split", "all", "--channels", "ER", "DNA")
+    assert "statistics.json" not in said("prepare", *prepare_all)
+    np.save(tables / "ER1.npy", np.zeros((8, 8), np.uint16))
+    text = said("prepare", *prepare_all)
+    assert "statistics.json is older than these shards: count again" in text and stats in text
+    part = (str(tables), "--split", "compound/train[1/2]", "--out", str(shards))
+    assert "'train[1/2]' is a part of a split" in said("prepare", *part, status=1)
+
+
 def test_an_object_store_is_asked_again_and_its_answer_kept(
     tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

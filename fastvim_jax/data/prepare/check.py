@@ -17,7 +17,10 @@ from fastvim_jax.data.prepare.shards import Progress, sha256
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources.array_record import ArrayRecordSource
 from fastvim_jax.data.sources.image_folder import ImageFolderSource
+from fastvim_jax.data.sources.jump_cp import JumpCpSource
+from fastvim_jax.data.sources.part import SourcePart
 from fastvim_jax.data.sources.pixels import PixelsSource
+from fastvim_jax.data.sources.prepared import PreparedSplit
 from fastvim_jax.data.stacks import as_stack
 from fastvim_jax.errors import counted
 
@@ -56,6 +59,7 @@ class Report:
         damaged_metadata: images whose EXIF cannot be read; they are taken as upright.
         channels: largest number of channels of an image that is no photograph (`.npy`, or with named channels), 0 if
             all are photographs.
+        absent: classes without a record, where that is no problem (`_may_lack_classes`).
     """
 
     records: int
@@ -67,6 +71,7 @@ class Report:
     digests: dict[bytes, int]
     damaged_metadata: int = 0
     channels: int = 0
+    absent: int = 0
 
 
 def check(source: Source, *, workers: int = 0, progress: Progress | None = None) -> Report:
@@ -125,6 +130,8 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         problems.append(Problem("channels", f"images differ in their number of channels: {many}."))
     counts = Counter(record.label for record in scanned if record.label is not None)
     empty = [label for label in range(len(names)) if not counts[label]]
+    absent = len(empty) if _may_lack_classes(source) else 0
+    empty = [] if absent else empty
     problems += [
         Problem("empty class", f"class {label} ({names[label]}) has no record.")
         for label in empty[:_EMPTY]
@@ -144,7 +151,16 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         digests,
         sum(record.damaged_metadata for record in scanned),
         max(channels, default=0),
+        absent,
     )
+
+
+def _may_lack_classes(source: Source) -> bool:
+    """Return whether a source is a part of something whose classes are known: of a split, or of JUMP-CP's plates."""
+    if isinstance(source, (SourcePart, JumpCpSource)):
+        return True
+    origin = source.manifest.get("origin") if isinstance(source, PreparedSplit) else None
+    return isinstance(origin, dict) and origin.get("source") == "jump_cp"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,13 +113,13 @@ def prepare(
             raise UserError(f"{name} is {value}, but must be at least {least}.")
     if pixels is not None and max_size is not None:
         raise UserError("max_size and pixels both say how large images are stored: give one.")
-    if not split or Path(split).name != split:
-        raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
     if split.endswith("]"):
         advice = (
             f"prepare the whole, and take the part when training (--data.train-split {split!r})"
         )
         raise UserError(f"{split!r} is a part of a split, and no prepared split's name: {advice}.")
+    if not split or Path(split).name != split:
+        raise UserError(f"{split!r} cannot be a split's name here: give it a plain name.")
     folder = Path(out)
     # ArrayRecord's writer takes only UTF-8, and no system takes a null character.
     if printable(str(folder)) != str(folder) or "\0" in str(folder):
