@@ -448,6 +448,43 @@ def test_a_changed_file_of_an_object_store_is_read_again(
     assert "dna.npy: whether it changed is not known (no network)" in caplog.text
 
 
+def test_shards_of_changed_remote_files_are_written_again(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Keep a shard while the store says that its files are the same, and when the store does not answer."""
+    fsspec = pytest.importorskip("fsspec")
+    store, folder = fsspec.filesystem("memory"), tmp_path_factory.mktemp("kept")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(object_store.time, "sleep", lambda seconds: None)
+    (tables / "load_data.csv").write_text(
+        "Metadata_Well,URL_OrigER,URL_OrigDNA\nA02,memory://shard/er.npy,memory://shard/dna.npy\n"
+    )
+
+    def put(name: str, value: int) -> None:
+        np.save(folder / "pixels.npy", np.full((4, 4), 257 * value, np.uint16))
+        store.pipe(f"/shard/{name}.npy", (folder / "pixels.npy").read_bytes())
+
+    def prepared() -> tuple[int, int, list[int]]:
+        done = prepare(open_source("jump_cp", "all", path=str(tables)), folder / "shards", "all")
+        shards = open_source("array_record", "all", path=str(folder / "shards"))
+        pixels = read_channels(shards[0].image, "a").pixels[0, 0]
+        return done.kept, done.changed, pixels.tolist()
+
+    put("er", 1), put("dna", 2)
+    assert [prepared(), prepared()] == [(0, 0, [1, 2]), (1, 0, [1, 2])]
+    put("dna", 3)  # of the same size
+    assert prepared() == (0, 1, [1, 3])
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "info", offline)
+        with pytest.raises(UserError, match="no answer in 4 attempts"):
+            prepared()
+    assert prepared() == (1, 0, [1, 3])
+
+
 @pytest.mark.parametrize("name", ["load_data.csv", "load_data.csv.gz", "index.parquet"])
 def test_a_damaged_index_is_named(tables: Path, name: str) -> None:
     index = tables / name

@@ -80,13 +80,19 @@ class JumpCpSource:
         return Record(to_uint8(image.pixels), target, name, note)
 
     def stamp(self, index: int) -> str:
-        """Return a text that changes when a record does: its files' sizes and times, or their URLs.
+        """Return a text that changes when a record does: what disks and object stores say of its files.
 
         `fingerprint.Stamped` says what it is for.
+
+        Raises:
+            OSError: a file is not there.
+            UserError: an object store does not answer.
         """
         site = self._sites[index]
-        files = [*site.files, *site.illumination]
-        stamps = [file if "://" in file or not file else file_stamp(file) for file in files]
+        files = [file for file in (*site.files, *site.illumination) if file]
+        remote = list(dict.fromkeys(file for file in files if "://" in file))
+        versions = dict(zip(remote, self._images.versions(remote), strict=True))
+        stamps = [f"{f} {versions[f]}" if f in versions else file_stamp(f) for f in files]
         return " ".join([*stamps, str(self._targets[index]), site.name])
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +17,8 @@ from fastvim_jax.errors import UserError
 
 ATTEMPTS = 4
 """Number of times that a file is requested from an object store, with pauses of 1, 2 and 4 seconds."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _VERSION = (
@@ -37,6 +42,7 @@ class KeptFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, Path] = {}
+        self._versions: dict[str, str] = {}
         self._failures = 0
 
     def read(self, url: str) -> bytes:
@@ -55,11 +61,22 @@ class KeptFiles:
             _write(self._known[url], data)
             return data
 
+    def version(self, url: str) -> str:
+        """Return the store's size, time and checksum of a file, as far as it tells them; a process asks once.
+
+        Raises:
+            OSError: there is no such file, or the store refuses it.
+            UserError: there is no answer, or fsspec is not installed.
+        """
+        if url not in self._versions:
+            self._versions[url] = _several_attempts(_ask, url)
+        return self._versions[url]
+
     def _current(self, url: str) -> Path:
         """Return where the present version of a file is or will be kept; delete older versions."""
         folder = self.folder / _digest(url)  # its own, because a plate has many files
         kept = list(folder.glob("version-*"))
-        version = self._version(url, warn=bool(kept))
+        version = self._versions.get(url) or self._version(url, warn=bool(kept))
         if version is None and kept:
             return kept[0]
         current = folder / f"version-{_digest(version or '')}"
@@ -79,10 +96,7 @@ class KeptFiles:
         if self._failures >= _FAILURES:
             return None
         try:
-            import fsspec
-
-            store, path = fsspec.url_to_fs(url)
-            found = store.info(path)
+            found = _ask(url)
         except Exception as error:  # Each store has errors of its own.
             if not warn:
                 return None
@@ -94,7 +108,16 @@ class KeptFiles:
             )  # fmt: skip
             return None
         self._failures = 0
-        return " ".join(f"{key}={found[key]}" for key in _VERSION if found.get(key) is not None)
+        return found
+
+
+def _ask(url: str) -> str:
+    """Ask the store once for a file's size, time and checksum. Each store raises errors of its own."""
+    import fsspec
+
+    store, path = fsspec.url_to_fs(url)
+    found = store.info(path)
+    return " ".join(f"{key}={found[key]}" for key in _VERSION if found.get(key) is not None)
 
 
 def _digest(text: str) -> str:
@@ -117,21 +140,42 @@ def fetch(url: str) -> bytes:
         UserError: fsspec, or the package that it needs for this kind of store, is not installed.
     """
     try:
-        import fsspec
-    except ImportError:
-        raise UserError(
-            f"{url}: object stores need fsspec: pip install 'fastvim-jax[cells]'."
-        ) from None
+        return _several_attempts(_fetch, url)
+    except OSError as error:
+        raise DecodeError(f"{url}: {error or type(error).__name__}.") from None
+    except _NoAnswer as error:
+        raise DecodeError(str(error)) from None
+
+
+def _fetch(url: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(url, "rb") as opened:
+        return opened.read()
+
+
+class _NoAnswer(UserError):
+    """A store did not answer in any of the attempts."""
+
+
+def _several_attempts(ask: Callable[[str], T], url: str) -> T:
+    """Return `ask(url)`, trying `ATTEMPTS` times.
+
+    Raises:
+        FileNotFoundError, PermissionError: the store refuses the file.
+        UserError: there is no answer, or fsspec, or the package that it needs for this kind of store, is not installed.
+    """
+    if importlib.util.find_spec("fsspec") is None:
+        raise UserError(f"{url}: object stores need fsspec: pip install 'fastvim-jax[cells]'.")
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
-            with fsspec.open(url, "rb") as opened:
-                return opened.read()
+            return ask(url)
         except ImportError as error:
             raise UserError(f"{url}: {error}") from None
-        except (FileNotFoundError, PermissionError) as error:
-            raise DecodeError(f"{url}: {error or type(error).__name__}.") from None
+        except (FileNotFoundError, PermissionError):
+            raise
         except Exception as error:  # Each store has errors of its own.
             last = error
-    raise DecodeError(f"{url}: no answer in {ATTEMPTS} attempts ({last or type(last).__name__}).")
+    raise _NoAnswer(f"{url}: no answer in {ATTEMPTS} attempts ({last or type(last).__name__}).")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -64,6 +65,13 @@ class PlateImages:
             DecodeError: it cannot be read.
         """
         return self._read(site.files[0], self.name(site))
+
+    def versions(self, files: Sequence[str]) -> list[str]:
+        """Return the version of each file of object stores (`KeptFiles.version`), asked for side by side."""
+        if not files:
+            return []
+        with ThreadPoolExecutor(len(files)) as threads:
+            return list(threads.map(self._kept.version, files))
 
     @cached_property
     def _kept(self) -> KeptFiles:
