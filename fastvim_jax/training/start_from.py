@@ -38,6 +38,8 @@ Fate = Literal["taken", "resized", "drawn", "left"]
 _BACKBONES = ("", "backbone.", "encoder.")
 # Parameters of a backbone that belong to its task: a misfit there is expected.
 _TASK_PARTS = ("head.", "out_norms.", "fc_norm.")
+# Layers outside a backbone that have outputs for each class: a segmenter's, and three of a detector's.
+_CLASS_LAYERS = ("classifier", "box_head.cls", "box_head.reg", "mask_head.logits")
 # Fields of a backbone's config that change neither the shapes of its parameters nor what they mean.
 _MAY_DIFFER = frozenset(
     {
@@ -248,10 +250,8 @@ def fit(
             if part.startswith("head.") and array.shape[:-1] == shape[:-1]:
                 reason = f"{counted(array.shape[-1], 'class', 'classes')} there, {shape[-1]} here"
             misfit(name, "drawn", reason, belongs_to_task)
-        elif (
-            belongs_to_task
-            and _other_classes(source.class_names, class_names)
-            and shape[-1:] == (len(class_names),)
+        elif _other_classes(source.class_names, class_names) and _is_of_classes(
+            part, shape, len(class_names)
         ):
             misfit(name, "drawn", "other classes", True)
         else:
@@ -322,6 +322,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _other_classes(there: Sequence[str], here: Sequence[str]) -> bool:
     return bool(there) and bool(here) and tuple(there) != tuple(here)
+
+
+def _is_of_classes(part: str, shape: tuple[int, ...], classes: int) -> bool:
+    """Tell whether a parameter belongs to the classes: a classifier's, or a detector's, with background or four deltas.
+
+    Its size alone does not say so: a layer's width may be the number of classes.
+    """
+    named = part.startswith("head.") or any(f".{layer}." in part for layer in _CLASS_LAYERS)
+    return named and shape[-1:] in ((classes,), (classes + 1,), (4 * classes,))
 
 
 def _order(config: BackboneConfig) -> str:

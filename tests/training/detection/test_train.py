@@ -30,6 +30,7 @@ from fastvim_jax.training.weights_source import Source
 from tests.support import data_dir
 from tests.training.compare_runs import assert_same_run
 from tests.training.detection.tiny import CLASSES, copy_real_images, draw_scenes, tiny_config
+from tests.training.segmentation.tiny import tiny_config as segmentation_config
 
 pytest.importorskip("pycocotools")
 
@@ -254,6 +255,28 @@ def test_a_detector_starts_from_a_classifier(scenes):
     parts = {name.split(".")[0] for name in report.names("drawn")}
     assert parts == {"backbone", "neck", "rpn", "stages"}  # of the backbone, the norm of its output
     assert set(report.names("left")) >= {"head.kernel", "head.bias"}
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_head_for_as_many_other_classes_is_drawn_anew(scenes, task):
+    """Draw all that belongs to the classes, and nothing else, whatever else has as many entries."""
+    config = tiny_config(scenes).model if task == "detection" else segmentation_config(scenes).model
+    config = dataclasses.replace(config, num_classes=3)  # as many as the anchors of a cell
+    built = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    shapes = {
+        n: info.shape for info in parameter_infos(nnx.state(built)) for n in info.unstacked_names()
+    }
+    source = Source("a run", {n: np.ones(s) for n, s in shapes.items()}, config, ("a", "b", "c"))
+    layers = {
+        "detection": [
+            f"stages.0.{x}" for x in ("box_head.cls", "box_head.reg", "mask_head.logits")
+        ],
+        "segmentation": ["decode_head.classifier.conv", "auxiliary_head.classifier.conv"],
+    }[task]
+    for names, drawn in ((("a", "b", "d"), layers), (("a", "b", "c"), [])):
+        _, report = fit(source, shapes, config=config, class_names=names)
+        expected = {f"{layer}.{each}" for layer in drawn for each in ("kernel", "bias")}
+        assert set(report.names("drawn")) == expected
 
 
 def test_impossible_configs_are_refused(scenes, tmp_path):
