@@ -105,3 +105,13 @@ class DataConfig:
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")
+
+
+def one_split_note(name: str, pattern: str) -> tuple[str, ...]:
+    """Say in one line that a pattern of files without {split} makes evaluation read what training reads; else ()."""
+    if "{split}" in pattern:
+        return ()
+    return (
+        f"data.{name} has no {{split}}: evaluation reads what training reads, so its scores tell nothing about new "
+        "images.",
+    )

@@ -13,7 +13,7 @@ from fastvim_jax.config_checks import (
     PositiveInt,
     Probability,
 )
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.config import DataConfig, one_split_note
 from fastvim_jax.data.sources.coco import ANNOTATIONS, IMAGES
 
 
@@ -74,3 +74,8 @@ class DetectionData(DataConfig):
         """Return the smallest size of `eval_sizes` and `image_size` that holds a resized image of `size`."""
         holding = [s for s in self.eval_sizes if size[0] <= s[0] and size[1] <= s[1]]
         return min([*holding, self.height_width], key=lambda s: s[0] * s[1])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line if evaluation reads the objects of training, because the pattern names no split."""
+        return one_split_note("annotations", self.annotations)

@@ -13,7 +13,7 @@ from fastvim_jax.config_checks import (
     PositiveInt,
     Probability,
 )
-from fastvim_jax.data.config import DataConfig
+from fastvim_jax.data.config import DataConfig, one_split_note
 from fastvim_jax.data.sources.mask_folder import IMAGE_PATTERN, MASK_PATTERN
 
 
@@ -76,3 +76,8 @@ class SegmentationData(DataConfig):
         """Rows and columns between evaluation's windows."""
         stride = self.eval_stride
         return (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line if evaluation reads the images of training, because the pattern names no split."""
+        return one_split_note("image_pattern", self.image_pattern)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.cli.main import main
+from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.geometry import (
     Scene,
     crop,
@@ -166,6 +167,29 @@ def test_linked_folders_are_read_and_hidden_ones_are_not(root, tmp_path_factory)
     with pytest.raises(UserError, match="is a link out of the data set's folder"):
         open_masks(config(root), "training")
     assert len(open_masks(config(root, follow_links=True), "training")) == 5
+
+
+def test_a_run_says_which_masks_it_leaves_out_and_that_it_has_one_split(root):
+    """Say so in training too: images of another type were left out without a word."""
+    settings = config(root)
+    assert open_masks(settings, "training").notes == () == settings.notes
+    images = root / "images/training"
+    with Image.open(images / "scene_1.jpg") as image:
+        image.save(images / "scene_1.png")
+    (images / "scene_1.jpg").unlink()
+    (images / "scene_2.jpg").rename(images / "scene_2.JPG")
+    (note,) = open_masks(settings, "training").notes
+    assert "2 masks have no image at 'images/training/{name}.jpg'" in note and "scene_1.png" in note
+    of_any_type = config(root, image_pattern="images/{split}/{name}.*")
+    source = open_masks(of_any_type, "training")
+    assert len(source) == 4 and source.notes == ()
+    pattern = {
+        "image_pattern": "images/training/{name}.*",
+        "mask_pattern": "annotations/training/{name}.png",
+    }
+    assert "evaluation reads what training reads" in config(root, **pattern).notes[0]
+    assert DetectionData(path="x").notes == ()
+    assert "data.annotations" in DetectionData(path="x", annotations="all.json").notes[0]
 
 
 def test_two_images_of_one_name_are_refused(root):

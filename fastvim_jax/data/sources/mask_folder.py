@@ -71,6 +71,7 @@ class MaskFolderSource:
                 )
         self.class_names = class_names
         self._root = root
+        self._image_pattern = image_pattern.replace("{split}", split)
         self._follow_links = follow_links
 
         def list_pairs() -> dict[str, np.ndarray]:
@@ -109,6 +110,17 @@ class MaskFolderSource:
     def stray(self) -> tuple[str, ...]:
         """Masks without an image."""
         return tuple(self._stray)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line about masks without an image, if there are any: images may have another ending than the pattern."""
+        if not len(self._stray):
+            return ()
+        return (
+            f"{counted(len(self._stray), 'mask has', 'masks have')} no image at {self._image_pattern!r}, such as "
+            f"{printable(self._stray[0])}: they are not used. If images are of several types, end data.image_pattern "
+            "in {name}.*, which finds all.",
+        )
 
     def __getitem__(self, index: int) -> Record:
         image, mask = self._images[index], self._masks[index]

@@ -68,7 +68,7 @@ def train(config: DetectionConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names, source.category_ids)
-    run.messages.extend((*source.notes, *describe_eval_sizes(data)))
+    run.messages.extend((*source.notes, *data.notes, *describe_eval_sizes(data)))
 
     # Model
     def build() -> nnx.Module:

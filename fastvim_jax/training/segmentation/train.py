@@ -67,6 +67,8 @@ def train(config: SegmentationConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names)
+    source: Any = batches.source  # a MaskFolderSource
+    run.messages.extend((*source.notes, *config.data.notes))
 
     # Model: weights, and the running statistics of batch norms
     def build() -> nnx.Module:
