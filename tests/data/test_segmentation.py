@@ -264,6 +264,7 @@ def test_a_class_list_that_counts_from_one_makes_zero_unlabelled(root, capsys):
     [
         (lambda m: encoded(np.stack([m, m * 2, m], -1)), "colours instead of class numbers"),
         (lambda m: encoded(m, "JPEG"), "JPEG"),
+        (lambda m: encoded(m, "WEBP"), "lossy WebP"),
         (lambda m: encoded(m[:-1]), "pixels, its image"),
         (lambda m: encoded(m + 1), "zero_is_ignored"),
         (lambda m: encoded(m.astype(np.uint16) * 300), "outside the 3 classes"),
@@ -322,6 +323,14 @@ def test_a_set_without_a_good_mask_says_why(root):
     with pytest.raises(UserError, match=r"cannot be read, the last because: .*zero_is_ignored"):
         next(batches)
     batches.close()
+
+
+def test_lossless_webp_masks_are_read(rng):
+    labels = rng.integers(0, 20, (9, 7), np.uint8)
+    for options in ({}, {"exif": Image.Exif().tobytes()}):  # Metadata make an extended file.
+        file = io.BytesIO()
+        Image.fromarray(labels).save(file, "WEBP", lossless=True, **options)
+        np.testing.assert_array_equal(read_mask(file.getvalue(), name="m"), labels)
 
 
 def test_deep_grey_and_palette_masks_are_read():

@@ -211,8 +211,12 @@ def read_mask(data: bytes, *, name: str) -> Int[np.ndarray, "h w"]:
         raise DecodeError(
             f"{name}: the mask cannot be read ({error or type(error).__name__})."
         ) from None
-    if opened.format == "JPEG":
-        raise DecodeError(f"{name}: a JPEG mask has changed labels at every edge; save it as PNG.")
+    # A lossless WebP has a chunk of this name.
+    if opened.format == "JPEG" or (opened.format == "WEBP" and b"VP8L" not in data):
+        kind = "JPEG" if opened.format == "JPEG" else "lossy WebP"
+        raise DecodeError(
+            f"{name}: a {kind} mask has changed labels at every edge; save it as PNG."
+        )
     if opened.mode == "F":
         raise DecodeError(
             f"{name}: a mask of floating-point numbers; save class numbers as 8 bits."
