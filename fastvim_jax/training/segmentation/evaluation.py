@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.analysis.overlays import overlay, picture_grid
 from fastvim_jax.data.geometry import resize_image
+from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import IGNORED, EvaluationImage, EvaluationImages, normalise
 from fastvim_jax.distributed import (
     is_first_process,
@@ -32,7 +33,7 @@ from fastvim_jax.distributed import (
     place_batch,
     round_up,
 )
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.segmentation.slide import Slide
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.segmentation.config import SegmentationConfig
@@ -110,6 +111,7 @@ def make_evaluator(
             slide,
             config.model.num_classes,
             keep=config.pictures,
+            most_unread=config.data.max_corrupt,
             progress=progress,
         )
         scores: dict[str, Any] = {"count": len(images) - len(unread)}
@@ -139,6 +141,7 @@ def judge(
     classes: int,
     *,
     keep: int = 0,
+    most_unread: int | None = None,
     progress: bool = False,
 ) -> tuple[Areas, list[Judged], list[str]]:
     """Segment every image and count pixels.
@@ -149,12 +152,14 @@ def judge(
         slide: how images are cut into windows.
         classes: number of classes.
         keep: images to keep for a picture: the first ones, and as many of the worst of the others.
+        most_unread: images that may be left out because they or their masks cannot be read; None: any number.
         progress: say on standard error how far it is.
 
     Returns:
         Areas over all images, the images kept, and why the others could not be read.
 
     Raises:
+        DecodeError: more than `most_unread` images cannot be read.
         UserError: no image could be read.
     """
     total = Areas.zero(classes)
@@ -165,6 +170,11 @@ def judge(
     for done, each in enumerate(images):
         if each.label is None:
             unread.append(each.error)
+            if most_unread is not None and len(unread) > most_unread:
+                raise DecodeError(
+                    f"{each.error}\n{counted(len(unread), 'image')} of the evaluation split cannot be judged; "
+                    f"data.max_corrupt allows {most_unread}. Mend or remove the file, or raise data.max_corrupt."
+                )
             continue
         predicted = slide(predict, each.image, each.label.shape)
         label = np.full(predicted.shape, IGNORED, np.uint8)

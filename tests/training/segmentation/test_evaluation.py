@@ -1,0 +1,46 @@
+"""Scores of an evaluation are those of all its images, or it says which it leaves out."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.segmentation import EvaluationImages
+from fastvim_jax.distributed import MeshConfig, make_mesh
+from fastvim_jax.training.segmentation.evaluation import judge, make_evaluator, slide_of
+from fastvim_jax.training.steps import TrainState
+from tests.training.segmentation.tiny import draw_scenes, tiny_config
+
+
+def test_images_that_cannot_be_judged_stop_a_run_unless_it_allows_them(tmp_path, rng):
+    draw_scenes(tmp_path, rng, train=1, held_out=3)
+    config = tiny_config(tmp_path)
+    file = tmp_path / "annotations/validation/scene_1.png"
+    with Image.open(file) as mask:
+        labels = np.asarray(mask).copy()
+    labels[3, 3] = 3  # a label too many
+    Image.fromarray(labels).save(file)
+
+    def predict(windows):
+        return jnp.zeros((len(windows), 2, 2, 3))
+
+    with contextlib.closing(EvaluationImages(config.data)) as images:
+        run = make_evaluator(
+            lambda params, model_state, windows: predict(windows), images, config,
+            make_mesh(MeshConfig(data=1)), tmp_path, progress=False,
+        ).run  # fmt: skip
+        state = TrainState(0, None, None, None)
+        with pytest.raises(
+            DecodeError, match=r"scene_1.png: labels 3 outside(.|\n)*1 image of"
+        ) as raised:
+            run(state, 0)
+        assert "data.max_corrupt allows 0" in str(raised.value)
+        slide = slide_of(config, 2)
+        for most in (1, None):
+            areas, _, unread = judge(predict, images, slide, 3, most_unread=most)
+            assert len(unread) == 1 and areas.labelled.sum() > 0
