@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvim_jax.cli.usage import parse
+from fastvim_jax.cli.usage import parse, require_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Arguments:
 def run(arguments: Sequence[str]) -> int:
     """Show which channels matter: accuracy by subset of channels, or each channel's contribution to one image."""
     chosen = parse(Arguments, "channels", arguments, f"{run.__doc__}")
+    require_picture(chosen.plot)
     return _accuracies(chosen) if chosen.image is None else _contributions(chosen, chosen.image)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastvim_jax.cli.records import write_results
-from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
-from fastvim_jax.errors import counted
+from fastvim_jax.cli.usage import UsageError, as_usage_error, parse, require_picture
+from fastvim_jax.errors import counted, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         text for text, (a, _, b) in zip(chosen.rename, pairs, strict=True) if not (a and b)
     ]:
         raise UsageError(f"--rename {wrong[0]!r}: write FILE_CHANNEL=MODEL_CHANNEL.")
+    require_picture(chosen.plot)
     from fastvim_jax.inference.channel_model import has_channels, load_channel_model
 
     if not has_channels(chosen.run):
@@ -81,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.dtype:
         raise UsageError(f"--dtype is of photographs; {chosen.run} reads microscope images.")
     from fastvim_jax.inference.embed import (
+        ADDED,
         embed_fields,
         normalise_to_controls,
         require_controls,
@@ -95,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     fields = find_fields(chosen.paths, chosen.pattern, note=_note)
     rename = {a: b for a, _, b in pairs}
     require_renamed(fields, rename)
+    _require_colour(chosen, {key for field in fields for key in field.metadata} | set(ADDED))
     if chosen.controls:  # Said before all images are read.
         rows = [(field.metadata.get("plate", ""), field.metadata.get("well")) for field in fields]
         rows = list(dict.fromkeys(rows)) if chosen.per == "well" else rows
@@ -117,6 +120,15 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.controls:
         table = normalise_to_controls(table, chosen.controls)
     return _written(table, chosen)
+
+
+def _require_colour(chosen: Arguments, columns: Set[str]) -> None:
+    """Refuse a column that the plot could not show, before images are read."""
+    if chosen.plot and chosen.colour and chosen.colour not in columns:
+        raise UsageError(
+            f"--colour {chosen.colour}: there is no such column, but {', '.join(sorted(columns))}."
+            f"{suggest(chosen.colour, columns)}"
+        )
 
 
 def _partial(out: Path) -> Path:
@@ -143,6 +155,7 @@ def _photographs(chosen: Arguments) -> int:
     for name in ("pattern", "channels", "rename", "controls", "per", "depth"):
         if getattr(chosen, name):
             raise UsageError(f"--{name} is of microscope images; {chosen.run} reads photographs.")
+    _require_colour(chosen, {"file"})
     with as_usage_error():
         files = find_images(chosen.paths)
     size = min(chosen.batch_size, len(files))

@@ -33,6 +33,22 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def require_picture(file: Path | None, option: str = "--plot") -> None:
+    """Make the folder of a picture, before what it shows is computed.
+
+    Raises:
+        UsageError: the file's name does not end in .png, .pdf or .svg, or its folder cannot be made.
+    """
+    if file is None:
+        return
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"{option} {file}: name a file that ends in .png, .pdf or .svg.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {file}: {error.strerror or error}.") from None
+
+
 def command() -> str:
     """Return what to type to call this program: `fastvim` if the shell finds it, otherwise `python -m fastvim_jax`."""
     beside = Path(sys.executable).with_name("fastvim")

@@ -345,8 +345,18 @@ def _ome_names(metadata: Any) -> tuple[str, ...]:
 
 def _expression(pattern: str) -> re.Pattern[str]:
     parts, seen = [], set()
-    for text, field, _, _ in string.Formatter().parse(pattern):
+    try:
+        pieces = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise UserError(
+            f"{pattern!r} is no pattern ({error}): close each brace, as {{well}}."
+        ) from None
+    for text, field, style, conversion in pieces:
         parts.append(re.escape(text))
+        if style or conversion:
+            raise UserError(
+                f"{pattern!r}: write {{{field}}}, without {style or conversion!r} behind it."
+            )
         if field is None:
             continue
         if not field:

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.data.cells import make_eval_iterator, take_channels
+from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.labelled import make_preprocess
-from fastvim_jax.errors import require_texts
+from fastvim_jax.errors import UserError, require_texts, suggest
 from fastvim_jax.inference.channel_model import channel_data
 from fastvim_jax.training.classification.evaluation import evaluate_weights, make_eval_step
 from fastvim_jax.training.run_folder import load_run
@@ -55,10 +56,7 @@ def score_subsets(
     """
     run = load_run(run_dir, weights=weights)
     data = dataclasses.replace(channel_data(run.config, run_dir), **changes, eval_channels=())
-    ids = [
-        dataclasses.replace(data, eval_channels=require_texts(s, "subset")).eval_ids
-        for s in subsets
-    ]
+    ids = [_numbers(data, require_texts(subset, "subset")) for subset in subsets]
     graphdef, params = nnx.split(run.model)
     eval_step = make_eval_step(graphdef, preprocess=make_preprocess(data))
 
@@ -75,6 +73,19 @@ def score_subsets(
         SubsetScore(tuple(subset), found["count"], found["top1"], found["loss"])
         for subset, found in zip(subsets, scores.values(), strict=True)
     ]
+
+
+def _numbers(data: CellsData, subset: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the numbers of a subset's channels."""
+    text = "+".join(subset)
+    if not text or len(set(subset)) < len(subset):
+        raise UserError(f"the subset {text!r} must name one channel or several different ones.")
+    if unknown := [name for name in subset if name not in data.names]:
+        raise UserError(
+            f"the subset {text!r} names {unknown[0]!r}, but the model's channels are {', '.join(data.names)}."
+            f"{suggest(unknown[0], data.names)}"
+        )
+    return tuple(data.names.index(name) for name in subset)
 
 
 def default_subsets(names: Sequence[str]) -> list[tuple[str, ...]]:

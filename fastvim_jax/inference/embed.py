@@ -33,6 +33,8 @@ from fastvim_jax.models.channels import channel_inputs
 
 Level = Literal["tile", "site", "well"]
 PREFIX = "Metadata_"
+ADDED = ("channels", "rows", "tile", "tiles")
+"""Columns that tables of fields may have beside those that identify a field."""
 MAD_TO_DEVIATION = 1.4826
 """Ratio of standard deviation to median absolute deviation in a normal distribution."""
 

@@ -16,6 +16,7 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference import embed
+from fastvim_jax.inference.channel_scores import score_subsets
 from fastvim_jax.inference.classifier import Classifier
 from fastvim_jax.inference.embed import Embeddings, cut_tiles, normalise_to_controls
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
@@ -201,6 +202,18 @@ def test_channels_are_scored_and_an_image_is_explained(
     assert main(["eval", str(trained), "--data.eval-channels", "DNA", "Mito", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]["raw"]
     assert f"| x |  | x | 2 | {100 * scores['top1']:.2f} | {scores['loss']:.4f} |" in shown
+    for subset, message in (
+        (
+            "ER+DAN",
+            "the subset 'ER+DAN' names 'DAN', but the model's channels are Mito, ER, DNA. Did",
+        ),
+        ("ER+ER", "must name one channel or several different ones"),
+        ("", "must name one channel"),
+    ):
+        assert main(["channels", str(trained), "--subsets", subset]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="must name one channel"):  # It was taken for all.
+        score_subsets(trained, [()])
     image = tmp_path / "image.npy"
     np.save(image, np.zeros((9, 9, 3), np.uint8))
     assert main(["channels", str(trained), str(image), "--plot", str(plot)]) == 0

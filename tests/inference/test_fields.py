@@ -122,9 +122,15 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
 ) -> None:
     monkeypatch.setattr("fastvim_jax.inference.channel_model.has_channels", lambda run: True)
     np.save(tmp_path / "A01.npy", np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
     command = ["embed", "no run", str(tmp_path), "--pattern", "{well}.npy"]
     for options, message in (
         (["--out", "a.txt"], "write .parquet or .csv"),
+        (["--plot", "a.xyz"], "name a file that ends in .png, .pdf or .svg"),
+        (["--plot", "A01.npy/a.png"], "--plot A01.npy/a.png: "),
+        (["--plot", "new/a.png", "--colour", "wel"], "--colour wel: there is no such column"),
+        (["--pattern", "{well.npy"], "'{well.npy' is no pattern (expected '}'"),
+        (["--pattern", "{well:02}.npy"], "write {well}, without '02' behind it"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--controls", "A1"], "there is no row of the control A1"),
         (["--controls", "A01"], "has 1 row in the wells A01: it needs two"),
