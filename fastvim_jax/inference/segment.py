@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int, UInt8
@@ -15,11 +14,10 @@ from PIL import Image
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
-from fastvim_jax.data.segmentation import normalise
 from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
-from fastvim_jax.training.segmentation.evaluation import slide_of
+from fastvim_jax.training.segmentation.evaluation import slide_of, window_logits
 
 Segment = Callable[[UInt8[np.ndarray, "h w 3"]], Int[np.ndarray, "h w"]]
 _NAMED = 5
@@ -36,12 +34,10 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
     assert isinstance(config, SegmentationConfig)
     slide = slide_of(config, windows or config.eval_windows)
     graphdef, state = nnx.split(run.model)
-    mean, std = config.data.mean, config.data.std
 
     @jax.jit
     def logits_of(state, windows):
-        size = jnp.broadcast_to(jnp.asarray(windows.shape[1:3]), (len(windows), 2))
-        return nnx.merge(graphdef, state)(normalise(windows, size, mean, std)).main
+        return window_logits(nnx.merge(graphdef, state), windows, config)
 
     def segment(image):
         size = image.shape[0], image.shape[1]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.analysis.overlays import overlay, picture_grid
@@ -34,7 +35,9 @@ from fastvim_jax.distributed import (
     round_up,
 )
 from fastvim_jax.errors import UserError, counted
+from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.models.segmentation.slide import Slide
+from fastvim_jax.models.upernet import SegmentationLogits
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
@@ -62,15 +65,12 @@ class Judged:
 
 def make_predict(graphdef: nnx.GraphDef, config: SegmentationConfig, mesh: Mesh) -> Predict:
     """Compile the model on windows shared by the devices of `mesh`; every device gets all logits."""
-    mean, std = config.data.mean, config.data.std
 
     @partial(on_mesh, mesh)
     @jax.jit
     def compiled(params: Any, model_state: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graphdef, gather_outside_blocks(params), model_state)
-        windows = batch["image"]
-        size = jnp.broadcast_to(jnp.asarray(windows.shape[1:3]), (len(windows), 2))
-        return on_every_device(model(normalise(windows, size, mean, std)).main)
+        return on_every_device(window_logits(model, batch["image"], config))
 
     def predict(params: Any, model_state: Any, windows: np.ndarray) -> jax.Array:
         share = len(windows) // jax.process_count()
@@ -80,6 +80,35 @@ def make_predict(graphdef: nnx.GraphDef, config: SegmentationConfig, mesh: Mesh)
         )
 
     return predict
+
+
+def window_logits(
+    model: Callable[..., SegmentationLogits],
+    windows: UInt8[Array, "n h w 3"],
+    config: SegmentationConfig,
+) -> Float[Array, "n rows columns classes"]:
+    """Compute the logits of windows, at any size that covers exactly the windows.
+
+    A window is smaller than the crop where its image is. Its sides are then extended with zeros to multiples of the
+    patch, as in training, and the logits of the extension are cut off. Otherwise the logits of the last patches, which
+    reach beyond the window, would be squeezed into it and move all others.
+    """
+    size = windows.shape[1], windows.shape[2]
+    # A neck halves the grid, so it needs two patches.
+    fewest = 1 if config.model.neck == "none" else 2
+    whole = [
+        side if side == crop else max(-(-side // patch), fewest) * patch
+        for side, crop, patch in zip(
+            size, config.data.height_width, config.model.backbone.patch, strict=True
+        )
+    ]
+    margins = [(0, 0), *((0, full - side) for full, side in zip(whole, size, strict=True)), (0, 0)]
+    sizes = jnp.broadcast_to(jnp.asarray(size), (len(windows), 2))
+    images = normalise(jnp.pad(windows, margins), sizes, config.data.mean, config.data.std)
+    logits = model(images).main
+    if tuple(whole) == size:
+        return logits
+    return resize_bilinear(logits, (whole[0], whole[1]))[:, : size[0], : size[1]]
 
 
 def make_evaluator(
