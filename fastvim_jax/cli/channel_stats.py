@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
-from fastvim_jax.errors import counted
+from fastvim_jax.errors import UserError, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Arguments:
     """Split to count."""
     class_list: str = ""
     """A class list, or folder of plate maps, to use instead of the data set's own."""
+    follow_links: bool = False
+    """Read files outside the folder that links in it lead to."""
     every: int = 1
     """Read only every N-th image."""
 
@@ -35,17 +37,21 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
     from fastvim_jax.data import DecodeError, open_source
     from fastvim_jax.data.multichannel import in_order, read_channels, to_uint8
+    from fastvim_jax.data.records import read_record
     from fastvim_jax.data.sources import data_folder
     from fastvim_jax.data.sources.layout import guess_source
     from fastvim_jax.data.statistics import count_statistics, write_statistics
 
     with as_usage_error():
+        if chosen.every < 1:
+            raise UsageError(f"--every {chosen.every} must be at least 1.")
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
         source = open_source(
             kind,
             chosen.split,
             path=chosen.path,
             class_list=chosen.class_list,
+            follow_links=chosen.follow_links,
             channels=chosen.channels,
         )
     stored = tuple(getattr(source, "channel_names", ()))
@@ -56,15 +62,26 @@ def run(arguments: Sequence[str]) -> int:
     skipped: list[str] = []
 
     def images() -> Iterator[Any]:
-        for index in range(0, len(source), max(1, chosen.every)):
+        for index in range(0, len(source), chosen.every):
             try:
-                record = source[index]
+                record = read_record(source, index)
                 image = read_channels(record.image, record.name)
-                yield to_uint8(in_order(image, chosen.channels, record.name))
+                pixels = in_order(image, chosen.channels, record.name)
+                if pixels.shape[-1] != len(chosen.channels):
+                    found = counted(pixels.shape[-1], "channel")
+                    raise DecodeError(
+                        f"{record.name}: {found}, but --channels names {len(chosen.channels)}."
+                    )
+                yield to_uint8(pixels)
             except DecodeError as error:
                 skipped.append(str(error))
 
-    statistics = count_statistics(images(), chosen.channels)
+    try:
+        statistics = count_statistics(images(), chosen.channels, skipped)
+    except UserError as error:
+        shown = "".join(f"\n  left out: {reason}" for reason in skipped[:5])
+        more = f"\n  ... and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise UserError(f"{error}{shown}{more}") from None
     for name, mean, std in zip(statistics.names, statistics.mean, statistics.std, strict=True):
         print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")
     for reason in skipped:

@@ -20,7 +20,7 @@ from jaxtyping import Int32, UInt8
 from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
 from fastvim_jax.data.multichannel import MultiChannel, in_order, read_channels, to_uint8
-from fastvim_jax.data.records import DecodeError, Record, Source
+from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
 from fastvim_jax.data.tar_members import read_image_file
@@ -176,6 +176,7 @@ def _open(config: CellsData, split: str) -> Source:
         split,
         path=config.path,
         class_list=config.class_list,
+        follow_links=config.follow_links,
         channels=config.channel_names,
     )
     stored = tuple(getattr(source, "channel_names", ()))
@@ -205,10 +206,7 @@ class _Decode:
     config: CellsData
 
     def __call__(self, index: int) -> tuple[Record, UInt8[np.ndarray, "h w c"]]:
-        try:
-            record = self.source[index]
-        except OSError as error:
-            raise DecodeError(f"{error.filename}: {error.strerror or error}.") from None
+        record = read_record(self.source, index)
         return record, _pixels(record, self.config)
 
 

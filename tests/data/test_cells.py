@@ -255,3 +255,38 @@ def test_statistics_are_counted_stored_and_used(
         plain.resolved()
     with pytest.raises(UserError, match="the same value everywhere"):
         count_statistics([np.zeros((2, 2, 4), np.uint8)], NAMES)
+
+
+def test_links_are_followed_where_that_is_asked_for(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read linked images in training and statistics; say what was left out, and why, even of all images."""
+    folder, elsewhere = tmp_path / "cells", tmp_path / "elsewhere"
+    for number in range(4):
+        file = elsewhere / f"{number}.npy"
+        linked = folder / "train" / "xy"[number % 2] / file.name
+        for each in (file, linked):
+            each.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rng.integers(0, 256, (8, 8, 2)).astype(np.uint8))
+        linked.symlink_to(file)
+    config = CellsData(
+        source="image_folder", path=str(folder), channels=2, channel_names=("a", "b"), image_size=8,
+        batch_size=4, mean=(0.0,) * 2, std=(1.0,) * 2, follow_links=True,
+    )  # fmt: skip
+    assert next(cells.make_train_iterator(config, seed=0))["image"].shape == (4, 8, 8, 2)
+
+    def stats(*options: str, status: int) -> str:
+        assert main(["data", "stats", str(folder), *options]) == status
+        return "".join(capsys.readouterr())
+
+    assert "--follow-links" in stats("--channels", "a", "b", status=2)
+    np.save(elsewhere / "0.npy", np.zeros((8, 8, 3), np.uint8))
+    text = stats("--channels", "a", "b", "--follow-links", status=0)
+    assert "0.npy: 3 channels, but --channels names 2" in text and "3 images of train" in text
+    stored = json.loads((folder / "statistics.json").read_text())
+    assert stored["images"] == 3 and "0.npy" in stored["skipped"][0]
+    text = stats("--channels", "a", "--follow-links", status=1)
+    assert (
+        "there is no image to count" in text and "1.npy: 2 channels, but --channels names 1" in text
+    )
+    assert "--every 0 must be at least 1" in stats("--channels", "a", "--every", "0", status=2)
