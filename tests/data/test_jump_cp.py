@@ -293,6 +293,20 @@ def test_a_missing_file_is_not_taken_from_another_plate(tables: Path) -> None:
             source[1]
 
 
+def test_files_of_a_linked_folder_are_found(
+    tables: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Find images by name in a folder that a link leads to, and walk a circle of links once."""
+    disk = tmp_path_factory.mktemp("disk")
+    np.save(disk / "r1c1.npy", np.full((4, 4), 257, np.uint16))
+    (disk / "back").symlink_to(tables)
+    (tables / "Images").symlink_to(disk)
+    (tables / "load_data.csv").write_text(
+        "Metadata_Well,PathName_OrigDNA,FileName_OrigDNA\nA02,/elsewhere/P1,r1c1.npy\n"
+    )
+    assert (open_source("jump_cp", "all", path=str(tables))[0].image == 1).all()
+
+
 def test_a_file_of_one_channel_holds_one_plane(tables: Path) -> None:
     """Refuse a stack of planes where one channel is named: the planes would take the other channels' names."""
     for channel in ("ER", "DNA"):

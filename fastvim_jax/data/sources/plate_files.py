@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -90,7 +91,7 @@ class LocalFiles:
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
-        return _grouped([str(f) for f in sorted(Path(self.folder).rglob("*")) if f.is_file()])
+        return _grouped(sorted(_files_below(self.folder)))
 
 
 class RemoteFiles(LocalFiles):
@@ -147,6 +148,19 @@ def _told(row: dict[str, str], kind: str, channel: str) -> Path | str:
         return ""
     path = row.get(f"PathName_{kind}{channel}") or ""
     return f"{path.rstrip('/')}/{name}" if "://" in path else Path(path, name)
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """List the files below a folder, each folder once. Links are followed: images often lie on another disk."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(parent, name) for name in files)
 
 
 def _grouped(files: list[str]) -> dict[str, list[str]]:
