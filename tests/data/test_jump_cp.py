@@ -293,6 +293,17 @@ def test_a_missing_file_is_not_taken_from_another_plate(tables: Path) -> None:
             source[1]
 
 
+def test_a_row_that_stands_twice_counts_once(tables: Path) -> None:
+    """Drop equal rows: the same image would be trained on and tested on."""
+    for name in ("a.npy", "b.npy"):
+        np.save(tables / name, np.zeros((4, 4), np.uint16))
+    rows = ("A03,b.npy", "A02,a.npy", "A03,b.npy", "A02,no.npy", "A02,none.npy", "A01,a.npy")
+    (tables / "load_data.csv").write_text("\n".join(("Metadata_Well,FileName_OrigDNA", *rows)))
+    source = open_source("jump_cp", "all", path=str(tables))
+    assert source.labels.tolist() == [2, 1, 1, 1, 0]
+    assert [note for note in source.notes if "1 row repeats another row" in note]
+
+
 def test_files_of_a_linked_folder_are_found(
     tables: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

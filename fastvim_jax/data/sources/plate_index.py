@@ -27,7 +27,7 @@ from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.files import MAX_BYTES, read_file
 from fastvim_jax.data.sources.object_store import fetch
 from fastvim_jax.data.sources.plate_files import LocalFiles, RemoteFiles
-from fastvim_jax.errors import UserError
+from fastvim_jax.errors import UserError, counted
 
 LOAD_DATA = (".csv", ".csv.gz", ".parquet")
 INDEX = (
@@ -86,7 +86,7 @@ def find_index(path: str) -> str:
 
 
 def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
-    """Read an index of either layout.
+    """Read an index of either layout. Of rows that are equal, for example of a table joined with itself, one counts.
 
     Returns:
         The sites, the channels' names (() where a file holds all channels), and notes.
@@ -94,6 +94,22 @@ def read_index(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]
     Raises:
         UserError: the file is damaged or lacks a column.
     """
+    sites, channels, notes = _read_rows(index)
+    seen: set[Site] = set()
+    once: list[Site] = []
+    for site in sites:
+        # Rows whose files are missing look alike, and are counted one by one when they are read.
+        if site not in seen or not all(site.files):
+            once.append(site)
+        seen.add(site)
+    if repeated := len(sites) - len(once):
+        rows = counted(repeated, "row repeats", "rows repeat")
+        notes = (*notes, f"left out: {rows} another row of {index!r}.")
+    return once, channels, notes
+
+
+def _read_rows(index: str) -> tuple[list[Site], tuple[str, ...], tuple[str, ...]]:
+    """Return what `read_index` does, with equal rows."""
     data = fetch(index) if "://" in index else read_file(index)
     is_csv = index.endswith((".csv", ".csv.gz"))
     rows = _read_csv(index, data) if is_csv else _read_parquet(index, data)
