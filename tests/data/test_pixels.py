@@ -139,3 +139,12 @@ def test_damage_is_found(image_tree: Path, shards: Path) -> None:
         open_source("array_record", "train", path=str(shards))
     with pytest.raises(UserError, match="give one"):
         prepare(tree, shards, "train", pixels=16, max_size=16)
+
+
+def test_an_image_folder_that_holds_shards_names_their_kind(shards: Path, tmp_path: Path) -> None:
+    """Name data.source where a folder of shards is opened as an image folder, the default of experiments."""
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "train-0.tar").touch()
+    for folder, kind in ((shards, "pixels"), (tmp_path / "tars", "webdataset")):
+        with pytest.raises(UserError, match=f"of the kind {kind}: set data.source={kind}"):
+            open_source("image_folder", "train", path=str(folder))

@@ -18,6 +18,7 @@ from fastvim_jax.data.sources.class_lists import (
     folder_labels,
     read_class_list,
 )
+from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, prepared_splits
 from fastvim_jax.errors import UserError, suggest
 
 EXTENSIONS = frozenset(
@@ -38,6 +39,7 @@ EXTENSIONS = frozenset(
 )
 
 
+_KINDS = {".tar": "webdataset", ".parquet": "hugging_face", ".npz": "packed_npz"}
 WHOLE = "."
 """The split of a folder that has none: all class folders in it."""
 TRAINED = ("train", "training")
@@ -73,6 +75,10 @@ class ImageFolderSource:
                     f" If these are the classes, there is no split: use parts of the whole folder, "
                     f"train_split='{WHOLE}[-1/10]' and eval_split='{WHOLE}[1/10]' (--data.train-split, "
                     "--data.eval-split); `fastvim data check` prints the command."
+                )
+            elif not splits and (kind := _other_kind(root)):
+                hint = (
+                    f" The folder looks like a data set of the kind {kind}: set data.source={kind}."
                 )
             raise UserError(
                 f"{str(self._split_folder)!r} does not exist; folders found there: {', '.join(splits) or 'none'}."
@@ -161,6 +167,14 @@ def _holds_images(folder: Path) -> bool:
     with os.scandir(folder) as entries:
         names = (entry.name for entry in entries if not entry.name.startswith("."))
         return any(os.path.splitext(name)[1].lower() in EXTENSIONS for name in names)
+
+
+def _other_kind(root: Path) -> str:
+    """Return the kind of data set that the files of a folder without sub-folders are of, "" if that does not show."""
+    for kind in SOURCES_BY_FORMAT.values():
+        if prepared_splits(root, kind):
+            return kind
+    return next((kind for ending, kind in _KINDS.items() if any(root.glob(f"*{ending}"))), "")
 
 
 def folders_in(root: Path) -> list[str]:
