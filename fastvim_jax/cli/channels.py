@@ -19,7 +19,8 @@ class Arguments:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The folder of a run on images of many channels."""
     image: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")] = None
-    """An image of all channels. Show what each channel contributes to its class, instead of accuracies."""
+    """An image of all channels. Show what each channel contributes to its class, instead of accuracies. Of a larger
+    image than the model's input only the centre is read."""
     subsets: tuple[str, ...] = ()
     """Subsets of channels to evaluate, written as DNA+ER; by default all, all but one, and single ones."""
     split: str | None = None
@@ -68,7 +69,10 @@ def _contributions(chosen: Arguments, image: Path) -> int:
     pixels = load_image(image, data)
     label, probability, found = channel_contributions(loaded.model, data, pixels)
     name = (loaded.class_names or (str(label),) * (label + 1))[label]
-    print(f"{image}: {name}, probability {probability:.3f} with all channels")
+    height, width = data.height_width
+    print(
+        f"{image} (centre, {height} x {width} pixels): {name}, probability {probability:.3f} with all channels"
+    )
     for one in found:
         print(f"  {one.channel}: {one.without:.3f} without it, {one.alone:.3f} alone")
     if chosen.plot:

@@ -217,7 +217,8 @@ def test_channels_are_scored_and_an_image_is_explained(
     image = tmp_path / "image.npy"
     np.save(image, np.zeros((9, 9, 3), np.uint8))
     assert main(["channels", str(trained), str(image), "--plot", str(plot)]) == 0
-    assert "with all channels" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "image.npy (centre, 8 x 8 pixels): " in text and "with all channels" in text
 
 
 def test_tiles_lie_side_by_side_around_the_centre() -> None:
