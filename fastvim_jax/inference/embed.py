@@ -146,7 +146,7 @@ def embed_fields(
         batch_size: tiles at a time.
         partial: a file that ends in .jsonl. Each field's rows are appended to it, and what an interrupted call left
             there is not computed again. The caller deletes it (`row_files.forget`) once the table is written.
-        note: called with how many fields `partial` held.
+        note: called with how many fields `partial` held, and with how many lack channels that others have.
 
     Raises:
         UserError: a channel is not one of the model's, no field could be embedded, or another model or other options
@@ -202,9 +202,30 @@ def embed_fields(
             forget(partial)
         raise UserError("no field could be embedded.\n  " + "\n  ".join(problems[:20]))
     metadata = _columns([row for each in embedded for row in each.metadata])
+    if text := describe_channels([each.metadata[0]["channels"] for each in embedded]):
+        note(text)
     features = np.concatenate([each.features for each in embedded])
     table = Embeddings(metadata, features, tuple(problems))
     return aggregate(table, ("plate", "well")) if level == "well" else table
+
+
+def describe_channels(channels: Sequence[str]) -> str | None:
+    """Say how many fields lack channels that others have, whose features therefore differ; None if all have the same.
+
+    Args:
+        channels: of each field, as the column `channels` holds them: DNA+ER.
+    """
+    sets = [set(text.split("+")) for text in channels]
+    every = list(dict.fromkeys(name for text in channels for name in text.split("+")))
+    fewer = sum(len(found) < len(every) for found in sets)
+    if not fewer:
+        return None
+    shared = [name for name in every if all(name in found for found in sets)]
+    advice = f": --channels {' '.join(shared)} uses what all have" if shared else ""
+    return (
+        f"{counted(fewer, 'field')} of {len(sets)} had not all of {', '.join(every)} ({PREFIX}channels), so features "
+        f"differ for that reason, too{advice}."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

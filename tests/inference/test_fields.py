@@ -11,7 +11,7 @@ import pytest
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.embed import require_controls
+from fastvim_jax.inference.embed import describe_channels, require_controls
 from fastvim_jax.inference.fields import find_fields, read_field, require_renamed
 
 CHANNELS = ("ER", "DNA", "Golgi")
@@ -143,3 +143,12 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
     # A run is needed only then.
     assert main([*command, "--per", "well", "--controls", "A01", "A02"]) != 0
     assert "no run is no run folder" in capsys.readouterr().err
+
+
+def test_fields_with_fewer_channels_are_counted() -> None:
+    """Say that features of fields with different channels differ, and which channels all have."""
+    assert describe_channels(["DNA+ER"] * 3) is None
+    text = describe_channels(["DNA+ER", "DNA", "DNA+ER"])
+    assert text is not None and "1 field of 3 had not all of DNA, ER" in text
+    assert "--channels DNA uses what all have" in text
+    assert "--channels" not in str(describe_channels(["DNA", "ER"]))
