@@ -44,4 +44,7 @@ class Headline:
         return "; ".join(parts) + count
 
     def _value(self, value: float) -> str:
-        return f"{100 * value:.2f} %" if self.percent else f"{value:.4f}"
+        if not self.percent:
+            return f"{value:.4f}"
+        # A COCO score of -1 says that there is nothing to count, such as images without objects.
+        return "unknown (nothing to count)" if value < 0 else f"{100 * value:.2f} %"
