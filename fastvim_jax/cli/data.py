@@ -66,6 +66,10 @@ class Check(_Where):
     """Print JSON, with every problem."""
 
 
+_ROBOFLOW = "_annotations.coco.json"
+"""Name of the file that Roboflow writes into the image folder of each split."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare(_Where):
     """The shards to write."""
@@ -103,20 +107,24 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"unknown task {name!r}: check, check-masks, check-coco, prepare or stats.{suggest(name, tasks)}"
         )
-    if name == "check" and (task := _dense_task(rest)) is not None:
-        name = task
+    if name == "check":
+        name, more = _dense_task(rest)
+        rest += more
     return tasks[name](rest)
 
 
-def _dense_task(arguments: Sequence[str]) -> str | None:
-    """Name the check for a folder laid out like COCO or ADE20K, if that is what is named first; None for others."""
+def _dense_task(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Name the check for the folder that is named first, and its options: of COCO's layout, Roboflow's or ADE20K's."""
     root = Path(arguments[0]) if arguments else Path("-")
     annotations = root / "annotations"
-    if "--source" in arguments or not annotations.is_dir():
-        return None
+    if "--source" in arguments:
+        return "check", []
     if any(annotations.glob("*.json")):
-        return "check-coco"
-    return "check-masks" if (root / "images").is_dir() else None
+        return "check-coco", []
+    if any(root.glob(f"*/{_ROBOFLOW}")):
+        return "check-coco", ["--annotations", f"{{split}}/{_ROBOFLOW}"]
+    masks = annotations.is_dir() and (root / "images").is_dir()
+    return "check-masks" if masks else "check", []
 
 
 def _check(arguments: Sequence[str]) -> int:

@@ -475,6 +475,30 @@ def test_the_scan_finds_the_splits_and_says_how_to_train(
     assert "instances_{split}.json': correct --annotations" in capsys.readouterr().err
 
 
+def test_a_folder_as_roboflow_writes_it_is_checked(tmp_path: Path, capsys) -> None:
+    root = write(tmp_path, [box(4, 4, 20, 10)], images=1)
+    file = root / "annotations/instances_train.json"
+    file.rename(root / "train/_annotations.coco.json")
+    file.parent.rmdir()
+    assert main(["data", "check", str(root)]) == 0
+    told = capsys.readouterr().out
+    assert "train: 1 image" in told
+    assert "--data.annotations '{split}/_annotations.coco.json' (" in told
+    (root / "train/_annotations.coco.json").rename(root / "all.json")
+    (root / "train/0.png").rename(root / "0.png")
+    assert main(["data", "check", str(root)]) != 0
+    assert "`check-coco` take patterns" in capsys.readouterr().err
+
+
+def test_images_with_absolute_names_are_missing(tmp_path: Path) -> None:
+    """Say so at the start: they are read below the folder of the images, as links out of it are not followed."""
+    root = write(tmp_path, [box(4, 4, 20, 10)], images=1)
+    file = root / "annotations/instances_train.json"
+    file.write_text(file.read_text().replace('"0.png"', f'"{root}/train/0.png"'))
+    with pytest.raises(UserError, match="of 1 image .* 1 cannot be found"):
+        open_coco(config(root), "train")
+
+
 def test_categories_of_one_name_stay_apart(tmp_path: Path, capsys) -> None:
     """Use the ids where a name stands for several categories, as exporters write a parent beside its only child."""
     names = {0: "fish", 1: "fish", 2: "fish (id 1)", 3: "crab"}

@@ -85,7 +85,10 @@ def pack_records(
                 "shapes": [json.dumps(each.shapes) for each in objects],
                 "class_names": _distinct([printable(c["name"]) for c in categories], category_ids),
                 "problems": list(problems),
-                "missing": [n for n in names if n not in present and not (folder / n).is_file()],
+                # Joined as text: names are read below the folder, absolute ones too.
+                "missing": [
+                    n for n in names if n not in present and not os.path.isfile(f"{folder}/{n}")
+                ],
             }
         ),
         "category_ids": np.asarray(category_ids, np.int64),

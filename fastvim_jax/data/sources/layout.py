@@ -53,7 +53,8 @@ def guess_source(path: str) -> str:
     raise UserError(
         f"{str(root)!r} is of no known layout; expected one folder per split with one folder per class in it "
         "(train/cat/1.jpg), one folder per class (cat/1.jpg), or shards (*.tar, *.parquet, *.npz, *.array_record with "
-        "their manifest)."
+        "their manifest). For images with masks or a COCO file in other places, `fastvim data check-masks` and "
+        "`check-coco` take patterns."
     )
 
 
