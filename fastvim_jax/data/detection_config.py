@@ -61,6 +61,10 @@ class DetectionData(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
+        self._require(self.decoder != "turbo", "decoder", "auto or pillow, as Pillow reads all")
+        self._require(
+            not self.class_list, "class_list", "empty: the classes are the JSON file's categories"
+        )
         self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")
         height, width = self.height_width
         whole = all(side % 32 == 0 for size in self.eval_sizes for side in size)

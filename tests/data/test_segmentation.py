@@ -192,6 +192,14 @@ def test_a_run_says_which_masks_it_leaves_out_and_that_it_has_one_split(root):
     assert "data.annotations" in DetectionData(path="x", annotations="all.json").notes[0]
 
 
+def test_settings_that_would_have_no_effect_are_refused():
+    for kind in (SegmentationData, DetectionData):
+        with pytest.raises(UserError, match="data.decoder is 'turbo', but must be auto or pillow"):
+            kind(path="x", decoder="turbo")
+    with pytest.raises(UserError, match="data.class_list .* JSON file's categories"):
+        DetectionData(path="x", class_list="names.txt")
+
+
 def test_two_images_of_one_name_are_refused(root):
     shutil.copy(root / "images/training/scene_1.jpg", root / "images/training/scene_1.jpeg")
     with pytest.raises(UserError, match=r"scene_1.jpeg and .*scene_1.jpg both match"):
