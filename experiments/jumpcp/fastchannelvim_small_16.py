@@ -3,8 +3,8 @@
 The recipe of every file in this folder: 100 epochs, batch 256, AdamW with a weight decay that rises from 0.04 to 0.4,
 hierarchical channel sampling (the drawn channels stay in order). Set FASTVIM_JUMP_CP to a folder that `fastvim data
 prepare --source jump_cp` wrote for the plate BR00116991 (splits train, val, test); see docs/cells.md. Mean and standard
-deviation are the published ones of that plate, for pixels scaled as in its publication. Leave them out to use those of
-`fastvim data stats`.
+deviation are the published ones of that plate, for pixels scaled as in its publication. For your own shards give
+--data.mean and --data.std without numbers, which takes those of `fastvim data stats`.
 
 25,316,129 parameters. Cost: 208 GFLOPs per image and epoch (6 × 34.66 GMACs); time not measured.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from fastvim_jax.config_checks import PositiveInt, Probability
 from fastvim_jax.data.cells_channels import CHANNEL_ORDER
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.sources import data_folder
-from fastvim_jax.data.statistics import read_statistics
+from fastvim_jax.data.statistics import FILE, read_statistics
 from fastvim_jax.errors import UserError
 
 ChannelSampling = Literal["none", "sorted", "unsorted"]
@@ -105,6 +107,19 @@ class CellsData(DataConfig):
             )
         mean, std = read_statistics(data_folder(self.path), self.names, self.path)
         return dataclasses.replace(self, mean=mean, std=std)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a run says of its mean and deviation, if others are stored with the data."""
+        try:
+            stored = read_statistics(data_folder(self.path), self.names, self.path)
+        except UserError:  # There are none, or of other channels.
+            return ()
+        if np.allclose(stored, (self.mean, self.std), rtol=1e-3, atol=1e-4):
+            return ()
+        return (
+            f"Mean and deviation are those of the config, not those that {FILE} of {self.path} holds: give --data.mean "
+            "and --data.std without numbers to use these.",
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
