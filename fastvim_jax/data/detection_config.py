@@ -61,7 +61,6 @@ class DetectionData(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
-        self._require(self.decoder != "turbo", "decoder", "auto or pillow, as Pillow reads all")
         self._require(
             not self.class_list, "class_list", "empty: the classes are the JSON file's categories"
         )

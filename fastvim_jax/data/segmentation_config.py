@@ -65,7 +65,6 @@ class SegmentationData(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.channels == 3, "channels", "3")
-        self._require(self.decoder != "turbo", "decoder", "auto or pillow, as Pillow reads all")
         self._require(self.classes <= 255, "classes", "at most 255")
         self._require(self.fit[0] >= self.fit[1], "fit", "the longer side first")
         self._require(self.scale[0] <= self.scale[1], "scale", "lowest and highest factor")

@@ -192,10 +192,7 @@ def test_a_run_says_which_masks_it_leaves_out_and_that_it_has_one_split(root):
     assert "data.annotations" in DetectionData(path="x", annotations="all.json").notes[0]
 
 
-def test_settings_that_would_have_no_effect_are_refused():
-    for kind in (SegmentationData, DetectionData):
-        with pytest.raises(UserError, match="data.decoder is 'turbo', but must be auto or pillow"):
-            kind(path="x", decoder="turbo")
+def test_a_class_list_that_would_have_no_effect_is_refused():
     with pytest.raises(UserError, match="data.class_list .* JSON file's categories"):
         DetectionData(path="x", class_list="names.txt")
 
