@@ -22,10 +22,10 @@ class Arguments:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's folder, a folder of `save_pretrained`, or hf://owner/name."""
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Photographs: files, folders, tar files, patterns in quotes, or @FILE with one name per line. Microscope images:
-    files of all channels (.npy, TIFF); a plate's load_data.csv or Parquet index, or its folder; or with --pattern any
-    folder."""
+    files of all channels (.npy, TIFF); a plate's load_data.csv or Parquet index, also at a URL, or its folder; or with
+    --pattern any folder."""
     out: Path = Path("features.parquet")
     """The table to write: .parquet or .csv; for photographs also .jsonl. After an interruption the same command
     continues."""

@@ -78,7 +78,7 @@ class Field:
 
 
 def find_fields(
-    paths: Sequence[Path] | Path,
+    paths: Sequence[str | Path] | str | Path,
     pattern: str | None,
     *,
     note: Callable[[str], None] = lambda text: None,
@@ -86,8 +86,8 @@ def find_fields(
     """List the fields that files, folders and plates hold.
 
     Args:
-        paths: image files of all channels; the indices of plates (`plate_index`), or folders that hold one; with
-            `pattern`, other folders.
+        paths: image files of all channels; the indices of plates (`plate_index`), on disk or at a URL, or folders that
+            hold one; with `pattern`, other folders. Each counts once.
         pattern: see `data.multichannel.find_channel_files`; without `{channel}`, each file holds all channels.
         note: called with what is to be said about an index.
 
@@ -96,24 +96,26 @@ def find_fields(
             have the same metadata, so that their rows could not be told apart, and wells of two plates be averaged.
     """
     fields: list[Field] = []
-    path_of: dict[tuple[tuple[str, str], ...], tuple[int, Path]] = {}
-    for number, path in enumerate(map(Path, one_or_several(paths))):
+    path_of: dict[tuple[tuple[str, str], ...], str] = {}
+    for path in dict.fromkeys(map(str, one_or_several(paths))):
         of_path = _fields_of(path, pattern, note)
         for field in of_path:
             key = tuple(sorted(field.metadata.items()))
-            first, other = path_of.setdefault(key, (number, path))
-            if first != number:
+            if (other := path_of.setdefault(key, path)) != path:
                 known = ", ".join(f"{k} {v}" for k, v in field.metadata.items())
                 raise UserError(
-                    f"{str(other)!r} and {str(path)!r} both hold a field of {known}: name the plate with {{plate}} in "
+                    f"{other!r} and {path!r} both hold a field of {known}: name the plate with {{plate}} in "
                     "--pattern or in the index's Metadata_Plate, or embed them one by one."
                 )
         fields += of_path
     return fields
 
 
-def _fields_of(path: Path, pattern: str | None, note: Callable[[str], None]) -> list[Field]:
+def _fields_of(name: str, pattern: str | None, note: Callable[[str], None]) -> list[Field]:
     """List the fields of one path; see `find_fields`."""
+    if "://" in name:
+        return _fields_of_plate(name, note)
+    path = Path(name)
     if not path.exists():
         raise UserError(f"{str(path)!r} does not exist.")
     if path.is_dir() and pattern is not None:
@@ -129,7 +131,7 @@ def _fields_of(path: Path, pattern: str | None, note: Callable[[str], None]) -> 
             "all channels. A plate's folder without a pattern needs its load_data.csv."
         )
     if path.is_dir() or path.name.endswith(LOAD_DATA):
-        return _fields_of_plate(path, note)
+        return _fields_of_plate(name, note)
     return [Field({"file": str(path)}, path)]
 
 
@@ -186,8 +188,8 @@ def read_field(
     return pixels, tuple(data.names.index(name) for name in wanted)
 
 
-def _fields_of_plate(path: Path, note: Callable[[str], None]) -> list[Field]:
-    index = find_index(str(path))
+def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
+    index = find_index(path)
     sites, _, notes = read_index(index)
     for text in notes:
         note(text)

@@ -10,6 +10,7 @@ import pytest
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
+from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.embed import describe_channels, require_controls
 from fastvim_jax.inference.fields import find_fields, read_field, require_renamed
@@ -99,8 +100,26 @@ def test_fields_of_two_folders_are_told_apart(tmp_path: Path, pixels: np.ndarray
     assert len(find_fields([tmp_path], "{plate}/{well}.npy")) == 2
     files = [path / "A01.npy" for path in both]
     assert len(find_fields(files, None)) == 2
-    with pytest.raises(UserError, match="both hold a field of file"):
-        find_fields([files[0], files[0]], None)
+    assert len(find_fields([files[0], files[0]], None)) == 1
+
+
+def test_a_plate_at_a_url_is_embedded(
+    tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Take a URL for an index, from the command line, too, where it was taken for a path that does not exist."""
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tmp_path))
+    np.save(tmp_path / "dna.npy", pixels[..., 0])
+    store.pipe("/embed/dna.npy", (tmp_path / "dna.npy").read_bytes())
+    store.pipe("/embed/load_data.csv", b"Metadata_Well,FileName_OrigDNA\nB07,dna.npy\n")
+    url = "memory://embed/load_data.csv"
+    (field,) = find_fields([url], None)
+    assert np.array_equal(
+        read_field(field, DATA, None, {}, "full")[0], np.round(pixels[..., :1] / 257)
+    )
+    monkeypatch.setattr("fastvim_jax.inference.channel_model.has_channels", lambda run: True)
+    assert main(["embed", "no run", url, "--controls", "A01"]) == 1
+    assert "no row of the control A01: wells are named B07" in capsys.readouterr().err
 
 
 def test_renamed_channels_are_one_each(plate: Path, pixels: np.ndarray, tmp_path: Path) -> None:
