@@ -234,7 +234,9 @@ def _prepare(arguments: Sequence[str]) -> int:
         whole, bracket, part = split.partition("[")
         split = whole.rpartition("/")[2] + bracket + part if kind == "jump_cp" else split
         split = "train" if split == "." else split
-        origin = {"source": kind, "path": str(path.absolute()), "split": split}
+        named = "://" in chosen.path or (kind == "tfds" and not path.exists())
+        place = chosen.path if named else str(path.absolute())
+        origin = {"source": kind, "path": place, "split": split}
         with progress_bar(f"preparing {split}") as progress:
             done = prepare(
                 source,

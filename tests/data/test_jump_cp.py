@@ -17,6 +17,7 @@ from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.data.sources import object_store, plate_images
 from fastvim_jax.data.sources.jump_cp import JumpCpSource
 from fastvim_jax.data.sources.jump_target import read_plate_labels, well_name
+from fastvim_jax.data.sources.layout import guess_source
 from fastvim_jax.data.sources.plate_files import RemoteFiles
 from fastvim_jax.data.sources.plate_index import read_index
 from fastvim_jax.errors import UserError
@@ -205,13 +206,19 @@ def test_a_plate_at_a_url_needs_tables_and_prints_its_statistics(
     store = fsspec.filesystem("memory")
     pixels = rng.integers(0, 256, (5, 4, 2)).astype(np.uint8)
     rows = "Metadata_Well,URL_OrigDNA\nA02,memory://far/dna.npy\n"
+    (tables / "load_data.csv.gz").touch()
     np.save(tables / "dna.npy", pixels[..., 0])
     store.pipe("/far/dna.npy", (tables / "dna.npy").read_bytes())
     store.pipe("/far/load_data.csv", rows.encode())
     url = "memory://far/load_data.csv"
     with pytest.raises(UserError, match="is a URL: name the folder of the plate maps"):
         open_source("jump_cp", "all", path=url)
-    given = ["--source", "jump_cp", "--class-list", str(tables), "--split", "all"]
+    given = ["--class-list", str(tables), "--split", "all"]
+    prepare_far = ["data", "prepare", url, *given, "--out", str(tables / "shards")]
+    for folder, said in ((tables, "all: 1 record"), (tables.parent, "1 were there already")):
+        monkeypatch.chdir(folder)  # The URL was noted as a path below the current folder.
+        assert main(prepare_far) == 0 and said in capsys.readouterr().out
+    assert guess_source(str(tables / "load_data.csv.gz")) == "jump_cp"
     assert main(["data", "stats", url, *given, "--channels", "DNA"]) == 0
     shown = capsys.readouterr().out
     mean = float(shown.partition("--data.mean ")[2].split()[0])

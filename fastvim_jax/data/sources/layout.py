@@ -9,7 +9,7 @@ from fastvim_jax.data.sources.hugging_face import parquet_splits
 from fastvim_jax.data.sources.image_folder import WHOLE, folders_in, has_no_splits
 from fastvim_jax.data.sources.jump_cp import SHARES
 from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, prepared_splits
-from fastvim_jax.data.sources.plate_index import INDEX
+from fastvim_jax.data.sources.plate_index import INDEX, LOAD_DATA
 from fastvim_jax.data.sources.tfds import tfds_splits
 from fastvim_jax.data.sources.webdataset import shard_splits
 from fastvim_jax.errors import UserError
@@ -28,7 +28,7 @@ def guess_source(path: str) -> str:
     """Guess the kind of data set that lies in a folder.
 
     `digits` needs no folder: for it, return "digits". A path with `{channel}` in it is a naming pattern of
-    channel_files.
+    channel_files, and a table's file or URL is the index of a plate.
 
     Raises:
         UserError: the folder does not exist, or has no known layout.
@@ -38,6 +38,8 @@ def guess_source(path: str) -> str:
     if "{channel}" in path:
         return "channel_files"
     root = expand_path(path)
+    if path.endswith(LOAD_DATA) and ("://" in path or root.is_file()):
+        return "jump_cp"
     if not root.is_dir():
         raise UserError(f"The data folder {str(root)!r} does not exist.")
     for name in SOURCES_BY_FORMAT.values():
