@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 from fastvim_jax.errors import UserError, counted
+
+_DIM = 32
+"""Level that pixels of 8 bits should reach: from a 12-bit camera, in 16 bits, they reach 16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ def run(arguments: Sequence[str]) -> int:
             f"the images hold the channels {', '.join(stored)}: give these names, in this order, to --channels."
         )
     skipped: list[str] = []
+    highest = np.zeros(len(chosen.channels), np.uint8)
 
     def images() -> Iterator[Any]:
         for index in range(0, len(source), chosen.every):
@@ -72,7 +77,9 @@ def run(arguments: Sequence[str]) -> int:
                     raise DecodeError(
                         f"{record.name}: {found}, but --channels names {len(chosen.channels)}."
                     )
-                yield to_uint8(pixels)
+                eight_bits = to_uint8(pixels)
+                np.maximum(highest, eight_bits.max(axis=(0, 1)), out=highest)
+                yield eight_bits
             except DecodeError as error:
                 skipped.append(str(error))
 
@@ -84,6 +91,11 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"{error}{shown}{more}") from None
     for name, mean, std in zip(statistics.names, statistics.mean, statistics.std, strict=True):
         print(f"{name}: mean {mean:.5f}, deviation {std:.5f} (pixels from 0 to 1)")
+    if dim := [n for n, most in zip(statistics.names, highest, strict=True) if most < _DIM]:
+        print(
+            f"  note: in 8 bits no pixel of {', '.join(dim)} is above {highest[highest < _DIM].max()} of 255, so few "
+            "levels are left. 16-bit pixels are divided by 257: multiply those of a 12-bit camera by 16 in the files."
+        )
     for reason in skipped:
         print(f"  left out: {reason}")
     counted_images = f"{counted(statistics.images, 'image')} of {chosen.split}"

@@ -286,10 +286,15 @@ def test_links_are_followed_where_that_is_asked_for(
     np.save(elsewhere / "0.npy", np.zeros((8, 8, 3), np.uint8))
     text = stats("--channels", "a", "b", "--follow-links", status=0)
     assert "0.npy: 3 channels, but --channels names 2" in text and "3 images of train" in text
+    assert "no pixel" not in text
     stored = json.loads((folder / "statistics.json").read_text())
     assert stored["images"] == 3 and "0.npy" in stored["skipped"][0]
     text = stats("--channels", "a", "--follow-links", status=1)
     assert (
         "there is no image to count" in text and "1.npy: 2 channels, but --channels names 1" in text
     )
+    for number in range(4):
+        np.save(elsewhere / f"{number}.npy", rng.integers(0, 4096, (8, 8, 2)).astype(np.uint16))
+    text = stats("--channels", "a", "b", "--follow-links", status=0)
+    assert "no pixel of a, b is above 1" in text and "12-bit camera" in text
     assert "--every 0 must be at least 1" in stats("--channels", "a", "--every", "0", status=2)
