@@ -49,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     with as_usage_error():
         if chosen.every < 1:
             raise UsageError(f"--every {chosen.every} must be at least 1.")
+        if not chosen.channels or len(set(chosen.channels)) < len(chosen.channels):
+            raise UsageError("--channels: name each channel once, in their order.")
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
         source = open_source(
             kind,

@@ -23,7 +23,8 @@ Usage: fastvim data check PATH [OPTIONS]
        fastvim data stats PATH --channels NAME... [OPTIONS]
 
   check     read and decode every record, and list what is wrong: undecodable images, labels outside the classes,
-            classes without images, one image under several labels, files that are not read, shards that have changed
+            classes without images, one image under several labels, files that are not read, shards that have changed;
+            the exit status is 1 if something is wrong
             (a folder with annotations/ is taken as images with label maps, or as COCO's, as below)
   check-masks  the same for images with label maps (images/SPLIT/x.jpg, annotations/SPLIT/x.png, or other patterns):
             missing masks, other sizes, colours instead of labels, labels outside the classes or off by one
@@ -35,21 +36,23 @@ Usage: fastvim data check PATH [OPTIONS]
 
 PATH is a data set's folder: one folder per split with one folder per class (train/cat/1.jpg), one folder per class
 (cat/1.jpg), tar shards, Parquet files as on the Hugging Face hub, packed .npz files, a set of TensorFlow Datasets, or
-what `prepare` wrote.
-`fastvim data check --help` and `fastvim data prepare --help` list the options.
+what `prepare` wrote. Microscope images: a plate's folder, its load_data.csv or Parquet index (also at a URL), or a
+pattern of one file per channel, 'fields/{split}/{class}/{well}_s{site}_{channel}.tif'.
+`fastvim data TASK --help` lists a task's options.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """The data set's folder (or digits, or a TFDS set's name)."""
+    """The data set's folder (or digits, a TFDS set's name, a plate's table, or a pattern with {channel})."""
     source: str = "auto"
     """Kind of the data set, as in data.source; auto: found out from the folder."""
     split: tuple[str, ...] = ()
-    """Splits to read; by default all."""
+    """Splits to read; by default all. Of a plate: train, val, test or all; for other plates than those of compounds
+    crispr/train, orf/train and so on."""
     class_list: str = ""
-    """A class list (.txt or .tsv) to use instead of the folder's own."""
+    """A class list (.txt or .tsv) to use instead of the folder's own. For a plate: the folder of the plate maps."""
     follow_links: bool = False
     """Read files outside the folder that links in it lead to."""
     workers: int = 0

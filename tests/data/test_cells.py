@@ -297,4 +297,6 @@ def test_links_are_followed_where_that_is_asked_for(
         np.save(elsewhere / f"{number}.npy", rng.integers(0, 4096, (8, 8, 2)).astype(np.uint16))
     text = stats("--channels", "a", "b", "--follow-links", status=0)
     assert "no pixel of a, b is above 1" in text and "12-bit camera" in text
+    for names in ((), ("a", "a")):
+        assert "name each channel once" in stats("--channels", *names, status=2)
     assert "--every 0 must be at least 1" in stats("--channels", "a", "--every", "0", status=2)
