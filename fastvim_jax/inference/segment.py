@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ from PIL import Image
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.segmentation import normalise
 from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
-from fastvim_jax.training.segmentation.evaluation import slide_of, window_logits
+from fastvim_jax.training.segmentation.evaluation import extended_logits, slide_of
 
 Segment = Callable[[UInt8[np.ndarray, "h w 3"]], Int[np.ndarray, "h w"]]
 _NAMED = 5
@@ -34,15 +36,19 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
     assert isinstance(config, SegmentationConfig)
     slide = slide_of(config, windows or config.eval_windows)
     graphdef, state = nnx.split(run.model)
+    mean, std = config.data.mean, config.data.std
 
     @jax.jit
-    def logits_of(state, windows):
-        return window_logits(nnx.merge(graphdef, state), windows, config)
+    def compiled(state, batch):
+        return nnx.merge(graphdef, state)(normalise(batch["image"], batch["size"], mean, std)).main
+
+    def predict(windows):
+        return extended_logits(partial(compiled, state), windows, config.data.height_width)
 
     def segment(image):
         size = image.shape[0], image.shape[1]
         resized = resize_image(image, fitted_size(size, *config.data.fit))
-        classes = slide(lambda windows: logits_of(state, windows), resized, size)
+        classes = slide(predict, resized, size)
         return np.asarray(classes)[: size[0], : size[1]]
 
     return segment

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -37,7 +36,6 @@ from fastvim_jax.distributed import (
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.layers.resize import resize_bilinear
 from fastvim_jax.models.segmentation.slide import Slide
-from fastvim_jax.models.upernet import SegmentationLogits
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.metrics import Areas, as_areas, count_areas
@@ -65,50 +63,58 @@ class Judged:
 
 def make_predict(graphdef: nnx.GraphDef, config: SegmentationConfig, mesh: Mesh) -> Predict:
     """Compile the model on windows shared by the devices of `mesh`; every device gets all logits."""
+    mean, std = config.data.mean, config.data.std
 
     @partial(on_mesh, mesh)
     @jax.jit
     def compiled(params: Any, model_state: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graphdef, gather_outside_blocks(params), model_state)
-        return on_every_device(window_logits(model, batch["image"], config))
+        images = normalise(batch["image"], batch["size"], mean, std)
+        return on_every_device(model(images).main)
 
     def predict(params: Any, model_state: Any, windows: np.ndarray) -> jax.Array:
         share = len(windows) // jax.process_count()
         start = share * jax.process_index()
-        return compiled(
-            params, model_state, place_batch(mesh, {"image": windows[start : start + share]})
-        )
+
+        def logits_of(batch: dict[str, np.ndarray]) -> jax.Array:
+            part = {name: array[start : start + share] for name, array in batch.items()}
+            return compiled(params, model_state, place_batch(mesh, part))
+
+        return extended_logits(logits_of, windows, config.data.height_width)
 
     return predict
 
 
-def window_logits(
-    model: Callable[..., SegmentationLogits],
-    windows: UInt8[Array, "n h w 3"],
-    config: SegmentationConfig,
+def extended_logits(
+    logits_of: Callable[[dict[str, np.ndarray]], jax.Array],
+    windows: UInt8[np.ndarray, "n h w 3"],
+    crop: tuple[int, int],
 ) -> Float[Array, "n rows columns classes"]:
-    """Compute the logits of windows, at any size that covers exactly the windows.
+    """Compute the logits of windows that may be smaller than the crop, because their image is.
 
-    A window is smaller than the crop where its image is. Its sides are then extended with zeros to multiples of the
-    patch, as in training, and the logits of the extension are cut off. Otherwise the logits of the last patches, which
-    reach beyond the window, would be squeezed into it and move all others.
+    Such windows are extended with zeros to the crop, as in training, and the logits of the extension are cut off. The
+    model knows only such images: without the extension the positions of the patches, the means over rows and columns
+    and the pooling pyramid of the head would be others. And a single program serves windows of all sizes.
+
+    Args:
+        logits_of: logits of a batch of crops, whose `image` is uint8 and whose `size` int32 `n 2` is that of the
+            windows in them.
+        windows: uint8 windows, at most as large as the crop.
+        crop: height and width.
+
+    Returns:
+        Logits at any size that covers exactly the windows.
     """
     size = windows.shape[1], windows.shape[2]
-    # A neck halves the grid, so it needs two patches.
-    fewest = 1 if config.model.neck == "none" else 2
-    whole = [
-        side if side == crop else max(-(-side // patch), fewest) * patch
-        for side, crop, patch in zip(
-            size, config.data.height_width, config.model.backbone.patch, strict=True
-        )
-    ]
-    margins = [(0, 0), *((0, full - side) for full, side in zip(whole, size, strict=True)), (0, 0)]
-    sizes = jnp.broadcast_to(jnp.asarray(size), (len(windows), 2))
-    images = normalise(jnp.pad(windows, margins), sizes, config.data.mean, config.data.std)
-    logits = model(images).main
-    if tuple(whole) == size:
-        return logits
-    return resize_bilinear(logits, (whole[0], whole[1]))[:, : size[0], : size[1]]
+    margins = [(0, full - side) for full, side in zip(crop, size, strict=True)]
+    sizes = np.tile(np.asarray(size, np.int32), (len(windows), 1))
+    logits = logits_of({"image": np.pad(windows, [(0, 0), *margins, (0, 0)]), "size": sizes})
+    return logits if size == crop else _cut(logits, crop, size)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _cut(logits: jax.Array, crop: tuple[int, int], size: tuple[int, int]) -> jax.Array:
+    return resize_bilinear(logits, crop)[:, : size[0], : size[1]]
 
 
 def make_evaluator(

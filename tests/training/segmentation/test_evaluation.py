@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,11 @@ from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import EvaluationImages
 from fastvim_jax.distributed import MeshConfig, make_mesh
 from fastvim_jax.layers.resize import resize_bilinear
-from fastvim_jax.models.upernet import SegmentationLogits
 from fastvim_jax.training.segmentation.evaluation import (
+    extended_logits,
     judge,
     make_evaluator,
     slide_of,
-    window_logits,
 )
 from fastvim_jax.training.steps import TrainState
 from tests.training.segmentation.tiny import draw_scenes, tiny_config
@@ -54,30 +52,26 @@ def test_images_that_cannot_be_judged_stop_a_run_unless_it_allows_them(tmp_path,
             assert len(unread) == 1 and areas.labelled.sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("size", "neck"),
-    [((21, 27), "none"), ((3, 32), "none"), ((3, 32), "multilevel"), ((32, 32), "none")],
-)
-def test_logits_of_small_windows_lie_where_their_pixels_do(tmp_path, size, neck):
-    """Let each patch give its mean: a ramp comes out as it went in, up to the middle of the last whole patch."""
-    config = tiny_config(tmp_path)  # patches of 8 pixels, crops of 32
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, neck=neck))
+@pytest.mark.parametrize("size", [(21, 27), (3, 32), (32, 32)])
+def test_logits_of_small_windows_lie_where_their_pixels_do(size):
+    """Let each patch of 8 pixels give its mean: a ramp comes out as it went in, up to the middle of the last one.
+
+    The model sees what training shows it: crops that windows do not fill.
+    """
     seen = []
 
-    def model(images):
-        seen.append(images.shape[1:3])
-        images = jnp.pad(
-            images, ((0, 0), (0, -images.shape[1] % 8), (0, -images.shape[2] % 8), (0, 0))
-        )
-        rows, columns = (side // 8 for side in images.shape[1:3])
-        return SegmentationLogits(images.reshape(-1, rows, 8, columns, 8, 3).mean((2, 4)), None)
+    def logits_of(batch):
+        seen.append(batch)
+        return jnp.asarray(batch["image"]).reshape(-1, 4, 8, 4, 8, 3).mean((2, 4))
 
-    ramp = np.broadcast_to(np.indices(size).sum(0)[None, ..., None] * 4, (1, *size, 3)).astype(
-        np.uint8
-    )
-    found = np.asarray(resize_bilinear(window_logits(model, jnp.asarray(ramp), config), size))[0]
-    assert seen == [(-(-size[0] // 8) * 8 if neck == "none" else 16, -(-size[1] // 8) * 8)]
-    expected = (ramp[0] / 255 - config.data.mean) / np.asarray(config.data.std)
-    middle = tuple(slice(4, side // 8 * 8 - 4) for side in size)
-    np.testing.assert_allclose(found[middle], expected[middle], atol=1e-4)
+    ramp = np.broadcast_to(np.indices(size).sum(0)[None, ..., None] * 4, (1, *size, 3))
+    logits = extended_logits(logits_of, ramp.astype(np.uint8), (32, 32))
+    found = np.asarray(resize_bilinear(logits, size))[0]
     assert found.shape == (*size, 3)
+    middle = tuple(slice(4, side // 8 * 8 - 4) for side in size)
+    np.testing.assert_allclose(found[middle], ramp[0][middle], atol=1e-3)
+    (batch,) = seen
+    image = batch["image"]
+    np.testing.assert_array_equal(image[:, : size[0], : size[1]], ramp)
+    assert image.shape == (1, 32, 32, 3) and batch["size"].tolist() == [list(size)]
+    assert not image[0, size[0] :].any() and not image[0, :, size[1] :].any()
