@@ -516,6 +516,12 @@ def test_shards_of_changed_remote_files_are_written_again(
             prepared()
     assert prepared() == (1, 0, [1, 3])
 
+    def silent(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(store), "info", silent)
+    assert [prepared()[:2], prepared()[:2]] == [(0, 1), (1, 0)]
+
 
 @pytest.mark.parametrize("name", ["load_data.csv", "load_data.csv.gz", "index.parquet"])
 def test_a_damaged_index_is_named(tables: Path, name: str) -> None:

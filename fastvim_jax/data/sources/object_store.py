@@ -112,11 +112,14 @@ class KeptFiles:
 
 
 def _ask(url: str) -> str:
-    """Ask the store once for a file's size, time and checksum. Each store raises errors of its own."""
+    """Ask the store once for a file's size, time and checksum; "" if it tells none. Each has errors of its own."""
     import fsspec
 
     store, path = fsspec.url_to_fs(url)
-    found = store.info(path)
+    try:
+        found = store.info(path)
+    except NotImplementedError:
+        return ""
     return " ".join(f"{key}={found[key]}" for key in _VERSION if found.get(key) is not None)
 
 
