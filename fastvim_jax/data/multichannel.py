@@ -35,6 +35,9 @@ MAX_VALUES = 2**28
 SATURATED_SHARE = 0.01
 """An image counts as saturated if more than this share of a channel's pixels hold the largest value of its type."""
 
+_IDENTITY = ("plate", "well", "site", "class", "split")
+"""Fields that identify an image, even where each well has one stain."""
+
 
 @dataclass(frozen=True)
 class MultiChannel:
@@ -150,8 +153,8 @@ def find_channel_files(
     Args:
         folder: searched with all its sub-folders.
         pattern: a path below the folder with fields in braces, of which `{channel}` names the channel and all others
-            together the image: "{plate}_{well}_s{site}/ch{number}_{channel}.png". A field matches up to the text
-            that follows it. `{}` matches anything and is forgotten.
+            together the image: "{plate}_{well}_s{site}/ch{}_{channel}.png". A field matches up to the text that
+            follows it, where possible so that `{well}` is letters and a number. `{}` matches anything and is forgotten.
         channels: the channels wanted, in this order; None: all that are found, by name.
         follow_links: list what links lead to outside the folder. Otherwise such a link is an error.
 
@@ -159,16 +162,17 @@ def find_channel_files(
         (field, value) pairs of each image, sorted → channel → file. An image may lack channels.
 
     Raises:
-        UserError: the pattern has no `{channel}`, no file matches it, or two files match for one channel of an image.
+        UserError: the pattern has no `{channel}`, no file matches it, two files match for one channel of an image, or
+            several channels are found, but one for each image.
     """
     channels = None if channels is None else require_texts(channels, "channels")
-    expression = _expression(pattern)
-    if "channel" not in expression.groupindex:
+    expressions = _expressions(pattern)
+    if "channel" not in expressions[0].groupindex:
         raise UserError(
             f"{pattern!r} has no {{channel}}: say where a file's name holds its channel."
         )
     images: dict[tuple[tuple[str, str], ...], dict[str, Path]] = {}
-    for file, fields in _matching(folder, expression, follow_links):
+    for file, fields in _matching(folder, expressions, follow_links):
         channel = fields.pop("channel")
         if channels is None or channel in channels:
             files = images.setdefault(tuple(sorted(fields.items())), {})
@@ -180,6 +184,8 @@ def find_channel_files(
             files[channel] = file
     if not images:
         raise UserError(f"no file below {str(folder)!r} matches {pattern!r}.")
+    if len(images) > 1 and all(len(found) == 1 for found in images.values()):
+        _require_common_fields(images, pattern)
     order = (
         list(channels) if channels is not None else sorted({c for i in images.values() for c in i})
     )
@@ -189,12 +195,35 @@ def find_channel_files(
     }
 
 
+def _require_common_fields(
+    images: Mapping[tuple[tuple[str, str], ...], Mapping[str, Path]], pattern: str
+) -> None:
+    """Raise UserError if images of one channel each differ in a field that tells the channels apart, such as a number.
+
+    Otherwise each channel of an image would count as an image of its own.
+    """
+    values: dict[str, dict[str, set[str]]] = {}
+    for key, found in images.items():
+        for name, value in key:
+            values.setdefault(name, {}).setdefault(next(iter(found)), set()).add(value)
+    for name, by_channel in values.items():
+        apart = sum(map(len, by_channel.values())) == len(set().union(*by_channel.values()))
+        without = {tuple(pair for pair in key if pair[0] != name) for key in images}
+        if name not in _IDENTITY and len(by_channel) > 1 and apart and len(without) < len(images):
+            raise UserError(
+                f"each image by {pattern!r} has one channel, since {{{name}}} differs between the channels of an "
+                "image: write {} for it."
+            )
+
+
 def _matching(
-    folder: Path, expression: re.Pattern[str], follow_links: bool
+    folder: Path, expressions: Sequence[re.Pattern[str]], follow_links: bool
 ) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield the files of a folder whose path below it matches, sorted, with the fields of their names."""
     for file in sorted(map(Path, walk(folder, folder, follow_links=follow_links))):
-        if match := expression.fullmatch(file.relative_to(folder).as_posix()):
+        name = file.relative_to(folder).as_posix()
+        matches = (expression.fullmatch(name) for expression in expressions)
+        if match := next(filter(None, matches), None):
             yield file, match.groupdict()
 
 
@@ -214,9 +243,8 @@ def find_image_files(
     Raises:
         UserError: no file matches the pattern, or two files have the same values.
     """
-    expression = _expression(pattern)
     images: dict[tuple[tuple[str, str], ...], Path] = {}
-    for file, fields in _matching(folder, expression, follow_links):
+    for file, fields in _matching(folder, _expressions(pattern), follow_links):
         key = tuple(sorted(fields.items()))
         if key in images:
             raise UserError(
@@ -343,7 +371,19 @@ def _ome_names(metadata: Any) -> tuple[str, ...]:
     return names if all(names) else ()
 
 
-def _expression(pattern: str) -> re.Pattern[str]:
+_WELL = "[A-Za-z]{1,2}[0-9]{1,3}"
+
+
+def _expressions(pattern: str) -> tuple[re.Pattern[str], ...]:
+    """Return what a path is to match, the first one preferred: the name of a well, or else any text for `{well}`.
+
+    Otherwise the well of 2023_A01.tif by {plate}_{well}.tif is A01, and that of BR_17_A01.tif is 17_A01.
+    """
+    whole = _expression(pattern, "[^/]+?")
+    return (_expression(pattern, _WELL), whole) if "well" in whole.groupindex else (whole,)
+
+
+def _expression(pattern: str, well: str) -> re.Pattern[str]:
     parts, seen = [], set()
     try:
         pieces = list(string.Formatter().parse(pattern))
@@ -365,7 +405,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
             parts.append(f"(?P={field})")
         elif field.isidentifier():
             seen.add(field)
-            parts.append(f"(?P<{field}>[^/]+?)")
+            parts.append(f"(?P<{field}>{well if field == 'well' else '[^/]+?'})")
         else:
             raise UserError(f"{{{field}}} in {pattern!r} is no field name: use letters and digits.")
     return re.compile("".join(parts))

@@ -12,6 +12,7 @@ from PIL import Image
 from fastvim_jax.data.multichannel import (
     MultiChannel,
     find_channel_files,
+    find_image_files,
     in_order,
     read_channel_files,
     read_channels,
@@ -162,3 +163,33 @@ def test_real_cell_painting_fields_are_read() -> None:
     assert len(images) == 6
     assert images["C03"].names == ("AGP", "Brightfield", "DNA", "ER", "Mito", "RNA")
     assert images["C03"].pixels.dtype == np.uint16 and images["A01"].pixels.shape == (720, 720, 3)
+
+
+def test_a_well_is_found_behind_a_plate_whose_name_has_the_same_signs(tmp_path: Path) -> None:
+    """Take letters and a number for the well where the pattern allows several readings, else any text."""
+    names = ("BR_17_A01_s1.npy", "BR_17_AB012_s2.npy", "BR_17_blank_s1.npy", "P_x/A01_s1.npy")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, np.zeros((2, 2), np.uint8))
+    found = find_image_files(tmp_path, "{plate}_{well}_s{site}.npy")
+    assert [dict(key) for key in found] == [
+        {"plate": "BR", "site": "1", "well": "17_blank"},
+        {"plate": "BR_17", "site": "1", "well": "A01"},
+        {"plate": "BR_17", "site": "2", "well": "AB012"},
+    ]
+    assert [dict(key)["well"] for key in find_image_files(tmp_path, "P_{}/{well}_{}.npy")] == [
+        "A01"
+    ]
+
+
+def test_a_field_that_tells_channels_apart_is_refused(tmp_path: Path) -> None:
+    """Refuse a named number of the channel: each channel would be an image of its own."""
+    for site in "12":
+        for number, channel in enumerate(("DNA", "ER")):
+            np.save(tmp_path / f"A01_s{site}_ch{number}_{channel}.npy", np.zeros((2, 2), np.uint8))
+    assert len(find_channel_files(tmp_path, "{well}_s{site}_ch{}_{channel}.npy")) == 2
+    with pytest.raises(UserError, match=r"since {number} differs between .*: write {} for it"):
+        find_channel_files(tmp_path, "{well}_s{site}_ch{number}_{channel}.npy")
+    for file in tmp_path.glob("*ER*"):
+        file.unlink()
+    assert len(find_channel_files(tmp_path, "{well}_s{site}_ch{number}_{channel}.npy")) == 2
