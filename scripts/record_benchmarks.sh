@@ -195,16 +195,16 @@ finish
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_triton_gemm=false"
 lot segmentation
 for size in tiny small base; do
-  start "family/segment_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts backbone heads classes whole --blocks scan
+  start "family/segment_$size" segment --models "fastvim_${size}_patch16_224" --pixels 512 --batches 16 --parts backbone heads classes whole
 done
-start family/segment_vit_512 segment --models vit_tiny_patch16_224 --pixels 512 --batches 16 --parts whole --blocks scan
+start family/segment_vit_512 segment --models vit_tiny_patch16_224 --pixels 512 --batches 16 --parts whole
 for model in fastvim vit; do
-  start "family/segment_${model}_1024" segment --models "${model}_tiny_patch16_224" --pixels 1024 --batches 4 --parts whole --blocks scan
+  start "family/segment_${model}_1024" segment --models "${model}_tiny_patch16_224" --pixels 1024 --batches 4 --parts whole
 done
 finish
 lot detection
 for batch in 1 8; do
-  start "family/detect_tiny_$batch" detect --models "$tiny" --batches "$batch" --parts backbone neck rpn proposals boxes detections masks whole --blocks scan
+  start "family/detect_tiny_$batch" detect --models "$tiny" --batches "$batch" --parts backbone neck rpn proposals boxes detections masks whole
   start "family/detect_small_base_$batch" detect --models "$small" "$base" --batches "$batch" --parts backbone neck whole --blocks scan
 done
 torch_lot family/detect_torchvision detect --peer eager parts --batches 1 8

@@ -1,19 +1,25 @@
 """Resample feature maps by small matrices, one per axis: bilinear resizing and adaptive average pooling.
 
 Matrix products are differentiable and run on tensor cores, and their sums are float32 or wider for every dtype. Where a
-large result is only reduced over its channels, `interpolate_columns` and `resized_argmax` never write it to memory.
+large result is only reduced over its channels, `fold_resized` and `resized_argmax` never write it to memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fastvim_jax.typing import FeatureMap
 from pallas_kernels.dtypes import wide_dtype
+
+MOST_TOGETHER = 16
+"""Channels that are folded in one kernel. 15 and 30 take as long; with 5 what was folded is read too often."""
 
 
 def neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,19 +87,57 @@ def resize_rows(x: FeatureMap, height: int) -> FeatureMap:
     return jnp.einsum("mh,bhwc->bmwc", matrix, x.astype(wide), precision="highest")
 
 
-def interpolate_columns(
-    x: FeatureMap, target: int, columns: np.ndarray | slice = slice(None)
-) -> Float[Array, "b h n c"]:
-    """Resize the columns of `b h w c` to `target` (bilinear) as sums of two entries, and return the given ones of them.
+def fold_resized(
+    step: Callable[[Any, Any, list[Float[Array, "b h n"]]], Any],
+    start: Any,
+    x: FeatureMap,
+    width: int,
+) -> Any:
+    """Resize the columns of `b h w c` to `width` (bilinear), and fold `step` over the channels of the result.
 
-    XLA computes such sums where they are read: a reduction over the channels writes its own result alone. The gradient
-    by autodiff is a slow scatter; see `pixel_loss` for a fast one.
+    Some channels are interpolated and folded in one kernel, so only `start` and what it becomes are in memory. A
+    reduction over the last axis would do the same, but takes XLA seven times as long (benchmarks/NOTES.md).
+
+    Args:
+        step: function of what was folded so far, the number of the first channel, and following channels.
+        start: pytree of arrays `b h n`.
+        x: channels that all stay in memory.
+        width: columns of the result.
     """
-    low, high, shares = (each[columns] for each in neighbours(x.shape[2], target))
-    share = jnp.asarray(shares, x.dtype)[:, None]
-    return jnp.take(x, low, axis=2) * (1 - share) + jnp.take(x, high, axis=2) * share
+    low, high, shares = neighbours(x.shape[2], width)
+    share = jnp.asarray(shares, x.dtype)
+    channels = jnp.moveaxis(x, -1, 0)
+    count = len(channels)
+    several = -(-count // -(-count // MOST_TOGETHER))
+
+    def visit(folded, first, given):
+        found = [
+            jnp.take(each, low, axis=-1) * (1 - share) + jnp.take(each, high, axis=-1) * share
+            for each in given
+        ]
+        return step(folded, first, found)
+
+    def body(carry, given):
+        folded, first = carry
+        return (visit(folded, first, list(given)), first + several), None
+
+    whole = count // several * several
+    parts = channels[:whole].reshape(-1, several, *channels.shape[1:])
+    (folded, _), _ = lax.scan(body, (start, jnp.int32(0)), parts)
+    return visit(folded, whole, list(channels[whole:])) if whole < count else folded
 
 
 def resized_argmax(x: FeatureMap, size: tuple[int, int]) -> Int[Array, "b height width"]:
     """Resize `b h w c` to `size` (bilinear), and return the channel of the largest value, the lowest among equals."""
-    return jnp.argmax(interpolate_columns(resize_rows(x, size[0]), size[1]), axis=-1)
+
+    def larger(best, first, values):
+        value, channel = best
+        for number, other in enumerate(values):
+            channel = jnp.where(other > value, first + number, channel)
+            value = jnp.maximum(other, value)
+        return value, channel
+
+    rows = resize_rows(x, size[0])
+    shape = (len(x), *size)
+    start = jnp.full(shape, -jnp.inf, rows.dtype), jnp.zeros(shape, jnp.int32)
+    return fold_resized(larger, start, rows, size[1])[1]

@@ -22,7 +22,7 @@ from fastvim_jax.models.detection.boxes import decode_deltas
 from fastvim_jax.models.detection.config import DetectorConfig, StageConfig
 from fastvim_jax.models.detection.heads import BOX_SIZE, MASK_SIZE, BoxHead, MaskHead
 from fastvim_jax.models.detection.nms import best, nms
-from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
+from fastvim_jax.models.detection.roi_align import pool_boxes
 from fastvim_jax.models.detection.rpn import Anchors, Proposals, RPNHead, make_anchors, propose
 from fastvim_jax.models.detection.simple_fpn import SimpleFPN
 from fastvim_jax.typing import Images
@@ -233,22 +233,8 @@ class CascadeRCNN(nnx.Module):
 
     def _pool(self, levels, boxes, bins):
         """Apply RoIAlign to the boxes of every image: `(b n) bins bins c`. The coarsest level, p6, is not read."""
-        levels, strides = tuple(levels)[:4], self.config.strides[:4]
-        cells = cell_bound([x.shape[1:3] for x in levels], strides)
-
-        # Save nothing for the backward pass: the gathered cells are large, and cheap to gather again.
-        @jax.checkpoint
-        def one(levels, boxes):
-            return roi_align(
-                levels,
-                boxes,
-                box_levels(boxes, len(levels)),
-                strides=strides,
-                size=(bins, bins),
-                cells=cells,
-            )
-
-        pooled = jax.vmap(one)(levels, boxes)
+        strides = self.config.strides[:4]
+        pooled = pool_boxes(tuple(levels)[:4], boxes, strides=strides, size=(bins, bins))
         return pooled.reshape(-1, *pooled.shape[2:])
 
 

@@ -8,11 +8,15 @@ A box reads a rectangle of cells. Its sides are unbounded (a box can be as wide 
 number of cells is not: the level rule sends a box to a level where it covers fewer than 28² cells, and the last level
 is small. So every box gathers the same static number of cells, `cell_bound`, from one table of all levels, and
 multiplies them by its weights: no box is cut, resampled or sorted by size.
+
+On GPUs a kernel reads only the cells that a bin touches, and writes none of them. Gradients are those of the gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fastvim_jax.models.detection.boxes import sides
+from pallas_kernels import gpu
+from pallas_kernels.sharding import on_cuda, per_shard
+from pallas_kernels.trial import Trial
 
 BASE_SIZE = 56
 """Pixels. Square boxes with sides from 2^k times this read level k (from 0)."""
@@ -56,6 +63,118 @@ def cell_bound(
     return min(bound, max(rows * columns for rows, columns in grids))
 
 
+def pool_boxes(
+    levels: Sequence[Float[Array, "b _h _w c"]],
+    boxes: Float[Array, "b n 4"],
+    *,
+    strides: Sequence[int],
+    size: tuple[int, int],
+) -> Float[Array, "b n p q c"]:
+    """Apply `roi_align` to the boxes of every image, each at the level that `box_levels` gives.
+
+    Programs for Hopper and newer GPUs hold a kernel for maps of a multiple of 128 channels, at most 1,024. It keeps the
+    weights in float32, where XLA's form rounds them to the dtype of the maps. Gradients are XLA's.
+
+    Args:
+        levels: feature maps of a batch of images.
+        boxes: in pixels of the padded images.
+        strides: pixels of a cell of each map.
+        size: bins along height and width.
+    """
+    levels = tuple(levels)
+    cells = cell_bound([(x.shape[1], x.shape[2]) for x in levels], strides)
+    by_gather: Any = partial(_pool_by_gather, strides=tuple(strides), size=size, cells=cells)
+    if _kernel_unsupported(levels, boxes, strides, size) is not None:
+        return by_gather(levels, boxes)
+    by_kernel = partial(_pool_by_kernel, strides=tuple(strides), size=size)
+
+    def on_share(_, levels, boxes):
+        return on_cuda(by_kernel, by_gather, levels, boxes)
+
+    maps = tuple(f"b h{i} w{i} c" for i in range(len(levels)))
+    run = per_shard(on_share, (maps, "b n corner"), "b n p q c", split="b", opaque=True)
+    pool = jax.custom_vjp(run)
+    pool.defvjp(
+        lambda *given: (run(*given), given),
+        lambda given, gradient: jax.vjp(by_gather, *given)[1](gradient),
+    )
+    return pool(levels, boxes)
+
+
+def _pool_by_gather(levels, boxes, *, strides, size, cells):
+    # Save nothing for the backward pass: the gathered cells are large, and cheap to gather again.
+    @jax.checkpoint
+    def one(levels, boxes):
+        level = box_levels(boxes, len(levels))
+        return roi_align(levels, boxes, level, strides=strides, size=size, cells=cells)
+
+    return jax.vmap(one)(levels, boxes)
+
+
+def _kernel_unsupported(levels, boxes, strides, size) -> str | None:
+    missing = gpu.kernels_missing()
+    if missing is not None:
+        return missing
+    from pallas_kernels.roi_align import mosaic
+
+    reason = mosaic.unsupported(levels[0].shape[-1], levels[0].dtype)
+    if reason is None:
+        run = partial(_pool_by_kernel, strides=tuple(strides), size=size)
+        trial = Trial(lambda *given: run(*jax.lax.stop_gradient(given)), (levels, boxes), size)
+        reason = gpu.trial_failure("roi_align", trial)
+    if reason is not None:
+        gpu.log_once(f"roi_align: using XLA and not the GPU kernel, since {reason}")
+    return reason
+
+
+def _pool_by_kernel(levels, boxes, *, strides, size):
+    from pallas_kernels.roi_align import mosaic
+
+    b, n, _ = boxes.shape
+    boxes = boxes.astype(jnp.float32)
+    shapes = np.array([feature.shape[1:3] for feature in levels])
+    starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
+    table = jnp.concatenate([x.reshape(b, -1, x.shape[-1]) for x in levels], axis=1)
+    level = box_levels(boxes, len(levels))
+    grid = [_of_level(sides, level) for sides in shapes.T]
+    scaled = boxes / _of_level(strides, level)[..., None] - 0.5
+    ends, weights, ranges = [], [], []
+    for axis, bins in enumerate(size):
+        one = partial(_axis_of_box, bins=bins, longest=int(shapes[:, axis].max()))
+        low, high, limit = (
+            x.reshape(-1) for x in (scaled[..., 1 - axis], scaled[..., 3 - axis], grid[axis])
+        )
+        first, weight, span = jax.vmap(one)(low, high, limit)
+        ends.append(first)
+        weights.append(weight)
+        ranges.append(span)
+    image = jnp.repeat(jnp.arange(b, dtype=jnp.int32) * int(starts[-1]), n)
+    stride = grid[1].reshape(-1)
+    first = image + _of_level(starts, level).reshape(-1) + ends[0] * stride + ends[1]
+    pooled = mosaic.sum_cells(
+        table.reshape(-1, table.shape[-1]), first, stride, *weights, *ranges,
+        interpret=gpu.interpreted(),
+    )  # fmt: skip
+    return pooled.reshape(b, n, *pooled.shape[1:])
+
+
+def _axis_of_box(low, high, limit, *, bins, longest):
+    """Return the first cell that a box reads along an axis, its bins' weights of that and the following cells, and the
+    bins' ranges of cells beside the first (first, and one behind the last).
+    """
+    first = jnp.clip(jnp.floor(low), 0, limit - 1).astype(jnp.int32)
+    count = jnp.ceil((high - low) / bins)
+    cells = first + jnp.arange(longest, dtype=jnp.int32)
+    edges = low + (high - low) / bins * jnp.arange(bins + 1, dtype=low.dtype)
+    # One cell more than the samples read, so that rounding of the edges loses none.
+    begin = jnp.clip(jnp.floor(edges[:-1]), first, limit - 1).astype(jnp.int32) - first
+    end = jnp.clip(jnp.floor(edges[1:]) + 2, first + 1, limit).astype(jnp.int32) - first
+    weights = axis_weights(cells, low, high, count, limit, bins)
+    at = jnp.arange(longest)
+    inside = (at >= begin[:, None]) & (at < end[:, None])
+    return first, jnp.where(inside, weights, 0), (begin, end)
+
+
 def roi_align(
     levels: Sequence[Float[Array, "_h _w c"]],
     boxes: Float[Array, "n 4"],
@@ -84,12 +203,12 @@ def roi_align(
     shapes = np.array([feature.shape[:2] for feature in levels])
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])[:-1]
     table = jnp.concatenate([feature.reshape(-1, feature.shape[-1]) for feature in levels])
-    grid = jnp.asarray(shapes)[level]
-    scaled = boxes / jnp.asarray(strides, boxes.dtype)[level][:, None] - 0.5
+    grid = jnp.stack([_of_level(sides, level) for sides in shapes.T], axis=-1)
+    scaled = boxes / _of_level(strides, level)[:, None] - 0.5
     weights, index = jax.vmap(lambda box, grid: _cell_weights(box, grid, size, cells, ratio))(
         scaled, grid
     )
-    gathered = _take(table, jnp.asarray(starts)[level][:, None] + index)
+    gathered = _take(table, _of_level(starts, level)[:, None] + index)
     precision = jax.lax.Precision.HIGHEST if table.dtype != jnp.bfloat16 else None
     pooled = jnp.einsum(
         "nkm,nmc->nkc",
@@ -99,6 +218,14 @@ def roi_align(
         preferred_element_type=jnp.promote_types(table.dtype, jnp.float32),
     )
     return pooled.astype(table.dtype).reshape(len(boxes), *size, table.shape[-1])
+
+
+def _of_level(values: Sequence[int] | np.ndarray, level: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """Look up a level's number. Not in an array, because operations that XLA's partitioner splits hold no constants."""
+    found = jnp.full_like(level, int(values[0]))
+    for number, value in enumerate(values[1:], start=1):
+        found = jnp.where(level == number, int(value), found)
+    return found
 
 
 @jax.custom_vjp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -11,13 +12,16 @@ from jaxtyping import Array, Float, Int
 
 from fastvim_jax.data.segmentation import IGNORED
 from fastvim_jax.layers.resize import (
-    interpolate_columns,
+    fold_resized,
     linear_matrix,
+    neighbours,
     resize_rows,
     resized_argmax,
 )
 
 Divisor = Literal["valid", "all"]
+TOGETHER = 8
+"""Columns whose gradients are added in one kernel; with 12, XLA makes two that hand gigabytes on."""
 
 
 def pixel_loss(
@@ -46,53 +50,71 @@ def _cross_entropy(
 ) -> Float[Array, "b h w"]:
     """Compute each pixel's cross entropy with logits that are resized to the labels' columns.
 
-    The resized logits and their gradients, gigabytes for a batch, are computed where they are read, by the forward pass
-    twice (maximum, then sum) and by the backward pass twice, and never written to memory.
+    The resized logits and their gradients, gigabytes for a batch, are computed where they are read.
     """
     return _cross_entropy_forward(logits, label)[0]
 
 
 def _cross_entropy_forward(logits, label):
-    largest = jnp.max(interpolate_columns(logits, label.shape[2]), axis=-1, keepdims=True)
-    # Behind a barrier, since XLA would otherwise write the resized logits to memory, for both to read.
-    again, largest = jax.lax.optimization_barrier((logits, largest))
-    shifted = interpolate_columns(again, label.shape[2]) - largest
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
-    # Compared instead of indexed: a gather of single numbers is slower than a sum in the same pass.
-    picked = jnp.sum(jnp.where(_is_label(shifted, label), shifted, 0.0), axis=-1)
-    return log_sum - picked, (logits, label, log_sum + largest[..., 0])
+    def add(folded, first, found):
+        """Fold the sum of exp(logit - largest so far), the largest so far, and the label's logit."""
+        total, largest, picked = folded
+        new = functools.reduce(jnp.maximum, found, largest)
+        total *= jnp.exp(largest - new)
+        for number, each in enumerate(found):
+            total += jnp.exp(each - new)
+            picked = jnp.where(label == first + number, each, picked)
+        return total, new, picked
+
+    zeros = jnp.zeros(label.shape, logits.dtype)
+    start = zeros, jnp.full(label.shape, -jnp.inf, logits.dtype), zeros
+    total, largest, picked = fold_resized(add, start, logits, label.shape[2])
+    log_sum = largest + jnp.log(total)
+    return log_sum - picked, (logits, label, log_sum)
 
 
 def _cross_entropy_backward(kept, gradient):
+    """Give each entry of the logits the gradients of the columns that read it, some columns in one kernel."""
     logits, label, log_sum = kept
-    columns, weights = _readers(logits.shape[2], label.shape[2])
-    log_sum, label, gradient = (
-        jnp.take(x, columns.ravel(), axis=2) for x in (log_sum, label, gradient)
-    )
-    resized = interpolate_columns(logits, kept[1].shape[2], columns.ravel())
-    each = jnp.exp(resized - log_sum[..., None]) - _is_label(resized, label)
-    each *= (gradient * jnp.asarray(weights.ravel(), logits.dtype))[..., None]
-    by_reader = each.reshape(*logits.shape[:3], -1, logits.shape[3])
-    return jnp.sum(by_reader, axis=3), None
+    source, target = logits.shape[2], label.shape[2]
+    columns, weights = _readers(source, target)
+    low, high, shares = neighbours(source, target)
+    several = min(TOGETHER, len(columns))
+    tables = [columns, weights, low[columns], high[columns], shares[columns]]
+    tables = [
+        np.pad(table, ((0, -len(table) % several), (0, 0))).reshape(-1, several, source)
+        for table in tables
+    ]
+    classes = jnp.arange(logits.shape[-1])
+
+    def add(total, tables):
+        for column, weight, low, high, share in zip(*tables, strict=True):
+            weight, share = (x.astype(logits.dtype)[:, None] for x in (weight, share))
+            here = lambda x: jnp.take(x, column, axis=2)[..., None]  # noqa: B023, E731
+            resized = (
+                jnp.take(logits, low, axis=2) * (1 - share) + jnp.take(logits, high, axis=2) * share
+            )
+            slope = jnp.exp(resized - here(log_sum)) - (classes == here(label))
+            total += slope * (here(gradient) * weight)
+        return total, None
+
+    xs = [jnp.asarray(x, logits.dtype if x.dtype.kind == "f" else jnp.int32) for x in tables]
+    return jax.lax.scan(add, jnp.zeros_like(logits), tuple(xs))[0], None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _is_label(logits, label):
-    return jnp.arange(logits.shape[-1]) == label[..., None]
-
-
 def _readers(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `target` columns read each of `source` ones, and their weights: two arrays `source n`.
+    """Return which of `target` columns read each of `source` ones, and their weights: two arrays `n source`.
 
-    Rows are filled up with column 0 and weight 0.
+    Where fewer than n columns read one, the others have weight 0.
     """
     matrix = linear_matrix(source, target)
     most = np.count_nonzero(matrix, axis=0).max()
     # A stable sort puts the columns that read first, in their order.
-    columns = np.argsort(matrix.T == 0, axis=1, kind="stable")[:, :most]
-    return columns, np.take_along_axis(matrix.T, columns, axis=1)
+    columns = np.argsort(matrix == 0, axis=0, kind="stable")[:most]
+    return columns, np.take_along_axis(matrix, columns, axis=0)
 
 
 def pixel_accuracy(

@@ -74,6 +74,6 @@ def test_largest_class_and_accuracy(source, target):
 
 
 def test_largest_class_is_never_written_as_logits():
-    shape = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.float32)
+    shape = jax.ShapeDtypeStruct((2, 8, 8, 256), jnp.float32)
     compiled = jax.jit(lambda x: resized_argmax(x, (128, 128))).lower(shape).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 128 * 64 * 4 / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 128 * 256 * 4 / 4

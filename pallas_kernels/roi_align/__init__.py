@@ -1,0 +1,1 @@
+"""Sum cells of feature maps into the bins of boxes (RoIAlign) as one GPU kernel."""
