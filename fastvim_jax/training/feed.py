@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_crops import PLANNERS, crops_on_device
 
@@ -78,6 +79,8 @@ def advice(data: Any) -> str:
             options.append(
                 "shards of pixels (fastvim data prepare --pixels 256, data.source=pixels)"
             )
+    if isinstance(data, CellsData) and data.source in ("jump_cp", "channel_files"):
+        options.append("shards (fastvim data prepare, data.source=array_record)")
     if options:
         return f"What helps: {'; '.join(options)}."
     return f"More cores{', or a resident set (data.resident),' if photographs else ''} would help."

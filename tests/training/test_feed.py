@@ -40,6 +40,11 @@ def test_it_says_once_whether_the_data_keep_up(monkeypatch: pytest.MonkeyPatch) 
     )
     said = _second_lap(FeedMeter(100, dataclasses.replace(best, workers=0)), 0.6, 0.5)
     assert said is not None and said.endswith("What helps: data.workers=4, four a GPU at most.")
+    plate = CellsData(source="jump_cp", path="x", workers=16)
+    said = _second_lap(FeedMeter(100, plate), 0.6, 0.5)
+    assert said is not None and said.endswith(
+        "What helps: shards (fastvim data prepare, data.source=array_record)."
+    )
     for other in (None, CellsData(path="x", workers=16), SegmentationData(path="x", workers=16)):
         said = _second_lap(
             FeedMeter(100, other), 0.6, 0.5
