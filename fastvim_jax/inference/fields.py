@@ -218,7 +218,8 @@ def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChan
         name = images.name(site)
     else:
         image, name = read_channels(read_file(field.files), str(field.files)), str(field.files)
-    if image.names:
+    # A model that names no channels was trained on their order, whatever the files call them.
+    if image.names and (data.channel_names or {*image.names} & {*rename, *data.names}):
         return image
     if image.pixels.shape[-1] != data.channels:
         raise DecodeError(

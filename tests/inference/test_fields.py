@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,23 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
     # A run is needed only then.
     assert main([*command, "--per", "well", "--controls", "A01", "A02"]) != 0
     assert "no run is no run folder" in capsys.readouterr().err
+
+
+def test_a_model_without_names_takes_channels_in_their_order(
+    tmp_path: Path, pixels: np.ndarray
+) -> None:
+    """Embed a TIFF that names its channels as training reads it: where the data names none, the order decides."""
+    tifffile = pytest.importorskip("tifffile")
+    names = {"axes": "CYX", "Channel": {"Name": ["Hoechst", "GFP", "RFP"]}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels.transpose(2, 0, 1), metadata=names)
+    (field,) = find_fields([tmp_path / "a.ome.tif"], None)
+    unnamed = dataclasses.replace(DATA, channel_names=())
+    found, ids = read_field(field, unnamed, None, {}, "full")
+    assert ids == (0, 1, 2) and np.array_equal(found, np.round(pixels / 257))
+    found, ids = read_field(field, unnamed, None, {"GFP": "0"}, "full")
+    assert ids == (0,) and np.array_equal(found, np.round(pixels[..., 1:2] / 257))
+    with pytest.raises(DecodeError, match="none of its channels Hoechst, GFP, RFP is one of"):
+        read_field(field, DATA, None, {}, "full")
 
 
 def test_fields_with_fewer_channels_are_counted() -> None:
