@@ -35,6 +35,8 @@ Level = Literal["tile", "site", "well"]
 PREFIX = "Metadata_"
 ADDED = ("channels", "rows", "tile", "tiles")
 """Columns that tables of fields may have beside those that identify a field."""
+_MOST_NAMED = 20
+"""Values with a colour and a line of the legend each; more share a scale of colours."""
 MAD_TO_DEVIATION = 1.4826
 """Ratio of standard deviation to median absolute deviation in a normal distribution."""
 
@@ -414,15 +416,25 @@ def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) 
     share = scale[:2] ** 2 / max((scale**2).sum(), 1e-30)
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     values = [""] * len(points) if colour is None else table.metadata[colour]
-    for value in dict.fromkeys(values):
-        rows = np.array([v == value for v in values])
-        axes.plot(*points[rows].T, "o", ms=4, alpha=0.7, label=value)
+    different = list(dict.fromkeys(values))
+    if len(different) <= _MOST_NAMED:
+        for value in different:
+            rows = np.array([v == value for v in values])
+            axes.plot(*points[rows].T, "o", ms=4, alpha=0.7, label=value)
+        if colour is not None:
+            axes.legend(fontsize=8)
+    else:  # A legend of all wells of a plate would cover the points.
+        different.sort()
+        place = {value: i for i, value in enumerate(different)}
+        x, y = points.T
+        shown = axes.scatter(x, y, c=[place[v] for v in values], cmap="turbo", s=16, alpha=0.7)
+        ticks = np.linspace(0, len(different) - 1, 9).round().astype(int)
+        bar = figure.colorbar(shown, ticks=ticks, label=colour)
+        bar.ax.set_yticklabels([different[i] for i in ticks], fontsize=8)
     labels = [f"component {i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(share)]
     axes.set(
         xlabel=labels[0], ylabel=labels[-1], title=f"{counted(len(points), 'row')}{_by(colour)}"
     )
-    if colour is not None:
-        axes.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 

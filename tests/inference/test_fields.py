@@ -13,7 +13,12 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
 from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.embed import describe_channels, require_controls
+from fastvim_jax.inference.embed import (
+    Embeddings,
+    describe_channels,
+    draw_embeddings,
+    require_controls,
+)
 from fastvim_jax.inference.fields import find_fields, read_field, require_renamed
 
 CHANNELS = ("ER", "DNA", "Golgi")
@@ -189,3 +194,14 @@ def test_fields_with_fewer_channels_are_counted() -> None:
     assert text is not None and "1 field of 3 had not all of DNA, ER" in text
     assert "--channels DNA uses what all have" in text
     assert "--channels" not in str(describe_channels(["DNA", "ER"]))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_plot_of_a_plate_has_room_for_its_points(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Draw 384 wells: their legend covered the points, and matplotlib warned that nothing was left for the axes."""
+    wells = [f"{row}{column:02}" for row in "ABCDEFGHIJKLMNOP" for column in range(1, 25)]
+    table = Embeddings({"well": wells}, rng.normal(size=(384, 3)).astype(np.float32))
+    draw_embeddings(table, "well", tmp_path / "plate.png")
+    assert (tmp_path / "plate.png").stat().st_size > 1000
