@@ -106,7 +106,7 @@ def _stages(
     images = [r.image for r in records]
 
     def whole(image: bytes | np.ndarray) -> Any:
-        picture = open_image(image, channels=config.channels, name="", decoder=decoder)
+        picture = open_image(image, channels=config.channels, name=config.path, decoder=decoder)
         if isinstance(picture, LAZY):
             box = (0, 0, picture.width, picture.height)
             return picture.crop_pixels(box, (picture.height, picture.width))
@@ -137,7 +137,7 @@ def _stages(
         over(
             images,
             lambda image: crop(
-                open_image(image, channels=config.channels, name="", decoder=decoder)
+                open_image(image, channels=config.channels, name=config.path, decoder=decoder)
             ),
         ),
     )

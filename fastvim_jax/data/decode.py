@@ -31,6 +31,8 @@ GREY_MODES = frozenset(("1", "L", "LA", "La", *_DEEP_MODES))
 _MODES = frozenset(
     ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 )
+_NPY = b"\x93NUMPY"
+_CELLS = ": such images are read by experiments on CellsData, see docs/cells.md"
 _MODE_OF = {1: "L", 3: "RGB"}
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -104,6 +106,8 @@ def open_header(image: bytes, name: str) -> Image.Image:
     """
     if not image:
         raise DecodeError(f"{name}: the file is empty.")
+    if image.startswith(_NPY):
+        raise DecodeError(f"{name}: a .npy file of channels is no photograph{_CELLS}.")
     try:
         opened = Image.open(io.BytesIO(image), formats=FORMATS)
     except Image.UnidentifiedImageError:
@@ -179,6 +183,10 @@ def _from_deep(image: Image.Image, name: str) -> Image.Image:
 def _from_pixels(pixels: np.ndarray, name: str) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
+        raise DecodeError(
+            f"{name}: an image of {pixels.shape[-1]} channels is no photograph{_CELLS}."
+        )
     if pixels.dtype != np.uint8 or not (
         pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)
     ):

@@ -233,3 +233,14 @@ def test_real_images_decode(real_data: Path) -> None:
             np.asarray(decode_image(file.read_bytes(), channels=1)),
             np.round(deep / 257).astype(np.uint8),
         )
+
+
+@pytest.mark.parametrize("channels", (2, 8))
+def test_channels_are_no_photograph(channels: int) -> None:
+    """Name the experiments that read images of channels, where photographs are expected."""
+    pixels = np.zeros((4, 4, channels), np.uint8)
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    for image in (pixels, buffer.getvalue()):
+        with pytest.raises(DecodeError, match=r"x: .* is no photograph: .*CellsData, see docs"):
+            decode_image(image, channels=3, name="x")
