@@ -107,11 +107,14 @@ class DataConfig:
             raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")
 
 
-def one_split_note(name: str, pattern: str) -> tuple[str, ...]:
-    """Say in one line that a pattern of files without {split} makes evaluation read what training reads; else ()."""
-    if "{split}" in pattern:
+def one_split_note(config: DataConfig, name: str) -> tuple[str, ...]:
+    """Say in one line that evaluation reads what training reads, because of the splits or of the pattern `name`."""
+    if "{split}" not in getattr(config, name):
+        cause = f"data.{name} has no {{split}}"
+    elif config.train_split == config.eval_split:
+        cause = f"data.train_split and data.eval_split are both {config.train_split!r}"
+    else:
         return ()
     return (
-        f"data.{name} has no {{split}}: evaluation reads what training reads, so its scores tell nothing about new "
-        "images.",
+        f"{cause}: evaluation reads what training reads, so its scores tell nothing about new images.",
     )

@@ -80,5 +80,5 @@ class DetectionData(DataConfig):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One line if evaluation reads the objects of training, because the pattern names no split."""
-        return one_split_note("annotations", self.annotations)
+        """One line if evaluation reads the objects of training, because there is one split."""
+        return one_split_note(self, "annotations")

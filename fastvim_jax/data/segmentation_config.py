@@ -79,5 +79,5 @@ class SegmentationData(DataConfig):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One line if evaluation reads the images of training, because the pattern names no split."""
-        return one_split_note("image_pattern", self.image_pattern)
+        """One line if evaluation reads the images of training, because there is one split."""
+        return one_split_note(self, "image_pattern")

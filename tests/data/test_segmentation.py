@@ -189,6 +189,8 @@ def test_a_run_says_which_masks_it_leaves_out_and_that_it_has_one_split(root):
     }
     assert "evaluation reads what training reads" in config(root, **pattern).notes[0]
     assert DetectionData(path="x").notes == ()
+    (note,) = config(root, eval_split="training").notes
+    assert "train_split and data.eval_split are both 'training'" in note
     assert "data.annotations" in DetectionData(path="x", annotations="all.json").notes[0]
 
 
