@@ -336,7 +336,7 @@ class _LoadForEvaluation(grain.transforms.Map):
             image = np.zeros((1, 1, 3), np.uint8)
             return {"name": "", "image": image, "label": nothing, "error": str(error)}
         image = resize_image(scene.image, fitted_size(scene.size, *self.config.fit))
-        name = self.source[index].name
+        name = self.source.image_name(index)
         return {"name": name, "image": image, "label": scene.mask, "error": ""}
 
 

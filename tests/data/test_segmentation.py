@@ -31,7 +31,7 @@ from fastvim_jax.data.segmentation import (
     relabel,
 )
 from fastvim_jax.data.segmentation_config import SegmentationData
-from fastvim_jax.data.sources.mask_folder import read_mask
+from fastvim_jax.data.sources.mask_folder import MaskFolderSource, read_mask
 from fastvim_jax.errors import UserError
 from tests.training.segmentation.tiny import draw_scenes
 
@@ -96,8 +96,13 @@ def test_a_set_smaller_than_a_batch_repeats_in_it(root):
     assert make_train_iterator(config(root, repeat=5), seed=0).steps_per_epoch == 10
 
 
-def test_evaluation_keeps_the_masks_size_and_order(root):
+def test_evaluation_keeps_the_masks_size_and_order(root, monkeypatch):
+    read, reads = MaskFolderSource.__getitem__, []
+    monkeypatch.setattr(
+        MaskFolderSource, "__getitem__", lambda self, i: reads.append(i) or read(self, i)
+    )
     found = list(EvaluationImages(config(root)))
+    assert sorted(reads) == [0, 1]  # Each file is read once.
     assert [Path(each.name).name for each in found] == ["scene_0.jpg", "scene_1.jpg"]
     for each in found:
         with Image.open(root / "annotations/validation" / f"{Path(each.name).stem}.png") as mask:

@@ -125,10 +125,14 @@ class MaskFolderSource:
     def __getitem__(self, index: int) -> Record:
         image, mask = self._images[index], self._masks[index]
         target = self._read(mask) if mask else None
-        return Record(self._read(image), target, printable(str(self._root / image)))
+        return Record(self._read(image), target, self.image_name(index))
 
     def _read(self, path: str) -> bytes:
         return read_inside(self._root, path, follow_links=self._follow_links)
+
+    def image_name(self, index: int) -> str:
+        """Return the path of a record's image without reading it."""
+        return printable(str(self._root / self._images[index]))
 
     def mask_name(self, index: int) -> str:
         """Return the path of a record's mask, for messages."""
