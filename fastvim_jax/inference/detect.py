@@ -17,6 +17,7 @@ from fastvim_jax.analysis.detections import draw_objects
 from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.records import DecodeError
+from fastvim_jax.data.sources.coco import coco_masks
 from fastvim_jax.errors import counted
 from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
 from fastvim_jax.models.detection.positions import crop_positions
@@ -92,7 +93,9 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
         images.append({**entry, "height": image.shape[0], "width": image.shape[1]})
         for each in found:
             place = {"id": len(annotations) + 1, "image_id": entry["id"]}
-            area = each["bbox"][2] * each["bbox"][3]
+            # COCO means the mask's area, if there is a mask.
+            mask = each.get("segmentation")
+            area = float(coco_masks().area(mask)) if mask else each["bbox"][2] * each["bbox"][3]
             annotations.append({**place, **each, "area": area, "iscrowd": 0})
         by_name = [{"class": names[d["category_id"]], **d} for d in found]
         best = ", ".join(f"{names[d['category_id']]} {d['score']:.0%}" for d in shown[:_NAMED])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -36,6 +37,25 @@ def test_transparent_pixels_show_the_background_of_the_run(tmp_path, monkeypatch
     (drawing,) = module.draw_files(run, [tmp_path / "clear.png"], tmp_path)
     assert drawing.error is None
     np.testing.assert_array_equal(seen[0], np.full((4, 5, 3), 70))
+
+
+def test_the_area_of_a_detection_is_that_of_its_mask(tmp_path, monkeypatch):
+    masks = pytest.importorskip("pycocotools.mask")
+    drawn = np.zeros((6, 8), np.uint8, order="F")
+    drawn[1:3, 2:7] = 1
+    packed = masks.encode(drawn)
+    shape = {"size": packed["size"], "counts": packed["counts"].decode()}
+    box = {"category_id": 0, "bbox": [2.0, 1.0, 5.0, 4.0], "score": 0.9}
+    monkeypatch.setattr(
+        detect, "make_detector", lambda run: lambda image: [box | {"segmentation": shape}, box]
+    )
+    config = detection.tiny_config(tmp_path)
+    Image.new("RGB", (8, 6)).save(tmp_path / "it.png")
+    detect.draw_files(
+        Run(nnx.Module(), config, ("a", "b"), 0, "raw"), [tmp_path / "it.png"], tmp_path
+    )
+    written = json.loads((tmp_path / "detections.json").read_text())["annotations"]
+    assert [each["area"] for each in written] == [10, 20]
 
 
 def test_no_two_files_share_a_name():
