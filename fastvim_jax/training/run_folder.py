@@ -424,10 +424,12 @@ def _has_checkpoint(folder: Path) -> bool:
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
     saved, given = _leaves(to_dict(read_config(folder))), _leaves(to_dict(config))
+    # Other losses are divided by counts of each part, and batch norms use its statistics.
+    free = _FREE if config.averages_images else _FREE - {"accumulate"}
     changed = [
         f"{name}: {saved.get(name)!r} there, {given.get(name)!r} now"
         for name in sorted(saved.keys() | given.keys())
-        if name not in _FREE and saved.get(name) != given.get(name)
+        if name not in free and saved.get(name) != given.get(name)
     ]
     if changed:
         raise UserError(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.listing import listing_by
 from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.distributed import arrays_of_first_process
@@ -123,13 +124,14 @@ def _with_decoder(config: Any, run_dir: Path) -> Any:
     """Replace data.decoder="auto" by the decoder that the run began with, or in a new run by the one installed here.
 
     The stored config then names a decoder. So the run continues with the same pixels on a machine where "auto" would
-    choose another decoder.
+    choose another decoder. Data of other tasks are always read by Pillow.
     """
-    if getattr(getattr(config, "data", None), "decoder", None) != "auto":
+    data = getattr(config, "data", None)
+    if not isinstance(data, ClassificationData) or data.decoder != "auto":
         return config
     begun = (run_dir / CONFIG_FILE).is_file()
-    found = read_config(run_dir).data.decoder if begun else "auto"
-    data = replace(config.data, decoder=found)
+    found: Any = read_config(run_dir).data.decoder if begun else "auto"
+    data = replace(data, decoder=found)
     return replace(config, data=replace(data, decoder=chosen_decoder(data)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,8 @@ import pytest
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.run_folder import read_class_names, read_config, start_run
+from tests.training.detection.tiny import tiny_config as detection_config
+from tests.training.segmentation.tiny import tiny_config as segmentation_config
 from tests.training.tiny import tiny_config
 
 CONFIG = tiny_config()
@@ -90,6 +93,30 @@ def test_the_decoder_found_is_stored_and_kept(tmp_path, monkeypatch):
         decoder()
     pillow = dataclasses.replace(CONFIG.data, decoder="pillow")
     assert decoder(dataclasses.replace(CONFIG, data=pillow)).data.decoder == "pillow"
+
+
+def test_runs_of_dense_tasks_name_no_decoder(tmp_path, monkeypatch):
+    """Let them be resumed without the fast decoder, which they never use."""
+    from fastvim_jax.training.runs import _with_decoder
+
+    for make in (segmentation_config, detection_config):
+        config = make(tmp_path)
+        assert _with_decoder(config, tmp_path / "run") == config
+
+
+def test_a_run_whose_loss_is_no_mean_over_images_keeps_its_parts(tmp_path):
+    """Batch norm and divisors are those of a part, so that another number of parts trains another model."""
+    for i, config in enumerate((segmentation_config(tmp_path), detection_config(tmp_path), CONFIG)):
+        data = dataclasses.replace(config.data, batch_size=8)
+        config, folder = dataclasses.replace(config, data=data), tmp_path / str(i)
+        with start_run(folder, config, NAMES):
+            pass
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+        mean = config.averages_images
+        refusal = pytest.raises(UserError, match="accumulate: 1 there, 2 now")
+        with contextlib.nullcontext() if mean else refusal:
+            with start_run(folder, dataclasses.replace(config, accumulate=2), NAMES):
+                pass
 
 
 @pytest.mark.parametrize(
