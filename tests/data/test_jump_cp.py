@@ -523,6 +523,25 @@ def test_shards_of_changed_remote_files_are_written_again(
     assert [prepared()[:2], prepared()[:2]] == [(0, 1), (1, 0)]
 
 
+def test_kept_files_are_the_users_own(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Keep files where no other user of the machine writes: one folder of all was closed to the second user."""
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    monkeypatch.setattr(plate_images.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tables / "load_data.csv").write_text("Metadata_Well,URL_OrigDNA\nA02,memory://own/dna.npy\n")
+    np.save(tmp_path / "dna.npy", np.zeros((4, 4), np.uint16))
+    store.pipe("/own/dna.npy", (tmp_path / "dna.npy").read_bytes())
+    assert open_source("jump_cp", "all", path=str(tables))[0].image.shape == (4, 4, 1)
+    (own,) = tmp_path.glob("fastvim-jump-cp*")
+    assert own.name.endswith(f"-{os.getuid()}") and own.stat().st_mode & 0o777 == 0o700
+    other = os.getuid() + 1
+    (tmp_path / f"fastvim-jump-cp-{other}").mkdir()
+    monkeypatch.setattr(plate_images.os, "getuid", lambda: other)
+    with pytest.raises(UserError, match="belongs to another user: name another folder .* TMPDIR"):
+        open_source("jump_cp", "all", path=str(tables))[0]
+
+
 @pytest.mark.parametrize("name", ["load_data.csv", "load_data.csv.gz", "index.parquet"])
 def test_a_damaged_index_is_named(tables: Path, name: str) -> None:
     index = tables / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from fastvim_jax.data.multichannel import MultiChannel, read_channels
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.object_store import KeptFiles
 from fastvim_jax.data.sources.plate_index import Site
+from fastvim_jax.errors import UserError
 
 
 class PlateImages:
@@ -75,11 +77,20 @@ class PlateImages:
 
     @cached_property
     def _kept(self) -> KeptFiles:
-        """Files of an object store on the local disk; each index has its own folder."""
+        """Files of an object store on the local disk; each user has an own folder, and each index one in it.
+
+        Raises:
+            UserError: the folder belongs to somebody else, who could have put other files there.
+        """
         digest = hashlib.blake2b(self.index.encode(), digest_size=8).hexdigest()
-        folder = Path(tempfile.gettempdir()) / "fastvim-jump-cp" / digest
-        folder.mkdir(parents=True, exist_ok=True)
-        return KeptFiles(folder)
+        own = Path(tempfile.gettempdir()) / f"fastvim-jump-cp-{os.getuid()}"
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if own.stat().st_uid != os.getuid():
+            raise UserError(
+                f"{str(own)!r} belongs to another user: name another folder for temporary files in TMPDIR."
+            )
+        (own / digest).mkdir(exist_ok=True)
+        return KeptFiles(own / digest)
 
     def _stack(self, site: Site, channels: Sequence[str], name: str) -> MultiChannel:
         planes: list[np.ndarray] = []
