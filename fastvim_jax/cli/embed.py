@@ -28,7 +28,7 @@ class Arguments:
     --pattern any folder."""
     out: Path = Path("features.parquet")
     """The table to write: .parquet or .csv; for photographs also .jsonl. After an interruption the same command
-    continues."""
+    continues. A complete table of microscope images is not replaced."""
     pattern: str | None = None
     """Pattern of the file names below a folder, for example "{plate}_{well}_s{site}/ch{}_{channel}.png". Fields in
     braces become columns; {} matches anything. Without {channel}, each file holds all channels."""
@@ -94,6 +94,10 @@ def run(arguments: Sequence[str]) -> int:
         if chosen.batch_size < 1:
             raise UsageError(f"--batch-size {chosen.batch_size} must be at least 1")
         require_table(chosen.out)
+        if chosen.out.exists() and not _partial(chosen.out).exists():
+            raise UsageError(
+                f"{chosen.out} exists, and another table would replace it: name another file with --out, or delete it."
+            )
     fields = find_fields(chosen.paths, chosen.pattern, note=_note)
     rename = {a: b for a, _, b in pairs}
     require_renamed(fields, rename)

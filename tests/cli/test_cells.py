@@ -120,7 +120,10 @@ def test_a_plate_is_embedded_with_its_columns_and_what_is_damaged_is_told(
     assert main([*common, "--channels", "Golgi"]) == 1
     assert "no channel 'Golgi'" in capsys.readouterr().err
     unnamed = PATTERN.replace("{well}", "{position}")
-    command = [*common[:3], "--pattern", unnamed, "--per", "well", "--out", str(out)]
+    assert main([*common, "--out", str(out)]) == 2
+    assert "features.parquet exists, and another table would replace it" in capsys.readouterr().err
+    new = str(tmp_path / "new.csv")
+    command = [*common[:3], "--pattern", unnamed, "--per", "well", "--out", new]
     assert main(command) == 1  # The plate would be one row.
     assert "it has no well; name {well} in --pattern" in capsys.readouterr().err
 

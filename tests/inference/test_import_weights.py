@@ -247,7 +247,7 @@ def test_a_model_of_cell_images_is_imported_and_embeds(tmp_path, rng, capsys):
     (row,) = csv.DictReader(table.read_text().splitlines())
     assert row["Metadata_tiles"] == "2" and "feature_0063" in row
     np.save(tmp_path / "other.npy", rng.integers(0, 256, (20, 40, 5), np.uint8))
-    assert main(["embed", out, str(tmp_path / "other.npy"), "--out", str(table)]) == 1
+    assert main(["embed", out, str(tmp_path / "other.npy"), "--out", f"{table}.csv"]) == 1
     assert "5 channels without names, but the model has 8" in capsys.readouterr().err
 
 
