@@ -148,7 +148,8 @@ def embed_fields(
         batch_size: tiles at a time.
         partial: a file that ends in .jsonl. Each field's rows are appended to it, and what an interrupted call left
             there is not computed again. The caller deletes it (`row_files.forget`) once the table is written.
-        note: called with how many fields `partial` held, and with how many lack channels that others have.
+        note: called with how many fields `partial` held, with how many lack channels that others have, and with what
+            else than sites wells are averaged over.
 
     Raises:
         UserError: a channel is not one of the model's, no field could be embedded, or another model or other options
@@ -208,7 +209,14 @@ def embed_fields(
         note(text)
     features = np.concatenate([each.features for each in embedded])
     table = Embeddings(metadata, features, tuple(problems))
-    return aggregate(table, ("plate", "well")) if level == "well" else table
+    if level != "well":
+        return table
+    if over := averaged_over(table, ("plate", "well")):
+        note(
+            f"rows are means over {', '.join(over)}, too, which differ within a well: embed these one by one, or with "
+            "--per site, if they are to be told apart."
+        )
+    return aggregate(table, ("plate", "well"))
 
 
 def describe_channels(channels: Sequence[str]) -> str | None:
@@ -322,6 +330,18 @@ def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
         metadata.append(known | {"rows": str(len(rows))})
     features = np.stack([table.features[rows].mean(axis=0) for rows in groups.values()])
     return dataclasses.replace(table, metadata=_columns(metadata), features=features)
+
+
+def averaged_over(table: Embeddings, by: Sequence[str]) -> list[str]:
+    """List the columns that differ between rows which `by` puts together, but for those that number a well's fields."""
+    keys = [table.metadata[key] for key in by if key in table.metadata]
+    groups = list(zip(*keys, strict=True))
+    expected = {*by, *ADDED, "site", "field", "id", "file"}
+    return [
+        name
+        for name, values in table.metadata.items()
+        if name not in expected and len({*zip(groups, values, strict=True)}) > len({*groups})
+    ]
 
 
 def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddings:

@@ -15,6 +15,7 @@ from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.embed import (
     Embeddings,
+    averaged_over,
     describe_channels,
     draw_embeddings,
     require_controls,
@@ -205,3 +206,12 @@ def test_a_plot_of_a_plate_has_room_for_its_points(
     table = Embeddings({"well": wells}, rng.normal(size=(384, 3)).astype(np.float32))
     draw_embeddings(table, "well", tmp_path / "plate.png")
     assert (tmp_path / "plate.png").stat().st_size > 1000
+
+
+def test_what_else_wells_are_averaged_over_is_said() -> None:
+    """Name a column, such as a time, of which a well's mean covers several values."""
+    metadata = {"well": ["A01", "A01", "A02"], "site": ["1", "2", "1"], "day": ["1", "1", "2"]}
+    table = Embeddings(metadata, np.zeros((3, 2), np.float32))
+    assert averaged_over(table, ("plate", "well")) == []
+    metadata["day"] = ["1", "2", "2"]
+    assert averaged_over(table, ("plate", "well")) == ["day"]
