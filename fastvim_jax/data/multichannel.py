@@ -32,6 +32,7 @@ Depth = Literal["full", "percentile"]
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_VALUES = 2**28
 """Pixels times channels of the largest TIFF that is decoded, 268 million: 537 MB of 16 bits."""
+_FILE_NAME = re.compile(r"""<UUID\b[^>]*\bFileName=(?:"([^"]*)"|'([^']*)')""")
 SATURATED_SHARE = 0.01
 """An image counts as saturated if more than this share of a channel's pixels hold the largest value of its type."""
 
@@ -297,7 +298,7 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
         raise UserError(
             f"{name}: TIFF files need tifffile: pip install 'fastvim-jax[cells]'."
         ) from None
-    with errors_of(tifffile.logger(), name), tifffile.TiffFile(io.BytesIO(image)) as opened:
+    with errors_of(tifffile.logger(), name), _opened_tiff(image) as opened:
         seen: set[int] = set()
         for page in opened.pages:
             if page.offset in seen:  # tifffile would follow the pages around for ever.
@@ -333,6 +334,17 @@ def _read_tiff(image: bytes, name: str) -> MultiChannel:
     order = [place["Y"], place["X"], *(place[axis] for _, axis in extra)]
     pixels = _checked(np.ascontiguousarray(pixels.transpose(order)), name)
     return MultiChannel(pixels, names if len(names) == pixels.shape[-1] else ())
+
+
+def _opened_tiff(image: bytes) -> Any:
+    """Open a TIFF. One file of an OME set of several is opened as if alone: other files hold the set's other planes."""
+    import tifffile
+
+    opened = tifffile.TiffFile(io.BytesIO(image))
+    if len(set(_FILE_NAME.findall(opened.ome_metadata or ""))) < 2:
+        return opened
+    opened.close()
+    return tifffile.TiffFile(io.BytesIO(image), is_ome=False)
 
 
 @contextlib.contextmanager

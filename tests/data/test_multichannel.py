@@ -56,6 +56,34 @@ def test_tiff_pages_are_channels_and_ome_names_them(pixels: np.ndarray, tmp_path
             read_channels(file.read_bytes()[:kept], "a")
 
 
+def test_one_file_of_an_ome_set_is_read_alone(pixels: np.ndarray) -> None:
+    """Read a channel whose metadata name the files of the other channels, and a file that names itself twice."""
+    tifffile = pytest.importorskip("tifffile")
+    start = (
+        '<?xml version="1.0" encoding="UTF-8"?><OME UUID="urn:uuid:own.ome.tif" '
+        'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="9" SizeY="6" SizeC="2" SizeZ="1" '
+        'SizeT="1"><Channel ID="C:0" Name="DNA"/><Channel ID="C:1" Name="ER"/>'
+    )
+    planes = pixels[..., :2].transpose(2, 0, 1)
+
+    def read(stored: np.ndarray, *files: str) -> MultiChannel:
+        described = "".join(
+            f'<TiffData FirstC="{i}" IFD="{i if len(stored) > 1 else 0}" PlaneCount="1">'
+            f'<UUID FileName="{file}">urn:uuid:{file}</UUID></TiffData>'
+            for i, file in enumerate(files)
+        )
+        buffer = io.BytesIO()
+        text = f"{start}{described}</Pixels></Image></OME>".encode()
+        tifffile.imwrite(buffer, stored, description=text, metadata=None)
+        return read_channels(buffer.getvalue(), "a")
+
+    found = read(planes[1:], "c0.ome.tif", "own.ome.tif")
+    assert found.names == () and np.array_equal(found.pixels, pixels[..., 1:2])
+    found = read(planes, "own.ome.tif", "own.ome.tif")
+    assert found.names == ("DNA", "ER") and np.array_equal(found.pixels, pixels[..., :2])
+
+
 def test_names_in_a_file_decide_the_order_of_its_channels(pixels: np.ndarray) -> None:
     image = MultiChannel(pixels, ("Mito", "AGP", "RNA", "ER", "DNA"))
     assert np.array_equal(in_order(image, ("DNA", "Mito"), "a"), pixels[..., [4, 0]])
