@@ -174,12 +174,15 @@ def train_one(row: str, seed: int, options: argparse.Namespace) -> None:
     started = time.perf_counter()
     result = train(config_of(row, seed, options), folder, progress=False)
     trained = time.perf_counter() - started
-    scores = score_subsets(folder, subsets())
+    # A run that is stopped now keeps what it has: the score of all channels.
+    whole = {"channels": NAMES, "count": options.test_images, "top1": result.metrics["raw_top1"]}
     record = {
         "row": row, "seed": seed, "epochs": options.epochs, "images": options.images,
-        "train_seconds": round(trained, 1), "top1": result.metrics["raw_top1"],
-        "subsets": [{"channels": s.channels, "count": s.count, "top1": s.top1} for s in scores],
+        "train_seconds": round(trained, 1), "top1": whole["top1"], "subsets": [whole],
     }  # fmt: skip
+    (folder / "channels.json").write_text(json.dumps(record, indent=1))
+    scores = score_subsets(folder, subsets())
+    record["subsets"] = [{"channels": s.channels, "count": s.count, "top1": s.top1} for s in scores]
     (folder / "channels.json").write_text(json.dumps(record, indent=1))
     print(f"{row} seed {seed}: {100 * record['top1']:.2f} % in {trained:.0f} s", flush=True)
 
@@ -239,8 +242,9 @@ def report() -> None:
         )
     single = ["| model | " + " | ".join(NAMES) + " |", "|---|" + "--:|" * len(NAMES)]
     for name, records in rows.items():
-        values = [_mean(records, lambda c, n=n: c == [n]) for n in NAMES]
-        single.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+        if any(len(each["channels"]) == 1 for record in records for each in record["subsets"]):
+            values = [_mean(records, lambda c, n=n: c == [n]) for n in NAMES]
+            single.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     first = next(iter(rows.values()))[0]
     seeds = max(len(r) for r in rows.values())
     parts = [
@@ -251,7 +255,7 @@ def report() -> None:
         f"{first['images']:,} training images, top-1 % of the test\n"
         f"images: mean ± standard deviation over {seeds} seeds where a row has several, else one seed. Columns: all 8\n"
         "channels, and the mean over random subsets of 6, 4 and 2 channels (the same for all rows) and over all\n"
-        "single ones. Models without channel embeddings see missing channels at their mean.\n",
+        "single ones (–: stopped before). Models without channel embeddings see missing channels at their mean.\n",
         "\n".join(lines) + "\n",
         *_said(rows),
         "## One channel alone\n",
@@ -305,7 +309,10 @@ def _mean(records: list[dict[str, Any]], wanted: Any) -> float:
 
 
 def _by_size(records: list[dict[str, Any]], size: int) -> str:
-    values = [_mean([record], lambda c: len(c) == size) for record in records]
+    has = lambda record: any(len(each["channels"]) == size for each in record["subsets"])  # noqa: E731
+    values = [_mean([record], lambda c: len(c) == size) for record in records if has(record)]
+    if not values:
+        return "–"
     spread_of = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread_of}"
 

@@ -238,7 +238,7 @@ def dense(rows: list[Row]) -> Iterator[str]:
         found = [row for row in rows if row["bench"] == bench]
         if not found:
             continue
-        yield f"## {title}: what was recorded so far\n"
+        yield f"## {title}\n"
         yield table(
             ("backbone", "pixels", "batch", "part", "blocks", "images/s", "ms", "clock ms", "TFLOP/s",
              "GB", "beside compilers"),

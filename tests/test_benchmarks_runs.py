@@ -254,7 +254,8 @@ def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, mo
     channels = programs("channels")
     monkeypatch.setattr(channels, "HERE", tmp_path)
     monkeypatch.setattr(channels, "RESULTS", tmp_path / "kept")
-    for row, seed in (("vit", 0), ("vit", 1), ("fastchannelvim", 0)):
+    stopped = "fastchannelvim_two_axes"  # before its subsets were scored
+    for row, seed in (("vit", 0), ("vit", 1), ("fastchannelvim", 0), (stopped, 0)):
         folder = tmp_path / "runs" / f"{row}_s{seed}"
         folder.mkdir(parents=True)
         subsets = [
@@ -267,7 +268,7 @@ def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, mo
             "images": 20000,
             "train_seconds": 9,
             "top1": 0.5,
-            "subsets": subsets,
+            "subsets": subsets[:1] if row == stopped else subsets,
         }
         (folder / "channels.json").write_text(json.dumps(scores))
         start = {"device": {"kind": "H100"}, "versions": {"jax": "1"}, "started": "2026-01-02T"}
@@ -279,6 +280,7 @@ def test_the_page_of_channels_has_a_row_for_each_kept_one(programs, tmp_path, mo
         "| vit | all | 55.0 ± 7.1 |" in page
         and "| fastchannelvim | sampled, sorted | 50.0 |" in page
     )
+    assert f"| {stopped} | sampled, sorted | 50.0 | – | – | – | – |" in page and "nan" not in page
     assert (
         "6 epochs of the first 20,000 training images" in page
         and "H100, JAX 1, 2026-01-02, commit abcdefg" in page
