@@ -19,7 +19,7 @@ from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.coco import coco_masks
 from fastvim_jax.errors import counted
-from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
+from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels, require_pixels
 from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -52,7 +52,8 @@ def make_detector(run: Run) -> DetectOne:
         crop_positions(model.backbone, (images.shape[1], images.shape[2]))
         return model(preprocess(images), scale=scale)
 
-    def detect(image: UInt8[np.ndarray, "h w 3"]) -> list[dict[str, Any]]:
+    def detect(image: Any) -> list[dict[str, Any]]:
+        image = require_pixels(image)
         fitted, scale = fit_image(image, config.data)
         found = jax.device_get(found_in(state, fitted[None], scale[None]))
         one = jax.tree.map(lambda x: x[0], found)

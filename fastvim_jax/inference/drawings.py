@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.tar_members import read_image_file
-from fastvim_jax.errors import one_or_several
+from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.training.run_folder import Run
 
 DRAWERS = {
@@ -74,6 +74,32 @@ def read_pixels(file: str | Path, data: DataConfig) -> UInt8[np.ndarray, "h w 3"
     """
     encoded = read_image_file(file)
     return np.asarray(decode_image(encoded, channels=3, name=str(file), background=data.background))
+
+
+def require_pixels(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """Return `image`, once it is what the runs were trained on before they normalised it; grey becomes RGB.
+
+    Raises:
+        UserError: floats, which would be taken for nearly black pixels; another shape; no array.
+    """
+    if isinstance(image, np.ndarray) and image.ndim == 2:
+        image = np.stack([image] * 3, axis=-1)
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.shape[2:] != (3,)
+        or not image.size
+    ):
+        found = (
+            f"{image.dtype} of shape {image.shape}"
+            if isinstance(image, np.ndarray)
+            else f"a {type(image).__name__}"
+        )
+        raise UserError(
+            f"the image is {found}, but must be a NumPy array h w 3 of uint8 RGB pixels, from 0 to 255. Pixels are "
+            "normalised here, so give them as they are."
+        )
+    return image
 
 
 def output_names(files: Sequence[str | Path]) -> list[str]:

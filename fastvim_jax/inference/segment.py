@@ -16,7 +16,7 @@ from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
-from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels
+from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels, require_pixels
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import extended_logits, slide_of
@@ -46,6 +46,7 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
         return extended_logits(partial(compiled, state), windows, config.data.height_width)
 
     def segment(image):
+        image = require_pixels(image)
         size = image.shape[0], image.shape[1]
         resized = resize_image(image, fitted_size(size, *config.data.fit))
         classes = slide(predict, resized, size)

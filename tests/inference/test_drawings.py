@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from fastvim_jax.errors import UserError
 from fastvim_jax.inference import detect, segment
-from fastvim_jax.inference.drawings import output_names
+from fastvim_jax.inference.drawings import output_names, require_pixels
 from fastvim_jax.training.run_folder import Run
 from tests.training.detection import tiny as detection
 from tests.training.segmentation import tiny as segmentation
@@ -56,6 +57,21 @@ def test_the_area_of_a_detection_is_that_of_its_mask(tmp_path, monkeypatch):
     )
     written = json.loads((tmp_path / "detections.json").read_text())["annotations"]
     assert [each["area"] for each in written] == [10, 20]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_what_is_no_pixels_is_refused(tmp_path, monkeypatch, task):
+    """Refuse floats from 0 to 1 above all: they were taken for black images, without a word."""
+    tiny, make = {
+        "segmentation": (segmentation, segment.make_segmenter),
+        "detection": (detection, detect.make_detector),
+    }[task]
+    predict = make(Run(nnx.Module(), tiny.tiny_config(tmp_path), tiny.CLASSES, 0, "raw"))
+    pixels = np.zeros((6, 8, 3), np.uint8)
+    for wrong in (pixels / 255, pixels[None], pixels[..., :2], pixels[:0], pixels.tolist()):
+        with pytest.raises(UserError, match="must be a NumPy array h w 3 of uint8 RGB pixels"):
+            predict(wrong)
+    np.testing.assert_array_equal(require_pixels(pixels[..., 0]), pixels)
 
 
 def test_no_two_files_share_a_name():
