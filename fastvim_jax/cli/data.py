@@ -53,6 +53,8 @@ class _Where:
     crispr/train, orf/train and so on."""
     class_list: str = ""
     """A class list (.txt or .tsv) to use instead of the folder's own. For a plate: the folder of the plate maps."""
+    channels: tuple[str, ...] = ()
+    """Channels to read of a pattern with {channel}, in this order; by default all that are found, by name."""
     follow_links: bool = False
     """Read files outside the folder that links in it lead to."""
     workers: int = 0
@@ -301,6 +303,11 @@ def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
                 + suggest(chosen.source, SOURCES)
             )
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
+        if chosen.channels and kind != "channel_files":
+            raise UsageError(
+                f"--channels chooses files of a pattern with {{channel}}; the source {kind} holds its channels "
+                "together."
+            )
         splits = [*chosen.split] or list_splits(kind, chosen.path)
         if not splits:
             raise UsageError(f"{chosen.path} holds no split of the source {kind}.")
@@ -318,6 +325,7 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
         class_list=chosen.class_list,
         any_label=True,
         follow_links=chosen.follow_links,
+        channels=chosen.channels,
     )
 
 

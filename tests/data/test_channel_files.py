@@ -12,6 +12,7 @@ from PIL import Image
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError, open_source
 from fastvim_jax.data.cells import make_eval_iterator, make_train_iterator
+from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.errors import UserError
 
@@ -149,3 +150,22 @@ def test_two_files_of_one_channel_are_refused(fields, pattern, tmp_path):
     (drug / "A1_s1_DNA.tif").write_bytes((drug / "A1_s1_DNA.png").read_bytes())
     with pytest.raises(UserError, match=r"A1_s1_DNA.png and .*A1_s1_DNA.tif are the channel DNA"):
         open_source("channel_files", "train", path=pattern.replace(".png", ".{}"))
+
+
+def test_shards_hold_the_channels_that_are_named(fields, pattern, tmp_path, capsys):
+    """Prepare the channels named, in their order; otherwise images without one more channel are left out."""
+    extra = tmp_path / "plate" / "train" / "drug" / "A1_s0_Mask.png"
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(extra)
+    assert main(["data", "check", pattern, "--split", "train"]) == 1
+    assert "no file of the channel Mask" in capsys.readouterr().out
+    chosen, shards = ["--channels", *CHANNELS], tmp_path / "shards"
+    assert main(["data", "check", pattern, "--split", "train", *chosen]) == 0
+    assert main(["data", "prepare", pattern, "--out", str(shards), *chosen]) == 0
+    said = capsys.readouterr().out
+    assert f"--channels {' '.join(CHANNELS)}` counts them" in said
+    found = open_source("array_record", "train", path=str(shards))
+    assert len(found) == 6 and found.channel_names == CHANNELS
+    pixels = read_channels(found[0].image, "a").pixels
+    assert np.array_equal(pixels, fields["train/control/0"])
+    assert main(["data", "check", str(shards), "--channels", "ER"]) == 2
+    assert "the source array_record holds its channels together" in capsys.readouterr().err
