@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,7 +167,7 @@ def _own_folder() -> Path:
     number = os.getpid()
     if number not in _folders:
         _remove_left_over()
-        _folders[number] = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{number}-"))
+        _folders[number] = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{_machine()}-{number}-"))
         atexit.register(_remove, number)
     return _folders[number]
 
@@ -177,10 +179,24 @@ def _remove(number: int) -> None:
         shutil.rmtree(_folders[number], ignore_errors=True)
 
 
+def _machine() -> str:
+    """Return a text for this machine or container, whose numbers of processes say nothing about those of another.
+
+    Machines of a cluster may share the folder for temporary files.
+    """
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # Not Linux.
+        namespace = ""
+    text = f"{platform.node()} {namespace}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
 def _remove_left_over() -> None:
-    """Remove the folders of this user's processes that no longer run."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        number = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    """Remove the folders of this user's processes on this machine that no longer run."""
+    own = f"{_PREFIX}{_machine()}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{own}*"):
+        number = folder.name.removeprefix(own).partition("-")[0]
         with contextlib.suppress(OSError):
             if number.isdecimal() and folder.stat().st_uid == os.getuid():
                 try:

@@ -191,3 +191,14 @@ def test_files_go_with_their_process(tmp_path: Path) -> None:
         environment = os.environ | {"TMPDIR": str(tmp_path)}
         subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=ROOT, env=environment)
         assert len(list(tmp_path.glob("fastvim-listing-*"))) == left
+
+
+def test_files_of_another_machine_stay(tmp_path: Path) -> None:
+    """Leave the files of machines that share the folder alone: their processes are not seen from here."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", SCRIPT, "killed"], cwd=ROOT, env=environment)
+    (folder,) = tmp_path.glob("fastvim-listing-*")
+    random = folder.name.rpartition("-")[2]
+    other = folder.rename(folder.with_name(f"fastvim-listing-{'f' * 12}-999999999-{random}"))
+    subprocess.run([sys.executable, "-c", SCRIPT, "ended"], cwd=ROOT, env=environment)
+    assert list(tmp_path.glob("fastvim-listing-*")) == [other]
