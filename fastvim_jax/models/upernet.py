@@ -58,7 +58,10 @@ class UperNetConfig:
                 f"{quarter_blocks(self.backbone.depth)}; fastvim_jax.models.upernet() chooses them."
             )
         if self.num_classes < 2:
-            raise UserError(f"num_classes={self.num_classes} must be at least 2.")
+            raise UserError(
+                f"num_classes={self.num_classes} must be at least 2: count the background of a single kind of object "
+                "as a class."
+            )
         if not self.pool_scales:
             raise UserError("pool_scales is empty: name at least one grid size.")
         if self.auxiliary_level > 3:

@@ -220,7 +220,8 @@ def judge(
             accuracy = areas.scores()["aacc"]
             if len(kept) < keep:
                 kept.append(_judged(each, predicted, accuracy, classes))
-            elif len(worst) < keep or accuracy < worst[-1].accuracy:
+            # An image without a labelled pixel has an accuracy of 0 and no mistake.
+            elif areas.labelled.any() and (len(worst) < keep or accuracy < worst[-1].accuracy):
                 worst.append(_judged(each, predicted, accuracy, classes))
                 worst = sorted(worst, key=lambda judged: judged.accuracy)[:keep]
         if progress and time.monotonic() - said > _REPORT_SECONDS and is_first_process():

@@ -52,6 +52,18 @@ def test_images_that_cannot_be_judged_stop_a_run_unless_it_allows_them(tmp_path,
             assert len(unread) == 1 and areas.labelled.sum() > 0
 
 
+def test_an_image_without_labels_is_none_of_the_worst(tmp_path, rng):
+    draw_scenes(tmp_path, rng, train=1, held_out=3)
+    config = tiny_config(tmp_path)
+    file = tmp_path / "annotations/validation/scene_1.png"
+    with Image.open(file) as mask:
+        Image.fromarray(np.full(mask.size[::-1], 255, np.uint8)).save(file)
+    predict = lambda windows: jnp.zeros((len(windows), 2, 2, 3))  # noqa: E731
+    with contextlib.closing(EvaluationImages(config.data)) as images:
+        _, judged, _ = judge(predict, images, slide_of(config, 2), 3, keep=1)
+    assert [each.name for each in judged] == ["scene_0.jpg", "scene_2.jpg"]
+
+
 @pytest.mark.parametrize("size", [(21, 27), (3, 32), (32, 32)])
 def test_logits_of_small_windows_lie_where_their_pixels_do(size):
     """Let each patch of 8 pixels give its mean: a ramp comes out as it went in, up to the middle of the last one.
