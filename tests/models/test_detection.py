@@ -12,6 +12,7 @@ import pytest
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import VisionMambaConfig, cascade_mask_rcnn
 from fastvim_jax.models.detection import DetectorConfig, ProposalConfig, StageConfig
+from fastvim_jax.models.detection import roi_align as roi_align_module
 from fastvim_jax.models.detection.nms import nms
 from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
 from fastvim_jax.models.detection.rpn import AnchorTargets
@@ -100,6 +101,21 @@ def test_gradients_of_a_cell_that_many_boxes_read_are_added_up_wide(key):
 
     exact, half = gradient(x), gradient(x.astype(jnp.bfloat16)).astype(jnp.float32)
     assert float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.01
+
+
+def test_gradients_are_added_to_no_cell_that_a_box_does_not_read():
+    """Give the entries that fill a box up to the bound no cell: all boxes would add their zeros to the same one."""
+    box, grid = jnp.asarray([3.0, 2, 6, 5]), jnp.asarray([16, 20])
+    weights, index = roi_align_module._cell_weights(box, grid, (2, 2), 40, 0)
+    read = np.asarray(index) >= 0
+    assert 9 <= read.sum() < 40
+    assert not np.asarray(weights)[:, ~read].any()
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    index = jnp.where(index < 0, 320, index)[None]
+    taken, pull = jax.vjp(lambda table: roi_align_module._take(table, index), jnp.ones((320, 1)))
+    assert np.isfinite(taken).all()
+    (counts,) = pull(jnp.ones_like(taken))
+    assert int(counts.sum()) == read.sum() and int(counts.max()) == 1
 
 
 def test_a_box_moved_out_of_the_image_stays_for_the_next_stage():

@@ -208,7 +208,8 @@ def roi_align(
     weights, index = jax.vmap(lambda box, grid: _cell_weights(box, grid, size, cells, ratio))(
         scaled, grid
     )
-    gathered = _take(table, _of_level(starts, level)[:, None] + index)
+    index = jnp.where(index < 0, len(table), _of_level(starts, level)[:, None] + index)
+    gathered = _take(table, index)
     precision = jax.lax.Precision.HIGHEST if table.dtype != jnp.bfloat16 else None
     pooled = jnp.einsum(
         "nkm,nmc->nkc",
@@ -230,26 +231,33 @@ def _of_level(values: Sequence[int] | np.ndarray, level: Int[Array, "*n"]) -> In
 
 @jax.custom_vjp
 def _take(table: Float[Array, "cells c"], index: Int[Array, "n m"]) -> Float[Array, "n m c"]:
-    """Return rows of `table`. Add up their gradients in float32 or wider, because hundreds of boxes may read a cell."""
-    return table[index]
+    """Return rows of `table`; where `index` is behind the last one, that one, to which no gradient flows.
+
+    Gradients are added up in float32 or wider, because hundreds of boxes may read a cell.
+    """
+    return table.at[index].get(mode="clip")
 
 
 def _take_forward(table, index):
-    return table[index], (index, jnp.zeros((len(table), 0), table.dtype))
+    return _take(table, index), (index, jnp.zeros((len(table), 0), table.dtype))
 
 
 def _take_backward(saved, gradient):
     index, like = saved
     wide = jnp.promote_types(like.dtype, jnp.float32)
     total = jnp.zeros((len(like), gradient.shape[-1]), wide)
-    return total.at[index].add(gradient.astype(wide)).astype(like.dtype), None
+    return total.at[index].add(gradient.astype(wide), mode="drop").astype(like.dtype), None
 
 
 _take.defvjp(_take_forward, _take_backward)
 
 
 def _cell_weights(box, grid, size, cells, ratio):
-    """Return the weights `bins cells` of the cells that one box reads, and their indices in its map, row by row."""
+    """Return the weights `bins cells` of the cells that one box reads, and their indices in its map, row by row.
+
+    Boxes read different numbers of cells. What fills a box up has weight 0 and index -1: no cell that all boxes
+    share gets its gradients, which are zeros, one by one.
+    """
     axes = []
     for axis, bins in enumerate(size):
         low, high = box[1 - axis], box[3 - axis]
@@ -266,7 +274,7 @@ def _cell_weights(box, grid, size, cells, ratio):
     weights = axis_weights(y, *along_y)[:, None] * axis_weights(x, *along_x)[None, :]
     return (
         jnp.where(used, weights.reshape(-1, cells), 0),
-        jnp.where(used, y * grid[1] + x, 0).astype(jnp.int32),
+        jnp.where(used, y * grid[1] + x, -1).astype(jnp.int32),
     )
 
 
