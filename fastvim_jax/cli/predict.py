@@ -136,9 +136,11 @@ def _draw(loaded: Any, files: list[str], chosen: Arguments) -> int:
     """Write drawings and say what they show."""
     if chosen.out is None:
         raise UsageError("this run's predictions are pictures: name their folder with --out FOLDER")
+    from fastvim_jax.cli.progress import progress_bar
     from fastvim_jax.inference.drawings import draw_files
 
-    drawings = draw_files(loaded, files, chosen.out)
+    with progress_bar("predicting", quiet=chosen.json) as progress:
+        drawings = draw_files(loaded, files, chosen.out, progress=progress)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(d) for d in drawings], indent=2, ensure_ascii=False))
     for drawing in drawings:

@@ -16,10 +16,17 @@ from PIL import Image
 from fastvim_jax.analysis.detections import draw_objects
 from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
+from fastvim_jax.data.prepare.shards import Progress
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.coco import coco_masks
 from fastvim_jax.errors import counted
-from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels, require_pixels
+from fastvim_jax.inference.drawings import (
+    Drawing,
+    followed,
+    output_names,
+    read_pixels,
+    require_pixels,
+)
 from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -67,7 +74,9 @@ def category_ids(run: Run) -> tuple[int, ...]:
     return run.class_ids or tuple(range(len(run.class_names)))
 
 
-def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+def draw_files(
+    run: Run, files: Sequence[str | Path], out: Path, *, progress: Progress | None = None
+) -> list[Drawing]:
     """Detect objects in files, draw NAME_detections.png for each file, and write all objects to detections.json.
 
     The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`
@@ -80,7 +89,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     drawings: list[Drawing] = []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for file, name in zip(files, output_names(files), strict=True):
+    for file, name in zip(followed(files, progress), output_names(files), strict=True):
         try:
             image = read_pixels(file, config.data)
         except DecodeError as error:

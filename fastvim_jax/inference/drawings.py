@@ -1,6 +1,7 @@
 """Draw predictions of segmentation and detection runs on image files. The run's config decides the task.
 
-A drawer is a module with `draw_files(run, files, out) -> list[Drawing]`. A new task is one more line in `DRAWERS`.
+A drawer is a module with `draw_files(run, files, out, *, progress) -> list[Drawing]`. A new task is one more line in
+`DRAWERS`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import UInt8
 
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
+from fastvim_jax.data.prepare.shards import Progress
 from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.training.run_folder import Run
@@ -52,18 +54,33 @@ def draws(run: Run) -> bool:
     return type(run.config).__name__ in DRAWERS
 
 
-def draw_files(run: Run, files: Sequence[str | Path] | str | Path, out: Path) -> list[Drawing]:
+def draw_files(
+    run: Run,
+    files: Sequence[str | Path] | str | Path,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+) -> list[Drawing]:
     """Predict image files and write drawings to the folder `out`. A file that is no image has its `error` set.
 
     Args:
         run: a trained model whose task `draws`.
         files: image files of any size and kind.
         out: a folder, made if it is missing; files of the same names in it are replaced.
+        progress: called with the files done and their number.
     """
     out.mkdir(parents=True, exist_ok=True)
     module = importlib.import_module(DRAWERS[type(run.config).__name__])
-    drawn: list[Drawing] = module.draw_files(run, one_or_several(files), out)
+    drawn: list[Drawing] = module.draw_files(run, one_or_several(files), out, progress=progress)
     return drawn
+
+
+def followed(files: Sequence[str | Path], progress: Progress | None = None) -> Iterator[str | Path]:
+    """Yield the files, and report each as done when the next one is asked for."""
+    for done, file in enumerate(files, 1):
+        yield file
+        if progress is not None:
+            progress(done, len(files))
 
 
 def read_pixels(file: str | Path, data: DataConfig) -> UInt8[np.ndarray, "h w 3"]:

@@ -14,9 +14,16 @@ from PIL import Image
 
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.geometry import fitted_size, resize_image
+from fastvim_jax.data.prepare.shards import Progress
 from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
-from fastvim_jax.inference.drawings import Drawing, output_names, read_pixels, require_pixels
+from fastvim_jax.inference.drawings import (
+    Drawing,
+    followed,
+    output_names,
+    read_pixels,
+    require_pixels,
+)
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import extended_logits, slide_of
@@ -55,7 +62,9 @@ def make_segmenter(run: Run, *, windows: int | None = None) -> Segment:
     return segment
 
 
-def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing]:
+def draw_files(
+    run: Run, files: Sequence[str | Path], out: Path, *, progress: Progress | None = None
+) -> list[Drawing]:
     """Segment files and write NAME_overlay.png and NAME_mask.png for each; see `drawings.draw_files`.
 
     A mask holds the same labels as the training masks: class k is k, or k + 1 if 0 means unlabelled. It is an 8-bit PNG
@@ -68,7 +77,7 @@ def draw_files(run: Run, files: Sequence[str | Path], out: Path) -> list[Drawing
     palette = np.zeros((256, 3), np.uint8)
     palette[shift : shift + classes] = class_colours(classes)[: 256 - shift]
     drawings = []
-    for file, name in zip(files, output_names(files), strict=True):
+    for file, name in zip(followed(files, progress), output_names(files), strict=True):
         try:
             image = read_pixels(file, config.data)
         except DecodeError as error:

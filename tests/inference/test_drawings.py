@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference import detect, segment
-from fastvim_jax.inference.drawings import output_names, require_pixels
+from fastvim_jax.inference.drawings import draw_files, output_names, require_pixels
 from fastvim_jax.training.run_folder import Run
 from tests.training.detection import tiny as detection
 from tests.training.segmentation import tiny as segmentation
@@ -35,8 +35,12 @@ def test_transparent_pixels_show_the_background_of_the_run(tmp_path, monkeypatch
     monkeypatch.setattr(module, maker, lambda run: look)
     run = Run(nnx.Module(), config, tiny.CLASSES, 0, "raw")
     Image.new("RGBA", (5, 4), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    (drawing,) = module.draw_files(run, [tmp_path / "clear.png"], tmp_path)
-    assert drawing.error is None
+    (tmp_path / "no.png").write_bytes(b"no image")
+    done = []
+    files = [tmp_path / "clear.png", tmp_path / "no.png"]
+    drawing, wrong = draw_files(run, files, tmp_path, progress=lambda *seen: done.append(seen))
+    assert drawing.error is None and wrong.error is not None
+    assert done == [(1, 2), (2, 2)]
     np.testing.assert_array_equal(seen[0], np.full((4, 5, 3), 70))
 
 
