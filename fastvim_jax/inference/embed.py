@@ -203,7 +203,8 @@ def embed_fields(
     if not embedded:
         if partial is not None:
             forget(partial)
-        raise UserError("no field could be embedded.\n  " + "\n  ".join(problems[:20]))
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise UserError("\n  ".join(["no field could be embedded.", *problems[:20], *more]))
     metadata = _columns([row for each in embedded for row in each.metadata])
     if text := describe_channels([each.metadata[0]["channels"] for each in embedded]):
         note(text)
