@@ -241,6 +241,17 @@ def test_illumination_is_divided_out(tables: Path, rng: np.random.Generator) -> 
     assert np.array_equal(image[..., 0], np.round(np.round(pixels / function) / 257))
 
 
+def test_illumination_lies_elsewhere_than_the_images(tables: Path) -> None:
+    """Find functions by name in a folder of their own, though the table names one folder for them and the images."""
+    for folder, name, value in (("P1", "dna.npy", 257 * 8), ("illum", "i.npy", 2.0)):
+        (tables / folder).mkdir()
+        kind = np.uint16 if folder == "P1" else np.float64
+        np.save(tables / folder / name, np.full((4, 4), value, kind))
+    header = "Metadata_Well,PathName_OrigDNA,FileName_OrigDNA,PathName_IllumDNA,FileName_IllumDNA\n"
+    (tables / "load_data.csv").write_text(f"{header}A02,/far/P1,dna.npy,/far/P1,i.npy\n")
+    assert (open_source("jump_cp", "all", path=str(tables))[0].image == 4).all()
+
+
 def test_illumination_that_is_not_there_is_told(tables: Path, rng: np.random.Generator) -> None:
     """Leave a channel without an illumination function as it is, and refuse a damaged or lost one.
 

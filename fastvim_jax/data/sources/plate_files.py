@@ -30,9 +30,8 @@ class LocalFiles:
         self.folder = str(Path(index).parent)
         self.missing: set[str] = set()
         self._found: dict[Path, tuple[int, list[str]]] = {}
-        self._agreement: dict[
-            Path, int
-        ] = {}  # by folder in the table: the most parts in which a file's path agrees
+        # By kind of file and folder in the table: the most parts in which a file's path agrees.
+        self._agreement: dict[tuple[str, Path], int] = {}
 
     def learn(self, rows: Iterable[dict[str, str]], channels: Sequence[str]) -> None:
         """Note how far the paths of the table agree with those of the files. `find` is right only afterwards."""
@@ -42,8 +41,8 @@ class LocalFiles:
                     told = _told(row, kind, channel)
                     if isinstance(told, Path):
                         parts = self._candidates(told)[0]
-                        known = self._agreement.get(told.parent, 0)
-                        self._agreement[told.parent] = max(parts, known)
+                        known = self._agreement.get((kind, told.parent), 0)
+                        self._agreement[kind, told.parent] = max(parts, known)
 
     def find(self, row: dict[str, str], kind: str, channel: str) -> str:
         """Return the path or URL of a channel's file, "" where there is none.
@@ -55,7 +54,7 @@ class LocalFiles:
         if not isinstance(told, Path):
             return told
         parts, best = self._candidates(told)
-        if told.parent.parts and parts < self._agreement.get(told.parent, 0):
+        if told.parent.parts and parts < self._agreement.get((kind, told.parent), 0):
             return ""
         if len(best) > 1:
             raise UserError(
