@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.models import VisionMambaConfig, cascade_mask_rcnn
 from fastvim_jax.models.detection import DetectorConfig, ProposalConfig, StageConfig
 from fastvim_jax.models.detection import roi_align as roi_align_module
+from fastvim_jax.models.detection.heads import MaskHead
 from fastvim_jax.models.detection.nms import nms
 from fastvim_jax.models.detection.roi_align import box_levels, cell_bound, roi_align
 from fastvim_jax.models.detection.rpn import AnchorTargets
+from fastvim_jax.precision import Precision
 from fastvim_jax.training.detection.losses import Sampled, boxes_of_next_stage, rpn_losses
 
 SIZE = 256
@@ -116,6 +119,18 @@ def test_gradients_are_added_to_no_cell_that_a_box_does_not_read():
     assert np.isfinite(taken).all()
     (counts,) = pull(jnp.ones_like(taken))
     assert int(counts.sum()) == read.sum() and int(counts.max()) == 1
+
+
+def test_masks_of_one_class_are_those_of_all_classes(rng):
+    precision = Precision("float32", "float32")
+    head = MaskHead(6, 5, convs=1, conv_width=8, eps=1e-6, precision=precision, rngs=nnx.Rngs(0))
+    head.logits.bias[...] = jnp.arange(5.0)
+    x = jnp.asarray(rng.standard_normal((4, 3, 2, 6)), jnp.float32)
+    labels = jnp.asarray([3, 0, 4, 3])
+    found = head.of_class(x, labels)
+    assert found.shape == (4, 6, 4)
+    every = head(x)
+    np.testing.assert_allclose(found, every[jnp.arange(4), ..., labels], rtol=1e-5, atol=1e-6)
 
 
 def test_a_box_moved_out_of_the_image_stays_for_the_next_stage():

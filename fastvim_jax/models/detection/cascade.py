@@ -227,9 +227,8 @@ class CascadeRCNN(nnx.Module):
         """Return a stage's mask logits for the class of each box."""
         b, n, _ = boxes.shape
         assert stage.mask_head is not None, "the detector was built without masks"
-        logits = stage.mask_head(self._pool(levels, boxes, MASK_SIZE))
-        chosen = jnp.take_along_axis(logits, labels.reshape(-1, 1, 1, 1), -1)
-        return chosen.reshape(b, n, *logits.shape[1:3])
+        logits = stage.mask_head.of_class(self._pool(levels, boxes, MASK_SIZE), labels.reshape(-1))
+        return logits.reshape(b, n, *logits.shape[1:])
 
     def _pool(self, levels, boxes, bins):
         """Apply RoIAlign to the boxes of every image: `(b n) bins bins c`. The coarsest level, p6, is not read."""

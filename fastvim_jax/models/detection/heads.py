@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import he_normal, normal
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fastvim_jax.layers.linear import promote_parameters
-from fastvim_jax.models.detection.simple_fpn import ConvNorm, Upsample
+from fastvim_jax.models.detection.simple_fpn import ConvNorm, Upsample, interleaved
 from fastvim_jax.precision import Precision
+from pallas_kernels.sharding import cast_parameter
 
 BOX_SIZE, MASK_SIZE = 7, 14
 """Bins along each side that RoIAlign gives to a box head and to a mask head, which doubles them."""
@@ -102,7 +103,7 @@ class MaskHead(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        p = precision
+        self.precision = p = precision
         self.convs = nnx.List(_convs(convs, width, conv_width, eps, precision, rngs))
         self.upsample = Upsample(conv_width, conv_width, precision=p, rngs=rngs)
         self.logits = nnx.Conv(
@@ -119,7 +120,27 @@ class MaskHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 classes"]:
         """Return mask logits at twice the resolution, float32 or wider."""
+        y = self.logits(interleaved(self._fours(x)))
+        return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    def of_class(
+        self, x: Float[Array, "n h w c"], labels: Int[Array, " n"]
+    ) -> Float[Array, "n h2 w2"]:
+        """Return each box's logits for one class, without computing those of the others."""
+        y, p = self._fours(x), self.precision
+        assert self.logits.bias is not None
+        kernel, bias = (
+            cast_parameter(each[...], dtype, x)
+            for each, dtype in ((self.logits.kernel, p.compute), (self.logits.bias, p.wide))
+        )
+        of_box = jnp.take(kernel[0, 0], labels, axis=1, mode="clip")
+        logits = jnp.einsum(
+            "nhwpqc,cn->nhwpq", y, of_box, precision=p.lax, preferred_element_type=p.wide
+        )
+        shift = jnp.take(bias, labels, mode="clip")
+        return interleaved(logits + shift[:, None, None, None, None])
+
+    def _fours(self, x):
         for conv in self.convs:
             x = jax.nn.relu(conv(x))
-        y = self.logits(jax.nn.relu(self.upsample(x)))
-        return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        return jax.nn.relu(self.upsample.fours(x))

@@ -52,11 +52,22 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Grid) -> Float[Array, "b rows2 columns2 out"]:
         """Double rows and columns; the result is in the compute dtype."""
+        return interleaved(self.fours(x))
+
+    def fours(self, x: Grid) -> Float[Array, "b rows columns 2 2 out"]:
+        """Return the four cells that every cell becomes beside each other, as the product leaves them."""
         p = self.precision
-        b, h, w, _ = x.shape
         kernel = cast_parameter(self.kernel[...], p.compute, x)
-        y = jnp.einsum("bhwi,pqio->bhpwqo", x.astype(p.compute), kernel, precision=p.lax)
-        return y.reshape(b, 2 * h, 2 * w, -1) + cast_parameter(self.bias[...], y.dtype, y)
+        y = jnp.einsum("bhwi,pqio->bhwpqo", x.astype(p.compute), kernel, precision=p.lax)
+        return y + cast_parameter(self.bias[...], y.dtype, y)
+
+
+def interleaved(
+    fours: Float[Array, "b rows columns 2 2 *out"],
+) -> Float[Array, "b rows2 columns2 *out"]:
+    """Put the cells of `Upsample.fours` in rows and columns."""
+    b, h, w, _, _, *rest = fours.shape
+    return jnp.swapaxes(fours, 2, 3).reshape(b, 2 * h, 2 * w, *rest)
 
 
 class SimpleFPN(nnx.Module):
