@@ -58,8 +58,11 @@ class Upsample(nnx.Module):
         """Return the four cells that every cell becomes beside each other, as the product leaves them."""
         p = self.precision
         kernel = cast_parameter(self.kernel[...], p.compute, x)
-        y = jnp.einsum("bhwi,pqio->bhwpqo", x.astype(p.compute), kernel, precision=p.lax)
-        return y + cast_parameter(self.bias[...], y.dtype, y)
+        # As one product with a bias of its own width: XLA would write a bias of each cell to memory before the product.
+        four = jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape[2], -1)
+        y = jnp.einsum("bhwi,io->bhwo", x.astype(p.compute), four, precision=p.lax)
+        y += jnp.concatenate([cast_parameter(self.bias[...], y.dtype, y)] * 4)
+        return y.reshape(*x.shape[:3], 2, 2, -1)
 
 
 def interleaved(
