@@ -99,3 +99,22 @@ def test_values_and_gradients_as_traced_for_a_gpu(rng):
     gather = partial(roi_align._pool_by_gather, strides=STRIDES, size=(3, 3), cells=16 * 24)
     wanted = jax.jit(partial(value_and_gradient, gather))(maps)
     assert max(relative_errors(found, wanted)) < 1e-6
+
+
+def test_boxes_that_are_not_finite_read_no_cell_outside_their_map(rng):
+    """Give the kernel boxes of a run that diverged. The interpreter refuses reads outside of an array."""
+    maps, _ = draw(rng)
+    inf, nan = np.inf, np.nan
+    boxes = [[50, 20, inf, 30], [-inf, -inf, inf, inf], [20, nan, 40, 30], [nan] * 4]
+    boxes = jnp.asarray([boxes, [[3e9, 3e9, 4e9, 4e9]] * 4], jnp.float32)
+    with interpreted():
+        found = roi_align._pool_by_kernel(maps, boxes, strides=STRIDES, size=(2, 2))
+    assert found.shape == (2, 4, 2, 2, 128)
+
+
+def test_no_boxes(rng):
+    maps, _ = draw(rng)
+    pool = partial(roi_align.pool_boxes, strides=STRIDES, size=(7, 7))
+    boxes = jnp.zeros((2, 0, 4))
+    assert pool(maps, boxes).shape == (2, 0, 7, 7, 128)
+    assert launches(lower_for_h100(pool, maps, boxes), "roi_align") == 0

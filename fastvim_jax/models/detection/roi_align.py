@@ -84,7 +84,7 @@ def pool_boxes(
     levels = tuple(levels)
     cells = cell_bound([(x.shape[1], x.shape[2]) for x in levels], strides)
     by_gather: Any = partial(_pool_by_gather, strides=tuple(strides), size=size, cells=cells)
-    if _kernel_unsupported(levels, boxes, strides, size) is not None:
+    if not boxes.size or _kernel_unsupported(levels, boxes, strides, size) is not None:
         return by_gather(levels, boxes)
     by_kernel = partial(_pool_by_kernel, strides=tuple(strides), size=size)
 
@@ -167,8 +167,10 @@ def _axis_of_box(low, high, limit, *, bins, longest):
     cells = first + jnp.arange(longest, dtype=jnp.int32)
     edges = low + (high - low) / bins * jnp.arange(bins + 1, dtype=low.dtype)
     # One cell more than the samples read, so that rounding of the edges loses none.
-    begin = jnp.clip(jnp.floor(edges[:-1]), first, limit - 1).astype(jnp.int32) - first
-    end = jnp.clip(jnp.floor(edges[1:]) + 2, first + 1, limit).astype(jnp.int32) - first
+    # Clipped as integers, so that a box that is not finite reads cells of its map, too.
+    floor = lambda x: jnp.floor(x).astype(jnp.int32)  # noqa: E731
+    begin = jnp.clip(floor(edges[:-1]), first, limit - 1) - first
+    end = jnp.clip(floor(edges[1:]) + 2, first + 1, limit) - first
     weights = axis_weights(cells, low, high, count, limit, bins)
     at = jnp.arange(longest)
     inside = (at >= begin[:, None]) & (at < end[:, None])
