@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from fastvim_jax.typing import FeatureMap
 from pallas_kernels.dtypes import wide_dtype
+from pallas_kernels.sharding import mark_varying
 
 MOST_TOGETHER = 16
 """Channels that are folded in one kernel. 15 and 30 take as long; with 5 what was folded is read too often."""
@@ -95,18 +97,23 @@ def fold_resized(
 ) -> Any:
     """Resize the columns of `b h w c` to `width` (bilinear), and fold `step` over the channels of the result.
 
-    Some channels are interpolated and folded in one kernel, so only `start` and what it becomes are in memory. A
-    reduction over the last axis would do the same, but takes XLA seven times as long (benchmarks/NOTES.md).
+    Some channels are interpolated and folded in one kernel, so only what is folded is in memory. A reduction over the
+    last axis would do the same, but takes XLA seven times as long (benchmarks/NOTES.md).
 
     Args:
-        step: function of what was folded so far, the number of the first channel, and following channels.
-        start: pytree of arrays `b h n`.
+        step: function of what was folded so far (arrays `b h width`), the number of the first channel (int32), and that
+            channel and the following ones.
+        start: pytree of scalar arrays, what each pixel starts from.
         x: channels that all stay in memory.
         width: columns of the result.
     """
     low, high, shares = neighbours(x.shape[2], width)
     share = jnp.asarray(shares, x.dtype)
     channels = jnp.moveaxis(x, -1, 0)
+    # Of the sharding of x, and varying over the same mesh axes: a loop keeps the types of what it starts from.
+    like = jnp.take(channels[0], low, axis=-1)
+    start = jax.tree.map(lambda value: jnp.full_like(like, value, value.dtype), start)
+    start = mark_varying(start, x)
     count = len(channels)
     several = -(-count // -(-count // MOST_TOGETHER))
 
@@ -123,8 +130,8 @@ def fold_resized(
 
     whole = count // several * several
     parts = channels[:whole].reshape(-1, several, *channels.shape[1:])
-    (folded, _), _ = lax.scan(body, (start, jnp.int32(0)), parts)
-    return visit(folded, whole, list(channels[whole:])) if whole < count else folded
+    (folded, first), _ = lax.scan(body, (start, jnp.int32(0)), parts)
+    return visit(folded, first, list(channels[whole:])) if whole < count else folded
 
 
 def resized_argmax(x: FeatureMap, size: tuple[int, int]) -> Int[Array, "b height width"]:
@@ -138,6 +145,5 @@ def resized_argmax(x: FeatureMap, size: tuple[int, int]) -> Int[Array, "b height
         return value, channel
 
     rows = resize_rows(x, size[0])
-    shape = (len(x), *size)
-    start = jnp.full(shape, -jnp.inf, rows.dtype), jnp.zeros(shape, jnp.int32)
+    start = jnp.array(-jnp.inf, rows.dtype), jnp.int32(0)
     return fold_resized(larger, start, rows, size[1])[1]

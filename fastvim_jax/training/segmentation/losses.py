@@ -18,6 +18,7 @@ from fastvim_jax.layers.resize import (
     resize_rows,
     resized_argmax,
 )
+from pallas_kernels.sharding import mark_varying
 
 Divisor = Literal["valid", "all"]
 TOGETHER = 8
@@ -66,8 +67,7 @@ def _cross_entropy_forward(logits, label):
             picked = jnp.where(label == first + number, each, picked)
         return total, new, picked
 
-    zeros = jnp.zeros(label.shape, logits.dtype)
-    start = zeros, jnp.full(label.shape, -jnp.inf, logits.dtype), zeros
+    start = tuple(jnp.array(value, logits.dtype) for value in (0, -jnp.inf, 0))
     total, largest, picked = fold_resized(add, start, logits, label.shape[2])
     log_sum = largest + jnp.log(total)
     return log_sum - picked, (logits, label, log_sum)
@@ -99,7 +99,8 @@ def _cross_entropy_backward(kept, gradient):
         return total, None
 
     xs = [jnp.asarray(x, logits.dtype if x.dtype.kind == "f" else jnp.int32) for x in tables]
-    return jax.lax.scan(add, jnp.zeros_like(logits), tuple(xs))[0], None
+    start = mark_varying(jnp.zeros_like(logits), logits)
+    return jax.lax.scan(add, start, tuple(xs))[0], None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy.special import logsumexp
 
 from fastvim_jax.data.segmentation import IGNORED
@@ -77,3 +79,35 @@ def test_largest_class_is_never_written_as_logits():
     shape = jax.ShapeDtypeStruct((2, 8, 8, 256), jnp.float32)
     compiled = jax.jit(lambda x: resized_argmax(x, (128, 128))).lower(shape).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 128 * 128 * 256 * 4 / 4
+
+
+def test_numbers_of_classes_do_not_wrap_around():
+    """Compare classes as int32: in the labels' int8 class 256 would be class 0, and class 0 would get its logit."""
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(1, 2, 3, 257)), rng.integers(0, 3, (1, 3, 5))
+    found = pixel_loss(jnp.float32(logits), jnp.asarray(label, "int8"))
+    np.testing.assert_allclose(found, defined(logits, label, "valid")[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("types", [AxisType.Explicit, AxisType.Manual])
+def test_loops_keep_the_types_of_a_mesh(types):
+    """Start loops with arrays of the logits' sharding, or that vary over the axes of a shard_map."""
+    logits, label = (jnp.asarray(x) for x in drawn((3, 4), (9, 17)))
+    logits = logits.astype(jnp.float32)
+
+    def scores(logits, label):
+        return pixel_loss(logits, label) + pixel_accuracy(logits, label)
+
+    wanted = jax.value_and_grad(scores)(logits, label)
+    explicit = types == AxisType.Explicit
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(types if explicit else AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        if explicit:
+            given = jax.device_put((logits, label), NamedSharding(mesh, P("b")))
+            found = jax.value_and_grad(scores)(*given)
+        else:
+            mean = lambda *given: jax.lax.pmean(scores(*given), "b")  # noqa: E731
+            mapped = jax.shard_map(mean, in_specs=P("b"), out_specs=P())
+            found = jax.value_and_grad(mapped)(logits, label)
+    for value, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-7)
