@@ -68,7 +68,8 @@ def sum_cells(
     tops, bottoms, lefts, rounds = (2 + at for at in (0, p, 2 * p, 2 * p + q))
 
     def body(table_ref, numbers_ref, rows_ref, columns_ref, out_ref, sums_ref):
-        box, line = lax.axis_index("box"), lax.axis_index("line")
+        at = lax.axis_index("line_of_box")  # one axis: the others hold at most 65,535 thread blocks
+        box, line = at // p, at % p
         load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
         number = lambda at: numbers_ref[box, at]  # noqa: E731
         first, stride, top = number(0), number(1), number(tops + line)
@@ -80,10 +81,10 @@ def sum_cells(
             """Add four columns of `together` rows."""
             x, lines = left + k * WARPS, [top + step * together + r for r in range(together)]
             across = load(columns_ref.at[box, j, pl.ds(x, WARPS)], layouts.of_tokens)
-            at = [first + jnp.minimum(y, bottom - 1) * stride + x for y in lines]
+            starts = [first + jnp.minimum(y, bottom - 1) * stride + x for y in lines]
             cells = [
                 [load(table_ref.at[pl.ds(i, WARPS), c], layouts.tokens) for c in range(parts)]
-                for i in at
+                for i in starts
             ]
             for y, row in zip(lines, cells, strict=True):
                 weight = spread(across * rows_ref[box, line, y], (WARPS, BLOCK), 0, layouts.tokens)
@@ -115,7 +116,7 @@ def sum_cells(
         scratch_types=[plgpu.SMEM((2, WARPS, parts, BLOCK), jnp.float32)],
         interpret=interpret_params(interpret),
         kernel_name="roi_align",
-        grid=(n, p),
-        grid_names=("box", "line"),
+        grid=(n * p,),
+        grid_names=("line_of_box",),
     )(table.reshape(-1, parts, BLOCK), jnp.concatenate(numbers, axis=1), rows, columns)
     return out.reshape(n, p, q, -1)
