@@ -283,7 +283,7 @@ def _said(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         )
         said.append(
             f"- With half of the channels missing, FastChannelVim trained with sampling goes {sampled}, trained on all "
-            f"channels {whole}."
+            f"channels {whole} (seeds: {len(rows['fastchannelvim'])} and {len(rows['fastchannelvim_all_channels'])})."
         )
     if {"fastchannelvim", "fastchannelvim_spatial"} <= rows.keys():
         first, spatial = (size(name, 8) for name in ("fastchannelvim", "fastchannelvim_spatial"))
