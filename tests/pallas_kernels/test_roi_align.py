@@ -85,13 +85,6 @@ def test_what_runs_as_a_kernel(rng, channels, dtype, kernels):
     assert launches(lower_for_h100(step, *given), "roi_align") == kernels
 
 
-def test_no_boxes_need_no_kernel(rng):
-    maps, boxes = draw(rng)
-    pool = partial(roi_align.pool_boxes, strides=STRIDES, size=(3, 2))
-    text = lower_for_h100(pool, maps, boxes[:, :0])
-    assert launches(text, "roi_align") == 0 and "tensor<2x0x3x2x128xf32>" in text
-
-
 def test_values_and_gradients_as_traced_for_a_gpu(rng):
     """Run on this CPU, where XLA takes the kernel's place, and compare with the gather's."""
     maps, boxes = draw(rng)

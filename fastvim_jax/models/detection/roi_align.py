@@ -115,8 +115,6 @@ def _kernel_unsupported(levels, boxes, strides, size) -> str | None:
     missing = gpu.kernels_missing()
     if missing is not None:
         return missing
-    if 0 in boxes.shape:
-        return "there are no boxes"
     from pallas_kernels.roi_align import mosaic
 
     reason = mosaic.unsupported(levels[0].shape[-1], levels[0].dtype)

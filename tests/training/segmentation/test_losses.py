@@ -16,11 +16,11 @@ from tests.support import x64
 SIZES = [((3, 4), (9, 17)), ((5, 8), (3, 5)), ((4, 6), (4, 6)), ((1, 1), (4, 7)), ((6, 5), (13, 5))]
 
 
-def drawn(source, target, *, scale=3.0):
+def drawn(source, target, *, scale=3.0, classes=7):
     rng = np.random.default_rng([*source, *target])
-    label = rng.integers(0, 7, (2, *target))
+    label = rng.integers(0, classes, (2, *target))
     label[rng.random(label.shape) < 0.2] = IGNORED
-    return scale * rng.normal(size=(2, *source, 7)), label
+    return scale * rng.normal(size=(2, *source, classes)), label
 
 
 def defined(logits, label, divisor):
@@ -47,6 +47,20 @@ def test_loss_and_gradient(source, target, divisor):
         )
     for value, wanted in zip(found, defined(logits, label, divisor), strict=True):
         np.testing.assert_allclose(value, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("classes", [1, 16, 17, 33])
+def test_loops_over_any_number_of_classes(classes):
+    """Fold one part, one and a smaller one, and several: at most 16 classes are folded together."""
+    logits, label = drawn((2, 3), (3, 31), classes=classes)
+    with x64():
+        found = jax.value_and_grad(pixel_loss)(jnp.asarray(logits), jnp.asarray(label))
+        largest = resized_argmax(jnp.asarray(logits), (3, 31))
+    for value, wanted in zip(found, defined(logits, label, "valid"), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-12, atol=1e-14)
+    rows, columns = linear_matrix(2, 3), linear_matrix(3, 31)
+    large = np.einsum("mh,nw,bhwc->bmnc", rows, columns, logits)
+    np.testing.assert_array_equal(largest, large.argmax(-1))
 
 
 def test_logits_that_differ_by_thousands():
