@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,12 @@ from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
 from fastvim_jax.training.run_folder import Run
+from fastvim_jax.whole_file import whole_file
 
 DetectOne = Callable[[UInt8[np.ndarray, "h w 3"]], list[dict[str, Any]]]
 RESULTS = "detections.json"
+SAVE_SECONDS = 60.0
+"""Seconds after which the objects found so far are written."""
 _NAMED = 5
 
 
@@ -74,44 +79,65 @@ def category_ids(run: Run) -> tuple[int, ...]:
     return run.class_ids or tuple(range(len(run.class_names)))
 
 
+class _CocoFile:
+    """Collect the objects of images in COCO's instances format, and write them once a minute and at the end."""
+
+    def __init__(self, path: Path, names: dict[int, str]):
+        self.path, self.saved = path, time.monotonic()
+        categories = [{"id": i, "name": name} for i, name in names.items()]
+        self.content: dict[str, list[Any]] = {
+            "images": [], "annotations": [], "categories": categories
+        }  # fmt: skip
+
+    def add(self, file: str | Path, size: tuple[int, int], found: list[dict[str, Any]]) -> None:
+        images, annotations = self.content["images"], self.content["annotations"]
+        image = len(images) + 1
+        images.append({"id": image, "file_name": str(file), "height": size[0], "width": size[1]})
+        for each in found:
+            place = {"id": len(annotations) + 1, "image_id": image}
+            # COCO means the mask's area, if there is a mask.
+            mask = each.get("segmentation")
+            area = float(coco_masks().area(mask)) if mask else each["bbox"][2] * each["bbox"][3]
+            annotations.append({**place, **each, "area": area, "iscrowd": 0})
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        with whole_file(self.path) as file:
+            file.write_text(json.dumps(self.content), encoding="utf-8")
+        self.saved = time.monotonic()
+
+
 def draw_files(
     run: Run, files: Sequence[str | Path], out: Path, *, progress: Progress | None = None
 ) -> list[Drawing]:
     """Detect objects in files, draw NAME_detections.png for each file, and write all objects to detections.json.
 
     The JSON file has COCO's instances format (`images`, `categories`, `annotations`), with scores in `annotations`
-    and the category ids of the data set that the run was trained on.
+    and the category ids of the data set that the run was trained on. If something ends this early, the file holds the
+    images before, except for those of the last minute if the process was killed.
     """
     config = run.config
     assert isinstance(config, DetectionConfig)
     detect = make_detector(run)
     names = dict(zip(category_ids(run), run.class_names, strict=True))
     drawings: list[Drawing] = []
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for file, name in zip(followed(files, progress), output_names(files), strict=True):
-        try:
-            image = read_pixels(file, config.data)
-        except DecodeError as error:
-            drawings.append(Drawing(str(file), error=str(error)))
-            continue
-        found = detect(image)
-        shown = [d for d in found if d["score"] >= LEAST_SCORE]
-        drawn = out / f"{name}_detections.png"
-        Image.fromarray(draw_objects(image, captioned(shown, names))).save(drawn)
-        entry = {"id": len(images) + 1, "file_name": str(file)}
-        images.append({**entry, "height": image.shape[0], "width": image.shape[1]})
-        for each in found:
-            place = {"id": len(annotations) + 1, "image_id": entry["id"]}
-            # COCO means the mask's area, if there is a mask.
-            mask = each.get("segmentation")
-            area = float(coco_masks().area(mask)) if mask else each["bbox"][2] * each["bbox"][3]
-            annotations.append({**place, **each, "area": area, "iscrowd": 0})
-        by_name = [{"class": names[d["category_id"]], **d} for d in found]
-        best = ", ".join(f"{names[d['category_id']]} {d['score']:.0%}" for d in shown[:_NAMED])
-        text = f"{counted(len(shown), 'object')} with a score of {LEAST_SCORE} or more{': ' if best else ''}{best}"
-        drawings.append(Drawing(str(file), (str(drawn),), by_name, text))
-    categories = [{"id": i, "name": name} for i, name in names.items()]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (out / RESULTS).write_text(json.dumps(content), encoding="utf-8")
+    results = _CocoFile(out / RESULTS, names)
+    with contextlib.ExitStack() as ending:
+        ending.callback(results.save)
+        for file, name in zip(followed(files, progress), output_names(files), strict=True):
+            try:
+                image = read_pixels(file, config.data)
+            except DecodeError as error:
+                drawings.append(Drawing(str(file), error=str(error)))
+                continue
+            found = detect(image)
+            shown = [d for d in found if d["score"] >= LEAST_SCORE]
+            drawn = out / f"{name}_detections.png"
+            Image.fromarray(draw_objects(image, captioned(shown, names))).save(drawn)
+            results.add(file, image.shape[:2], found)
+            by_name = [{"class": names[d["category_id"]], **d} for d in found]
+            best = ", ".join(f"{names[d['category_id']]} {d['score']:.0%}" for d in shown[:_NAMED])
+            text = f"{counted(len(shown), 'object')} with a score of {LEAST_SCORE} or more{': ' if best else ''}{best}"
+            drawings.append(Drawing(str(file), (str(drawn),), by_name, text))
     return drawings

@@ -63,6 +63,31 @@ def test_the_area_of_a_detection_is_that_of_its_mask(tmp_path, monkeypatch):
     assert [each["area"] for each in written] == [10, 20]
 
 
+@pytest.mark.parametrize("ending", ["stopped", "killed"])
+def test_what_was_detected_before_an_interruption_is_kept(tmp_path, monkeypatch, ending):
+    box = {"category_id": 0, "bbox": [2.0, 1.0, 5.0, 4.0], "score": 0.9}
+    found = iter([[box], [box, box]])
+
+    def look(image):
+        for each in found:
+            return each
+        if ending == "killed":  # Nothing is written any more.
+            monkeypatch.setattr(detect._CocoFile, "save", lambda results: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(detect, "make_detector", lambda run: look)
+    monkeypatch.setattr(detect, "SAVE_SECONDS", 0.0 if ending == "killed" else 60.0)
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    for file in files:
+        Image.new("RGB", (8, 6)).save(file)
+    config = detection.tiny_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        detect.draw_files(Run(nnx.Module(), config, ("a", "b"), 0, "raw"), files, tmp_path)
+    written = json.loads((tmp_path / "detections.json").read_text())
+    assert [each["file_name"] for each in written["images"]] == [str(file) for file in files[:2]]
+    assert [each["image_id"] for each in written["annotations"]] == [1, 2, 2]
+
+
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_what_is_no_pixels_is_refused(tmp_path, monkeypatch, task):
     """Refuse floats from 0 to 1 above all: they were taken for black images, without a word."""
