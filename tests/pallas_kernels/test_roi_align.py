@@ -26,12 +26,13 @@ STRIDES = (4, 8, 16)
 
 
 def draw(rng, dtype="float32", channels=128, boxes=4):
-    """Draw pyramids of two images of 64 x 96 pixels, and boxes in and around them."""
+    """Draw pyramids of two images of 64 x 96 pixels, and boxes of all levels in and around them."""
     maps = tuple(
         jnp.asarray(rng.standard_normal((2, 64 // s, 96 // s, channels)), dtype) for s in STRIDES
     )
     found = np.stack([extreme_boxes(rng, 8)[-boxes:] / 3 for _ in range(2)])
     found[0, :2] = [[5, 5, 5, 5], [-30, -20, 10, 90]]  # without area; larger than the image
+    found[1, :2] = [[-20, -9, 99, 120], [-70, -90, 190, 150]]  # the second and third level
     return maps, jnp.asarray(found)
 
 
@@ -66,6 +67,7 @@ def test_sums_of_cells(rng, dtype, together):
 
 def test_boxes_of_every_kind(rng):
     maps, boxes = draw(rng)
+    assert np.unique(roi_align.box_levels(boxes, 3)).tolist() == [0, 1, 2]
     options = {"strides": STRIDES, "size": (3, 2)}
     with interpreted():
         found = roi_align._pool_by_kernel(maps, boxes, **options)
