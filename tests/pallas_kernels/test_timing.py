@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,16 @@ def test_circumstances_name_the_commit_of_a_copy(monkeypatch):
     assert set(found) == {
         "device", "platform", "jax", "jaxlib", "flax", "commit", "date", "command"
     }  # fmt: skip
+
+
+def test_circumstances_name_a_gpus_xla_flags(monkeypatch):
+    """A CPU's flags are no setting of XLA's compiler: tests emulate devices by them."""
+    monkeypatch.setenv("XLA_FLAGS", " --some_flag=1")
+    assert "xla_flags" not in timing.circumstances("some command")
+    client = SimpleNamespace(platform_version="cuda 1")
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert timing.circumstances("some command")["xla_flags"] == "--some_flag=1"
 
 
 def test_cold_and_warm_calls_share_a_trace(monkeypatch):
