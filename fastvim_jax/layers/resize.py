@@ -104,7 +104,7 @@ def fold_resized(
         step: function of what was folded so far (arrays `b h width`), the number of the first channel (int32), and that
             channel and the following ones.
         start: pytree of scalar arrays, what each pixel starts from.
-        x: channels that all stay in memory.
+        x: maps whose rows are already resized, float32 or wider.
         width: columns of the result.
     """
     low, high, shares = neighbours(x.shape[2], width)

@@ -233,7 +233,7 @@ def _of_level(values: Sequence[int] | np.ndarray, level: Int[Array, "*n"]) -> In
 
 @jax.custom_vjp
 def _take(table: Float[Array, "cells c"], index: Int[Array, "n m"]) -> Float[Array, "n m c"]:
-    """Return rows of `table`; where `index` is behind the last one, that one, to which no gradient flows.
+    """Return rows of `table`. An index behind the last row reads the last row, and no gradient flows to it.
 
     Gradients are added up in float32 or wider, because hundreds of boxes may read a cell.
     """
@@ -257,8 +257,8 @@ _take.defvjp(_take_forward, _take_backward)
 def _cell_weights(box, grid, size, cells, ratio):
     """Return the weights `bins cells` of the cells that one box reads, and their indices in its map, row by row.
 
-    Boxes read different numbers of cells. What fills a box up has weight 0 and index -1: no cell that all boxes
-    share gets its gradients, which are zeros, one by one.
+    A box that reads fewer than `cells` is filled up with weights of 0 and indices of -1, to which no gradient flows.
+    Otherwise all boxes would add zeros to the same cell, one after the other.
     """
     axes = []
     for axis, bins in enumerate(size):
