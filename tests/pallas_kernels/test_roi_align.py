@@ -114,6 +114,18 @@ def test_boxes_that_are_not_finite_read_no_cell_outside_their_map(rng):
     assert found.shape == (2, 4, 2, 2, 128)
 
 
+def test_nan_stays_in_its_image(rng):
+    """Read the last cells of an image, behind which the next one's begin."""
+    maps, _ = draw(rng)
+    maps = tuple(x.at[1].set(jnp.nan) for x in maps)
+    boxes = jnp.asarray([[[0, 0, 240, 240]]] * 2, jnp.float32)
+    options = {"strides": STRIDES, "size": (2, 2)}
+    with interpreted():
+        found = roi_align._pool_by_kernel(maps, boxes, **options)
+    wanted = roi_align._pool_by_gather(maps, boxes, **options, cells=16 * 24)
+    assert np.isnan(found[1]).any() and max(relative_errors(found[:1], wanted[:1])) < 1e-6
+
+
 def test_no_boxes(rng):
     maps, _ = draw(rng)
     pool = partial(roi_align.pool_boxes, strides=STRIDES, size=(7, 7))

@@ -133,8 +133,11 @@ def _pool_by_kernel(levels, boxes, *, strides, size):
     b, n, _ = boxes.shape
     boxes = boxes.astype(jnp.float32)
     shapes = np.array([feature.shape[1:3] for feature in levels])
+    # The kernel reads up to WARPS - 1 cells behind a bin, with weight 0: not those of the next image, which may be NaN.
+    behind = jnp.zeros((b, mosaic.WARPS - 1, levels[0].shape[-1]), levels[0].dtype)
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
-    table = jnp.concatenate([x.reshape(b, -1, x.shape[-1]) for x in levels], axis=1)
+    maps = [x.reshape(b, -1, x.shape[-1]) for x in levels]
+    table = jnp.concatenate([*maps, behind], axis=1)
     level = box_levels(boxes, len(levels))
     grid = [_of_level(sides, level) for sides in shapes.T]
     scaled = boxes / _of_level(strides, level)[..., None] - 0.5
@@ -148,7 +151,7 @@ def _pool_by_kernel(levels, boxes, *, strides, size):
         ends.append(first)
         weights.append(weight)
         ranges.append(span)
-    image = jnp.repeat(jnp.arange(b, dtype=jnp.int32) * int(starts[-1]), n)
+    image = jnp.repeat(jnp.arange(b, dtype=jnp.int32) * table.shape[1], n)
     stride = grid[1].reshape(-1)
     first = image + _of_level(starts, level).reshape(-1) + ends[0] * stride + ends[1]
     pooled = mosaic.sum_cells(
