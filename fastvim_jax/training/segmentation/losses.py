@@ -80,6 +80,8 @@ def _cross_entropy_backward(kept, gradient):
     columns, weights = _readers(source, target)
     low, high, shares = neighbours(source, target)
     several = min(TOGETHER, len(columns))
+    # Only maps that grow are read by more columns than one kernel adds. Their column 0 is entry 0, which the zeros that
+    # fill the tables up say, too: exponentials there are finite before they are multiplied by a weight of 0.
     tables = [columns, weights, low[columns], high[columns], shares[columns]]
     tables = [
         np.pad(table, ((0, -len(table) % several), (0, 0))).reshape(-1, several, source)
