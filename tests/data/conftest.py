@@ -42,3 +42,14 @@ def image_tree(tmp_path: Path, rng: np.random.Generator) -> Path:
                     encode(Image.fromarray(pixels), "PNG")
                 )
     return tmp_path
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """Return a plate of four wells: a control, two genes, and one whose reagent is not in the metadata."""
+    stem = tmp_path / "JUMP-Target-1_compound"
+    Path(f"{stem}_platemap.tsv").write_text(
+        "well_position\tbroad_sample\nA01\t\nA02\tB\nA03\tA\nA04\tunknown\n"
+    )
+    Path(f"{stem}_metadata.tsv").write_text("broad_sample\ttarget\nA\tZZZ\nB\tAAA\n\t\n")
+    return tmp_path
