@@ -108,6 +108,7 @@ class CellsData(DataConfig):
         mean, std = read_statistics(data_folder(self.path), self.names, self.path)
         return dataclasses.replace(self, mean=mean, std=std)
 
+    @property
     def notes(self) -> tuple[str, ...]:
         """Return what a run says of its mean and deviation, if others are stored with the data."""
         try:

@@ -102,6 +102,11 @@ class DataConfig:
             return self.image_size[0], self.image_size[-1]
         return self.image_size, self.image_size
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run says of these settings at its start."""
+        return ()
+
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise UserError(f"data.{name} is {getattr(self, name)!r}, but must be {expected}.")

@@ -19,16 +19,9 @@ from fastvim_jax.analysis.detections import draw_objects
 from fastvim_jax.data.detection import fit_image
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.data.prepare.shards import Progress
-from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.sources.coco import coco_masks
 from fastvim_jax.errors import counted
-from fastvim_jax.inference.drawings import (
-    Drawing,
-    followed,
-    output_names,
-    read_pixels,
-    require_pixels,
-)
+from fastvim_jax.inference.drawings import Drawing, read_files, require_pixels
 from fastvim_jax.models.detection.positions import crop_positions
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import LEAST_SCORE, as_coco, captioned
@@ -125,12 +118,7 @@ def draw_files(
     results = _CocoFile(out / RESULTS, names)
     with contextlib.ExitStack() as ending:
         ending.callback(results.save)
-        for file, name in zip(followed(files, progress), output_names(files), strict=True):
-            try:
-                image = read_pixels(file, config.data)
-            except DecodeError as error:
-                drawings.append(Drawing(str(file), error=str(error)))
-                continue
+        for file, name, image in read_files(files, config.data, drawings, progress):
             found = detect(image)
             shown = [d for d in found if d["score"] >= LEAST_SCORE]
             drawn = out / f"{name}_detections.png"

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from fastvim_jax.data.config import DataConfig
 from fastvim_jax.data.decode import decode_image
 from fastvim_jax.data.prepare.shards import Progress
+from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.tar_members import read_image_file
 from fastvim_jax.errors import UserError, one_or_several
 from fastvim_jax.training.run_folder import Run
@@ -75,22 +76,30 @@ def draw_files(
     return drawn
 
 
-def followed(files: Sequence[str | Path], progress: Progress | None = None) -> Iterator[str | Path]:
-    """Yield the files, and report each as done when the next one is asked for."""
-    for done, file in enumerate(files, 1):
-        yield file
+def read_files(
+    files: Sequence[str | Path],
+    data: DataConfig,
+    drawings: list[Drawing],
+    progress: Progress | None = None,
+) -> Iterator[tuple[str | Path, str, UInt8[np.ndarray, "h w 3"]]]:
+    """Yield each file, the name of its drawings and its pixels, read as training reads them.
+
+    Args:
+        files: image files.
+        data: its background lies behind transparent pixels.
+        drawings: gets a `Drawing` with an `error` for each file that cannot be read.
+        progress: called with the files done and their number, when the next one is asked for.
+    """
+    for done, (file, name) in enumerate(zip(files, output_names(files), strict=True), 1):
+        try:
+            encoded = read_image_file(file)
+            image = decode_image(encoded, channels=3, name=str(file), background=data.background)
+        except DecodeError as error:
+            drawings.append(Drawing(str(file), error=str(error)))
+        else:
+            yield file, name, np.asarray(image)
         if progress is not None:
             progress(done, len(files))
-
-
-def read_pixels(file: str | Path, data: DataConfig) -> UInt8[np.ndarray, "h w 3"]:
-    """Read an image file as training reads it, with the run's background behind transparent pixels.
-
-    Raises:
-        DecodeError: it cannot be read.
-    """
-    encoded = read_image_file(file)
-    return np.asarray(decode_image(encoded, channels=3, name=str(file), background=data.background))
 
 
 def require_pixels(image: Any) -> UInt8[np.ndarray, "h w 3"]:

@@ -15,15 +15,8 @@ from PIL import Image
 from fastvim_jax.analysis.overlays import class_colours, overlay
 from fastvim_jax.data.geometry import fitted_size, resize_image
 from fastvim_jax.data.prepare.shards import Progress
-from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import normalise
-from fastvim_jax.inference.drawings import (
-    Drawing,
-    followed,
-    output_names,
-    read_pixels,
-    require_pixels,
-)
+from fastvim_jax.inference.drawings import Drawing, read_files, require_pixels
 from fastvim_jax.training.run_folder import Run
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import extended_logits, slide_of
@@ -76,13 +69,8 @@ def draw_files(
     shift = 1 if config.data.zero_is_ignored else 0
     palette = np.zeros((256, 3), np.uint8)
     palette[shift : shift + classes] = class_colours(classes)[: 256 - shift]
-    drawings = []
-    for file, name in zip(followed(files, progress), output_names(files), strict=True):
-        try:
-            image = read_pixels(file, config.data)
-        except DecodeError as error:
-            drawings.append(Drawing(str(file), error=str(error)))
-            continue
+    drawings: list[Drawing] = []
+    for file, name, image in read_files(files, config.data, drawings, progress):
         found = segment(image)
         drawn, masked = out / f"{name}_overlay.png", out / f"{name}_mask.png"
         Image.fromarray(overlay(image, found, classes)).save(drawn)

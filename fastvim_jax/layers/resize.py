@@ -76,17 +76,32 @@ def apply_matrices(
     x: FeatureMap, rows: np.ndarray | Float[Array, "m h"], columns: np.ndarray | Float[Array, "n w"]
 ) -> FeatureMap:
     """Apply a matrix to the rows and one to the columns of `b h w c`. Sums are held in float32 or wider."""
-    wide = wide_dtype(x.dtype)
-    matrices = [jnp.asarray(matrix, wide) for matrix in (rows, columns)]
-    y = jnp.einsum("mh,bhwc->bmwc", matrices[0], x.astype(wide), precision="highest")
-    return jnp.einsum("nw,bmwc->bmnc", matrices[1], y, precision="highest").astype(x.dtype)
+    y = _apply_to_rows(x, rows)
+    matrix = jnp.asarray(columns, y.dtype)
+    return jnp.einsum("nw,bmwc->bmnc", matrix, y, precision="highest").astype(x.dtype)
 
 
 def resize_rows(x: FeatureMap, height: int) -> FeatureMap:
     """Resize the rows of `b h w c` (bilinear). The result is float32 or wider."""
+    return _apply_to_rows(x, linear_matrix(x.shape[1], height))
+
+
+def _apply_to_rows(x, rows):
     wide = wide_dtype(x.dtype)
-    matrix = jnp.asarray(linear_matrix(x.shape[1], height), wide)
+    matrix = jnp.asarray(rows, wide)
     return jnp.einsum("mh,bhwc->bmwc", matrix, x.astype(wide), precision="highest")
+
+
+def interpolate(
+    x: Float[Array, ...],
+    low: Int[Array, " n"] | np.ndarray,
+    high: Int[Array, " n"] | np.ndarray,
+    share: Float[Array, ...],
+    *,
+    axis: int,
+) -> Float[Array, ...]:
+    """Return, along an axis, `share` of the entries at `high` plus the rest of those at `low`; see `neighbours`."""
+    return jnp.take(x, low, axis=axis) * (1 - share) + jnp.take(x, high, axis=axis) * share
 
 
 def fold_resized(
@@ -118,11 +133,7 @@ def fold_resized(
     several = -(-count // -(-count // MOST_TOGETHER))
 
     def visit(folded, first, given):
-        found = [
-            jnp.take(each, low, axis=-1) * (1 - share) + jnp.take(each, high, axis=-1) * share
-            for each in given
-        ]
-        return step(folded, first, found)
+        return step(folded, first, [interpolate(each, low, high, share, axis=-1) for each in given])
 
     def body(carry, given):
         folded, first = carry

@@ -36,35 +36,33 @@ def unsupported(channels: int, dtype: Any) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("interpret", "together"))
-def sum_cells(
-    table, first, stride, rows, columns, row_range, column_range, *, interpret, together=TOGETHER
-):
+@functools.partial(jax.jit, static_argnames="interpret")
+def sum_cells(table, first, stride, rows, columns, row_range, column_range, *, interpret):
     """Sum the cells of each box into its bins.
 
     Args:
-        table: cells of all maps of all images, ``m c``.
-        first: the cell in `table` that row 0 and column 0 of a box name, ``n`` int32.
-        stride: cells of a row of the box's map, ``n`` int32.
-        rows: weights ``n p y`` float32.
-        columns: weights ``n q x`` float32.
-        row_range: first row of each bin, and the one behind its last, ``n p`` int32; weights outside are 0.
-        column_range: the same of the columns, ``n q`` int32.
+        table: cells of all maps of each image, ``b m c``.
+        first: the cell of the image that row 0 and column 0 of a box name, ``b n`` int32.
+        stride: cells of a row of the box's map, ``b n`` int32.
+        rows: weights ``b n p y`` float32.
+        columns: weights ``b n q x`` float32.
+        row_range: first row of each bin, and the one behind its last, ``b n p`` int32; weights outside are 0.
+        column_range: the same of the columns, ``b n q`` int32.
         interpret: run in Pallas' interpreter.
-        together: rows of a bin whose cells are read at the same time.
 
     Returns:
-        Sums ``n p q c`` in the dtype of the table.
+        Sums ``b n p q c`` in the dtype of the table.
     """
-    (n, p, _), q = rows.shape, columns.shape[1]
+    (b, n, p, _), q = rows.shape, columns.shape[2]
     parts, layouts = table.shape[-1] // BLOCK, Layouts()
     of_sums = row_layout(BLOCK)
-    # What is read beside a bin's own cells has weight 0.
-    table = jnp.pad(table, ((0, WARPS - 1), (0, 0)))
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, together - 1)))
-    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, WARPS)))
+    # What is read beside a bin's own cells has weight 0. It is not of the next image, whose cells may be NaN.
+    table = jnp.pad(table, ((0, 0), (0, WARPS - 1), (0, 0)))
+    first += jnp.arange(b, dtype=jnp.int32)[:, None] * table.shape[1]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, TOGETHER - 1)))
+    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, WARPS)))
     counts = -(-(column_range[1] - column_range[0]) // WARPS)
-    numbers = (first[:, None], stride[:, None], *row_range, column_range[0], counts)
+    numbers = (first[..., None], stride[..., None], *row_range, column_range[0], counts)
     tops, bottoms, lefts, rounds = (2 + at for at in (0, p, 2 * p, 2 * p + q))
 
     def body(table_ref, numbers_ref, rows_ref, columns_ref, out_ref, sums_ref):
@@ -74,12 +72,12 @@ def sum_cells(
         number = lambda at: numbers_ref[box, at]  # noqa: E731
         first, stride, top = number(0), number(1), number(tops + line)
         bottom = number(bottoms + line)
-        steps = (bottom - top + together - 1) // together
+        steps = (bottom - top + TOGETHER - 1) // TOGETHER
         zero = plgpu.layout_cast(jnp.zeros((WARPS, BLOCK), jnp.float32), layouts.tokens)
 
         def visit(j, left, step, k, total):
-            """Add four columns of `together` rows."""
-            x, lines = left + k * WARPS, [top + step * together + r for r in range(together)]
+            """Add four columns of `TOGETHER` rows."""
+            x, lines = left + k * WARPS, [top + step * TOGETHER + r for r in range(TOGETHER)]
             across = load(columns_ref.at[box, j, pl.ds(x, WARPS)], layouts.of_tokens)
             starts = [first + jnp.minimum(y, bottom - 1) * stride + x for y in lines]
             cells = [
@@ -112,11 +110,14 @@ def sum_cells(
 
     (out,) = gpu_kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((n, p * q, parts, BLOCK), table.dtype)],
+        out_type=[jax.ShapeDtypeStruct((b * n, p * q, parts, BLOCK), table.dtype)],
         scratch_types=[plgpu.SMEM((2, WARPS, parts, BLOCK), jnp.float32)],
         interpret=interpret_params(interpret),
         kernel_name="roi_align",
-        grid=(n * p,),
+        grid=(b * n * p,),
         grid_names=("line_of_box",),
-    )(table.reshape(-1, parts, BLOCK), jnp.concatenate(numbers, axis=1), rows, columns)
-    return out.reshape(n, p, q, -1)
+    )(
+        table.reshape(-1, parts, BLOCK),
+        *(x.reshape(b * n, *x.shape[2:]) for x in (jnp.concatenate(numbers, -1), rows, columns)),
+    )
+    return out.reshape(b, n, p, q, -1)

@@ -247,8 +247,8 @@ def test_statistics_are_counted_stored_and_used(
     write_statistics(tmp_path, statistics)
     resolved = plain.resolved()
     assert resolved.mean == statistics.mean and resolved.resolved() is resolved
-    assert resolved.notes() == ()
-    (note,) = config.notes()  # It names a mean of its own.
+    assert resolved.notes == ()
+    (note,) = config.notes  # It names a mean of its own.
     assert "not those that statistics.json of" in note
     assert read_statistics(tmp_path, ("c", "a"))[1] == (statistics.std[2], statistics.std[0])
     (tmp_path / "statistics.json").write_text(

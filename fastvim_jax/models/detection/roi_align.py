@@ -130,35 +130,23 @@ def _kernel_unsupported(levels, boxes, strides, size) -> str | None:
 def _pool_by_kernel(levels, boxes, *, strides, size):
     from pallas_kernels.roi_align import mosaic
 
-    b, n, _ = boxes.shape
     boxes = boxes.astype(jnp.float32)
     shapes = np.array([feature.shape[1:3] for feature in levels])
-    # The kernel reads up to WARPS - 1 cells behind a bin, with weight 0: not those of the next image, which may be NaN.
-    behind = jnp.zeros((b, mosaic.WARPS - 1, levels[0].shape[-1]), levels[0].dtype)
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))])
-    maps = [x.reshape(b, -1, x.shape[-1]) for x in levels]
-    table = jnp.concatenate([*maps, behind], axis=1)
+    table = jnp.concatenate([x.reshape(len(x), -1, x.shape[-1]) for x in levels], axis=1)
     level = box_levels(boxes, len(levels))
     grid = [_of_level(sides, level) for sides in shapes.T]
     scaled = boxes / _of_level(strides, level)[..., None] - 0.5
     ends, weights, ranges = [], [], []
     for axis, bins in enumerate(size):
         one = partial(_axis_of_box, bins=bins, longest=int(shapes[:, axis].max()))
-        low, high, limit = (
-            x.reshape(-1) for x in (scaled[..., 1 - axis], scaled[..., 3 - axis], grid[axis])
-        )
-        first, weight, span = jax.vmap(one)(low, high, limit)
+        of_boxes = jax.vmap(jax.vmap(one))
+        first, weight, span = of_boxes(scaled[..., 1 - axis], scaled[..., 3 - axis], grid[axis])
         ends.append(first)
         weights.append(weight)
         ranges.append(span)
-    image = jnp.repeat(jnp.arange(b, dtype=jnp.int32) * table.shape[1], n)
-    stride = grid[1].reshape(-1)
-    first = image + _of_level(starts, level).reshape(-1) + ends[0] * stride + ends[1]
-    pooled = mosaic.sum_cells(
-        table.reshape(-1, table.shape[-1]), first, stride, *weights, *ranges,
-        interpret=gpu.interpreted(),
-    )  # fmt: skip
-    return pooled.reshape(b, n, *pooled.shape[1:])
+    first = _of_level(starts, level) + ends[0] * grid[1] + ends[1]
+    return mosaic.sum_cells(table, first, grid[1], *weights, *ranges, interpret=gpu.interpreted())
 
 
 def _axis_of_box(low, high, limit, *, bins, longest):

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from fastvim_jax.analysis.peaks import peak_of, training_flops
-from fastvim_jax.data import CellsData, make_eval_iterator, make_train_iterator
+from fastvim_jax.data import make_eval_iterator, make_train_iterator
 from fastvim_jax.data.labelled import make_augment, make_preprocess
 from fastvim_jax.data.prefetch import DevicePrefetch
 from fastvim_jax.distributed import check_batch, make_mesh, on_mesh, place_batch, round_up
@@ -67,9 +67,7 @@ def train(config: TrainConfig, call: TrainCall) -> RunResult:
 
     # Run folder
     run = open_run(call, config, class_names)
-    run.messages.extend(getattr(batches.source, "notes", ()))
-    if isinstance(config.data, CellsData):
-        run.messages.extend(config.data.notes())
+    run.messages.extend((*getattr(batches.source, "notes", ()), *config.data.notes))
 
     # Model
     def build() -> nnx.Module:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from fastvim_jax.data.segmentation import IGNORED
 from fastvim_jax.layers.resize import (
     fold_resized,
+    interpolate,
     linear_matrix,
     neighbours,
     resize_rows,
@@ -93,9 +94,7 @@ def _cross_entropy_backward(kept, gradient):
         for column, weight, low, high, share in zip(*tables, strict=True):
             weight, share = (x.astype(logits.dtype)[:, None] for x in (weight, share))
             here = lambda x: jnp.take(x, column, axis=2)[..., None]  # noqa: B023, E731
-            resized = (
-                jnp.take(logits, low, axis=2) * (1 - share) + jnp.take(logits, high, axis=2) * share
-            )
+            resized = interpolate(logits, low, high, share, axis=2)
             slope = jnp.exp(resized - here(log_sum)) - (classes == here(label))
             total += slope * (here(gradient) * weight)
         return total, None
