@@ -86,11 +86,13 @@ def test_a_stopped_run_goes_on_with_the_same_channels_and_ends_in_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "measures_norms", lambda due: due)  # as on a GPU
+    monkeypatch.setattr(CellsData, "notes", ("A note on the settings.",))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     result = train(config, whole)
     assert result.step == 6 and result.metrics["count"] == 48
     counts = [len(draw_channels(config.seed, step, 2, "unsorted")) for step in range(6)]
     shown = " ".join("".join(capsys.readouterr()).split())
+    assert "A note on the settings." in shown
     said = re.findall(r"Step (\d) compiles [^.]* image 16x8x8x(\d)", shown)
     first = [(str(counts.index(n) + 1), str(n)) for n in dict.fromkeys(counts)]
     assert said == first[1:] and len(first) == 2

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data.detection import open_coco
+from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.detect import category_ids, make_detector
@@ -81,14 +82,17 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(images, finished):
 
 
 def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(
-    images, finished, tmp_path, capsys
+    images, finished, tmp_path, capsys, monkeypatch
 ):
     """Restore three of four steps; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
+    monkeypatch.setattr(DetectionData, "notes", ("A note on the settings.",))
     train(tiny_config(images[0]), resumed)
     assert_same_run(resumed, finished[0])
-    assert "instances_train2017.json: images without objects (1)." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "instances_train2017.json: images without objects (1)." in shown
+    assert "A note on the settings." in shown
 
 
 @pytest.mark.drawn("commands", one_in=6)

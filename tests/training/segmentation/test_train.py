@@ -13,6 +13,8 @@ from PIL import Image
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data.segmentation import open_masks
+from fastvim_jax.data.segmentation_config import SegmentationData
+from fastvim_jax.data.sources.mask_folder import MaskFolderSource
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import load_run, read_metrics, train
 from tests.support import checked, data_dir
@@ -63,12 +65,18 @@ def test_a_run_ends_with_scores_a_picture_and_a_table(config, finished):
     assert json.loads((folder / "classes.json").read_text()) == list(source.class_names)
 
 
-def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(config, finished, tmp_path):
+def test_a_run_goes_on_from_an_earlier_checkpoint_to_the_same_bits(
+    config, finished, tmp_path, capsys, monkeypatch
+):
     """Resume from an earlier checkpoint; that any interruption leaves such a folder is tested with the classifier."""
     resumed = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(resumed / "checkpoints" / "4")
-    train(config, resumed, progress=False)
+    monkeypatch.setattr(SegmentationData, "notes", ("A note on the settings.",))
+    monkeypatch.setattr(MaskFolderSource, "notes", ("A note on the files.",))
+    train(config, resumed)
     assert_same_run(resumed, finished[0])
+    shown = capsys.readouterr().err
+    assert "A note on the settings." in shown and "A note on the files." in shown
 
 
 @pytest.mark.drawn("trainings", one_in=6)
