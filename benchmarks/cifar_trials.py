@@ -5,7 +5,7 @@ python benchmarks/cifar_trials.py collect RUNS --commit HASH
 python benchmarks/cifar_trials.py report      # prints the table for small_images_notes.md
 
 All trials are changes of experiments/cifar10/fastvim_fine.py, and take about the same time, because the recipe's time
-is limited: a larger model trains fewer epochs. Their epochs are a third of what a run alone on a GPU has time for.
+is limited: a larger model trains fewer epochs. Their epochs are a fifth of what a run alone on a GPU has time for.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ STRONG = (
 )  # fmt: skip
 HALF = (*STRONG, "--data.mix-prob", "0.5")
 TRIALS: dict[str, tuple[int, str, tuple[str, ...]]] = {
-    "light": (56, "as it is: crop, flip, cutmix on half of the batches", ()),
-    "half": (56, "RandAugment 9, mixup or cutmix on half of the batches", HALF),
+    "light": (40, "as it is: crop, flip, cutmix on half of the batches", ()),
+    "half": (40, "RandAugment 9, mixup or cutmix on half of the batches", HALF),
     "full": (
-        56, "RandAugment 9, erasing 0.25, mixup or cutmix on all batches",
+        40, "RandAugment 9, erasing 0.25, mixup or cutmix on all batches",
         (*STRONG, "--data.mix-prob", "1.0", "--data.random-erasing", "0.25"),
     ),
-    "deep": (38, "half, 12 blocks", (*HALF, "--model.depth", "12")),
-    "wide": (38, "half, 256 wide", (*HALF, "--model.embed-dim", "256")),
+    "deep": (27, "half, 12 blocks", (*HALF, "--model.depth", "12")),
+    "wide": (27, "half, 256 wide", (*HALF, "--model.embed-dim", "256")),
     "large_batch": (
-        58, "half, batch 1024, learning rate 6e-3",
+        42, "half, batch 1024, learning rate 6e-3",
         (*HALF, "--data.batch-size", "1024", "--optimizer.learning-rate", "6e-3", "--log-every-steps", "44"),
     ),
 }  # fmt: skip
