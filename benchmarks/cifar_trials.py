@@ -5,7 +5,8 @@ python benchmarks/cifar_trials.py collect RUNS --commit HASH
 python benchmarks/cifar_trials.py report      # prints the table for small_images_notes.md
 
 All trials are changes of experiments/cifar10/fastvim_fine.py, and take about the same time, because the recipe's time
-is limited: a larger model trains fewer epochs. Their epochs are a fifth of what a run alone on a GPU has time for.
+is limited: a larger model trains fewer epochs. Their epochs are a fifth of what a run alone on a GPU has time for. The
+two that did best are compared over more epochs (`*_long`), because strong augmentation pays late.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ TRIALS: dict[str, tuple[int, str, tuple[str, ...]]] = {
         42, "half, batch 1024, learning rate 6e-3",
         (*HALF, "--data.batch-size", "1024", "--optimizer.learning-rate", "6e-3", "--log-every-steps", "44"),
     ),
+    "light_long": (100, "as it is: crop, flip, cutmix on half of the batches", ()),
+    "half_long": (100, "RandAugment 9, mixup or cutmix on half of the batches", HALF),
 }  # fmt: skip
 """Epochs, description and changes of each trial, by name."""
 JOBS = [
