@@ -6,18 +6,13 @@ Every reader returns pixels `h w c` in the file's own integers and the channels'
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
-import math
 import re
 import string
-import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,13 +21,11 @@ from PIL import Image
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import read_file, walk
 from fastvim_jax.data.records import DecodeError, printable
+from fastvim_jax.data.tiff import read_tiff
 from fastvim_jax.errors import UserError, counted, require_texts
 
 Depth = Literal["full", "percentile"]
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_VALUES = 2**28
-"""Pixels times channels of the largest TIFF that is decoded, 268 million: 537 MB of 16 bits."""
-_FILE_NAME = re.compile(r"""<UUID\b[^>]*\bFileName=(?:"([^"]*)"|'([^']*)')""")
 SATURATED_SHARE = 0.01
 """An image counts as saturated if more than this share of a channel's pixels hold the largest value of its type."""
 
@@ -78,7 +71,8 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
         if image.startswith(NPY):
             return MultiChannel(_checked(np.load(io.BytesIO(image), allow_pickle=False), name))
         if image.startswith(TIFF):
-            return _read_tiff(image, name)
+            pixels, names = read_tiff(image, name)
+            return MultiChannel(_checked(pixels, name), names)
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise DecodeError(f"{name}: more pixels than {MAX_PIXELS:,}, the most read.")
@@ -99,17 +93,34 @@ def in_order(image: MultiChannel, wanted: Sequence[str], name: str) -> np.ndarra
     """Return the channels `wanted` of an image, in this order; all as they are stored if the file names none of them.
 
     Raises:
-        DecodeError: the file names some of them, but not all.
+        DecodeError: the file names some of them, but not all, or one of them twice.
     """
-    if not set(image.names) & set(wanted):
+    names = spelled_as(image.names, wanted)
+    if not set(names) & set(wanted):
         return image.pixels
-    if missing := [channel for channel in wanted if channel not in image.names]:
+    if missing := [channel for channel in wanted if channel not in names]:
         raise DecodeError(
             f"{name}: the channel {', '.join(missing)} is missing (the file names {', '.join(image.names)})."
         )
-    if tuple(wanted) == image.names:
+    if twice := [channel for channel in wanted if names.count(channel) > 1]:
+        raise DecodeError(
+            f"{name}: several channels are called {twice[0]} (the file names {', '.join(image.names)})."
+        )
+    if tuple(wanted) == names:
         return image.pixels
-    return image.pixels[..., [image.names.index(channel) for channel in wanted]]
+    return image.pixels[..., [names.index(channel) for channel in wanted]]
+
+
+def spelled_as(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return names with the capitals of the known ones: dapi as DAPI, unless several known names differ in them only.
+
+    Otherwise the channels of a file that calls them gfp and dapi would be taken in their order.
+    """
+    folded = [name.casefold() for name in known]
+    of_folded = {
+        key: name for key, name in zip(folded, known, strict=True) if folded.count(key) == 1
+    }
+    return tuple(n if n in known else of_folded.get(n.casefold(), n) for n in names)
 
 
 def read_channel_files(files: Mapping[str, Path]) -> MultiChannel:
@@ -289,98 +300,6 @@ def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
             f"{name}: {pixels.dtype} pixels have no fixed scale; save them as unsigned integers of 8 or 16 bits."
         )
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-
-
-def _read_tiff(image: bytes, name: str) -> MultiChannel:
-    try:
-        import tifffile
-    except ImportError:
-        raise UserError(
-            f"{name}: TIFF files need tifffile: pip install 'fastvim-jax[cells]'."
-        ) from None
-    with errors_of(tifffile.logger(), name), _opened_tiff(image) as opened:
-        seen: set[int] = set()
-        for page in opened.pages:
-            if page.offset in seen:  # tifffile would follow the pages around for ever.
-                raise DecodeError(f"{name}: damaged image (its pages are linked in a circle).")
-            seen.add(page.offset)
-            end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
-            if end > len(image):
-                raise DecodeError(f"{name}: cut short ({len(image)} bytes of at least {end}).")
-        series = opened.series[0]
-        sides = dict(zip(series.axes, series.shape, strict=True))
-        if (
-            sides.get("Y", 1) * sides.get("X", 1) > MAX_PIXELS
-            or math.prod(series.shape) > MAX_VALUES
-        ):
-            raise DecodeError(
-                f"{name}: an image of shape {series.shape} has more than {MAX_PIXELS:,} pixels or {MAX_VALUES:,} "
-                "values, the most read: cut it into tiles."
-            )
-        pixels, axes = series.asarray(), series.axes
-        names = _ome_names(opened.ome_metadata)
-    wanted = {"Y", "X"}
-    kept = [
-        (n, axis) for n, axis in zip(pixels.shape, axes, strict=True) if n > 1 or axis in wanted
-    ]
-    extra = [(n, axis) for n, axis in kept if axis not in wanted]
-    if len(extra) > 1:
-        raise DecodeError(
-            f"{name}: a TIFF with the axes {axes} {pixels.shape}; one axis besides Y and X is read as channels: "
-            "split stacks and time series into one file per image."
-        )
-    pixels = pixels.reshape([n for n, _ in kept])
-    place = {axis: i for i, (_, axis) in enumerate(kept)}
-    order = [place["Y"], place["X"], *(place[axis] for _, axis in extra)]
-    pixels = _checked(np.ascontiguousarray(pixels.transpose(order)), name)
-    return MultiChannel(pixels, names if len(names) == pixels.shape[-1] else ())
-
-
-def _opened_tiff(image: bytes) -> Any:
-    """Open a TIFF. One file of an OME set of several is opened as if alone: other files hold the set's other planes."""
-    import tifffile
-
-    opened = tifffile.TiffFile(io.BytesIO(image))
-    if len(set(_FILE_NAME.findall(opened.ome_metadata or ""))) < 2:
-        return opened
-    opened.close()
-    return tifffile.TiffFile(io.BytesIO(image), is_ome=False)
-
-
-@contextlib.contextmanager
-def errors_of(logger: logging.Logger, name: str) -> Iterator[None]:
-    """Raise DecodeError for what a library only logs of a damaged file and then reads on."""
-    said: list[str] = []
-    thread = threading.get_ident()
-
-    def note(record: logging.LogRecord) -> bool:
-        if record.thread != thread or record.levelno < logging.WARNING:
-            return True
-        said.append(record.getMessage())
-        return False
-
-    logger.addFilter(note)
-    try:
-        yield
-    finally:
-        logger.removeFilter(note)
-    if said:
-        raise DecodeError(f"{name}: damaged image ({said[0]}).")
-
-
-def _ome_names(metadata: Any) -> tuple[str, ...]:
-    """Return the channel names in OME-XML, or () where there is none or one has no name."""
-    if (
-        not isinstance(metadata, str) or "<!" in metadata
-    ):  # No entities: they could expand without end.
-        return ()
-    try:
-        root = ElementTree.fromstring(metadata)
-    except ElementTree.ParseError:
-        return ()
-    channels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Channel"]
-    names = tuple(channel.get("Name", "") for channel in channels)
-    return names if all(names) else ()
 
 
 _WELL = "[A-Za-z]{1,2}[0-9]{1,3}"

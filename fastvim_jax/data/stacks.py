@@ -7,7 +7,8 @@ import io
 from typing import Any
 
 from fastvim_jax.data.decode import GREY_MODES, open_header
-from fastvim_jax.data.multichannel import NPY, TIFF, MultiChannel, errors_of, read_channels
+from fastvim_jax.data.multichannel import NPY, TIFF, MultiChannel, read_channels
+from fastvim_jax.data.tiff import SeveralImages, errors_of
 
 _PHOTOGRAPH = 4
 """Samples per pixel of a colour photograph with transparency; files of more hold channels."""
@@ -34,7 +35,10 @@ def as_stack(image: bytes, name: str) -> MultiChannel | None:
     header = open_header(image, name)
     if header.mode not in GREY_MODES or getattr(header, "n_frames", 1) == 1:
         return None
-    stack = read_channels(image, name)
+    try:
+        stack = read_channels(image, name)
+    except SeveralImages:
+        return None
     return stack if stack.pixels.shape[-1] > 1 else None
 
 

@@ -21,6 +21,7 @@ from fastvim_jax.data.multichannel import (
     find_image_files,
     read_channel_files,
     read_channels,
+    spelled_as,
     to_uint8,
 )
 from fastvim_jax.data.records import DecodeError
@@ -167,7 +168,7 @@ def read_field(
         DecodeError: a file is damaged, a channel asked for is missing, or the model knows none of the channels.
     """
     image = _read(field, data, rename)
-    names = [rename.get(name, name) for name in image.names]
+    names = _model_names(image.names, data, rename)
     wanted = [name for name in data.names if name in (channels or names)]
     if missing := [name for name in wanted if name not in names]:
         raise DecodeError(
@@ -188,6 +189,19 @@ def read_field(
     return pixels, tuple(data.names.index(name) for name in wanted)
 
 
+def _model_names(
+    names: Sequence[str], data: CellsData, rename: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return what the model calls the channels of a file."""
+    return spelled_as([rename.get(name, name) for name in names], data.names)
+
+
+def _known(names: Sequence[str], data: CellsData, rename: Mapping[str, str]) -> list[str]:
+    """Return those of the channels that the model knows."""
+    called = zip(names, _model_names(names, data, rename), strict=True)
+    return [name for name, own in called if own in data.names]
+
+
 def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
     index = find_index(path)
     sites, _, notes = read_index(index)
@@ -206,12 +220,12 @@ def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
 
 def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChannel:
     if isinstance(field.files, dict):
-        known = {n: f for n, f in field.files.items() if rename.get(n, n) in data.names}
-        return read_channel_files(known or field.files)
+        known = _known(list(field.files), data, rename) or list(field.files)
+        return read_channel_files({name: field.files[name] for name in known})
     if isinstance(field.files, PlateSite):
         images, site = field.files.images, field.files.site
         there = [name for name in site.channels if site.file(name)]
-        chosen = [name for name in there if rename.get(name, name) in data.names]
+        chosen = _known(there, data, rename)
         if site.channels and not there:
             raise DecodeError(f"{images.name(site)}: the files of all its channels are missing.")
         image, _ = images.read(site, chosen or there)
@@ -219,7 +233,7 @@ def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChan
     else:
         image, name = read_channels(read_file(field.files), str(field.files)), str(field.files)
     # A model that names no channels was trained on their order, whatever the files call them.
-    if image.names and (data.channel_names or {*image.names} & {*rename, *data.names}):
+    if image.names and (data.channel_names or _known(image.names, data, rename)):
         return image
     if image.pixels.shape[-1] != data.channels:
         raise DecodeError(

@@ -94,6 +94,15 @@ def test_names_in_a_file_decide_the_order_of_its_channels(pixels: np.ndarray) ->
         in_order(image, ("DNA", "Golgi"), "a")
 
 
+def test_names_of_channels_differ_in_more_than_capitals(pixels: np.ndarray) -> None:
+    """Take gfp for GFP: the channels of a file without a known name are taken in their order."""
+    image = MultiChannel(pixels[..., :2], ("gfp", "dapi"))
+    assert np.array_equal(in_order(image, ("DAPI", "GFP"), "a"), pixels[..., [1, 0]])
+    assert in_order(image, ("Gfp", "GFP"), "a") is image.pixels
+    with pytest.raises(DecodeError, match=r"a: several channels are called DNA \(.* DNA, ER, dna"):
+        in_order(MultiChannel(pixels[..., :3], ("DNA", "ER", "dna")), ("DNA", "ER"), "a")
+
+
 @pytest.mark.parametrize(
     ("image", "what"),
     [
