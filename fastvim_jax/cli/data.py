@@ -138,6 +138,7 @@ def _check(arguments: Sequence[str]) -> int:
 
     kind, splits = _kind_and_splits(chosen)
     reports = {}
+    said: set[str] = set()
     for split in splits:
         source = _open(chosen, kind, split)
         with progress_bar(f"checking {split}", quiet=chosen.json) as progress:
@@ -165,6 +166,10 @@ def _check(arguments: Sequence[str]) -> int:
             if report.absent:
                 have = counted(report.absent, "class has", "classes have")
                 print(f"  note: {have} no record in this part of the data")
+            for note in report.notes:
+                if note not in said:  # Notes of the whole data set come with each of its splits.
+                    print(f"  note: {note}")
+                said.add(note)
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
             if len(report.problems) > chosen.list:
@@ -231,10 +236,13 @@ def _prepare(arguments: Sequence[str]) -> int:
             "images or a split: choose one outside."
         )
     written = False
+    said: set[str] = set()
     for split in splits:
         source = _open(chosen, kind, split)
         for note in getattr(source, "notes", ()):
-            print(f"  note: {note}")
+            if note not in said:  # Notes of the whole data set come with each of its splits.
+                print(f"  note: {note}")
+            said.add(note)
         # A plate's splits are named after the kind of plate: "crispr/train".
         whole, bracket, part = split.partition("[")
         split = whole.rpartition("/")[2] + bracket + part if kind == "jump_cp" else split
@@ -340,6 +348,7 @@ def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, in
                 "damaged_metadata": report.damaged_metadata,
                 "classes_without_records": report.absent,
                 "unread": list(report.unread),
+                "notes": list(report.notes),
                 "problems": [dataclasses.asdict(problem) for problem in report.problems],
             }
             for split, report in reports.items()

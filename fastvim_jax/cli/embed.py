@@ -81,9 +81,9 @@ def run(arguments: Sequence[str]) -> int:
         return _photographs(chosen)
     if chosen.dtype:
         raise UsageError(f"--dtype is of photographs; {chosen.run} reads microscope images.")
-    from fastvim_jax.inference.embed import (
+    from fastvim_jax.inference.embed import embed_fields
+    from fastvim_jax.inference.embedding_table import (
         ADDED,
-        embed_fields,
         normalise_to_controls,
         require_controls,
         require_table,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,13 @@ from fastvim_jax.data.multichannel import Depth
 from fastvim_jax.data.records import DecodeError, printable
 from fastvim_jax.errors import UserError, counted, require_texts, suggest
 from fastvim_jax.inference.classifier import Classifier
+from fastvim_jax.inference.embedding_table import (
+    PREFIX,
+    Embeddings,
+    aggregate,
+    averaged_over,
+    columns_of,
+)
 from fastvim_jax.inference.fields import Field, read_field
 from fastvim_jax.inference.fingerprint import fingerprint
 from fastvim_jax.inference.row_files import claim, forget, read_records, write_records
@@ -32,53 +38,8 @@ from fastvim_jax.json_text import parse_json
 from fastvim_jax.models.channels import channel_inputs
 
 Level = Literal["tile", "site", "well"]
-PREFIX = "Metadata_"
-ADDED = ("channels", "rows", "tile", "tiles")
-"""Columns that tables of fields may have beside those that identify a field."""
 _MOST_NAMED = 20
 """Values with a colour and a line of the legend each; more share a scale of colours."""
-MAD_TO_DEVIATION = 1.4826
-"""Ratio of standard deviation to median absolute deviation in a normal distribution."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """A table of features.
-
-    Attributes:
-        metadata: columns by name, without the prefix; each as long as `features`.
-        features: `rows d`, float32.
-        problems: fields that could not be embedded, with the reason.
-    """
-
-    metadata: dict[str, list[str]]
-    features: np.ndarray
-    problems: tuple[str, ...] = ()
-
-    def write(self, file: Path) -> None:
-        """Write a Parquet or, by its suffix, a CSV file.
-
-        Raises:
-            UserError: another suffix, or pyarrow is not installed.
-        """
-        try:
-            import pyarrow
-            import pyarrow.csv
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError("tables need pyarrow: pip install 'fastvim-jax[cells]'.") from None
-        require_table(file)
-        columns: dict[str, Any] = {f"{PREFIX}{key}": value for key, value in self.metadata.items()}
-        columns |= {f"feature_{i:04}": column for i, column in enumerate(self.features.T)}
-        writers = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        writers[file.suffix](pyarrow.table(columns), str(file))
-
-
-def require_table(file: Path) -> None:
-    """Raise UserError unless the file's name ends in `.parquet` or `.csv`."""
-    if file.suffix not in (".parquet", ".csv"):
-        raise UserError(f"{str(file)!r}: write .parquet or .csv.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +166,7 @@ def embed_fields(
             forget(partial)
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise UserError("\n  ".join(["no field could be embedded.", *problems[:20], *more]))
-    metadata = _columns([row for each in embedded for row in each.metadata])
+    metadata = columns_of([row for each in embedded for row in each.metadata])
     if text := describe_channels([each.metadata[0]["channels"] for each in embedded]):
         note(text)
     features = np.concatenate([each.features for each in embedded])
@@ -308,97 +269,6 @@ def read_photographs(file: Path) -> Embeddings:
     return Embeddings({"file": list(names)}, np.array(rows, np.float32))
 
 
-def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
-    """Average rows that agree in the columns `by`; other columns stay where all rows of a group agree.
-
-    Raises:
-        UserError: none of the columns is there.
-    """
-    by = require_texts(by, "by")
-    keys = [key for key in by if key in table.metadata]
-    if not keys:
-        raise UserError(
-            f"rows cannot be put together by {', '.join(by)}: there are the columns "
-            f"{', '.join(table.metadata)}. Name them in --pattern."
-        )
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for row in range(len(table.features)):
-        groups.setdefault(tuple(table.metadata[key][row] for key in keys), []).append(row)
-    metadata = []
-    for rows in groups.values():
-        values = {key: {table.metadata[key][row] for row in rows} for key in table.metadata}
-        known = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
-        metadata.append(known | {"rows": str(len(rows))})
-    features = np.stack([table.features[rows].mean(axis=0) for rows in groups.values()])
-    return dataclasses.replace(table, metadata=_columns(metadata), features=features)
-
-
-def averaged_over(table: Embeddings, by: Sequence[str]) -> list[str]:
-    """List the columns that differ between rows which `by` puts together, but for those that number a well's fields."""
-    keys = [table.metadata[key] for key in by if key in table.metadata]
-    groups = list(zip(*keys, strict=True))
-    expected = {*by, *ADDED, "site", "field", "id", "file"}
-    return [
-        name
-        for name, values in table.metadata.items()
-        if name not in expected and len({*zip(groups, values, strict=True)}) > len({*groups})
-    ]
-
-
-def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddings:
-    """Return (feature - median) / (1.4826 · median absolute deviation), both over the plate's control wells.
-
-    A feature that is constant over the controls is divided by the smallest deviation that is not 0 (by 1, if all are).
-    Columns without a plate count as one plate.
-
-    Raises:
-        UserError: there is no well, a control is no well of the table, or a plate has fewer than two rows of its
-            control wells.
-    """
-    plates = table.metadata.get("plate", [""] * len(table.features))
-    require_controls(table.metadata.get("well", ()), plates, controls)
-    features = np.empty_like(table.features)
-    for plate in dict.fromkeys(plates):
-        rows = np.array([p == plate for p in plates])
-        reference = table.features[rows & np.isin(table.metadata["well"], list(controls))]
-        median = np.median(reference, axis=0)
-        deviation = MAD_TO_DEVIATION * np.median(np.abs(reference - median), axis=0)
-        positive = deviation[deviation > 0]
-        deviation = np.where(deviation > 0, deviation, positive.min() if len(positive) else 1.0)
-        features[rows] = (table.features[rows] - median) / deviation
-    return dataclasses.replace(table, features=features)
-
-
-def require_controls(wells: Sequence[str], plates: Sequence[str], controls: Sequence[str]) -> None:
-    """Check that rows can be normalised to control wells.
-
-    Args:
-        wells: well of each row; empty if rows have none.
-        plates: plate of each row.
-        controls: names of the control wells.
-
-    Raises:
-        UserError: there is no well, a control is none of the wells, or a plate has fewer than two rows of its control
-            wells.
-    """
-    known = sorted(set(wells))
-    if not known:
-        raise UserError(
-            "controls are wells, but the table has no column well: name it in --pattern."
-        )
-    if unknown := [well for well in controls if well not in known]:
-        raise UserError(
-            f"there is no row of the control {', '.join(unknown)}: wells are named {', '.join(known[:5])}"
-            f"{', ...' if len(known) > 5 else ''}.{suggest(unknown[0], known)}"
-        )
-    counts = Counter(p for p, well in zip(plates, wells, strict=True) if well in controls)
-    for plate in dict.fromkeys(plates):
-        if counts[plate] < 2:
-            raise UserError(
-                f"plate {plate!r} has {counted(counts[plate], 'row')} in the wells {', '.join(controls)}: it needs two."
-            )
-
-
 def cut_tiles(
     pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int]
 ) -> Iterator[UInt8[np.ndarray, "h2 w2 c"]]:
@@ -489,8 +359,3 @@ def _in_batches(
         padded = np.pad(chunk, ((0, batch_size - len(chunk)), (0, 0), (0, 0), (0, 0)))
         found.append(np.asarray(features_of(padded, channel_ids), np.float32)[: len(chunk)])
     return np.concatenate(found)
-
-
-def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    names = dict.fromkeys(key for row in rows for key in row)
-    return {name: [row.get(name, "") for row in rows] for name in names}

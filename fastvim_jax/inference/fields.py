@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fastvim_jax.data.sources.plate_index import (
     read_index,
 )
 from fastvim_jax.errors import UserError, counted, one_or_several, suggest
+from fastvim_jax.inference.embedding_table import same_well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,13 +210,23 @@ def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
     for text in notes:
         note(text)
     images = PlateImages(index)
-    fields = []
+    places = Counter((site.plate, same_well(site.well), site.site) for site in sites if site.site)
+    fields, alike = [], 0
     for site in sites:
         known = {"plate": site.plate, "well": site.well, "site": site.site}
         metadata = {key: value for key, value in known.items() if value}
-        if "site" not in metadata:
+        several = places[site.plate, same_well(site.well), site.site] > 1
+        alike += several
+        if several and site.channels:  # The site's name says no more than plate, well and site.
+            metadata["id"] = next((Path(file).name for file in site.files if file), site.name)
+        elif several or not site.site:
             metadata["id"] = site.name
         fields.append(Field(metadata, PlateSite(images, site)))
+    if alike:
+        note(
+            f"{alike} rows of {index} have plate, well and site of another one, but other files: the column id tells "
+            "them apart, and --per well averages over all."
+        )
     return fields
 
 

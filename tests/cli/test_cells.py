@@ -18,7 +18,8 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.inference import embed
 from fastvim_jax.inference.channel_scores import score_subsets
 from fastvim_jax.inference.classifier import Classifier
-from fastvim_jax.inference.embed import Embeddings, cut_tiles, normalise_to_controls
+from fastvim_jax.inference.embed import cut_tiles
+from fastvim_jax.inference.embedding_table import Embeddings, normalise_to_controls
 from fastvim_jax.models.channel_mamba import ChannelMambaConfig
 from fastvim_jax.training import OptimizerConfig, TrainConfig, train
 
@@ -241,5 +242,5 @@ def test_controls_have_median_zero_and_deviation_one(rng: np.random.Generator) -
     assert np.allclose(np.median(control, axis=0), 0, atol=1e-5)
     assert np.allclose(control[:, :2].std(axis=0), 1, atol=0.25)
     assert not table.features[:, 2].any()
-    with pytest.raises(UserError, match=r"no row of the control A1: .* Did you mean 'A01'"):
-        normalise_to_controls(Embeddings({"well": wells}, features), ["A01", "A1"])
+    with pytest.raises(UserError, match=r"no row of the control A11: .* Did you mean 'A01'"):
+        normalise_to_controls(Embeddings({"well": wells}, features), ["A01", "A11"])

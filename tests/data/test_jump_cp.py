@@ -52,7 +52,7 @@ def test_wells_are_named_one_way() -> None:
 
 
 def test_a_parquet_index_is_split_the_same_way_every_time(
-    tables: Path, rng: np.random.Generator
+    tables: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -75,6 +75,10 @@ def test_a_parquet_index_is_split_the_same_way_every_time(
         "8 images in a well without a label" in note and "A04" in note for note in again.notes
     )
     assert any("whose well is none" in note and "Z" in note for note in again.notes)
+    assert open_source("jump_cp", "train[:3]", path=str(tables)).notes == again.notes
+    assert main(["data", "check", str(tables)]) == 0
+    said = capsys.readouterr().out  # Once for all splits.
+    assert said.count("8 images in a well without a label (A04)") == 1
     with pytest.raises(UserError, match="'tran' of a jump_cp source does not exist.*'train'"):
         open_source("jump_cp", "tran", path=str(tables))
 

@@ -13,11 +13,12 @@ from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
 from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.embed import (
+from fastvim_jax.inference.embed import describe_channels, draw_embeddings
+from fastvim_jax.inference.embedding_table import (
     Embeddings,
+    aggregate,
     averaged_over,
-    describe_channels,
-    draw_embeddings,
+    normalise_to_controls,
     require_controls,
 )
 from fastvim_jax.inference.fields import find_fields, read_field, require_renamed
@@ -158,7 +159,8 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
         (["--pattern", "{well.npy"], "'{well.npy' is no pattern (expected '}'"),
         (["--pattern", "{well:02}.npy"], "write {well}, without '02' behind it"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--controls", "A1"], "there is no row of the control A1"),
+        (["--controls", "A2"], "there is no row of the control A2"),
+        (["--controls", "A1"], "has 1 row in the wells A1: it needs two"),
         (["--controls", "A01"], "has 1 row in the wells A01: it needs two"),
     ):
         assert main([*command, *options]) != 0
@@ -215,3 +217,30 @@ def test_what_else_wells_are_averaged_over_is_said() -> None:
     assert averaged_over(table, ("plate", "well")) == []
     metadata["day"] = ["1", "2", "2"]
     assert averaged_over(table, ("plate", "well")) == ["day"]
+
+
+def test_a_well_is_one_however_it_is_written(rng: np.random.Generator) -> None:
+    """Average A1 and A01 to one row, and take both for the control: they gave two rows, of one site each."""
+    wells = ["A1", "A01", "B2", "B2", "blank", "blank"]
+    table = Embeddings({"well": wells, "plate": ["P"] * 6}, rng.normal(size=(6, 3)).astype("f4"))
+    found = aggregate(table, ("plate", "well"))
+    assert found.metadata["well"] == ["A01", "B2", "blank"]
+    assert np.allclose(found.features, table.features.reshape(3, 2, 3).mean(axis=1))
+    normal = [normalise_to_controls(table, controls).features for controls in (["A1"], ["a001"])]
+    assert np.array_equal(*normal) and np.allclose(normal[0][:2].mean(axis=0), 0, atol=1e-6)
+
+
+def test_rows_of_one_site_are_told_apart(plate: Path) -> None:
+    """Note rows that share plate, well and site but not their files, and tell them apart by the column id."""
+    table = plate / "load_data.csv"
+    lines = table.read_text().splitlines()
+    again = lines[1].replace("B07", "B7").replace("r02c07f01p01", "r02c07f02p01")
+    table.write_text("\n".join([*lines, again]))
+    said: list[str] = []
+    fields = find_fields([table], None, note=said.append)
+    assert ["2 rows of" in text and "the column id" in text for text in said] == [True]
+    assert [field.metadata.get("id") for field in fields] == [
+        "r02c07f01p01-ch0.npy",
+        None,
+        "r02c07f02p01-ch0.npy",
+    ]

@@ -60,6 +60,7 @@ class Report:
         channels: largest number of channels of an image that is no photograph (`.npy`, or with named channels), 0 if
             all are photographs.
         absent: classes without a record, where that is no problem (`_may_lack_classes`).
+        notes: what the source left out, such as images in wells without a label, one line for each reason.
     """
 
     records: int
@@ -72,6 +73,7 @@ class Report:
     damaged_metadata: int = 0
     channels: int = 0
     absent: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def check(source: Source, *, workers: int = 0, progress: Progress | None = None) -> Report:
@@ -152,6 +154,7 @@ def check(source: Source, *, workers: int = 0, progress: Progress | None = None)
         sum(record.damaged_metadata for record in scanned),
         max(channels, default=0),
         absent,
+        tuple(getattr(source, "notes", ())),
     )
 
 

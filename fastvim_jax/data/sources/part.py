@@ -84,6 +84,11 @@ class SourcePart:
         """Names of the channels in order, if the whole knows them."""
         return tuple(getattr(self._source, "channel_names", ()))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say what the whole source left out, if it knows."""
+        return tuple(getattr(self._source, "notes", ()))
+
     def __len__(self) -> int:
         return len(self._numbers)
 
