@@ -263,9 +263,9 @@ def _prepare(arguments: Sequence[str]) -> int:
                 origin=origin,
                 progress=progress,
             )
-        notes = [f"{done.kept} were there already"] if done.kept else []
+        notes = [counted(done.kept, "was", "were") + " there already"] if done.kept else []
         if done.changed:
-            notes.append(f"{done.changed} written again, as their records have changed")
+            notes.append(f"{done.changed} written again, because records have changed")
         kept = f" ({'; '.join(notes)})" if notes else ""
         print(
             f"{split}: {counted(done.records, 'record')} of {counted(len(source.class_names), 'class', 'classes')}, "

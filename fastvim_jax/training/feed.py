@@ -30,6 +30,7 @@ class FeedMeter:
         self._data = data
         self._steps: list[float] = []
         self._laps = 0
+        self._said = False
 
     def add_step(self, seconds: float) -> None:
         """Add the time of one probed step."""
@@ -50,11 +51,14 @@ class FeedMeter:
         return numbers
 
     def message(self, numbers: dict[str, float]) -> str | None:
-        """Return what to tell the user, once: after the second line of the log, given all its numbers."""
+        """Return what to tell the user, once: at the log's second line, or at the first later one with all numbers."""
         names = ("step_images_per_second", "data_images_per_second", "data_wait")
-        if self._laps != _SAID_AT or not all(name in numbers for name in names):
+        if self._said or self._laps < _SAID_AT or not all(name in numbers for name in names):
             return None
+        self._said = True
         step, data, wait = (numbers[name] for name in names)
+        # The run was faster where the probed steps compiled, or saw more channels than others.
+        step = max(step, numbers.get("images_per_second", 0.0))
         found = f"The step takes up to {step:,.0f} images/s, the data pipeline gives "
         if wait < _LATE or data >= step:
             return f"{found}at least {min(data, step):,.0f}: it keeps up."

@@ -116,11 +116,11 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     for split, count in (("train", 6), ("val", 2)):
         assert len(open_source("array_record", split, path=str(out_dir))) == count
     status, out, _ = fastvim(*arguments)
-    assert status == 0 and "1 shard (1 were there already)" in out
+    assert status == 0 and "1 shard (1 was there already)" in out
     (pets / "train" / "cat" / "2.png").rename(pets / "train" / "dog" / "!.png")
     status, out, _ = fastvim(*arguments)
-    assert status == 0 and "1 shard (1 written again, as their records have changed)" in out
-    assert "1 shard (1 were there already)" in out
+    assert status == 0 and "1 shard (1 written again, because records have changed)" in out
+    assert "1 shard (1 was there already)" in out
     train = open_source("array_record", "train", path=str(out_dir))
     assert [train[i].target for i in range(6)] == [0, 0, 1, 1, 1, 1]
     assert fastvim("data", "check", out_dir)[0] == 0

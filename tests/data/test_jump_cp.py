@@ -206,7 +206,7 @@ def test_a_plate_at_a_url_needs_tables_and_prints_its_statistics(
         open_source("jump_cp", "all", path=url)
     given = ["--class-list", str(tables), "--split", "all"]
     prepare_far = ["data", "prepare", url, *given, "--out", str(tables / "shards")]
-    for folder, said in ((tables, "all: 1 record"), (tables.parent, "1 were there already")):
+    for folder, said in ((tables, "all: 1 record"), (tables.parent, "1 was there already")):
         monkeypatch.chdir(folder)  # The URL was noted as a path below the current folder.
         assert main(prepare_far) == 0 and said in capsys.readouterr().out
     assert guess_source(str(tables / "load_data.csv.gz")) == "jump_cp"

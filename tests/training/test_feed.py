@@ -56,3 +56,14 @@ def test_without_numbers_it_is_silent() -> None:
     meter = FeedMeter(100)
     meter.lap(None)
     assert meter.lap(None) == {} and meter.message({"data_wait": 0.5}) is None
+
+
+def test_lines_before_the_probed_steps_do_not_silence_it() -> None:
+    """Say it at a later line; and no rate of the step below the one that the run had."""
+    meter = FeedMeter(100)
+    for _ in range(3):
+        assert meter.message(meter.lap(0.01) | {"data_wait": 0.5}) is None
+    meter.add_step(0.5)
+    said = meter.message(meter.lap(0.01) | {"data_wait": 0.01, "images_per_second": 400.0})
+    assert said is not None and said.startswith("The step takes up to 400 images/s, ")
+    assert meter.message(meter.lap(0.01) | {"data_wait": 0.01}) is None
