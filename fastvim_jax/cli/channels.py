@@ -26,7 +26,7 @@ class Arguments:
     split: str | None = None
     """Split to evaluate on; by default the run's data.eval_split."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, if the run kept one."""
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
     plot: Path | None = None
     """Draw the result to this PNG file."""
 

@@ -50,7 +50,7 @@ class Arguments:
     colour: str | None = None
     """Column that colours the points of the plot; by default the well if there is one, else one colour."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, if the run kept one."""
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
     batch_size: int = 32
     """Images, or tiles of microscope images, per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None

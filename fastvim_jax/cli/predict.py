@@ -78,12 +78,6 @@ def run(arguments: Sequence[str]) -> int:
         options |= {"weights": chosen.weights, "step": chosen.step}
         return _classify(Classifier.load(chosen.run, **options), files, chosen)
     loaded = load_run(chosen.run, weights=chosen.weights, step=chosen.step)
-    if chosen.weights is None and loaded.weights == "raw" and loaded.config.ema_decay is not None:
-        print(
-            f"fastvim: by the trained weights of step {loaded.step}, since they score better than their average does "
-            "yet (--weights ema for the average).",
-            file=sys.stderr,
-        )
     if draws(loaded):
         if chosen.dtype:
             raise UsageError(f"--dtype is of classifiers; {chosen.run} draws pictures.")

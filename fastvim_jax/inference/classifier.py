@@ -216,7 +216,7 @@ class Classifier:
 
         Args:
             source: a run folder, a folder of `save_pretrained`, or `hf://owner/name` of the Hugging Face hub.
-            weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
+            weights: for a run folder, `raw` or `ema`. By default the average (`ema`), or what scored better in the log.
             step: for a run folder, the checkpoint's step, or `best`. By default the latest.
             revision: for a repository of the hub, its branch, tag or commit.
             offline: take a repository of the hub from the local cache, and do not use the network.

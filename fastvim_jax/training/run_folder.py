@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from fastvim_jax.data.labelled import load_image, make_preprocess
+from fastvim_jax.data.sources.channel_files import split_pattern
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
@@ -150,7 +151,8 @@ def load_run(
     Args:
         run_dir: the run folder.
         weights: `raw` or `ema` (averaged). By default the averaged weights, if the run kept them. If the log says that
-            the raw weights score better at this step, as they do early in a run, the default is `raw`.
+            the raw weights score better at this step, as they do early in a run, the default is `raw`, and a line says
+            so.
         step: number of a checkpoint, or `best` for the one with the best score in the log; by default the latest.
         place: sharding of the weights, by default this process's first device. It need not match the mesh of the
             training.
@@ -185,7 +187,13 @@ def load_run(
             if step is None:
                 raise UserError(f"no checkpoint in {run_dir} was evaluated: name a step.")
         meta = checkpoints.read_meta(step)
-        weights = weights or better_weights(run_dir, config, meta["step"])
+        if weights is None:
+            weights = better_weights(run_dir, config, meta["step"])
+            if weights == "raw" and config.ema_decay is not None:
+                _log.warning(
+                    "%s: the trained weights of step %d are taken, since they score better than their average does yet "
+                    "(--weights ema for the average).", run_dir, meta["step"],
+                )  # fmt: skip
         params = checkpoints.restore_weights(params, weights=weights, step=meta["step"])
         model_state = checkpoints.restore_model_state(model_state, step=meta["step"])
     finally:
@@ -407,14 +415,18 @@ def _version(package: str) -> str | None:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Resolve the data's paths, so that the run can be evaluated from any folder."""
-    names = ("path", "class_list")
-    given = {name: getattr(config.data, name, None) for name in names}
-    found = {
-        name: str(Path(value).expanduser().absolute())
-        for name, value in given.items()
-        if isinstance(value, str) and value and Path(value).expanduser().exists()
-    }
+    """Resolve the data's paths, so that the run can be evaluated from any folder.
+
+    A path with an environment variable stays, and so does what is no folder or file, such as a URL.
+    """
+    found = {}
+    for name in ("path", "class_list"):
+        value = getattr(config.data, name, None)
+        if isinstance(value, str) and value:
+            folder, pattern = split_pattern(value) if name == "path" else (value, "")
+            whole = Path(folder).expanduser()
+            if whole.exists():
+                found[name] = str(whole.absolute() / pattern)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 

@@ -240,11 +240,14 @@ def test_predict_computes_in_the_dtype_that_is_asked_for(run_dir, digit_files, f
 
 
 @pytest.mark.drawn("commands", one_in=6)
-def test_predict_ranks_the_classes(fastvim: Cli, run_dir: Path, digit_files: list[Path]) -> None:
+def test_predict_ranks_the_classes(
+    fastvim: Cli, run_dir: Path, digit_files: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
     run = load_run(run_dir)
+    assert ("the trained weights of step 22 are taken" in caplog.text) == (run.weights == "raw")
     probabilities, _ = predict_batches(run.model, make_eval_iterator(run.config.data))
-    status, out, err = fastvim("predict", run_dir, *digit_files, "--json", "--top-k", "3")
-    assert status == 0 and ("by the trained weights of step" in err) == (run.weights == "raw")
+    status, out, _ = fastvim("predict", run_dir, *digit_files, "--json", "--top-k", "3")
+    assert status == 0
     report = json.loads(out)
     assert [entry["file"] for entry in report] == [str(file) for file in digit_files]
     for entry, expected in zip(report, probabilities, strict=False):

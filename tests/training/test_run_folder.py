@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.run_folder import read_class_names, read_config, start_run
 from tests.training.detection.tiny import tiny_config as detection_config
@@ -155,3 +156,23 @@ def test_no_fifo_is_opened_in_a_run_folder(folder, name):
     os.mkfifo(folder / name)
     with pytest.raises(UserError, match=f"is no run folder|{name}.*not a regular file"):
         (read_config if name == "config.json" else read_class_names)(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("fields/{split}/{class}/{well}_{channel}.tif", "HERE/fields/{split}/{class}/{well}_{channel}.tif"),
+        ("fields", "HERE/fields"),
+        ("$DATA/fields", "$DATA/fields"),
+        ("memory://far/{split}/x", "memory://far/{split}/x"),
+    ],
+)  # fmt: skip
+def test_the_datas_path_is_stored_for_any_folder(given, stored, tmp_path, monkeypatch):
+    """Store the folder of a naming pattern, too: such a run could be evaluated from one folder only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fields").mkdir()
+    image = {"channels": 1, "channel_names": (), "image_size": CONFIG.data.image_size}
+    data = CellsData(source="channel_files", path=given, mean=(0.0,), std=(1.0,), **image)
+    with start_run(tmp_path / "run", dataclasses.replace(CONFIG, data=data), NAMES):
+        pass
+    assert read_config(tmp_path / "run").data.path == stored.replace("HERE", str(tmp_path))

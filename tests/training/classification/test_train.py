@@ -20,6 +20,7 @@ from fastvim_jax.training import (
     evaluate,
     load_run,
     read_metrics,
+    run_folder,
     train,
 )
 from fastvim_jax.training.checkpoints import Checkpoints
@@ -210,6 +211,19 @@ def test_weights_that_were_not_kept_cannot_be_asked_for(finished):
     folder, _ = finished
     with pytest.raises(UserError, match="weights='best': use 'raw' or 'ema'"):
         load_run(folder, weights="best")
+
+
+@pytest.mark.parametrize("choice", ["raw", "ema"])
+def test_trained_weights_in_the_place_of_the_average_are_named(
+    finished, choice, monkeypatch, caplog
+):
+    """Say so for every command that takes them: only `predict` did."""
+    folder, _ = finished
+    monkeypatch.setattr(run_folder, "better_weights", lambda *_: choice)
+    assert load_run(folder).weights == choice
+    assert ("the trained weights of step 22 are taken" in caplog.text) == (choice == "raw")
+    caplog.clear()
+    assert load_run(folder, weights="raw").weights == "raw" and not caplog.text
 
 
 @pytest.mark.drawn("trainings", one_in=6)
