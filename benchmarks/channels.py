@@ -288,8 +288,9 @@ def _said(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     if {"fastchannelvim", "fastchannelvim_spatial"} <= rows.keys():
         first, spatial = (size(name, 8) for name in ("fastchannelvim", "fastchannelvim_spatial"))
         said.append(
-            f"- Scan order, one seed: channel-first {first:.1f} %, spatial-first {spatial:.1f} %. The paper has "
-            f"ChannelVim the other way round ({PAPER['channelvim']} and {PAPER['channelvim_spatial']} %)."
+            f"- Scan order: channel-first {first:.1f} %, spatial-first {spatial:.1f} % (seeds: "
+            f"{len(rows['fastchannelvim'])} and {len(rows['fastchannelvim_spatial'])}). The paper has ChannelVim the "
+            f"other way round ({PAPER['channelvim']} and {PAPER['channelvim_spatial']} %)."
         )
     if stuck := [name for name in rows if size(name, 8) < CHANCE]:
         said.append(

@@ -58,11 +58,13 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Write one row for each trial that has a record, the best first."""
     rows = []
     for name, (record, *_) in found.items():
-        score = 100 * record["evaluation"]["ema_top1"]
+        raw, averaged = (100 * record["evaluation"][f"{kind}_top1"] for kind in ("raw", "ema"))
         loss = record["log"][-1]["loss"]
-        row = f"| {TRIALS[name][1]} | {record['epochs']} | {score:.2f} | {loss:.3f} | {record['seconds']:.0f} |"
-        rows.append((-score, row))
-    head = "| recipe | epochs | held-out top-1 % | last loss | seconds |\n|---|--:|--:|--:|--:|"
+        row = (
+            f"| {TRIALS[name][1]} | {record['epochs']} | {averaged:.2f} | {raw:.2f} | {loss:.3f} |"
+        )
+        rows.append((-averaged, row))
+    head = "| recipe | epochs | averaged weights, top-1 % | last weights, top-1 % | last loss |\n|---|--:|--:|--:|--:|"
     return "\n".join([head, *(row for _, row in sorted(rows))])
 
 

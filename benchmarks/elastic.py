@@ -1,6 +1,6 @@
 """Stop, kill and continue runs of several processes on one host, through experiments/launch/manual.sh as it stands.
 
-python benchmarks/elastic.py --out FOLDER [--processes 4 1 2 4]
+python benchmarks/elastic.py --out FOLDER [--processes 4 1 2 4] [--only whole moved killed]
 
 Three runs of one small model on CIFAR-10. `whole` trains in one process without a stop, beside the others. `moved` is
 stopped by SIGTERM to one of its processes, and goes on with another number of processes, several times. Then `killed`
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("whole", "moved", "killed")
 STEPS, EVERY = 256, 16  # steps of a run, and between checkpoints
 WRAPPER = """\
 import os, sys
@@ -182,6 +183,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, nargs="+", default=[4, 1, 2, 4])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="the runs to make")
     chosen = parser.parse_args()
     out = chosen.out.resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -192,15 +194,18 @@ def main() -> int:
     (out / "fastvim").chmod(0o755)
     numbers = map(str, range(max(chosen.processes)))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(numbers)).split(",")
-    runs = {name: Run(name, out) for name in ("whole", "moved", "killed")}
+    runs = {name: Run(name, out) for name in NAMES if name in chosen.only}
 
     def whole() -> None:
-        runs["whole"].start(1, gpus[-1:])
-        runs["whole"].wait()
+        if "whole" in runs:
+            runs["whole"].start(1, gpus[-1:])
+            runs["whole"].wait()
 
     def stopped() -> None:
-        moved(runs["moved"], chosen.processes, gpus)
-        killed(runs["killed"], max(chosen.processes), gpus)
+        if "moved" in runs:
+            moved(runs["moved"], chosen.processes, gpus)
+        if "killed" in runs:
+            killed(runs["killed"], max(chosen.processes), gpus)
 
     works = [threading.Thread(target=work, daemon=True) for work in (whole, stopped)]
     for work in works:
@@ -220,7 +225,9 @@ def keep(out: Path, runs: dict[str, Run]) -> None:
         "commit": os.environ.get("FASTVIM_COMMIT", ""),
         "runs": {name: run.starts for name, run in runs.items()},
         "against_whole": {
-            name: compared(run, runs["whole"]) for name, run in runs.items() if name != "whole"
+            name: compared(run, runs["whole"])
+            for name, run in runs.items()
+            if name != "whole" and "whole" in runs
         },
         "evaluated": {name: list(run.lines("eval").values()) for name, run in runs.items()},
     }

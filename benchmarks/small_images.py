@@ -31,6 +31,8 @@ CHANGES = {
     "vit_pooled": 73.9,
     "vit_pooled_conv": 74.0,
 }
+NAMES = ("fastvim", "fastvim_fine", *(name for name in CHANGES if name != "fastvim"))
+"""All experiments, in the order of the page. The paper has no model with a patch size like `fastvim_fine`'s."""
 DATA = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet"}
 PAPER = {f"{data}/{name}": value for data in DATA for name, value in CHANGES.items()}
 
@@ -77,12 +79,12 @@ def _duration(lines: list[dict[str, Any]]) -> float:
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    """Load the kept runs of every card by experiment, in the order of PAPER."""
+    """Load the kept runs of every card by experiment, in the order of NAMES."""
     runs = defaultdict(list)
     for path in one_of_each(RESULTS.glob(f"*/{TOPIC}/*.json")):
         record = json.loads(path.read_text())
         runs[record["experiment"]].append(record)
-    order = [*PAPER, *sorted(set(runs) - set(PAPER))]
+    order = [f"{data}/{name}" for data in DATA for name in NAMES]
     return {name: runs[name] for name in order if name in runs}
 
 
@@ -139,7 +141,7 @@ def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(DATA), 2, figsize=(11, 4.2 * len(DATA)), layout="constrained")
-    colours = {name: f"C{place}" for place, name in enumerate(CHANGES)}
+    colours = {name: f"C{place}" for place, name in enumerate(NAMES)}
     for (left, right), (data, title) in zip(axes, DATA.items(), strict=True):
         here = {
             name.partition("/")[2]: found for name, found in runs.items() if name.startswith(data)

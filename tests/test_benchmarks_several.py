@@ -77,7 +77,8 @@ def test_the_page_shows_the_records(programs):
     scaling = programs("scaling")
     page = scaling.PAGE.read_text()
     assert scaling.updated(page) == page
-    assert [row["mesh"] for row in scaling.several_rows("scaling")].count("one") == 2
+    timed = [row["mesh"] for row in scaling.several_rows("scaling") if "ms" in row]
+    assert timed.count("one") == 2
     with pytest.raises(ValueError, match="begin two"):
         scaling.updated(page.replace("begin two", "begin"))
 
