@@ -125,7 +125,8 @@ def draw(scores: Sequence[SubsetScore], names: Sequence[str], picture: Path | st
     if every is not None:
         axes.axhline(every, color="black", lw=1, label=f"all channels: {every:.1f} %")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set(ylabel="top-1 %", title="Which channel matters")
-    axes.legend(fontsize=8)
+    highest = max([*by_channels.values(), 1.0])
+    axes.set(ylabel="top-1 %", title="Which channel matters", ylim=(0, 1.35 * highest))
+    axes.legend(fontsize=8, loc="upper right")  # The room above the bars is for it.
     figure.savefig(picture, dpi=120)
     plt.close(figure)

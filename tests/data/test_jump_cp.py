@@ -123,6 +123,8 @@ def test_the_gallerys_layout_becomes_shards_and_says_what_it_left_out(
     done = prepare(source, out, "all", max_corrupt=2)
     assert done.records == 2 and len(done.left_out) == 2
     assert len(done.notes) == 1 and "saturated in DNA" in done.notes[0]
+    with pytest.raises(UserError, match="these images have 4 channels: leave pixels out"):
+        prepare(source, out, "pixels", pixels=8, max_corrupt=4)  # All four were left out.
     shards = open_source("array_record", "all", path=str(out))
     assert np.array_equal(read_channels(shards[1].image, "a").pixels, source[1].image)
     assert prepare(source, out, "all", max_corrupt=2).kept == done.shards

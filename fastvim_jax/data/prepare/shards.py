@@ -113,6 +113,12 @@ def prepare(
             raise UserError(f"{name} is {value}, but must be at least {least}.")
     if pixels is not None and max_size is not None:
         raise UserError("max_size and pixels both say how large images are stored: give one.")
+    channel_names = tuple(getattr(source, "channel_names", ()))
+    if pixels is not None and len(channel_names) not in (0, 1, 3):
+        raise UserError(
+            f"shards of pixels hold photographs, but these images have {len(channel_names)} channels: leave pixels out "
+            "(--pixels); the pixels of channels are stored in any case."
+        )
     if split.endswith("]"):
         advice = (
             f"prepare the whole, and take the part when training (--data.train-split {split!r})"
@@ -147,7 +153,7 @@ def prepare(
         "left_out": {},
         "shards": {},
     }
-    if channel_names := getattr(source, "channel_names", ()):
+    if channel_names:
         fresh["channel_names"] = list(channel_names)
     file = folder / f"{split}.json"
     manifest = _resumed(file, fresh) if file.is_file() else fresh
