@@ -239,6 +239,14 @@ def _matching(
             yield file, match.groupdict()
 
 
+def unmatched_files(folder: Path, pattern: str, *, follow_links: bool = True) -> list[str]:
+    """List the files of a folder, by their paths below it, that a naming pattern does not match."""
+    expressions = _expressions(pattern)
+    files = walk(folder, folder, follow_links=follow_links)
+    names = sorted(Path(file).relative_to(folder).as_posix() for file in files)
+    return [name for name in names if not any(each.fullmatch(name) for each in expressions)]
+
+
 def find_image_files(
     folder: Path, pattern: str, *, follow_links: bool = True
 ) -> dict[tuple[tuple[str, str], ...], Path]:

@@ -152,6 +152,19 @@ def test_two_files_of_one_channel_are_refused(fields, pattern, tmp_path):
         open_source("channel_files", "train", path=pattern.replace(".png", ".{}"))
 
 
+def test_images_that_match_no_pattern_are_counted(fields, pattern, tmp_path, capsys):
+    """Name them: a plate of .tif and .TIF files lost half of its images without a word."""
+    source = open_source("channel_files", "train[1/2]", path=pattern)
+    assert source.notes == ()
+    file = tmp_path / "plate" / "train" / "drug" / "A1_s1_DNA.png"
+    for other in ("A2_s1_DNA.PNG", "A1.png", "notes.txt"):
+        (file.parent / other).write_bytes(file.read_bytes())
+    assert main(["data", "check", pattern]) == 0
+    said = capsys.readouterr().out
+    assert said.count("left out: 2 image files do not match the pattern") == 1
+    assert "(train/drug/A1.png, train/drug/A2_s1_DNA.PNG)" in said
+
+
 def test_shards_hold_the_channels_that_are_named(fields, pattern, tmp_path, capsys):
     """Prepare the channels named, in their order; otherwise images without one more channel are left out."""
     extra = tmp_path / "plate" / "train" / "drug" / "A1_s0_Mask.png"

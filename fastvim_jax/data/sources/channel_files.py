@@ -13,10 +13,16 @@ import numpy as np
 
 from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.listing import SharedArray, Texts
-from fastvim_jax.data.multichannel import find_channel_files, read_channel_files, to_uint8
+from fastvim_jax.data.multichannel import (
+    find_channel_files,
+    read_channel_files,
+    to_uint8,
+    unmatched_files,
+)
 from fastvim_jax.data.records import DecodeError, Record, printable
 from fastvim_jax.data.sources.class_lists import ClassList, folder_labels, read_class_list
-from fastvim_jax.errors import UserError
+from fastvim_jax.data.sources.image_folder import EXTENSIONS
+from fastvim_jax.errors import UserError, counted
 
 Key = tuple[tuple[str, str], ...]
 
@@ -38,6 +44,7 @@ class ChannelFilesSource:
 
     Attributes:
         channel_names: the channels' names, in the order of the pixels.
+        notes: one line that counts the image files below the folder that the pattern does not match, if there are any.
 
     Raises:
         UserError: the pattern lacks a field, or no file matches it, or a class or channel is unknown.
@@ -79,6 +86,7 @@ class ChannelFilesSource:
         self.channel_names = tuple(channels) or _channels_of(found)
         if not self.channel_names:
             raise UserError(f"{pattern!r} finds no channel.")
+        self.notes = _notes(root, pattern, follow_links)
         in_order = (image.get(name) for image in found.values() for name in self.channel_names)
         files = ["" if file is None else os.path.relpath(file, root) for file in in_order]
         self._root, self._files = root, Texts(files)
@@ -130,6 +138,16 @@ def _find(
     braces = split.replace("{", "{{").replace("}", "}}")
     filled = pattern.replace("{split}", braces)
     return find_channel_files(root, filled, channels or None, follow_links=follow_links)
+
+
+def _notes(root: Path, pattern: str, follow_links: bool) -> tuple[str, ...]:
+    files = unmatched_files(root, pattern, follow_links=follow_links)
+    images = [printable(file) for file in files if Path(file).suffix.lower() in EXTENSIONS]
+    if not images:
+        return ()
+    shown = ", ".join(images[:3]) + (", ..." if images[3:] else "")
+    what = counted(len(images), "image file does", "image files do")
+    return (f"left out: {what} not match the pattern {pattern!r} ({shown}).",)
 
 
 def _classes(
