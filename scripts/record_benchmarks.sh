@@ -186,9 +186,9 @@ done
 finish
 lot channels_float32
 for patch in 16 8; do
-  for model in fastchannelvim channelvim; do
-    start "family/channel_float32_${model}_$patch" model --models "${model}_small_patch${patch}_224" --batches 8 64 --precisions tf32 f32 --blocks scan
-  done
+  start "family/channel_tf32_fastchannelvim_$patch" model --models "fastchannelvim_small_patch${patch}_224" --batches 8 64 --precisions tf32
+  start "family/channel_float32_fastchannelvim_$patch" model --models "fastchannelvim_small_patch${patch}_224" --batches 8 64 --precisions f32 --blocks scan
+  start "family/channel_float32_channelvim_$patch" model --models "channelvim_small_patch${patch}_224" --batches 8 64 --precisions tf32 f32 --blocks scan
 done
 finish
 # Candidates for products by Triton take most of the time that the following programs compile, so XLA leaves them out. Records say it.
