@@ -169,7 +169,7 @@ def read_field(
     Raises:
         DecodeError: a file is damaged, a channel asked for is missing, or the model knows none of the channels.
     """
-    image = _read(field, data, rename)
+    image = _read(field, data, channels or data.names, rename)
     names = _model_names(image.names, data, rename)
     wanted = [name for name in data.names if name in (channels or names)]
     if missing := [name for name in wanted if name not in names]:
@@ -198,10 +198,12 @@ def _model_names(
     return spelled_as([rename.get(name, name) for name in names], data.names)
 
 
-def _known(names: Sequence[str], data: CellsData, rename: Mapping[str, str]) -> list[str]:
-    """Return those of the channels that the model knows."""
+def _known(
+    names: Sequence[str], data: CellsData, wanted: Sequence[str], rename: Mapping[str, str]
+) -> list[str]:
+    """Return those of the channels that are wanted, which the model knows."""
     called = zip(names, _model_names(names, data, rename), strict=True)
-    return [name for name, own in called if own in data.names]
+    return [name for name, own in called if own in wanted]
 
 
 def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
@@ -230,14 +232,17 @@ def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
     return fields
 
 
-def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChannel:
+def _read(
+    field: Field, data: CellsData, wanted: Sequence[str], rename: Mapping[str, str]
+) -> MultiChannel:
+    """Read a field. Of files of one channel each, read those that are wanted: others may be damaged."""
     if isinstance(field.files, dict):
-        known = _known(list(field.files), data, rename) or list(field.files)
+        known = _known(list(field.files), data, wanted, rename) or list(field.files)
         return read_channel_files({name: field.files[name] for name in known})
     if isinstance(field.files, PlateSite):
         images, site = field.files.images, field.files.site
         there = [name for name in site.channels if site.file(name)]
-        chosen = _known(there, data, rename)
+        chosen = _known(there, data, wanted, rename)
         if site.channels and not there:
             raise DecodeError(f"{images.name(site)}: the files of all its channels are missing.")
         image, _ = images.read(site, chosen or there)
@@ -245,7 +250,7 @@ def _read(field: Field, data: CellsData, rename: Mapping[str, str]) -> MultiChan
     else:
         image, name = read_channels(read_file(field.files), str(field.files)), str(field.files)
     # A model that names no channels was trained on their order, whatever the files call them.
-    if image.names and (data.channel_names or _known(image.names, data, rename)):
+    if image.names and (data.channel_names or _known(image.names, data, data.names, rename)):
         return image
     if image.pixels.shape[-1] != data.channels:
         raise DecodeError(
