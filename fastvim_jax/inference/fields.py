@@ -221,7 +221,7 @@ def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
         alike += several
         if several and site.channels:  # The site's name says no more than plate, well and site.
             metadata["id"] = next((Path(file).name for file in site.files if file), site.name)
-        elif several or not site.site:
+        elif several or not site.site or _has_id(site):
             metadata["id"] = site.name
         fields.append(Field(metadata, PlateSite(images, site)))
     if alike:
@@ -230,6 +230,11 @@ def _fields_of_plate(path: str, note: Callable[[str], None]) -> list[Field]:
             "them apart, and --per well averages over all."
         )
     return fields
+
+
+def _has_id(site: Site) -> bool:
+    """Return whether an index of one file per image names the image; otherwise its name is its path."""
+    return not site.channels and not site.files[0].endswith(site.name)
 
 
 def _read(

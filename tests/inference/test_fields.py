@@ -235,6 +235,18 @@ def test_a_well_is_one_however_it_is_written(rng: np.random.Generator) -> None:
     assert np.array_equal(*normal) and np.allclose(normal[0][:2].mean(axis=0), 0, atol=1e-6)
 
 
+def test_ids_of_a_parquet_index_are_kept(tmp_path: Path) -> None:
+    """Keep them beside plate, well and site; they were dropped where the index has sites."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    columns = {"path": ["a.npy", "b.npy"], "well": ["A01"] * 2, "site": [1, 2], "id": ["x7", ""]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "index.parquet")
+    first, second = find_fields([tmp_path], None)
+    assert first.metadata == {"well": "A01", "site": "1", "id": "x7"}
+    assert second.metadata == {"well": "A01", "site": "2"}
+
+
 def test_rows_of_one_site_are_told_apart(plate: Path) -> None:
     """Note rows that share plate, well and site but not their files, and tell them apart by the column id."""
     table = plate / "load_data.csv"
