@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastvim_jax.data.decode import FORMATS, MAX_PIXELS
 from fastvim_jax.data.files import read_file, walk
@@ -81,6 +81,11 @@ def read_channels(image: bytes | np.ndarray, name: str) -> MultiChannel:
         return MultiChannel(_checked(pixels, name))
     except (DecodeError, UserError):
         raise
+    except UnidentifiedImageError:
+        raise DecodeError(
+            f"{name}: not an image, or of a kind that is not read (.npy and {', '.join(FORMATS)} are; save the images "
+            "of a microscope's own kind as OME-TIFF)."
+        ) from None
     # Readers raise almost anything on damaged files: OSError, ValueError, struct.error, zlib.error, ...
     except Exception as error:
         # So tifffile names the package that reads a compression which it does not read itself.

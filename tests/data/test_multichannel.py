@@ -111,7 +111,10 @@ def test_names_of_channels_differ_in_more_than_capitals(pixels: np.ndarray) -> N
         (npy(np.array([None, "x"], object)), "damaged"),  # A pickle is never read.
         (npy(np.zeros((4, 4, 2), np.float32)), "float32 pixels have no fixed scale"),
         (npy(np.zeros((2, 3, 4, 5), np.uint8)), "is no image"),
-        (b"not an image", "damaged"),
+        (
+            b"not an image",
+            r"not an image, or of a kind that is not read \(.npy and JPEG, .* as OME-TIFF",
+        ),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(image: bytes, what: str) -> None:
