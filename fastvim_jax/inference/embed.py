@@ -304,7 +304,8 @@ def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) 
     left, scale, _ = np.linalg.svd(centred, full_matrices=False)
     points = (left * scale)[:, :2]
     points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    share = scale[:2] ** 2 / max((scale**2).sum(), 1e-30)
+    share = np.zeros(2)
+    share[: len(scale)] = scale[:2] ** 2 / max((scale**2).sum(), 1e-30)
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     values = [""] * len(points) if colour is None else table.metadata[colour]
     different = list(dict.fromkeys(values))
@@ -324,7 +325,7 @@ def draw_embeddings(table: Embeddings, colour: str | None, picture: Path | str) 
         bar.ax.set_yticklabels([different[i] for i in ticks], fontsize=8)
     labels = [f"component {i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(share)]
     axes.set(
-        xlabel=labels[0], ylabel=labels[-1], title=f"{counted(len(points), 'row')}{_by(colour)}"
+        xlabel=labels[0], ylabel=labels[1], title=f"{counted(len(points), 'row')}{_by(colour)}"
     )
     figure.savefig(picture, dpi=120)
     plt.close(figure)

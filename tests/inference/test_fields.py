@@ -261,3 +261,14 @@ def test_rows_of_one_site_are_told_apart(plate: Path) -> None:
         None,
         "r02c07f02p01-ch0.npy",
     ]
+
+
+def test_a_plot_of_one_row_names_two_components(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[str] = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda f: (drawn.append(f.axes[0].get_ylabel()), close(f)))
+    draw_embeddings(Embeddings({}, np.ones((1, 3), np.float32)), None, tmp_path / "one.png")
+    assert drawn == ["component 2 (0 % of the variance)"]
