@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     """Count mean and deviation of every channel, and store them with the data, where training takes them from."""
     chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
     from fastvim_jax.data import DecodeError, open_source
-    from fastvim_jax.data.multichannel import in_order, read_channels, to_uint8
+    from fastvim_jax.data.multichannel import in_order, read_channels, spelled_as, to_uint8
     from fastvim_jax.data.records import read_record
     from fastvim_jax.data.sources import data_folder
     from fastvim_jax.data.sources.layout import guess_source
@@ -66,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
             f"the images hold the channels {', '.join(stored)}: give these names, in this order, to --channels."
         )
     skipped: list[str] = []
+    unknown: set[tuple[str, ...]] = set()
     highest = np.zeros(len(chosen.channels), np.uint8)
 
     def images() -> Iterator[Any]:
@@ -79,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
                     raise DecodeError(
                         f"{record.name}: {found}, but --channels names {len(chosen.channels)}."
                     )
+                if not set(spelled_as(image.names, chosen.channels)) & set(chosen.channels):
+                    unknown.add(image.names)
                 eight_bits = to_uint8(pixels)
                 np.maximum(highest, eight_bits.max(axis=(0, 1)), out=highest)
                 yield eight_bits
@@ -97,6 +100,11 @@ def run(arguments: Sequence[str]) -> int:
         print(
             f"  note: in 8 bits no pixel of {', '.join(dim)} is above {highest[highest < _DIM].max()} of 255, so few "
             "levels are left. 16-bit pixels are divided by 257: multiply those of a 12-bit camera by 16 in the files."
+        )
+    for names in sorted(unknown - {()}):
+        print(
+            f"  note: there are files whose channels are called {', '.join(names)}, none of which --channels names: "
+            "they are taken in their order in the file."
         )
     for reason in skipped:
         print(f"  left out: {reason}")

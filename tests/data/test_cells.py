@@ -300,3 +300,19 @@ def test_links_are_followed_where_that_is_asked_for(
     for names in ((), ("a", "a")):
         assert "name each channel once" in stats("--channels", *names, status=2)
     assert "--every 0 must be at least 1" in stats("--channels", "a", "--every", "0", status=2)
+
+
+def test_statistics_name_channels_that_no_name_is_known_of(
+    rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Say which files are read in their own order, since their channels have other names than those given."""
+    tifffile = pytest.importorskip("tifffile")
+    for number, names in enumerate((["405", "488"], ["er", "dna"])):
+        file = tmp_path / "train" / "x" / f"{number}.ome.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (2, 8, 8)).astype(np.uint8)
+        tifffile.imwrite(file, pixels, metadata={"axes": "CYX", "Channel": {"Name": names}})
+    assert main(["data", "stats", str(tmp_path), "--channels", "DNA", "ER"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("note: there are files whose channels are called") == 1
+    assert "called 405, 488, none of which --channels names" in said
