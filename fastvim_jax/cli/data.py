@@ -54,7 +54,8 @@ class _Where:
     class_list: str = ""
     """A class list (.txt or .tsv) to use instead of the folder's own. For a plate: the folder of the plate maps."""
     channels: tuple[str, ...] = ()
-    """Channels to read of a pattern with {channel}, in this order; by default all that are found, by name."""
+    """Channels to read of a plate, or of a pattern with {channel}, in this order; by default all that are found, of a
+    pattern by name."""
     follow_links: bool = False
     """Read files outside the folder that links in it lead to."""
     workers: int = 0
@@ -311,10 +312,10 @@ def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
                 + suggest(chosen.source, SOURCES)
             )
         kind = guess_source(chosen.path) if chosen.source == "auto" else chosen.source
-        if chosen.channels and kind != "channel_files":
+        if chosen.channels and kind not in ("channel_files", "jump_cp"):
             raise UsageError(
-                f"--channels chooses files of a pattern with {{channel}}; the source {kind} holds its channels "
-                "together."
+                f"--channels chooses files of a plate or of a pattern with {{channel}}; the source {kind} holds its "
+                "channels together."
             )
         splits = [*chosen.split] or list_splits(kind, chosen.path)
         if not splits:

@@ -56,7 +56,8 @@ def open_source(
         class_list: class list to use instead of the folder's own.
         any_label: let labels outside the classes pass, for a scan that lists them.
         follow_links: read what links point to outside the data set's folder.
-        channels: names of the channels of channel_files in order; (): all that are found, by name.
+        channels: names of the channels to read of jump_cp or channel_files, in order; (): all that are found, of
+            channel_files by name.
 
     Raises:
         UserError: for an unknown source or split, a missing folder, a folder without images, or files that are damaged
@@ -84,7 +85,7 @@ def open_source(
         url = path if "://" in path else str(expand_path(path))
         tables = expand_path(class_list) if class_list else None
         with _errors_of(name, split, url):
-            return JumpCpSource(url, split, tables=tables)
+            return JumpCpSource(url, split, tables=tables, channels=channels)
     folder, pattern = split_pattern(path) if name == "channel_files" else (path, "")
     root = expand_path(folder)
     classes = expand_path(class_list) if class_list else None

@@ -7,6 +7,7 @@ splits, as for the published models. The generator of their permutation is not p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,25 @@ SPLIT_SEED = 0
 class JumpCpSource:
     """One split of a plate; records hold pixels uint8 `h w c` or the bytes of a file of all channels.
 
+    Args:
+        index: path or URL of the index, or the folder that holds it.
+        split: see above.
+        tables: folder of the plate maps and metadata; None: the index's folder.
+        channels: channels to read, in this order, of an index of one file per channel; (): all.
+
     Attributes:
         channel_names: names of the channels in order, or () if the index does not name them.
         notes: one line for each kind of image that was left out, with the reason.
     """
 
-    def __init__(self, index: str, split: str, *, tables: Path | None = None) -> None:
+    def __init__(
+        self,
+        index: str,
+        split: str,
+        *,
+        tables: Path | None = None,
+        channels: Sequence[str] = (),
+    ) -> None:
         perturbation, _, part = split.rpartition("/")
         if part not in (*SHARES, "all"):
             raise UserError(
@@ -48,7 +62,13 @@ class JumpCpSource:
         folder = tables or Path(self.index).parent
         self._labels: PlateLabels = read_plate_labels(folder, perturbation or "compound")
         self.class_names = self._labels.class_names
-        sites, self.channel_names, notes = read_index(self.index)
+        sites, found, notes = read_index(self.index)
+        if found and (unknown := [name for name in channels if name not in found]):
+            raise UserError(
+                f"{self.index!r} has no channel {', '.join(unknown)}, but {', '.join(found)} (data.channel_names; "
+                f"--channels).{suggest(unknown[0], found)}"
+            )
+        self.channel_names = tuple(channels) if found and channels else found
         self._sites, self._targets, left_out = _labelled(sites, self._labels)
         self.notes = (*notes, *left_out)
         if not self._sites:
@@ -72,7 +92,7 @@ class JumpCpSource:
         if not 0 <= index < len(self):
             raise IndexError(index)
         site, target = self._sites[index], int(self._targets[index])
-        image, saturated = self._images.read(site)
+        image, saturated = self._images.read(site, self.channel_names or None)
         name = self._images.name(site)
         note = f"{name}: saturated in {', '.join(saturated)}." if saturated else ""
         if not site.channels and image.names:  # Its names decide which channel is which.
@@ -89,7 +109,11 @@ class JumpCpSource:
             UserError: an object store does not answer.
         """
         site = self._sites[index]
-        files = [file for file in (*site.files, *site.illumination) if file]
+        read = [site.channels.index(channel) for channel in self.channel_names] or [0]
+        named = [site.files[i] for i in read] + [
+            site.illumination[i] for i in read if site.illumination
+        ]
+        files = [file for file in named if file]
         remote = list(dict.fromkeys(file for file in files if "://" in file))
         versions = dict(zip(remote, self._images.versions(remote), strict=True))
         stamps = [f"{f} {versions[f]}" if f in versions else file_stamp(f) for f in files]
