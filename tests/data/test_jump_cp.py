@@ -125,6 +125,13 @@ def test_the_gallerys_layout_becomes_shards_and_says_what_it_left_out(
     assert len(done.notes) == 1 and "saturated in DNA" in done.notes[0]
     with pytest.raises(UserError, match="these images have 4 channels: leave pixels out"):
         prepare(source, out, "pixels", pixels=8, max_corrupt=4)  # All four were left out.
+    some = open_source("jump_cp", "all", path=str(tables), channels=("DNA", "Mito"))
+    assert some.channel_names == ("DNA", "Mito")
+    assert np.array_equal(some[1].image, source[1].image[..., [3, 0]])
+    assert some[2].image.shape == (10, 12, 2)  # The damaged channel is another one.
+    assert some.stamp(1) != source.stamp(1) and "ER" not in some.stamp(1)
+    with pytest.raises(UserError, match=r"no channel Mitto, but Mito, AGP, ER, DNA .*'Mito'"):
+        open_source("jump_cp", "all", path=str(tables), channels=("Mitto",))
     shards = open_source("array_record", "all", path=str(out))
     assert np.array_equal(read_channels(shards[1].image, "a").pixels, source[1].image)
     assert prepare(source, out, "all", max_corrupt=2).kept == done.shards
