@@ -140,7 +140,7 @@ def test_recording_says_which_program_failed(tmp_path):
     assert done.returncode == 1 and re.findall(r"FAILED (.*)", done.stdout) == [
         "scan_pair (status 3)"
     ]
-    assert len(set(re.findall(r"started (\S+)", done.stdout))) == 87
+    assert len(set(re.findall(r"started (\S+)", done.stdout))) == 89
     assert "bench scan --tune" in done.stdout and "train_base_compile.json" in done.stdout
 
 
