@@ -26,7 +26,7 @@ from fastvim_jax.analysis.headline import Headline
 _TRAIN, _RAW, _EMA = "#8a94a6", "#1f6fb4", "#e07b39"
 _RIGHT, _WRONG, _INK = "#2a7f62", "#c0392b", "#2b2f36"
 _COLUMNS = 6
-_Corner = Literal["upper right", "lower right"]
+_Place = Literal["upper right", "best"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headli
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    dress(axes, headline.loss, "Loss")
+    dress(axes, headline.loss, "Loss", legend="best")
 
 
 def draw_score(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headline) -> None:
@@ -109,8 +109,7 @@ def draw_score(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headl
         if values:
             axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    corner: _Corner = "lower right" if headline.higher_is_better else "upper right"
-    dress(axes, headline.label, headline.title, legend=corner)
+    dress(axes, headline.label, headline.title, legend="best")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -139,7 +138,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[str, list[float], list[flo
         )
 
 
-def dress(axes: Axes, unit: str, title: str, legend: _Corner = "upper right") -> None:
+def dress(axes: Axes, unit: str, title: str, legend: _Place = "upper right") -> None:
     """Give a panel its title, unit, light grid and legend."""
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_ylabel(unit)

@@ -77,7 +77,7 @@ def _draw_norms(axes: Axes, train: Records) -> None:
 
 def _draw_speed(axes: Axes, train: Records) -> None:
     _line(axes, train, "images_per_second", "", _BLUE)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     used = [record["mfu"] for record in train if "mfu" in record]
     reached = f", {sorted(used)[len(used) // 2]:.1%} of the device's peak (median)" if used else ""

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from fastvim_jax.analysis.plots import draw_loss, draw_score
 from fastvim_jax.training import summary
 from fastvim_jax.training.classification.evaluation import HEADLINE
 from fastvim_jax.training.summary import SummaryPicture
@@ -55,3 +57,20 @@ def test_a_log_without_a_line_can_be_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     SummaryPicture(tmp_path, 3, HEADLINE).draw(at_once=True)
     assert (tmp_path / "summary.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("draw", [draw_loss, draw_score])
+def test_the_legend_covers_no_score(draw):
+    """Draw the curves of a run that does not learn: its last loss and its last accuracy lay under the legends."""
+    found = [(5, 1.383, 0.277), (10, 1.416, 0.174), (15, 1.415, 0.192)]
+    records = [
+        {"kind": "eval", "epoch": epoch, "raw_loss": loss, "raw_top1": top1}
+        for epoch, loss, top1 in found
+    ]
+    records += [{"kind": "train", "epoch": 4 * i, "loss": 1.39 - 0.01 * i} for i in range(1, 4)]
+    axes = Figure(figsize=(4, 2.8)).subplots()
+    draw(axes, records, HEADLINE)
+    axes.figure.canvas.draw()
+    box = axes.get_legend().get_window_extent()
+    points = [point for line in axes.lines for point in axes.transData.transform(line.get_xydata())]
+    assert len(points) >= 3 and not any(box.contains(*point) for point in points)
