@@ -40,7 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     """Count mean and deviation of every channel, and store them with the data, where training takes them from."""
     chosen = parse(Arguments, "data stats", arguments, f"{run.__doc__}")
     from fastvim_jax.data import DecodeError, open_source
-    from fastvim_jax.data.multichannel import in_order, read_channels, spelled_as, to_uint8
+    from fastvim_jax.data.multichannel import (
+        axes_hint,
+        in_order,
+        read_channels,
+        spelled_as,
+        to_uint8,
+    )
     from fastvim_jax.data.records import read_record
     from fastvim_jax.data.sources import data_folder
     from fastvim_jax.data.sources.layout import guess_source
@@ -79,6 +85,7 @@ def run(arguments: Sequence[str]) -> int:
                     found = counted(pixels.shape[-1], "channel")
                     raise DecodeError(
                         f"{record.name}: {found}, but --channels names {len(chosen.channels)}."
+                        f"{axes_hint(pixels, len(chosen.channels))}"
                     )
                 if not set(spelled_as(image.names, chosen.channels)) & set(chosen.channels):
                     unknown.add(image.names)

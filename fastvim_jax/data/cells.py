@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 
 from fastvim_jax.data.batches import BatchIterator, evaluation_batch, local_batch
 from fastvim_jax.data.cells_config import CellsData, ChannelSampling
-from fastvim_jax.data.multichannel import MultiChannel, in_order, read_channels, to_uint8
+from fastvim_jax.data.multichannel import MultiChannel, axes_hint, in_order, read_channels, to_uint8
 from fastvim_jax.data.records import DecodeError, Record, Source, read_record
 from fastvim_jax.data.sources import open_source
 from fastvim_jax.data.stream import evaluation_stream, grain_stream
@@ -194,6 +194,7 @@ def _pixels(record: Record, config: CellsData) -> UInt8[np.ndarray, "h w c"]:
     if pixels.shape[-1] != config.channels:
         raise DecodeError(
             f"{record.name}: {counted(pixels.shape[-1], 'channel')}, but data.channels is {config.channels}."
+            f"{axes_hint(pixels, config.channels)}"
         )
     return to_uint8(pixels)
 

@@ -116,6 +116,13 @@ def in_order(image: MultiChannel, wanted: Sequence[str], name: str) -> np.ndarra
     return image.pixels[..., [names.index(channel) for channel in wanted]]
 
 
+def axes_hint(pixels: np.ndarray, channels: int) -> str:
+    """Return what to do about an image `h w c` of another number of channels, if its first axis has that number."""
+    if pixels.shape[0] != channels or pixels.shape[-1] == channels:
+        return ""
+    return " The first axis has that many: save arrays as height, width, channels."
+
+
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Return names with the capitals of the known ones: dapi as DAPI, unless several known names differ in them only.
 

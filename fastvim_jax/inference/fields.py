@@ -18,6 +18,7 @@ from fastvim_jax.data.fingerprint import file_stamp
 from fastvim_jax.data.multichannel import (
     Depth,
     MultiChannel,
+    axes_hint,
     find_channel_files,
     find_image_files,
     read_channel_files,
@@ -260,5 +261,6 @@ def _read(
     if image.pixels.shape[-1] != data.channels:
         raise DecodeError(
             f"{name}: {counted(image.pixels.shape[-1], 'channel')} without names, but the model has {data.channels}."
+            f"{axes_hint(image.pixels, data.channels)}"
         )
     return MultiChannel(image.pixels, data.names)

@@ -11,6 +11,7 @@ import pytest
 
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData, DecodeError
+from fastvim_jax.data.cells import load_image
 from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.embed import describe_channels, draw_embeddings
@@ -272,3 +273,13 @@ def test_a_plot_of_one_row_names_two_components(
     monkeypatch.setattr(plt, "close", lambda f: (drawn.append(f.axes[0].get_ylabel()), close(f)))
     draw_embeddings(Embeddings({}, np.ones((1, 3), np.float32)), None, tmp_path / "one.png")
     assert drawn == ["component 2 (0 % of the variance)"]
+
+
+def test_channels_in_front_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
+    """Say what to do about arrays of channels, height and width, which PyTorch's users save."""
+    np.save(tmp_path / "a.npy", np.moveaxis(pixels, -1, 0))
+    (field,) = find_fields([tmp_path / "a.npy"], None)
+    with pytest.raises(DecodeError, match="8 channels without names.* save arrays as height, wid"):
+        read_field(field, DATA, None, {}, "full")
+    with pytest.raises(DecodeError, match="8 channels, but data.channels is 3.* The first axis"):
+        load_image(tmp_path / "a.npy", DATA)
