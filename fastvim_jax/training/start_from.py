@@ -29,6 +29,7 @@ from fastvim_jax.models.parameters import (
     map_parameters,
     parameter_infos,
 )
+from fastvim_jax.training.channel_weights import match_channels
 from fastvim_jax.training.steps import TrainState
 from fastvim_jax.training.weights_source import Source, read_source
 
@@ -166,6 +167,7 @@ def start_state(
         UserError: see `load_weights`.
     """
     source = read_source(config.init, weights=config.init_weights)
+    source, of_channels = match_channels(source, config.data)
     model_state = {} if state.model_state is None else state.model_state
     arrays, report = fit(
         source,
@@ -174,7 +176,7 @@ def start_state(
         class_names=class_names,
         allow=config.init_allow,
     )
-    notes = [*report.notes, *_other_normalisation(source.data, config.data)]
+    notes = [*report.notes, *of_channels, *_other_normalisation(source.data, config.data)]
     params = _replace(state.params, arrays)
     changed = dataclasses.replace(
         state,
