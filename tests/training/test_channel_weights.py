@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fastvim_jax.data import CellsData, ClassificationData
+from fastvim_jax.errors import UserError
 from fastvim_jax.training.channel_weights import EMBEDDING, KERNEL, match_channels
+from fastvim_jax.training.classification.run_scores import _require_places
 from fastvim_jax.training.weights_source import Source
 
 
@@ -55,3 +57,13 @@ def test_without_common_names_nothing_changes(embedding: np.ndarray) -> None:
     assert match_channels(unnamed, data("DNA", "ER", "RNA")) == (unnamed, ())
     found, notes = match_channels(source, data("X", "Y", "Z"))
     assert found is source and "are DNA, ER, RNA there, X, Y, Z here" in notes[0]
+
+
+@pytest.mark.parametrize("names", [("ER", "DNA", "RNA"), ("ER", "RNA"), ("DNA", "RNA", "ER")])
+def test_an_evaluation_names_channels_at_the_models_places(names: tuple[str, ...]) -> None:
+    """Refuse other places: the model took ER for DNA, and the scores were those of mixed-up channels."""
+    own = data("DNA", "ER", "RNA")
+    for same in (own, data("DNA", "ER"), data("Hoechst", "ER", "RNA"), ClassificationData()):
+        _require_places(own, same)
+    with pytest.raises(UserError, match=r"channels are DNA, ER, RNA, in this order.*eval_channels"):
+        _require_places(own, data(*names))

@@ -72,7 +72,7 @@ def score_run(
 
     Raises:
         UserError: no such run, checkpoint or data; data of another number of classes than the model's, or of the same
-            classes in another order; weights or a step of a saved model.
+            classes or channels in another order; weights or a step of a saved model.
     """
     chosen = None if weights == "all" else weights
     load: Callable[[Any, tuple[str, ...]], _Loaded]
@@ -81,6 +81,7 @@ def score_run(
         load = partial(_saved, run_dir)
     else:
         config = _classifier_config(run_dir)
+        _require_places(config.data, data)
         every = ["raw"] if config.ema_decay is None else ["raw", "ema"]
         load = partial(_checkpoint, run_dir, every if chosen is None else [chosen], step)
     mesh = make_mesh()
@@ -123,6 +124,21 @@ def _classifier_config(run_dir: Path | str) -> TrainConfig:
             "metrics.jsonl; fine-tune it with --init to get a classifier."
         )
     return config
+
+
+def _require_places(own: LabelledData, data: LabelledData) -> None:
+    """Raise UserError if a channel of the model is named at another place: it would be taken for another channel.
+
+    Other names at the same places are what other data call the channels.
+    """
+    there = tuple(getattr(own, "channel_names", ()))
+    here = tuple(getattr(data, "channel_names", ()))
+    moved = [n for n in here if n in there and here.index(n) != there.index(n)]
+    if moved:
+        raise UserError(
+            f"data.channel_names is {', '.join(here)}, but the model's channels are {', '.join(there)}, in this order: "
+            "name all of them so. Some of them are evaluated with data.eval_channels (--data.eval-channels)."
+        )
 
 
 _Loaded = tuple[dict[str, nnx.Module], tuple[str, ...], int | None]
