@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvim_jax.models import MaskedAutoencoderConfig
 from fastvim_jax.models.pretrained import is_pretrained, read_model_config
-from fastvim_jax.training.run_folder import CONFIG_FILE, read_config
+from fastvim_jax.training.run_folder import CONFIG_FILE, has_checkpoint, read_config
 
 
 def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
@@ -30,7 +30,8 @@ def with_scale_of_init(config: Any, run_dir: Path | str) -> Any:
     pools = getattr(model, "pooling", None) == "mean" and getattr(model, "pool_scale", None) == 1.0
     if not (config.init and config.scale_from_init and pools):
         return config
-    if (Path(run_dir) / CONFIG_FILE).is_file():
+    # Without a checkpoint the run starts anew, perhaps after a start without the scale.
+    if (Path(run_dir) / CONFIG_FILE).is_file() and has_checkpoint(Path(run_dir)):
         saved = read_config(run_dir)
         if saved.init == config.init and type(saved.model) is type(config.model):
             return _scaled(config, getattr(saved.model, "backbone", saved.model).pool_scale)

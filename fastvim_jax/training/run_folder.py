@@ -261,7 +261,7 @@ def _record_start(
     class_ids: Sequence[int] | None,
 ) -> None:
     # A run without a checkpoint may start again with another config, because it has nothing to resume.
-    if (folder / CONFIG_FILE).is_file() and _has_checkpoint(folder):
+    if (folder / CONFIG_FILE).is_file() and has_checkpoint(folder):
         _refuse_other_run(folder, config)
         if tuple(class_names or ()) != _classes_or_damaged(folder, class_names):
             raise UserError(
@@ -430,7 +430,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
-def _has_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run folder holds a finished checkpoint, so that a run resumes there."""
     return bool(step_folders(folder / CHECKPOINTS))
 
 

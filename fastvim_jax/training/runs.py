@@ -18,7 +18,13 @@ from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.choice import best_step
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.profiling import ProfileSteps
-from fastvim_jax.training.run_folder import CHECKPOINTS, CONFIG_FILE, read_config, start_run
+from fastvim_jax.training.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    has_checkpoint,
+    read_config,
+    start_run,
+)
 from fastvim_jax.training.stopping import StopRequest
 from fastvim_jax.training.tasks import trainer_of
 
@@ -129,7 +135,7 @@ def _with_decoder(config: Any, run_dir: Path) -> Any:
     data = getattr(config, "data", None)
     if not isinstance(data, ClassificationData) or data.decoder != "auto":
         return config
-    begun = (run_dir / CONFIG_FILE).is_file()
+    begun = (run_dir / CONFIG_FILE).is_file() and has_checkpoint(run_dir)
     found: Any = read_config(run_dir).data.decoder if begun else "auto"
     data = replace(data, decoder=found)
     return replace(config, data=replace(data, decoder=chosen_decoder(data)))

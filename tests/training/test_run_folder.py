@@ -90,6 +90,8 @@ def test_the_decoder_found_is_stored_and_kept(tmp_path, monkeypatch):
         pass
     assert read_config(tmp_path).data.decoder == "turbo"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert decoder().data.decoder == "pillow"  # The run has nothing to resume.
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"data.decoder=turbo needs simplejpeg"):
         decoder()
     pillow = dataclasses.replace(CONFIG.data, decoder="pillow")

@@ -67,8 +67,12 @@ def test_a_backbone_from_a_masked_run_gets_its_pooling_scale(task, tmp_path, mon
     told = dataclasses.replace(config, scale_from_init=False)
     assert with_scale_of_init(told, tmp_path / "new") is told
     # A resumed run does not need the masked one.
-    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "new" / "config.json").write_text(started.to_json())
+    # A start without the scale that left no checkpoint decides nothing.
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "config.json").write_text(told.to_json())
+    assert with_scale_of_init(config, tmp_path / "stopped") == started
     (tmp_path / "masked" / "config.json").unlink()
     assert with_scale_of_init(config, tmp_path / "new") == started
 
