@@ -107,7 +107,8 @@ def draw_score(axes: Axes, records: Sequence[Mapping[str, Any]], headline: Headl
     values = [v for _, _, ys in lines.values() for v in ys]
     if headline.percent:
         if values:
-            axes.set_ylim(max(0.0, min(values) - 0.05 * (1.02 - min(values))), 1.02)
+            low = max(0.0, min(values) - 0.05 * (1.02 - min(values)))
+            axes.set_ylim(low, 1 + 0.03 * (1 - low))  # 100 % is the highest tick.
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     dress(axes, headline.label, headline.title, legend="best")
     axes.set_xlabel("epoch")

@@ -74,3 +74,12 @@ def test_the_legend_covers_no_score(draw):
     box = axes.get_legend().get_window_extent()
     points = [point for line in axes.lines for point in axes.transData.transform(line.get_xydata())]
     assert len(points) >= 3 and not any(box.contains(*point) for point in points)
+
+
+@pytest.mark.parametrize("top1", [0.0, 0.5, 0.93, 0.999, 1.0])
+def test_no_tick_of_an_accuracy_is_above_all(top1):
+    axes = Figure(figsize=(4, 2.8)).subplots()
+    draw_score(axes, [{"kind": "eval", "epoch": 9, "raw_loss": 1.0, "raw_top1": top1}], HEADLINE)
+    low, high = axes.get_ylim()
+    assert low <= top1 < high and low < 1
+    assert max(tick for tick in axes.get_yticks() if low <= tick <= high) <= 1.0 + 1e-9
