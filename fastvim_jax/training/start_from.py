@@ -247,6 +247,9 @@ def fit(
                 arrays[name] = resized
                 lines.append(Line(name, "resized", f"{_grid(there)} to {_grid(here)}"))
                 continue
+            if here is not None and there is not None:  # Perhaps of the same shape by chance.
+                misfit(name, "drawn", "with a class token in one of the models only", False)
+                continue
         if array.shape != shape:
             reason = f"{_times(array.shape)} there, {_times(shape)} here"
             if part.startswith("head.") and array.shape[:-1] == shape[:-1]:
@@ -293,17 +296,21 @@ def resize_positions(
 ) -> np.ndarray | None:
     """Resample position embeddings `1 l d` to the grid of `target`, and move the row of the class token to its place.
 
-    Return None if a config is unknown, if only one of the models has a class token, or if their token orders differ.
+    If the token orders differ, the table is transposed, because an embedding belongs to a place of the image. Return
+    None if a config is unknown, or if only one of the models has a class token.
     """
-    if source is None or target is None or _order(source) != _order(target):
+    if source is None or target is None:
         return None
     rows, columns = _stored_grid(source)
     there, here = _class_row(source), _class_row(target)
     if (there is None) != (here is None) or table.shape[1] != rows * columns + (there is not None):
         return None
     grid = table if there is None else np.delete(table, there, axis=1)
+    if _order(source) != _order(target):
+        grid = grid.reshape(1, rows, columns, -1).swapaxes(1, 2).reshape(grid.shape)
+        rows, columns = columns, rows
     resized = resize_pos_embed(
-        jnp.asarray(grid, jnp.float32), _stored_grid(source), _stored_grid(target)
+        jnp.asarray(grid, jnp.float32), (rows, columns), _stored_grid(target)
     )
     if there is None or here is None:
         return np.asarray(resized)
@@ -358,7 +365,11 @@ def _grids_differ(
 ) -> bool:
     if here is None or there is None:
         return shape_there != shape_here
-    return (here.grid, _class_row(here)) != (there.grid, _class_row(there))
+    return (here.grid, _class_row(here), _order(here)) != (
+        there.grid,
+        _class_row(there),
+        _order(there),
+    )
 
 
 def _grid(config: BackboneConfig | None) -> str:

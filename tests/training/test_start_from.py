@@ -101,6 +101,34 @@ def test_positions_are_resampled_and_the_class_token_s_row_moves(rng, token):
     assert report.names("resized") == ["pos_embed"] and "3 x 4 to 6 x 2" in report.in_words()
 
 
+@pytest.mark.parametrize("size", [(12, 16), (24, 8)])
+def test_positions_keep_their_places_in_another_token_order(rng, size):
+    """A table by columns is transposed. Taken as it is, it would give places the embeddings of others."""
+    there = tiny_model(token_order="column", class_token="middle", image_size=(12, 16))
+    here = tiny_model(token_order="row", class_token="middle", image_size=size)
+    table = rng.normal(size=(1, 13, 8)).astype(np.float32)
+    by_rows = np.delete(table, 6, axis=1).reshape(1, 4, 3, 8).swapaxes(1, 2).reshape(1, 12, 8)
+    by_rows = np.insert(by_rows, 6, table[:, 6], axis=1)
+    same_order = dataclasses.replace(there, token_order="row")
+    expected = resize_positions(by_rows, same_order, here)
+    arrays = arrays_of(build(there)) | {"pos_embed": table}
+    found, report = fit(Source("s", arrays, there), shapes_of(here), config=here)
+    assert report.names("resized") == ["pos_embed"] and "token_order" in report.in_words()
+    np.testing.assert_array_equal(found["pos_embed"], expected)
+
+
+def test_positions_with_a_class_token_s_row_are_none_without(rng):
+    """Refuse them also if 12 + 1 places are as many as 13."""
+    there = tiny_model(class_token="head", image_size=(12, 16))
+    here = tiny_model(image_size=(52, 4))
+    source = Source("s", arrays_of(build(there)), there)
+    assert shapes_of(here)["pos_embed"] == source.arrays["pos_embed"].shape
+    with pytest.raises(UserError, match="pos_embed: with a class token in one"):
+        fit(source, shapes_of(here), config=here, allow=("class_token",))
+    found, _ = fit(source, shapes_of(here), config=here, allow=("class_token", "pos_embed"))
+    assert "pos_embed" not in found
+
+
 def test_a_backbone_leaves_a_larger_model_and_enters_one(arrays):
     larger = {f"backbone.{name}": value for name, value in arrays.items()}
     larger["decode_head.kernel"] = np.zeros(3)
