@@ -151,10 +151,16 @@ def _pixels(series: Any, image: bytes) -> np.ndarray:
                 opened.seek(page.index)
                 plane = np.asarray(opened)
                 alike = (plane.shape, plane.dtype.newbyteorder("=")) == (page.shape, page.dtype)
-                if not alike or page.photometric not in _PILLOW_READS:
+                if not (alike and _pillow_keeps(page)):
                     raise error from None
                 planes.append(plane)
         return np.stack(planes).reshape(series.shape)
+
+
+def _pillow_keeps(page: Any) -> bool:
+    """Return whether Pillow leaves a page's numbers as they are. It turns pages, and divides colours by their alpha."""
+    turned = page.tags.valueof("Orientation", 1) != 1
+    return page.photometric in _PILLOW_READS and not turned and 1 not in page.extrasamples
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import Any
 
@@ -110,3 +111,18 @@ def test_lzw_is_read_without_another_package(mode: str, rng: np.random.Generator
     assert np.array_equal(found, pages[0] if mode == "RGB" else np.stack(pages, axis=-1))
     with pytest.raises(DecodeError, match=r"^a: (damaged|cut short)"):
         read_channels(file.getvalue()[: len(file.getvalue()) // 2], "a")
+
+
+@pytest.mark.parametrize(("tag", "value"), [("Orientation", 3), ("ExtraSamples", 1)])
+def test_pillow_changes_no_number(tag: str, value: int, rng: np.random.Generator) -> None:
+    """Leave to imagecodecs what Pillow would turn, or divide by its transparency."""
+    if importlib.util.find_spec("imagecodecs"):
+        pytest.skip("imagecodecs is installed")
+    file, image = io.BytesIO(), rng.integers(1, 255, (6, 9, 4)).astype(np.uint8)
+    Image.fromarray(image).save(file, "TIFF", compression="tiff_lzw", tiffinfo={274: 1})
+    assert np.array_equal(read_channels(file.getvalue(), "a").pixels, image)
+    changed = io.BytesIO(file.getvalue())
+    with tifffile.TiffFile(changed, mode="r+") as opened:
+        opened.pages[0].tags[tag].overwrite(value)
+    with pytest.raises(DecodeError, match=r"^a: .*LZW.* package: pip install imagecodecs\.$"):
+        read_channels(changed.getvalue(), "a")
