@@ -98,7 +98,8 @@ def _write(file: Path, text: str) -> None:
 def _line(row: Row, columns: Columns) -> str:
     for reason in ("skipped", "failed"):
         if reason in row:
-            named = ", ".join(f"{k} {v}" for k, v in row.items() if k != reason)
+            rest = [(k, v) for k, v in row.items() if k != reason]
+            named = ", ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in rest)
             return f"{reason}: {named}: {row[reason]}"
     text = "  ".join(text(row).ljust(width) for _, width, text in columns).rstrip()
     return text if row.get("correct", True) else text + "  WRONG RESULT"

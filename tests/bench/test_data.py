@@ -60,7 +60,11 @@ def test_the_command(
     status = data([str(photos), "--image-size", "16", "--batch-size", "8", "--seconds", "0.02",
                    "--json", str(kept)])  # fmt: skip
     out = capsys.readouterr().out
-    assert status == 0 and "decode, crop and resize" in out and "skipped: what PyTorch" in out
+    assert (
+        status == 0
+        and "decode, crop and resize" in out
+        and "skipped: PyTorch DataLoader, pillow: torch" in out
+    )
     record = json.loads(kept.read_text())
     assert record["bench"] == "data" and "bench data" in record["circumstances"]["command"]
     assert len(record["rows"]) > 8

@@ -86,7 +86,7 @@ def test_scan(fastvim: Cli, tmp_path):
         assert set(row) >= named | COSTS | TIMES | {"GB_per_s", "GFLOP_per_s"}
         assert row["shape"] == [2, 3, 4] and row["fastest"] <= row["median"] <= row["slowest"]
     assert {r["implementation"] for r in record["rows"]} >= {"pallas", "mamba_ssm"}
-    assert "skipped: implementation pallas" in out and "Steps one after another" in out
+    assert "skipped: pallas: there" in out and "Steps one after another" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -244,12 +244,12 @@ def test_a_wrong_or_failed_row_shows_and_counts(capsys, tmp_path):
     columns = (("name", 4, lambda r: r["name"]), ("ms", 4, lambda r: f"{r['ms']:.1f}"))
     good, wrong = {"name": "a", "ms": 1.0}, {"name": "b", "ms": 2.0, "correct": False}
     failed = {"name": "c", "failed": "ValueError: no"}
-    skipped = {"name": "d", "skipped": "not here"}
+    skipped = {"name": "d", "size": 8, "skipped": "not here"}
     rows = record.show("x", iter([good, wrong, failed, skipped]), columns, command="c")
     out = capsys.readouterr().out.splitlines()
     assert out[1:] == [
-        "name  ms", "a     1.0", "b     2.0  WRONG RESULT", "failed: name c: ValueError: no",
-        "skipped: name d: not here",
+        "name  ms", "a     1.0", "b     2.0  WRONG RESULT", "failed: c: ValueError: no",
+        "skipped: d, size 8: not here",
     ]  # fmt: skip
     assert record.sound([good, skipped])
     assert not record.sound([wrong]) and not record.sound(rows[2:3])
