@@ -317,6 +317,8 @@ def _kind_and_splits(chosen: _Where) -> tuple[str, list[str]]:
                 f"--channels chooses files of a plate or of a pattern with {{channel}}; the source {kind} holds its "
                 "channels together."
             )
+        if len(set(chosen.channels)) < len(chosen.channels):
+            raise UsageError("--channels: name each channel once, in their order.")
         splits = [*chosen.split] or list_splits(kind, chosen.path)
         if not splits:
             raise UsageError(f"{chosen.path} holds no split of the source {kind}.")
@@ -327,7 +329,7 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
     """Open a split with whatever labels it has: `check` lists the stray ones, and `prepare` refuses them."""
     from fastvim_jax.data.sources import open_source
 
-    return open_source(
+    source = open_source(
         kind,
         split,
         path=chosen.path,
@@ -336,6 +338,11 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
         follow_links=chosen.follow_links,
         channels=chosen.channels,
     )
+    if chosen.channels and not getattr(source, "channel_names", ()):
+        raise UsageError(
+            f"--channels chooses files of one channel each; each file of {chosen.path} holds all channels of an image."
+        )
+    return source
 
 
 def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, int]]) -> Any:

@@ -79,6 +79,12 @@ def test_a_parquet_index_is_split_the_same_way_every_time(
     assert main(["data", "check", str(tables)]) == 0
     said = capsys.readouterr().out  # Once for all splits.
     assert said.count("8 images in a well without a label (A04)") == 1
+    for names, error in (
+        (["DNA"], "holds all channels of an image"),
+        (["DNA"] * 2, "each channel once"),
+    ):
+        assert main(["data", "check", str(tables), "--channels", *names]) == 2
+        assert error in capsys.readouterr().err
     with pytest.raises(UserError, match="'tran' of a jump_cp source does not exist.*'train'"):
         open_source("jump_cp", "tran", path=str(tables))
 
