@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastvim_jax.cli.compilation_cache import keep_compiled_programs
 
         keep_compiled_programs()
+    # Otherwise warnings begin with the module that gives them, because Orbax calls basicConfig.
+    logging.basicConfig(format="fastvim: %(message)s")
     # Orbax reports its routine through absl, and its errors too, with tracebacks, before it raises them.
     logging.getLogger("absl").setLevel(logging.ERROR if show_traceback else logging.CRITICAL)
     try:

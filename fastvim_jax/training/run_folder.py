@@ -191,8 +191,8 @@ def load_run(
             weights = better_weights(run_dir, config, meta["step"])
             if weights == "raw" and config.ema_decay is not None:
                 _log.warning(
-                    "%s: the trained weights of step %d are taken, since they score better than their average does yet "
-                    "(--weights ema for the average).", run_dir, meta["step"],
+                    "%s: the trained weights of step %d are taken, because they score better than their average does "
+                    "yet. Choose the weights ema to take the average.", run_dir, meta["step"],
                 )  # fmt: skip
         params = checkpoints.restore_weights(params, weights=weights, step=meta["step"])
         model_state = checkpoints.restore_model_state(model_state, step=meta["step"])

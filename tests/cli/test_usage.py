@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shlex
@@ -48,6 +49,18 @@ def test_help_needs_no_jax() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_warnings_begin_like_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begin with the command's name, not with the module's, where Orbax was imported."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    assert main(["plot", "no-such-run"]) != 0
+    capsys.readouterr()
+    logging.basicConfig()  # As Orbax does.
+    logging.getLogger("fastvim_jax.training.run_folder").warning("weights of step %d", 3)
+    assert capsys.readouterr().err == "fastvim: weights of step 3\n"
 
 
 def test_the_module_is_the_command() -> None:
