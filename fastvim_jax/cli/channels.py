@@ -52,9 +52,9 @@ def _accuracies(chosen: Arguments) -> int:
     subsets = [tuple(text.split("+")) for text in chosen.subsets] or default_subsets(names)
     changes = {} if chosen.split is None else {"eval_split": chosen.split}
     scores = score_subsets(chosen.run, subsets, weights=chosen.weights, **changes)
-    print(as_table(scores, names))
     if chosen.plot:
         draw(scores, names, chosen.plot)
+    print(as_table(scores, names))
     return 0
 
 
@@ -69,12 +69,12 @@ def _contributions(chosen: Arguments, image: Path) -> int:
     pixels = load_image(image, data)
     label, probability, found = channel_contributions(loaded.model, data, pixels)
     name = (loaded.class_names or (str(label),) * (label + 1))[label]
+    if chosen.plot:
+        draw_contributions(pixels, name, probability, found, chosen.plot)
     height, width = data.height_width
     print(
         f"{image} (centre, {height} x {width} pixels): {name}, probability {probability:.3f} with all channels"
     )
     for one in found:
         print(f"  {one.channel}: {one.without:.3f} without it, {one.alone:.3f} alone")
-    if chosen.plot:
-        draw_contributions(pixels, name, probability, found, chosen.plot)
     return 0
