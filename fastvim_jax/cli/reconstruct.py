@@ -32,7 +32,7 @@ class Arguments:
     seed: int = 0
     """Seed of the choice of patches."""
     weights: Literal["raw", "ema"] | None = None
-    """The trained weights or their average; by default the average, if the run kept one."""
+    """The trained weights or their average; by default the average, or what scored better in the run's log."""
     step: int | None = None
     """Step of the checkpoint; by default the last."""
 

@@ -34,7 +34,7 @@ def load_channel_model(source: Path | str, *, weights: str | None = None) -> tup
 
     Args:
         source: the folder of a run on `CellsData`, or of `save_pretrained`.
-        weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
+        weights: for a run, `raw` or `ema`; None: what `load_run` takes.
 
     Raises:
         UserError: there is no such folder, or its model takes other images.

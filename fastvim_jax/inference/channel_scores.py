@@ -15,6 +15,7 @@ from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.errors import UserError, require_texts, suggest
 from fastvim_jax.inference.channel_model import channel_data
+from fastvim_jax.training.channel_weights import require_places
 from fastvim_jax.training.classification.evaluation import evaluate_weights, make_eval_step
 from fastvim_jax.training.run_folder import load_run
 
@@ -48,14 +49,16 @@ def score_subsets(
     Args:
         run_dir: the run folder, of a run on `CellsData`.
         subsets: names of channels, in the order in which the model is to see them.
-        weights: `raw` or `ema`; None: the average, if the run kept one.
+        weights: `raw` or `ema`; None: what `load_run` takes.
         **changes: fields of the run's data to change, for example `eval_split`.
 
     Raises:
-        UserError: the run has no channels by name, or a name is none of them.
+        UserError: the run has no channels by name, a name is none of them, or `channel_names` has them at other places.
     """
     run = load_run(run_dir, weights=weights)
-    data = dataclasses.replace(channel_data(run.config, run_dir), **changes, eval_channels=())
+    own = channel_data(run.config, run_dir)
+    data = dataclasses.replace(own, **changes, eval_channels=())
+    require_places(own, data)
     ids = [_numbers(data, require_texts(subset, "subset")) for subset in subsets]
     graphdef, params = nnx.split(run.model)
     eval_step = make_eval_step(graphdef, preprocess=make_preprocess(data))

@@ -50,7 +50,7 @@ def export_weights(
             (the last three need PyTorch).
         to: "folder": safetensors under this library's names, config and model card, which other commands take.
             "torch": one file with the names and layouts of the authors' PyTorch code.
-        weights: for a run, `raw` or `ema`; None: the averaged weights if the run kept them.
+        weights: for a run, `raw` or `ema`; None: what `load_run` takes.
         step: for a run, the checkpoint's step or `best`; by default the latest.
         dtype: "float32", or "bfloat16" for half as many bytes.
         licence: licence of the weights, for the model card; of a saved model, by default the one that its card names.

@@ -1,4 +1,4 @@
-"""Match channels by name between the weights that a run starts from and its data."""
+"""Match channels by name between a model's weights and the data that it gets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastvim_jax.data.multichannel import spelled_as
+from fastvim_jax.errors import UserError
 from fastvim_jax.training.weights_source import Source
 
 EMBEDDING = "patch_embed.channel_embed"
@@ -52,3 +53,29 @@ def match_channels(source: Source, data: Any) -> tuple[Source, tuple[str, ...]]:
         start = "the mean of the source's embeddings" if name == EMBEDDING else "0"
         notes.append(f"weights of {', '.join(new)}, which the source lacks, begin at {start}")
     return dataclasses.replace(source, arrays=arrays), tuple(notes)
+
+
+def require_places(own: Any, data: Any) -> None:
+    """Raise UserError if a channel of the model is named at another place: it would be taken for another channel.
+
+    Other names at the same places are what other data call the channels.
+
+    Args:
+        own: what the model was trained on, perhaps with `channel_names`.
+        data: the data that it is to see, perhaps with `channel_names`.
+    """
+    there = tuple(getattr(own, "channel_names", ()))
+    names = tuple(getattr(data, "channel_names", ()))
+    here = enumerate(spelled_as(names, there))
+    if any(name in there and there.index(name) != place for place, name in here):
+        raise UserError(
+            f"data.channel_names is {', '.join(names)}, but the model's channels are {', '.join(there)}, in this "
+            "order: name all of them so. Some of them are evaluated with data.eval_channels (--data.eval-channels)."
+        )
+
+
+def common_places(own: Any, data: Any) -> list[tuple[int, int]]:
+    """Return where two data sets have each channel that both name: its place in the first, and in the second."""
+    names = tuple(getattr(data, "channel_names", ()) or ())
+    there = spelled_as(getattr(own, "channel_names", ()) or (), names)
+    return [(there.index(name), place) for place, name in enumerate(names) if name in there]

@@ -29,7 +29,7 @@ from fastvim_jax.models.parameters import (
     map_parameters,
     parameter_infos,
 )
-from fastvim_jax.training.channel_weights import match_channels
+from fastvim_jax.training.channel_weights import common_places, match_channels
 from fastvim_jax.training.steps import TrainState
 from fastvim_jax.training.weights_source import Source, read_source
 
@@ -113,12 +113,13 @@ def load_weights(
     """Load weights into a model in place, and report what became of every parameter.
 
     The model keeps its own head if the source's head has another number of classes, or if both name their classes and
-    the names differ. Position embeddings are resampled to the model's grid.
+    the names differ. Position embeddings are resampled to the model's grid. Weights of channels are taken by place, not
+    by name, because a model does not know its channels' names. Only `init` of a run matches them with the data's.
 
     Args:
         model: any model of this library.
         source: a run folder; a folder of `save_pretrained`, or `hf://owner/name`; a `.safetensors` or PyTorch file.
-        weights: for a run folder, `raw` or `ema`. By default the average (`ema`), if the run has one.
+        weights: for a run folder, `raw` or `ema`. By default what `load_run` takes.
         step: for a run folder, the checkpoint's step. By default the latest.
         class_names: the names of the model's classes, to compare with those of the source.
         allow: names of parameters that need not fit, with wildcards, e.g. `patch_embed.*`.
@@ -395,12 +396,16 @@ def _differences(here: BackboneConfig | None, there: BackboneConfig | None) -> l
 
 
 def _other_normalisation(there: Any, here: Any) -> list[str]:
-    names = ("mean", "std") if there is not None else ()
-    return [
-        f"data.{name} is {getattr(there, name)} there, {getattr(here, name)} here"
-        for name in names
-        if getattr(there, name, None) != getattr(here, name, None)
-    ]
+    """Note another mean or deviation. If both data name channels, those that they share are compared."""
+    pairs = common_places(there, here)
+    notes = []
+    for name in ("mean", "std") if there is not None else ():
+        first: Any = getattr(there, name, None)
+        second: Any = getattr(here, name, None)
+        same = all(first[i] == second[j] for i, j in pairs) if pairs else first == second
+        if not same:
+            notes.append(f"data.{name} is {first} there, {second} here")
+    return notes
 
 
 def _misfits_in_words(

@@ -46,7 +46,7 @@ def read_source(
     Args:
         source: a run folder; a folder of `save_pretrained`, or `hf://owner/name` on the Hugging Face hub; a
             `.safetensors` or PyTorch file under the authors', timm's or this library's names.
-        weights: for a run folder, `raw` or `ema`; None: the average if the run kept one.
+        weights: for a run folder, `raw` or `ema`; None: what `load_run` takes.
         step: for a run folder, the checkpoint's step; by default the latest.
 
     Raises:

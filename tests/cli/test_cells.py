@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastvim_jax.cli import channels
 from fastvim_jax.cli.main import main
 from fastvim_jax.data import CellsData
 from fastvim_jax.errors import UserError
@@ -183,8 +184,14 @@ def test_predict_names_the_commands_for_cells(
 
 @pytest.mark.drawn("commands", one_in=6)
 def test_channels_are_scored_and_an_image_is_explained(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
     plot = tmp_path / "channels.png"
     assert (
         main(
@@ -218,11 +225,19 @@ def test_channels_are_scored_and_an_image_is_explained(
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="must name one channel"):  # It was taken for all.
         score_subsets(trained, [()])
+    with pytest.raises(UserError, match="channels are Mito, ER, DNA, in this order"):
+        score_subsets(trained, [("ER",)], channel_names=("DNA", "ER", "Mito"))
     image = tmp_path / "image.npy"
     np.save(image, np.zeros((9, 9, 3), np.uint8))
     assert main(["channels", str(trained), str(image), "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     assert "image.npy (centre, 8 x 8 pixels): " in text and "with all channels" in text
+    monkeypatch.setattr("builtins.print", closed)
+    for options in ([str(image)], ["--subsets", "ER"]):
+        plot.unlink()
+        with pytest.raises(BrokenPipeError):  # As of `| head`, which has read enough.
+            channels.run([str(trained), *options, "--plot", str(plot)])
+        assert plot.exists()
 
 
 def test_tiles_lie_side_by_side_around_the_centre() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from fastvim_jax.data import CellsData, ClassificationData
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.channel_weights import EMBEDDING, KERNEL, match_channels
-from fastvim_jax.training.classification.run_scores import _require_places
+from fastvim_jax.training.channel_weights import EMBEDDING, KERNEL, match_channels, require_places
+from fastvim_jax.training.classification import run_scores
+from fastvim_jax.training.start_from import _other_normalisation
 from fastvim_jax.training.weights_source import Source
 
 
@@ -59,11 +63,35 @@ def test_without_common_names_nothing_changes(embedding: np.ndarray) -> None:
     assert found is source and "are DNA, ER, RNA there, X, Y, Z here" in notes[0]
 
 
-@pytest.mark.parametrize("names", [("ER", "DNA", "RNA"), ("ER", "RNA"), ("DNA", "RNA", "ER")])
+@pytest.mark.parametrize(
+    "names", [("ER", "DNA", "RNA"), ("ER", "RNA"), ("DNA", "RNA", "ER"), ("er", "dna")]
+)
 def test_an_evaluation_names_channels_at_the_models_places(names: tuple[str, ...]) -> None:
     """Refuse other places: the model took ER for DNA, and the scores were those of mixed-up channels."""
     own = data("DNA", "ER", "RNA")
     for same in (own, data("DNA", "ER"), data("Hoechst", "ER", "RNA"), ClassificationData()):
-        _require_places(own, same)
+        require_places(own, same)
     with pytest.raises(UserError, match=r"channels are DNA, ER, RNA, in this order.*eval_channels"):
-        _require_places(own, data(*names))
+        require_places(own, data(*names))
+
+
+def test_a_saved_model_knows_its_channels_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = SimpleNamespace(preprocessing=data("DNA", "ER"))
+    monkeypatch.setattr(run_scores, "load_pretrained", lambda _: saved)
+    with pytest.raises(UserError, match="channels are DNA, ER, in this order"):
+        run_scores._saved("folder", data("ER", "DNA"), None, ())
+
+
+def test_means_are_compared_channel_by_channel() -> None:
+    """Note no other mean where the data only have another order of channels, or one more."""
+    own = dataclasses.replace(data("DNA", "ER"), mean=(0.1, 0.2), std=(1.0, 2.0))
+    here = dataclasses.replace(
+        data("er", "Golgi", "DNA"), mean=(0.2, 0.5, 0.1), std=(2.0, 3.0, 1.0)
+    )
+    assert _other_normalisation(own, here) == []
+    other = dataclasses.replace(here, std=(2.0, 3.0, 1.5))
+    assert _other_normalisation(own, other) == [
+        "data.std is (1.0, 2.0) there, (2.0, 3.0, 1.5) here"
+    ]
+    unknown = dataclasses.replace(data("A", "B"), mean=(0.2, 0.1), std=(1.0, 2.0))
+    assert _other_normalisation(own, unknown) == ["data.mean is (0.1, 0.2) there, (0.2, 0.1) here"]

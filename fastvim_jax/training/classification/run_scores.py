@@ -17,6 +17,7 @@ from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
+from fastvim_jax.training.channel_weights import require_places
 from fastvim_jax.training.classification.config import TrainConfig
 from fastvim_jax.training.classification.evaluation import (
     ClassificationScores,
@@ -78,10 +79,10 @@ def score_run(
     load: Callable[[Any, tuple[str, ...]], _Loaded]
     if is_pretrained(run_dir):
         refuse_choice(run_dir, chosen, step)
-        load = partial(_saved, run_dir)
+        load = partial(_saved, run_dir, data)
     else:
         config = _classifier_config(run_dir)
-        _require_places(config.data, data)
+        require_places(config.data, data)
         every = ["raw"] if config.ema_decay is None else ["raw", "ema"]
         load = partial(_checkpoint, run_dir, every if chosen is None else [chosen], step)
     mesh = make_mesh()
@@ -126,21 +127,6 @@ def _classifier_config(run_dir: Path | str) -> TrainConfig:
     return config
 
 
-def _require_places(own: LabelledData, data: LabelledData) -> None:
-    """Raise UserError if a channel of the model is named at another place: it would be taken for another channel.
-
-    Other names at the same places are what other data call the channels.
-    """
-    there = tuple(getattr(own, "channel_names", ()))
-    here = tuple(getattr(data, "channel_names", ()))
-    moved = [n for n in here if n in there and here.index(n) != there.index(n)]
-    if moved:
-        raise UserError(
-            f"data.channel_names is {', '.join(here)}, but the model's channels are {', '.join(there)}, in this order: "
-            "name all of them so. Some of them are evaluated with data.eval_channels (--data.eval-channels)."
-        )
-
-
 _Loaded = tuple[dict[str, nnx.Module], tuple[str, ...], int | None]
 """Models by the name of their weights, the class names, and the step."""
 
@@ -155,9 +141,10 @@ def _checkpoint(
     return {name: each.model for name, each in runs.items()}, run.class_names, run.step
 
 
-def _saved(folder: Path | str, place: Any, names: tuple[str, ...]) -> _Loaded:
+def _saved(folder: Path | str, data: LabelledData, place: Any, names: tuple[str, ...]) -> _Loaded:
     """Load a saved model. If it does not name its classes, they are called as in the data."""
     found = load_pretrained(folder)
+    require_places(found.preprocessing, data)
     nnx.update(found.model, jax.device_put(nnx.state(found.model), place))
     classes: int = found.model.config.num_classes  # type: ignore[attr-defined]
     own = found.class_names or (names if len(names) == classes else ("",) * classes)
