@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
@@ -26,6 +27,7 @@ from fastvim_jax.layers.head import make_head
 from fastvim_jax.layers.patch_embed import GridSize, grid_of
 from fastvim_jax.layers.pooling import Pooling
 from fastvim_jax.models import saving
+from fastvim_jax.models.names import POOLS
 from fastvim_jax.models.rngs import RngsLike, as_rngs
 from fastvim_jax.models.stack import run_blocks
 from fastvim_jax.typing import Images, Tokens
@@ -222,7 +224,7 @@ class Backbone(nnx.Module):
     def get_intermediate_layers(
         self,
         images: Images,
-        n: int | Sequence[int] = 1,
+        n: int | np.integer | Sequence[int] = 1,
         *,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
@@ -238,7 +240,7 @@ class Backbone(nnx.Module):
             norm: apply the final norm.
         """
         depth = self.config.depth
-        indices = [i - n for i in range(n)] if isinstance(n, int) else list(n)
+        indices = [i - int(n) for i in range(n)] if isinstance(n, int | np.integer) else list(n)
         bad = [i for i in indices if not -depth <= i < depth]
         if bad or not indices:
             raise UserError(
@@ -279,7 +281,7 @@ class Backbone(nnx.Module):
         self._require_head("reset_classifier")
         changes: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:
-            changes["head_pool"] = {"avg": "mean"}.get(global_pool, global_pool)
+            changes["head_pool"] = POOLS.get(global_pool, global_pool)
         config = dataclasses.replace(self.config, **changes)
         self._check_head_pool(config)
         self.config = config
@@ -375,6 +377,11 @@ class Backbone(nnx.Module):
         config = self.config
         masks = (config.depth, *self._mask_axes, stream.residual.shape[0])
         p = config.precision
+        if drop_path_keep is not None and np.shape(drop_path_keep) != masks:
+            raise UserError(
+                f"drop_path_keep has shape {np.shape(drop_path_keep)}, but must have {masks}, as "
+                "draw_drop_path makes it."
+            )
         keep = keep_factors(key, drop_path_keep, config.drop_path, masks, p.wide)
         stream = stream._replace(residual=stream.residual.astype(p.residual))
         return self._run_blocks(stream, poolings, output_blocks, keep)

@@ -49,8 +49,8 @@ class Reconstruction(NamedTuple):
     """The outputs of a masked autoencoder for a batch. Letters: k kept patches, l all patches, v values of a patch.
 
     Attributes:
-        predicted: The predicted pixels of all patches, `b l v` with v = rows · columns · channels of a patch, float32
-            or wider.
+        predicted: The predicted pixels of all patches, `b l v` with v = rows · columns · channels of a patch; float32
+            or wider, with activations="compute" in the model's dtype.
         latent: The encoder's output, `b k d` (`b k+1 d` with a class token); zeros at padded places.
         masking: Tells which patches the encoder saw.
     """
@@ -155,8 +155,7 @@ class MaskedAutoencoder(nnx.Module):
             raise UserError(
                 "a ViT attends to padding: give masks that keep equally many patches of every image."
             )
-        patches = embed.cut(images)
-        patches = patches.reshape(len(images), -1, patches.shape[-1])
+        patches = jax.lax.collapse(embed.cut(images), 1, 3)
         # Embed only the kept patches, so that the encoder's cost is theirs alone.
         kept = jnp.take_along_axis(patches, masking.ids_keep[:, :, None], axis=1)
         tokens = embed.project(kept).astype(config.precision.wide)
@@ -316,6 +315,11 @@ def _check_mask(
     if given is not None and given != grid:
         raise UserError(
             f"the mask is for {given[0]} x {given[1]} patches, but the images have {grid[0]} x {grid[1]} patches."
+        )
+    if len(shape) != 2:
+        raise UserError(
+            f"the noise has shape {tuple(shape)}: give one number per patch, images x patches "
+            f"({batch}, {grid[0] * grid[1]})."
         )
     if tuple(shape) != (batch, grid[0] * grid[1]):
         raise UserError(

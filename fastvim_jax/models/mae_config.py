@@ -142,6 +142,7 @@ def replace_masked_options(
             )
     inner = {name: value for name, value in options.items() if name not in own}
     outer = {name: value for name, value in options.items() if name in own}
-    if inner:
-        outer["encoder"] = dataclasses.replace(outer.get("encoder", config.encoder), **inner)
+    given = outer.get("encoder", config.encoder)
+    if inner and isinstance(given, VisionMambaConfig | ViTConfig):  # else refused by its class
+        outer["encoder"] = dataclasses.replace(given, **inner)
     return dataclasses.replace(config, **outer)

@@ -89,7 +89,7 @@ def save_pretrained(
     class_names = require_texts(class_names, "class_names")
     check_class_names(class_names, config)
     preprocessing = preprocessing or default_preprocessing(config)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         name: np.asarray(jnp.asarray(value, dtype) if _is_float(value) else value)

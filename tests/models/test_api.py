@@ -146,6 +146,22 @@ def test_a_new_head_leaves_the_rest(images):
         small().reset_classifier(-1, rngs=0)
 
 
+def test_a_new_head_understands_timm_s_pools():
+    assert small().reset_classifier(2, "", rngs=0).config.head_pool == "all"
+    assert small().reset_classifier(2, "avg", rngs=0).config.head_pool == "mean"
+
+
+def test_blocks_and_masks_that_do_not_fit_are_refused(images):
+    model = small(drop_path=0.5)
+    assert len(model.get_intermediate_layers(images, np.int64(2))) == 2
+    with pytest.raises(UserError, match="choose 1 to 2 last blocks"):
+        model.get_intermediate_layers(images, 0)
+    # The last one would drop the same images in all blocks.
+    for shape in ((3, 2), (1, 2)):
+        with pytest.raises(UserError, match=r"but must have \(2, 2\)"):
+            model(images, drop_path_keep=jnp.ones(shape))
+
+
 def test_dense_features_count_from_either_end(images):
     model = small(out_indices=(0, -1))
     assert model.config.out_indices == (0, 1)

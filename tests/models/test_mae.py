@@ -15,7 +15,7 @@ from flax import nnx
 from fastvim_jax import UserError, create_model
 from fastvim_jax.layers.masking import masking_of, random_masking
 from fastvim_jax.models import MaskedAutoencoder, MaskedAutoencoderConfig, VisionMambaConfig
-from fastvim_jax.models.mae import backbone_parameters
+from fastvim_jax.models.mae import _check_mask, backbone_parameters
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.training.masked.loss import pixel_loss
 from pallas_kernels import gpu
@@ -275,6 +275,8 @@ def test_bad_masks_are_refused(key):
     images = jnp.zeros((2, 6, 15, 2))
     with pytest.raises(UserError, match=r"2 images of 16 patches, but .* 3 x 5 = 15"):
         model(images, noise=jnp.zeros((2, 16)))
+    with pytest.raises(UserError, match=r"noise has shape \(15,\): give one number per patch"):
+        _check_mask((15,), 2, GRID)
     removed = np.zeros((2, *GRID), bool)
     removed[:, 0] = True
     with pytest.raises(UserError, match="not both"):
@@ -313,6 +315,7 @@ def test_bad_masks_are_refused(key):
         ({"divisor": "rows"}, "divisor='rows'"),
         ({"decoder_dim": 0}, "decoder_dim=0 must be at least 1"),
         ({"decoder_dim": 10}, "decoder_dim=10 must be a multiple of 4"),
+        ({"encoder": None, "embed_dim": 8}, "encoder=None must be a VisionMambaConfig"),
         ({"encoder": VisionMambaConfig()}, "encoder.num_classes=1000"),
         ({"encoder": VisionMambaConfig(num_classes=0, drop_path=0.1)}, "encoder.drop_path=0.1"),
         ({"encoder": VisionMambaConfig(num_classes=0, pooling="attention")}, "no masked form"),
@@ -354,3 +357,8 @@ def test_masks_of_a_batch_are_the_noise_of_each_image(rng):
         np.testing.assert_array_equal(masking.ids_keep[b], wanted)
         np.testing.assert_array_equal(masking.ids_restore[b, wanted], np.arange(4))
         assert masking.removed[b].sum() == 11 and not masking.removed[b, wanted].any()
+
+
+def test_an_empty_batch_has_an_empty_reconstruction():
+    out = tiny("fastvim")(jnp.zeros((0, 6, 15, 2)), noise=jnp.zeros((0, 15)))
+    assert out.predicted.shape == (0, 15, 12) and out.latent.shape[0] == 0

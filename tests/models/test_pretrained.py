@@ -61,6 +61,13 @@ def test_every_kind_of_model_has_the_method():
         assert kind.save_pretrained is save_pretrained
 
 
+def test_a_home_folder_is_the_same_for_saving_and_loading(tmp_path, monkeypatch, saved):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert saved[1].save_pretrained("~/mine") == tmp_path / "mine"
+    same_bits(from_pretrained("~/mine"), saved[1])
+
+
 def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, saved):
     folder, model = saved
     save_pretrained(model, tmp_path, dtype="bfloat16")

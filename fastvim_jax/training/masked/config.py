@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -59,6 +60,11 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_images(self)
+        if self.normalise_pixels and math.prod(self.model.patch) * self.model.channels == 1:
+            raise UserError(
+                "normalise_pixels=True: patches of one number have no deviation to be normalised by. Take larger "
+                "patches (model.encoder.patch_size), or set normalise_pixels=False."
+            )
         for name in ("mixup", "cutmix", "random_erasing"):
             if getattr(self.data, name):
                 raise UserError(

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from fastvim_jax import UserError, save_pretrained, to_torch_state_dict
 from fastvim_jax.inference.reconstruct import reconstruct_files
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
-from fastvim_jax.models import MaskedAutoencoderConfig, build_model
+from fastvim_jax.models import MaskedAutoencoderConfig, build_model, model_config
 from fastvim_jax.models.parameters import named_parameters
 from fastvim_jax.models.saving import Preprocessing
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
@@ -266,3 +266,11 @@ def test_a_config_goes_through_json() -> None:
     assert ProbeConfig.from_json(config.to_json()) == config
     with pytest.raises(UserError, match="init is empty"):
         dataclasses.replace(config, init=None)
+
+
+def test_patches_of_one_number_cannot_be_normalised():
+    """Their variance is 0/0, and every loss would be NaN."""
+    model = model_config("mae_fastvim_tiny_patch16_224", image_size=8, patch_size=1, channels=1)
+    with pytest.raises(UserError, match=r"normalise_pixels=True: patches of one number"):
+        dataclasses.replace(CONFIG, model=model)
+    assert dataclasses.replace(CONFIG, model=model, normalise_pixels=False).model.patch == (1, 1)
