@@ -60,17 +60,18 @@ def test_a_log_without_a_line_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("draw", [draw_loss, draw_score])
-def test_the_legend_covers_no_score(draw):
+@pytest.mark.parametrize("top1", [(0.277, 0.174, 0.192), (0.3, 0.7, 0.93)])
+def test_the_legend_covers_no_score(draw, top1):
     """Draw the curves of a run that does not learn: its last loss and its last accuracy lay under the legends."""
-    found = [(5, 1.383, 0.277), (10, 1.416, 0.174), (15, 1.415, 0.192)]
+    found = zip((5, 10, 15), (1.383, 1.416, 1.415), top1, strict=True)
     records = [
-        {"kind": "eval", "epoch": epoch, "raw_loss": loss, "raw_top1": top1}
-        for epoch, loss, top1 in found
+        {"kind": "eval", "epoch": epoch, "raw_loss": loss, "raw_top1": score}
+        for epoch, loss, score in found
     ]
     records += [{"kind": "train", "epoch": 4 * i, "loss": 1.39 - 0.01 * i} for i in range(1, 4)]
     axes = Figure(figsize=(4, 2.8)).subplots()
     draw(axes, records, HEADLINE)
-    axes.figure.canvas.draw()
+    axes.figure.draw_without_rendering()
     box = axes.get_legend().get_window_extent()
     points = [point for line in axes.lines for point in axes.transData.transform(line.get_xydata())]
     assert len(points) >= 3 and not any(box.contains(*point) for point in points)
