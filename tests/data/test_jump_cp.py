@@ -79,6 +79,8 @@ def test_a_parquet_index_is_split_the_same_way_every_time(
     assert main(["data", "check", str(tables)]) == 0
     said = capsys.readouterr().out  # Once for all splits.
     assert said.count("8 images in a well without a label (A04)") == 1
+    assert main(["data", "prepare", str(tables), "--out", str(tables / "shards")]) == 0
+    assert capsys.readouterr().out.count("8 images in a well without a label (A04)") == 1
     for names, error in (
         (["DNA"], "holds all channels of an image"),
         (["DNA"] * 2, "each channel once"),

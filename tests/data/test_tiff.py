@@ -40,7 +40,7 @@ def test_pages_written_one_by_one_are_channels(pixels: np.ndarray) -> None:
     assert stack is not None and np.array_equal(stack.pixels, pixels)
 
 
-@pytest.mark.parametrize("kind", ["sizes", "dtypes", "scenes"])
+@pytest.mark.parametrize("kind", ["sizes", "dtypes", "scenes", "grey scenes"])
 def test_a_file_of_several_images_is_refused(kind: str, pixels: np.ndarray) -> None:
     """Name how many it holds: the first one was read, and scenes of OME lost their channels' names."""
     plane = pixels[..., 0]
@@ -50,6 +50,7 @@ def test_a_file_of_several_images_is_refused(kind: str, pixels: np.ndarray) -> N
         "sizes": tiff((plane, {}), (plane[:3], {})),
         "dtypes": tiff((plane, {}), (plane.astype(np.uint8), {})),
         "scenes": tiff(scene, scene, ome=True),
+        "grey scenes": tiff((plane, {}), (plane, {}), ome=True),
     }[kind]
     with pytest.raises(SeveralImages, match=r"^a: the file holds 2 images, of shape .*: save one"):
         read_channels(data, "a")
@@ -58,9 +59,10 @@ def test_a_file_of_several_images_is_refused(kind: str, pixels: np.ndarray) -> N
 def test_thumbnails_are_no_images(pixels: np.ndarray) -> None:
     """Leave a reduced copy out, and a grey photograph with a second page of another size to its own readers."""
     plane = pixels[..., 0]
-    reduced = (plane[::2, ::2], {"subfiletype": 1, "metadata": None})
-    found = read_channels(tiff((plane, {"metadata": None}), reduced), "a")
-    assert np.array_equal(found.pixels[..., 0], plane)
+    for small in (plane[::2, ::2], plane[:2, :5]):  # tifffile takes the first one for a pyramid.
+        reduced = (small, {"subfiletype": 1, "metadata": None})
+        found = read_channels(tiff((plane, {"metadata": None}), reduced), "a")
+        assert np.array_equal(found.pixels[..., 0], plane)
     assert as_stack(tiff((plane, {}), (plane[::2, ::2], {})), "a") is None
 
 
@@ -71,6 +73,13 @@ def test_depth_and_time_are_no_channels(axis: str, what: str, pixels: np.ndarray
     options = {"metadata": {"axes": f"{axis}YX", "Channel": {"Name": ["DNA"]}}}
     with pytest.raises(DecodeError, match=rf"^a: by its OME metadata the file holds {what}"):
         read_channels(tiff((planes, options), ome=True), "a")
+
+
+def test_planes_of_imagej_are_channels(pixels: np.ndarray) -> None:
+    """Read a stack that ImageJ saved: it calls planes slices in depth where nobody named them."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.moveaxis(pixels, -1, 0), imagej=True, metadata={"axes": "ZYX"})
+    assert np.array_equal(read_channels(file.getvalue(), "a").pixels, pixels)
 
 
 def test_names_of_an_ome_set_count_where_all_its_images_agree(pixels: np.ndarray) -> None:
@@ -92,7 +101,7 @@ def test_names_of_an_ome_set_count_where_all_its_images_agree(pixels: np.ndarray
         assert np.array_equal(found.pixels, pixels)
         return found.names
 
-    assert read(own, own) == tuple(own)
+    assert read(own, own) == read([" A", "B", "C"]) == tuple(own)
     assert read(own, other) == ()
 
 
