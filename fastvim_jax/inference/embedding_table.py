@@ -79,9 +79,7 @@ def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
             f"{', '.join(table.metadata)}. Name them in --pattern."
         )
     groups: dict[tuple[str, ...], list[int]] = {}
-    for row in range(len(table.features)):
-        written = ((key, table.metadata[key][row]) for key in keys)
-        group = tuple(same_well(value) if key == "well" else value for key, value in written)
+    for row, group in enumerate(_groups_of_rows(table, keys)):
         groups.setdefault(group, []).append(row)
     metadata = []
     for group, rows in groups.items():
@@ -94,14 +92,20 @@ def aggregate(table: Embeddings, by: Sequence[str]) -> Embeddings:
 
 def averaged_over(table: Embeddings, by: Sequence[str]) -> list[str]:
     """List the columns that differ between rows which `by` puts together, but for those that number a well's fields."""
-    keys = [table.metadata[key] for key in by if key in table.metadata]
-    groups = list(zip(*keys, strict=True))
+    groups = _groups_of_rows(table, [key for key in by if key in table.metadata])
     expected = {*by, *ADDED, "site", "field", "id", "file"}
     return [
         name
         for name, values in table.metadata.items()
         if name not in expected and len({*zip(groups, values, strict=True)}) > len({*groups})
     ]
+
+
+def _groups_of_rows(table: Embeddings, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return each row's values in the columns `keys`, with one name for a well however it is written."""
+    columns = [table.metadata[key] for key in keys]
+    wells = [map(same_well, c) if k == "well" else c for k, c in zip(keys, columns, strict=True)]
+    return list(zip(*wells, strict=True))
 
 
 def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddings:
@@ -116,11 +120,11 @@ def normalise_to_controls(table: Embeddings, controls: Sequence[str]) -> Embeddi
     """
     plates = table.metadata.get("plate", [""] * len(table.features))
     require_controls(table.metadata.get("well", ()), plates, controls)
+    wanted = {same_well(well) for well in controls}
+    inside = np.array([same_well(well) in wanted for well in table.metadata["well"]])
     features = np.empty_like(table.features)
     for plate in dict.fromkeys(plates):
         rows = np.array([p == plate for p in plates])
-        wanted = {same_well(well) for well in controls}
-        inside = np.array([same_well(well) in wanted for well in table.metadata["well"]])
         reference = table.features[rows & inside]
         median = np.median(reference, axis=0)
         deviation = MAD_TO_DEVIATION * np.median(np.abs(reference - median), axis=0)

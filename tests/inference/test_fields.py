@@ -76,6 +76,8 @@ def test_sites_of_a_plate_keep_their_columns_and_are_corrected(
     )
     with pytest.raises(DecodeError, match="the channel DNA is missing"):
         read_field(second, DATA, ["DNA"], {}, "full")
+    small = dataclasses.replace(DATA, channel_names=("dna", "Er", "Mito"))
+    assert np.array_equal(read_field(first, small, None, {}, "full")[0], halves)
     (plate / "r02c07f01p01-ch0.npy").write_bytes(b"cut")
     found, ids = read_field(first, DATA, ["DNA"], {}, "full")
     assert ids == (0,) and np.array_equal(found, halves[..., :1])  # ER is damaged, and not needed.
@@ -223,6 +225,8 @@ def test_what_else_wells_are_averaged_over_is_said() -> None:
     assert averaged_over(table, ("plate", "well")) == []
     metadata["day"] = ["1", "2", "2"]
     assert averaged_over(table, ("plate", "well")) == ["day"]
+    metadata["well"] = ["A01", "A1", "A02"]
+    assert averaged_over(table, ("plate", "well")) == ["day"]
 
 
 def test_a_well_is_one_however_it_is_written(rng: np.random.Generator) -> None:
@@ -275,7 +279,9 @@ def test_a_plot_of_one_row_names_two_components(
     assert drawn == ["component 2 (0 % of the variance)"]
 
 
-def test_channels_in_front_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
+def test_channels_in_front_are_named(
+    tmp_path: Path, pixels: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Say what to do about arrays of channels, height and width, which PyTorch's users save."""
     np.save(tmp_path / "a.npy", np.moveaxis(pixels, -1, 0))
     (field,) = find_fields([tmp_path / "a.npy"], None)
@@ -283,3 +289,7 @@ def test_channels_in_front_are_named(tmp_path: Path, pixels: np.ndarray) -> None
         read_field(field, DATA, None, {}, "full")
     with pytest.raises(DecodeError, match="8 channels, but data.channels is 3.* The first axis"):
         load_image(tmp_path / "a.npy", DATA)
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "a.npy").rename(tmp_path / "train" / "x" / "a.npy")
+    assert main(["data", "stats", str(tmp_path), "--channels", *DATA.channel_names]) == 1
+    assert "save arrays as height, width, channels" in capsys.readouterr().err
