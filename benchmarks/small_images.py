@@ -85,7 +85,7 @@ def load() -> dict[str, list[dict[str, Any]]]:
         record = json.loads(path.read_text())
         runs[record["experiment"]].append(record)
     order = [f"{data}/{name}" for data in DATA for name in NAMES]
-    return {name: runs[name] for name in order if name in runs}
+    return dict(sorted(runs.items(), key=lambda item: order.index(item[0])))
 
 
 def scores(runs: list[dict[str, Any]]) -> list[float]:
