@@ -130,6 +130,7 @@ def draw(scores: Sequence[SubsetScore], names: Sequence[str], picture: Path | st
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     highest = max([*by_channels.values(), 1.0])
     axes.set(ylabel="top-1 %", title="Which channel matters", ylim=(0, 1.35 * highest))
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
     axes.legend(fontsize=8, loc="upper right")  # The room above the bars is for it.
     figure.savefig(picture, dpi=120)
     plt.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastvim_jax.data import CellsData, DecodeError
 from fastvim_jax.data.cells import load_image
 from fastvim_jax.data.sources import plate_images
 from fastvim_jax.errors import UserError
+from fastvim_jax.inference.channel_scores import SubsetScore, draw
 from fastvim_jax.inference.embed import describe_channels, draw_embeddings
 from fastvim_jax.inference.embedding_table import (
     Embeddings,
@@ -277,6 +279,19 @@ def test_a_plot_of_one_row_names_two_components(
     monkeypatch.setattr(plt, "close", lambda f: (drawn.append(f.axes[0].get_ylabel()), close(f)))
     draw_embeddings(Embeddings({}, np.ones((1, 3), np.float32)), None, tmp_path / "one.png")
     assert drawn == ["component 2 (0 % of the variance)"]
+
+
+def test_a_plot_of_channels_shows_no_more_than_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda f: (figures.append(f), close(f)))
+    scores = [SubsetScore(names, 9, 0.95, 0.1) for names in (("A", "B"), ("A",), ("B",))]
+    draw(scores, ("A", "B"), tmp_path / "channels.png")
+    (axes,) = figures[0].axes
+    assert max(axes.get_yticks()) == 100 and axes.get_ylim()[1] > 120  # Room for the legend.
 
 
 def test_channels_in_front_are_named(
