@@ -13,7 +13,7 @@ from PIL import Image
 from fastvim_jax.data import DecodeError
 from fastvim_jax.data.multichannel import read_channels
 from fastvim_jax.data.stacks import as_stack
-from fastvim_jax.data.tiff import SeveralImages
+from fastvim_jax.data.tiff import SeveralImages, _ome_names
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -135,3 +135,10 @@ def test_pillow_changes_no_number(tag: str, value: int, rng: np.random.Generator
         opened.pages[0].tags[tag].overwrite(value)
     with pytest.raises(DecodeError, match=r"^a: .*LZW.* package: pip install imagecodecs\.$"):
         read_channels(changed.getvalue(), "a")
+
+
+def test_names_with_entities_are_none() -> None:
+    """An entity may stand for itself many times over, and fill the memory."""
+    image = '<OME><Image><Pixels><Channel Name="{}"/></Pixels></Image></OME>'
+    assert _ome_names(image.format("DNA")) == ("DNA",)
+    assert _ome_names('<!DOCTYPE OME [<!ENTITY a "DNA">]>' + image.format("&a;")) == ()
