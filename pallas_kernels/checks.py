@@ -40,6 +40,21 @@ def expect_shape(
         )
 
 
+def float_dtype(operation: str, name: str, dtype: Any) -> jnp.dtype:
+    """Return `dtype` as a dtype of floats.
+
+    Raises:
+        ValueError: it is none; the message names the operation and the argument.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"{operation}: {name} must be a dtype of floats, got {dtype!r}")
+    return found
+
+
 def expect_counts(operation: str, **counts: Any) -> None:
     """Raise ValueError unless every count is a positive Python integer."""
     for name, count in counts.items():

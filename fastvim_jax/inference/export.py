@@ -48,7 +48,7 @@ def export_classifier(
         source: a trained classifier, from `load_run` or `load_pretrained`.
         file: the `.npz` file to write.
         fast: use the GPU kernels; otherwise the program is portable.
-        batch: images per call. None allows any number; only a portable program can do that.
+        batch: images per call. None allows any number from 1 on; only a portable program can do that.
 
     Returns:
         The description (the file's entry `about`).

@@ -26,7 +26,7 @@ from pallas_kernels.checks import expect_counts
 from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import xla
-from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
+from pallas_kernels.mixer_core.checks import CheckedMiddle, check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.types import CoreOptions, Directions, Norm
 from pallas_kernels.moves import move_tokens
@@ -110,7 +110,7 @@ def mixer_core(
         The input of out_proj, `b l e` in xz's dtype.
 
     Raises:
-        ValueError: shapes do not fit, or method or implementation is unknown.
+        ValueError: shapes do not fit, also those that `middle` returns, or method or implementation is unknown.
         NotImplementedError: implementation is "pallas", but the kernels cannot run here.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -133,6 +133,7 @@ def mixer_core(
         raise ValueError(f"mixer_core: xz {xz.shape} (b l 2e) must hold {size} tokens")
     if xz.shape[0] == 0:  # no kernel takes an empty batch
         return jnp.zeros((*xz.shape[:2], xz.shape[2] // 2), xz.dtype)
+    middle = CheckedMiddle("mixer_core", middle)
     width = xz.shape[2] // 2
     padding = missing_channels(width)
     options = CoreOptions(

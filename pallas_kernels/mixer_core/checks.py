@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.checks import as_floats, expect_shape
 from pallas_kernels.mixer_core.types import NORM_KINDS
@@ -14,6 +17,25 @@ def expect_norm_kind(operation: str, kind: str) -> None:
     """Raise ValueError if `kind` is not one of `NORM_KINDS`."""
     if kind not in NORM_KINDS:
         raise ValueError(f"{operation}: norm_kind must be one of {NORM_KINDS}; got {kind!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedMiddle:
+    """Apply a core's `middle`, and check what it returns. Otherwise an axis of one would be repeated without a word."""
+
+    operation: str
+    middle: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+
+    def __call__(self, params: Any, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Map u `2 b s e` to a pair of y `b s e`; raise ValueError unless they have this shape."""
+        y = self.middle(params, u)
+        given = [jnp.shape(each) for each in y] if isinstance(y, tuple | list) else jnp.shape(y)
+        if given != [u.shape[1:]] * 2:
+            raise ValueError(
+                f"{self.operation}: middle must return a pair of arrays of shape {u.shape[1:]} for u {u.shape}, "
+                f"got {given}"
+            )
+        return y[0], y[1]
 
 
 def check_arrays(

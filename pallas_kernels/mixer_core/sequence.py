@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import gpu
 from pallas_kernels.dtypes import wide_dtype
 from pallas_kernels.mixer_core import sequence_xla
-from pallas_kernels.mixer_core.checks import check_arrays, expect_norm_kind
+from pallas_kernels.mixer_core.checks import CheckedMiddle, check_arrays, expect_norm_kind
 from pallas_kernels.mixer_core.narrow import Narrowed, missing_channels, widen_call
 from pallas_kernels.mixer_core.sequence_xla import Convolutions
 from pallas_kernels.mixer_core.types import Norm
@@ -64,7 +64,7 @@ def sequence_core(
         The input of out_proj, `b l e` in xz's dtype.
 
     Raises:
-        ValueError: shapes do not fit, or implementation is unknown.
+        ValueError: shapes do not fit, also those that `middle` returns, or implementation is unknown.
         NotImplementedError: implementation is "pallas", but the kernels cannot run here.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -78,7 +78,7 @@ def sequence_core(
     width = xz.shape[2] // 2
     padding = missing_channels(width)
     wide = functools.partial(widen_call, padding=padding)
-    rounded = _Rounded(middle, xz.dtype)
+    rounded = _Rounded(CheckedMiddle("sequence_core", middle), xz.dtype)
 
     def run(xz, convolutions, norm):
         always = _Stages("always", float(eps), padding, norm_kind)

@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.checks import as_floats, expect_shape
+from pallas_kernels.checks import as_floats, expect_shape, float_dtype
 from pallas_kernels.derivatives import differentiated_as
 from pallas_kernels.patch_embed import xla
 from pallas_kernels.sharding import on_cuda, per_shard
@@ -65,7 +64,10 @@ def embed_patches(
         raise ValueError(f"embed_patches: {beside} must hold whole patches of {p} x {q} pixels")
     grid = (height // p, width // q, outputs)
     expect_shape("embed_patches", "table", table, "rows columns d", grid, beside)
-    options: dict[str, Any] = {"stream": jnp.dtype(stream), "eps": float(eps)}
+    options: dict[str, Any] = {
+        "stream": float_dtype("embed_patches", "stream", stream),
+        "eps": float(eps),
+    }
     step_by_step: Callable = functools.partial(xla.embed, **options)
 
     def reason():

@@ -113,6 +113,7 @@ def selective_scan(
         NotImplementedError: the named implementation does not support these arguments.
     """
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    u, A = inputs.u, inputs.A
     if u.shape[0] == 0:  # Kernels and loops do not accept an empty batch.
         y, last_state = jnp.zeros(u.shape, u.dtype), jnp.zeros((0, *A.shape), inputs.wide_dtype)
         return (y, last_state) if return_last_state else y

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.checks import as_floats
+from pallas_kernels.checks import as_floats, float_dtype
 from pallas_kernels.selective_scan import implementations
 from pallas_kernels.selective_scan.api import _inputs
 from pallas_kernels.selective_scan.chunks import chunk_length
@@ -60,6 +60,8 @@ def bidirectional_scan(
             raise ValueError(
                 f"bidirectional_scan: the first axis of {name} must be the two directions (2), got shape {x.shape}"
             )
+    if y_dtype is not None:
+        y_dtype = float_dtype(NAME, "y_dtype", y_dtype)
     if arrays["u"].ndim == 4 and arrays["u"].shape[1] == 0:
         nothing = jnp.zeros(arrays["u"].shape[1:], arrays["u"].dtype)
         nothing = nothing.astype(y_dtype or nothing.dtype)
@@ -78,6 +80,6 @@ def bidirectional_scan(
         reverse=False,
         return_last_state=False,
         chunk=chunk_length(inputs.u.shape[2]),
-        y_dtype=None if y_dtype is None else jnp.dtype(y_dtype),
+        y_dtype=y_dtype,
     )
     return run(inputs, options)[0]

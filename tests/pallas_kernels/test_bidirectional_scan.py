@@ -123,6 +123,14 @@ def test_wrong_shapes(change, message):
         inspect.unwrap(bidirectional_scan)(**arrays)
 
 
+def test_outputs_are_floats():
+    """Refuse integers, to which y would be cut, and names of no dtype."""
+    u, weights = jnp.ones((2, 1, 3, 4)), jnp.ones((2, 1, 3, 2))
+    for wrong in ("int32", "floot32"):
+        with pytest.raises(ValueError, match=f"y_dtype must be a dtype of floats, got '{wrong}'"):
+            bidirectional_scan(u, u, -jnp.ones((2, 4, 2)), weights, weights, y_dtype=wrong)
+
+
 def test_names():
     args = draw(np.random.default_rng(0), 1, 2, 3, 1)
     with pytest.raises(

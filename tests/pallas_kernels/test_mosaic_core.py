@@ -377,6 +377,10 @@ def test_bad_calls():
     (xz, *rest), _ = draw(np.random.default_rng(0), 1, 3, 3, 4)
     with pytest.raises(ValueError, match="must hold 3 x 4 tokens"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=4)
+    # One channel would be repeated over all of them.
+    for wrong in (lambda _, u: (u[0, :, :, :1], u[1]), lambda _, u: u[0]):
+        with pytest.raises(ValueError, match="middle must return a pair of arrays of shape"):
+            mixer_core(xz, *rest, middle=wrong, rows=3, columns=3)
     with pytest.raises(ValueError, match="method must be one of"):
         mixer_core(xz, *rest, middle=middle, rows=3, columns=3, method="median")
     with pytest.raises(ValueError, match="norm_kind must be one of"):

@@ -179,6 +179,8 @@ def test_bad_calls():
     (xz, *rest), _ = draw(np.random.default_rng(0), 1, 3, 4)
     with pytest.raises(ValueError, match="twice the 4 channels"):
         sequence_core(xz[..., :6], *rest, middle=middle)
+    with pytest.raises(ValueError, match="middle must return a pair of arrays of shape"):
+        sequence_core(xz, *rest, middle=lambda _, c: (c[0, :, :, :1], c[1]))
     with pytest.raises(ValueError, match="implementation must be one of"):
         sequence_core(xz, *rest, middle=middle, implementation="cuda")
     with pytest.raises(NotImplementedError, match="cannot run here"):

@@ -209,10 +209,15 @@ def test_gradients_hold_no_kernel():
         ({"images": (8, 33, 32, 3)}, "whole patches of 4 x 16"),
         ({"table": (8, 3, 64)}, "table must have shape"),
         ({"implementation": "cuda"}, "implementation must be one of"),
+        ({"stream": "int32"}, "stream must be a dtype of floats, got 'int32'"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     shapes = {"images": (8, 32, 32, 3), "weight": (4, 16, 3, 64), "table": (8, 2, 64)}
     arrays = {name: jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
-        embed_patches(**arrays, implementation=change.get("implementation", "auto"))
+        embed_patches(
+            **arrays,
+            implementation=change.get("implementation", "auto"),
+            stream=change.get("stream", "float32"),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +191,10 @@ def test_chunks_cover_the_sequence_with_little_padding(length: int):
     chunks = -(-length // chunk)
     assert length <= chunks * chunk < length + chunks
     assert chunk <= max(64, length**0.5) and (chunks == 1) == (length <= 64)
+
+
+def test_lists_are_arrays():
+    u, A, B = jnp.ones((1, 3, 2)), -jnp.ones((2, 4)), jnp.ones((1, 3, 4))
+    scan = inspect.unwrap(selective_scan)  # without the tests' check of annotations
+    listed = [np.asarray(x).tolist() for x in (u, u, A, B, B)]
+    np.testing.assert_array_equal(scan(*listed), scan(u, u, A, B, B))
