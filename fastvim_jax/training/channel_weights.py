@@ -29,6 +29,9 @@ def match_channels(source: Source, data: Any) -> tuple[Source, tuple[str, ...]]:
 
     Returns:
         The source for the data's channels, and notes.
+
+    Raises:
+        UserError: several channels of the source have the name of one channel here, but for capitals.
     """
     here = tuple(getattr(data, "channel_names", ()) or ())
     there = spelled_as(getattr(source.data, "channel_names", ()) or (), here)
@@ -41,6 +44,11 @@ def match_channels(source: Source, data: Any) -> tuple[Source, tuple[str, ...]]:
     if not known:
         return source, (
             f"the channels are {', '.join(there)} there, {', '.join(here)} here: weights are taken in this order",
+        )
+    if twice := [channel for channel in known if there.count(channel) > 1]:
+        raise UserError(
+            f"several channels of the weights are called {twice[0]}, but for capitals "
+            f"({', '.join(source.data.channel_names)}): which of them it is cannot be told."
         )
     missing = array.mean(axis=0) if name == EMBEDDING else np.zeros_like(array[:, :, 0])
     parts = [
@@ -64,13 +72,11 @@ def require_places(own: Any, data: Any) -> None:
         own: what the model was trained on, perhaps with `channel_names`.
         data: the data that it is to see, perhaps with `channel_names`.
     """
-    there = tuple(getattr(own, "channel_names", ()))
-    names = tuple(getattr(data, "channel_names", ()))
-    here = enumerate(spelled_as(names, there))
-    if any(name in there and there.index(name) != place for place, name in here):
+    if any(there != here for there, here in common_places(own, data)):
         raise UserError(
-            f"data.channel_names is {', '.join(names)}, but the model's channels are {', '.join(there)}, in this "
-            "order: name all of them so. Some of them are evaluated with data.eval_channels (--data.eval-channels)."
+            f"data.channel_names is {', '.join(data.channel_names)}, but the model's channels are "
+            f"{', '.join(own.channel_names)}, in this order: name all of them so. Some of them are evaluated with "
+            "data.eval_channels (--data.eval-channels)."
         )
 
 

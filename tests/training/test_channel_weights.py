@@ -43,6 +43,12 @@ def test_embeddings_follow_their_channels(embedding: np.ndarray, rng: np.random.
     assert np.array_equal(found.arrays[EMBEDDING], embedding[1:2]) and len(notes) == 1
 
 
+def test_a_channel_that_could_be_two_is_refused(embedding: np.ndarray) -> None:
+    source = Source("a", {EMBEDDING: embedding}, data=data("dna", "ER", "DNA"))
+    with pytest.raises(UserError, match=r"are called DNA, but for capitals \(dna, ER, DNA\)"):
+        match_channels(source, data("ER", "DNA"))
+
+
 def test_kernels_of_all_channels_follow_them_too(rng: np.random.Generator) -> None:
     kernel = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
     source = Source("a", {KERNEL: kernel}, data=data("DNA", "ER", "RNA"))
