@@ -167,10 +167,7 @@ def _check(arguments: Sequence[str]) -> int:
             if report.absent:
                 have = counted(report.absent, "class has", "classes have")
                 print(f"  note: {have} no record in this part of the data")
-            for note in report.notes:
-                if note not in said:  # Notes of the whole data set come with each of its splits.
-                    print(f"  note: {note}")
-                said.add(note)
+            _say_once(report.notes, said)
             for problem in report.problems[: chosen.list]:
                 print(f"  {problem.kind}: {problem.message}")
             if len(report.problems) > chosen.list:
@@ -240,10 +237,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     said: set[str] = set()
     for split in splits:
         source = _open(chosen, kind, split)
-        for note in getattr(source, "notes", ()):
-            if note not in said:  # Notes of the whole data set come with each of its splits.
-                print(f"  note: {note}")
-            said.add(note)
+        _say_once(getattr(source, "notes", ()), said)
         # A plate's splits are named after the kind of plate: "crispr/train".
         whole, bracket, part = split.partition("[")
         split = whole.rpartition("/")[2] + bracket + part if kind == "jump_cp" else split
@@ -343,6 +337,14 @@ def _open(chosen: _Where, kind: str, split: str) -> Any:
             f"--channels chooses files of one channel each; each file of {chosen.path} holds all channels of an image."
         )
     return source
+
+
+def _say_once(notes: Sequence[str], said: set[str]) -> None:
+    """Print the notes that were not said yet: those of the whole data set come with each of its splits."""
+    for note in notes:
+        if note not in said:
+            print(f"  note: {note}")
+        said.add(note)
 
 
 def _as_json(kind: str, reports: dict[str, Any], shared: list[tuple[str, str, int]]) -> Any:
