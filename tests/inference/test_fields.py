@@ -270,27 +270,25 @@ def test_rows_of_one_site_are_told_apart(plate: Path) -> None:
     ]
 
 
-def test_a_plot_of_one_row_names_two_components(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plt = pytest.importorskip("matplotlib.pyplot")
-    drawn: list[str] = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", lambda f: (drawn.append(f.axes[0].get_ylabel()), close(f)))
-    draw_embeddings(Embeddings({}, np.ones((1, 3), np.float32)), None, tmp_path / "one.png")
-    assert drawn == ["component 2 (0 % of the variance)"]
-
-
-def test_a_plot_of_channels_shows_no_more_than_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the figures that are drawn and closed."""
     plt = pytest.importorskip("matplotlib.pyplot")
     figures: list[Any] = []
     close = plt.close
     monkeypatch.setattr(plt, "close", lambda f: (figures.append(f), close(f)))
+    return figures
+
+
+def test_a_plot_of_one_row_names_two_components(tmp_path: Path, drawn: list[Any]) -> None:
+    draw_embeddings(Embeddings({}, np.ones((1, 3), np.float32)), None, tmp_path / "one.png")
+    assert drawn[0].axes[0].get_ylabel() == "component 2 (0 % of the variance)"
+
+
+def test_a_plot_of_channels_shows_no_more_than_all(tmp_path: Path, drawn: list[Any]) -> None:
     scores = [SubsetScore(names, 9, 0.95, 0.1) for names in (("A", "B"), ("A",), ("B",))]
     draw(scores, ("A", "B"), tmp_path / "channels.png")
-    (axes,) = figures[0].axes
+    (axes,) = drawn[0].axes
     assert max(axes.get_yticks()) == 100 and axes.get_ylim()[1] > 120  # Room for the legend.
 
 
