@@ -62,6 +62,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         *(_row(S), _row(S, "data 2"), _row(S, "fsdp 2")),
         *(_row(B), _row(B, "data 2"), _row(B, "fsdp 2")),
         _row(S, gpus="1", after=0),
+        _row(B, gpus="1", after=3),
     ],
     "four": [
         _row(S),
@@ -147,6 +148,46 @@ class Worker:
             assert self._process.stdin is not None
             self._process.stdin.close()
         self._log.close()
+
+
+class Clocks:
+    """Watch clock and power of all GPUs with nvidia-smi: a GPU at its power limit lowers its clock by itself."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int, float, float]] = []
+        self._process: subprocess.Popen[str] | None = None
+        query = "--query-gpu=index,clocks.sm,power.draw.instant"
+        with contextlib.suppress(FileNotFoundError):  # no GPU here
+            self._process = subprocess.Popen(
+                ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "50"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                gpu, clock, power = map(float, line.split(","))
+                self._seen.append((time.monotonic(), int(gpu), clock, power))
+
+    def since(self, begin: float) -> dict[str, dict[str, float]]:
+        """Return, by GPU, the mean clock in MHz and the mean power in W since `begin`, of `time.monotonic`."""
+        seen = [each for each in self._seen if each[0] >= begin]
+        return {
+            str(gpu): {
+                "mhz": round(statistics.mean(each[2] for each in seen if each[1] == gpu)),
+                "watts": round(statistics.mean(each[3] for each in seen if each[1] == gpu)),
+            }
+            for gpu in sorted({each[1] for each in seen})
+        }
+
+    def end(self) -> None:
+        """Stop watching."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def visible(gpus: str) -> str:
@@ -302,6 +343,7 @@ class Bench:
         self._answers: queue.Queue[Any] = queue.Queue()
         self._workers: dict[int, Worker] = {}
         self._circumstances: dict[str, Any] = {}
+        self._clocks = Clocks()
         out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -319,11 +361,13 @@ class Bench:
             for i in main[2:]:
                 self._measure(i, "profile")
             alone = [i for i in ready if "after" in self._rows[i]]
-            if alone:
-                self._together([self._rows[alone[0]]["after"], *alone])
+            for first in sorted({self._rows[i]["after"] for i in alone}):
+                same = [i for i in alone if self._rows[i]["after"] == first]
+                self._together([first, *same])
         finally:
             for worker in self._workers.values():
                 worker.end()
+            self._clocks.end()
 
     def _left(self) -> float:
         return self._end - time.monotonic()
@@ -384,6 +428,7 @@ class Bench:
         self._collect(set(chosen), "time", "together_ms")
 
     def _collect(self, asked: set[int], command: str, name: str = "times_ms") -> None:
+        begin = time.monotonic()
         while asked and self._left() > 0:
             found = self._next(1.0)
             if found is None:
@@ -399,12 +444,14 @@ class Bench:
                 values = answer["time"]
                 row.setdefault(name, []).append([round(ms, 4) for ms in values["ms"]])
                 row["queued_ms"] = values["queued_ms"]
+                row.setdefault(name.replace("_ms", "_clocks"), []).append(self._clocks.since(begin))
                 if name == "times_ms":
                     row["ms"] = statistics.median(ms for each in row[name] for ms in each)
                     row["images_per_s_of_a_device"] = 1e3 * row["batch"] / row["ms"]
                 median = statistics.median(values["ms"])
                 print(
-                    f"{self._name(i)}: {median:.3f} ms ({name}), queued {values['queued_ms']:.2f}",
+                    f"{self._name(i)}: {median:.3f} ms ({name}), queued {values['queued_ms']:.2f}"
+                    f" {self._clocks.since(begin)}",
                     flush=True,
                 )
             else:
