@@ -234,7 +234,7 @@ class Checkpoints:
             raise self._failed(error) from error
         step, self._saving = self._saving, None
         if not self._read_back:
-            self._read(step, params=ocp.args.StandardRestore(self._shapes))
+            self._read_params(step)
             self._read_back = True
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
@@ -345,8 +345,23 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds of errors for damage.
-            first = str(error).strip().splitlines()[:1]
-            raise self.damaged(step, f"{type(error).__name__}: {''.join(first)}") from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        first = str(error).strip().splitlines()[:1]
+        return self.damaged(step, f"{type(error).__name__}: {''.join(first)}")
+
+    def _read_params(self, step: int) -> None:
+        """Read the parameters back as they lie on this process's devices, without a word to the other processes.
+
+        The manager's own `restore` makes all devices wait for each other. Processes end a save in the background at
+        different steps, so the one that came first would wait for a device that waits for its next step: both forever.
+        """
+        item = self.directory / str(step) / "params"
+        try:
+            ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(self._shapes))
+        except Exception as error:  # as in `_read`
+            raise self._unreadable(step, error) from error
 
     def _refuse_other_model(self, step: int, meta: Mapping[str, Any], params: Any) -> None:
         saved, ours = meta["parameters"], _signature(params)

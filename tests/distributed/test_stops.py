@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from fastvim_jax.training import read_metrics
-from tests.support import ROOT
+from tests.distributed.two import run_two
 from tests.training.compare_runs import steps_of
 from tests.training.tiny import STEPS_PER_EPOCH
 
 
 def stop_steps(*arguments: str) -> list[int]:
     """Return the steps after which two processes stopped."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("stops.py")), *arguments],
-            env={**os.environ, **settings, "JAX_PROCESS_ID": str(process)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    outputs = run_two("stops.py", *arguments)
     return [int(re.search(r"^stopped (\d+)$", output, re.MULTILINE)[1]) for output in outputs]
 
 
