@@ -19,6 +19,7 @@ import queue
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ class Worker:
         number: its place in the plan.
         answers: where its number and its answers go; None is its end.
         options: more arguments of the process.
+        log: what the process prints.
+        cache: folder of compiled programs, which all processes share.
     """
 
     def __init__(
@@ -101,9 +104,11 @@ class Worker:
         answers: queue.Queue[Any],
         options: Sequence[str],
         log: Path,
+        cache: str,
     ) -> None:
         environment = {
             **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": cache,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "CUDA_VISIBLE_DEVICES": visible(row["gpus"]),
         }
@@ -344,6 +349,7 @@ class Bench:
         self._workers: dict[int, Worker] = {}
         self._circumstances: dict[str, Any] = {}
         self._clocks = Clocks()
+        self._cache = tempfile.TemporaryDirectory()
         out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -368,20 +374,23 @@ class Bench:
             for worker in self._workers.values():
                 worker.end()
             self._clocks.end()
+            self._cache.cleanup()
 
     def _left(self) -> float:
         return self._end - time.monotonic()
 
     def _start(self, i: int) -> None:
         log = self._out.with_name(f"{self._out.stem}_{i}.log")
-        self._workers[i] = Worker(self._rows[i], i, self._answers, self._options, log)
+        self._workers[i] = Worker(
+            self._rows[i], i, self._answers, self._options, log, self._cache.name
+        )
 
     def _compile(self) -> None:
-        """Start all programs, and wait until they are ready, or until half of the time is over and some are."""
+        """Start all programs, and wait until they are ready, or until two thirds of the time are over and some are."""
         for i, row in enumerate(self._rows):
             if "after" not in row:
                 self._start(i)
-        waiting, limit = set(range(len(self._rows))), time.monotonic() + 0.6 * self._left()
+        waiting, limit = set(range(len(self._rows))), time.monotonic() + 0.65 * self._left()
         while waiting and self._left() > 0:
             if time.monotonic() > limit and len(waiting) < len(self._rows):
                 break

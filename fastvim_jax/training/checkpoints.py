@@ -359,7 +359,9 @@ class Checkpoints:
         """
         item = self.directory / str(step) / "params"
         try:
-            ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(self._shapes))
+            ocp.StandardCheckpointHandler().restore(
+                item, args=ocp.args.StandardRestore(self._shapes)
+            )
         except Exception as error:  # as in `_read`
             raise self._unreadable(step, error) from error
 
