@@ -100,7 +100,10 @@ class Window:
 def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: RunConfig) -> str:
     """Explain what probably made `record` non-finite, judging by `record` and the steps `before` it."""
     if not record["finite_input"]:
-        return "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records"
+        return (
+            "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records. Integers hold "
+            "none: if a run of integer pixels stops elsewhere, or not at all, when it goes on, suspect the device"
+        )
     if not before and not math.isfinite(record["loss"]):
         return (
             f"the first loss is already not finite: the model's numbers overflow in model.dtype="
