@@ -6,8 +6,8 @@ Three runs of one small model on CIFAR-10. `whole` trains in one process without
 stopped by SIGTERM to one of its processes, and goes on with another number of processes, several times. Then `killed`
 loses one of its processes by SIGKILL after some checkpoints, and the same command goes on. `elastic.json` tells how
 all processes ended, and how far the losses of the three differ. Each process of a run has a GPU of its own. Two runs
-of several processes do not share GPUs: where they did, on two H200s, both stood still for a minute, until they were
-stopped. Why has not been looked into.
+of several processes do not share GPUs: where they did, on two H200s, both stood still. One reason was how the first
+checkpoint was read back, which has been mended since (commit 6de0de3; docs/scaling.md).
 """
 
 from __future__ import annotations

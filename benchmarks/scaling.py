@@ -149,8 +149,8 @@ def several_table(rows: Sequence[dict[str, Any]]) -> str:
     """
     lines = [
         "| model, blocks | batch per GPU | mesh | ms | images/s per GPU | of one GPU's | computing, ms "
-        "| only reducing, ms | idle, ms | state on a GPU, MB | peak on a GPU, GB |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| only reducing, ms | idle, ms | clock, MHz | state on a GPU, MB | peak on a GPU, GB |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     # Without the other GPUs of the host, which ran the first GPU's program once more.
     timed = [row for row in rows if "ms" in row and "after" not in row]
@@ -165,7 +165,8 @@ def several_table(rows: Sequence[dict[str, Any]]) -> str:
         parts = [_mean_part(row, name) for name in ("computing", "only_collectives", "idle")]
         lines.append(
             f"| {_model_name(row['model'])}, {row['blocks']}{_remat(row)} | {row['batch']} | {row['mesh']} "
-            f"| {row['ms']:.2f} | {row['images_per_s_of_a_device']:,.0f} | {share} | {' | '.join(parts)} | {state} | "
+            f"| {row['ms']:.2f} | {row['images_per_s_of_a_device']:,.0f} | {share} | {' | '.join(parts)} | "
+            f"{_clocks(row)} | {state} | "
             f"{max(row['peak_bytes_in_use']) / 1e9:.1f} |"
         )
     return "\n".join(lines) + "\n"
@@ -188,6 +189,17 @@ def _mean_part(row: dict[str, Any], name: str) -> str:
     """Write the mean over GPUs of a part of the step's time, or – where no profile was made."""
     found = [each[name] for each in row.get("overlap", {}).values()]
     return f"{statistics.fmean(found):.2f}" if found else "–"
+
+
+def _clocks(row: dict[str, Any]) -> str:
+    """Write the mean clock of each of the row's GPUs while it was timed, or – where none was recorded."""
+    seen = row.get("times_clocks", [])
+    means = [
+        statistics.fmean(each[gpu]["mhz"] for each in seen)
+        for gpu in row.get("gpus", "").split(",")
+        if seen and all(gpu in each for each in seen)
+    ]
+    return ", ".join(f"{mean:,.0f}" for mean in means) or "–"
 
 
 def several_rows(folder: str) -> list[dict[str, Any]]:
