@@ -101,8 +101,8 @@ def likely_cause(record: dict[str, Any], before: list[dict[str, Any]], config: R
     """Explain what probably made `record` non-finite, judging by `record` and the steps `before` it."""
     if not record["finite_input"]:
         return (
-            "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records. Integers hold "
-            "none: if a run of integer pixels stops elsewhere, or not at all, when it goes on, suspect the device"
+            "the batch itself holds NaN or infinite pixels: check data.mean, data.std and the records. If the records "
+            "hold integers, continue the run: if it stops at another step, or at none, the device computed wrongly"
         )
     if not before and not math.isfinite(record["loss"]):
         return (

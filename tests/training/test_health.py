@@ -75,6 +75,12 @@ HALF = tiny_config(model=tiny_model(dtype="bfloat16"))
     ("at_fault", "before", "config", "cause"),
     [
         (record(loss=np.nan, finite_input=False), CALM, tiny_config(), "batch itself holds NaN"),
+        (
+            record(loss=np.nan, finite_input=False),
+            CALM,
+            tiny_config(),
+            "the device computed wrongly",
+        ),
         (record(1, loss=np.inf), [], HALF, "overflow in model.dtype=bfloat16"),
         (record(loss=np.nan), WILD, tiny_config(), "gradients grew from a norm of 1 to 500"),
         (record(grad_norm=np.inf), CALM, HALF, "its gradient overflowed"),
