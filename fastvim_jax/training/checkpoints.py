@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,16 @@ class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
             or (self.every is not None and step % self.every == 0)
             for step in steps
         ]
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Wait for the threads of the other processes that write the same checkpoint. After an error, wait for nobody.
+
+    Orbax tells all processes when a save has ended, even if it failed in one process alone. There the others do not
+    come: they wait for that process's files. So it would wait 20 minutes before `check` could raise the error.
+    """
+    if sys.exception() is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def step_folders(directory: Path) -> list[str]:
@@ -137,7 +148,9 @@ class Checkpoints:
         writing: dict[str, Any] = {
             "preservation_policy": _Preservation(keep, keep_every, best),
             "todelete_subdir": _DELETED,
-            "async_options": ocp.options.AsyncOptions(post_finalization_callback=self._complete),
+            "async_options": ocp.options.AsyncOptions(
+                post_finalization_callback=self._complete, barrier_sync_fn=_wait_for_others
+            ),
             "cleanup_tmp_directories": True,
         }
         options = ocp.CheckpointManagerOptions(
@@ -419,10 +432,15 @@ class Checkpoints:
                 record.unlink(missing_ok=True)
 
     def _failed(self, error: BaseException) -> CheckpointError:
-        """Delete the partial files of a failed save, to free disk space, and return the error to raise."""
+        """Delete the partial files of a failed save, to free disk space, and return the error to raise.
+
+        With several processes, only the first one deletes them. A save that failed in another one is still under way in
+        the first, which would report that its files have gone; the next start deletes them.
+        """
         step, self._saving = self._saving, None
         for folder in self.directory.glob(f"{step}.*tmp*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_first_process():
+                shutil.rmtree(folder, ignore_errors=True)
         self._manager.reload()  # Orbax counts the save as done and the oldest checkpoint as deleted.
         return CheckpointError(
             f"The checkpoint of step {step} could not be written: {why_not_written(error, self.directory)}. "

@@ -1,10 +1,13 @@
 """Run as a program in two processes: process 0 finishes a save while process 1 has not come so far.
 
+Then a second save fails in process 0 alone.
+
 python tests/distributed/saves.py FOLDER
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,10 +17,21 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fastvim_jax.distributed import MeshConfig, initialize_distributed, make_mesh
-from fastvim_jax.training.checkpoints import Checkpoints
+from fastvim_jax.training import checkpoints as module
+from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints
 from fastvim_jax.training.steps import TrainState
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 30.0  # seconds
+
+
+def await_file(path: Path) -> None:
+    """Wait for the other process to write a file. End at once if it does not, because it may wait for this one."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            print("the other process stands still", flush=True)
+            os._exit(1)
+        time.sleep(0.05)
 
 
 def main(folder: str) -> None:
@@ -27,7 +41,7 @@ def main(folder: str) -> None:
     step, params = jax.jit(
         lambda: (jnp.int32(1), {"w": jnp.arange(64.0)}), out_shardings=everywhere
     )()
-    done = Path(folder, "process_0_has_waited")
+    done, failed, left = (Path(folder, name) for name in ("done", "failed", "left"))
     with Checkpoints(Path(folder, "checkpoints")) as checkpoints:
         state = TrainState(step=step, params=params, optimizer=params, ema=None)
         checkpoints.save(state, {})
@@ -35,12 +49,26 @@ def main(folder: str) -> None:
             checkpoints.wait()
             done.touch()
         else:
-            end = time.monotonic() + PATIENCE
-            while not done.exists():
-                assert time.monotonic() < end, "process 0 waits for this process"
-                time.sleep(0.05)
+            await_file(done)
             checkpoints.wait()
-    print("saved", checkpoints.latest())
+        print("saved", checkpoints.latest(), flush=True)
+        if jax.process_index() == 0:
+            module.write_checksums = refuse
+        checkpoints.save(TrainState(step=step + 1, params=params, optimizer=params, ema=None), {})
+        if jax.process_index() == 0:
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:
+                print(str(error).partition(":")[0], flush=True)
+                failed.touch()
+            await_file(left)
+        await_file(failed)
+        left.touch()
+        os._exit(0)  # A normal exit of process 1 would wait for the save.
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 if __name__ == "__main__":
