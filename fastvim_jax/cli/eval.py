@@ -53,11 +53,11 @@ def run(arguments: Sequence[str]) -> int:
     if (other := OTHER_TASKS.get(_task(arguments))) is not None:
         status: int = importlib.import_module(other).run(arguments)
         return status
-    from fastvim_jax.distributed import initialize_distributed, is_first_process
+    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
     from fastvim_jax.training.classification.run_scores import RunScores, score_run
 
     chosen = parse(_arguments(arguments), "eval", arguments, f"{run.__doc__}")
-    initialize_distributed()
+    start_watch(initialize_distributed())
     given = {"eval_split": chosen.split, "eval_batch_size": chosen.batch_size}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with as_usage_error():

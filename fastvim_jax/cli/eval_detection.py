@@ -26,11 +26,11 @@ class Arguments(EvalOptions):
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a detection run: AP of boxes and masks, by pycocotools."""
-    from fastvim_jax.distributed import initialize_distributed, is_first_process
+    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
     from fastvim_jax.training.detection.run_scores import score_run
 
     chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
-    initialize_distributed()
+    start_watch(initialize_distributed())
     data = chosen.data()
     if chosen.eval_sizes:
         with as_usage_error():

@@ -61,8 +61,9 @@ Examples:
   fastvim predict runs/mine some.png other.jpg --json
   fastvim data check ~/my_images
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 75 training was asked to stop and saved.
+Exit status: 0 done, 1 failed, 2 wrong usage, 75 training was asked to stop and saved, or lost another process.
 """
+_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,40 +94,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stop_early() if name == "train" else contextlib.nullcontext():
             command = importlib.import_module(f"fastvim_jax.cli.{name.replace('-', '_')}")
-            return command.run(rest)
+            status: int = command.run(rest)
+        _say_goodbye()
+        return status
     except _StoppedEarly as stopped:
         _complain(str(stopped))
-        return 75
+        return _failed(_TRY_AGAIN)
     except SystemExit as stop:  # tyro has printed help, or what is wrong with the arguments.
         return int(stop.code or 0)
     except UserError as error:
         if show_traceback:
+            _failed(1, traceback.format_exc())
             raise
-        _complain(_lost_process(error) or str(error))
-        return _failed(2 if isinstance(error, UsageError) else 1)
+        lost = _lost_process(error)
+        _complain(lost or str(error))
+        return _failed(_TRY_AGAIN if lost else 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         if show_traceback:
+            _failed(130, traceback.format_exc())
             raise
         _complain("interrupted")
-        return 130
+        return _failed(130)
     except BrokenPipeError:
         # The program that read our output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _failed(1)
     except Exception as error:
-        cause = None if show_traceback else _cause_outside(error)
+        lost = None if show_traceback else _lost_process(error)
+        cause = lost or (None if show_traceback else _cause_outside(error))
         if cause is None:
             say(traceback.format_exc(), sys.stderr)
         else:
             _complain(cause)
-        return _failed(1)
+        return _failed(_TRY_AGAIN if lost else 1)
 
 
 def _cause_outside(error: Exception) -> str | None:
-    """Describe an error of the operating system, want of memory or a lost process. None for others: faults of ours."""
-    lost = _lost_process(error)
-    if lost is not None:
-        return lost
+    """Describe an error of the operating system or want of memory. None for others: faults of ours."""
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -177,12 +181,20 @@ def _stop_early() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _failed(status: int) -> int:
-    """Return the exit status of an error. If this is one of several processes, exit at once instead."""
+def _say_goodbye() -> None:
+    """Wait for the other processes, if there are any, to end as well as this one."""
+    if "fastvim_jax.distributed" in sys.modules:
+        from fastvim_jax.distributed import leave_watch
+
+        leave_watch()
+
+
+def _failed(status: int, last_words: str = "") -> int:
+    """Return the exit status of an error. If this is one of several processes, print `last_words` and exit at once."""
     if "fastvim_jax.distributed" in sys.modules:
         from fastvim_jax.distributed import fail_at_once
 
-        fail_at_once(status)
+        fail_at_once(status, last_words)
     return status
 
 

@@ -86,8 +86,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     with as_usage_error():
         profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
-    launch = initialize_distributed(chosen.coordinator, chosen.processes, chosen.process)
-    watch = start_watch(launch)
+    start_watch(initialize_distributed(chosen.coordinator, chosen.processes, chosen.process))
     try:
         result = train(
             chosen.config,
@@ -97,11 +96,9 @@ def run(arguments: Sequence[str]) -> int:
             wandb=chosen.wandb,
         )
     except Stopped as stopped:
-        watch.leave()
         if is_first_process():
             say(f"fastvim: {stopped}\n  {command()} train {shlex.join(arguments)}", sys.stderr)
         return STOPPED_STATUS
-    watch.leave()
     if not is_first_process():
         return 0
     say(

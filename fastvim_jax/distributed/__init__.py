@@ -27,7 +27,7 @@ from fastvim_jax.distributed.sharding import (
     with_auto_axes,
 )
 from fastvim_jax.distributed.start import Launch, detect, initialize_distributed
-from fastvim_jax.distributed.watch import Watch, start_watch
+from fastvim_jax.distributed.watch import Watch, leave_watch, start_watch
 
 __all__ = [
     "Launch",
@@ -43,6 +43,7 @@ __all__ = [
     "gather",
     "initialize_distributed",
     "is_first_process",
+    "leave_watch",
     "lost_process",
     "make_mesh",
     "on_every_device",

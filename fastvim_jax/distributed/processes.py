@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fastvim_jax.distributed.start import joined
 from fastvim_jax.distributed.watch import lost_message
 from fastvim_jax.errors import UserError
 
@@ -79,16 +80,19 @@ def arrays_of_first_process(
         return {name: arrays[name] for name in arrays.files}
 
 
-def fail_at_once(status: int) -> None:
-    """End this process with `status` now, if it is one of several; its message must have been printed.
+def fail_at_once(status: int, last_words: str = "") -> None:
+    """Print `last_words` and end this process with `status` now, if it is one of several; otherwise do nothing.
 
     A normal exit would wait minutes for the other processes, which may be waiting for this one. After an immediate exit
     the launcher ends them, or JAX does when it misses this process. The exit of process 0 ends the others at once, so
     process 0 first gives them the time to print their message.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    launch = joined()
+    if launch is None:
         return
-    if is_first_process():
+    if last_words:
+        print(last_words, file=sys.stderr, flush=True)
+    if launch.process == 0:
         time.sleep(_LAST_WORDS)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,14 +104,15 @@ def lost_process(error: Exception) -> str | None:
 
     The cause counts because a collective operation may fail while a checkpoint is read, which then looks damaged.
     """
-    if jax.process_count() == 1:
+    launch = joined()
+    if launch is None:
         return None
     each: BaseException | None = error
     while each is not None:
         if isinstance(each, jax.errors.JaxRuntimeError | ValueError) and _PEER_GONE.search(
             str(each)
         ):
-            message = lost_message(jax.process_index(), jax.process_count())
+            message = lost_message(launch.process, launch.processes)
             return f"{message}\n({str(each).splitlines()[0][:200]})"
         each = each.__cause__ or each.__context__
     return None

@@ -50,6 +50,17 @@ class Launch:
     local_devices: tuple[int, ...] | None = None
 
 
+_joined: list[Launch] = []
+
+
+def joined() -> Launch | None:
+    """Return this process's place in the group that `initialize_distributed` joined; None if it runs alone.
+
+    Unlike `jax.process_count`, this starts no devices, which waits for the other processes and may fail.
+    """
+    return _joined[0] if _joined else None
+
+
 def initialize_distributed(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Launch | None:
@@ -78,6 +89,7 @@ def initialize_distributed(
             f"{error}. Process 0 must run on that host, the port must be free and open to the others, and all "
             "processes must have been started."
         ) from error
+    _joined[:] = [launch]
     return launch
 
 

@@ -2,7 +2,7 @@
 
 Otherwise GPUs would wait in a reduction for a process that was killed, until JAX misses its heartbeats and aborts the
 others with a C++ stack. Here every process keeps a TCP connection to process 0 open. The system closes the connections
-of a process when it ends, however it ends. Process 0 then tells all others. `Watch.leave` says goodbye first, so that
+of a process when it ends, however it ends. Process 0 then tells all others. `leave_watch` says goodbye first, so that
 the end of a run is no loss.
 
 A host that loses its power closes nothing: JAX's heartbeats notice that (`start._LOST_AFTER`). So nothing is said if a
@@ -21,19 +21,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
 from fastvim_jax.distributed.start import Launch
 
 LOST_STATUS = 75
 """Exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, as after a signal. Try again."""
 _TOKEN = 16  # bytes
+_ADDRESS, _PATIENCE = "fastvim/watch", 60_000  # name at JAX's coordinator; milliseconds
+_LONGEST_END = (
+    3_600_000  # milliseconds in which one process may still write files after another has ended
+)
 _CONNECT = 5.0  # seconds
 _GRACE = 3.0
 """Seconds in which this process may still end by an error of its own, whose message says more."""
 _GOODBYE, _LOST = b"b", b"l"
+_watches: list[Watch] = []
 
 
 class Watch:
@@ -43,16 +48,27 @@ class Watch:
         lost: called in a thread when another process has ended without goodbye.
         grace: seconds between the loss and the call. Process 0 waits twice as long, because its own end makes JAX abort
             the others. If process 0 is lost, nobody waits.
+        meet: waits until all processes have called it.
     """
 
-    def __init__(self, lost: Callable[[], None], grace: float = _GRACE) -> None:
+    def __init__(
+        self,
+        lost: Callable[[], None],
+        grace: float = _GRACE,
+        meet: Callable[[], None] = lambda: None,
+    ) -> None:
         self._lost = lost
         self._grace = grace
+        self._meet = meet
         self._left = False
         self._connections: set[socket.socket] = set()
 
     def leave(self) -> None:
-        """Say goodbye, so that the others do not take the end of this process for a loss."""
+        """Say goodbye when all processes do, so that nobody takes the end of this one for a loss.
+
+        Until then this process watches on: another one may still fail, for example when it closes its files.
+        """
+        self._meet()
         self._left = True
         for each in tuple(self._connections):
             _send(each, _GOODBYE)
@@ -114,7 +130,7 @@ def start_watch(launch: Launch | None) -> Watch:
     """Watch over the other processes from now on. All processes must call this, each with its `launch`.
 
     If another one is lost, this one prints that and ends at once with `LOST_STATUS`. It saves nothing, because its
-    devices may wait forever. The caller says `leave` when its run has ended well.
+    devices may wait forever. When its work has ended well, the process calls `leave_watch`, or `leave` of the result.
     """
     if launch is None:
         return Watch(lambda: None)
@@ -124,17 +140,20 @@ def start_watch(launch: Launch | None) -> Watch:
         print(message, file=sys.stderr, flush=True)
         os._exit(LOST_STATUS)
 
-    watch = Watch(end_process)
-    token, port = secrets.token_bytes(_TOKEN), 0
+    # JAX's coordinator passes the address on. An array would need the devices, which may fail to start in one process.
+    coordinator: Any = distributed.global_state.client
+    watch = Watch(
+        end_process, meet=lambda: coordinator.wait_at_barrier("fastvim/end", _LONGEST_END)
+    )
+    _watches.append(watch)
     if launch.process == 0:
-        listener = _listener(launch.processes)
+        token, listener = secrets.token_bytes(_TOKEN), _listener(launch.processes)
         port = listener.getsockname()[1]
-    told = np.frombuffer(token + port.to_bytes(4, "big"), np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
-    token, port = told[:_TOKEN].tobytes(), int.from_bytes(told[_TOKEN:].tobytes(), "big")
-    if launch.process == 0:
+        coordinator.key_value_set_bytes(_ADDRESS, token + port.to_bytes(4, "big"))
         work = functools.partial(watch.serve, listener, token, launch.processes - 1)
     else:
+        told = coordinator.blocking_key_value_get_bytes(_ADDRESS, _PATIENCE)
+        token, port = told[:_TOKEN], int.from_bytes(told[_TOKEN:], "big")
         host = launch.coordinator.rpartition(":")[0].strip("[]")
         try:
             work = functools.partial(watch.listen, watch.join((host, port), token))
@@ -142,6 +161,12 @@ def start_watch(launch: Launch | None) -> Watch:
             return watch
     threading.Thread(target=work, daemon=True).start()
     return watch
+
+
+def leave_watch() -> None:
+    """Leave the watch that this process started, if any; see `Watch.leave`. All processes must call this."""
+    while _watches:
+        _watches.pop().leave()
 
 
 def lost_message(process: int, processes: int) -> str:

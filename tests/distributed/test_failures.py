@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvim_jax.distributed import Watch, lost_process
+from fastvim_jax.distributed import Launch, Watch, lost_process, start
 from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
@@ -173,7 +173,7 @@ def test_errors_of_collectives_are_told_from_others(monkeypatch, text, lost):
     error = UserError("The checkpoint 20 is damaged: it could not be read together.")
     error.__cause__ = jax.errors.JaxRuntimeError(text)
     assert lost_process(error) is None  # This process is alone.
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(start, "_joined", [Launch("head:1", 4, 2)])
     found = lost_process(error)
     assert (found is not None) == lost
     assert found is None or "continues from the latest checkpoint" in found
