@@ -116,9 +116,9 @@ class _Shares:
         self._held: dict[Any, tuple[Array, ...]] = {}
         corrupt: list[int] = []
         for device, shares in self._shares.items():
-            records = dealt[shares.start : shares.stop].reshape(-1)
+            records = dealt[shares.start : shares.stop]
             *arrays, bad = load_images(source, config, records)
-            corrupt += [int(records[place]) for place in bad]
+            corrupt += records.reshape(-1)[bad].tolist()
             self._held[device] = tuple(jax.device_put(array, device) for array in arrays)
         self.corrupt = np.asarray(sorted(corrupt), np.int64)
 
@@ -141,11 +141,20 @@ class _Shares:
 def load_images(
     source: Source, config: ClassificationData, records: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Decode records in threads. Records that cannot be decoded are replaced by others.
+    """Decode the records of some shares, `shares records`, in threads.
+
+    A record that cannot be decoded is replaced by another of its share. Otherwise the batches would depend on which
+    shares a device holds.
 
     Returns:
-        Images `n h w c`, labels `n`, heights and widths `n 2`, and the positions of the records that were replaced.
+        Images `n h w c` share by share, labels `n`, heights and widths `n 2`, and the positions of the records that
+        were replaced.
+
+    Raises:
+        UserError: no record of a share can be decoded.
     """
+    of_share = records.shape[1]
+    records = records.reshape(-1)
     side = stored_size(config)
     images = np.empty((len(records), *side, config.channels), np.uint8)
     labels = np.empty(len(records), np.int32)
@@ -163,14 +172,17 @@ def load_images(
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         decoded = np.fromiter(threads.map(load, range(len(records))), np.bool_, len(records))
-    good, bad = np.flatnonzero(decoded), np.flatnonzero(~decoded)
-    if not len(good):
-        raise UserError(
-            f"None of {len(records)} records can be decoded, among them {source[int(records[0])].name}."
-        )
-    instead = good[np.arange(len(bad)) % len(good)]
-    for array in (images, labels, sizes):
-        array[bad] = array[instead]
+    bad = np.flatnonzero(~decoded)
+    for start in np.unique(bad // of_share) * of_share:
+        share = decoded[start : start + of_share]
+        if not share.any():
+            raise UserError(
+                f"None of the {of_share} records of a share can be decoded, among them record {records[start]} of "
+                f"{config.train_split}. Mend or remove the files, or set a smaller data.resident_shares."
+            )
+        lost, good = start + np.flatnonzero(~share), start + np.flatnonzero(share)
+        for array in (images, labels, sizes):
+            array[lost] = array[np.resize(good, len(lost))]
     return images, labels, sizes, bad
 
 

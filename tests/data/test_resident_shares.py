@@ -20,6 +20,7 @@ from fastvim_jax.data import (
     open_source,
     resident_shares,
 )
+from fastvim_jax.data.batches import decode_record
 from fastvim_jax.data.device_transforms import make_augment
 from fastvim_jax.errors import UserError
 from tests.support import assert_says_same
@@ -128,6 +129,34 @@ def test_evaluation_streams(seed: int) -> None:
     plain = dataclasses.replace(DIGITS, resident=False, resident_shares=1)
     for a, b in zip(make_eval_iterator(DIGITS), make_eval_iterator(plain), strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
+
+
+def test_undecodable_records_are_replaced_within_their_share(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Load shares together, as one device does, and each alone, as one device each: the images are the same."""
+    source = open_source("digits", "train")
+    shares = np.random.default_rng(seed).permutation(24).reshape(4, 6)
+    broken = set(shares[1, :2].tolist()) | set(shares[3, 1:].tolist())
+
+    def decode(source: object, index: int, *rest: object) -> tuple:
+        if index in broken:
+            raise DecodeError(f"record {index}")
+        return decode_record(source, index, *rest)
+
+    monkeypatch.setattr("fastvim_jax.data.resident_shares.decode_record", decode)
+    together = resident_shares.load_images(source, DIGITS, shares)
+    alone = [resident_shares.load_images(source, DIGITS, shares[i : i + 1]) for i in range(4)]
+    for name, array, parts in zip(
+        ("images", "labels", "sizes"), together[:3], zip(*alone, strict=True), strict=False
+    ):
+        np.testing.assert_array_equal(array, np.concatenate(parts), err_msg=name)
+    assert set(shares.reshape(-1)[together[3]].tolist()) == broken
+    labels = [source[int(i)].target for i in (*shares[1, 2:4], *shares[3, [0] * 6])]
+    np.testing.assert_array_equal(together[1][[6, 7, *range(18, 24)]], labels)
+    broken.update(shares[3].tolist())
+    with pytest.raises(UserError, match="None of the 6 records of a share"):
+        resident_shares.load_images(source, DIGITS, shares)
 
 
 SHARDED = """
