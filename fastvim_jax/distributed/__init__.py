@@ -15,7 +15,9 @@ from fastvim_jax.distributed.processes import (
     fail_at_once,
     is_first_process,
     lost_process,
+    on_any_process,
     on_first_process,
+    require_same,
 )
 from fastvim_jax.distributed.sharding import (
     gather,
@@ -46,11 +48,13 @@ __all__ = [
     "leave_watch",
     "lost_process",
     "make_mesh",
+    "on_any_process",
     "on_every_device",
     "on_first_process",
     "on_mesh",
     "place_batch",
     "replicated",
+    "require_same",
     "round_up",
     "split_batch",
     "start_watch",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,6 +82,32 @@ def arrays_of_first_process(
         return {name: arrays[name] for name in arrays.files}
 
 
+def require_same(values: Mapping[str, Any]) -> None:
+    """Compare JSON-able values with those of the first process.
+
+    Processes that disagree about the course of a run would wait for each other in different places, on GPUs forever.
+
+    Raises:
+        UserError: in a process whose values differ; the message names them.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = json.dumps(values)
+    theirs = arrays_of_first_process(lambda: {"values": np.asarray(ours)})["values"].item()
+    here, there = json.loads(ours), json.loads(theirs)
+    different = [
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"process {jax.process_index()} was given another run than process 0:\n  "
+            + "\n  ".join(different)
+            + "\nGive all processes the same command and the same data."
+        )
+
+
 def fail_at_once(status: int, last_words: str = "") -> None:
     """Print `last_words` and end this process with `status` now, if it is one of several; otherwise do nothing.
 
@@ -116,6 +144,13 @@ def lost_process(error: Exception) -> str | None:
             return f"{message}\n({str(each).splitlines()[0][:200]})"
         each = each.__cause__ or each.__context__
     return None
+
+
+def on_any_process(flag: bool) -> bool:
+    """Return whether `flag` is set in any process. All processes must call this."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def all_gather_set(numbers: Iterable[int]) -> set[int]:

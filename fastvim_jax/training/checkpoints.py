@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from jax.tree_util import DictKey, KeyPath
 
-from fastvim_jax.distributed import is_first_process, on_first_process
+from fastvim_jax.distributed import arrays_of_first_process, is_first_process, on_first_process
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
@@ -186,6 +186,14 @@ class Checkpoints:
         """Return the last finished checkpoint's step, or None."""
         return max(self.steps(), default=None)
 
+    def latest_for_all(self) -> int | None:
+        """Return `latest` of the first process. All processes must call this.
+
+        A shared file system may show a new checkpoint to another host later, which would begin at another step.
+        """
+        found = arrays_of_first_process(lambda: {"steps": np.asarray(self.steps()[-1:], np.int64)})
+        return max(found["steps"].tolist(), default=None)
+
     def describe_latest(self) -> str:
         """Wait for a save under way, and describe the last finished checkpoint for a message."""
         with contextlib.suppress(CheckpointError):  # The caller is reporting another error.
@@ -333,7 +341,12 @@ class Checkpoints:
         self._clean_up()
 
     def _existing(self, step: int | None) -> int:
+        """Return the number of a finished checkpoint, by default of the latest one, as the first process finds it."""
         self.wait()
+        found = arrays_of_first_process(lambda: {"step": np.asarray(self._find(step), np.int64)})
+        return int(found["step"])
+
+    def _find(self, step: int | None) -> int:
         steps = self.steps()
         if step is None:
             if not steps:

@@ -8,16 +8,25 @@ processes changes only the rounding, so a run may resume on another number of th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from fastvim_jax.analysis.headline import Headline
 from fastvim_jax.data.stream import WorkersEnded, describe_shared_memory
-from fastvim_jax.distributed import all_gather_set, barrier
+from fastvim_jax.distributed import (
+    all_gather_set,
+    arrays_of_first_process,
+    barrier,
+    require_same,
+)
 from fastvim_jax.errors import UserError
+from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.evaluators import Evaluator
@@ -26,13 +35,17 @@ from fastvim_jax.training.health import Window
 from fastvim_jax.training.metrics import RunLog, evaluated, open_sinks, read_metrics
 from fastvim_jax.training.parameter_norms import parameter_names
 from fastvim_jax.training.profiling import Profiler
-from fastvim_jax.training.run_folder import INIT_FILE, write_record
+from fastvim_jax.training.run_folder import INIT_FILE, config_leaves, write_record
 from fastvim_jax.training.runs import OpenRun, RunResult
 from fastvim_jax.training.schedules import Schedule
 from fastvim_jax.training.start_from import start_state
 from fastvim_jax.training.steps import Metrics, TrainState, build_state, measures_norms
 from fastvim_jax.training.stopping import Stopped
 from fastvim_jax.training.summary import SummaryPicture
+
+_OF_HOST = frozenset(
+    {"data.path", "data.class_list", "data.workers", "data.decoder", "data.max_corrupt", "init"}
+)
 
 
 @runtime_checkable
@@ -79,7 +92,7 @@ def begin_or_resume(
     Returns:
         The state, and the records of the open window, for `run_loop`.
     """
-    if run.checkpoints.latest() is None:
+    if run.checkpoints.latest_for_all() is None:
         state = build_state(begin, shapes)
         if run.config.init is not None:
             state, report = start_state(state, run.config, run.class_names)
@@ -139,6 +152,10 @@ def run_loop(
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
     first_step = int(state.step)
+    require_same(
+        {"steps per epoch": steps_per_epoch, "step to start from": first_step}
+        | _course(config_leaves(to_dict(config)))
+    )
     folder, checkpoints, stop, call = run.folder, run.checkpoints, run.stop, run.call
     window = Window(config, records)
     parameters = parameter_names(state.params)
@@ -199,8 +216,8 @@ def run_loop(
     if first_step:
         log.say(f"Resuming at step {first_step} of {total_steps}.")
         # Make up for evaluations of a run that stopped between saving and evaluating.
-        missed = [e for e in due_at(first_step) if not evaluated(folder, first_step, e.name)]
-        if missed:
+        due = due_at(first_step)
+        if missed := list(itertools.compress(due, _missed(folder, first_step, due))):
             evaluate_at(first_step, missed)
     stop.before_start(total_steps, first_step)
     every = config.checkpoint_every_steps or steps_per_epoch
@@ -291,3 +308,17 @@ def run_loop(
     scores = evaluations[-1] if evaluations else {}
     seconds = time.perf_counter() - call.started
     return RunResult(folder, total_steps, scores, seconds, headline.in_words(scores))
+
+
+def _course(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that may differ between hosts: where files lie, and how they are read."""
+    return {name: value for name, value in settings.items() if name not in _OF_HOST}
+
+
+def _missed(folder: Path, step: int, evaluators: Sequence[Evaluator]) -> list[bool]:
+    """Return for each evaluator whether the first process's log lacks its record of `step`."""
+
+    def look() -> dict[str, np.ndarray]:
+        return {"missed": np.asarray([not evaluated(folder, step, e.name) for e in evaluators])}
+
+    return arrays_of_first_process(look)["missed"].tolist()

@@ -436,7 +436,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _refuse_other_run(folder: Path, config: RunConfig) -> None:
-    saved, given = _leaves(to_dict(read_config(folder))), _leaves(to_dict(config))
+    saved, given = config_leaves(to_dict(read_config(folder))), config_leaves(to_dict(config))
     # Other losses are divided by counts of each part, and batch norms use its statistics.
     free = _FREE if config.averages_images else _FREE - {"accumulate"}
     changed = [
@@ -467,11 +467,12 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     on_first_process(write)
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def config_leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a config's dictionary by their dotted names."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{name}.")
+            leaves |= config_leaves(value, f"{prefix}{name}.")
         else:
             leaves[prefix + name] = value
     return leaves

@@ -23,7 +23,9 @@ from fastvim_jax.distributed import (
     barrier,
     initialize_distributed,
     is_first_process,
+    on_any_process,
     on_first_process,
+    require_same,
     sharding,
 )
 from fastvim_jax.errors import UserError
@@ -73,6 +75,16 @@ def agree() -> None:
         assert str(error) == "the folder is full: make room"
     else:
         raise AssertionError("only process 0 has failed")
+    require_same({"epochs": 3, "milestones": [0.5]})
+    try:
+        require_same({"epochs": jax.process_index()})
+    except UserError as error:
+        assert "epochs: 0 there, " in str(error)
+    else:
+        assert is_first_process()
+    for process in range(jax.process_count()):
+        assert on_any_process(jax.process_index() == process)
+    assert not on_any_process(False)
     assert all_gather_set({jax.process_index(), 7}) == {7, *range(jax.process_count())}
     assert all_gather_set(range(3 * jax.process_index())) == set(range(3 * jax.process_count() - 3))
 

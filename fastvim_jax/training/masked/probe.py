@@ -154,7 +154,7 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     shapes = state_shapes(mesh, begin)
     state, records = (
         (build_state(begin, shapes), [])  # `init` is the backbone's, not the head's
-        if run.checkpoints.latest() is None
+        if run.checkpoints.latest_for_all() is None
         else begin_or_resume(begin, shapes, run, batches)
     )
 

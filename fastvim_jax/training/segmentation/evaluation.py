@@ -28,6 +28,7 @@ from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import IGNORED, EvaluationImage, EvaluationImages, normalise
 from fastvim_jax.distributed import (
     is_first_process,
+    on_any_process,
     on_every_device,
     on_mesh,
     place_batch,
@@ -203,14 +204,17 @@ def judge(
     unread: list[str] = []
     said = time.monotonic()
     for done, each in enumerate(images):
-        if each.label is None:
-            unread.append(each.error)
+        # All processes leave it out together, because the model needs all of them.
+        if on_any_process(each.label is None):
+            error = each.error or f"{each.name}: another process cannot read it."
+            unread.append(error)
             if most_unread is not None and len(unread) > most_unread:
                 raise DecodeError(
-                    f"{each.error}\n{counted(len(unread), 'image')} of the evaluation split cannot be judged; "
+                    f"{error}\n{counted(len(unread), 'image')} of the evaluation split cannot be judged; "
                     f"data.max_corrupt allows {most_unread}. Mend or remove the file, or raise data.max_corrupt."
                 )
             continue
+        assert each.label is not None
         predicted = slide(predict, each.image, each.label.shape)
         label = np.full(predicted.shape, IGNORED, np.uint8)
         label[: each.label.shape[0], : each.label.shape[1]] = each.label

@@ -13,6 +13,7 @@ from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.segmentation import EvaluationImages
 from fastvim_jax.distributed import MeshConfig, make_mesh
 from fastvim_jax.layers.resize import resize_bilinear
+from fastvim_jax.training.segmentation import evaluation
 from fastvim_jax.training.segmentation.evaluation import (
     extended_logits,
     judge,
@@ -50,6 +51,24 @@ def test_images_that_cannot_be_judged_stop_a_run_unless_it_allows_them(tmp_path,
         for most in (1, None):
             areas, _, unread = judge(predict, images, slide, 3, most_unread=most)
             assert len(unread) == 1 and areas.labelled.sum() > 0
+
+
+def test_an_image_that_another_process_cannot_read_is_left_out(tmp_path, rng, monkeypatch):
+    """Leave it out in all processes. Otherwise one would run the model more often and wait for the others."""
+    draw_scenes(tmp_path, rng, train=1, held_out=3)
+    config = tiny_config(tmp_path)
+    answers = iter([False, True, False])
+    monkeypatch.setattr(evaluation, "on_any_process", lambda mine: mine or next(answers))
+    seen = []
+
+    def predict(windows):
+        seen.append(windows)
+        return jnp.zeros((len(windows), 2, 2, 3))
+
+    with contextlib.closing(EvaluationImages(config.data)) as images:
+        _, _, unread = judge(predict, images, slide_of(config, 8), 3)
+    assert len(unread) == 1 and unread[0].endswith("scene_1.jpg: another process cannot read it.")
+    assert len(seen) == 2  # the others
 
 
 def test_an_image_without_labels_is_none_of_the_worst(tmp_path, rng):
