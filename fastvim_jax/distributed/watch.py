@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from fastvim_jax.distributed.start import Launch
 
@@ -146,6 +147,7 @@ def start_watch(launch: Launch | None) -> Watch:
         end_process, meet=lambda: coordinator.wait_at_barrier("fastvim/end", _LONGEST_END)
     )
     _watches.append(watch)
+    work: Callable[[], None] | None = None
     if launch.process == 0:
         token, listener = secrets.token_bytes(_TOKEN), _listener(launch.processes)
         port = listener.getsockname()[1]
@@ -155,11 +157,13 @@ def start_watch(launch: Launch | None) -> Watch:
         told = coordinator.blocking_key_value_get_bytes(_ADDRESS, _PATIENCE)
         token, port = told[:_TOKEN], int.from_bytes(told[_TOKEN:], "big")
         host = launch.coordinator.rpartition(":")[0].strip("[]")
-        try:
+        with contextlib.suppress(OSError):
             work = functools.partial(watch.listen, watch.join((host, port), token))
-        except OSError:
-            return watch
-    threading.Thread(target=work, daemon=True).start()
+    if work is not None:
+        threading.Thread(target=work, daemon=True).start()
+    # Devices connect to each other at their first work together. Later, one process may list files for minutes, and the
+    # others would wait 30 s for it on CPUs.
+    multihost_utils.sync_global_devices("fastvim/start")
     return watch
 
 

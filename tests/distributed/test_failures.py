@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from fastvim_jax.distributed import Launch, Watch, lost_process, start
+from fastvim_jax.distributed import watch as module
 from fastvim_jax.errors import UserError
 from tests.support import ROOT
 
@@ -142,6 +143,36 @@ def cut(watch: Watch) -> None:
     for connection in tuple(watch._connections):
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
+
+
+class Coordinator:
+    """Stands for JAX's coordinator: keeps a value and lets all pass."""
+
+    def key_value_set_bytes(self, key: str, value: bytes) -> None:
+        self.value = value
+
+    def blocking_key_value_get_bytes(self, key: str, timeout: int) -> bytes:
+        return self.value
+
+    def wait_at_barrier(self, key: str, timeout: int) -> None:
+        pass
+
+
+def test_devices_connect_when_the_watch_starts(monkeypatch):
+    """Connect them also where a firewall lets nobody watch: the others wait for this process's devices."""
+    coordinator, connected = Coordinator(), []
+    monkeypatch.setattr(module.distributed.global_state, "client", coordinator)
+    monkeypatch.setattr(module.multihost_utils, "sync_global_devices", connected.append)
+    monkeypatch.setattr(module, "_watches", [])
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for process in range(3):
+        if process == 2:
+            coordinator.value = coordinator.value[:16] + port.to_bytes(4, "big")
+        module.start_watch(Launch("127.0.0.1:1", 2, process))
+        assert len(connected) == process + 1
+    assert [len(each._connections) for each in module._watches[1:]] == [1, 0]
+    module.leave_watch()
 
 
 @pytest.mark.parametrize("lost", [0, 2])
