@@ -5,7 +5,7 @@ RandAugment, random erasing, mixup and cutmix, label smoothing; AdamW. Both the 
 evaluated.
 
 Cost: 2.6e18 FLOPs (6 × 1.14 GMACs per image). On one H100 a step of batch 128 of this model takes 11.2 ms (11,393
-images/s, benchmarks/README.md), so the steps alone are about 9 hours there, at that batch and without augmentation.
+images/s, docs/scaling.md), so the steps alone are about 9 hours there, at that batch and without augmentation.
 FLOPs, here and in the other files, count the matrix products of all epochs. A multiply-add (MAC) is 2 FLOPs, and the
 backward pass takes twice as many as the forward pass, hence the factor 6.
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One process per node under SLURM, each with all 8 GPUs of its node. `sbatch experiments/launch/slurm_per_node.sh`
 #
-# Fewer processes read the data with more workers each, and a node's GPUs share one copy of resident data. Parameters,
-# moments and average are spread over the 8 GPUs of a node (fsdp), which the fast links inside it serve, and copied from
-# node to node (data). What is trained is the same as with one process per GPU.
+# Fewer processes read the data with more workers each. Each GPU keeps an eighth of the parameters, moments and average
+# (fsdp), which the fast links inside a node gather, and every node keeps a copy of all (data). What is trained is the
+# same as with one process per GPU.
 #
 #SBATCH --job-name=fastvim
 #SBATCH --nodes=4

@@ -15,6 +15,10 @@ from fastvim_jax.cli.usage import as_usage_error, command, parse
 from fastvim_jax.closed_output import say
 
 _RUN_DIR_HELP = "Folder of the run; an unfinished run of the same config there is continued."
+_PROGRESS_HELP = (
+    "Say how far the run is: a bar on a terminal, elsewhere a line now and then; also every epoch's "
+    "scores, and what slows the run. The log holds all numbers in any case."
+)
 _PROFILE_HELP = "Steps of this start to trace for xprof or TensorBoard, into the folder profile of the run: 10:13."
 _WANDB_HELP = "A project of Weights & Biases that gets the numbers too (extra: wandb)."
 
@@ -55,8 +59,8 @@ Usage: fastvim train EXPERIMENT [--run-dir FOLDER] [--FIELD VALUE ...]
 Train an experiment: one of the names below, or a Python file that sets `config`. Every field of the config can be
 overridden; `fastvim train EXPERIMENT --help` lists them with their types and defaults.
 The run goes to FOLDER, by default runs/EXPERIMENT. An unfinished run of the same config in FOLDER is continued.
-On SIGTERM, SIGUSR1 or Ctrl-C the current step is finished and saved, and the exit status is 75. The same command
-continues.
+On SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or Ctrl-C the current step is finished and saved, and the exit status is 75. The
+same command continues.
 
 Experiments:
 """
@@ -128,7 +132,7 @@ def _arguments(config: Any, run_dir: Path) -> type:
         "Arguments",
         [
             ("run_dir", Annotated[Path, tyro.conf.arg(help=_RUN_DIR_HELP)], run_dir),
-            ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
+            ("progress", Annotated[bool, tyro.conf.arg(help=_PROGRESS_HELP)], True),
             (
                 "profile",
                 Annotated[str | None, tyro.conf.arg(help=_PROFILE_HELP, metavar="FIRST:LAST")],
