@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastvim_jax.cli.join import join_processes
 from fastvim_jax.cli.usage import UsageError, as_usage_error, parse
 from fastvim_jax.errors import UserError, counted
 
@@ -53,11 +54,11 @@ def run(arguments: Sequence[str]) -> int:
     if (other := OTHER_TASKS.get(_task(arguments))) is not None:
         status: int = importlib.import_module(other).run(arguments)
         return status
-    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
+    from fastvim_jax.distributed import is_first_process
     from fastvim_jax.training.classification.run_scores import RunScores, score_run
 
     chosen = parse(_arguments(arguments), "eval", arguments, f"{run.__doc__}")
-    start_watch(initialize_distributed())
+    join_processes()
     given = {"eval_split": chosen.split, "eval_batch_size": chosen.batch_size}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with as_usage_error():

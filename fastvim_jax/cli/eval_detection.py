@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastvim_jax.cli.eval_options import EvalOptions
+from fastvim_jax.cli.join import join_processes
 from fastvim_jax.cli.usage import as_usage_error, parse
 from fastvim_jax.errors import counted
 
@@ -26,11 +27,11 @@ class Arguments(EvalOptions):
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a detection run: AP of boxes and masks, by pycocotools."""
-    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
+    from fastvim_jax.distributed import is_first_process
     from fastvim_jax.training.detection.run_scores import score_run
 
     chosen = parse(Arguments, "eval", arguments, f"{run.__doc__}")
-    start_watch(initialize_distributed())
+    join_processes()
     data = chosen.data()
     if chosen.eval_sizes:
         with as_usage_error():

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvim_jax.cli.eval_options import EvalOptions
+from fastvim_jax.cli.join import join_processes
 from fastvim_jax.cli.usage import parse
 from fastvim_jax.errors import counted
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a segmentation run by slide inference: mIoU, mAcc and aAcc over all pixels of all images."""
-    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
+    from fastvim_jax.distributed import is_first_process
     from fastvim_jax.training.segmentation.run_scores import score_run
 
     chosen = parse(EvalOptions, "eval", arguments, f"{run.__doc__}")
-    start_watch(initialize_distributed())
+    join_processes()
     data = chosen.data()
     found = score_run(chosen.run, data, step=chosen.step, progress=not chosen.json)
     if not is_first_process():

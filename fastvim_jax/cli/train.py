@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from fastvim_jax.cli.join import join_processes
 from fastvim_jax.cli.usage import as_usage_error, command, parse
 from fastvim_jax.closed_output import say
 
@@ -68,7 +69,7 @@ Experiments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment, or continue an unfinished run of it."""
-    from fastvim_jax.distributed import initialize_distributed, is_first_process, start_watch
+    from fastvim_jax.distributed import is_first_process
     from fastvim_jax.training import (
         STOPPED_STATUS,
         ProfileSteps,
@@ -90,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parse(_arguments(config, run_dir), f"train {name}", rest, description)
     with as_usage_error():
         profile = ProfileSteps.parse(chosen.profile) if chosen.profile else None
-    start_watch(initialize_distributed(chosen.coordinator, chosen.processes, chosen.process))
+    join_processes(chosen.coordinator, chosen.processes, chosen.process)
     try:
         result = train(
             chosen.config,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import fastvim_jax.cli as cli
 from fastvim_jax import distributed
 from fastvim_jax.cli import eval, eval_detection, eval_segmentation
+from fastvim_jax.cli.join import join_processes
 from fastvim_jax.cli.main import main
 from fastvim_jax.distributed import Launch, Watch, leave_watch, processes, start, watch
 from fastvim_jax.errors import UserError
@@ -113,9 +116,48 @@ def test_evaluations_watch_the_other_processes(monkeypatch: pytest.MonkeyPatch, 
     def watched(launch: Launch | None) -> None:
         raise Ended(launch)
 
-    monkeypatch.setattr(distributed, "initialize_distributed", lambda: Launch("head:1", 2, 0))
+    monkeypatch.setattr(distributed, "initialize_distributed", lambda *_: Launch("head:1", 2, 0))
     monkeypatch.setattr(distributed, "start_watch", watched)
     monkeypatch.setattr(command, "parse", lambda *_: None)
     monkeypatch.setattr(cli.eval, "_arguments", lambda _: None)
     with pytest.raises(Ended, match="head:1"):
         command.run(["a-run"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "others_find_it", "kept"),
+    [("gpu", True, True), ("gpu", False, False), ("cpu", False, True)],
+)
+def test_gpus_use_a_compilation_cache_only_if_all_processes_do(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    backend: str,
+    others_find_it: bool,
+    kept: bool,
+) -> None:
+    """Otherwise one process compiles a program and waits for those that found it, for a day."""
+    marks: list[bool] = []
+
+    def on_any_process(mine: bool) -> bool:
+        marks.append(any(tmp_path.glob("cache/shared-*")))
+        return mine or not others_find_it
+
+    monkeypatch.setattr(distributed, "initialize_distributed", lambda *_: Launch("head:1", 2, 0))
+    monkeypatch.setattr(distributed, "start_watch", lambda _: None)
+    monkeypatch.setattr(distributed, "on_any_process", on_any_process)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(names[0], str(tmp_path / "cache"))
+        jax.config.update(names[1], True)
+        join_processes()
+        assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+    assert marks == ([True] if backend == "gpu" else [])
+    assert not any(tmp_path.glob("cache/shared-*"))
+    assert ("not all processes share" in capfd.readouterr().err) != kept

@@ -1,0 +1,72 @@
+"""Join the other processes of a command, if there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+from fastvim_jax.closed_output import say
+
+
+def join_processes(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Join the group of processes that the arguments, the environment or a launcher describe, and watch over it.
+
+    Raises:
+        UserError: see `distributed.initialize_distributed`.
+    """
+    from fastvim_jax.distributed import initialize_distributed, start_watch
+
+    launch = initialize_distributed(coordinator, processes, process)
+    start_watch(launch)
+    if launch is not None:
+        _share_compilation_cache()
+
+
+def _share_compilation_cache() -> None:
+    """Turn off JAX's persistent compilation cache on GPUs, unless all processes use the same folder.
+
+    Processes that compile a program for several GPUs each time a part of its kernels, and wait up to 24 hours for the
+    results of the others. One that finds the program in a cache of its own times none. Only the first process writes
+    to the cache, so the second start on hosts with folders of their own would stand still.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    from fastvim_jax.distributed import (
+        arrays_of_first_process,
+        barrier,
+        is_first_process,
+        on_any_process,
+    )
+
+    enabled = jax.config.jax_enable_compilation_cache
+    folder: str = (enabled and jax.config.jax_compilation_cache_dir) or ""
+    remote = "://" in folder  # a storage service, which hosts share
+    if jax.default_backend() != "gpu":
+        return
+    name = arrays_of_first_process(lambda: {"name": np.asarray(f"shared-{uuid4().hex}")})["name"]
+    mark = Path(folder, name.item())
+    local_first = bool(folder) and not remote and is_first_process()
+    if local_first:
+        with contextlib.suppress(OSError):  # Then nobody finds it.
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    barrier("cache")
+    apart = on_any_process(not (remote or (folder and mark.exists())))
+    if local_first:
+        mark.unlink(missing_ok=True)
+    if not apart:
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # Otherwise JAX keeps to what it decided at the first compilation.
+    if folder and is_first_process():
+        say(
+            f"fastvim: not all processes share the compilation cache {folder}, so this run compiles everything anew. "
+            "Let JAX_COMPILATION_CACHE_DIR name a folder that all hosts share.",
+            sys.stderr,
+        )
