@@ -29,6 +29,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
+from fastvim_jax.training.corrupt import count_corrupt
 from fastvim_jax.training.evaluators import Evaluator
 from fastvim_jax.training.feed import PROBED, FeedMeter
 from fastvim_jax.training.health import Window
@@ -145,6 +146,7 @@ def run_loop(
         clock: a clock started before the first step, so that it times compilation.
 
     Raises:
+        DecodeError: all processes together met more undecodable records than `data.max_corrupt`.
         NonFiniteError: a loss, gradient or update that is not finite.
         Stopped: a signal came. The loop finished the step under way and saved its state.
         UserError: a file cannot be written.
@@ -281,8 +283,8 @@ def run_loop(
                 scalars = window.summarise(checkpoints.describe_latest)
             scalars |= {"epoch": step / steps_per_epoch}
             scalars |= {"learning_rate": float(learning_rate(step - 1))}
-            if corrupt := all_gather_set(batches.corrupt):
-                scalars["corrupt_records"] = len(corrupt)
+            if corrupt := count_corrupt(batches.corrupt, getattr(config, "data", None)):
+                scalars["corrupt_records"] = corrupt
             timing = clock.lap() | feed.lap(batches.seconds_per_batch())
             log.write("train", step, scalars | timing)
             if advice := feed.message(timing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.analysis.headline import Headline
+from fastvim_jax.data.records import DecodeError
 from fastvim_jax.distributed import make_mesh, on_mesh
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import Stopped, loop, read_metrics
 from fastvim_jax.training.checkpoints import Checkpoints
 from fastvim_jax.training.clock import Clock
+from fastvim_jax.training.corrupt import count_corrupt
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.loop import begin_or_resume, run_loop
 from fastvim_jax.training.runs import OpenRun, TrainCall, open_run
@@ -192,6 +195,18 @@ def test_norms_are_measured_where_they_are_due(tmp_path, monkeypatch):
         run(tmp_path / "halves", stop_at=7)
     run(tmp_path / "halves")
     assert_same_run(tmp_path / "halves", tmp_path / "due")
+
+
+def test_corrupt_records_of_all_processes_count(tmp_path, monkeypatch):
+    """Stop at the first line of the log if the processes together met too many, though each met few enough."""
+    monkeypatch.setattr("fastvim_jax.training.corrupt.all_gather_set", lambda own: {*own, 5})
+    data = SimpleNamespace(max_corrupt=1)
+    assert count_corrupt([5], data) == 1 and count_corrupt([3], None) == 2
+    with pytest.raises(DecodeError, match="met 2 undecodable records; data.max_corrupt allows 1"):
+        count_corrupt([3], data)
+    with pytest.raises(DecodeError, match="met 1 undecodable records; data.max_corrupt allows 0"):
+        run(tmp_path)
+    assert not read_metrics(tmp_path, "train")
 
 
 def test_evaluators_are_due_at_their_own_intervals():

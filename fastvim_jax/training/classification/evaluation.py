@@ -17,9 +17,10 @@ from fastvim_jax.data import BatchIterator
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.labelled import make_preprocess
 from fastvim_jax.data.prefetch import place_ahead
-from fastvim_jax.distributed import all_gather_set, on_every_device
+from fastvim_jax.distributed import on_every_device
 from fastvim_jax.errors import UserError
 from fastvim_jax.models.channels import channel_inputs
+from fastvim_jax.training.corrupt import count_corrupt
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.label_rank import label_rank
 from fastvim_jax.training.steps import (
@@ -110,8 +111,8 @@ def make_evaluator(
             for name, score in found.items()
             for key in ("top1", "top5", "loss")
         }
-        if corrupt := all_gather_set(batches.corrupt):
-            scores["corrupt_records"] = len(corrupt)
+        if corrupt := count_corrupt(batches.corrupt, batches.config):
+            scores["corrupt_records"] = corrupt
         return Evaluation(scores)
 
     return Evaluator("eval", run, every_epochs=every_epochs)

@@ -25,11 +25,12 @@ from fastvim_jax.data.detection import load
 from fastvim_jax.data.device_transforms import Preprocess
 from fastvim_jax.data.prefetch import place_ahead
 from fastvim_jax.data.sources.coco import CocoSource, coco_masks
-from fastvim_jax.distributed import all_gather_set, is_first_process, on_every_device
+from fastvim_jax.distributed import is_first_process, on_every_device
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.detection.cascade import Detections
 from fastvim_jax.models.detection.masks import paste_masks
 from fastvim_jax.models.detection.positions import crop_positions
+from fastvim_jax.training.corrupt import count_corrupt
 from fastvim_jax.training.detection.metrics import (
     average_precisions,
     class_precisions,
@@ -96,8 +97,8 @@ def make_evaluator(
         for kind, detections in found.items():
             precisions = judge(source, detections, seen, masks=masks)
             scores |= {f"{kind}_{key}": value for key, value in precisions.items()}
-        if corrupt := all_gather_set(batches.corrupt):
-            scores["corrupt_records"] = len(corrupt)
+        if corrupt := count_corrupt(batches.corrupt, batches.config):
+            scores["corrupt_records"] = corrupt
         picture = None
         if is_first_process():
             rows = class_scores(source, found["raw"], seen, masks=masks)
