@@ -31,11 +31,13 @@ class Evaluator:
         name: kind of its records in the log, e.g. "eval"; no two evaluators of a run share one.
         run: `run(state, step)` evaluates a train state. All processes call it; the first one alone writes files.
         every_epochs: epochs between evaluations; 0: only after the last step, after which every evaluator runs.
+        batches: batches or images that all processes go through together, which must be as many in all of them.
     """
 
     name: str
     run: Callable[[TrainState, int], Evaluation]
     every_epochs: int = 1
+    batches: int | None = None
 
     def due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
         """Tell whether the evaluator runs after `step`."""

@@ -156,6 +156,7 @@ def run_loop(
     first_step = int(state.step)
     require_same(
         {"steps per epoch": steps_per_epoch, "step to start from": first_step}
+        | {f"batches of {each.name}": each.batches for each in evaluators}
         | _course(config_leaves(to_dict(config)))
     )
     folder, checkpoints, stop, call = run.folder, run.checkpoints, run.stop, run.call

@@ -115,7 +115,7 @@ def make_evaluator(
             scores["corrupt_records"] = corrupt
         return Evaluation(scores)
 
-    return Evaluator("eval", run, every_epochs=every_epochs)
+    return Evaluator("eval", run, every_epochs=every_epochs, batches=batches.steps_per_epoch)
 
 
 def normalise_batch(batch: Batch, preprocess: Preprocess | None) -> jax.Array:

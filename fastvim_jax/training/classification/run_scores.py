@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_preprocess
-from fastvim_jax.distributed import make_mesh, place_batch, replicated, round_up
+from fastvim_jax.distributed import make_mesh, place_batch, replicated, require_same, round_up
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
@@ -94,6 +94,7 @@ def score_run(
         process_count=jax.process_count(),
     )
     with contextlib.closing(batches):
+        require_same({"batches": batches.steps_per_epoch})
         names = batches.source.class_names
         models, own, at = load(place, names)
         if len(names) != len(own):

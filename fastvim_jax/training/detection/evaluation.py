@@ -109,7 +109,7 @@ def make_evaluator(
                 picture_grid([draw(source, i, found["raw"]) for i in drawn]).save(picture)
         return Evaluation(scores, picture)
 
-    return Evaluator(name, run, every_epochs=every_epochs)
+    return Evaluator(name, run, every_epochs=every_epochs, batches=batches.steps_per_epoch)
 
 
 def detect_all(

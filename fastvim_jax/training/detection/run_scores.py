@@ -22,6 +22,7 @@ from fastvim_jax.distributed import (
     on_mesh,
     place_batch,
     replicated,
+    require_same,
     round_up,
 )
 from fastvim_jax.errors import UserError
@@ -85,6 +86,7 @@ def score_run(
         for line in describe_eval_sizes(data):
             print(line, file=sys.stderr)
     with contextlib.closing(batches):
+        require_same({"batches": batches.steps_per_epoch})
         source: Any = batches.source
         run = load_run(
             run_dir,

@@ -84,7 +84,7 @@ def make_evaluator(
             draw_grid(path, [shown, *(to_pixels(config, part) for part in parts)])
         return path
 
-    return Evaluator("eval", run, every_epochs=config.evaluate_every_epochs)
+    return Evaluator("eval", run, config.evaluate_every_epochs, batches.steps_per_epoch)
 
 
 def make_eval_step(

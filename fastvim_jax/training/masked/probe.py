@@ -202,7 +202,9 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
         config=config,
         run=run,
         records=records,
-        evaluators=[Evaluator("eval", evaluate, every_epochs=config.evaluate_every_epochs)],
+        evaluators=[
+            Evaluator("eval", evaluate, config.evaluate_every_epochs, eval_images.steps_per_epoch)
+        ],
         headline=HEADLINE,
         learning_rate=learning_rate,
         clock=Clock(config.data.batch_size),

@@ -162,7 +162,7 @@ def make_evaluator(
                 picture_grid([_row(each) for each in judged]).save(picture)
         return Evaluation(scores, picture)
 
-    return Evaluator("eval", run, every_epochs=config.evaluate_every_epochs)
+    return Evaluator("eval", run, every_epochs=config.evaluate_every_epochs, batches=len(images))
 
 
 def slide_of(config: SegmentationConfig, windows: int) -> Slide:

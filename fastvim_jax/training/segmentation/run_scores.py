@@ -12,7 +12,7 @@ from flax import nnx
 
 from fastvim_jax.data.segmentation import EvaluationImages
 from fastvim_jax.data.segmentation_config import SegmentationData
-from fastvim_jax.distributed import MeshConfig, make_mesh, replicated, round_up
+from fastvim_jax.distributed import MeshConfig, make_mesh, replicated, require_same, round_up
 from fastvim_jax.errors import UserError
 from fastvim_jax.training.run_folder import load_run, read_config
 from fastvim_jax.training.segmentation.config import SegmentationConfig
@@ -67,6 +67,7 @@ def score_run(
             f"{run_dir} tells {config.model.num_classes} classes apart, the data have "
             f"{len(images.source.class_names)}."
         )
+    require_same({"images": len(images)})
     mesh = make_mesh(MeshConfig())
     names = images.source.class_names
     run = load_run(run_dir, step=step, place=replicated(mesh), class_names=names)
