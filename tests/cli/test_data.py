@@ -130,6 +130,7 @@ def test_prepare_and_check_the_shards(fastvim: Cli, pets: Path, tmp_path: Path) 
     shard.write_bytes(content)
     status, out, _ = fastvim("data", "check", out_dir)
     assert status == 1 and "checksum:" in out and str(shard) in out
+    assert "note: training does not compare checksums" in out
 
 
 def test_prepare_refuses_the_set_itself_and_parts(

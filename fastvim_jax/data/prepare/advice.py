@@ -83,6 +83,11 @@ def training_advice(reports: dict[str, Report]) -> Advice:
     if corrupt:
         options["data.max-corrupt"] = str(corrupt)
         notes.append(f"up to {counted(corrupt, 'undecodable record')} of a split left out.")
+    if any(p.kind == "checksum" for each in used.values() for p in each.problems):
+        notes.append(
+            "training does not compare checksums: first give the `fastvim data prepare` command again, which writes "
+            "changed shards anew and keeps the others."
+        )
     if records < 1:
         refused.append(f"{train} leaves no record to train on.")
     elif records < BATCH_SIZE:
