@@ -119,7 +119,9 @@ class _Shares:
             records = dealt[shares.start : shares.stop]
             *arrays, bad = load_images(source, config, records)
             corrupt += records.reshape(-1)[bad].tolist()
-            self._held[device] = tuple(jax.device_put(array, device) for array in arrays)
+            placed = tuple(jax.device_put(array, device) for array in arrays)
+            self._held[device] = jax.block_until_ready(placed)
+            del arrays  # Otherwise the host holds the shares of two devices at once.
         self.corrupt = np.asarray(sorted(corrupt), np.int64)
 
     def batch(self, orders: list[np.ndarray]) -> dict[str, Any]:
