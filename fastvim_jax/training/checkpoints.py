@@ -20,6 +20,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from fastvim_jax.training.steps import TrainState
 FORMAT = 1
 
 _DELETED = "deleted"
+_LAST_SAVE = 60.0  # seconds in which one of several processes that has failed may still save
 # Orbax adds the time of the commit to this file last, after the checksums are written.
 _CHANGES_LAST = frozenset({"_CHECKPOINT_METADATA"})
 # Orbax finds its files with glob patterns that contain the whole path, so the path must hold no special character.
@@ -171,12 +173,27 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None and jax.process_count() > 1 and not self._saved_soon():
+            _log.error("the checkpoint of step %s is left unfinished", self._saving)
+            return
         try:
             self.close()
         except CheckpointError as failure:
             if error is None:
                 raise
             _log.error("%s", failure)  # The error that came first is the one to raise.
+
+    def _saved_soon(self) -> bool:
+        """Wait `_LAST_SAVE` seconds at most for the save under way, and return whether it has ended.
+
+        If another process failed, too, its part of the checkpoint never comes, and it may wait for the end of this one.
+        """
+        end = time.monotonic() + _LAST_SAVE
+        while self._saving is not None and self._manager.is_saving_in_progress():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
     def steps(self) -> list[int]:
         """List the steps of the finished checkpoints, ascending."""

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.training import checksums
+from fastvim_jax.training import checkpoints, checksums
 from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints, flatten, unflatten
 from fastvim_jax.training.steps import TrainState, init_state
 
@@ -431,3 +431,26 @@ def test_reading_writes_nothing(run):
     store.close()
     assert sorted(p.relative_to(path) for p in path.rglob("*")) == before
     assert json.loads((path / "checksums" / "20.json").read_text())
+
+
+def test_a_failed_process_of_several_does_not_wait_forever_for_its_last_save(
+    monkeypatch, tmp_path, caplog
+):
+    """Let another process have failed, too, so that its part of the checkpoint never comes."""
+
+    class Waiting:
+        def is_saving_in_progress(self) -> bool:
+            return True
+
+        def wait_until_finished(self) -> None:
+            raise AssertionError("it waits")
+
+    store = Checkpoints(tmp_path / "checkpoints")
+    store.close()
+    monkeypatch.setattr(store, "_manager", Waiting())
+    monkeypatch.setattr(store, "_saving", 7)
+    monkeypatch.setattr(checkpoints, "_LAST_SAVE", 0.1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ZeroDivisionError), store:
+        _ = 1 / 0
+    assert "step 7 is left unfinished" in caplog.text
