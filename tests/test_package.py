@@ -42,6 +42,7 @@ BASE = {
     "version",
     "stop_signals",
     "whole_file",
+    "own_cores",
 }
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
@@ -56,6 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "config_checks": {"errors"},
     "serialise": {"errors", "json_text"},
     "whole_file": {"errors"},
+    "own_cores": set(),
     "forward_mode": set(),
     "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},

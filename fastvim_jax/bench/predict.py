@@ -21,7 +21,7 @@ import numpy as np
 from fastvim_jax.bench.record import Columns, Row
 from fastvim_jax.errors import UserError
 from fastvim_jax.inference.classifier import Classifier
-from fastvim_jax.inference.decoding import cores
+from fastvim_jax.own_cores import own_cores
 
 NEAR = 0.9
 """If both together reach this share of the slower part's rate, the slower part is what limits them."""
@@ -74,7 +74,7 @@ def rows(
             "images_from": source,
             "batch": size,
             "images": count,
-            "cores": cores(),
+            "cores": own_cores(),
             "workers": workers,
             "decoding_per_s": decoding,
             "model_per_s": model,

@@ -24,6 +24,7 @@ from fastvim_jax.data.records import DecodeError, Source
 from fastvim_jax.data.transforms import resized, to_array
 from fastvim_jax.data.turbo import Picture
 from fastvim_jax.errors import UserError
+from fastvim_jax.own_cores import own_cores
 
 _SHARE_OF_MEMORY = 0.5
 
@@ -133,7 +134,7 @@ class _Images:
             pixels[index], labels[index] = transform(image), record.target
             return True
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(own_cores()) as threads:
             decoded = np.fromiter(threads.map(load, range(len(source))), np.bool_, len(source))
         self.kept, self.corrupt = np.flatnonzero(decoded), np.flatnonzero(~decoded)
         whole = len(self.kept) == len(source)

@@ -11,7 +11,6 @@ height and width. The step draws the box in the image's own proportions and maps
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +28,7 @@ from fastvim_jax.data.resident import check_memory, stored_size
 from fastvim_jax.data.transforms import resized, to_array
 from fastvim_jax.data.turbo import chosen_decoder
 from fastvim_jax.errors import UserError
+from fastvim_jax.own_cores import own_cores
 
 # Make the two random streams differ. (A number of 2**32 or more would count as two, and streams might coincide.)
 _DEAL, _SHUFFLE = 0, 1
@@ -172,7 +172,7 @@ def load_images(
         labels[place], sizes[place] = record.target, (picture.height, picture.width)
         return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(own_cores()) as threads:
         decoded = np.fromiter(threads.map(load, range(len(records))), np.bool_, len(records))
     bad = np.flatnonzero(~decoded)
     for start in np.unique(bad // of_share) * of_share:

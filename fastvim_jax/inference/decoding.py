@@ -36,6 +36,7 @@ from fastvim_jax.data.records import DecodeError
 from fastvim_jax.data.stream import WorkersEnded, grain_stream
 from fastvim_jax.data.turbo import available_decoder
 from fastvim_jax.errors import UserError
+from fastvim_jax.own_cores import own_cores
 
 AHEAD = 3
 """Batches that are decoded and copied to the devices at the same time, while the devices compute."""
@@ -83,7 +84,7 @@ def decoded_batches(
         else:
             yield from _by_processes(stream, batch_size, sharding, count)
             return
-    with ThreadPoolExecutor(cores()) as decoders:
+    with ThreadPoolExecutor(own_cores()) as decoders:
         build = _Builder(images, data, batch_size, sharding, decoders)
         if count == 1:  # Nothing can be built ahead, so no thread has to start.
             yield build(0)
@@ -91,18 +92,11 @@ def decoded_batches(
             yield from _ahead(build, count, threads=AHEAD)
 
 
-def cores() -> int:
-    """Count the processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def decoding_workers(files: int, asked: int | None = None) -> int:
     """Return how many processes should decode: those asked for, or one per core if the files are worth their start."""
     if asked is not None:
         return asked
-    return min(cores(), _MOST_PROCESSES) if files >= _WORTH_PROCESSES else 0
+    return min(own_cores(), _MOST_PROCESSES) if files >= _WORTH_PROCESSES else 0
 
 
 def _ahead(build: Callable[[int], Decoded], count: int, threads: int) -> Iterator[Decoded]:
@@ -191,7 +185,11 @@ class _Builder:
         if all(map(self._ready, images)):
             fill(places)  # Copies take less time than handing them to other threads.
         else:
-            list(self._decoders.map(fill, (places[first :: cores()] for first in range(cores()))))
+            list(
+                self._decoders.map(
+                    fill, (places[first :: own_cores()] for first in range(own_cores()))
+                )
+            )
         return dict(sorted(errors.items()))
 
     def _pixels(self, image: Any) -> UInt8[np.ndarray, "h w c"]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Iterator
 
 import jax
 
+from fastvim_jax.own_cores import own_cores
 from pallas_kernels import gpu
 
 _on_one_core = contextvars.ContextVar("on_one_core", default=False)
@@ -18,8 +18,7 @@ def local_cores() -> int:
     """Return how many cores the CPU device has, or 0 if programs are traced for several or other devices."""
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or gpu.switched_off() is not None:
         return 0
-    has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return own_cores()
 
 
 def program_cores() -> int:

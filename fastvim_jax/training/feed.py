@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax
 from fastvim_jax.data.cells_config import CellsData
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_crops import PLANNERS, crops_on_device
+from fastvim_jax.own_cores import own_cores
 
 PROBED = range(3, 8)
 """Steps since the start whose time is taken alone, without reading ahead; the first two compile and warm up."""
@@ -67,11 +67,10 @@ class FeedMeter:
 
 def advice(data: Any) -> str:
     """Say what would make the pipeline of a data config faster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options = []
     workers = getattr(data, "workers", None)
     photographs = isinstance(data, ClassificationData) and not data.resident
-    useful, why = cores or 1, "one a core"
+    useful, why = own_cores(), "one a core"
     if photographs and crops_on_device(data):
         useful, why = min(useful, PLANNERS * jax.local_device_count()), "four a GPU at most"
     if workers is not None and workers < useful:

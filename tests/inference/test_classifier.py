@@ -397,6 +397,6 @@ def test_a_buffer_that_is_used_again_keeps_nothing(classifier, files, tmp_path, 
 def test_processes_decode_many_files_but_not_one_on_every_core_of_a_server(
     monkeypatch, found, files, expected
 ):
-    monkeypatch.setattr("fastvim_jax.inference.decoding.cores", lambda: found)
+    monkeypatch.setattr("fastvim_jax.inference.decoding.own_cores", lambda: found)
     assert decoding_workers(files) == expected
     assert decoding_workers(files, 40) == 40
