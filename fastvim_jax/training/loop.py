@@ -44,9 +44,7 @@ from fastvim_jax.training.steps import Metrics, TrainState, build_state, measure
 from fastvim_jax.training.stopping import Stopped
 from fastvim_jax.training.summary import SummaryPicture
 
-_OF_HOST = frozenset(
-    {"data.path", "data.class_list", "data.workers", "data.decoder", "data.max_corrupt", "init"}
-)
+_OF_HOST = frozenset({"data.path", "data.class_list", "data.workers", "data.decoder", "init"})
 
 
 @runtime_checkable
