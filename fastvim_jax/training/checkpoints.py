@@ -41,7 +41,8 @@ from fastvim_jax.training.steps import TrainState
 FORMAT = 1
 
 _DELETED = "deleted"
-_LAST_SAVE = 60.0  # seconds in which one of several processes that has failed may still save
+_LAST_SAVE = 300.0
+"""Seconds in which one of several processes that has failed may still save: gigabytes on a slow disk take minutes."""
 # Orbax adds the time of the commit to this file last, after the checksums are written.
 _CHANGES_LAST = frozenset({"_CHECKPOINT_METADATA"})
 # Orbax finds its files with glob patterns that contain the whole path, so the path must hold no special character.
