@@ -241,7 +241,7 @@ def test_the_page_of_the_families_is_the_one_made_from_the_records(monkeypatch):
 
 
 TIMED = re.compile(
-    r"batch (?P<batch>\d+)[^.]* takes (?P<ms>[\d.]+) ms \((?P<rate>[\d,]+) images/s, benchmarks/README.md\), "
+    r"batch (?P<batch>\d+)[^.]* takes (?P<ms>[\d.]+) ms \((?P<rate>[\d,]+) images/s, docs/scaling.md\), "
     r"so the steps alone are about (?P<hours>\d+) hours"
 )
 
