@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clocks import Clocks
+
 S, B, H = (
     f"fastvim_{size}_patch{patch}_224"
     for size, patch in (("small", 16), ("base", 16), ("huge", 14))
@@ -153,46 +155,6 @@ class Worker:
             assert self._process.stdin is not None
             self._process.stdin.close()
         self._log.close()
-
-
-class Clocks:
-    """Watch clock and power of all GPUs with nvidia-smi: a GPU at its power limit lowers its clock by itself."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, int, float, float]] = []
-        self._process: subprocess.Popen[str] | None = None
-        query = "--query-gpu=index,clocks.sm,power.draw.instant"
-        with contextlib.suppress(FileNotFoundError):  # no GPU here
-            self._process = subprocess.Popen(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "50"],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):
-                gpu, clock, power = map(float, line.split(","))
-                self._seen.append((time.monotonic(), int(gpu), clock, power))
-
-    def since(self, begin: float) -> dict[str, dict[str, float]]:
-        """Return, by GPU, the mean clock in MHz and the mean power in W since `begin`, of `time.monotonic`."""
-        seen = [each for each in self._seen if each[0] >= begin]
-        return {
-            str(gpu): {
-                "mhz": round(statistics.mean(each[2] for each in seen if each[1] == gpu)),
-                "watts": round(statistics.mean(each[3] for each in seen if each[1] == gpu)),
-            }
-            for gpu in sorted({each[1] for each in seen})
-        }
-
-    def end(self) -> None:
-        """Stop watching."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
 
 
 def visible(gpus: str) -> str:

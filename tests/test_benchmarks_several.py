@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import time
 
 import pytest
 from flax import nnx
@@ -73,6 +75,32 @@ def test_programs_are_timed_in_rounds_and_failures_stop_only_their_own(
     assert (
         "| data 2 | 12.00 | 10,667 | **0.917** | 9.00 | 0.25 | 0.75 | – | 404 (1.01) |" in table[3]
     )
+
+
+NVIDIA_SMI = """#!/usr/bin/env bash
+echo "0, 1950, 690.5"; echo "1, 1900, [N/A]"; echo "1, 1910, 671.0"; echo "0, 1960, 700.5"; sleep 60
+"""
+
+
+def test_clocks_are_means_of_each_gpu(programs, monkeypatch, tmp_path):
+    """Leave out what the driver does not know."""
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    clocks = programs("clocks").Clocks()
+    end = time.monotonic() + 20
+    while len(clocks._seen) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    clocks.end()
+    assert clocks.since(0.0) == {
+        "0": {"mhz": 1955, "watts": 696}, "1": {"mhz": 1910, "watts": 671},
+    }  # fmt: skip
+    assert clocks.since(time.monotonic()) == {}
+    seen = [{"0": {"mhz": 1000}, "1": {"mhz": 900}}, {"0": {"mhz": 2100}, "1": {"mhz": 950}}]
+    clock = programs("scaling")._clocks
+    assert clock({"gpus": "0,1", "times_clocks": seen}) == "1,550, 925"
+    assert clock({"gpus": "1", "times_clocks": seen}) == "925"
+    assert clock({"gpus": "0", "times_clocks": [*seen, {}]}) == clock({}) == "–"
 
 
 def test_the_page_shows_the_records(programs):

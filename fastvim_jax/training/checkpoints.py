@@ -29,12 +29,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp  # type: ignore[import-untyped]
-from jax.tree_util import DictKey, KeyPath
 
 from fastvim_jax.distributed import arrays_of_first_process, is_first_process, on_first_process
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.training.checksums import find_damage, write_checksums
 from fastvim_jax.training.disk import GO_ON, why_not_written
+from fastvim_jax.training.flat_trees import abstract, flatten, signature, unflatten
 from fastvim_jax.training.late_results import drop_late_results
 from fastvim_jax.training.steps import TrainState
 
@@ -232,7 +232,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return step
-        meta = {"format": FORMAT, "step": step, "parameters": _signature(state.params), **meta}
+        meta = {"format": FORMAT, "step": step, "parameters": signature(state.params), **meta}
         params = flatten(state.params)
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(params),
@@ -243,7 +243,7 @@ class Checkpoints:
             if (tree := getattr(state, name)) is not None:
                 items[name] = ocp.args.StandardSave(flatten(tree))
         self._saving = step
-        self._shapes = _abstract(params)
+        self._shapes = abstract(params)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
@@ -379,9 +379,9 @@ class Checkpoints:
 
     def _restore(self, step: int, trees: Mapping[str, Any]) -> dict[str, Any]:
         self._verify(step, *trees)
-        abstract = {item: _abstract(flatten(tree)) for item, tree in trees.items()}
+        shapes = {item: abstract(flatten(tree)) for item, tree in trees.items()}
         flat = self._read(
-            step, **{item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+            step, **{item: ocp.args.StandardRestore(tree) for item, tree in shapes.items()}
         )
         return {item: unflatten(tree, flat[item]) for item, tree in trees.items()}
 
@@ -410,7 +410,7 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _refuse_other_model(self, step: int, meta: Mapping[str, Any], params: Any) -> None:
-        saved, ours = meta["parameters"], _signature(params)
+        saved, ours = meta["parameters"], signature(params)
         if saved == ours:
             return
         lines = [f"{name}: this model has none" for name in saved if name not in ours]
@@ -499,36 +499,3 @@ class Checkpoints:
 
         on_first_process(compare)
         self._verified |= {(step, item) for item in new}
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Flatten a pytree to its arrays under dotted names, e.g. `blocks.mixer.in_proj.kernel`."""
-    return {_dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def unflatten(template: Any, flat: Mapping[str, Any]) -> Any:
-    """Invert `flatten`, in the structure of `template`."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(structure, [flat[_dotted(path)] for path, _ in paths])
-
-
-def _dotted(path: KeyPath) -> str:
-    # Drop the last key of an NNX variable: Flax adds it below the dictionary and chooses its name.
-    if len(path) > 1 and isinstance(path[-2], DictKey) and not isinstance(path[-1], DictKey):
-        path = path[:-1]
-    parts = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
-    return ".".join(map(str, parts))
-
-
-def _abstract(flat: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in flat.items()
-    }
-
-
-def _signature(params: Any) -> dict[str, str]:
-    return {
-        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for name, leaf in flatten(params).items()
-    }

@@ -18,7 +18,8 @@ from flax import nnx
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import checkpoints, checksums
-from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints, flatten, unflatten
+from fastvim_jax.training.checkpoints import CheckpointError, Checkpoints
+from fastvim_jax.training.flat_trees import flatten, unflatten
 from fastvim_jax.training.steps import TrainState, init_state
 
 
