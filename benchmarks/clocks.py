@@ -22,14 +22,16 @@ class Clocks:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            threading.Thread(target=self._listen, daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
 
     def _listen(self) -> None:
         assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):
-                gpu, clock, power = map(float, line.split(","))
-                self._seen.append((time.monotonic(), int(gpu), clock, power))
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    gpu, clock, power = map(float, line.split(","))
+                    self._seen.append((time.monotonic(), int(gpu), clock, power))
 
     def since(self, begin: float) -> dict[str, dict[str, float]]:
         """Return, by GPU, the mean clock in MHz and the mean power in W since `begin`, of `time.monotonic`."""
@@ -47,3 +49,4 @@ class Clocks:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._listener.join(5)

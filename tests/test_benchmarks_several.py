@@ -78,7 +78,7 @@ def test_programs_are_timed_in_rounds_and_failures_stop_only_their_own(
 
 
 NVIDIA_SMI = """#!/usr/bin/env bash
-echo "0, 1950, 690.5"; echo "1, 1900, [N/A]"; echo "1, 1910, 671.0"; echo "0, 1960, 700.5"; sleep 60
+echo "0, 1950, 690.5"; echo "1, 1900, [N/A]"; echo "1, 1910, 671.0"; echo "0, 1960, 700.5"; exec sleep 60
 """
 
 
@@ -92,6 +92,7 @@ def test_clocks_are_means_of_each_gpu(programs, monkeypatch, tmp_path):
     while len(clocks._seen) < 3 and time.monotonic() < end:
         time.sleep(0.01)
     clocks.end()
+    assert not clocks._listener.is_alive()
     assert clocks.since(0.0) == {
         "0": {"mhz": 1955, "watts": 696}, "1": {"mhz": 1910, "watts": 671},
     }  # fmt: skip
