@@ -316,7 +316,7 @@ def match_types(gradients: Any, arrays: Any) -> Any:
     """
 
     def one(gradient, x):
-        axes = tuple(varying_axes(gradient) - varying_axes(x))
+        axes = _in_order(varying_axes(gradient) - varying_axes(x))
         gradient = lax.psum(gradient, axes) if axes else gradient
         return _reshard(gradient.astype(x.dtype), jax.typeof(x).sharding)
 
@@ -329,7 +329,7 @@ def mark_varying(results: Any, arrays: Any) -> Any:
     Otherwise `shard_map` rejects them: the types of a kernel's results say nothing about Manual axes.
     """
     axes = frozenset[str]().union(*(varying_axes(x) for x in jax.tree.leaves(arrays)))
-    cast = lambda x: lax.pcast(x, tuple(axes - varying_axes(x)), to="varying")  # noqa: E731
+    cast = lambda x: lax.pcast(x, _in_order(axes - varying_axes(x)), to="varying")  # noqa: E731
     return jax.tree.map(cast, results) if axes else results
 
 
@@ -373,3 +373,12 @@ def on_cuda(kernel: Callable, other: Callable, *arrays: Any) -> Any:
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """Return the Manual axes over which a value may differ, as far as JAX tracks it (shard_map's check_vma)."""
     return frozenset(jax.typeof(x).mat.varying)
+
+
+def _in_order(axes: frozenset[str]) -> tuple[str, ...]:
+    """Return axes in the order of the mesh.
+
+    Sums name their axes in this order. That of a set is another one in each process, and processes whose programs
+    differ wait for each other forever.
+    """
+    return tuple(sorted(axes, key=jax.sharding.get_abstract_mesh().axis_names.index))

@@ -18,6 +18,7 @@ from fastvim_jax.distributed.processes import (
     on_any_process,
     on_first_process,
     require_same,
+    require_same_program,
 )
 from fastvim_jax.distributed.sharding import (
     gather,
@@ -55,6 +56,7 @@ __all__ = [
     "place_batch",
     "replicated",
     "require_same",
+    "require_same_program",
     "round_up",
     "split_batch",
     "start_watch",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -13,14 +15,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from fastvim_jax.distributed.start import joined
 from fastvim_jax.distributed.watch import lost_message
 from fastvim_jax.errors import UserError
+from fastvim_jax.version import __version__
 
 _MESSAGE = 4096  # bytes
 _LAST_WORDS = 3.0  # seconds
+_LONGEST_TRACE = 3_600_000  # milliseconds: process 0 may still read its first batch
+_VALUE = re.compile(r"%\w+")
+_TOGETHER = re.compile(r"stablehlo\.(all_|collective_|reduce_scatter)|sdy\.")
+_programs = itertools.count()
 _PEER_GONE = re.compile(
     r"gloo|nccl|connection reset by peer|connection refused|broken pipe|socket closed|heartbeat|coordination service",
     re.IGNORECASE,
@@ -105,6 +113,35 @@ def require_same(values: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} was given another run than process 0:\n  "
             + "\n  ".join(different)
             + "\nGive all processes the same command and the same data."
+        )
+
+
+def require_same_program(name: str, text: str) -> None:
+    """Compare a lowered program with that of the first process: what its devices do together, in which order.
+
+    Processes whose devices sum in different orders, or over different groups, wait for each other forever. No device
+    takes part in the comparison. Numbers of values may differ, and kernels, which hold paths of the host.
+
+    Args:
+        name: what the program does, for the message.
+        text: the program (`jax.stages.Lowered.as_text`).
+
+    Raises:
+        UserError: in a process whose program differs.
+    """
+    if jax.process_count() == 1:
+        return
+    together = [_VALUE.sub("%", line) for line in text.splitlines() if _TOGETHER.search(line)]
+    ours = hashlib.sha256("\n".join(together).encode()).hexdigest()
+    coordinator: Any = distributed.global_state.client
+    key = f"fastvim/program/{next(_programs)}"
+    if is_first_process():
+        coordinator.key_value_set(key, ours)
+    elif coordinator.blocking_key_value_get(key, _LONGEST_TRACE) != ours:
+        raise UserError(
+            f"process {jax.process_index()} made another {name} than process 0: its devices would wait for the others "
+            f"forever. Give all hosts the same versions of all packages (here fastvim_jax {__version__}, JAX "
+            f"{jax.__version__})."
         )
 
 

@@ -17,7 +17,14 @@ import optax
 from jax.sharding import Mesh
 
 from fastvim_jax.data.device_transforms import Augment
-from fastvim_jax.distributed import Reduction, gather, on_every_device, split_batch, state_shardings
+from fastvim_jax.distributed import (
+    Reduction,
+    gather,
+    on_every_device,
+    require_same_program,
+    split_batch,
+    state_shardings,
+)
 from fastvim_jax.models.parameters import map_parameters, stacked_key
 from fastvim_jax.training.accumulation import in_parts, mean_value_and_grad
 from fastvim_jax.training.ema import init_ema, update_ema
@@ -280,18 +287,33 @@ class TrainStep:
     def __init__(self, func: Any, seed: int) -> None:
         self.func, self.keywords = func, {"seed": np.uint32(seed)}
         self._placed: jax.Array | None = None
+        self._compared: list[Any] = []
 
     def __call__(
         self, state: TrainState, batch: Batch, **options: bool
     ) -> tuple[TrainState, Metrics]:
-        """Make one update. The seed is copied to the devices once; else every step would wait for a copy of it."""
+        """Make one update. The seed is copied to the devices once; else every step would wait for a copy of it.
+
+        Raises:
+            UserError: this process's program does not fit that of process 0.
+        """
         if not isinstance(state.step, jax.Array) or isinstance(state.step, jax.core.Tracer):
             return self.func(state, batch, **self.keywords, **options)
         if self._placed is None:
             seed = self.keywords["seed"]
             copy = jax.jit(lambda: jnp.asarray(seed), out_shardings=state.step.sharding)
             self._placed = copy()
+        if not state.step.is_fully_addressable:  # Several processes run it.
+            self._compare(state, batch, options)
         return self.func(state, batch, seed=self._placed, **options)
+
+    def _compare(self, state: TrainState, batch: Batch, options: dict[str, bool]) -> None:
+        """Compare each new program with the other processes before anything runs. It is lowered once all the same."""
+        program = jax.tree.map(jnp.shape, batch), options
+        if program not in self._compared:
+            self._compared.append(program)
+            lowered = self.func.lower(state, batch, seed=self._placed, **options)
+            require_same_program("training step", lowered.as_text())
 
 
 def measures_norms(due: bool) -> bool:

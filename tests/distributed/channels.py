@@ -5,6 +5,7 @@ python tests/distributed/channels.py FOLDER
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -32,8 +33,8 @@ class Noise:
         return Record(pixels.astype(np.uint8), index % 2, f"noise {index}")
 
 
-def whole_runs(folder: Path) -> None:
-    """Train the same run on a mesh of one device and on one of two."""
+def config(folder: Path) -> TrainConfig:
+    """Write images, and return the config of a run with them."""
     prepare(Noise(), folder / "shards", "train")
     data = CellsData(
         path=str(folder / "shards"), eval_split="train", channels=2, channel_names=("a", "b"),
@@ -43,12 +44,18 @@ def whole_runs(folder: Path) -> None:
         image_size=8, patch_size=4, channels=2, num_classes=2, embed_dim=8, depth=2, state_size=2,
         drop_path=0.1, dtype="float64", param_dtype="float64",
     )  # fmt: skip
+    return TrainConfig(
+        model=model, data=data, optimizer=OptimizerConfig(warmup_epochs=0.5), epochs=2,
+        ema_decay=None, log_every_steps=1,
+    )  # fmt: skip
+
+
+def whole_runs(folder: Path) -> None:
+    """Train the same run on a mesh of one device and on one of two."""
+    made = config(folder)
     for devices in (1, 2):
-        config = TrainConfig(
-            model=model, data=data, optimizer=OptimizerConfig(warmup_epochs=0.5), epochs=2,
-            ema_decay=None, log_every_steps=1, mesh=MeshConfig(data=devices),
-        )  # fmt: skip
-        train(config, folder / f"run{devices}", progress=False)
+        on = dataclasses.replace(made, mesh=MeshConfig(data=devices))
+        train(on, folder / f"run{devices}", progress=False)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from fastvim_jax.distributed import (
     barrier,
     initialize_distributed,
     is_first_process,
+    make_mesh,
     on_any_process,
     on_first_process,
+    replicated,
     require_same,
     sharding,
 )
@@ -32,6 +34,7 @@ from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.metrics import RunLog
+from fastvim_jax.training.steps import TrainState, TrainStep
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
 
 sharding.SMALLEST = 8  # So that nearly everything of a tiny model is spread.
@@ -89,10 +92,49 @@ def agree() -> None:
     assert all_gather_set(range(3 * jax.process_index())) == set(range(3 * jax.process_count() - 3))
 
 
+class Program:
+    """Stands for a compiled step, of which process 1 has another one. It runs nothing."""
+
+    def __init__(self, does: str) -> None:
+        self.does, self.lowered, self.calls = does, 0, 0
+
+    def lower(self, *arguments: object, **keywords: object) -> Program:
+        self.lowered += 1
+        return self
+
+    def as_text(self) -> str:
+        here = jax.process_index()
+        return f"%{here} = {self.does}\nstablehlo.custom_call @kernel({here})"
+
+    def __call__(self, *arguments: object, **keywords: object) -> None:
+        self.calls += 1
+
+
+def compare_programs() -> None:
+    """Check that a step is compared before it runs, once for each of its programs."""
+    at = jax.jit(lambda: 0, out_shardings=replicated(make_mesh(MeshConfig())))()
+    state, batch = TrainState(at, {}, (), None), {"image": np.zeros(3)}
+    step = TrainStep(same := Program("stablehlo.all_reduce(a)"), seed=0)
+    for _ in range(2):
+        step(state, batch, norms=True)
+        step(state, batch, norms=False)
+    assert (same.lowered, same.calls) == (2, 4)
+    step = TrainStep(other := Program(f"stablehlo.all_reduce({jax.process_index()})"), seed=0)
+    try:
+        step(state, batch, norms=True)
+    except UserError as error:
+        assert "process 1 made another training step than process 0" in str(error)
+        assert other.calls == 0
+    else:
+        assert is_first_process()
+
+
 def main(folder: str, *jobs: str) -> None:
     jax.config.update("jax_enable_x64", True)
     initialize_distributed()
     agree()
+    if jax.process_count() > 1:
+        compare_programs()
     for job in jobs:
         name, mesh, *stop = job.split(":")
         name, _, copied = name.partition("=")

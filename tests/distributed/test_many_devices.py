@@ -21,6 +21,7 @@ from fastvim_jax.data import open_source
 from fastvim_jax.data.prepare.shards import prepare
 from fastvim_jax.training import read_metrics
 from fastvim_jax.training.clock import TIMING
+from tests.distributed.two import PROCESSES
 from tests.support import ROOT
 from tests.training.tiny import EVAL_IMAGES, STEPS_PER_EPOCH
 
@@ -52,7 +53,8 @@ def launch(program: str, *arguments: str, devices: int, **variables: str) -> sub
     )
 
 
-def finish(*processes: subprocess.Popen) -> None:
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Wait for processes that must end well, and return what they printed."""
     try:
         outputs = [process.communicate(timeout=1200)[0] for process in processes]
     finally:
@@ -60,6 +62,7 @@ def finish(*processes: subprocess.Popen) -> None:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-5000:]
+    return outputs
 
 
 def curves(folder: Path, *names: str) -> dict:
@@ -73,12 +76,7 @@ def together(program: str, *arguments: str) -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    finish(
-        *(
-            launch(program, *arguments, devices=2, **common, JAX_PROCESS_ID=str(process))
-            for process in range(2)
-        )
-    )
+    finish(*(launch(program, *arguments, devices=2, **common, **process) for process in PROCESSES))
 
 
 def test_eight_devices_and_one_give_the_same_curve(tmp_path):

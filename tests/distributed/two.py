@@ -12,6 +12,11 @@ from typing import Any
 
 from tests.support import ROOT
 
+PROCESSES = [
+    {"JAX_PROCESS_ID": str(process), "PYTHONHASHSEED": seed} for process, seed in enumerate("03")
+]
+"""Environments of two processes. In a set of each, the mesh's axes "data" and "fsdp" have another order."""
+
 
 def free_address() -> str:
     """Return an address of this machine for the coordinator."""
@@ -51,7 +56,7 @@ def run_two(program: str, *arguments: str) -> list[str]:
         "JAX_NUM_PROCESSES": "2",
     }
     command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
-    each = [{**settings, "JAX_PROCESS_ID": str(process)} for process in range(2)]
+    each = [{**settings, **process} for process in PROCESSES]
     statuses, outputs = end_of_both([command] * 2, each)
     assert statuses == [0, 0], "\n".join(outputs)
     return outputs
