@@ -79,6 +79,17 @@ def make_mesh(
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def describe_idle(config: MeshConfig) -> str | None:
+    """Say how many devices a run with this mesh leaves idle; None if it uses all of them."""
+    used = (config.data or 0) * config.fsdp
+    if not used or used >= jax.device_count():
+        return None
+    return (
+        f"mesh.data={config.data}, mesh.fsdp={config.fsdp} uses {used} of {jax.device_count()} devices, and the others "
+        "do nothing: leave mesh.data out to use all."
+    )
+
+
 def on_mesh(mesh: Mesh, step: Step) -> Step:
     """Wrap a compiled `step` so that it is traced and run with `mesh` as the ambient mesh.
 

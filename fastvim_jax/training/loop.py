@@ -23,6 +23,7 @@ from fastvim_jax.distributed import (
     all_gather_set,
     arrays_of_first_process,
     barrier,
+    describe_idle,
     require_same,
 )
 from fastvim_jax.errors import UserError
@@ -211,7 +212,7 @@ def run_loop(
             f"After {total_steps} steps the average (ema) will still hold {initial_share:.0%} of the initial weights: "
             f"judge the raw ones, or set an ema_decay below {config.ema_decay}."
         )
-    for message in (*run.messages, describe_shared_memory()):
+    for message in (*run.messages, describe_idle(config.mesh), describe_shared_memory()):
         if message:
             log.say(message)
     if first_step:

@@ -10,6 +10,7 @@ from fastvim_jax.distributed import (
     MeshConfig,
     all_gather_set,
     check_batch,
+    describe_idle,
     gather,
     make_mesh,
     place_batch,
@@ -54,6 +55,14 @@ def test_too_large_a_mesh_is_refused():
         make_mesh(MeshConfig(fsdp=3), jax.devices()[:1])
     with pytest.raises(UserError, match=r"mesh.data=2, mesh.fsdp=1 needs 2 devices"):
         make_mesh(MeshConfig(data=2), jax.devices()[:1])
+
+
+def test_a_small_mesh_says_what_it_leaves_idle(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    idle = describe_idle(MeshConfig(data=2))
+    assert idle is not None and "mesh.data=2, mesh.fsdp=1 uses 2 of 4 devices" in idle
+    for whole in (MeshConfig(), MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=4)):
+        assert describe_idle(whole) is None
 
 
 def test_an_uneven_batch_is_refused_by_its_fields():
