@@ -43,6 +43,7 @@ BASE = {
     "stop_signals",
     "whole_file",
     "own_cores",
+    "lock",
 }
 ROOMS: dict[str, set[str]] = {
     "pallas_kernels": set(),
@@ -58,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "serialise": {"errors", "json_text"},
     "whole_file": {"errors"},
     "own_cores": set(),
+    "lock": {"errors", "json_text"},
     "forward_mode": set(),
     "distributed": {"pallas_kernels", *BASE},
     "layers": {"pallas_kernels", *BASE},

@@ -35,6 +35,7 @@ from fastvim_jax.data.sources.channel_files import split_pattern
 from fastvim_jax.distributed import on_first_process
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
+from fastvim_jax.lock import LOCK_FILE, locked
 from fastvim_jax.models import build_model
 from fastvim_jax.models.pretrained import HUB, is_pretrained
 from fastvim_jax.models.saving import check_class_names
@@ -44,7 +45,6 @@ from fastvim_jax.training.checkpoints import Checkpoints, step_folders
 from fastvim_jax.training.choice import best_step, better_weights
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import explain_write_errors, keep_damaged, replace_file
-from fastvim_jax.training.lock import LOCK_FILE, locked
 from fastvim_jax.training.tasks import config_from_json
 
 _log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ records it was made of have changed since.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, check_manifest
 from fastvim_jax.data.sources.pixels import FORMAT as PIXELS_FORMAT
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
+from fastvim_jax.lock import locked
 
 SHARD_RECORDS = 4096
 
@@ -133,8 +135,6 @@ def prepare(
             f"{str(folder)!r} cannot be a folder for shards: its name must be UTF-8 without null characters."
         )
     refuse_stray_labels(source)
-    with explain_shard_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     fresh: dict[str, Any] = {
         "format": FORMAT if pixels is None else PIXELS_FORMAT,
         "complete": False,
@@ -155,6 +155,26 @@ def prepare(
     }
     if channel_names:
         fresh["channel_names"] = list(channel_names)
+    with contextlib.ExitStack() as opened:
+        with explain_shard_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(locked(folder, f".{split}.lock", "folder"))
+        return _write_shards(source, folder, fresh, workers, max_corrupt, progress)
+
+
+def _write_shards(
+    source: Source,
+    folder: Path,
+    fresh: dict[str, Any],
+    workers: int,
+    max_corrupt: int,
+    progress: Progress | None,
+) -> Prepared:
+    """Write the shards that are missing, and the manifest, which begins as `fresh`."""
+    split, settings = fresh["split"], fresh["settings"]
+    shard_records, max_size, pixels = (
+        settings.get(name) for name in ("shard_records", "max_size", "pixels")
+    )
     file = folder / f"{split}.json"
     manifest = _resumed(file, fresh) if file.is_file() else fresh
     for leftover in folder.glob(f".{split}-*.tmp"):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.training.lock import locked
+from fastvim_jax.lock import locked
 from tests.support import ROOT
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fastvim_jax.training.lock import locked
+from fastvim_jax.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -1,6 +1,6 @@
-"""Lock a run folder, so that only one process at a time trains in it.
+"""Lock a folder, so that only one process at a time writes to it.
 
-The lock is an advisory `flock` on the file `lock`, so the system releases it however the process ends, and the
+The lock is an advisory `flock` on a file in it, so the system releases it however the process ends, and the
 file says who holds it. Between machines it holds on NFS (Linux clients hand it to the server), on Lustre and
 BeeGFS mounted with their flock options, and on GPFS. It does not where a mount answers for its own machine only
 (NFS with `local_lock=flock`, Lustre with `localflock`), and where the file system has no locks at all a warning
@@ -30,26 +30,31 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder.
+def locked(folder: Path, file: str = LOCK_FILE, kind: str = "run folder") -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Args:
+        folder: the folder, which must exist.
+        file: name of the file that is locked; it stays.
+        kind: what the folder is, for the message.
 
     Raises:
         UserError: another process holds it; the message names it.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by {_holder(descriptor)}: wait until it ends, or choose another "
-                "run folder."
+                f"{kind}."
             ) from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
             _log.warning(
-                "%s cannot be locked (%s): see to it that no second process trains there.",
+                "%s cannot be locked (%s): see to it that no second process writes there.",
                 folder, error.strerror,
             )  # fmt: skip
         _sign(descriptor)
