@@ -141,7 +141,8 @@ def require_same_program(name: str, text: str) -> None:
         raise UserError(
             f"process {jax.process_index()} made another {name} than process 0: its devices would wait for the others "
             f"forever. Give all hosts the same versions of all packages (here fastvim_jax {__version__}, JAX "
-            f"{jax.__version__})."
+            f"{jax.__version__}). If they have, the model's own code depends on the order of a set: set "
+            "PYTHONHASHSEED=0 for all processes."
         )
 
 

@@ -8,6 +8,7 @@ processes changes only the rounding, so a run may resume on another number of th
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,6 +156,7 @@ def run_loop(
     first_step = int(state.step)
     require_same(
         {"steps per epoch": steps_per_epoch, "step to start from": first_step}
+        | {"class names": _short(run.class_names)}
         | {f"batches of {each.name}": each.batches for each in evaluators}
         | _course(config_leaves(to_dict(config)))
     )
@@ -315,6 +317,11 @@ def run_loop(
 def _course(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the settings that may differ between hosts: where files lie, and how they are read."""
     return {name: value for name, value in settings.items() if name not in _OF_HOST}
+
+
+def _short(names: Sequence[str]) -> str:
+    """Stand for names that may be thousands."""
+    return f"{len(names)} with digest {hashlib.sha256(repr(tuple(names)).encode()).hexdigest()[:8]}"
 
 
 def _missed(folder: Path, step: int, evaluators: Sequence[Evaluator]) -> list[bool]:

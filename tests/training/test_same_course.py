@@ -46,6 +46,8 @@ def test_a_run_compares_settings_and_the_length_of_an_epoch(
     with pytest.raises(Asked):
         train(config, tmp_path / "run", progress=False)
     assert asked["steps per epoch"] == STEPS_PER_EPOCH and asked["step to start from"] == 0
+    digits = tuple(map(str, range(10)))
+    assert asked["class names"] == loop._short(digits) != loop._short(digits[::-1])
     assert asked["batches of eval"] == 4  # 360 images, 100 at a time
     assert asked["epochs"] == 2 and asked["optimizer.warmup_epochs"] == 0.5
     assert "data.batch_size" in asked and "data.path" not in asked
