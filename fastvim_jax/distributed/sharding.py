@@ -67,6 +67,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def place_whole(tree: Any, place: NamedSharding) -> Any:
+    """Place arrays that every process holds whole, such as weights from a file.
+
+    They pass through the host's memory, because a device's copy cannot go to the devices of another process.
+    """
+    return jax.device_put(jax.device_get(tree), place)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding that splits an array over all devices along its first axis, the batch."""
     return NamedSharding(mesh, BATCH)

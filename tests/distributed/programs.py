@@ -16,13 +16,15 @@ from typing import Any, Never
 
 import jax
 import numpy as np
+from flax import nnx
 
 import tests.training.detection.tiny as detection
 import tests.training.segmentation.tiny as segmentation
 from fastvim_jax.distributed import MeshConfig, sharding
-from fastvim_jax.models import MaskedAutoencoderConfig, ViTConfig
+from fastvim_jax.models import MaskedAutoencoderConfig, ViTConfig, build_model
+from fastvim_jax.models.saving import save_pretrained
 from fastvim_jax.training import train
-from fastvim_jax.training.masked.config import PRETRAINING, PretrainConfig
+from fastvim_jax.training.masked.config import PRETRAINING, PretrainConfig, ProbeConfig
 from fastvim_jax.training.steps import TrainStep
 from tests.distributed import channels
 from tests.training.tiny import tiny_config, tiny_model
@@ -54,6 +56,16 @@ def config_of(name: str, folder: Path) -> Any:
             model=MaskedAutoencoderConfig(encoder=encoder, decoder_dim=8, decoder_depth=1),
             data=tiny_config().data, optimizer=PRETRAINING, epochs=1, pictures=0, **common,
         )  # fmt: skip
+    if model == "probe":
+        backbone = tiny_model(drop_path=0.0, **how)
+        save_pretrained(build_model(backbone, rngs=nnx.Rngs(0)), folder / "saved")
+        return ProbeConfig(
+            model=backbone,
+            data=tiny_config().data,
+            init=str(folder / "saved"),
+            cache_gigabytes=0.0,
+            **common,
+        )
     if model == "channels":
         return dataclasses.replace(channels.config(folder), **common)
     module: Any = {"segmentation": segmentation, "detection": detection}[model]

@@ -8,11 +8,11 @@ import pytest
 from fastvim_jax.training import read_metrics
 from tests.distributed.test_many_devices import finish, launch, together
 
-TASKS = ("masked-2x2", "channels-2x2", "segmentation-4x1", "detection-4x1")
+TASKS = ("masked-2x2", "channels-2x2", "segmentation-4x1", "detection-4x1", "probe-2x2")
 
 
 @pytest.mark.slow
-@pytest.mark.drawn("tasks in two processes", one_in=4)
+@pytest.mark.drawn("tasks in two processes", one_in=5)
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_runs_in_two_processes_as_in_one(tmp_path, name):
     """Compare losses, sizes of gradients and counts; scores of a model that knows nothing may jump."""

@@ -13,7 +13,14 @@ import jax
 from flax import nnx
 
 from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_preprocess
-from fastvim_jax.distributed import make_mesh, place_batch, replicated, require_same, round_up
+from fastvim_jax.distributed import (
+    make_mesh,
+    place_batch,
+    place_whole,
+    replicated,
+    require_same,
+    round_up,
+)
 from fastvim_jax.distributed.mesh import on_mesh
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models.pretrained import is_pretrained, load_pretrained, refuse_choice
@@ -146,7 +153,7 @@ def _saved(folder: Path | str, data: LabelledData, place: Any, names: tuple[str,
     """Load a saved model. If it does not name its classes, they are called as in the data."""
     found = load_pretrained(folder)
     require_places(found.preprocessing, data)
-    nnx.update(found.model, jax.device_put(nnx.state(found.model), place))
+    nnx.update(found.model, place_whole(nnx.state(found.model), place))
     classes: int = found.model.config.num_classes  # type: ignore[attr-defined]
     own = found.class_names or (names if len(names) == classes else ("",) * classes)
     return {"saved": found.model}, own, None

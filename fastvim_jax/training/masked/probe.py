@@ -16,6 +16,7 @@ from fastvim_jax.distributed import (
     make_mesh,
     on_mesh,
     place_batch,
+    place_whole,
     replicated,
     round_up,
 )
@@ -86,7 +87,7 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     )
     run.messages.append(report.in_words())
     backbone_graph, backbone_params = nnx.split(backbone)
-    backbone_params = jax.device_put(backbone_params, replicated(mesh))
+    backbone_params = place_whole(backbone_params, replicated(mesh))
     extract = on_mesh(mesh, make_extract(backbone_graph, config.data))
 
     # Features: cached where they fit
