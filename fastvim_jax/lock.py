@@ -1,7 +1,7 @@
-"""Lock a folder, so that only one process at a time writes to it.
+"""Lock a folder or a file, so that only one process at a time writes to it.
 
-The lock is an advisory `flock` on a file in it, so the system releases it however the process ends, and the
-file says who holds it. Between machines it holds on NFS (Linux clients hand it to the server), on Lustre and
+The lock is an advisory `flock`, of a folder on a file in it that says who holds it. So the system releases it however
+the process ends. Between machines it holds on NFS (Linux clients hand it to the server), on Lustre and
 BeeGFS mounted with their flock options, and on GPFS. It does not where a mount answers for its own machine only
 (NFS with `local_lock=flock`, Lustre with `localflock`), and where the file system has no locks at all a warning
 says so; NFS version 3 may keep the lock of a machine that died until that machine is up again.
@@ -17,7 +17,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastvim_jax.errors import UserError
@@ -43,24 +43,36 @@ def locked(folder: Path, file: str = LOCK_FILE, kind: str = "run folder") -> Ite
     """
     descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by {_holder(descriptor)}: wait until it ends, or choose another "
-                f"{kind}."
-            ) from None
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
-            _log.warning(
-                "%s cannot be locked (%s): see to it that no second process writes there.",
-                folder, error.strerror,
-            )  # fmt: skip
+        _hold(descriptor, folder, kind, lambda: _holder(descriptor))
         _sign(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_file(descriptor: int, file: Path) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+        UserError: another process holds its lock.
+    """
+    _hold(descriptor, file, "file", lambda: "another process")
+
+
+def _hold(descriptor: int, locked: Path, kind: str, holder: Callable[[], str]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{locked} is in use by {holder()}: wait until it ends, or choose another {kind}."
+        ) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        _log.warning(
+            "%s cannot be locked (%s): see to it that no second process writes there.",
+            locked, error.strerror,
+        )  # fmt: skip
 
 
 def _sign(descriptor: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
+from fastvim_jax.lock import lock_file
 
 KINDS = (".jsonl", ".csv", ".parquet")
 
@@ -132,7 +133,8 @@ def write_records(
         columns: name and Arrow type of each column of a table; the first one is the image file's name.
 
     Raises:
-        UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing.
+        UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing; another process
+            writes to the file.
     """
     _make_folder(out)
     write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
@@ -174,8 +176,9 @@ def _make_folder(out: Path) -> None:
 def _write_lines(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:
-    _cut_torn_record(out)
     with out.open("a", encoding="utf-8") as file:
+        lock_file(file.fileno(), out)
+        _cut_torn_record(out)
         for each in records:
             file.write(json.dumps(each.to_dict(), ensure_ascii=False) + "\n")
             file.flush()
@@ -185,8 +188,9 @@ def _write_lines(
 def _write_csv(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:
-    _cut_torn_record(out)
     with out.open("a+", newline="", encoding="utf-8") as file:
+        lock_file(file.fileno(), out)
+        _cut_torn_record(out)
         file.seek(0)
         there = next(csv.reader(file), None)
         if there is not None and there != list(columns):
@@ -291,5 +295,5 @@ def _rows_of(text: str) -> Iterator[tuple[list[str], int]]:
 
 
 def _cut_torn_record(out: Path) -> None:
-    if out.exists():
+    if out.stat().st_size:
         os.truncate(out, len(_without_torn_record(out).encode("utf-8")))

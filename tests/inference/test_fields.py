@@ -136,6 +136,7 @@ def test_a_plate_at_a_url_is_embedded(
         read_field(field, DATA, None, {}, "full")[0], np.round(pixels[..., :1] / 257)
     )
     monkeypatch.setattr("fastvim_jax.inference.channel_model.has_channels", lambda run: True)
+    monkeypatch.chdir(tmp_path)
     assert main(["embed", "no run", url, "--controls", "A01"]) == 1
     assert "no row of the control A01: wells are named B07" in capsys.readouterr().err
 

@@ -157,6 +157,21 @@ def test_a_crash_between_two_rows_of_an_image_loses_none(tmp_path: Path, kept: i
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_commands_do_not_add_to_one_file(
+    records: list[Said], tmp_path: Path, kind: str
+) -> None:
+    """Refuse the second, which would write the same records once more."""
+    out = tmp_path / f"out{kind}"
+    first, second = (write_records(records, out, COLUMNS) for _ in range(2))
+    next(first)
+    with pytest.raises(UserError, match="is in use by another process.*choose another file"):
+        next(second)
+    assert len([*first]) == len(records) - 1
+    if kind == ".jsonl":
+        assert out.read_text().count("\n") == len(records)
+
+
 def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .jsonl"):
         already_written(tmp_path / "found.txt")
