@@ -381,4 +381,5 @@ def _in_order(axes: frozenset[str]) -> tuple[str, ...]:
     Sums name their axes in this order. That of a set is another one in each process, and processes whose programs
     differ wait for each other forever.
     """
-    return tuple(sorted(axes, key=jax.sharding.get_abstract_mesh().axis_names.index))
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(sorted(axes, key=lambda axis: (names.index(axis) if axis in names else -1, axis)))
