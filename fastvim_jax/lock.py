@@ -17,62 +17,80 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 
 LOCK_FILE = "lock"
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, file: str = LOCK_FILE, kind: str = "run folder") -> Iterator[None]:
-    """Hold the lock of a folder.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. Its file stays.
 
     Args:
         folder: the folder, which must exist.
-        file: name of the file that is locked; it stays.
-        kind: what the folder is, for the message.
 
     Raises:
         UserError: another process holds it; the message names it.
     """
-    descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(folder / LOCK_FILE, _OPEN, 0o644)
     try:
-        _hold(descriptor, folder, kind, lambda: _holder(descriptor))
-        _sign(descriptor)
+        _hold(descriptor, folder, "run folder")
         yield
     finally:
         os.close(descriptor)
 
 
-def lock_file(descriptor: int, file: Path) -> None:
-    """Lock an open file until it is closed.
+@contextlib.contextmanager
+def locked_beside(path: Path, kind: str) -> Iterator[None]:
+    """Hold a lock that stands for a file or a part of a folder. Its hidden file beside `path` is removed at the end.
+
+    Args:
+        path: what only this process may write, whether it exists or not; its folder must exist.
+        kind: what it is, for the message.
 
     Raises:
-        UserError: another process holds its lock.
+        UserError: another process holds the lock; the message names it.
     """
-    _hold(descriptor, file, "file", lambda: "another process")
+    file = path.with_name(f".{path.name}.lock")
+    descriptor = os.open(file, _OPEN, 0o644)
+    try:
+        while True:
+            _hold(descriptor, path, kind)
+            if os.fstat(descriptor).st_nlink:
+                break
+            os.close(descriptor)  # The holder before removed it meanwhile.
+            descriptor = os.open(file, _OPEN, 0o644)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
-def _hold(descriptor: int, locked: Path, kind: str, holder: Callable[[], str]) -> None:
+def _hold(descriptor: int, path: Path, kind: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{locked} is in use by {holder()}: wait until it ends, or choose another {kind}."
+            f"{path} is in use by {_holder(descriptor)}: wait until it ends, or choose another {kind}."
         ) from None
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
         _log.warning(
             "%s cannot be locked (%s): see to it that no second process writes there.",
-            locked, error.strerror,
+            path, error.strerror,
         )  # fmt: skip
+    _sign(descriptor)
 
 
 def _sign(descriptor: int) -> None:

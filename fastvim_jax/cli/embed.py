@@ -89,15 +89,13 @@ def run(arguments: Sequence[str]) -> int:
         require_table,
     )
     from fastvim_jax.inference.fields import find_fields, require_renamed
+    from fastvim_jax.inference.row_files import reserved
 
     with as_usage_error():
         if chosen.batch_size < 1:
             raise UsageError(f"--batch-size {chosen.batch_size} must be at least 1")
         require_table(chosen.out)
-        if chosen.out.exists() and not _partial(chosen.out).exists():
-            raise UsageError(
-                f"{chosen.out} exists, and another table would replace it: name another file with --out, or delete it."
-            )
+        _refuse_complete(chosen.out)
     fields = find_fields(chosen.paths, chosen.pattern, note=_note)
     rename = {a: b for a, _, b in pairs}
     require_renamed(fields, rename)
@@ -108,22 +106,31 @@ def run(arguments: Sequence[str]) -> int:
         rows = 2 * rows if chosen.per == "tile" else rows  # A field has at least one tile.
         of_wells = [(plate, well) for plate, well in rows if well is not None]
         require_controls([w for _, w in of_wells], [p for p, _ in of_wells], chosen.controls)
-    model, data = load_channel_model(chosen.run, weights=chosen.weights)
-    table = embed_fields(
-        model,
-        data,
-        fields,
-        channels=chosen.channels or None,
-        rename=rename,
-        level=chosen.per or "site",
-        depth=chosen.depth or "full",
-        batch_size=chosen.batch_size,
-        partial=_partial(chosen.out),
-        note=_note,
-    )
-    if chosen.controls:
-        table = normalise_to_controls(table, chosen.controls)
-    return _written(table, chosen)
+    with reserved(chosen.out):
+        _refuse_complete(chosen.out)  # again: another command may have finished it meanwhile
+        model, data = load_channel_model(chosen.run, weights=chosen.weights)
+        table = embed_fields(
+            model,
+            data,
+            fields,
+            channels=chosen.channels or None,
+            rename=rename,
+            level=chosen.per or "site",
+            depth=chosen.depth or "full",
+            batch_size=chosen.batch_size,
+            partial=_partial(chosen.out),
+            note=_note,
+        )
+        if chosen.controls:
+            table = normalise_to_controls(table, chosen.controls)
+        return _written(table, chosen)
+
+
+def _refuse_complete(out: Path) -> None:
+    if out.exists() and not _partial(out).exists():
+        raise UsageError(
+            f"{out} exists, and another table would replace it: name another file with --out, or delete it."
+        )
 
 
 def _require_colour(chosen: Arguments, columns: Set[str]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
-from uuid import uuid4
 
 from fastvim_jax.closed_output import say
 
@@ -34,33 +32,17 @@ def _share_compilation_cache() -> None:
     to the cache, so the second start on hosts with folders of their own would stand still.
     """
     import jax
-    import numpy as np
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    from fastvim_jax.distributed import (
-        arrays_of_first_process,
-        barrier,
-        is_first_process,
-        on_any_process,
-    )
+    from fastvim_jax.distributed import is_first_process, share_folder
 
     enabled = jax.config.jax_enable_compilation_cache
     folder: str = (enabled and jax.config.jax_compilation_cache_dir) or ""
     remote = "://" in folder  # a storage service, which hosts share
     if jax.default_backend() != "gpu":
         return
-    name = arrays_of_first_process(lambda: {"name": np.asarray(f"shared-{uuid4().hex}")})["name"]
-    mark = Path(folder, name.item())
-    local_first = bool(folder) and not remote and is_first_process()
-    if local_first:
-        with contextlib.suppress(OSError):  # Then nobody finds it.
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-    barrier("cache")
-    apart = on_any_process(not (remote or (folder and mark.exists())))
-    if local_first:
-        mark.unlink(missing_ok=True)
-    if not apart:
+    local = Path(folder) if folder and not remote else None
+    if share_folder(local, sure=remote):
         return
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # Otherwise JAX keeps to what it decided at the first compilation.

@@ -34,20 +34,23 @@ def write_results(
     from rich.progress import track
 
     from fastvim_jax.data.records import printable
-    from fastvim_jax.inference.row_files import already_written, claim, write_records
+    from fastvim_jax.inference.row_files import already_written, claim, reserved, write_records
 
-    done = already_written(out)
-    claim(out, made_by)
-    left = [file for file in files if printable(file) not in done]
-    console = Console(stderr=True)
-    records = write_records(make(left), out, columns)
-    failed = sum(done.get(printable(file), False) for file in files)
-    for each in track(records, verb, len(left), console=console, disable=not console.is_terminal):
-        failed += complain(each)
-    before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
-    unread = f", {failed} of which could not be read" if failed else ""
-    print(f"{out}: {counted(len(files), 'file')}{before}{unread}.")
-    return int(failed > 0)
+    with reserved(out):
+        done = already_written(out)
+        claim(out, made_by)
+        left = [file for file in files if printable(file) not in done]
+        console = Console(stderr=True)
+        records = write_records(make(left), out, columns)
+        failed = sum(done.get(printable(file), False) for file in files)
+        for each in track(
+            records, verb, len(left), console=console, disable=not console.is_terminal
+        ):
+            failed += complain(each)
+        before = f" ({len(files) - len(left)} were there)" if len(left) < len(files) else ""
+        unread = f", {failed} of which could not be read" if failed else ""
+        print(f"{out}: {counted(len(files), 'file')}{before}{unread}.")
+        return int(failed > 0)
 
 
 def complain(record: Any) -> bool:

@@ -4,6 +4,7 @@ from fastvim_jax.distributed.mesh import (
     MeshConfig,
     Reduction,
     check_batch,
+    connect,
     describe_idle,
     make_mesh,
     on_mesh,
@@ -20,6 +21,7 @@ from fastvim_jax.distributed.processes import (
     on_first_process,
     require_same,
     require_same_program,
+    share_folder,
 )
 from fastvim_jax.distributed.sharding import (
     gather,
@@ -43,6 +45,7 @@ __all__ = [
     "arrays_of_first_process",
     "barrier",
     "check_batch",
+    "connect",
     "describe_idle",
     "detect",
     "fail_at_once",
@@ -62,6 +65,7 @@ __all__ = [
     "require_same",
     "require_same_program",
     "round_up",
+    "share_folder",
     "split_batch",
     "start_watch",
     "state_shardings",

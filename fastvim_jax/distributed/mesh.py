@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, Sharding
+from jax.sharding import PartitionSpec as P
 
 from fastvim_jax.config_checks import PositiveInt, check_fields
 from fastvim_jax.errors import UserError
@@ -77,6 +78,24 @@ def make_mesh(
         )
     grid = np.array(devices[:wanted]).reshape(data, config.fsdp)
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def connect(place: Sharding) -> None:
+    """Let all devices of a mesh over several processes meet once, while the processes are in step.
+
+    On CPUs a group of devices connects at its first work together, and waits no longer than 30 s: a process that reads
+    or compiles longer than the others would end the run. GPUs wait longer.
+
+    Args:
+        place: a sharding over the mesh.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu" or place.is_fully_addressable:
+        return
+    mesh: Mesh = place.mesh  # type: ignore[attr-defined]
+    for axes in ((DATA, FSDP), (DATA,), (FSDP,)):
+        together = partial(jax.lax.psum, axis_name=axes)
+        on_each = jax.shard_map(together, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        jax.block_until_ready(jax.jit(on_each)(np.ones(1, np.float32)))
 
 
 def describe_idle(config: MeshConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -11,7 +12,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -114,6 +117,32 @@ def require_same(values: Mapping[str, Any]) -> None:
             + "\n  ".join(different)
             + "\nGive all processes the same command and the same data."
         )
+
+
+def share_folder(folder: Path | None, *, patience: float = 0.0, sure: bool = False) -> bool:
+    """Return whether all processes see the same folder: the first one puts a file into it, and the others look for it.
+
+    Args:
+        folder: the folder, by the name that it has for this process; made if need be. None: this process has none.
+        patience: seconds in which the file may become visible on other hosts.
+        sure: whether this process need not look.
+    """
+    if jax.process_count() == 1:
+        return True
+    name = arrays_of_first_process(lambda: {"name": np.asarray(f".shared-{uuid4().hex}")})["name"]
+    mark = None if folder is None else folder / name.item()
+    if mark is not None and is_first_process():
+        with contextlib.suppress(OSError):  # Then nobody finds it.
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    barrier("shared folder")
+    end = time.monotonic() + patience
+    while mark is not None and not mark.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    alike = not on_any_process(not (sure or (mark is not None and mark.exists())))
+    if mark is not None and is_first_process():
+        mark.unlink(missing_ok=True)
+    return alike
 
 
 def require_same_program(name: str, text: str) -> None:

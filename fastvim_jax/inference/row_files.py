@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
-from fastvim_jax.lock import lock_file
+from fastvim_jax.lock import locked_beside
 
 KINDS = (".jsonl", ".csv", ".parquet")
 
@@ -37,6 +37,24 @@ class Record(Protocol):
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+@contextlib.contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Keep other processes from writing records to `out`. Hold this from `already_written` until all are written.
+
+    Raises:
+        UserError: another process holds it, the folder cannot be made, or `out` is no regular file.
+    """
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is no regular file: name another.")
+    _make_folder(out)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked_beside(out, "file"))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+        yield
 
 
 def already_written(out: Path) -> dict[str, bool]:
@@ -133,8 +151,7 @@ def write_records(
         columns: name and Arrow type of each column of a table; the first one is the image file's name.
 
     Raises:
-        UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing; another process
-            writes to the file.
+        UserError: the CSV file has other columns; the folder cannot be made; pyarrow is missing.
     """
     _make_folder(out)
     write = {".jsonl": _write_lines, ".csv": _write_csv, ".parquet": _write_parquet}[out.suffix]
@@ -177,7 +194,6 @@ def _write_lines(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:
     with out.open("a", encoding="utf-8") as file:
-        lock_file(file.fileno(), out)
         _cut_torn_record(out)
         for each in records:
             file.write(json.dumps(each.to_dict(), ensure_ascii=False) + "\n")
@@ -189,7 +205,6 @@ def _write_csv(
     records: Iterable[AnyRecord], out: Path, columns: Mapping[str, str]
 ) -> Iterator[AnyRecord]:
     with out.open("a+", newline="", encoding="utf-8") as file:
-        lock_file(file.fileno(), out)
         _cut_torn_record(out)
         file.seek(0)
         there = next(csv.reader(file), None)

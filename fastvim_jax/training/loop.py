@@ -8,7 +8,6 @@ processes changes only the rounding, so a run may resume on another number of th
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,29 +23,27 @@ from fastvim_jax.distributed import (
     all_gather_set,
     arrays_of_first_process,
     barrier,
+    connect,
     describe_idle,
-    require_same,
 )
 from fastvim_jax.errors import UserError
-from fastvim_jax.serialise import to_dict
 from fastvim_jax.training.clock import Clock
 from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.corrupt import count_corrupt
+from fastvim_jax.training.course import require_same_course
 from fastvim_jax.training.evaluators import Evaluator
 from fastvim_jax.training.feed import PROBED, FeedMeter
 from fastvim_jax.training.health import Window
 from fastvim_jax.training.metrics import RunLog, evaluated, open_sinks, read_metrics
 from fastvim_jax.training.parameter_norms import parameter_names
 from fastvim_jax.training.profiling import Profiler
-from fastvim_jax.training.run_folder import INIT_FILE, config_leaves, write_record
+from fastvim_jax.training.run_folder import INIT_FILE, write_record
 from fastvim_jax.training.runs import OpenRun, RunResult
 from fastvim_jax.training.schedules import Schedule
 from fastvim_jax.training.start_from import start_state
 from fastvim_jax.training.steps import Metrics, TrainState, build_state, measures_norms
 from fastvim_jax.training.stopping import Stopped
 from fastvim_jax.training.summary import SummaryPicture
-
-_OF_HOST = frozenset({"data.path", "data.class_list", "data.workers", "data.decoder", "init"})
 
 
 @runtime_checkable
@@ -154,12 +151,14 @@ def run_loop(
     steps_per_epoch = batches.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
     first_step = int(state.step)
-    require_same(
-        {"steps per epoch": steps_per_epoch, "step to start from": first_step}
-        | {"class names": _short(run.class_names)}
-        | {f"batches of {each.name}": each.batches for each in evaluators}
-        | _course(config_leaves(to_dict(config)))
+    require_same_course(
+        {"": config},
+        run.class_names,
+        steps_per_epoch=steps_per_epoch,
+        step_to_start_from=first_step,
+        **{f"batches_of_{each.name}": each.batches for each in evaluators},
     )
+    connect(state.step.sharding)
     folder, checkpoints, stop, call = run.folder, run.checkpoints, run.stop, run.call
     window = Window(config, records)
     parameters = parameter_names(state.params)
@@ -312,16 +311,6 @@ def run_loop(
     scores = evaluations[-1] if evaluations else {}
     seconds = time.perf_counter() - call.started
     return RunResult(folder, total_steps, scores, seconds, headline.in_words(scores))
-
-
-def _course(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the settings that may differ between hosts: where files lie, and how they are read."""
-    return {name: value for name, value in settings.items() if name not in _OF_HOST}
-
-
-def _short(names: Sequence[str]) -> str:
-    """Stand for names that may be thousands."""
-    return f"{len(names)} with digest {hashlib.sha256(repr(tuple(names)).encode()).hexdigest()[:8]}"
 
 
 def _missed(folder: Path, step: int, evaluators: Sequence[Evaluator]) -> list[bool]:

@@ -32,7 +32,7 @@ from flax import nnx
 
 from fastvim_jax.data.labelled import load_image, make_preprocess
 from fastvim_jax.data.sources.channel_files import split_pattern
-from fastvim_jax.distributed import on_first_process
+from fastvim_jax.distributed import on_first_process, share_folder
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
 from fastvim_jax.lock import LOCK_FILE, locked
@@ -47,6 +47,7 @@ from fastvim_jax.training.config import RunConfig
 from fastvim_jax.training.disk import explain_write_errors, keep_damaged, replace_file
 from fastvim_jax.training.tasks import config_from_json
 
+_LATEST_LOOK = 20.0  # seconds: a network file system may show a new file late
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
@@ -215,8 +216,8 @@ def start_run(
     With several processes, the first does all this and the others wait for it.
 
     Raises:
-        UserError: the folder holds a run with another config or other classes, another process trains in the folder, or
-            the folder cannot be written.
+        UserError: the folder holds a run with another config or other classes, another process trains in the folder,
+            the folder cannot be written, or the processes do not share it.
     """
     folder = Path(run_dir)
     config = _with_absolute_paths(config)
@@ -230,6 +231,11 @@ def start_run(
                 _record_start(folder, config, class_names, class_ids)
 
         on_first_process(begin)
+        if not share_folder(folder, patience=_LATEST_LOOK):
+            raise UserError(
+                f"{folder} is not the same folder for all processes: give --run-dir, in full, a folder on a disk that "
+                "all hosts share."
+            )
         yield folder
 
 

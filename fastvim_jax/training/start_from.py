@@ -30,6 +30,7 @@ from fastvim_jax.models.parameters import (
     parameter_infos,
 )
 from fastvim_jax.training.channel_weights import common_places, match_channels
+from fastvim_jax.training.course import require_same_weights
 from fastvim_jax.training.steps import TrainState
 from fastvim_jax.training.weights_source import Source, read_source
 
@@ -177,6 +178,7 @@ def start_state(
         class_names=class_names,
         allow=config.init_allow,
     )
+    require_same_weights(arrays)
     notes = [*report.notes, *of_channels, *_other_normalisation(source.data, config.data)]
     params = _replace(state.params, arrays)
     changed = dataclasses.replace(

@@ -27,7 +27,7 @@ from fastvim_jax.data.records import Record
 from fastvim_jax.data.sources.layout import guess_source, list_splits
 from fastvim_jax.data.sources.part import SourcePart
 from fastvim_jax.errors import UserError
-from fastvim_jax.lock import locked
+from fastvim_jax.lock import locked_beside
 from tests.data.conftest import encode
 
 
@@ -48,7 +48,7 @@ def test_the_records_come_back(image_tree: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         source[30]
     assert done.bytes == sum(file.stat().st_size for file in out.glob("*.array_record"))
-    assert not list(out.glob(".*.tmp"))
+    assert not list(out.glob(".*"))
 
 
 def test_processes_write_the_same_shards(image_tree: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_killed_preparation_goes_on(image_tree: Path, tmp_path: Path) -> None:
     assert 3 <= done.kept < 10 and done.records == 30
     kept = [file for file, written in before.items() if file.stat().st_mtime_ns == written]
     assert len(kept) == done.kept
-    assert not list(out.glob(".*.tmp"))
+    assert not list(out.glob(".*"))
     prepare(tree, tmp_path / "whole", "train", shard_records=3, max_size=20)
     for file in (tmp_path / "whole").glob("train-*"):
         assert file.read_bytes() == (out / file.name).read_bytes()
@@ -179,7 +179,7 @@ def test_a_killed_preparation_goes_on(image_tree: Path, tmp_path: Path) -> None:
 def test_two_at_once_are_refused(image_tree: Path, tmp_path: Path) -> None:
     """Only where they write the same split: they would remove each other's unfinished shards."""
     tree = open_source("image_folder", "train", path=str(image_tree))
-    with locked(tmp_path, ".train.lock"):
+    with locked_beside(tmp_path / "train", "folder"):
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()} .*another folder"):
             prepare(tree, tmp_path, "train")
         assert prepare(tree, tmp_path, "val").records == 30
@@ -366,7 +366,7 @@ def test_a_full_disk_is_named(image_tree: Path, tmp_path: Path) -> None:
     text = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     assert text.startswith(f"UserError {str(tmp_path / 'out')!r} could not be written: "), text
     assert "File too large" in text and "MB free" in text and "finished shards are kept" in text
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob(".*"))
     tree = open_source("image_folder", "train", path=str(image_tree))
     assert prepare(tree, tmp_path / "out", "train", shard_records=20).kept == 1
 

@@ -29,10 +29,12 @@ from fastvim_jax.distributed import (
     replicated,
     require_same,
     sharding,
+    share_folder,
 )
 from fastvim_jax.errors import UserError
 from fastvim_jax.training import TrainConfig, train
 from fastvim_jax.training.classification.run_scores import score_run
+from fastvim_jax.training.course import require_same_weights
 from fastvim_jax.training.metrics import RunLog
 from fastvim_jax.training.steps import TrainState, TrainStep
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config, tiny_model
@@ -66,8 +68,8 @@ def score(folder: Path) -> None:
         (folder / "scores.json").write_text(json.dumps(as_lists))
 
 
-def agree() -> None:
-    """Check that processes fail together and count together."""
+def agree(folder: Path) -> None:
+    """Check that processes fail together, count together, and notice what they do not share."""
 
     def refuse() -> None:
         raise UserError("the folder is full: make room")
@@ -85,6 +87,17 @@ def agree() -> None:
         assert "epochs: 0 there, " in str(error)
     else:
         assert is_first_process()
+    require_same_weights({"kernel": np.ones(3)})
+    try:
+        require_same_weights({"kernel": np.full(3, jax.process_index())})
+    except UserError as error:
+        assert "weights read: " in str(error)
+    else:
+        assert is_first_process()
+    assert share_folder(folder) and share_folder(None, sure=True)
+    alone = jax.process_count() == 1
+    assert share_folder(folder / str(jax.process_index()), patience=0.3) == alone
+    assert not [*folder.glob("**/.shared-*")]
     for process in range(jax.process_count()):
         assert on_any_process(jax.process_index() == process)
     assert not on_any_process(False)
@@ -132,7 +145,7 @@ def compare_programs() -> None:
 def main(folder: str, *jobs: str) -> None:
     jax.config.update("jax_enable_x64", True)
     initialize_distributed()
-    agree()
+    agree(Path(folder))
     if jax.process_count() > 1:
         compare_programs()
     for job in jobs:

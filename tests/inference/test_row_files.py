@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastvim_jax.errors import UserError
-from fastvim_jax.inference.row_files import KINDS, already_written, claim, write_records
+from fastvim_jax.inference.row_files import KINDS, already_written, claim, reserved, write_records
 from tests.support import read_table
 
 COLUMNS = {"file": "string", "value": "float32", "error": "string"}
@@ -157,19 +157,25 @@ def test_a_crash_between_two_rows_of_an_image_loses_none(tmp_path: Path, kept: i
     assert out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_commands_do_not_add_to_one_file(
-    records: list[Said], tmp_path: Path, kind: str
-) -> None:
-    """Refuse the second, which would write the same records once more."""
-    out = tmp_path / f"out{kind}"
-    first, second = (write_records(records, out, COLUMNS) for _ in range(2))
-    next(first)
-    with pytest.raises(UserError, match="is in use by another process.*choose another file"):
-        next(second)
-    assert len([*first]) == len(records) - 1
-    if kind == ".jsonl":
-        assert out.read_text().count("\n") == len(records)
+def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
+    """Refuse the second from before it reads what is there. Nothing is left beside the file."""
+    out = tmp_path / "new folder" / "out.parquet"
+    with reserved(out):
+        with pytest.raises(UserError, match="is in use by process .*choose another file"):
+            with reserved(out):
+                pass
+        with reserved(out.with_suffix(".csv")):
+            pass
+    with reserved(out):
+        pass
+    assert not [*out.parent.iterdir()]
+
+
+def test_only_regular_files_are_written(tmp_path: Path) -> None:
+    """Refuse a FIFO, which stood still until somebody wrote to it."""
+    os.mkfifo(tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="is no regular file"), reserved(tmp_path / "out.jsonl"):
+        pass
 
 
 def test_what_cannot_be_gone_on_with_is_refused(records: list[Said], tmp_path: Path) -> None:

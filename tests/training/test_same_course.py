@@ -11,7 +11,7 @@ import pytest
 
 from fastvim_jax.distributed import processes
 from fastvim_jax.errors import UserError
-from fastvim_jax.training import loop, train
+from fastvim_jax.training import course, loop, train
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from tests.training.tiny import STEPS_PER_EPOCH, tiny_config
 
@@ -34,23 +34,53 @@ def test_a_run_compares_settings_and_the_length_of_an_epoch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Compare them before the first step, but not where a host keeps its data."""
-    asked = {}
+    asked: dict[str, object] = {}
 
     def ask(values: dict[str, object]) -> None:
         asked.update(values)
         raise Asked
 
-    monkeypatch.setattr(loop, "require_same", ask)
+    monkeypatch.setattr(course, "require_same", ask)
     config = tiny_config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="here"))
     with pytest.raises(Asked):
         train(config, tmp_path / "run", progress=False)
     assert asked["steps per epoch"] == STEPS_PER_EPOCH and asked["step to start from"] == 0
-    digits = tuple(map(str, range(10)))
-    assert asked["class names"] == loop._short(digits) != loop._short(digits[::-1])
+    assert str(asked["class names"]).startswith("10 with digest ")
     assert asked["batches of eval"] == 4  # 360 images, 100 at a time
     assert asked["epochs"] == 2 and asked["optimizer.warmup_epochs"] == 0.5
     assert "data.batch_size" in asked and "data.path" not in asked
+
+
+def test_an_evaluation_compares_data_classes_and_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(course, "require_same", asked.append)
+    data = dataclasses.replace(tiny_config().data, path="here")
+    for names in (("ant", "bee"), ("bee", "ant")):
+        course.require_same_course({"data": data}, names, weights="all", per_class=True)
+    first, second = asked
+    assert first["weights"] == "all" and first["per class"] is True
+    assert first["data.batch_size"] == 128 and "data.path" not in first
+    assert {key for key in first if first[key] != second[key]} == {"class names"}
+
+
+def test_weights_are_compared_by_name_shape_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(course, "require_same", asked.append)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    kernel = np.arange(6.0).reshape(2, 3)
+    other = kernel.copy()
+    other[1, 2] = np.nextafter(other[1, 2], 9.0)
+    for weights in (
+        {"a": kernel},
+        {"a": kernel.copy()},
+        {"b": kernel},
+        {"a": kernel.T},
+        {"a": other},
+    ):
+        course.require_same_weights(weights)
+    first, same, *changed = asked
+    assert first == same and len({str(each) for each in asked}) == 4 and first not in changed
 
 
 def test_the_first_process_says_which_evaluations_were_missed(

@@ -27,7 +27,7 @@ from fastvim_jax.data.sources.manifest import SOURCES_BY_FORMAT, check_manifest
 from fastvim_jax.data.sources.pixels import FORMAT as PIXELS_FORMAT
 from fastvim_jax.errors import UserError
 from fastvim_jax.json_text import parse_json
-from fastvim_jax.lock import locked
+from fastvim_jax.lock import locked_beside
 
 SHARD_RECORDS = 4096
 
@@ -158,7 +158,7 @@ def prepare(
     with contextlib.ExitStack() as opened:
         with explain_shard_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            opened.enter_context(locked(folder, f".{split}.lock", "folder"))
+            opened.enter_context(locked_beside(folder / split, "folder"))
         return _write_shards(source, folder, fresh, workers, max_corrupt, progress)
 
 

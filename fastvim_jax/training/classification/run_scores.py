@@ -14,11 +14,11 @@ from flax import nnx
 
 from fastvim_jax.data.labelled import LabelledData, make_eval_iterator, make_preprocess
 from fastvim_jax.distributed import (
+    connect,
     make_mesh,
     place_batch,
     place_whole,
     replicated,
-    require_same,
     round_up,
 )
 from fastvim_jax.distributed.mesh import on_mesh
@@ -31,6 +31,7 @@ from fastvim_jax.training.classification.evaluation import (
     evaluate_weights,
     make_eval_step,
 )
+from fastvim_jax.training.course import require_same_course, require_same_weights
 from fastvim_jax.training.run_folder import load_run, read_config
 
 
@@ -101,8 +102,16 @@ def score_run(
         process_count=jax.process_count(),
     )
     with contextlib.closing(batches):
-        require_same({"batches": batches.steps_per_epoch})
         names = batches.source.class_names
+        require_same_course(
+            {"data": data},
+            names,
+            batches=batches.steps_per_epoch,
+            weights=weights,
+            step=step,
+            per_class=per_class,
+        )
+        connect(place)
         models, own, at = load(place, names)
         if len(names) != len(own):
             raise UserError(
@@ -153,6 +162,7 @@ def _saved(folder: Path | str, data: LabelledData, place: Any, names: tuple[str,
     """Load a saved model. If it does not name its classes, they are called as in the data."""
     found = load_pretrained(folder)
     require_places(found.preprocessing, data)
+    require_same_weights(nnx.state(found.model))
     nnx.update(found.model, place_whole(nnx.state(found.model), place))
     classes: int = found.model.config.num_classes  # type: ignore[attr-defined]
     own = found.class_names or (names if len(names) == classes else ("",) * classes)

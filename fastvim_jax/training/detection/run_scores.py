@@ -17,15 +17,16 @@ from fastvim_jax.data.detection_config import DetectionData
 from fastvim_jax.data.device_transforms import make_preprocess
 from fastvim_jax.distributed import (
     MeshConfig,
+    connect,
     is_first_process,
     make_mesh,
     on_mesh,
     place_batch,
     replicated,
-    require_same,
     round_up,
 )
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.course import require_same_course
 from fastvim_jax.training.detection.config import DetectionConfig
 from fastvim_jax.training.detection.evaluation import class_scores, detect_all, judge, make_detect
 from fastvim_jax.training.run_folder import load_run, read_config
@@ -86,8 +87,15 @@ def score_run(
         for line in describe_eval_sizes(data):
             print(line, file=sys.stderr)
     with contextlib.closing(batches):
-        require_same({"batches": batches.steps_per_epoch})
         source: Any = batches.source
+        require_same_course(
+            {"data": data},
+            source.class_names,
+            batches=batches.steps_per_epoch,
+            weights=weights,
+            step=step,
+        )
+        connect(replicated(mesh))
         run = load_run(
             run_dir,
             weights=weights,

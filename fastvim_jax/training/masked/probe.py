@@ -23,6 +23,7 @@ from fastvim_jax.distributed import (
 from fastvim_jax.errors import UserError, counted
 from fastvim_jax.models import build_model
 from fastvim_jax.training.clock import Clock
+from fastvim_jax.training.course import require_same_weights
 from fastvim_jax.training.evaluators import Evaluation, Evaluator
 from fastvim_jax.training.loop import Batches, begin_or_resume, run_loop
 from fastvim_jax.training.masked.config import ProbeConfig
@@ -87,6 +88,7 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     )
     run.messages.append(report.in_words())
     backbone_graph, backbone_params = nnx.split(backbone)
+    require_same_weights(backbone_params)
     backbone_params = place_whole(backbone_params, replicated(mesh))
     extract = on_mesh(mesh, make_extract(backbone_graph, config.data))
 
@@ -145,6 +147,18 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
         epochs=config.epochs,
     )
     optimizer = make_probe_optimizer(config, learning_rate)
+
+    # A position in cached features is none in images.
+    if run.checkpoints.latest_for_all() is not None:
+        began_cached = "taken" in run.checkpoints.read_meta()["data"]
+        if began_cached != cached:
+            how = (
+                "computed once, in one process" if began_cached else "computed by several processes"
+            )
+            raise UserError(
+                f"{run.folder} began with features that were {how}, and cannot go on with others: continue it with "
+                "as many processes, or start a new run."
+            )
 
     # State
     def begin() -> TrainState:

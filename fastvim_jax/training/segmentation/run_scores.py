@@ -12,8 +12,9 @@ from flax import nnx
 
 from fastvim_jax.data.segmentation import EvaluationImages
 from fastvim_jax.data.segmentation_config import SegmentationData
-from fastvim_jax.distributed import MeshConfig, make_mesh, replicated, require_same, round_up
+from fastvim_jax.distributed import MeshConfig, connect, make_mesh, replicated, round_up
 from fastvim_jax.errors import UserError
+from fastvim_jax.training.course import require_same_course
 from fastvim_jax.training.run_folder import load_run, read_config
 from fastvim_jax.training.segmentation.config import SegmentationConfig
 from fastvim_jax.training.segmentation.evaluation import judge, make_predict, slide_of
@@ -67,9 +68,10 @@ def score_run(
             f"{run_dir} tells {config.model.num_classes} classes apart, the data have "
             f"{len(images.source.class_names)}."
         )
-    require_same({"images": len(images)})
-    mesh = make_mesh(MeshConfig())
     names = images.source.class_names
+    require_same_course({"data": config.data}, names, images=len(images), step=step)
+    mesh = make_mesh(MeshConfig())
+    connect(replicated(mesh))
     run = load_run(run_dir, step=step, place=replicated(mesh), class_names=names)
     graphdef, *states = nnx.split(run.model, nnx.Param, nnx.BatchStat)
     predict = partial(make_predict(graphdef, config, mesh), states[0], states[1])
