@@ -32,7 +32,8 @@ def require_same_course(settings: dict[str, Any], class_names: Sequence[str], **
     for name, config in settings.items():
         start = f"{name}." if name else ""
         leaves |= {f"{start}{key}": value for key, value in config_leaves(to_dict(config)).items()}
-    names = f"{len(class_names)} with digest {_digest(repr(tuple(class_names)).encode())}"
+    digest = hashlib.sha256(repr(tuple(class_names)).encode()).hexdigest()[:16]
+    names = f"{len(class_names)} with digest {digest}"
     named = {key.replace("_", " "): value for key, value in more.items()}
     course = {name: value for name, value in leaves.items() if name not in _OF_HOST}
     require_same(named | {"class names": names} | course)
@@ -46,16 +47,9 @@ def require_same_weights(weights: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(weights))
-    parts = [
-        repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))).encode() + leaf.tobytes()
-        for path, leaf in ((path, np.asarray(leaf)) for path, leaf in leaves)
-    ]
-    require_same({"weights read": _digest(*parts)})
-
-
-def _digest(*parts: bytes) -> str:
     made = hashlib.sha256()
-    for part in parts:
-        made.update(part)
-    return made.hexdigest()[:16]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        array = np.asarray(leaf)
+        made.update(repr((jax.tree_util.keystr(path), array.shape, str(array.dtype))).encode())
+        made.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    require_same({"weights read": made.hexdigest()[:16]})
