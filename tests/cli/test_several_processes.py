@@ -140,12 +140,15 @@ def test_gpus_use_a_compilation_cache_only_if_all_processes_do(
     marks: list[bool] = []
 
     def on_any_process(mine: bool) -> bool:
-        marks.append(any(tmp_path.glob("cache/shared-*")))
+        marks.append(any(tmp_path.glob("cache/.shared-*")))
         return mine or not others_find_it
 
     monkeypatch.setattr(distributed, "initialize_distributed", lambda *_: Launch("head:1", 2, 0))
     monkeypatch.setattr(distributed, "start_watch", lambda _: None)
-    monkeypatch.setattr(distributed, "on_any_process", on_any_process)
+    monkeypatch.setattr(processes, "on_any_process", on_any_process)
+    monkeypatch.setattr(processes, "arrays_of_first_process", lambda make: make())
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     before = {name: getattr(jax.config, name) for name in names}
@@ -159,5 +162,5 @@ def test_gpus_use_a_compilation_cache_only_if_all_processes_do(
             jax.config.update(name, value)
         reset_cache()
     assert marks == ([True] if backend == "gpu" else [])
-    assert not any(tmp_path.glob("cache/shared-*"))
+    assert not any(tmp_path.glob("cache/.shared-*"))
     assert ("not all processes share" in capfd.readouterr().err) != kept
