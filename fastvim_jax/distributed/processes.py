@@ -137,9 +137,10 @@ def share_folder(folder: Path | None, *, patience: float = 0.0, sure: bool = Fal
             mark.touch()
     barrier("shared folder")
     end = time.monotonic() + patience
-    while mark is not None and not mark.exists() and time.monotonic() < end:
+    # os.path.exists says no where Path.exists may raise, and the others would wait for this process.
+    while mark is not None and not os.path.exists(mark) and time.monotonic() < end:
         time.sleep(0.1)
-    alike = not on_any_process(not (sure or (mark is not None and mark.exists())))
+    alike = not on_any_process(not (sure or (mark is not None and os.path.exists(mark))))
     if mark is not None and is_first_process():
         mark.unlink(missing_ok=True)
     return alike

@@ -26,3 +26,10 @@ def test_a_task_runs_in_two_processes_as_in_one(tmp_path, name):
         assert compared or record["kind"] == "norms"
         for key in compared:
             np.testing.assert_allclose(record[key], expected[key], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.drawn("tasks in two processes", one_in=5)
+def test_a_process_may_be_late_for_the_first_update(tmp_path):
+    """Let one process wait longer than the 30 s in which devices of CPUs must connect."""
+    together("tasks.py", str(tmp_path), "channels-2x2", "35")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from fastvim_jax.data import BatchIterator
 from fastvim_jax.data.classification_config import ClassificationData
 from fastvim_jax.data.device_transforms import make_augment, make_preprocess
+from fastvim_jax.errors import UserError
 from fastvim_jax.training.steps import Batch, augment_key, gather_outside_blocks
 
 Place = Callable[[Mapping[str, Any]], Batch]
@@ -109,6 +111,26 @@ class FeatureBatches:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch at which `state` was taken."""
         self._taken = int(state["taken"])
+
+
+def require_same_features(folder: Path, position: Mapping[str, Any], *, cached: bool) -> None:
+    """Compare how features are made with how they were made for a checkpoint: the positions in the data differ.
+
+    Args:
+        folder: the run folder, for the message.
+        position: the checkpoint's, from `get_state` of `FeatureBatches` or of a stream of images.
+        cached: whether features are cached now.
+
+    Raises:
+        UserError: they were not then, or the reverse.
+    """
+    were_cached = "taken" in position
+    if were_cached != cached:
+        how = "computed once, in one process" if were_cached else "computed by several processes"
+        raise UserError(
+            f"{folder} began with features that were {how}, and cannot go on with others: continue it with as many "
+            "processes, or start a new run."
+        )
 
 
 def padded_batches(features: Features, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

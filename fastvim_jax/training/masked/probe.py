@@ -33,6 +33,7 @@ from fastvim_jax.training.masked.features import (
     make_augmented_extract,
     make_extract,
     padded_batches,
+    require_same_features,
 )
 from fastvim_jax.training.masked.probe_head import (
     ProbeHead,
@@ -148,18 +149,6 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
     )
     optimizer = make_probe_optimizer(config, learning_rate)
 
-    # A position in cached features is none in images.
-    if run.checkpoints.latest_for_all() is not None:
-        began_cached = "taken" in run.checkpoints.read_meta()["data"]
-        if began_cached != cached:
-            how = (
-                "computed once, in one process" if began_cached else "computed by several processes"
-            )
-            raise UserError(
-                f"{run.folder} began with features that were {how}, and cannot go on with others: continue it with "
-                "as many processes, or start a new run."
-            )
-
     # State
     def begin() -> TrainState:
         head = build()
@@ -167,11 +156,12 @@ def probe(config: ProbeConfig, call: TrainCall) -> RunResult:
         return init_state(nnx.state(head, nnx.Param), optimizer, ema=False, model_state=statistics)
 
     shapes = state_shapes(mesh, begin)
-    state, records = (
-        (build_state(begin, shapes), [])  # `init` is the backbone's, not the head's
-        if run.checkpoints.latest_for_all() is None
-        else begin_or_resume(begin, shapes, run, batches)
-    )
+    records: list[dict[str, Any]] = []
+    if run.checkpoints.latest_for_all() is None:
+        state = build_state(begin, shapes)  # `init` is the backbone's, not the head's
+    else:
+        require_same_features(run.folder, run.checkpoints.read_meta()["data"], cached=cached)
+        state, records = begin_or_resume(begin, shapes, run, batches)
 
     # Step
     train_step = on_mesh(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from fastvim_jax import UserError, save_pretrained, to_torch_state_dict
+from fastvim_jax.data import make_train_iterator
 from fastvim_jax.inference.reconstruct import reconstruct_files
 from fastvim_jax.layers.pos_embed import sincos_pos_embed
 from fastvim_jax.models import MaskedAutoencoderConfig, build_model, model_config
@@ -23,6 +26,7 @@ from fastvim_jax.models.saving import Preprocessing
 from fastvim_jax.training import OptimizerConfig, load_run, load_weights, read_metrics, train
 from fastvim_jax.training.classification.run_scores import score_run
 from fastvim_jax.training.masked.config import PRETRAINING, PROBING, PretrainConfig, ProbeConfig
+from fastvim_jax.training.masked.features import FeatureBatches, Features, require_same_features
 from fastvim_jax.training.masked.pretrain import require_masked
 from fastvim_jax.training.masked.probe_head import make_probe_optimizer
 from fastvim_jax.training.metrics import RunLog
@@ -147,6 +151,21 @@ def test_probe_with_cached_features(pretrained: Any, tmp_path: Any, capsys: Any)
     assert saved["model"]["pool_scale"] == 0.25
     with pytest.raises(UserError, match="linear probe, whose checkpoints hold the head"):
         load_run(tmp_path / "cached")
+
+
+def test_a_probe_goes_on_with_the_features_it_began_with(tmp_path: Path) -> None:
+    """One process caches them, several do not; the checkpoint was called damaged."""
+    features = Features(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
+    cached = FeatureBatches(features, batch_size=2, seed=0, place=dict).get_state()
+    with contextlib.closing(make_train_iterator(DATA, seed=0)) as images:
+        streamed = images.get_state()
+    for position, is_cached, how in (
+        (cached, True, "once, in one"),
+        (streamed, False, "by several"),
+    ):
+        require_same_features(tmp_path, position, cached=is_cached)
+        with pytest.raises(UserError, match=f"computed {how} process.*with as many processes"):
+            require_same_features(tmp_path, position, cached=not is_cached)
 
 
 @pytest.mark.drawn("trainings", one_in=6)
